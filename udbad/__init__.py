@@ -1,0 +1,3 @@
+"""udbad: unite directories into one mounted tree that stays right while people change the branches."""
+
+__version__ = "0.1.0"

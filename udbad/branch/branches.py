@@ -1,0 +1,91 @@
+"""Branches and the branch set.
+
+A `Branch` is one directory of the union, held open; a `BranchSet` is an immutable snapshot of all
+of them in priority order (index 0 on top), swapped whole on reconfiguration. An operation keeps the
+snapshot it started with. The acceptance rules that decide what may become a branch are in accept.py.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from udbad.types import Perm
+
+WRITABLE_ATTRS = frozenset({"nolwh", "moo", "fhsm"})
+ANY_ATTRS = frozenset({"coo_reg", "coo_all", "unpin", "icex", "icexsec", "icexsys", "icextr", "icexusr", "icexoth"})
+READONLY_ATTRS = frozenset({"wh"})
+
+
+@dataclass(frozen=True, slots=True)
+class BranchSpec:
+    """What the user wrote for one branch: PATH[=PERM[+ATTR…]], perm None when left out.
+
+    udba: coherence mode of this branch alone (none, reval, notify); None follows the mount.
+    """
+
+    path: bytes
+    perm: Perm | None = None
+    attrs: frozenset[str] = frozenset()
+    udba: str | None = None
+
+    def __str__(self) -> str:
+        perm = "" if self.perm is None else "=" + "+".join([self.perm.value, *sorted(self.attrs)])
+        return os.fsdecode(self.path) + perm
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One open branch.
+
+    index: position in the set, 0 is the top. id: never reused while mounted. root_fd: O_PATH
+    descriptor of a private clone of the mount, so that nothing mounted below is entered.
+    anchor_fd: a descriptor through the visible mount, so that umount of the branch says EBUSY.
+    """
+
+    id: int
+    index: int
+    path: bytes
+    perm: Perm
+    attrs: frozenset[str]
+    udba: str | None
+    root_fd: int
+    anchor_fd: int
+    dev: int
+    fs_type: str
+    writable: bool = field(init=False)
+    whable: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "writable", self.perm is Perm.RW)
+        object.__setattr__(self, "whable", self.perm is Perm.RW or "wh" in self.attrs)
+
+    def describe(self) -> str:
+        """`path=perm+attr`, as aufs shows a branch in sysfs."""
+        return os.fsdecode(self.path) + "=" + "+".join([self.perm.value, *sorted(self.attrs)])
+
+    def close(self) -> None:
+        os.close(self.root_fd)
+        os.close(self.anchor_fd)
+
+
+@dataclass(frozen=True, slots=True)
+class BranchSet:
+    """All branches of a mount, top first."""
+
+    branches: tuple[Branch, ...]
+    generation: int = 0
+
+    def __len__(self) -> int:
+        return len(self.branches)
+
+    def __getitem__(self, index: int) -> Branch:
+        return self.branches[index]
+
+    def writable_above(self, index: int) -> list[Branch]:
+        """Writable branches with a smaller index, nearest first."""
+        return [b for b in reversed(self.branches[:index]) if b.writable]
+
+    def close(self) -> None:
+        for branch in self.branches:
+            branch.close()

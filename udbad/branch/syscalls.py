@@ -1,0 +1,261 @@
+"""System calls on branch objects, each by (directory descriptor, name).
+
+The only module with mutating os.* calls on branches. A name is one component, never a path, and
+is never followed when it is a symbolic link: whoever swaps a symlink into a branch must not lead
+the (root) daemon out of it. Where Linux has no *at() form that refuses links, the object is pinned
+with O_PATH|O_NOFOLLOW and reached through /proc/self/fd. All calls raise OSError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat as st_mod
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+RENAME_NOREPLACE: Final = 1
+RENAME_EXCHANGE: Final = 2
+RENAME_WHITEOUT: Final = 4
+
+_AT_EMPTY_PATH: Final = 0x1000
+_AT_FDCWD: Final = -100
+_AT_SYMLINK_FOLLOW: Final = 0x400
+_OPEN_TREE_CLONE: Final = 1
+_SYS_OPEN_TREE: Final = 428  # one number on every architecture (linux/unistd.h, generic table)
+_FICLONE: Final = 0x40049409
+_RWF_NOWAIT: Final = os.RWF_NOWAIT
+
+_O_DIR: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_O_PIN: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+# -- looking ----------------------------------------------------------------------------------
+
+
+def stat_at(dirfd: int, name: bytes) -> os.stat_result:
+    """fstatat(2) without following; ENOENT when absent."""
+    return os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+
+
+def exists_at(dirfd: int, name: bytes) -> bool:
+    """Whether anything has this name; a name too long for the file system does not exist."""
+    try:
+        os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+    return True
+
+
+def open_dir_at(dirfd: int, name: bytes) -> int:
+    """A search-only (O_PATH) descriptor of a directory; ENOTDIR for anything else."""
+    return os.open(name, _O_DIR, dir_fd=dirfd)
+
+
+def open_listing(dirfd: int) -> int:
+    """A readable descriptor of the directory that the O_PATH descriptor `dirfd` names."""
+    return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dirfd)
+
+
+def open_file_at(dirfd: int, name: bytes, flags: int) -> int:
+    """Open an existing regular file; ESTALE when the name turned into something else.
+
+    O_NONBLOCK keeps a FIFO that somebody put there from stopping the daemon.
+    """
+    fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=dirfd)
+    if not st_mod.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    return fd
+
+
+def reopen(fd: int, flags: int) -> int:
+    """A second open file description of the file behind `fd` (works for unlinked files too)."""
+    return os.open(proc_path(fd), flags & ~(os.O_CREAT | os.O_EXCL) | os.O_CLOEXEC)
+
+
+def pin_at(dirfd: int, name: bytes) -> int:
+    """An O_PATH descriptor of the object itself, also of a symlink, device or FIFO."""
+    return os.open(name, _O_PIN, dir_fd=dirfd)
+
+
+@contextmanager
+def pinned(dirfd: int, name: bytes) -> Iterator[bytes]:
+    """The /proc/self/fd path of a pinned object, for calls that know only paths."""
+    fd = pin_at(dirfd, name)
+    try:
+        yield proc_path(fd)
+    finally:
+        os.close(fd)
+
+
+def proc_path(fd: int) -> bytes:
+    return b"/proc/self/fd/%d" % fd
+
+
+def readlink_at(dirfd: int, name: bytes) -> bytes:
+    return os.readlink(name, dir_fd=dirfd)
+
+
+# -- making and removing ----------------------------------------------------------------------
+
+
+def create_file_at(dirfd: int, name: bytes, flags: int, mode: int) -> int:
+    """open(2) with O_CREAT|O_EXCL; `mode` is subject to the process umask."""
+    return os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=dirfd)
+
+
+def open_tmpfile(dirfd: int, mode: int) -> int:
+    """An unnamed regular file in the directory (O_TMPFILE, open(2)); EOPNOTSUPP where unsupported."""
+    return os.open(b".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode, dir_fd=dirfd)
+
+
+def mkdir_at(dirfd: int, name: bytes, mode: int) -> None:
+    os.mkdir(name, mode, dir_fd=dirfd)
+
+
+def mknod_at(dirfd: int, name: bytes, mode: int, rdev: int) -> None:
+    os.mknod(name, mode, rdev, dir_fd=dirfd)
+
+
+def symlink_at(target: bytes, dirfd: int, name: bytes) -> None:
+    os.symlink(target, name, dir_fd=dirfd)
+
+
+def link_at(src_dirfd: int, src: bytes, dst_dirfd: int, dst: bytes) -> None:
+    os.link(src, dst, src_dir_fd=src_dirfd, dst_dir_fd=dst_dirfd, follow_symlinks=False)
+
+
+def link_fd(fd: int, dirfd: int, name: bytes) -> None:
+    """Give the file behind `fd` (an O_TMPFILE one too) a name: linkat(2), AT_SYMLINK_FOLLOW on /proc."""
+    _check(_libc.linkat(_AT_FDCWD, proc_path(fd), dirfd, name, _AT_SYMLINK_FOLLOW))
+
+
+def unlink_at(dirfd: int, name: bytes) -> None:
+    os.unlink(name, dir_fd=dirfd)
+
+
+def rmdir_at(dirfd: int, name: bytes) -> None:
+    os.rmdir(name, dir_fd=dirfd)
+
+
+def rename_at(src_dirfd: int, src: bytes, dst_dirfd: int, dst: bytes, flags: int = 0) -> None:
+    """renameat2(2)."""
+    if not flags:
+        os.rename(src, dst, src_dir_fd=src_dirfd, dst_dir_fd=dst_dirfd)
+        return
+    _check(_libc.renameat2(src_dirfd, src, dst_dirfd, dst, flags))
+
+
+# -- metadata ---------------------------------------------------------------------------------
+
+
+def chmod_at(dirfd: int, name: bytes, mode: int) -> None:
+    """chmod without following; EOPNOTSUPP on a symlink, as fchmodat(2) with AT_SYMLINK_NOFOLLOW."""
+    with pinned(dirfd, name) as path:
+        os.chmod(path, mode)
+
+
+def chown_at(dirfd: int, name: bytes, uid: int, gid: int) -> None:
+    """lchown; -1 keeps an id."""
+    os.chown(name, uid, gid, dir_fd=dirfd, follow_symlinks=False)
+
+
+def utime_at(dirfd: int, name: bytes, atime_ns: int, mtime_ns: int) -> None:
+    os.utime(name, ns=(atime_ns, mtime_ns), dir_fd=dirfd, follow_symlinks=False)
+
+
+def _xattr_path(dirfd: int, name: bytes) -> bytes:
+    # The last component is not followed (l*xattr); the one before it is a magic link to our dirfd.
+    return b"/proc/self/fd/%d/%s" % (dirfd, name)
+
+
+def getxattr_at(dirfd: int, name: bytes, key: bytes) -> bytes:
+    return os.getxattr(_xattr_path(dirfd, name), key, follow_symlinks=False)
+
+
+def setxattr_at(dirfd: int, name: bytes, key: bytes, value: bytes, flags: int = 0) -> None:
+    os.setxattr(_xattr_path(dirfd, name), key, value, flags, follow_symlinks=False)
+
+
+def removexattr_at(dirfd: int, name: bytes, key: bytes) -> None:
+    os.removexattr(_xattr_path(dirfd, name), key, follow_symlinks=False)
+
+
+def listxattr_at(dirfd: int, name: bytes) -> list[bytes]:
+    return [os.fsencode(key) for key in os.listxattr(_xattr_path(dirfd, name), follow_symlinks=False)]
+
+
+# -- data -------------------------------------------------------------------------------------
+
+
+def read_cached(fd: int, size: int, offset: int) -> bytes | None:
+    """pread of what is in the page cache already; None when it would have to wait (RWF_NOWAIT)."""
+    buffer = bytearray(size)
+    try:
+        count = os.preadv(fd, [buffer], offset, _RWF_NOWAIT)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return None
+        raise
+    if count == size:
+        return bytes(buffer)
+    if count == 0:
+        return b""
+    # A short count may mean "the rest is not cached"; only the file's end makes it final.
+    if offset + count >= os.fstat(fd).st_size:
+        return bytes(buffer[:count])
+    return None
+
+
+def reflink(src_fd: int, dst_fd: int) -> bool:
+    """Share all data blocks (FICLONE, ioctl_ficlone(2)); False where the file systems cannot."""
+    try:
+        fcntl.ioctl(dst_fd, _FICLONE, src_fd)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY):
+            return False
+        raise
+    return True
+
+
+# -- mounts and credentials -------------------------------------------------------------------
+
+
+def clone_mount(path: bytes) -> int:
+    """A descriptor of a private, non-recursive bind of `path` (open_tree(2), OPEN_TREE_CLONE).
+
+    What is mounted below a branch is not part of it (spec section 4.2 note 0), and a mount of our
+    own below a branch can never be walked into, which would deadlock. Needs CAP_SYS_ADMIN and
+    Linux 5.2: EPERM or ENOSYS otherwise.
+    """
+    return _check(_libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, path, _OPEN_TREE_CLONE | os.O_CLOEXEC))
+
+
+def set_fs_ids(uid: int, gid: int) -> None:
+    """setfsuid(2) and setfsgid(2) for the calling thread; they report no error."""
+    _libc.setfsgid(gid)
+    _libc.setfsuid(uid)
+
+
+if sys.platform != "linux":  # pragma: no cover
+    raise ImportError("udbad needs Linux")

@@ -1,0 +1,60 @@
+"""Plain value types shared by every layer.
+
+Nothing here does I/O or knows about FUSE. Names and paths are bytes everywhere below the
+command line; `NodeId` is the number the kernel uses for an inode of the mount.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NewType
+
+NodeId = NewType("NodeId", int)
+Fh = NewType("Fh", int)
+
+ROOT_ID = NodeId(1)
+"""FUSE_ROOT_ID (linux/fuse.h)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: ids and umask of the calling process, pid for messages (0: the kernel itself)."""
+
+    uid: int
+    gid: int
+    pid: int = 0
+    umask: int = 0o022
+
+
+ROOT_CALLER = Caller(0, 0, 0, 0)
+
+
+class Perm(Enum):
+    """Permission of a branch (aufs(5), spec section 3)."""
+
+    RW = "rw"
+    RO = "ro"
+    RR = "rr"
+
+
+class Trigger(Enum):
+    """What made a copy-up necessary; a metric label, so the set stays small."""
+
+    WRITE = "write"
+    TRUNCATE = "truncate"
+    ATTR = "attr"
+    XATTR = "xattr"
+    RENAME = "rename"
+    LINK = "link"
+    OPEN = "open"
+    MMAP = "mmap"
+
+
+class CopyMethod(Enum):
+    """How the bytes of a copy-up travelled."""
+
+    REFLINK = "reflink"
+    COPY_FILE_RANGE = "copy_file_range"
+    COPY = "copy"
+    NONE = "none"
