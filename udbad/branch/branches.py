@@ -12,10 +12,6 @@ from dataclasses import dataclass, field
 
 from udbad.types import Perm
 
-WRITABLE_ATTRS = frozenset({"nolwh", "moo", "fhsm"})
-ANY_ATTRS = frozenset({"coo_reg", "coo_all", "unpin", "icex", "icexsec", "icexsys", "icextr", "icexusr", "icexoth"})
-READONLY_ATTRS = frozenset({"wh"})
-
 
 @dataclass(frozen=True, slots=True)
 class BranchSpec:
@@ -28,10 +24,6 @@ class BranchSpec:
     perm: Perm | None = None
     attrs: frozenset[str] = frozenset()
     udba: str | None = None
-
-    def __str__(self) -> str:
-        perm = "" if self.perm is None else "=" + "+".join([self.perm.value, *sorted(self.attrs)])
-        return os.fsdecode(self.path) + perm
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,10 @@ _AT_SYMLINK_FOLLOW: Final = 0x400
 _OPEN_TREE_CLONE: Final = 1
 _SYS_OPEN_TREE: Final = 428  # one number on every architecture (linux/unistd.h, generic table)
 _FICLONE: Final = 0x40049409
+_NO_REFLINK: Final = frozenset(
+    getattr(errno, name)
+    for name in ("EOPNOTSUPP", "EXDEV", "EINVAL", "ENOTTY", "ENOSYS", "EPERM", "ETXTBSY", "EBADF", "EACCES")
+)
 _RWF_NOWAIT: Final = os.RWF_NOWAIT
 
 _O_DIR: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -206,7 +210,7 @@ def listxattr_at(dirfd: int, name: bytes) -> list[bytes]:
 # -- data -------------------------------------------------------------------------------------
 
 
-def read_cached(fd: int, size: int, offset: int) -> bytes | None:
+def read_cached(fd: int, size: int, offset: int) -> bytearray | None:
     """pread of what is in the page cache already; None when it would have to wait (RWF_NOWAIT)."""
     buffer = bytearray(size)
     try:
@@ -217,14 +221,12 @@ def read_cached(fd: int, size: int, offset: int) -> bytes | None:
         if error.errno == errno.EOPNOTSUPP:
             return None
         raise
-    if count == size:
-        return bytes(buffer)
-    if count == 0:
-        return b""
-    # A short count may mean "the rest is not cached"; only the file's end makes it final.
-    if offset + count >= os.fstat(fd).st_size:
-        return bytes(buffer[:count])
-    return None
+    if count < size:
+        # "The rest is not cached" looks the same as the end of the file; only the latter is final.
+        if offset + count < os.fstat(fd).st_size:
+            return None
+        del buffer[count:]
+    return buffer
 
 
 def reflink(src_fd: int, dst_fd: int) -> bool:
@@ -232,7 +234,7 @@ def reflink(src_fd: int, dst_fd: int) -> bool:
     try:
         fcntl.ioctl(dst_fd, _FICLONE, src_fd)
     except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY):
+        if error.errno in _NO_REFLINK:
             return False
         raise
     return True

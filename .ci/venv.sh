@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Make or refresh the virtual environment: .ci/venv.sh PYTHON DIR. The Makefile calls it when pyproject.toml is newer.
+set -eu
+cd "$(dirname "$0")/.."
+python=$1
+venv=$2
+
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "udbad needs Python 3.11 or newer; '$python' says: $("$python" --version 2>&1 | head -n 1)." \
+        "Use Debian 12, Ubuntu 24.04 or later, or: make PYTHON=/path/to/python3.11" >&2
+    exit 1
+fi
+# A directory whose interpreter is gone or too old (an upgraded system) is made anew.
+if ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+    # Debian 12's pip 23.0 does not hand a configured certificate on to the isolated builds.
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
+fi
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'

@@ -1,0 +1,45 @@
+# Self-sufficient on a fresh Debian 12 or Ubuntu 24.04 as root: every target installs what it is missing.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+# Extra words for pytest and for the benchmark, e.g. make test PYTEST_ARGS='tests/t0_unit -x'
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+.NOTPARALLEL:
+.PHONY: help run test bench lint clean packages test-packages
+
+help:
+	@echo "make run    mount the walk-through tree and serve it until Ctrl-C"
+	@echo "make test   ruff, mypy --strict, every test, and a check that nothing was left behind"
+	@echo "make bench  the benchmark (BENCH_ARGS='...')"
+	@echo "make lint   ruff and mypy only"
+	@echo "make clean  remove the virtual environment and the caches"
+
+packages:
+	@.ci/install-debian.sh run
+
+test-packages:
+	@.ci/install-debian.sh run test
+
+# The packages come first: building pyfuse3 needs a compiler and libfuse3's headers.
+$(VENV)/.stamp: pyproject.toml .ci/venv.sh | packages
+	@.ci/venv.sh "$(PYTHON)" $(VENV)
+	@touch $@
+
+run: $(VENV)/.stamp
+	@config/walkthrough.sh
+
+lint: $(VENV)/.stamp
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy --strict
+
+test: test-packages lint
+	@.ci/pytest.sh $(PYTEST_ARGS)
+
+bench: test-packages $(VENV)/.stamp
+	$(VENV)/bin/python -m tests.bench $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build

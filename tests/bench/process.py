@@ -1,0 +1,106 @@
+"""Children of the benchmark: clients and commands with a deadline, the CPU time and memory of daemons.
+
+Invariant: this process itself never touches a mount point; every access is made by a child that has a deadline, so a
+wedged FUSE daemon can stop a child but not the run. Children die with this process (setpriv --pdeathsig).
+"""
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+CPUCLOCK_SCHED = 2  # include/linux/posix-timers_types.h: clock id = ~pid << 3 | kind
+PAGE = os.sysconf("SC_PAGE_SIZE")
+BOUND = ["setpriv", "--pdeathsig", "KILL"]
+
+
+class Failed(Exception):
+    """A system could not do what a workload asks; the text is what the table shows after "n/a:"."""
+
+
+def start(argv: Sequence[str | Path], **options: object) -> "subprocess.Popen[str]":
+    """Start a child that is killed when this process ends."""
+    return subprocess.Popen([*BOUND, *map(str, argv)], text=True, **options)  # type: ignore[call-overload,no-any-return]  # keywords handed on
+
+
+def reason(text: str) -> str:
+    """The last line a program wrote, short enough for a table cell."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "dmesg(1)" not in line]
+    return lines[-1][-160:] if lines else "no message"
+
+
+def run(
+    argv: Sequence[str | Path],
+    deadline: float,
+    wedged: Callable[[], None] | None = None,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+) -> tuple[float, str]:
+    """Run a command to its end; returns (seconds, stdout).
+
+    wedged is called when deadline seconds have passed, before the child is killed: it must free the child (abort the
+    FUSE connection), since a process in uninterruptible sleep takes no SIGKILL. Raises Failed.
+    """
+    began = time.perf_counter()
+    child = start(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=cwd, env=env)
+    try:
+        out, err = child.communicate(timeout=deadline)
+    except subprocess.TimeoutExpired:
+        if wedged is not None:
+            wedged()
+        child.kill()
+        # Pipes of grandchildren may stay open: wait for the child only, and not for ever.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=10)
+        raise Failed(f"{Path(str(argv[0])).name} not done after {deadline:.0f} s") from None
+    except BaseException:
+        child.kill()
+        raise
+    seconds = time.perf_counter() - began
+    if child.returncode:
+        raise Failed(reason(err or out or f"{argv[0]}: status {child.returncode}"))
+    return seconds, out
+
+
+def tree(pid: int) -> list[int]:
+    """pid and all its descendants that still run (proc(5), /proc/PID/task/TID/children)."""
+    found = [pid]
+    for parent in found:
+        for path in Path(f"/proc/{parent}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found.extend(int(child) for child in path.read_text().split())
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process and its descendants, in seconds.
+
+    Read from their CPU-time clocks (clock_getcpuclockid(3)): the same sum as utime + stime of /proc/PID/stat, ended
+    threads included, but in nanoseconds instead of ticks of 10 ms.
+    """
+    total = 0.0
+    for each in tree(pid):
+        with contextlib.suppress(OSError):
+            total += time.clock_gettime((~each << 3) | CPUCLOCK_SCHED)
+    return total
+
+
+def rss_bytes(pid: int) -> int:
+    """Resident memory of a process and its descendants, in bytes (field 2 of /proc/PID/statm)."""
+    total = 0
+    for each in tree(pid):
+        with contextlib.suppress(OSError):
+            total += int(Path(f"/proc/{each}/statm").read_text().split()[1])
+    return total * PAGE
+
+
+def drop_caches(scratch: Path, level: int) -> None:
+    """Write scratch's dirty data out, then drop what the kernel has cached (proc(5), /proc/sys/vm/drop_caches).
+
+    level 2: dentries and inodes; the kernel sends FORGET to FUSE daemons. level 3: the page cache too.
+    sync(1) -f, not sync(2): that would wait for every file system, a wedged one included.
+    """
+    run(["sync", "-f", scratch], deadline=300)
+    Path("/proc/sys/vm/drop_caches").write_text(str(level))

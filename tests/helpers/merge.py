@@ -1,0 +1,171 @@
+"""The merged tree computed straight from the branch directories, and the same shape read from a mount.
+
+An oracle: it shares no code with udbad and may not import it. It follows spec sections 4 and 5 with the
+two decisions in which udbad differs from aufs: NAME beside `.wh.NAME` in one branch is visible (the
+whiteout hides lower branches only), and the topmost opaque directory is the boundary.
+What a mounted union knows and no branch can tell is not here: pseudo-links (spec section 10.3) join a
+copied-up name and its old names only until they are flushed at unmount.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+WH_PREFIX = b".wh."
+OPAQUE = b".wh..wh..opq"
+MAX_NAME = 242
+"""Longest name the union knows, bytes (spec section 1)."""
+
+
+class InconsistentBranch(Exception):
+    """A whiteout that is no regular file: the name beside it answers EIO (spec section 4.2)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One visible object. Directories: size, nlink and mtime are None, they are no part of the promise.
+
+    type: S_IFMT bits. mode: permission bits with suid, sgid, sticky. size in bytes, mtime in ns.
+    nlink: only for a file with a single link on disk, else None. sha: sha256 of a regular file.
+    """
+
+    type: int
+    mode: int
+    uid: int
+    gid: int
+    size: int | None = None
+    mtime_ns: int | None = None
+    rdev: int = 0
+    target: bytes | None = None
+    sha: str | None = None
+    nlink: int | None = None
+    xattrs: tuple[tuple[str, bytes], ...] = field(default=())
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.type)
+
+
+Tree = dict[bytes, Entry]
+"""Path relative to the root of the union, without a leading slash -> what is there."""
+
+
+def read_entry(path: bytes) -> Entry:
+    """The object at `path`, itself and not what a symlink points to."""
+    info = os.lstat(path)
+    kind = stat.S_IFMT(info.st_mode)
+    is_dir = stat.S_ISDIR(kind)
+    sha = None
+    if stat.S_ISREG(kind):
+        with open(path, "rb") as stream:
+            sha = hashlib.file_digest(stream, "sha256").hexdigest()
+    names = sorted(os.listxattr(path, follow_symlinks=False))
+    return Entry(
+        type=kind,
+        mode=stat.S_IMODE(info.st_mode),
+        uid=info.st_uid,
+        gid=info.st_gid,
+        size=None if is_dir else info.st_size,
+        mtime_ns=None if is_dir else info.st_mtime_ns,
+        rdev=info.st_rdev if stat.S_ISCHR(kind) or stat.S_ISBLK(kind) else 0,
+        target=os.readlink(path) if stat.S_ISLNK(kind) else None,
+        sha=sha,
+        nlink=1 if not is_dir and info.st_nlink == 1 else None,
+        xattrs=tuple((name, os.getxattr(path, name, follow_symlinks=False)) for name in names),
+    )
+
+
+def snapshot(path: Path) -> Tree:
+    """The whole tree below `path` (not `path` itself) as any program sees it through readdir and stat."""
+    tree: Tree = {}
+    root = os.fsencode(path)
+    todo = [b""]
+    while todo:
+        relative = todo.pop()
+        names = os.listdir(os.path.join(root, relative))
+        if len(names) != len(set(names)):
+            raise AssertionError(f"a name is listed twice in {relative!r}: {sorted(names)!r}")
+        for name in names:
+            child = os.path.join(relative, name)
+            tree[child] = read_entry(os.path.join(root, child))
+            if tree[child].is_dir:
+                todo.append(child)
+    return tree
+
+
+def _is_whiteout(directory: bytes, name: bytes) -> bool:
+    try:
+        info = os.lstat(os.path.join(directory, WH_PREFIX + name))
+    except OSError:  # absent, or `.wh.NAME` longer than the branch's file system allows: no whiteout
+        return False
+    if not stat.S_ISREG(info.st_mode):
+        raise InconsistentBranch(os.path.join(directory, WH_PREFIX + name))
+    return True
+
+
+def resolve(directories: Sequence[tuple[bytes, bool]], name: bytes) -> list[tuple[bytes, bool]]:
+    """Where NAME of one merged directory lives, top first (the loop of spec section 4.2).
+
+    directories: (path on the branch, whether the branch's whiteouts count). Several results only for a
+    directory; none when the name is absent. Raises InconsistentBranch.
+    """
+    hits: list[tuple[bytes, bool]] = []
+    kind: int | None = None
+    for directory, whable in directories:
+        path = os.path.join(directory, name)
+        try:
+            found: int | None = stat.S_IFMT(os.lstat(path).st_mode)
+        except FileNotFoundError:
+            found = None
+        whited = whable and _is_whiteout(directory, name)
+        if found is not None and kind in (None, found):
+            kind = found
+            hits.append((path, whable))
+            if not stat.S_ISDIR(found) or (whable and os.path.lexists(os.path.join(path, OPAQUE))):
+                break
+        if whited:
+            break
+    return hits
+
+
+def merge(branches: Iterable[tuple[Path, bool]]) -> Tree:
+    """The union of `branches` (directory, whable: rw or +wh), top first, root itself left out."""
+    tree: Tree = {}
+    todo = [(b"", [(os.fsencode(path), whable) for path, whable in branches])]
+    while todo:
+        relative, directories = todo.pop()
+        names = {name for directory, _ in directories for name in os.listdir(directory)}
+        for name in names:
+            if name.startswith(WH_PREFIX) or len(name) > MAX_NAME:
+                continue
+            hits = resolve(directories, name)
+            if not hits:
+                continue
+            child = os.path.join(relative, name)
+            tree[child] = read_entry(hits[0][0])
+            if tree[child].is_dir:
+                todo.append((child, hits))
+    return tree
+
+
+def diff(a: Tree, b: Tree, ignore: Iterable[str] = ()) -> list[str]:
+    """What differs, one line each, [] when equal.
+
+    ignore: names of Entry fields to leave out. A link count is compared only where both sides know it.
+    """
+    lines = [f"only in the first: {path!r}" for path in sorted(a.keys() - b.keys())]
+    lines += [f"only in the second: {path!r}" for path in sorted(b.keys() - a.keys())]
+    names = [f.name for f in fields(Entry) if f.name not in set(ignore)]
+    for path in sorted(a.keys() & b.keys()):
+        for name in names:
+            left, right = getattr(a[path], name), getattr(b[path], name)
+            if name == "nlink" and None in (left, right):
+                continue
+            if left != right:
+                lines.append(f"{path!r}: {name} {left!r} != {right!r}")
+    return lines

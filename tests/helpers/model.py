@@ -1,0 +1,652 @@
+"""A plain in-memory model of a union: layers of dictionaries and the operations of spec section 6.
+
+It says what a caller with every privilege (root) sees through the mount after each operation, and with
+which errno an operation fails (Linux VFS order of checks, fs/namei.c). It shares no code with udbad. The
+layers inside the model are its way to know; how the branches really look is compared separately (merge.py).
+
+Limits: default policies (create=tdp, cpup=tdp), layer 0 writable, at most one more writable layer and
+that one at the bottom; no owners, times or link counts; symlinks are dangling, so a path that leads
+through one does not exist. Paths are relative to the root of the union; the root is the empty path.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from tests.helpers.merge import OPAQUE, WH_PREFIX, Tree
+from tests.helpers.posix import EXCHANGE, NOREPLACE, renameat2
+
+DANGLING = b"no/such/target"
+"""Where every symlink of the model points."""
+
+PathT = tuple[bytes, ...]
+"""A path relative to the root of the union, as components."""
+
+
+@dataclass(eq=False)
+class Node:
+    """One object of one layer; hard links are one Node under several paths.
+
+    moved: the copy that took this node's place for every name of it (copy-up, pseudo-link).
+    """
+
+    kind: int
+    mode: int = 0o644
+    data: bytes = b""
+    target: bytes | None = None
+    xattrs: dict[str, bytes] = field(default_factory=dict)
+    moved: Node | None = None
+
+    def final(self) -> Node:
+        node = self
+        while node.moved is not None:
+            node = node.moved
+        return node
+
+    def copy(self) -> Node:
+        return Node(self.kind, self.mode, self.data, self.target, dict(self.xattrs))
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.kind)
+
+
+@dataclass
+class Layer:
+    """One branch: objects, names it whites out, directories it makes opaque."""
+
+    writable: bool
+    whable: bool
+    nodes: dict[PathT, Node] = field(default_factory=dict)
+    whiteouts: set[PathT] = field(default_factory=set)
+    opaque: set[PathT] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, perm: str) -> Layer:
+        """From a branch permission: "rw", "ro+wh" or "ro"."""
+        return cls(writable=perm == "rw", whable=perm in ("rw", "ro+wh"))
+
+    def children(self, path: PathT) -> set[bytes]:
+        depth = len(path)
+        return {p[-1] for p in self.nodes if len(p) == depth + 1 and p[:depth] == path}
+
+    def is_dir(self, path: PathT) -> bool:
+        return not path or (path in self.nodes and self.nodes[path].is_dir)
+
+    def drop(self, path: PathT) -> dict[PathT, object]:
+        """Take the object and all below it out; returns {path below `path`: Node, or the name of a mark}."""
+        depth = len(path)
+        taken: dict[PathT, object] = {}
+        for p in [p for p in self.nodes if p[:depth] == path]:
+            taken[p[depth:]] = self.nodes.pop(p)
+        for p in [p for p in self.whiteouts if p[:depth] == path and len(p) > depth]:
+            self.whiteouts.remove(p)
+            taken[*p[depth:], b"/wh"] = "whiteout"
+        for p in [p for p in self.opaque if p[:depth] == path]:
+            self.opaque.remove(p)
+            taken[*p[depth:], b"/opq"] = "opaque"
+        return taken
+
+    def put(self, path: PathT, taken: dict[PathT, object]) -> None:
+        """The reverse of drop, at another path."""
+        for below, what in taken.items():
+            if isinstance(what, Node):
+                self.nodes[path + below] = what
+            else:
+                (self.whiteouts if what == "whiteout" else self.opaque).add(path + below[:-1])
+
+    def materialise(self, root: Path) -> None:
+        """Write the layer into an empty branch directory (hard links as hard links)."""
+        made: dict[int, str] = {}
+        for path in sorted(self.nodes):
+            node, real = self.nodes[path], os.path.join(root, *map(os.fsdecode, path))
+            if id(node) in made:
+                os.link(made[id(node)], real, follow_symlinks=False)
+                continue
+            made[id(node)] = real
+            make_node(real, node)
+        for path in self.whiteouts:
+            (root.joinpath(*map(os.fsdecode, path[:-1])) / os.fsdecode(WH_PREFIX + path[-1])).touch(0o444)
+        for path in self.opaque:
+            (root.joinpath(*map(os.fsdecode, path)) / os.fsdecode(OPAQUE)).touch(0o444)
+
+
+def make_node(real: str, node: Node) -> None:
+    """Make one object on a branch as `node` says."""
+    if node.is_dir:
+        os.mkdir(real)
+    elif stat.S_ISLNK(node.kind):
+        assert node.target is not None
+        os.symlink(os.fsdecode(node.target), real)
+        return
+    elif stat.S_ISFIFO(node.kind):
+        os.mkfifo(real)
+    else:
+        Path(real).write_bytes(node.data)
+    os.chmod(real, node.mode)
+    for key, value in node.xattrs.items():
+        os.setxattr(real, key, value)
+
+
+def fail(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+class Model:
+    """The union. Every operation raises OSError as the system call on the mount is expected to."""
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        self.layers = list(layers)
+
+    # -- looking --------------------------------------------------------------------------------
+
+    def hits(self, path: PathT, start: int = 0) -> list[int]:
+        """Layers in which the visible `path` lives, top first; [] when it is absent (spec section 4.2)."""
+        if not path:
+            return list(range(len(self.layers)))
+        found: list[int] = []
+        kind: int | None = None
+        for i in self.hits(path[:-1]):
+            if i < start:
+                continue
+            layer = self.layers[i]
+            node = layer.nodes.get(path)
+            if node is not None and kind in (None, node.kind):
+                kind = node.kind
+                found.append(i)
+                if not node.is_dir or (layer.whable and path in layer.opaque):
+                    break
+            if layer.whable and path in layer.whiteouts:
+                break
+        return found
+
+    def top(self, path: PathT) -> int | None:
+        found = self.hits(path)
+        return found[0] if found else None
+
+    def get(self, path: PathT) -> Node | None:
+        """The visible object, or None."""
+        if not path:
+            return Node(stat.S_IFDIR)
+        top = self.top(path)
+        return None if top is None else self.layers[top].nodes[path].final()
+
+    def names(self, path: PathT) -> list[bytes]:
+        """Visible names in a directory."""
+        every = set[bytes]().union(*(self.layers[i].children(path) for i in self.hits(path)))
+        return sorted(name for name in every if self.hits((*path, name)))
+
+    def walk(self, path: PathT) -> None:
+        """Resolve the directory part as a system call does: ENOENT or ENOTDIR."""
+        for depth in range(1, len(path)):
+            node = self.get(path[:depth])
+            if node is None or stat.S_ISLNK(node.kind):  # every symlink dangles
+                raise fail(errno.ENOENT)
+            if not node.is_dir:
+                raise fail(errno.ENOTDIR)
+
+    def existing(self, path: PathT, follow: bool = False) -> Node:
+        self.walk(path)
+        node = self.get(path)
+        if node is None or (follow and stat.S_ISLNK(node.kind)):
+            raise fail(errno.ENOENT)
+        return node
+
+    def visible(self) -> dict[bytes, tuple[object, ...]]:
+        """The whole tree as `view` makes it of a snapshot."""
+        tree: dict[bytes, tuple[object, ...]] = {}
+        todo: list[PathT] = [()]
+        while todo:
+            parent = todo.pop()
+            for name in self.names(parent):
+                path = (*parent, name)
+                node = self.get(path)
+                assert node is not None
+                tree[b"/".join(path)] = node_view(node)
+                if node.is_dir:
+                    todo.append(path)
+        return tree
+
+    # -- where to write -------------------------------------------------------------------------
+
+    def _can_host(self, path: PathT, i: int) -> bool:
+        """Whether an object put at `path` in layer i would be seen, its parents made there first."""
+        for depth in range(1, len(path) + 1):
+            prefix = path[:depth]
+            for upper in self.layers[:i]:
+                if upper.whable and (prefix in upper.whiteouts or (depth < len(path) and prefix in upper.opaque)):
+                    return False
+            if depth < len(path) and prefix in self.layers[i].nodes and not self.layers[i].is_dir(prefix):
+                return False
+        return True
+
+    def _writable_at_or_above(self, path: PathT, i: int) -> int:
+        while not (self.layers[i].writable and self._can_host(path, i)):
+            i -= 1
+        return i
+
+    def _ensure_dir(self, path: PathT, i: int) -> None:
+        """Copy a visible directory and its parents, without content, to layer i (up or down)."""
+        layer = self.layers[i]
+        if layer.is_dir(path):
+            return
+        self._ensure_dir(path[:-1], i)
+        node = self.get(path)
+        assert node is not None
+        layer.nodes[path] = node.copy()
+        self._uncover(path, i)
+
+    def _uncover(self, path: PathT, i: int) -> None:
+        """Remove a whiteout that a new object replaced; a new directory must not show what was below it."""
+        layer = self.layers[i]
+        if path in layer.whiteouts:
+            layer.whiteouts.remove(path)
+            if layer.is_dir(path):
+                layer.opaque.add(path)
+
+    def _place(self, path: PathT, node: Node, i: int | None = None) -> None:
+        """Make a new object (spec section 6.5) in layer i, or where create=tdp says (section 7.2)."""
+        if i is None:
+            top = self.top(path[:-1])
+            assert top is not None
+            i = self._writable_at_or_above(path, top)
+        self._ensure_dir(path[:-1], i)
+        self.layers[i].nodes[path] = node
+        self._uncover(path, i)
+
+    def _own(self, path: PathT, i: int | None = None) -> int:
+        """Copy up, when it is not there already, to a writable layer (to layer i when given); that layer."""
+        top = self.top(path)
+        assert top is not None
+        if i is None:
+            i = self._writable_at_or_above(path, top)
+        if i == top:
+            return i
+        self._ensure_dir(path[:-1], i)
+        old = self.layers[top].nodes[path]
+        if old.is_dir:
+            self.layers[i].nodes[path] = old.copy()
+        else:
+            self.layers[i].nodes[path] = self._moved_copy(old)
+        return i
+
+    @staticmethod
+    def _moved_copy(old: Node) -> Node:
+        last = old.final()
+        if last is old:  # not copied up yet, under any of its names
+            last.moved = last.copy()
+        return last.final()
+
+    def _whiteout_if_needed(self, path: PathT, i: int) -> None:
+        if self.hits(path):
+            self.layers[i].whiteouts.add(path)
+
+    # -- operations -----------------------------------------------------------------------------
+
+    def create(self, path: PathT, node: Node) -> None:
+        """open(O_CREAT|O_EXCL), mkdir, symlink, mkfifo."""
+        self.walk(path)
+        if self.get(path) is not None:
+            raise fail(errno.EEXIST)
+        self._place(path, node)
+
+    def link(self, src: PathT, dst: PathT) -> None:
+        old = self.existing(src)
+        self.walk(dst)
+        if self.get(dst) is not None:
+            raise fail(errno.EEXIST)
+        if old.is_dir:
+            raise fail(errno.EPERM)
+        top = self.top(src)
+        assert top is not None
+        target = self._writable_at_or_above(dst, top)
+        source = self.layers[top].nodes[src]
+        self._place(dst, source.final() if target == top else self._moved_copy(source), target)
+
+    def unlink(self, path: PathT) -> None:
+        if self.existing(path).is_dir:
+            raise fail(errno.EISDIR)
+        self._remove(path)
+
+    def rmdir(self, path: PathT) -> None:
+        if not self.existing(path).is_dir:
+            raise fail(errno.ENOTDIR)
+        if self.names(path):
+            raise fail(errno.ENOTEMPTY)
+        self._remove(path)
+
+    def _remove(self, path: PathT) -> None:
+        top = self.top(path)
+        assert top is not None
+        i = self._writable_at_or_above(path, top)
+        if i == top:
+            self.layers[i].drop(path)
+        else:
+            self._ensure_dir(path[:-1], i)
+        self._whiteout_if_needed(path, i)
+
+    def change(self, path: PathT, edit: Callable[[Node], None]) -> None:
+        """chmod, setxattr, write, truncate: `edit` may raise; symlinks are followed (and dangle)."""
+        self.existing(path, follow=True)
+        probe = self.get(path)
+        assert probe is not None
+        edit(probe.copy())  # errors come before the copy-up
+        i = self._own(path)
+        edit(self.layers[i].nodes[path].final())
+
+    # -- rename ---------------------------------------------------------------------------------
+
+    def rename(self, src: PathT, dst: PathT, flags: int = 0) -> None:
+        """renameat2(2): the checks of do_renameat2() and vfs_rename(), then spec section 6.6."""
+        self.walk(src)
+        self.walk(dst)
+        old, new = self.get(src), self.get(dst)
+        if old is None:
+            raise fail(errno.ENOENT)
+        if flags & NOREPLACE and new is not None:
+            raise fail(errno.EEXIST)
+        if flags & EXCHANGE and new is None:
+            raise fail(errno.ENOENT)
+        if src == dst:
+            return
+        if dst[: len(src)] == src:
+            raise fail(errno.EINVAL)
+        if src[: len(dst)] == dst:
+            raise fail(errno.EINVAL if flags & EXCHANGE else errno.ENOTEMPTY)
+        if old is new:
+            return
+        if new is not None and not flags & EXCHANGE:
+            self._check_replace(old, new, dst)
+        target = self._rename_target(src, dst)
+        if flags & EXCHANGE:
+            self._exchange(src, dst, target)
+            return
+        self._check_movable(src, target)
+        self._ensure_dir(dst[:-1], target)
+        self._own(src, target)
+        beyond = bool(self.hits(dst, target + 1)) or dst in self.layers[target].whiteouts
+        self.layers[target].drop(dst)
+        moving = self.layers[target].drop(src)
+        self._whiteout_if_needed(src, target)
+        self.layers[target].put(dst, moving)
+        self.layers[target].whiteouts.discard(dst)
+        if beyond and old.is_dir:
+            self.layers[target].opaque.add(dst)
+
+    def _check_replace(self, old: Node, new: Node, dst: PathT) -> None:
+        if old.is_dir and not new.is_dir:
+            raise fail(errno.ENOTDIR)
+        if new.is_dir and not old.is_dir:
+            raise fail(errno.EISDIR)
+        if new.is_dir and self.names(dst):
+            raise fail(errno.ENOTEMPTY)
+
+    def _rename_target(self, src: PathT, dst: PathT) -> int:
+        i, over = self.top(src), self.top(dst)
+        assert i is not None
+        if over is not None:
+            i = min(i, over)
+        while not (self.layers[i].writable and self._can_host(dst, i) and self._can_host(src, i)):
+            i -= 1
+        return i
+
+    def _check_movable(self, path: PathT, target: int) -> None:
+        """EXDEV unless the directory lives in the target alone, or nothing of it shows from below."""
+        node = self.get(path)
+        assert node is not None
+        if not node.is_dir:
+            return
+        found = self.hits(path)
+        if found[0] != target:
+            if self.names(path):
+                raise fail(errno.EXDEV)
+            return
+        whited: set[bytes] = set()
+        for i in found:
+            layer = self.layers[i]
+            if i != target and layer.children(path) - whited:
+                raise fail(errno.EXDEV)
+            if layer.whable:
+                whited |= {p[-1] for p in layer.whiteouts if p[:-1] == path}
+
+    def _exchange(self, src: PathT, dst: PathT, target: int) -> None:
+        self._check_movable(src, target)
+        self._check_movable(dst, target)
+        self._own(src, target)
+        self._own(dst, target)
+        layer = self.layers[target]
+        below = {path: bool(self.hits(path, target + 1)) or path in layer.whiteouts for path in (src, dst)}
+        first, second = layer.drop(src), layer.drop(dst)
+        layer.put(dst, first)
+        layer.put(src, second)
+        for path in (src, dst):
+            layer.whiteouts.discard(path)
+            if layer.is_dir(path) and below[path]:
+                layer.opaque.add(path)
+
+
+def node_view(node: Node) -> tuple[object, ...]:
+    """What of an object the model promises: kind, mode, content or target, extended attributes."""
+    is_link = stat.S_ISLNK(node.kind)
+    sha = hashlib.sha256(node.data).hexdigest() if stat.S_ISREG(node.kind) else None
+    return (node.kind, 0o777 if is_link else node.mode, sha or node.target, tuple(sorted(node.xattrs.items())))
+
+
+def tree_view(tree: Tree) -> dict[bytes, tuple[object, ...]]:
+    """The same of a snapshot or a merge."""
+    return {path: (e.type, e.mode, e.sha or e.target, e.xattrs) for path, e in tree.items()}
+
+
+# -- the same operation on the model and on a real directory -----------------------------------
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation: `name` is a key of _MODEL and _REAL, `arg` what it needs besides the paths."""
+
+    name: str
+    path: PathT
+    other: PathT = ()
+    arg: int = 0
+
+    def on_model(self, model: Model) -> int:
+        """Apply; 0 or the errno expected from the system call."""
+        return outcome(lambda: _MODEL[self.name](model, self))
+
+    def on_disk(self, root: Path) -> int:
+        """Do it below `root`; 0 or the errno that came."""
+        return outcome(lambda: _REAL[self.name](real(root, self.path), real(root, self.other), self.arg))
+
+
+def outcome(call: Callable[[], object]) -> int:
+    try:
+        call()
+    except OSError as error:
+        return error.errno or 0
+    return 0
+
+
+def real(root: Path, path: PathT) -> bytes:
+    return os.path.join(os.fsencode(root), *path)
+
+
+CHUNK = 5
+"""Bytes that one write of an Op writes; two of its writes overlap or leave a hole."""
+
+
+def payload(arg: int) -> bytes:
+    return b"%d" % (arg % 10) * CHUNK
+
+
+def _spliced(data: bytes, offset: int, new: bytes) -> bytes:
+    return data[:offset].ljust(offset, b"\0") + new + data[offset + len(new) :]
+
+
+def _edit_write(offset: int) -> Callable[[Node], None]:
+    def edit(node: Node) -> None:
+        if node.is_dir:
+            raise fail(errno.EISDIR)
+        if stat.S_ISFIFO(node.kind):
+            raise fail(errno.ENXIO)  # fifo(7): O_WRONLY | O_NONBLOCK without a reader
+        node.data = _spliced(node.data, offset, payload(offset))
+
+    return edit
+
+
+def _edit_truncate(size: int) -> Callable[[Node], None]:
+    def edit(node: Node) -> None:
+        if not stat.S_ISREG(node.kind):
+            raise fail(errno.EISDIR if node.is_dir else errno.EINVAL)
+        node.data = node.data[:size].ljust(size, b"\0")
+
+    return edit
+
+
+def _edit_mode(mode: int) -> Callable[[Node], None]:
+    return lambda node: setattr(node, "mode", mode)
+
+
+def _edit_xattr(arg: int) -> Callable[[Node], None]:
+    def edit(node: Node) -> None:
+        if not (stat.S_ISREG(node.kind) or node.is_dir):
+            raise fail(errno.EPERM)  # xattr(7): user.* on regular files and directories only
+        node.xattrs["user.t"] = payload(arg)
+
+    return edit
+
+
+def _real_create(path: bytes, _other: bytes, arg: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        os.write(fd, payload(arg))
+    finally:
+        os.close(fd)
+
+
+def _real_write(path: bytes, _other: bytes, offset: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        os.pwrite(fd, payload(offset), offset)
+    finally:
+        os.close(fd)
+
+
+_MODEL: dict[str, Callable[[Model, Op], None]] = {
+    "create": lambda m, o: m.create(o.path, Node(stat.S_IFREG, 0o644, payload(o.arg))),
+    "mkdir": lambda m, o: m.create(o.path, Node(stat.S_IFDIR, 0o755)),
+    "symlink": lambda m, o: m.create(o.path, Node(stat.S_IFLNK, target=DANGLING)),
+    "mkfifo": lambda m, o: m.create(o.path, Node(stat.S_IFIFO, 0o644)),
+    "link": lambda m, o: m.link(o.path, o.other),
+    "unlink": lambda m, o: m.unlink(o.path),
+    "rmdir": lambda m, o: m.rmdir(o.path),
+    "rename": lambda m, o: m.rename(o.path, o.other, o.arg),
+    "write": lambda m, o: m.change(o.path, _edit_write(o.arg)),
+    "truncate": lambda m, o: m.change(o.path, _edit_truncate(o.arg)),
+    "chmod": lambda m, o: m.change(o.path, _edit_mode(o.arg)),
+    "setxattr": lambda m, o: m.change(o.path, _edit_xattr(o.arg)),
+}
+
+_REAL: dict[str, Callable[[bytes, bytes, int], None]] = {
+    "create": _real_create,
+    "mkdir": lambda p, _o, _a: os.mkdir(p, 0o755),
+    "symlink": lambda p, _o, _a: os.symlink(DANGLING, p),
+    "mkfifo": lambda p, _o, _a: os.mkfifo(p, 0o644),
+    "link": lambda p, o, _a: os.link(p, o, follow_symlinks=False),
+    "unlink": lambda p, _o, _a: os.unlink(p),
+    "rmdir": lambda p, _o, _a: os.rmdir(p),
+    "rename": lambda p, o, a: renameat2(p, o, a),
+    "write": _real_write,
+    "truncate": lambda p, _o, a: os.truncate(p, a),
+    "chmod": lambda p, _o, a: os.chmod(p, a),
+    "setxattr": lambda p, _o, a: os.setxattr(p, "user.t", payload(a)),
+}
+
+
+# -- random layers and operations ---------------------------------------------------------------
+
+NAMES = (b"a", b"b", b"c")
+DEPTH = 3
+KINDS = ("dir", "dir", "dir", "file", "file", "symlink", "fifo")
+
+_names = st.sampled_from(NAMES)
+_no_arg = st.just(0)
+_offsets = st.sampled_from((0, 3, 9, 5000))
+_ARGS: dict[str, st.SearchStrategy[int]] = {
+    "create": st.integers(0, 9),
+    "mkdir": _no_arg,
+    "symlink": _no_arg,
+    "mkfifo": _no_arg,
+    "link": _no_arg,
+    "unlink": _no_arg,
+    "rmdir": _no_arg,
+    "rename": st.sampled_from((0, 0, NOREPLACE, EXCHANGE)),
+    "write": _offsets,
+    "truncate": _offsets,
+    "chmod": st.sampled_from((0o600, 0o755, 0o4711)),
+    "setxattr": st.integers(0, 9),
+}
+_MAKES = frozenset({"create", "mkdir", "symlink", "mkfifo"})
+_ON_DIRECTORIES = frozenset({"rmdir", "rename dir"})
+_CHOICES = (*_ARGS, "mkdir", "unlink", "rmdir", "write", "link", "rename", "rename dir", "rename dir", "rename dir")
+
+
+@st.composite
+def op_for(draw: st.DrawFn, model: Model) -> Op:
+    """A random operation, mostly on names that make sense for it in the present state."""
+    choice = draw(st.sampled_from(_CHOICES))
+    name = "rename" if choice == "rename dir" else choice
+    there: list[PathT] = [tuple(path.split(b"/")) for path in sorted(model.visible())]
+    directories = [path for path in there if model.existing(path).is_dir]
+    parents: list[PathT] = [(), *directories, *directories, *there]
+    anywhere = st.builds(lambda parent, last: (*parent, last)[-DEPTH:], st.sampled_from(parents), _names)
+    fitting = directories if choice in _ON_DIRECTORIES else [path for path in there if path not in directories]
+    likely = st.sampled_from(fitting) if fitting else anywhere
+    path = draw(anywhere if name in _MAKES else _mostly(likely, anywhere))
+    other = draw(st.one_of(anywhere, likely)) if name in ("link", "rename") else ()
+    return Op(name, path, other, draw(_ARGS[name]))
+
+
+def _mostly(likely: st.SearchStrategy[PathT], other: st.SearchStrategy[PathT]) -> st.SearchStrategy[PathT]:
+    return st.integers(0, 4).flatmap(lambda n: other if n == 4 else likely)
+
+
+@st.composite
+def layers(draw: st.DrawFn, perm: str) -> Layer:
+    """A random layer: objects, hard links between files, whiteouts (beside objects too), opaque marks."""
+    layer = Layer.of(perm)
+    directories: list[PathT] = [()]
+
+    def place() -> PathT:
+        return (*draw(st.sampled_from(directories)), draw(_names))
+
+    for _ in range(draw(st.integers(0, 12))):
+        path = place()
+        if path in layer.nodes:
+            continue
+        node = _node(draw(st.sampled_from(KINDS)), draw(st.integers(0, 9)))
+        twins = [n for n in layer.nodes.values() if n.kind == node.kind and not n.is_dir]
+        layer.nodes[path] = draw(st.sampled_from(twins)) if twins and draw(st.integers(0, 3)) == 0 else node
+        if node.is_dir and len(path) < DEPTH:
+            directories.append(path)
+    layer.whiteouts |= {place() for _ in range(draw(st.integers(0, 3)))}
+    if len(directories) > 1:
+        layer.opaque |= draw(st.sets(st.sampled_from(directories[1:]), max_size=2))
+    return layer
+
+
+def _node(kind: str, number: int) -> Node:
+    if kind == "dir":
+        return Node(stat.S_IFDIR, (0o755, 0o700)[number % 2])
+    if kind == "symlink":
+        return Node(stat.S_IFLNK, target=DANGLING)
+    if kind == "fifo":
+        return Node(stat.S_IFIFO, 0o644)
+    return Node(stat.S_IFREG, (0o644, 0o600)[number % 2], payload(number) * number, xattrs={"user.n": payload(number)})

@@ -1,0 +1,198 @@
+"""Run the same system calls as an unprivileged user in two places and compare what came of them.
+
+A scenario is a function that takes a `Probe` and calls `probe.do(...)`; it runs in a forked child with
+the ids, supplementary groups and umask of an `Identity`, its working directory in the tree under test.
+The result is a list of plain values that can be compared with that of another tree. The child never
+outlives `TIMEOUT`, so that a wedged mount fails a test instead of stopping the run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import pickle
+import select
+import signal
+import stat
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Concatenate, Final, ParamSpec
+
+NOREPLACE: Final = 1  # linux/fs.h, renameat2(2)
+EXCHANGE: Final = 2
+AT_FDCWD: Final = -100
+TIMEOUT: Final = 30.0
+"""Seconds a child may take."""
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+P = ParamSpec("P")
+Scenario = Callable[["Probe"], None]
+Outcome = tuple[str, object]
+"""What was called, and its value or the name of the errno."""
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+def renameat2(src: bytes, dst: bytes, flags: int = 0) -> None:
+    """renameat2(2) on paths; with flags 0 plain rename(2)."""
+    _check(_libc.renameat2(AT_FDCWD, src, AT_FDCWD, dst, flags))
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), without the emulation posix_fallocate(3) falls back to."""
+    _check(_libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who runs a scenario: ids, supplementary groups, umask."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+    umask: int = 0o022
+
+    def assume(self) -> None:
+        """Become it for good; drops every capability unless uid is 0."""
+        os.setgroups(self.groups)
+        os.setresgid(self.gid, self.gid, self.gid)
+        os.setresuid(self.uid, self.uid, self.uid)
+        os.umask(self.umask)
+
+
+class Probe:
+    """Records what each call returned."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+
+    def do(self, call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Call; record the value or errno under the text of the call; the value, or None after an error."""
+        label = f"{call.__name__}({', '.join(map(repr, args))})"
+        try:
+            value = call(*args, **kwargs)
+        except OSError as error:
+            self.outcomes.append((label, errno.errorcode[error.errno or 0]))
+            return None
+        self.outcomes.append((label, value))
+        return value
+
+    def fd(self, path: str, flags: int, use: Callable[Concatenate[int, P], object], *a: P.args, **k: P.kwargs) -> None:
+        """open(path, flags, 0666), use(fd, …), close; each recorded without the number of the descriptor."""
+        label = f"open({path!r}, {flags:#o})"
+        try:
+            fd = os.open(path, flags, 0o666)
+        except OSError as error:
+            self.outcomes.append((label, errno.errorcode[error.errno or 0]))
+            return
+        try:
+            self.outcomes.append((label, "opened"))
+            try:
+                value = use(fd, *a, **k)
+            except OSError as error:
+                value = errno.errorcode[error.errno or 0]
+            self.outcomes.append((f"{label}: {use.__name__}{a!r}", value))
+        finally:
+            os.close(fd)
+
+    def stat(self, path: str) -> None:
+        self.do(status, path)
+
+
+def status(path: str) -> tuple[object, ...]:
+    """lstat without what may differ between file systems: type and mode, owner, links, size, device number.
+
+    Link count and size of a directory, and the size a file system gives a symlink, are left out.
+    """
+    info = os.lstat(path)
+    is_dir = stat.S_ISDIR(info.st_mode)
+    rdev = info.st_rdev if stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode) else 0
+    links, size = (None, None) if is_dir else (info.st_nlink, info.st_size)
+    return oct(info.st_mode), info.st_uid, info.st_gid, links, size, rdev
+
+
+def tree_status(root: Path) -> dict[str, tuple[object, ...]]:
+    """Everything below `root` (and `root` itself, as "."): status, symlink target, content, all xattrs."""
+    found: dict[str, tuple[object, ...]] = {}
+    for directory, subdirectories, files in os.walk(root):
+        for name in [".", *files] if directory == str(root) else files:
+            found[os.path.relpath(os.path.join(directory, name), root)] = _whole(os.path.join(directory, name))
+        for name in subdirectories:
+            found[os.path.relpath(os.path.join(directory, name), root)] = _whole(os.path.join(directory, name))
+    return found
+
+
+def _whole(path: str) -> tuple[object, ...]:
+    names = sorted(os.listxattr(path, follow_symlinks=False))
+    xattrs = [(name, os.getxattr(path, name, follow_symlinks=False)) for name in names]
+    content: object = None
+    if os.path.islink(path):
+        content = os.readlink(path)
+    elif os.path.isfile(path):
+        content = Path(path).read_bytes()
+    return (*status(path), content, xattrs)
+
+
+def run_as(identity: Identity, directory: Path, scenario: Scenario) -> list[Outcome]:
+    """Run `scenario` in a child that has become `identity`, with `directory` as its working directory.
+
+    The directory is entered before the privileges go. Raises AssertionError when the scenario raised
+    anything but the OSErrors it recorded, or did not end in time.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.close(reader)
+            message = _child(identity, directory, scenario)
+            with os.fdopen(writer, "wb") as stream:
+                stream.write(message)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writer)
+    try:
+        message = _receive(reader, pid)
+    finally:
+        os.close(reader)
+        os.waitpid(pid, 0)
+    assert message, f"the child ended without a result in {directory}"
+    done, value = pickle.loads(message)
+    assert done, f"scenario failed in {directory}:\n{value}"
+    outcomes: list[Outcome] = value
+    return outcomes
+
+
+def _child(identity: Identity, directory: Path, scenario: Scenario) -> bytes:
+    try:
+        os.chdir(directory)
+        identity.assume()
+        probe = Probe()
+        scenario(probe)
+        return pickle.dumps((True, probe.outcomes))
+    except Exception:  # whatever it was, the parent reports it
+        return pickle.dumps((False, traceback.format_exc()))
+
+
+def _receive(reader: int, pid: int) -> bytes:
+    chunks: list[bytes] = []
+    while True:
+        ready, _, _ = select.select([reader], [], [], TIMEOUT)
+        if not ready:
+            os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"the child said nothing for {TIMEOUT:.0f} s")
+        chunk = os.read(reader, 1 << 16)
+        if not chunk:
+            return b"".join(chunks)
+        chunks.append(chunk)

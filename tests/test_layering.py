@@ -1,0 +1,190 @@
+"""The layer order: a module of udbad imports only from its own level or from below.
+
+Reads the sources with ast and imports nothing, so it also sees imports inside functions and under
+TYPE_CHECKING. A new module gets its package's level; a new file directly in udbad/ must be given one here.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Low to high. The longest matching prefix counts, so a module named here leaves its package's level.
+LEVELS: list[list[str]] = [
+    ["udbad", "udbad.types", "udbad.errors"],
+    ["udbad.branch"],
+    ["udbad.config", "udbad.metrics"],
+    ["udbad.inodes"],
+    # The read side of the union.
+    ["udbad.union.whiteout", "udbad.union.tree", "udbad.union.view", "udbad.union.lookup", "udbad.union.readdir"],
+    ["udbad.union"],  # copyup, create, remove, rename, plink, fsck and what else changes branches
+    ["udbad.coherence"],
+    ["udbad.union.fs"],
+    ["udbad.kernel"],
+    ["udbad.daemon"],  # mountproc, control and what they share
+    ["udbad.daemon.supervisor", "udbad.daemon.client"],
+    ["udbad.cli", "udbad.__main__"],
+]
+LEVEL_OF = {prefix: level for level, prefixes in enumerate(LEVELS) for prefix in prefixes}
+
+SYNC_CORE = ("udbad.branch", "udbad.inodes", "udbad.union")
+
+
+def _within(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+# Who may import a library that is kept in one place.
+FENCES: dict[str, Callable[[str], bool]] = {
+    "pyfuse3": lambda module: _within(module, "udbad.kernel"),
+    "trio": lambda module: not _within(module, *SYNC_CORE),
+    "asyncio": lambda module: not _within(module, *SYNC_CORE),
+    "trio_asyncio": lambda module: module == "udbad.coherence.watcher",
+    "asyncinotify": lambda module: module == "udbad.coherence.watcher",
+    "prometheus_client": lambda module: module == "udbad.metrics",
+    "pydantic": lambda module: module == "udbad.config",
+}
+
+
+def find_modules() -> dict[str, Path]:
+    """Every module of the package: dotted name → file."""
+    modules = {}
+    for path in sorted((ROOT / "udbad").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
+
+
+MODULES = find_modules()
+
+
+def level(module: str) -> int | None:
+    """Index into LEVELS; None for a file directly in udbad/ that nobody has placed."""
+    if module in LEVEL_OF:
+        return LEVEL_OF[module]
+    package = module.rpartition(".")[0]
+    return None if package in ("", "udbad") else level(package)
+
+
+def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of everything the module imports, `from p import n` as p.n."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                package = module.split(".")
+                package = package[: len(package) - node.level + is_package]
+                source = ".".join([*package, source] if source else package)
+            for alias in node.names:
+                yield node.lineno, f"{source}.{alias.name}"
+
+
+def imported_module(name: str) -> str:
+    """The module behind an imported name, its longest known prefix: udbad.types.Caller → udbad.types."""
+    while name not in MODULES and name not in LEVEL_OF and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """What the layer order forbids in this source, one line each."""
+    own_level = level(module)
+    if own_level is None:
+        return [f"{module}: has no level, add it to LEVELS"]
+    tree = ast.parse(source)
+    found = []
+    for line, name in imports(tree, module, is_package):
+        library = name.partition(".")[0]
+        if library != "udbad":
+            if library in FENCES and not FENCES[library](module):
+                found.append(f"{module}:{line}: may not import {library}")
+            continue
+        target = imported_module(name)
+        target_level = level(target)
+        if target_level is None or target_level > own_level:
+            found.append(f"{module}:{line}: imports {target}, which is above it")
+    if _within(module, *SYNC_CORE):
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Await, ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith)):
+                found.append(f"{module}:{node.lineno}: {type(node).__name__} in the sync core")
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_only_point_down(module: str) -> None:
+    path = MODULES[module]
+    found = violations(path.read_text(), module, path.name == "__init__.py")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("module", ["udbad.daemon.supervisor", "udbad.daemon.client"])
+def test_supervisor_and_client_never_reach_pyfuse3(module: str) -> None:
+    """A process that recovers wedged mounts must not depend on what wedges; followed through all imports."""
+    seen: set[str] = set()
+    queue = [module] if module in MODULES else []
+    while queue:
+        current = queue.pop()
+        seen.add(current)
+        path = MODULES[current]
+        for _, name in imports(ast.parse(path.read_text()), current, path.name == "__init__.py"):
+            target = imported_module(name)
+            if target in MODULES and target not in seen:
+                queue.append(target)
+    assert not [name for name in seen if _within(name, "udbad.kernel")]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("udbad.branch.accept", "from udbad.config import Config"),
+        ("udbad.branch.accept", "import udbad.config"),
+        ("udbad.inodes.table", "from udbad.union import lookup"),
+        ("udbad.union.lookup", "from udbad.union.copyup import CopyUp"),
+        ("udbad.union.lookup", "from .copyup import CopyUp"),
+        ("udbad.union.copyup", "from udbad.union import fs"),
+        ("udbad.union.copyup", "from . import fs"),
+        ("udbad.coherence.none", "def late():\n    from udbad.union.fs import Fs"),
+        ("udbad.kernel.ops", "from ..daemon import mountproc"),
+        ("udbad.daemon.control", "from udbad.daemon.supervisor import run"),
+        ("udbad.daemon.client", "import udbad.cli"),
+        ("udbad.types", "from udbad.branch.branches import Branch"),
+        ("udbad.stray", "import os"),
+        ("udbad.daemon.mountproc", "import pyfuse3"),
+        ("udbad.union.fs", "from trio import sleep"),
+        ("udbad.inodes.table", "import asyncio"),
+        ("udbad.kernel.session", "import trio_asyncio"),
+        ("udbad.coherence.notify", "from asyncinotify import Inotify"),
+        ("udbad.cli", "from prometheus_client import Counter"),
+        ("udbad.branch.spec", "import pydantic"),
+        ("udbad.union.fs", "async def read(): ..."),
+    ],
+)
+def test_the_checker_finds(module: str, source: str) -> None:
+    assert len(violations(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("udbad.config", "from udbad.branch.policy import parse"),
+        ("udbad.branch.branches", "from udbad.types import Perm"),
+        ("udbad.union.lookup", "from udbad.union.whiteout import PREFIX"),
+        ("udbad.union.fs", "from udbad.coherence.base import Coherence"),
+        ("udbad.union.fs", "from udbad.union import copyup, lookup"),
+        ("udbad.kernel.ops", "import pyfuse3\nimport trio\nfrom udbad.union.fs import Fs"),
+        ("udbad.coherence.watcher", "import asyncinotify, trio_asyncio, trio"),
+        ("udbad.daemon.supervisor", "import asyncio\nfrom udbad.union import fsck"),
+        ("udbad.cli", "from udbad import __version__\nfrom udbad.daemon import supervisor, mountproc"),
+        ("udbad.metrics", "import prometheus_client"),
+    ],
+)
+def test_the_checker_allows(module: str, source: str) -> None:
+    assert violations(source, module) == []

@@ -1,0 +1,361 @@
+"""Copying the content and the metadata of one branch object (spec section 6.8, design "Copy-up").
+
+Runs in worker threads: descriptors, bytes and ints go in and come out; no event loop, no thread and no lock of its own.
+It decides nothing about the namespace: the caller has opened the source, made an empty destination that nobody else
+writes to, and removes it again when anything here raises.
+
+Invariants: the source is only read; a copy ends however the source grows or shrinks meanwhile; an error of the disk
+(ENOSPC, EDQUOT, EIO, …) reaches the caller with its errno; a destination that was made private (0600, 0700) never
+grants anybody but its owner more than the source does while it gets its attributes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat as st_mod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Final
+
+from udbad.branch import syscalls
+from udbad.errors import os_error
+from udbad.types import CopyMethod
+
+KERNEL_CHUNK: Final = 8 << 20  # bytes per copy_file_range(2): what passes between two looks at `cancelled`
+USER_CHUNK: Final = 1 << 20  # bytes per pread(2)
+_ZERO_BLOCK: Final = bytes(4096)
+
+# copy_file_range(2) refuses this pair of files, which says nothing about reading and writing them: two file systems
+# (EXDEV, EINVAL, EOPNOTSUPP), a seccomp filter (ENOSYS, EPERM, EACCES), a swap file (ETXTBSY), some network file
+# systems (EBADF). Whatever is really wrong comes back from pread(2) or pwrite(2).
+_REFUSED: Final = frozenset(
+    {
+        errno.EXDEV,
+        errno.EINVAL,
+        errno.EOPNOTSUPP,
+        errno.ENOSYS,
+        errno.EPERM,
+        errno.EACCES,
+        errno.ETXTBSY,
+        errno.EBADF,
+    }
+)
+
+_ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
+_NEVER_COPIED: Final = ("trusted.overlay.", "trusted.SGI_ACL_")
+_NEVER_IGNORED: Final = frozenset({errno.ENOMEM, errno.EDQUOT, errno.ENOSPC})
+_ICEX_OF: Final = {"security": "icexsec", "system": "icexsys", "trusted": "icextr", "user": "icexusr"}
+
+_PINNED: Final = re.compile(rb"/proc/self/fd/\d+")
+_NAMED: Final = re.compile(rb"/proc/self/fd/\d+/[^/]+", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyResult:
+    """What copy_contents did.
+
+    method: the least efficient one that was needed; NONE when there was no data. bytes_copied: bytes that were written,
+    without holes and without shared blocks (0 for REFLINK). size: st_size of the destination in bytes.
+    """
+
+    method: CopyMethod
+    bytes_copied: int
+    size: int
+
+
+# -- content ----------------------------------------------------------------------------------
+
+
+def copy_contents(
+    src_fd: int,
+    dst_fd: int,
+    length: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> CopyResult:
+    """Copy the data of a regular file: reflink, else copy_file_range(2), else read and write; holes stay holes.
+
+    src_fd: readable, without O_DIRECT; its file offset moves. dst_fd: writable, without O_APPEND, of an empty file.
+    length: only the first `length` bytes are wanted (copy-up for truncate(2)); None: all. progress: called in this
+    thread with the offset reached in bytes, never decreasing. cancelled: asked before every chunk.
+
+    A source that grows meanwhile is copied up to the size it had at first; one that shrinks gives the smaller size.
+    OSError: ECANCELED when `cancelled` said so; else what the file systems said. The destination is then incomplete.
+    """
+    wanted = os.fstat(src_fd).st_size if length is None else min(length, os.fstat(src_fd).st_size)
+    if wanted == 0:
+        return CopyResult(CopyMethod.NONE, 0, 0)
+    copier = _Copier(src_fd, dst_fd, progress or _ignore_progress, cancelled or _never)
+    copier.check_cancelled()
+    if syscalls.reflink(src_fd, dst_fd):
+        return _finish_reflink(dst_fd, length, copier.progress)
+    os.posix_fadvise(src_fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    try:
+        copier.copy(wanted)
+    finally:
+        # The advice belongs to the open file, which may go on serving reads. What is cached stays so: the copy is
+        # about to be used, and the source's pages may be in use through other paths.
+        os.posix_fadvise(src_fd, 0, 0, os.POSIX_FADV_NORMAL)
+    size = min(wanted, os.fstat(src_fd).st_size)
+    os.ftruncate(dst_fd, size)  # makes the last hole, and drops what the source has lost meanwhile
+    if size > copier.reached:
+        copier.progress(size)
+    return CopyResult(copier.method(), copier.kernel_bytes + copier.user_bytes, size)
+
+
+def _finish_reflink(dst_fd: int, length: int | None, progress: Callable[[int], None]) -> CopyResult:
+    """FICLONE shares whole files; cutting the rest off again costs less than copying the beginning."""
+    size = os.fstat(dst_fd).st_size
+    if length is not None and length < size:
+        os.ftruncate(dst_fd, length)
+        size = length
+    progress(size)
+    return CopyResult(CopyMethod.REFLINK, 0, size)
+
+
+def _ignore_progress(_offset: int) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
+
+
+class _Copier:
+    """One running copy: which way the bytes take now, and how many took which."""
+
+    __slots__ = (
+        "cancelled",
+        "dst_fd",
+        "in_kernel",
+        "kernel_bytes",
+        "progress",
+        "reached",
+        "skip_zeros",
+        "src_fd",
+        "user_bytes",
+    )
+
+    def __init__(
+        self, src_fd: int, dst_fd: int, progress: Callable[[int], None], cancelled: Callable[[], bool]
+    ) -> None:
+        self.src_fd = src_fd
+        self.dst_fd = dst_fd
+        self.progress = progress
+        self.cancelled = cancelled
+        self.in_kernel = True
+        self.skip_zeros = False
+        self.kernel_bytes = 0
+        self.user_bytes = 0
+        self.reached = 0
+
+    def method(self) -> CopyMethod:
+        if self.user_bytes:
+            return CopyMethod.COPY
+        return CopyMethod.COPY_FILE_RANGE if self.kernel_bytes else CopyMethod.NONE
+
+    def check_cancelled(self) -> None:
+        if self.cancelled():
+            raise os_error(errno.ECANCELED)
+
+    def copy(self, end: int) -> None:
+        """Copy [0, end); stops early where the source ends now."""
+        if _knows_holes(self.src_fd):
+            for start, stop in _extents(self.src_fd, end):
+                if not self._copy_range(start, stop):
+                    return
+        else:
+            # copy_file_range(2) would write the zeros that only user space can see.
+            self.in_kernel = False
+            self.skip_zeros = True
+            self._copy_range(0, end)
+
+    def _copy_range(self, start: int, stop: int) -> bool:
+        """Copy [start, stop); False when the source ended before `stop`."""
+        while start < stop:
+            self.check_cancelled()
+            count = self._copy_chunk(start, stop - start)
+            if count == 0:
+                return False
+            start += count
+            self.reached = start
+            self.progress(start)
+        return True
+
+    def _copy_chunk(self, offset: int, left: int) -> int:
+        """Copy at least one byte at `offset`; 0 only at the end of the source."""
+        if self.in_kernel:
+            count = self._copy_in_kernel(offset, min(left, KERNEL_CHUNK))
+            if count:
+                self.kernel_bytes += count
+                return count
+            # Refused, or 0 bytes: the end of the file, or a file system that says so of every file (the BUGS of
+            # copy_file_range(2)). Reading tells which.
+            self.in_kernel = False
+        data = os.pread(self.src_fd, min(left, USER_CHUNK), offset)
+        runs = _nonzero_runs(data) if self.skip_zeros else [(0, len(data))]
+        for start, stop in runs:
+            self._write(memoryview(data)[start:stop], offset + start)
+            self.user_bytes += stop - start
+        return len(data)
+
+    def _copy_in_kernel(self, offset: int, count: int) -> int:
+        """copy_file_range(2); 0 when it refuses."""
+        try:
+            return os.copy_file_range(self.src_fd, self.dst_fd, count, offset, offset)
+        except OSError as error:
+            if error.errno in _REFUSED:
+                return 0
+            raise
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        while data:
+            count = os.pwrite(self.dst_fd, data, offset)
+            if count == 0:  # write(2) leaves it open for regular files; without an end it would be a loop
+                raise os_error(errno.EIO)
+            data = data[count:]
+            offset += count
+
+
+def _knows_holes(fd: int) -> bool:
+    """Whether SEEK_HOLE finds the holes of this file.
+
+    generic_file_llseek() of file systems without own support answers that all is data (lseek(2) allows it); fewer
+    blocks than bytes show that this is not so, or that the file is compressed, where skipping zeros does no harm.
+    """
+    status = os.fstat(fd)
+    try:
+        first_hole = os.lseek(fd, 0, os.SEEK_HOLE)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # just became empty
+            return True
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        raise
+    return first_hole < status.st_size or status.st_blocks * 512 >= status.st_size
+
+
+def _extents(fd: int, end: int) -> Iterator[tuple[int, int]]:
+    """The data of the file below `end`, as ascending ranges [start, stop)."""
+    position = 0
+    while position < end:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+            stop = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left, or the file shrank
+                return
+            raise
+        if start >= end:
+            return
+        if stop <= start:  # punched between the two calls; calling the rest data is right and always ends
+            stop = end
+        yield start, min(stop, end)
+        position = stop
+
+
+def _nonzero_runs(data: bytes) -> Iterator[tuple[int, int]]:
+    """The ranges of `data` that hold blocks with something other than zeros."""
+    size = len(_ZERO_BLOCK)
+    blocks = range(0, len(data), size)
+    for zero, run in groupby(blocks, lambda start: _ZERO_BLOCK.startswith(data[start : start + size])):
+        if not zero:
+            starts = list(run)
+            yield starts[0], min(starts[-1] + size, len(data))
+
+
+# -- metadata ---------------------------------------------------------------------------------
+
+
+def copy_metadata(
+    src: os.stat_result, src_path: bytes, dst_path: bytes, ignore: frozenset[str], *, follow_symlinks: bool
+) -> None:
+    """Give the destination the owner, xattrs, ACLs, mode and times of the source (spec section 6.8).
+
+    src: status of the source from before its content was read (atime). Type of the destination: that of `src`, any.
+    src_path, dst_path, ignore, follow_symlinks and errors: as for copy_xattrs.
+
+    The order matters. chown(2) clears set-id bits and security.capability, so it is first. The mode of a file with an
+    ACL has the ACL's mask where the group's bits are, so chmod(2) before the ACL would open the file to its group for a
+    moment; after it, chmod(2) changes nothing but the set-id bits. Times are last because nothing may touch them again.
+    """
+    _check_form(src_path, follow_symlinks)
+    _check_form(dst_path, follow_symlinks)
+    os.chown(dst_path, src.st_uid, src.st_gid, follow_symlinks=follow_symlinks)
+    copy_xattrs(src_path, dst_path, ignore, follow_symlinks=follow_symlinks)
+    if not st_mod.S_ISLNK(src.st_mode):
+        os.chmod(dst_path, st_mod.S_IMODE(src.st_mode), follow_symlinks=follow_symlinks)
+    os.utime(dst_path, ns=(src.st_atime_ns, src.st_mtime_ns), follow_symlinks=follow_symlinks)
+
+
+def copy_xattrs(src_path: bytes, dst_path: bytes, ignore: frozenset[str], *, follow_symlinks: bool) -> None:
+    """Copy all extended attributes, POSIX ACLs included (spec section 6.8, au_cpup_xattr of aufs).
+
+    src_path, dst_path: `/proc/self/fd/N` (a pinned object, a symlink too) with follow_symlinks true, or
+    `/proc/self/fd/N/NAME` with false; anything else is a ValueError, because it would read the attributes of the link
+    in /proc, or follow a symlink out of the branch. ignore: attributes of the destination branch; icex, icexsec,
+    icexsys, icextr, icexusr and icexoth forgive that an attribute cannot be set.
+
+    ACLs that the destination inherited from its directory are removed first. Not copied are trusted.overlay.*,
+    overlayfs' own record of an object in one of its layers (redirect, origin, opaque) and wrong anywhere else, and
+    trusted.SGI_ACL_*, under which XFS shows its ACLs a second time (xfs_attr_list) and which is junk on any other file
+    system. user.overlay.* is copied, as any user may have put it there.
+
+    OSError: any failure to set an attribute that `ignore` does not forgive, EOPNOTSUPP included; ENOMEM, EDQUOT and
+    ENOSPC are never forgiven. Any failure to read one but ENODATA (removed meanwhile).
+    """
+    _check_form(src_path, follow_symlinks)
+    _check_form(dst_path, follow_symlinks)
+    _remove_acls(dst_path, follow_symlinks)
+    for name in _names(src_path, follow_symlinks):
+        value = _value(src_path, name, follow_symlinks)
+        if value is None:
+            continue
+        try:
+            os.setxattr(dst_path, name, value, follow_symlinks=follow_symlinks)
+        except OSError as error:
+            if error.errno in _NEVER_IGNORED or not _forgiven(name, ignore):
+                raise
+
+
+def _check_form(path: bytes, follow_symlinks: bool) -> None:
+    form = _PINNED if follow_symlinks else _NAMED
+    if not form.fullmatch(path):
+        raise ValueError(f"{path!r} is not a path of this module with follow_symlinks={follow_symlinks}")
+
+
+def _names(path: bytes, follow_symlinks: bool) -> list[str]:
+    """All names to copy; the ACLs are always asked for, as not every file system lists them."""
+    try:
+        listed = os.listxattr(path, follow_symlinks=follow_symlinks)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENODATA):
+            return []
+        raise
+    return [*_ACLS, *(name for name in listed if name not in _ACLS and not name.startswith(_NEVER_COPIED))]
+
+
+def _value(path: bytes, name: str, follow_symlinks: bool) -> bytes | None:
+    """The value; None when there is none."""
+    try:
+        return os.getxattr(path, name, follow_symlinks=follow_symlinks)
+    except OSError as error:
+        if error.errno == errno.ENODATA or (error.errno == errno.EOPNOTSUPP and name in _ACLS):
+            return None
+        raise
+
+
+def _remove_acls(path: bytes, follow_symlinks: bool) -> None:
+    for name in _ACLS:
+        try:
+            os.removexattr(path, name, follow_symlinks=follow_symlinks)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+
+
+def _forgiven(name: str, ignore: frozenset[str]) -> bool:
+    return "icex" in ignore or _ICEX_OF.get(name.partition(".")[0], "icexoth") in ignore

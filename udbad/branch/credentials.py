@@ -1,0 +1,112 @@
+"""Acting on a branch as the caller: file system ids, umask and the capabilities that go with them.
+
+The kernel has checked the caller's permission on the mount already (default_permissions). Objects are
+then created on the branch with the caller's fsuid and fsgid, so that owner, group of setgid
+directories, default ACLs, reserved blocks and quota come out as on the branch's own file system, and
+an object never exists with a wider owner or mode. setfsuid(2) away from 0 takes the file system
+capabilities out of the effective set; DAC_OVERRIDE is put back for creations, because membership in
+supplementary groups was checked by the kernel and is not known here. For writes nothing is put back:
+without CAP_FSETID the branch drops suid, sgid and file capabilities as it does for any writer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from udbad.branch import syscalls
+from udbad.types import Caller
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_CAP_DAC_OVERRIDE = 1 << 1
+_CAP_DAC_READ_SEARCH = 1 << 2
+_CAP_SYS_RESOURCE = 1 << 24
+_CAP_MKNOD = 1 << 27
+_FS_CAPS = 0b1_1111 | 1 << 9 | 1 << 27 | 1 << 32  # CAP_FS_SET, include/linux/capability.h
+_VERSION_3 = 0x20080522
+
+
+class _Header(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _Data(ctypes.Structure):
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+_DataPair = _Data * 2
+
+
+def _read() -> tuple[int, int, int]:
+    header = _Header(_VERSION_3, 0)
+    data = _DataPair()
+    if _libc.capget(ctypes.byref(header), ctypes.byref(data)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return (
+        data[0].effective | data[1].effective << 32,
+        data[0].permitted | data[1].permitted << 32,
+        data[0].inheritable | data[1].inheritable << 32,
+    )
+
+
+def _data(effective: int, permitted: int, inheritable: int) -> ctypes.Array[_Data]:
+    mask = 0xFFFFFFFF
+    return _DataPair(
+        _Data(effective & mask, permitted & mask, inheritable & mask),
+        _Data(effective >> 32, permitted >> 32, inheritable >> 32),
+    )
+
+
+class Credentials:
+    """Switches the event loop's thread to a caller and back.
+
+    Built once per mount process: gives up CAP_SYS_RESOURCE for good, which would let callers exceed
+    quota and use blocks reserved for root (ext4_has_free_clusters, dquot ignore_hardlimit). Threads
+    started later inherit that. When not root, switching does nothing: everything is the user's own.
+    """
+
+    def __init__(self) -> None:
+        self.privileged = os.geteuid() == 0
+        os.umask(0)
+        if not self.privileged:
+            return
+        effective, permitted, inheritable = _read()
+        effective &= ~_CAP_SYS_RESOURCE
+        keep = effective & (_CAP_DAC_OVERRIDE | _CAP_DAC_READ_SEARCH | _CAP_MKNOD)
+        self._header = ctypes.byref(_Header(_VERSION_3, 0))
+        self._creating = _data(effective & ~_FS_CAPS | keep, permitted, inheritable)
+        data = _data(effective, permitted, inheritable)
+        _libc.capset(self._header, ctypes.byref(data))
+        self._creating_ref = ctypes.byref(self._creating)
+
+    @contextmanager
+    def creating(self, caller: Caller) -> Iterator[None]:
+        """Create objects as `caller`, with the caller's umask (ignored by the kernel under a default ACL)."""
+        os.umask(caller.umask)
+        switch = self.privileged and (caller.uid != 0 or caller.gid != 0)
+        if switch:
+            syscalls.set_fs_ids(caller.uid, caller.gid)
+            if caller.uid != 0:
+                _libc.capset(self._header, self._creating_ref)
+        try:
+            yield
+        finally:
+            if switch:
+                syscalls.set_fs_ids(0, 0)
+            os.umask(0)
+
+    @contextmanager
+    def writing(self, uid: int, gid: int) -> Iterator[None]:
+        """Change content as this user: suid, sgid and capabilities go as on a native file system."""
+        if not self.privileged or uid == 0:
+            yield
+            return
+        syscalls.set_fs_ids(uid, gid)
+        try:
+            yield
+        finally:
+            syscalls.set_fs_ids(0, 0)

@@ -1,0 +1,171 @@
+"""The text form of branches: PATH[=PERM[+ATTR...]][:PATH...] (spec section 3, aufs(5)).
+
+Parses and prints; touches no file system and decides no default: a permission that was left out
+stays None, accept.py fills it in where the type of the file system is known.
+
+In a path `\\:` `\\,` `\\=` and `\\\\` stand for the second character, so any path can be written; a
+backslash before anything else is an ordinary character. The first `=` without a backslash ends the
+path. Beside the attributes of aufs a branch takes `+udba=none|reval|notify`, its own coherence mode.
+
+Invariants: format_branches(parse_branches(text)) parses to the same list; an attribute in a parsed
+BranchSpec is known and possible with its permission; a BranchSpec without permission has neither
+attributes nor a mode of its own, because the syntax has no way to say it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Iterable
+from typing import Final
+
+from udbad.branch.branches import BranchSpec
+from udbad.errors import ExitCode, UserError
+from udbad.types import Perm
+
+log = logging.getLogger(__name__)
+
+UDBA_MODES: Final = {"none": "none", "reval": "reval", "notify": "notify", "fsnotify": "notify"}
+"""What may follow `udba=`, aliases included, and the mode it means (spec section 2)."""
+
+_ALL: Final = frozenset(Perm)
+_VALID_ON: Final = {
+    "wh": frozenset({Perm.RO, Perm.RR}),
+    "nolwh": frozenset({Perm.RW}),
+    "moo": frozenset({Perm.RW}),
+    "fhsm": frozenset({Perm.RW, Perm.RO}),
+    **dict.fromkeys(("coo_reg", "coo_all", "unpin"), _ALL),
+    **dict.fromkeys(("icex", "icexsec", "icexsys", "icextr", "icexusr", "icexoth"), _ALL),
+}
+"""The attribute table of spec section 3."""
+
+_EXCLUSIVE: Final = frozenset({"coo_reg", "coo_all", "moo"})
+
+_TOKEN: Final = re.compile(r"\\.|.", re.DOTALL)
+_ESCAPE: Final = re.compile(r"\\([\\:,=])")
+
+
+def split_escaped(text: str, separator: str) -> list[str]:
+    """Split at every `separator` that is not escaped; the escapes stay in the parts."""
+    parts = [""]
+    for token in _TOKEN.findall(text):
+        if token == separator:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return parts
+
+
+def unescape(text: str) -> str:
+    """Take the escaping backslashes out."""
+    return _ESCAPE.sub(r"\1", text)
+
+
+def escape(text: str, special: str = "\\:,=") -> str:
+    """The inverse of unescape(): a backslash before every character of `special`, which holds the backslash."""
+    return "".join("\\" + char if char in special else char for char in text)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`, the closest known one is 'X'`, for messages about unknown words."""
+    return f", the closest known one is {difflib.get_close_matches(word, sorted(known), 1, cutoff=0.0)[0]!r}"
+
+
+def shown(text: str | bytes) -> str:
+    """A path or word for a message of one line: quoted with escapes only where it is not printable."""
+    text = os.fsdecode(text)
+    return text if text.isprintable() else repr(text)
+
+
+def parse_branches(text: str) -> list[BranchSpec]:
+    """The value of `br=`: branches separated by colons, top first.
+
+    `text` may carry undecodable bytes as os.fsdecode() does. Raises UserError (OPTION) as parse_branch().
+    """
+    return [parse_branch(part) for part in split_escaped(text, ":")]
+
+
+def parse_branch(text: str) -> BranchSpec:
+    """One PATH[=PERM[+ATTR...]].
+
+    An empty permission after the `=` is ro (spec section 3). Attributes that cannot go with the
+    permission are dropped with one warning; of coo_reg, coo_all and moo the last possible one wins.
+    Raises UserError (OPTION) for an empty path and for an unknown permission, attribute or mode;
+    aufs carries on with a warning there, which turns a typing error into another union than was asked for.
+    """
+    parts = split_escaped(text, "=")
+    path = parse_path(parts[0])
+    if len(parts) == 1:
+        return BranchSpec(path)
+    # Only the first = separates: the one in +udba=MODE belongs to the attribute.
+    word, *attrs = "=".join(parts[1:]).split("+")
+    return _with_attrs(path, _parse_perm(path, word), attrs)
+
+
+def parse_path(text: str) -> bytes:
+    """The path of a branch, escapes taken out. Raises UserError (OPTION) when it is empty or holds a NUL."""
+    path = os.fsencode(unescape(text))
+    if not path:
+        raise UserError("empty branch path", ExitCode.OPTION)
+    if b"\0" in path:
+        raise UserError(f"branch path with a NUL byte: {shown(path)}", ExitCode.OPTION)
+    return path
+
+
+def _parse_perm(path: bytes, word: str) -> Perm:
+    if not word:
+        return Perm.RO
+    try:
+        return Perm(word)
+    except ValueError:
+        raise UserError(
+            f"branch {shown(path)}: unknown permission {word!r}, allowed are rw, ro, rr "
+            "(a '=' in a path is written \\=)",
+            ExitCode.OPTION,
+        ) from None
+
+
+def _with_attrs(path: bytes, perm: Perm, words: list[str]) -> BranchSpec:
+    attrs: set[str] = set()
+    dropped: list[str] = []
+    udba: str | None = None
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key == "udba" and equals:
+            udba = _parse_udba(path, value)
+        elif word not in _VALID_ON:
+            known = [*_VALID_ON, *(f"udba={mode}" for mode in UDBA_MODES)]
+            raise UserError(
+                f"branch {shown(path)}: unknown attribute {word!r}{suggestion(word, known)}", ExitCode.OPTION
+            )
+        elif perm not in _VALID_ON[word]:
+            dropped.append(word)
+        else:
+            if word in _EXCLUSIVE:
+                attrs -= _EXCLUSIVE
+            attrs.add(word)
+    if dropped:
+        log.warning("branch %s: +%s dropped, impossible on a %s branch", shown(path), "+".join(dropped), perm.value)
+    return BranchSpec(path, perm, frozenset(attrs), udba)
+
+
+def _parse_udba(path: bytes, value: str) -> str:
+    try:
+        return UDBA_MODES[value]
+    except KeyError:
+        raise UserError(f"branch {shown(path)}: udba={value}: must be none, reval or notify", ExitCode.OPTION) from None
+
+
+def format_branch(spec: BranchSpec) -> str:
+    """The text that parse_branch() turns into `spec`, escapes included."""
+    words = [] if spec.perm is None else [spec.perm.value, *sorted(spec.attrs)]
+    if words and spec.udba is not None:
+        words.append(f"udba={spec.udba}")
+    return escape(os.fsdecode(spec.path)) + ("=" + "+".join(words) if words else "")
+
+
+def format_branches(specs: Iterable[BranchSpec]) -> str:
+    """The value of `br=` for these branches."""
+    return ":".join(map(format_branch, specs))

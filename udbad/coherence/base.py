@@ -1,0 +1,114 @@
+"""What a coherence strategy is: how far the kernel's and our own caches may be believed.
+
+A strategy is told of every directory whose branch directories were resolved and of every change, own or
+foreign, and decides two things: whether a directory's layers and view may be used without asking the
+branches (`Dir.trusted`), and how long the kernel may keep its entries and attributes (`Dir.ttl`,
+seconds). Nothing else in udbad looks at the mode. Trust is inherited: a directory is trusted only
+below a trusted one, since a branch directory may appear in any branch its parent is on.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Protocol
+
+from udbad.branch.branches import Branch
+from udbad.inodes.table import Dir, Node
+from udbad.types import Perm
+from udbad.union.tree import Tree
+
+FOREVER = 1.0e9
+"""Seconds; the kernel keeps the answer until it is told otherwise or needs the memory."""
+
+
+class KernelNotifier(Protocol):
+    """How a strategy tells the kernel to drop what it has cached; never blocks, never fails."""
+
+    def entry(self, parent: int, name: bytes) -> None:
+        """Forget what `name` in the directory with node id `parent` is, positive or negative."""
+
+    def attributes(self, node: int) -> None:
+        """Forget the attributes of a node; changed size or mtime then drops its pages too."""
+
+    def data(self, node: int) -> None:
+        """Forget the attributes and the cached pages of a node, mapped ones included."""
+
+    def everything(self) -> None:
+        """Forget every name (a new epoch, or each known name in turn)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoherenceStatistics:
+    """What a strategy did so far; all zero for those that only wait to be asked."""
+
+    mode: str
+    state: str = "healthy"
+    watches: int = 0
+    watch_limit: int = 0
+    degraded_directories: int = 0
+    events: int = 0
+    echoes: int = 0
+    overflows: int = 0
+
+
+class Coherence:
+    """Base of all strategies: promises nothing by itself."""
+
+    name = "?"
+    negative_ttl = True
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+
+    def start(self) -> None:
+        """Take over a tree, freshly mounted or from another strategy: every known directory is judged anew."""
+        self.tree.attach_hooks(self)
+        for node in list(self.tree.table.nodes.values()):
+            if type(node) is Dir:
+                node.view = None
+                node.trusted = False
+                node.ttl = 0.0
+        self.adopt(self.tree.root, False)
+
+    def stop(self) -> None:
+        """Let go of everything held for the tree."""
+
+    def mode_of(self, branch: Branch) -> str:
+        """The mode that applies to a branch: its own, none for media that cannot change, else the mount's."""
+        if branch.udba is not None:
+            return branch.udba
+        return "none" if branch.perm is Perm.RR else self.name
+
+    def adopt(self, node: Dir, changed: bool) -> None:
+        raise NotImplementedError
+
+    def dropped(self, node: Node) -> None:
+        pass
+
+    def own_change(self, node: Dir, name: bytes) -> None:
+        pass
+
+    def own_data(self, node: Node) -> None:
+        pass
+
+    def attr_ttl(self, node: Node, st: os.stat_result) -> float:
+        """How long (seconds) the kernel may keep the attributes of a node."""
+        parent = node.parent
+        if type(node) is Dir:
+            return node.ttl if parent is None else min(node.ttl, parent.ttl)
+        return 0.0 if parent is None else parent.ttl
+
+    def keep_cache(self, node: Node, st: os.stat_result) -> bool:
+        """Whether pages cached at an earlier open still show the file whose status now is `st`.
+
+        Compared with what was recorded at the last open: a change the kernel cannot see (a store
+        through a shared mapping of the branch file) is at the latest seen at the next open.
+        """
+        stamp = (st.st_mtime_ns, st.st_ctime_ns, st.st_size)
+        same = node.seen == stamp
+        node.seen = stamp
+        return same
+
+    def statistics(self) -> CoherenceStatistics:
+        return CoherenceStatistics(self.name)

@@ -1,0 +1,23 @@
+"""udba=reval: every access asks the branches, so an access that starts after a direct change sees it.
+
+The kernel keeps no name, no negative name and no attribute; cached pages are dropped when size or mtime
+differ at the next access (FUSE_AUTO_INVAL_DATA). Every operation on a directory resolves it from the
+root down first, so that a process sitting in a directory sees what appears above it, too. Stricter
+than aufs, whose reval misses cached negatives and new upper copies (spec section 8.2).
+
+There is no validated view here: comparing the times of every branch directory costs one system call a
+branch, as probing a name does, and is wrong within the granularity of a time stamp.
+"""
+
+from __future__ import annotations
+
+from udbad.coherence.base import Coherence
+from udbad.inodes.table import Dir
+
+
+class RevalCoherence(Coherence):
+    name = "reval"
+
+    def adopt(self, node: Dir, changed: bool) -> None:
+        node.trusted = False
+        node.ttl = 0.0

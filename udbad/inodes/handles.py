@@ -1,0 +1,105 @@
+"""Open files and directories of the mount, by file handle number.
+
+An `OpenFile` follows its node: when the node's data moves to another branch (copy-up), the next
+operation re-opens it there and puts the new descriptor under the old number with dup2, so that a
+worker thread that reads meanwhile never sees a closed descriptor.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from udbad.errors import os_error
+from udbad.inodes.table import Dir, Node
+from udbad.types import Fh
+
+
+class OpenFile:
+    """One open(2) of a regular file. flags: as given by the caller; uid, gid: who opened it.
+
+    writable: whether `fd` may be written. gen: generation of the node's data that `fd` belongs to.
+    """
+
+    __slots__ = ("fd", "fh", "flags", "gen", "gid", "node", "uid", "users", "writable")
+
+    def __init__(self, fh: Fh, node: Node, fd: int, flags: int, uid: int, gid: int, writable: bool) -> None:
+        self.fh = fh
+        self.node = node
+        self.fd = fd
+        self.flags = flags
+        self.uid = uid
+        self.gid = gid
+        self.gen = node.gen
+        self.writable = writable
+        self.users = 0
+
+
+class OpenDir:
+    """One opendir(3): a private snapshot of names, taken at the first read (spec section 5)."""
+
+    __slots__ = ("fh", "hits", "names", "node")
+
+    def __init__(self, fh: Fh, node: Dir) -> None:
+        self.fh = fh
+        self.node = node
+        self.names: list[bytes] | None = None
+        self.hits: dict[bytes, int | tuple[int, ...] | None] = {}
+
+
+class HandleTable:
+    """File handle numbers. No locking: used from the event loop only."""
+
+    def __init__(self) -> None:
+        self.files: dict[int, OpenFile] = {}
+        self.dirs: dict[int, OpenDir] = {}
+        self._next = 1
+
+    def _number(self) -> Fh:
+        fh = self._next
+        self._next += 1
+        return Fh(fh)
+
+    def add_file(self, node: Node, fd: int, flags: int, uid: int, gid: int, writable: bool) -> OpenFile:
+        handle = OpenFile(self._number(), node, fd, flags, uid, gid, writable)
+        self.files[handle.fh] = handle
+        if node.handles is None:
+            node.handles = [handle]
+        else:
+            node.handles.append(handle)
+        return handle
+
+    def add_dir(self, node: Dir) -> OpenDir:
+        handle = OpenDir(self._number(), node)
+        self.dirs[handle.fh] = handle
+        return handle
+
+    def file(self, fh: int) -> OpenFile:
+        """Raises EBADF for a handle that is not open."""
+        try:
+            return self.files[fh]
+        except KeyError:
+            raise os_error(errno.EBADF) from None
+
+    def directory(self, fh: int) -> OpenDir:
+        try:
+            return self.dirs[fh]
+        except KeyError:
+            raise os_error(errno.EBADF) from None
+
+    def remove_file(self, fh: int) -> OpenFile:
+        handle = self.file(fh)
+        del self.files[fh]
+        os.close(handle.fd)
+        handles = handle.node.handles
+        if handles is not None:
+            handles.remove(handle)
+            if not handles:
+                handle.node.handles = None
+        return handle
+
+    def remove_dir(self, fh: int) -> None:
+        self.dirs.pop(fh, None)
+
+    def __len__(self) -> int:
+        return len(self.files) + len(self.dirs)

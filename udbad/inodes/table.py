@@ -1,0 +1,313 @@
+"""What the kernel knows: node id to node, lookup counts, parents and children.
+
+A `Node` is one inode of the mount. Kernel lookup counts are raised by whoever hands an entry to the
+kernel and lowered only by `forget` (libfuse, fuse_lowlevel.h: forget). A node leaves the table when
+its count is zero, nothing is open on it and no known child needs it as parent. Directory nodes hold
+O_PATH descriptors of their branch directories; their number is bounded, and descriptors are closed
+only by `trim` and by a node's end, both between operations, so that an operation never loses one.
+
+No I/O but closing descriptors, no locking: used from the event loop only.
+"""
+
+from __future__ import annotations
+
+import os
+import stat as st_mod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from udbad.branch.branches import Branch
+from udbad.errors import estale
+from udbad.inodes.inomap import Identity
+from udbad.types import ROOT_ID, NodeId
+
+if TYPE_CHECKING:
+    from udbad.inodes.handles import OpenFile
+
+
+class Plink:
+    """A pseudo-link: the copied-up home of a file whose other names are still on lower branches.
+
+    dirfd, name: where the home is kept (the branch's .wh..wh.plnk directory). pending: how many
+    names still live on lower branches only (spec section 10.3).
+    """
+
+    __slots__ = ("branch", "dirfd", "name", "pending")
+
+    def __init__(self, branch: Branch, dirfd: int, name: bytes, pending: int) -> None:
+        self.branch = branch
+        self.dirfd = dirfd
+        self.name = name
+        self.pending = pending
+
+
+class Node:
+    """One inode of the mount that is not a directory, or the common part of a directory.
+
+    id: node id and st_ino. branch, dev, ino: where its data is and who it is there. parent, name: the
+    name it was last reached by; aliases: further names of a hard link. gen: raised whenever the data
+    moves, so that open files follow. dead: no name is left; only descriptors reach it.
+    """
+
+    __slots__ = (
+        "aliases", "branch", "busy", "dead", "dev", "gen", "handles", "id", "ino", "kind",
+        "name", "nlink_extra", "nlookup", "orphan_fd", "parent", "plink", "seen",
+    )  # fmt: skip
+
+    def __init__(self, node_id: int, kind: int, branch: Branch, dev: int, ino: int) -> None:
+        self.id = NodeId(node_id)
+        self.kind = kind
+        self.branch = branch
+        self.dev = dev
+        self.ino = ino
+        self.parent: Dir | None = None
+        self.name = b""
+        self.nlookup = 0
+        self.nlink_extra = 0
+        self.gen = 0
+        self.dead = False
+        self.aliases: set[tuple[Dir, bytes]] | None = None
+        self.handles: list[OpenFile] | None = None
+        self.plink: Plink | None = None
+        self.orphan_fd = -1
+        self.busy: object | None = None
+        self.seen: tuple[int, ...] | None = None
+
+    @property
+    def identity(self) -> Identity:
+        return (self.dev, self.ino)
+
+    def is_dir(self) -> bool:
+        return self.kind == st_mod.S_IFDIR
+
+    def names(self) -> list[tuple[Dir, bytes]]:
+        """Every (directory, name) this node is known by."""
+        known = [] if self.parent is None else [(self.parent, self.name)]
+        if self.aliases:
+            known += [pair for pair in self.aliases if pair != (self.parent, self.name)]
+        return known
+
+
+class Layer:
+    """One branch directory that is merged into a directory of the mount."""
+
+    __slots__ = ("branch", "dev", "fd", "ino", "nlink")
+
+    def __init__(self, branch: Branch, dev: int, ino: int, nlink: int, fd: int) -> None:
+        self.branch = branch
+        self.dev = dev
+        self.ino = ino
+        self.nlink = nlink
+        self.fd = fd
+
+    @property
+    def identity(self) -> Identity:
+        return (self.dev, self.ino)
+
+
+Hit = int | tuple[int, ...]
+"""What a view knows of a name: branch index of a non-directory, all branch indices of a directory."""
+
+
+class Dir(Node):
+    """A directory of the mount.
+
+    layers: branch directories in visible range, top first (spec section 4.1). floor: the lowest branch
+    index at which something created here would be visible (opaque marks and whiteouts of this
+    directory and its ancestors). trusted: layers and view may be used without asking the branches,
+    decided by the coherence strategy; ttl: how long the kernel may keep entries of this directory.
+    view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again. version:
+    raised whenever the view or the layers change from outside.
+    """
+
+    __slots__ = (
+        "children",
+        "coherence",
+        "floor",
+        "hot",
+        "layers",
+        "opaque",
+        "probes",
+        "trusted",
+        "ttl",
+        "version",
+        "view",
+    )
+
+    def __init__(self, node_id: int, layers: list[Layer]) -> None:
+        top = layers[0]
+        super().__init__(node_id, st_mod.S_IFDIR, top.branch, top.dev, top.ino)
+        self.layers = layers
+        self.opaque: int | None = None
+        self.floor = 0
+        self.children: dict[bytes, Node] = {}
+        self.view: dict[bytes, Hit | None] | None = None
+        self.trusted = False
+        self.ttl = 0.0
+        self.probes = 0
+        self.hot = True
+        self.version = 0
+        self.coherence: object | None = None
+
+    def layer(self, index: int) -> Layer | None:
+        """The layer on the branch with this index, if the directory exists there."""
+        for layer in self.layers:
+            if layer.branch.index == index:
+                return layer
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class TableStatistics:
+    nodes: int
+    directories: int
+    views: int
+    view_names: int
+    directory_fds: int
+
+
+class InodeTable:
+    """Node ids to nodes, and the references the kernel holds on them."""
+
+    def __init__(self, root: Dir, max_fds: int) -> None:
+        """max_fds: how many directory descriptors may be held before `trim` closes cold ones."""
+        self.root = root
+        self.nodes: dict[int, Node] = {ROOT_ID: root}
+        self.open_fds = len(root.layers)
+        self._max_fds = max_fds
+        self._fd_dirs: dict[int, Dir] = {}  # directories with open descriptors, oldest first
+
+    def node(self, node_id: int) -> Node:
+        """The node of an id the kernel gave us. Raises ESTALE for one it should not know any more."""
+        try:
+            return self.nodes[node_id]
+        except KeyError:
+            raise estale() from None
+
+    def directory(self, node_id: int) -> Dir:
+        node = self.nodes.get(node_id)
+        if type(node) is not Dir:
+            raise estale()
+        return node
+
+    def add(self, node: Node) -> None:
+        self.nodes[node.id] = node
+
+    def attach(self, node: Node, parent: Dir, name: bytes) -> None:
+        """Record that (parent, name) is this node; an earlier node of that name lets go of it."""
+        old = parent.children.get(name)
+        if old is node:
+            if type(node) is not Dir:
+                node.parent, node.name = parent, name
+            return
+        if old is not None:
+            self.detach(old, parent, name)
+        if node.parent is not None and (node.parent is not parent or node.name != name):
+            if type(node) is Dir:
+                # A directory has one name: it was moved.
+                if node.parent.children.get(node.name) is node:
+                    del node.parent.children[node.name]
+                    self._release(node.parent)
+            else:
+                if node.aliases is None:
+                    node.aliases = {(node.parent, node.name)}
+                node.aliases.add((parent, name))
+        node.parent, node.name = parent, name
+        parent.children[name] = node
+
+    def detach(self, node: Node, parent: Dir, name: bytes) -> None:
+        """(parent, name) is not this node any more; another known name, if any, takes its place."""
+        if parent.children.get(name) is node:
+            del parent.children[name]
+        if node.aliases:
+            node.aliases.discard((parent, name))
+        if node.parent is parent and node.name == name:
+            if node.aliases:
+                node.parent, node.name = next(iter(node.aliases))
+            else:
+                node.parent = None
+        self._release(parent)
+
+    def forget(self, node_id: int, count: int) -> None:
+        """The kernel dropped `count` references; FORGET of an id we do not have is ignored."""
+        node = self.nodes.get(node_id)
+        if node is None or node_id == ROOT_ID:
+            return
+        node.nlookup -= count
+        if node.nlookup <= 0:
+            self._release(node)
+
+    def release_handles(self, node: Node) -> None:
+        """Called after the last open file of a node is gone."""
+        if node.nlookup <= 0:
+            self._release(node)
+
+    def _release(self, node: Node | None) -> None:
+        while node is not None and node.nlookup <= 0 and node.id != ROOT_ID and not node.handles:
+            if type(node) is Dir:
+                if node.children:
+                    return
+                self.close_layers(node)
+            if self.nodes.get(node.id) is not node:
+                return
+            del self.nodes[node.id]
+            self.on_drop(node)
+            if node.orphan_fd >= 0:
+                os.close(node.orphan_fd)
+                node.orphan_fd = -1
+            parents = {parent for parent, _ in node.names()}
+            for parent, name in node.names():
+                if parent.children.get(name) is node:
+                    del parent.children[name]
+            node.aliases = None
+            last = node.parent
+            node.parent = None
+            for parent in parents:
+                if parent is not last:
+                    self._release(parent)
+            node = last
+
+    def on_drop(self, node: Node) -> None:
+        """A node left the table; replaced by the coherence strategy, which holds watches for it."""
+
+    # -- directory descriptors ----------------------------------------------------------------
+
+    def note_fds(self, node: Dir) -> None:
+        """Directory descriptors were opened for this node."""
+        self._fd_dirs[node.id] = node
+        node.hot = True
+
+    def close_layers(self, node: Dir) -> None:
+        self._fd_dirs.pop(node.id, None)
+        for layer in node.layers:
+            if layer.fd >= 0:
+                os.close(layer.fd)
+                layer.fd = -1
+                self.open_fds -= 1
+
+    def trim(self) -> None:
+        """Close descriptors of directories not used lately (second chance), the root's never.
+
+        Precondition: no operation is under way that took a descriptor from a node.
+        """
+        while self.open_fds > self._max_fds and self._fd_dirs:
+            node_id = next(iter(self._fd_dirs))
+            node = self._fd_dirs.pop(node_id)
+            if node.hot:
+                node.hot = False
+                self._fd_dirs[node_id] = node
+            else:
+                self.close_layers(node)
+
+    def over_budget(self) -> bool:
+        return self.open_fds > self._max_fds
+
+    def statistics(self) -> TableStatistics:
+        dirs = [node for node in self.nodes.values() if type(node) is Dir]
+        return TableStatistics(
+            nodes=len(self.nodes),
+            directories=len(dirs),
+            views=sum(d.view is not None for d in dirs),
+            view_names=sum(len(d.view) for d in dirs if d.view is not None),
+            directory_fds=self.open_fds,
+        )

@@ -1,0 +1,77 @@
+"""The one place where exceptions become FUSE replies, and where requests are counted and timed.
+
+Anything but FUSEError that leaves a pyfuse3 handler ends the whole mount, so every handler is wrapped
+here. OSError keeps its errno; ENOSYS is never sent by accident, because the kernel then stops sending
+that operation for good; what is left is a bug: logged, counted, answered EIO. Cancellation passes.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from bisect import bisect_left
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+from typing import Any, TypeVar, cast
+
+import pyfuse3
+
+log = logging.getLogger(__name__)
+
+BUCKETS = (
+    0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0,
+)  # fmt: skip
+"""Upper bounds in seconds of the request duration histogram; one more bucket counts the rest."""
+
+Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
+
+
+class OpStats:
+    """Counters of one operation, bound once; read at scrape time."""
+
+    __slots__ = ("buckets", "bugs", "errors", "requests", "seconds")
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.errors = 0
+        self.bugs = 0
+        self.seconds = 0.0
+        self.buckets = [0] * (len(BUCKETS) + 1)
+
+
+OPERATIONS: dict[str, OpStats] = {}
+
+
+def handler(function: Handler) -> Handler:
+    """Wrap a handler of kernel/ops.py."""
+    name = function.__name__
+    stats = OPERATIONS.setdefault(name, OpStats())
+    buckets = stats.buckets
+
+    @functools.wraps(function)
+    async def wrapper(self: object, *args: Any) -> Any:
+        start = perf_counter()
+        stats.requests += 1
+        try:
+            return await function(self, *args)
+        except pyfuse3.FUSEError:
+            stats.errors += 1
+            raise
+        except OSError as error:
+            stats.errors += 1
+            number = error.errno
+            if not number or number == errno.ENOSYS:
+                number = errno.EIO
+            raise pyfuse3.FUSEError(number) from None
+        except Exception:
+            stats.errors += 1
+            stats.bugs += 1
+            log.exception("%s%r failed", name, tuple(a for a in args if isinstance(a, int | bytes))[:4])
+            raise pyfuse3.FUSEError(errno.EIO) from None
+        finally:
+            taken = perf_counter() - start
+            stats.seconds += taken
+            buckets[bisect_left(BUCKETS, taken)] += 1
+
+    return cast(Handler, wrapper)

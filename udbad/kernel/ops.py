@@ -1,0 +1,361 @@
+"""pyfuse3's handlers: conversion of types, and the decision what may run on the event loop.
+
+Everything that only asks for names and attributes runs inline: a thread costs more than the work. In a
+thread go data that is not in the page cache, fsync, and the bytes of a copy-up. Only descriptors,
+bytes, ints and copy-up jobs cross into a thread. Each await says what may have changed after it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import pyfuse3
+import trio
+
+from udbad.branch import syscalls
+from udbad.coherence.base import Coherence
+from udbad.inodes.table import Dir, Node
+from udbad.kernel.boundary import handler
+from udbad.types import Caller, Trigger
+from udbad.union import copyup, create
+from udbad.union.fs import SetAttr, UnionFs
+from udbad.union.tree import NeedCopyUp
+
+T = TypeVar("T")
+
+INLINE_COPY = 64 * 1024
+"""Bytes up to which a copy-up is done on the event loop: a thread would take longer."""
+
+_ATTEMPTS = 8
+
+
+class Operations(pyfuse3.Operations):
+    """The request handlers of one mount."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False  # our INIT reply decides, see protocol.py
+
+    def __init__(self, fs: UnionFs, coherence: Coherence, on_init: Callable[[], None]) -> None:
+        super().__init__()
+        self.fs = fs
+        self.coherence = coherence
+        self._on_init = on_init
+        self._copy_limit = trio.CapacityLimiter(4)
+        self._io_limit = trio.CapacityLimiter(32)
+        self.copyups: dict[int, copyup.Job] = {}
+        self.on_copyup: Callable[[copyup.Job, float], None] | None = None
+        self.on_copyup_failed: Callable[[Trigger, int], None] | None = None
+
+    def init(self) -> None:
+        self._on_init()
+
+    # -- replies ------------------------------------------------------------------------------
+
+    def _attributes(self, node: Node, st: os.stat_result) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = node.id
+        entry.st_mode = st.st_mode
+        entry.st_nlink = st.st_nlink + node.nlink_extra
+        entry.st_uid = st.st_uid
+        entry.st_gid = st.st_gid
+        entry.st_rdev = st.st_rdev
+        entry.st_size = st.st_size
+        entry.st_blksize = st.st_blksize
+        entry.st_blocks = st.st_blocks
+        entry.st_atime_ns = st.st_atime_ns
+        entry.st_mtime_ns = st.st_mtime_ns
+        entry.st_ctime_ns = st.st_ctime_ns
+        entry.attr_timeout = self.coherence.attr_ttl(node, st)
+        return entry
+
+    def _entry(self, node: Node, st: os.stat_result) -> pyfuse3.EntryAttributes:
+        """An entry that the kernel takes a reference with."""
+        entry = self._attributes(node, st)
+        parent = node.parent
+        entry.entry_timeout = 0.0 if parent is None else parent.ttl
+        node.nlookup += 1
+        return entry
+
+    # -- retrying -----------------------------------------------------------------------------
+
+    async def _perform(self, operation: Callable[[], T], *dirs: int) -> T:
+        """Run an operation, with the copy-ups it needs first, and once more when a branch changed underneath.
+
+        The operation starts from scratch after each await, so nothing it saw before is used again.
+        """
+        for attempt in range(_ATTEMPTS):
+            try:
+                return operation()
+            except NeedCopyUp as need:
+                done = await self._copy_up(need)
+                if done and need.trigger is Trigger.LINK and need.name is not None:
+                    parent, name = need.name
+                    st = create.finish_link(self.fs.tree, need.node, parent, name)
+                    return (need.node, st)  # type: ignore[return-value]  # the result of link, the one that asks so
+            except OSError as error:
+                if error.errno != errno.ESTALE or not dirs or attempt:
+                    raise
+                for node_id in dirs:
+                    self.fs.recover(node_id)
+        raise OSError(errno.EIO, "the branches changed too often during one operation")
+
+    async def _copy_up(self, need: NeedCopyUp) -> bool:
+        """Bring a node up; False when the caller should look again (somebody else did it, or it moved)."""
+        node = need.node
+        waiting = node.busy
+        if waiting is not None:
+            # After this: the node may be up, gone, or have failed to come up. The caller starts again.
+            await waiting.wait()
+            return False
+        started = trio.current_time()
+        job = None
+        try:
+            job = copyup.begin(self.fs.tree, need)
+            if job is None:
+                return True
+            if job.st.st_size <= INLINE_COPY or need.length == 0:
+                copyup.transfer(job)
+            else:
+                node.busy = trio.Event()
+                self.copyups[node.id] = job
+                try:
+                    # After this: names may have changed; commit checks that the source still is what it was.
+                    await trio.to_thread.run_sync(copyup.transfer, job, limiter=self._copy_limit)
+                finally:
+                    del self.copyups[node.id]
+                    event, node.busy = node.busy, None
+                    event.set()
+            copyup.commit(self.fs.tree, job)
+        except OSError as error:
+            if self.on_copyup_failed is not None:
+                self.on_copyup_failed(need.trigger, error.errno or errno.EIO)
+            if error.errno in (errno.ESTALE, errno.EEXIST) and job is not None:
+                return False
+            raise
+        finally:
+            if job is not None:
+                copyup.abort(job)
+        if self.on_copyup is not None:
+            self.on_copyup(job, trio.current_time() - started)
+        return True
+
+    # -- names --------------------------------------------------------------------------------
+
+    @handler
+    async def lookup(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        fs = self.fs
+        try:
+            found = fs.lookup(parent, name)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            fs.recover(parent)
+            found = fs.lookup(parent, name)
+        if found is None:
+            directory = fs.table.nodes[parent]
+            if type(directory) is Dir and directory.ttl:
+                negative = pyfuse3.EntryAttributes()
+                negative.st_ino = 0
+                negative.entry_timeout = directory.ttl
+                return negative
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return self._entry(found[0], found[1])
+
+    async def forget(self, inode_list: list[tuple[int, int]]) -> None:
+        for node_id, count in inode_list:
+            self.fs.forget(node_id, count)
+
+    @handler
+    async def mknod(
+        self, parent: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        caller = _caller(ctx)
+        return self._entry(*await self._perform(lambda: self.fs.mknod(parent, name, mode, rdev, caller), parent))
+
+    @handler
+    async def mkdir(self, parent: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        caller = _caller(ctx)
+        return self._entry(*await self._perform(lambda: self.fs.mkdir(parent, name, mode & 0o7777, caller), parent))
+
+    @handler
+    async def symlink(
+        self, parent: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        caller = _caller(ctx)
+        return self._entry(*await self._perform(lambda: self.fs.symlink(parent, name, target, caller), parent))
+
+    @handler
+    async def link(self, node: int, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._entry(*await self._perform(lambda: self.fs.link(node, parent, name), parent))
+
+    @handler
+    async def unlink(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._perform(lambda: self.fs.unlink(parent, name), parent)
+
+    @handler
+    async def rmdir(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._perform(lambda: self.fs.rmdir(parent, name), parent)
+
+    @handler
+    async def rename(
+        self, src_dir: int, src: bytes, dst_dir: int, dst: bytes, flags: int, ctx: pyfuse3.RequestContext
+    ) -> None:
+        await self._perform(lambda: self.fs.rename(src_dir, src, dst_dir, dst, flags), src_dir, dst_dir)
+
+    @handler
+    async def readlink(self, node: int, ctx: pyfuse3.RequestContext) -> bytes:
+        return self.fs.readlink(node)
+
+    # -- attributes ---------------------------------------------------------------------------
+
+    @handler
+    async def getattr(self, node: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._attributes(*self.fs.getattr(node))
+
+    @handler
+    async def setattr(
+        self,
+        node: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        caller = _caller(ctx)
+        changes = SetAttr(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        return self._attributes(*await self._perform(lambda: self.fs.setattr(node, changes, fh, caller)))
+
+    @handler
+    async def getxattr(self, node: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        return self.fs.getxattr(node, name)
+
+    @handler
+    async def listxattr(self, node: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        return self.fs.listxattr(node)
+
+    @handler
+    async def setxattr(self, node: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._perform(lambda: self.fs.setxattr(node, name, value))
+
+    @handler
+    async def removexattr(self, node: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        await self._perform(lambda: self.fs.removexattr(node, name))
+
+    # -- files --------------------------------------------------------------------------------
+
+    @handler
+    async def open(self, node: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        caller = _caller(ctx)
+        handle, st = await self._perform(lambda: self.fs.open(node, flags, caller))
+        return pyfuse3.FileInfo(fh=handle.fh, keep_cache=self.coherence.keep_cache(handle.node, st))
+
+    @handler
+    async def create(
+        self, parent: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        caller = _caller(ctx)
+        handle, st = await self._perform(lambda: self.fs.create(parent, name, flags, mode & 0o7777, caller), parent)
+        self.coherence.keep_cache(handle.node, st)
+        return pyfuse3.FileInfo(fh=handle.fh), self._entry(handle.node, st)
+
+    @handler
+    async def read(self, fh: int, offset: int, size: int) -> bytes | bytearray:
+        handle = self.fs.ready(fh)
+        data = syscalls.read_cached(handle.fd, size, offset)
+        if data is not None:
+            return data
+        # After this: nothing to check. The kernel sends RELEASE only after the last READ was answered, and
+        # a copy-up meanwhile puts the new file under the same descriptor.
+        return await trio.to_thread.run_sync(os.pread, handle.fd, size, offset, limiter=self._io_limit)
+
+    @handler
+    async def write(self, fh: int, offset: int, data: bytes) -> int:
+        try:
+            return self.fs.write(fh, offset, data)
+        except NeedCopyUp:
+            return await self._perform(lambda: self.fs.write(fh, offset, data))
+
+    @handler
+    async def flush(self, fh: int) -> None:
+        # Every write has reached the branch already; with this answer the kernel never asks again.
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    @handler
+    async def release(self, fh: int) -> None:
+        self.fs.release(fh)
+
+    @handler
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        handle = self.fs.ready(fh)
+        if handle.writable:
+            call = os.fdatasync if datasync else os.fsync
+            # After this: nothing is used any more.
+            await trio.to_thread.run_sync(call, handle.fd, limiter=self._io_limit)
+
+    # -- directories --------------------------------------------------------------------------
+
+    @handler
+    async def opendir(self, node: int, ctx: pyfuse3.RequestContext) -> int:
+        return (await self._perform(lambda: self.fs.opendir(node), node)).fh
+
+    @handler
+    async def readdir(self, fh: int, start: int, token: pyfuse3.ReaddirToken) -> None:
+        reply = pyfuse3.readdir_reply
+        for name, node, st, after in self.fs.readdir(fh, start):
+            entry = self._attributes(node, st)
+            parent = node.parent
+            entry.entry_timeout = 0.0 if parent is None else parent.ttl
+            if not reply(token, name, entry, after):
+                break
+            if name not in _DOTS:
+                node.nlookup += 1
+        if self.fs.table.over_budget():
+            self.fs.table.trim()
+
+    @handler
+    async def releasedir(self, fh: int) -> None:
+        self.fs.releasedir(fh)
+
+    @handler
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        for fd in self.fs.directory_fds(fh):
+            try:
+                # After this: nothing is used but the descriptors taken before.
+                await trio.to_thread.run_sync(os.fsync, fd, limiter=self._io_limit)
+            finally:
+                os.close(fd)
+
+    @handler
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        parts = self.fs.statfs()
+        first = parts[0]
+        size = min(part.f_frsize for part in parts)
+        reply = pyfuse3.StatvfsData()
+        reply.f_bsize = first.f_bsize
+        reply.f_frsize = size
+        reply.f_blocks = sum(part.f_blocks * part.f_frsize for part in parts) // size
+        reply.f_bfree = sum(part.f_bfree * part.f_frsize for part in parts) // size
+        reply.f_bavail = sum(part.f_bavail * part.f_frsize for part in parts) // size
+        reply.f_files = sum(part.f_files for part in parts)
+        reply.f_ffree = sum(part.f_ffree for part in parts)
+        reply.f_favail = sum(part.f_favail for part in parts)
+        reply.f_namemax = 242
+        return reply
+
+
+_DOTS = (b".", b"..")
+
+
+def _caller(ctx: pyfuse3.RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid, ctx.pid, ctx.umask)

@@ -1,0 +1,104 @@
+"""The parts of the FUSE wire format that udbad speaks itself (linux/fuse.h, protocol 7.x).
+
+INIT is answered here and not by libfuse, because pyfuse3 cannot ask for what a union needs: DONT_MASK
+(the umask is ignored under a default ACL), HANDLE_KILLPRIV_V2 (one request less per write). Notifications are written raw because
+pyfuse3 has no call for some of them. Pure packing and unpacking, no I/O.
+"""
+
+from __future__ import annotations
+
+import struct
+
+_IN_HEADER = struct.Struct("<IIQQIIIHH")
+_OUT_HEADER = struct.Struct("<IiQ")
+_INIT_IN = struct.Struct("<IIII")
+_INIT_OUT = struct.Struct("<IIIIHHIIHHIIH22x")
+_INVAL_INODE = struct.Struct("<Qqq")
+_INVAL_ENTRY = struct.Struct("<QII")
+
+OPCODE_INIT = 26
+MAX_REQUEST = 1 << 20
+"""Bytes of data in one READ or WRITE: 256 pages, what libfuse's buffers hold."""
+
+_ASYNC_READ = 1 << 0
+_ATOMIC_O_TRUNC = 1 << 3
+_BIG_WRITES = 1 << 5
+_DONT_MASK = 1 << 6
+_HAS_IOCTL_DIR = 1 << 11
+_AUTO_INVAL_DATA = 1 << 12
+_DO_READDIRPLUS = 1 << 13
+_ASYNC_DIO = 1 << 15
+_PARALLEL_DIROPS = 1 << 18
+_HANDLE_KILLPRIV = 1 << 19
+_POSIX_ACL = 1 << 20
+_ABORT_ERROR = 1 << 21
+_MAX_PAGES = 1 << 22
+_HANDLE_KILLPRIV_V2 = 1 << 28
+
+_WANTED = (
+    _ASYNC_READ | _ATOMIC_O_TRUNC | _BIG_WRITES | _DONT_MASK | _AUTO_INVAL_DATA | _DO_READDIRPLUS
+    | _ASYNC_DIO | _PARALLEL_DIROPS | _ABORT_ERROR | _MAX_PAGES
+)  # fmt: skip
+
+_MAX_MINOR = 38  # the newest protocol whose requests libfuse 3.14 knows how to take apart
+
+NOTIFY_INVAL_INODE = 2
+NOTIFY_INVAL_ENTRY = 3
+NOTIFY_INC_EPOCH = 8
+
+EXPIRE_ONLY = 1
+
+
+class InitRequest:
+    """A FUSE_INIT request: what the kernel offers."""
+
+    def __init__(self, raw: bytes) -> None:
+        fields = _IN_HEADER.unpack_from(raw)
+        if fields[1] != OPCODE_INIT:
+            raise ValueError(f"first FUSE request has opcode {fields[1]}, not INIT")
+        self.raw = raw
+        self.unique: int = fields[2]
+        self.major, self.minor, self.max_readahead, self.flags = _INIT_IN.unpack_from(raw, _IN_HEADER.size)
+
+    def reply(self, acl: bool) -> bytes:
+        """Our answer; acl: let the kernel enforce POSIX ACLs."""
+        wanted = _WANTED | (_POSIX_ACL if acl else 0)
+        wanted |= _HANDLE_KILLPRIV_V2 if self.flags & _HANDLE_KILLPRIV_V2 else _HANDLE_KILLPRIV
+        body = _INIT_OUT.pack(
+            7, min(self.minor, _MAX_MINOR), self.max_readahead, self.flags & wanted,
+            64, 48,  # max_background, congestion_threshold
+            MAX_REQUEST, 1, MAX_REQUEST // 4096, 0, 0, 0, 0,
+        )  # fmt: skip
+        return _OUT_HEADER.pack(_OUT_HEADER.size + len(body), 0, self.unique) + body
+
+    def for_libfuse(self) -> bytes:
+        """The request as libfuse gets to see it: protocol 7.13, below which it does not splice.
+
+        Requests are small; splicing them through a pipe costs more system calls than one read.
+        """
+        offset = _IN_HEADER.size + 4
+        return self.raw[:offset] + struct.pack("<I", 13) + self.raw[offset + 4 :]
+
+
+def _notify(code: int, body: bytes) -> bytes:
+    return _OUT_HEADER.pack(_OUT_HEADER.size + len(body), code, 0) + body
+
+
+def inval_attributes(node: int) -> bytes:
+    """Forget a node's attributes and ACLs only (offset -1); never blocks on pages."""
+    return _notify(NOTIFY_INVAL_INODE, _INVAL_INODE.pack(node, -1, 0))
+
+
+def inval_data(node: int) -> bytes:
+    """Forget attributes and all cached pages of a node."""
+    return _notify(NOTIFY_INVAL_INODE, _INVAL_INODE.pack(node, 0, 0))
+
+
+def inval_entry(parent: int, name: bytes, flags: int = 0) -> bytes:
+    """Forget a name; EXPIRE_ONLY (7.38) has it revalidated without detaching what is mounted on it."""
+    return _notify(NOTIFY_INVAL_ENTRY, _INVAL_ENTRY.pack(parent, len(name), flags) + name + b"\0")
+
+
+def inc_epoch() -> bytes:
+    """Have every cached name looked up again (7.44)."""
+    return _notify(NOTIFY_INC_EPOCH, b"")

@@ -1,0 +1,98 @@
+"""One FUSE session: our own /dev/fuse descriptor, the mount, INIT, and the fixed order of the end.
+
+pyfuse3 keeps one global session per process, so a process serves one mount. We open /dev/fuse and call
+mount(2) ourselves: the descriptor is then ours to write notifications to, and the mount ours to take
+away. The kernel's INIT is answered by us (protocol.py); libfuse is given a copy of it over a socket
+pair under the descriptor number that, from `attach` on, is /dev/fuse itself.
+
+A session that did not end cleanly leaves the mount point dead (ENOTCONN): it must never look like an
+empty directory that a mirror job takes for the truth.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import stat as st_mod
+
+import pyfuse3
+
+from udbad.errors import ExitCode, UserError
+from udbad.kernel.mounts import FS_TYPE, unions, unmount
+from udbad.kernel.protocol import InitRequest
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+MOUNT_FLAGS = {
+    "ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024,
+    "nodiratime": 2048, "relatime": 1 << 21, "strictatime": 1 << 24, "lazytime": 1 << 25,
+}  # fmt: skip
+"""Names of mount options to MS_* of mount(2)."""
+
+
+class Session:
+    """The mount from mount(2) to its end. `connection` is the number under /sys/fs/fuse/connections."""
+
+    def __init__(self, mount_point: bytes, fsname: str, flags: frozenset[str], acl: bool) -> None:
+        """Mount and answer INIT. Raises UserError without /dev/fuse or permission."""
+        self.mount_point = mount_point
+        try:
+            self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"cannot open /dev/fuse: {error.strerror}", ExitCode.NO_FUSE) from error
+        options = f"fd={self.fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
+        bits = 0
+        for flag in flags:
+            bits |= MOUNT_FLAGS[flag]
+        if _libc.mount(os.fsencode(fsname), mount_point, FS_TYPE, ctypes.c_ulong(bits), options.encode()) != 0:
+            number = ctypes.get_errno()
+            os.close(self.fd)
+            code = ExitCode.NOT_ROOT if number == errno.EPERM else ExitCode.MOUNT_POINT
+            raise UserError(f"cannot mount on {os.fsdecode(mount_point)}: {os.strerror(number)}", code)
+        self.mounted = True
+        request = InitRequest(os.read(self.fd, 1 << 16 | 1 << 20))
+        os.write(self.fd, request.reply(acl))
+        self.connection = next((m.connection for m in reversed(unions()) if m.path == mount_point), 0)
+        ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.send(request.for_libfuse())
+        self._ours = ours
+
+    def attach(self, operations: pyfuse3.Operations) -> None:
+        """Give the session to pyfuse3. Its init() callback must call `switch`."""
+        pyfuse3.init(operations, f"/dev/fd/{self._theirs.fileno()}", set())
+
+    def switch(self) -> None:
+        """From now on pyfuse3's descriptor is /dev/fuse. Its own answer to INIT then meets ENOENT, which
+        libfuse takes for an interrupted request and ignores."""
+        os.dup2(self.fd, self._theirs.fileno(), inheritable=False)
+        self._ours.close()
+
+    def notify(self, message: bytes) -> None:
+        """Write a notification. May block while a request it concerns is being served: never on the event
+        loop, never in a handler. Raises OSError; ENOENT means the kernel has nothing of the kind."""
+        os.write(self.fd, message)
+
+    def unmount(self, lazy: bool = False) -> None:
+        """Take the mount away. In a thread: it may wait for requests that the event loop has to serve."""
+        unmount(self.mount_point, lazy)
+        self.mounted = False
+
+    def close(self) -> None:
+        """After pyfuse3.main() has returned and every notifying thread was joined."""
+        pyfuse3.close(unmount=False)
+        self._theirs.detach()
+        os.close(self.fd)
+
+
+def check_mount_point(path: bytes) -> bool:
+    """Raises UserError unless `path` is a directory; True when it is not empty."""
+    try:
+        st = os.stat(path)
+    except OSError as error:
+        raise UserError(f"mount point {os.fsdecode(path)}: {error.strerror}", ExitCode.MOUNT_POINT) from error
+    if not st_mod.S_ISDIR(st.st_mode):
+        raise UserError(f"mount point {os.fsdecode(path)}: not a directory", ExitCode.MOUNT_POINT)
+    with os.scandir(path) as entries:
+        return next(entries, None) is not None

@@ -1,0 +1,487 @@
+"""Copy-up: bringing an object to a writable branch before it is changed (spec section 6.8).
+
+Three steps, so that the bytes can travel in a worker thread while the mount is served:
+
+    begin     event loop: choose the branch, make parents, open source and a temporary file there
+    transfer  any thread: content, owner, mode, xattrs, times, fsync; only descriptors and bytes
+    commit    event loop: rename the temporary over nothing, then publish the new home
+
+Everything but regular files is small enough to be done inside `begin`. A failure leaves the lower
+object untouched and visible and no temporary behind. While a copy-up is under way node.busy is set,
+and operations on that node wait (kernel/ops.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as st_mod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from udbad.branch import copydata, syscalls
+from udbad.branch.branches import Branch
+from udbad.branch.policy import Snapshot
+from udbad.errors import erofs, estale, os_error
+from udbad.inodes.handles import OpenFile
+from udbad.inodes.table import Dir, Layer, Node
+from udbad.types import CopyMethod, Trigger
+from udbad.union import lookup, plink, whiteout
+from udbad.union.tree import NeedCopyUp, Tree
+
+_RETRIES = 3
+
+
+@dataclass(slots=True)
+class Job:
+    """One copy-up of a regular file under way. tmp is b"" for a file that has no name (orphan).
+
+    parent_times: (atime_ns, mtime_ns) of the target directory, put back after the rename.
+    """
+
+    node: Node
+    trigger: Trigger
+    parent: Dir | None
+    name: bytes
+    branch: Branch
+    dirfd: int
+    tmp: bytes
+    src_fd: int
+    dst_fd: int
+    st: os.stat_result
+    length: int | None
+    fsync: bool
+    parent_times: tuple[int, int] | None
+    as_link: bool = False
+    method: CopyMethod = CopyMethod.NONE
+    copied: int = 0
+    progress: int = 0
+    fds: list[int] = field(default_factory=list)
+
+
+def snapshot(
+    tree: Tree, parent: Dir, name_top: int | None, whited: int | None, is_dir: bool, max_age: float
+) -> Snapshot:
+    """What a policy may know about a name in `parent`."""
+    return Snapshot(
+        writable=tuple(branch.writable for branch in tree.branches.branches),
+        parent=frozenset(layer.branch.index for layer in parent.layers),
+        parent_top=parent.layers[0].branch.index,
+        name_top=name_top,
+        whiteout=whited,
+        opaque=parent.opaque,
+        floor=parent.floor,
+        free=tree.free_reader(max_age),
+        is_dir=is_dir,
+    )
+
+
+def target_branch(tree: Tree, parent: Dir, source: int) -> Branch:
+    """The branch that receives a copy of an object whose top copy is on `source`. Raises EROFS."""
+    if tree.options.read_only:
+        raise erofs()
+    shot = snapshot(tree, parent, source, None, False, 0)
+    return tree.branches[tree.options.copyup.select(shot)]
+
+
+def ensure_dir(tree: Tree, node: Dir, branch: Branch) -> int:
+    """The directory's descriptor on `branch`, making it and its parents there when missing.
+
+    A directory made below its top copy is made opaque and its whiteout removed when it was whited out there
+    ("copy-down", spec section 7.2). Parents' times are put back. Raises OSError; ENOENT when the
+    directory is gone.
+    """
+    chain: list[Dir] = []
+    current = node
+    while True:
+        layer = current.layer(branch.index)
+        if layer is not None:
+            fd = tree.layer_fd(current, layer)
+            break
+        if current.parent is None or current.dead:
+            raise estale()
+        chain.append(current)
+        current = current.parent
+    for child in reversed(chain):
+        fd = _copy_dir(tree, child, branch, fd)
+    return fd
+
+
+def _copy_dir(tree: Tree, node: Dir, branch: Branch, parent_fd: int) -> int:
+    """Make one directory on `branch` with the attributes of its top copy, under its own name at last."""
+    top = node.layers[0]
+    src_fd = tree.layer_fd(node, top)
+    st = os.fstat(src_fd)
+    before = os.fstat(parent_fd)
+    whited = whiteout.present(parent_fd, node.name)
+    tmp = whiteout.temporary_name(node.name)
+    syscalls.mkdir_at(parent_fd, tmp, 0o700)
+    try:
+        fd = syscalls.open_dir_at(parent_fd, tmp)
+        try:
+            if whited:
+                whiteout.make_opaque(branch, fd)
+            copydata.copy_metadata(
+                st, syscalls.proc_path(src_fd), syscalls.proc_path(fd), branch.attrs, follow_symlinks=True
+            )
+            _publish(parent_fd, tmp, parent_fd, node.name)
+        except BaseException:
+            os.close(fd)
+            raise
+    except BaseException:
+        _remove_tmp_dir(parent_fd, tmp)
+        raise
+    if whited:
+        whiteout.remove(parent_fd, node.name)
+    made = os.fstat(fd)
+    layer = Layer(branch, made.st_dev, made.st_ino, made.st_nlink, fd)
+    position = sum(other.branch.index < branch.index for other in node.layers)
+    layers = [*node.layers[:position], layer, *node.layers[position:]]
+    tree.table.open_fds += 1
+    tree.table.note_fds(node)
+    parent = node.parent
+    assert parent is not None
+    node.layers = layers
+    if position == 0:
+        node.branch, node.dev, node.ino = branch, made.st_dev, made.st_ino
+        tree.inomap.alias(made.st_dev, made.st_ino, node.id)
+    _restore_times(parent_fd, (before.st_atime_ns, before.st_mtime_ns))
+    if parent.view is not None:
+        parent.view[node.name] = tuple(entry.branch.index for entry in layers)
+    tree.hooks.adopt(node, False)
+    tree.hooks.own_change(parent, node.name)
+    return fd
+
+
+def _remove_tmp_dir(parent_fd: int, tmp: bytes) -> None:
+    try:
+        fd = syscalls.open_dir_at(parent_fd, tmp)
+    except OSError:
+        return
+    try:
+        syscalls.unlink_at(fd, whiteout.OPAQUE)
+    except FileNotFoundError:
+        pass
+    finally:
+        os.close(fd)
+    syscalls.rmdir_at(parent_fd, tmp)
+
+
+def _publish(src_dirfd: int, tmp: bytes, dst_dirfd: int, name: bytes) -> None:
+    """Give the finished temporary its name, over nothing: EEXIST when somebody was faster."""
+    try:
+        syscalls.rename_at(src_dirfd, tmp, dst_dirfd, name, syscalls.RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems without renameat2 flags
+            raise
+        if syscalls.exists_at(dst_dirfd, name):
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        syscalls.rename_at(src_dirfd, tmp, dst_dirfd, name)
+
+
+def _restore_times(dirfd: int, times: tuple[int, int]) -> None:
+    os.utime(b".", ns=times, dir_fd=dirfd)
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
+    """Start the copy-up that an operation asked for; None when it is done already.
+
+    Raises OSError: EROFS without a writable branch, ESTALE when the object is gone, and what the branch says.
+    """
+    node = need.node
+    if type(node) is Dir:
+        assert node.parent is not None
+        if need.trigger is Trigger.OPEN:
+            ensure_dir(tree, node, tree.branches.writable_above(node.branch.index)[0])
+        else:
+            ensure_dir(tree, node, target_branch(tree, node.parent, node.branch.index))
+        return None
+    as_link = need.trigger is Trigger.LINK and need.name is not None
+    parent, name = need.name if need.name is not None else (node.parent, node.name)
+    if parent is None or node.dead or (need.name is None and not _still_there(tree, node)):
+        return _begin_orphan(tree, need)
+    source = node.branch.index if need.limit is None else min(node.branch.index, need.limit + 1)
+    if node.plink is not None and need.limit is not None and node.plink.branch.index > need.limit:
+        raise os_error(errno.EXDEV)  # its one copy is where the new name would be hidden
+    if need.trigger is Trigger.OPEN:  # coo_*, moo: the nearest one, whatever cpup= says (spec section 3)
+        branch = tree.branches.writable_above(source)[0]
+    else:
+        branch = target_branch(tree, parent, source)
+    if node.plink is not None and not as_link:
+        _link_plink(tree, node, parent, name)
+        return None
+    src_dirfd, src_name = tree.locate(node)
+    dirfd = ensure_dir(tree, parent, branch)
+    before = os.fstat(dirfd)
+    times = (before.st_atime_ns, before.st_mtime_ns)
+    if node.kind != st_mod.S_IFREG:
+        _copy_special(tree, node, parent, name, branch, src_dirfd, src_name, dirfd, times, as_link)
+        return None
+    src_fd = syscalls.open_file_at(src_dirfd, src_name, os.O_RDONLY)
+    try:
+        st = os.fstat(src_fd)
+        if (st.st_dev, st.st_ino) != node.identity:
+            raise estale()
+        tmp = whiteout.temporary_name(name)
+        dst_fd = syscalls.create_file_at(dirfd, tmp, os.O_RDWR, 0o600)
+    except BaseException:
+        os.close(src_fd)
+        raise
+    return Job(
+        node, need.trigger, parent, name, branch, os.dup(dirfd), tmp, src_fd, dst_fd, st, need.length,
+        tree.options.fsync_copyup, times, as_link,
+    )  # fmt: skip
+
+
+def _still_there(tree: Tree, node: Node) -> bool:
+    """Whether the node's name still leads to its object; if not, only descriptors do."""
+    try:
+        st = tree.stat(node)
+        dirfd, name = tree.locate(node)
+        here = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if error.errno == errno.ESTALE:
+            return False
+        raise
+    if (here.st_dev, here.st_ino) != (st.st_dev, st.st_ino):
+        return False
+    if node.plink is not None or node.parent is None:
+        return True
+    # Hidden by something newer above it: copying it up there would overwrite that.
+    found = lookup.resolve(tree, node.parent, node.name)
+    if found is None:
+        return False
+    lookup.discard(tree, node.parent, node.name, found)
+    return found.st.st_ino == node.ino and found.st.st_dev == node.dev
+
+
+def _begin_orphan(tree: Tree, need: NeedCopyUp) -> Job:
+    """A deleted file that is still open: its copy lives without a name, while it is open (spec section 6.8)."""
+    node = need.node
+    if node.orphan_fd >= 0 or not node.handles:
+        raise estale()
+    above = tree.branches.writable_above(node.branch.index)
+    if tree.options.read_only or not above:
+        raise erofs()
+    branch = above[0]
+    src_fd = os.dup(node.handles[-1].fd)
+    try:
+        st = os.fstat(src_fd)
+        dst_fd = _unnamed_file(branch)
+    except BaseException:
+        os.close(src_fd)
+        raise
+    return Job(
+        node, need.trigger, None, b"", branch, -1, b"", src_fd, dst_fd, st, need.length, False, None
+    )  # fmt: skip
+
+
+def _unnamed_file(branch: Branch) -> int:
+    try:
+        return syscalls.open_tmpfile(branch.root_fd, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    name = whiteout.temporary_name(b"orphan")
+    fd = syscalls.create_file_at(branch.root_fd, name, os.O_RDWR, 0o600)
+    syscalls.unlink_at(branch.root_fd, name)
+    return fd
+
+
+def transfer(job: Job, cancelled: Callable[[], bool] | None = None) -> None:
+    """Copy content and metadata. Any thread; touches only descriptors of the job. Raises OSError.
+
+    A source that somebody writes to directly meanwhile is copied again, a few times at most.
+    """
+
+    def report(offset: int) -> None:
+        job.progress = offset
+
+    for attempt in range(_RETRIES):
+        if attempt:
+            os.ftruncate(job.dst_fd, 0)
+            os.lseek(job.src_fd, 0, os.SEEK_SET)
+        result = copydata.copy_contents(job.src_fd, job.dst_fd, job.length, report, cancelled)
+        job.method = result.method
+        job.copied = result.bytes_copied
+        now = os.fstat(job.src_fd)
+        if (now.st_mtime_ns, now.st_size) == (job.st.st_mtime_ns, job.st.st_size):
+            break
+        job.st = now
+    copydata.copy_metadata(
+        job.st,
+        syscalls.proc_path(job.src_fd),
+        syscalls.proc_path(job.dst_fd),
+        job.branch.attrs,
+        follow_symlinks=True,
+    )
+    if job.fsync:
+        os.fsync(job.dst_fd)
+
+
+def commit(tree: Tree, job: Job) -> None:
+    """Publish the copy and move the node to it. Raises OSError (EEXIST: a direct change was faster)."""
+    node = job.node
+    made = os.fstat(job.dst_fd)
+    if not job.tmp:
+        node.orphan_fd, job.dst_fd = job.dst_fd, -1
+        node.dev, node.ino, node.branch = made.st_dev, made.st_ino, job.branch
+        node.gen += 1
+        return
+    assert job.parent is not None
+    assert job.parent_times is not None
+    _check_unmoved(tree, job)
+    source = node.branch
+    _publish(job.dirfd, job.tmp, job.dirfd, job.name)
+    job.tmp = b""
+    _settle(tree, node, job.parent, job.name, job.branch, job.dirfd, job.st, made, job.as_link)
+    _restore_times(job.dirfd, job.parent_times)
+    if job.trigger is Trigger.OPEN and "moo" in source.attrs and source.writable:
+        layer = job.parent.layer(source.index)
+        if layer is not None:
+            syscalls.unlink_at(tree.layer_fd(job.parent, layer), job.name)
+
+
+def _check_unmoved(tree: Tree, job: Job) -> None:
+    """The world went on while the bytes travelled: ESTALE, and a new start, unless the name still is the source."""
+    parent, node = job.parent, job.node
+    assert parent is not None
+    if node.dead or (not job.as_link and (node.plink is not None or parent.children.get(job.name) is not node)):
+        raise estale()
+    found = lookup.resolve(tree, parent, job.name)
+    if found is None:
+        if not job.as_link:
+            raise estale()
+        return
+    lookup.discard(tree, parent, job.name, found)
+    if job.as_link:
+        raise os_error(errno.EEXIST)
+    if (found.st.st_dev, found.st.st_ino) != (job.st.st_dev, job.st.st_ino):
+        raise estale()
+
+
+def abort(job: Job) -> None:
+    """Remove what a copy-up that did not commit has left, and close its descriptors (also after commit)."""
+    try:
+        if job.tmp:
+            syscalls.unlink_at(job.dirfd, job.tmp)
+    finally:
+        job.tmp = b""
+        for fd in (job.src_fd, job.dst_fd, job.dirfd):
+            if fd >= 0:
+                os.close(fd)
+        job.src_fd = job.dst_fd = job.dirfd = -1
+
+
+def _settle(
+    tree: Tree, node: Node, parent: Dir, name: bytes, branch: Branch, dirfd: int,
+    src: os.stat_result, made: os.stat_result, as_link: bool,
+) -> None:  # fmt: skip
+    """The copy has its name: from now on the node's data is there, under the number it always had."""
+    old = node.identity
+    node.branch, node.dev, node.ino = branch, made.st_dev, made.st_ino
+    node.gen += 1
+    tree.inomap.alias(made.st_dev, made.st_ino, node.id)
+    if as_link or (src.st_nlink > 1 and tree.options.plink):
+        plink.make(tree, node, branch, dirfd, name, old[1], src.st_nlink - (0 if as_link else 1))
+    if parent.view is not None:
+        parent.view[name] = branch.index
+    if as_link:
+        tree.table.attach(node, parent, name)
+    tree.hooks.own_change(parent, name)
+    tree.hooks.own_data(node)
+
+
+def _copy_special(
+    tree: Tree, node: Node, parent: Dir, name: bytes, branch: Branch, src_dirfd: int, src_name: bytes,
+    dirfd: int, times: tuple[int, int], as_link: bool,
+) -> None:  # fmt: skip
+    """Symlinks, devices, FIFOs and sockets: made anew under a temporary name."""
+    st = syscalls.stat_at(src_dirfd, src_name)
+    if (st.st_dev, st.st_ino) != node.identity:
+        raise estale()
+    tmp = whiteout.temporary_name(name)
+    if node.kind == st_mod.S_IFLNK:
+        syscalls.symlink_at(syscalls.readlink_at(src_dirfd, src_name), dirfd, tmp)
+    else:
+        syscalls.mknod_at(dirfd, tmp, node.kind | 0o600, st.st_rdev)
+    try:
+        copydata.copy_metadata(
+            st,
+            b"%s/%s" % (syscalls.proc_path(src_dirfd), src_name),
+            b"%s/%s" % (syscalls.proc_path(dirfd), tmp),
+            branch.attrs,
+            follow_symlinks=False,
+        )
+        made = syscalls.stat_at(dirfd, tmp)
+        _publish(dirfd, tmp, dirfd, name)
+    except BaseException:
+        syscalls.unlink_at(dirfd, tmp)
+        raise
+    _settle(tree, node, parent, name, branch, dirfd, st, made, as_link)
+    _restore_times(dirfd, times)
+
+
+def _link_plink(tree: Tree, node: Node, parent: Dir, name: bytes) -> None:
+    """Another name of a file that was copied up already: link the copy, do not copy twice."""
+    home = node.plink
+    assert home is not None
+    dirfd = ensure_dir(tree, parent, home.branch)
+    before = os.fstat(dirfd)
+    tmp = whiteout.temporary_name(name)
+    syscalls.link_at(home.dirfd, home.name, dirfd, tmp)
+    try:
+        _publish(dirfd, tmp, dirfd, name)
+    except BaseException:
+        syscalls.unlink_at(dirfd, tmp)
+        raise
+    plink.name_arrived(node)
+    if parent.view is not None:
+        parent.view[name] = home.branch.index
+    _restore_times(dirfd, (before.st_atime_ns, before.st_mtime_ns))
+    tree.hooks.own_change(parent, name)
+
+
+def run(tree: Tree, need: NeedCopyUp) -> None:
+    """A whole copy-up in the calling thread (tests, and files too small for a thread to pay)."""
+    job = begin(tree, need)
+    if job is None:
+        return
+    try:
+        transfer(job)
+        commit(tree, job)
+    finally:
+        abort(job)
+
+
+def follow(tree: Tree, handle: OpenFile) -> None:
+    """Bring an open file to where its node's data is now (readers too, spec section 6.8)."""
+    node = handle.node
+    flags = handle.flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC)
+    writable = node.branch.writable
+    if not writable:
+        flags = flags & ~os.O_ACCMODE | os.O_RDONLY
+    if node.orphan_fd >= 0:
+        fd = syscalls.reopen(node.orphan_fd, flags)
+    else:
+        try:
+            dirfd, name = tree.locate(node)
+            fd = syscalls.open_file_at(dirfd, name, flags)
+            st = os.fstat(fd)
+            if (st.st_dev, st.st_ino) != node.identity:
+                os.close(fd)
+                raise estale()
+        except OSError as error:
+            other = next((h for h in node.handles or () if h.gen == node.gen), None)
+            if other is None or error.errno not in (errno.ENOENT, errno.ESTALE, errno.ENOTDIR):
+                raise
+            fd = syscalls.reopen(other.fd, flags)
+    os.dup2(fd, handle.fd, inheritable=False)
+    os.close(fd)
+    handle.gen = node.gen
+    handle.writable = writable and flags & os.O_ACCMODE != os.O_RDONLY

@@ -1,0 +1,209 @@
+"""Making objects: create, mkdir, mknod, symlink, link (spec sections 6.5 and 6.7).
+
+Order of every one: the name must be free in the merged view, a policy picks the branch, missing parents
+are made there, the object is made under its own name with the caller's ids, and only then a whiteout
+that hid the name on that branch is removed. A whiteout hides lower branches only, so a crash in
+between leaves the new object visible and nothing else changed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as st_mod
+from dataclasses import dataclass
+
+from udbad.branch import syscalls
+from udbad.branch.branches import Branch
+from udbad.branch.credentials import Credentials
+from udbad.errors import enoent, erofs, os_error
+from udbad.inodes.table import Dir, Node
+from udbad.types import Caller, Trigger
+from udbad.union import copyup, lookup, whiteout
+from udbad.union.tree import NeedCopyUp, Tree
+
+
+@dataclass(slots=True)
+class Target:
+    """Where a new object goes. whited: the branch directory has a whiteout for the name now."""
+
+    branch: Branch
+    dirfd: int
+    whited: bool
+
+
+def prepare(tree: Tree, parent: Dir, name: bytes, is_dir: bool = False) -> Target:
+    """Check the name and choose the branch. Raises EEXIST, EROFS, EPERM (.wh.*), ENAMETOOLONG, ENOENT."""
+    check_free(tree, parent, name)
+    policy = tree.options.create
+    shot = copyup.snapshot(tree, parent, None, tree.whited, is_dir, policy.cache_seconds)
+    branch = tree.branches[policy.select(shot)]
+    dirfd = copyup.ensure_dir(tree, parent, branch)
+    return Target(branch, dirfd, whiteout.present(dirfd, name))
+
+
+def check_free(tree: Tree, parent: Dir, name: bytes) -> None:
+    """Raises EEXIST when the union has the name; leaves tree.whited as the search for it did."""
+    whiteout.check_name(name)
+    if tree.options.read_only:
+        raise erofs()
+    if parent.dead:
+        raise enoent()
+    if not parent.trusted:
+        lookup.refresh(tree, parent)
+    found = lookup.resolve(tree, parent, name)
+    if found is not None:
+        lookup.discard(tree, parent, name, found)
+        raise os_error(errno.EEXIST)
+
+
+def _finish(tree: Tree, parent: Dir, name: bytes, target: Target) -> None:
+    if target.whited:
+        whiteout.remove(target.dirfd, name)
+
+
+def _appear(tree: Tree, parent: Dir, name: bytes, branch: Branch, st: os.stat_result) -> Node:
+    """The node of an object that was just made; never an old one whose inode number came round again."""
+    identity = (st.st_dev, st.st_ino)
+    number = tree.inomap.number(*identity)
+    old = tree.table.nodes.get(number)
+    if old is not None:
+        if old.identity == identity:
+            old.dead = True
+        tree.inomap.fresh(*identity)
+    if parent.view is not None:
+        parent.view[name] = branch.index
+    kind = st_mod.S_IFMT(st.st_mode)
+    node, _ = lookup.intern(tree, parent, name, lookup.Found(kind, branch, st, None))
+    tree.hooks.own_change(parent, name)
+    return node
+
+
+def create_file(
+    tree: Tree, creds: Credentials, parent: Dir, name: bytes, flags: int, mode: int, caller: Caller
+) -> tuple[Node, os.stat_result, int]:
+    """open(2) with O_CREAT|O_EXCL; returns node, attributes and the open descriptor."""
+    target = prepare(tree, parent, name)
+    with creds.creating(caller):
+        fd = syscalls.create_file_at(target.dirfd, name, flags, mode)
+    try:
+        _finish(tree, parent, name, target)
+        st = os.fstat(fd)
+        return _appear(tree, parent, name, target.branch, st), st, fd
+    except BaseException:
+        os.close(fd)
+        _undo(target.dirfd, name)
+        raise
+
+
+def _undo(dirfd: int, name: bytes) -> None:
+    try:
+        syscalls.unlink_at(dirfd, name)
+    except FileNotFoundError:
+        pass
+
+
+def mknod(
+    tree: Tree, creds: Credentials, parent: Dir, name: bytes, mode: int, rdev: int, caller: Caller
+) -> tuple[Node, os.stat_result]:
+    target = prepare(tree, parent, name)
+    with creds.creating(caller):
+        syscalls.mknod_at(target.dirfd, name, mode, rdev)
+    return _made(tree, parent, name, target)
+
+
+def symlink(
+    tree: Tree, creds: Credentials, parent: Dir, name: bytes, link_target: bytes, caller: Caller
+) -> tuple[Node, os.stat_result]:
+    target = prepare(tree, parent, name)
+    with creds.creating(caller):
+        syscalls.symlink_at(link_target, target.dirfd, name)
+    return _made(tree, parent, name, target)
+
+
+def _made(tree: Tree, parent: Dir, name: bytes, target: Target) -> tuple[Node, os.stat_result]:
+    try:
+        _finish(tree, parent, name, target)
+        st = syscalls.stat_at(target.dirfd, name)
+    except BaseException:
+        _undo(target.dirfd, name)
+        raise
+    return _appear(tree, parent, name, target.branch, st), st
+
+
+def mkdir(
+    tree: Tree, creds: Credentials, parent: Dir, name: bytes, mode: int, caller: Caller
+) -> tuple[Dir, os.stat_result]:
+    """A directory that replaces a whiteout is made opaque before the whiteout goes (spec section 6.5)."""
+    target = prepare(tree, parent, name, is_dir=True)
+    with creds.creating(caller):
+        syscalls.mkdir_at(target.dirfd, name, mode)
+    fd = -1
+    try:
+        if target.whited or tree.options.opaque_always:
+            fd = syscalls.open_dir_at(target.dirfd, name)
+            whiteout.make_opaque(target.branch, fd)
+        _finish(tree, parent, name, target)
+    except BaseException:
+        if fd >= 0:
+            try:
+                syscalls.unlink_at(fd, whiteout.OPAQUE)
+            except FileNotFoundError:
+                pass
+        syscalls.rmdir_at(target.dirfd, name)
+        raise
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    found = lookup.resolve(tree, parent, name)
+    if found is None or found.layers is None:
+        raise enoent()
+    top = found.layers[0]
+    old = tree.table.nodes.get(tree.inomap.number(top.dev, top.ino))
+    if old is not None and old is not parent.children.get(name):
+        old.dead = True
+        tree.inomap.fresh(top.dev, top.ino)
+    lookup.remember(parent, name, found)
+    node, st = lookup.intern(tree, parent, name, found)
+    assert type(node) is Dir
+    tree.hooks.own_change(parent, name)
+    return node, st
+
+
+def link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
+    """link(2): on the branch of the source's top copy where that is possible (spec section 6.7).
+
+    Raises NeedCopyUp when the source has to be copied first: with pseudo-links only under the new
+    name, and then the copy-up is the whole operation.
+    """
+    check_free(tree, parent, name)
+    whited = tree.whited
+    if node.dead or node.parent is None:
+        raise enoent()
+    branch = node.branch
+    limit = parent.floor if whited is None else min(parent.floor, whited)
+    if not branch.writable or branch.index > limit:
+        if node.plink is not None:
+            # The home is on a branch that cannot show the new name.
+            raise os_error(errno.EXDEV)
+        if tree.options.plink:
+            raise NeedCopyUp(node, Trigger.LINK, None, (parent, name), limit)
+        raise NeedCopyUp(node, Trigger.LINK, None, None, limit)
+    dirfd = copyup.ensure_dir(tree, parent, branch)
+    src_dirfd, src_name = tree.locate(node)
+    syscalls.link_at(src_dirfd, src_name, dirfd, name)
+    whiteout.remove(dirfd, name)
+    if parent.view is not None:
+        parent.view[name] = branch.index
+    tree.table.attach(node, parent, name)
+    tree.hooks.own_change(parent, name)
+    tree.hooks.own_data(node)
+    st = syscalls.stat_at(dirfd, name)
+    lookup.set_plink_count(node, st)
+    return st
+
+
+def finish_link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
+    """After a copy-up under the new name of a link: the link exists; remove a whiteout that hid the name."""
+    whiteout.remove(copyup.ensure_dir(tree, parent, node.branch), name)
+    return tree.stat(node)

@@ -1,0 +1,401 @@
+"""One synchronous method per file system operation; the facade that kernel/ops.py calls.
+
+Locking: there is none. An operation is atomic because nothing else runs on the event loop until it
+returns; no method awaits, and only `copyup.transfer` runs in another thread, on descriptors of its own. An operation that needs a
+copy-up first raises NeedCopyUp before it has changed anything and is started again afterwards.
+
+Methods take node ids, bytes and Caller, return nodes with their os.stat_result, and raise OSError.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as st_mod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from udbad.branch import syscalls
+from udbad.branch.credentials import Credentials
+from udbad.errors import erofs, estale, os_error
+from udbad.inodes.handles import OpenDir, OpenFile
+from udbad.inodes.table import Dir, Node
+from udbad.types import Caller, Trigger
+from udbad.union import copyup, create, lookup, readdir, remove, rename, whiteout
+from udbad.union.tree import NeedCopyUp, Tree
+
+T = TypeVar("T")
+Attributes = tuple[Node, os.stat_result]
+
+_OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
+_ACL_PREFIX = b"system.posix_acl_"
+
+
+@dataclass(frozen=True, slots=True)
+class SetAttr:
+    """What setattr changes; None leaves it. Times in nanoseconds, size in bytes."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+class UnionFs:
+    """The union of one mount."""
+
+    def __init__(self, tree: Tree, creds: Credentials) -> None:
+        self.tree = tree
+        self.creds = creds
+        self.table = tree.table
+        self.handles = tree.handles
+
+    # -- names --------------------------------------------------------------------------------
+
+    def lookup(self, parent_id: int, name: bytes) -> Attributes | None:
+        """Node and attributes of a name; None when it does not exist. EPERM for .wh.*, ENAMETOOLONG."""
+        parent = self.table.nodes.get(parent_id)
+        if type(parent) is not Dir:
+            raise estale()
+        if len(name) > whiteout.MAX_NAME:
+            raise os_error(errno.ENAMETOOLONG)
+        if name.startswith(b".wh."):
+            if not self.tree.options.show_whiteouts:
+                raise os_error(errno.EPERM)
+            return readdir.show_whiteout(self.tree, parent, name)
+        return lookup.lookup(self.tree, parent, name)
+
+    def create(
+        self, parent_id: int, name: bytes, flags: int, mode: int, caller: Caller
+    ) -> tuple[OpenFile, os.stat_result]:
+        parent = self._changing(parent_id)
+        wanted = (flags & _OPEN_FLAGS) | (os.O_TRUNC & flags)
+        node, st, fd = create.create_file(self.tree, self.creds, parent, name, wanted, mode, caller)
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        return self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller.uid, caller.gid, writable), st
+
+    def mknod(self, parent_id: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attributes:
+        return create.mknod(self.tree, self.creds, self._changing(parent_id), name, mode, rdev, caller)
+
+    def mkdir(self, parent_id: int, name: bytes, mode: int, caller: Caller) -> Attributes:
+        return create.mkdir(self.tree, self.creds, self._changing(parent_id), name, mode, caller)
+
+    def symlink(self, parent_id: int, name: bytes, target: bytes, caller: Caller) -> Attributes:
+        return create.symlink(self.tree, self.creds, self._changing(parent_id), name, target, caller)
+
+    def link(self, node_id: int, parent_id: int, name: bytes) -> Attributes:
+        parent = self._changing(parent_id)
+        node = self.table.node(node_id)
+        return node, create.link(self.tree, node, parent, name)
+
+    def unlink(self, parent_id: int, name: bytes) -> None:
+        remove.unlink(self.tree, self._changing(parent_id), name)
+
+    def rmdir(self, parent_id: int, name: bytes) -> None:
+        remove.rmdir(self.tree, self._changing(parent_id), name)
+
+    def rename(self, src_id: int, src: bytes, dst_id: int, dst: bytes, flags: int) -> None:
+        rename.rename(self.tree, self._changing(src_id), src, self._changing(dst_id), dst, flags)
+
+    def _changing(self, parent_id: int) -> Dir:
+        if self.tree.options.read_only:
+            raise erofs()
+        return self.table.directory(parent_id)
+
+    # -- attributes ---------------------------------------------------------------------------
+
+    def getattr(self, node_id: int) -> Attributes:
+        node = self.table.node(node_id)
+        if type(node) is Dir and not node.trusted and not node.dead:
+            lookup.refresh(self.tree, node)
+        return node, self.tree.stat(node)
+
+    def setattr(self, node_id: int, changes: SetAttr, fh: int | None, caller: Caller) -> Attributes:
+        """chmod, chown, truncate, utimens in one. Raises NeedCopyUp on a branch that is not writable."""
+        node = self.table.node(node_id)
+        if self.tree.options.read_only:
+            raise erofs()
+        self.need_writable(node, Trigger.ATTR if changes.size is None else Trigger.TRUNCATE, changes.size)
+        fd, owned = self._object_fd(node)
+        try:
+            path = syscalls.proc_path(fd)
+            if changes.size is not None:
+                self._truncate(node, path, changes.size, fh, caller)
+            if changes.uid is not None or changes.gid is not None:
+                os.chown(path, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid)
+            if changes.mode is not None:
+                os.chmod(path, st_mod.S_IMODE(changes.mode))
+            if changes.atime_ns is not None or changes.mtime_ns is not None:
+                now = os.fstat(fd)
+                os.utime(
+                    path,
+                    ns=(
+                        now.st_atime_ns if changes.atime_ns is None else changes.atime_ns,
+                        now.st_mtime_ns if changes.mtime_ns is None else changes.mtime_ns,
+                    ),
+                )
+            self.tree.hooks.own_data(node)
+            return node, os.fstat(fd)
+        finally:
+            if owned:
+                os.close(fd)
+
+    def _truncate(self, node: Node, path: bytes, size: int, fh: int | None, caller: Caller) -> None:
+        handle = None if fh is None else self.handles.files.get(fh)
+        if handle is not None:
+            if handle.gen != node.gen:
+                copyup.follow(self.tree, handle)
+            if handle.writable:
+                with self.creds.writing(caller.uid, caller.gid):
+                    os.ftruncate(handle.fd, size)
+                return
+        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            with self.creds.writing(caller.uid, caller.gid):
+                os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+
+    def need_writable(self, node: Node, trigger: Trigger, length: int | None = None) -> None:
+        """Raises NeedCopyUp unless the node's data is on a writable branch (or in an unnamed copy)."""
+        if type(node) is Dir:
+            if not node.trusted and not node.dead:
+                lookup.refresh(self.tree, node)
+            if not node.branch.writable:
+                raise NeedCopyUp(node, trigger)
+        elif not node.branch.writable:
+            raise NeedCopyUp(node, trigger, length)
+
+    def _object_fd(self, node: Node) -> tuple[int, bool]:
+        """A descriptor (perhaps O_PATH) of the object behind a node, and whether the caller closes it."""
+        if type(node) is Dir:
+            return self.tree.layer_fd(node, node.layers[0]), False
+        if node.orphan_fd >= 0:
+            return node.orphan_fd, False
+        try:
+            dirfd, name = self.tree.locate(node)
+            fd = syscalls.pin_at(dirfd, name)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE, errno.ENOTDIR):
+                raise
+        else:
+            st = os.fstat(fd)
+            if (st.st_dev, st.st_ino) == node.identity:
+                return fd, True
+            os.close(fd)
+        if node.handles:
+            return node.handles[-1].fd, False
+        raise estale()
+
+    def readlink(self, node_id: int) -> bytes:
+        dirfd, name = self.tree.locate(self.table.node(node_id))
+        return syscalls.readlink_at(dirfd, name)
+
+    # -- extended attributes ------------------------------------------------------------------
+
+    def _check_xattr(self, key: bytes) -> None:
+        if not self.tree.options.acl and key.startswith(_ACL_PREFIX):
+            raise os_error(errno.EOPNOTSUPP)
+
+    def _xattr_target(self, node: Node) -> bytes:
+        """A path for l*xattr calls on the object itself."""
+        if type(node) is Dir:
+            return b"%s/." % syscalls.proc_path(self.tree.layer_fd(node, node.layers[0]))
+        if node.orphan_fd < 0 and not node.dead:
+            try:
+                dirfd, name = self.tree.locate(node)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+            else:
+                return b"%s/%s" % (syscalls.proc_path(dirfd), name)
+        return syscalls.proc_path(self._object_fd(node)[0])
+
+    def _follow_xattr(self, node: Node, path: bytes) -> bool:
+        # A bare /proc/self/fd/N is a link to be followed; everything else ends in the object's name.
+        return path.count(b"/") == 4
+
+    def getxattr(self, node_id: int, key: bytes) -> bytes:
+        self._check_xattr(key)
+        node = self.table.node(node_id)
+        path = self._xattr_target(node)
+        return os.getxattr(path, key, follow_symlinks=self._follow_xattr(node, path))
+
+    def listxattr(self, node_id: int) -> list[bytes]:
+        node = self.table.node(node_id)
+        path = self._xattr_target(node)
+        names = os.listxattr(path, follow_symlinks=self._follow_xattr(node, path))
+        acl = self.tree.options.acl
+        return [key for key in map(os.fsencode, names) if acl or not key.startswith(_ACL_PREFIX)]
+
+    def setxattr(self, node_id: int, key: bytes, value: bytes) -> None:
+        self._check_xattr(key)
+        node = self._changing_xattr(node_id)
+        path = self._xattr_target(node)
+        os.setxattr(path, key, value, follow_symlinks=self._follow_xattr(node, path))
+        self.tree.hooks.own_data(node)
+
+    def removexattr(self, node_id: int, key: bytes) -> None:
+        self._check_xattr(key)
+        node = self._changing_xattr(node_id)
+        path = self._xattr_target(node)
+        os.removexattr(path, key, follow_symlinks=self._follow_xattr(node, path))
+        self.tree.hooks.own_data(node)
+
+    def _changing_xattr(self, node_id: int) -> Node:
+        node = self.table.node(node_id)
+        if self.tree.options.read_only:
+            raise erofs()
+        self.need_writable(node, Trigger.XATTR)
+        return node
+
+    # -- files --------------------------------------------------------------------------------
+
+    def open(self, node_id: int, flags: int, caller: Caller) -> tuple[OpenFile, os.stat_result]:
+        """Open a regular file; a lower one read-only until it is written to (spec section 6.8)."""
+        node = self.table.node(node_id)
+        if flags & os.O_DIRECT and not self.tree.options.direct_io:
+            raise os_error(errno.EINVAL)
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        if writing and self.tree.options.read_only:
+            raise erofs()
+        branch = node.branch
+        if branch.attrs and not node.dead:
+            self._copy_on_open(node)
+        wanted = flags & _OPEN_FLAGS
+        writable = writing
+        if not branch.writable and writing and node.orphan_fd < 0:
+            if flags & os.O_TRUNC:
+                raise NeedCopyUp(node, Trigger.TRUNCATE, 0)
+            if not self.tree.branches.writable_above(branch.index):
+                raise erofs()
+            wanted = wanted & ~(os.O_ACCMODE | os.O_APPEND) | os.O_RDONLY
+            writable = False
+        fd = self._open_fd(node, wanted)
+        try:
+            if flags & os.O_TRUNC and writing:
+                with self.creds.writing(caller.uid, caller.gid):
+                    os.ftruncate(fd, 0)
+                self.tree.hooks.own_data(node)
+            st = os.fstat(fd)
+            return self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller.uid, caller.gid, writable), st
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _copy_on_open(self, node: Node) -> None:
+        """coo_reg, coo_all, moo: every open copies up, to the nearest writable branch above (spec section 3)."""
+        if node.branch.attrs & {"coo_reg", "coo_all", "moo"} and self.tree.branches.writable_above(node.branch.index):
+            raise NeedCopyUp(node, Trigger.OPEN)
+
+    def _open_fd(self, node: Node, flags: int) -> int:
+        if node.orphan_fd >= 0:
+            return syscalls.reopen(node.orphan_fd, flags)
+        try:
+            dirfd, name = self.tree.locate(node)
+            fd = syscalls.open_file_at(dirfd, name, flags)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE, errno.ELOOP):
+                raise
+        else:
+            st = os.fstat(fd)
+            if st.st_ino == node.ino and st.st_dev == node.dev:
+                return fd
+            os.close(fd)
+        if node.handles:
+            return syscalls.reopen(node.handles[-1].fd, flags)
+        raise estale()
+
+    def ready(self, fh: int) -> OpenFile:
+        """An open file, moved to where its data is now."""
+        handle = self.handles.file(fh)
+        if handle.gen != handle.node.gen:
+            copyup.follow(self.tree, handle)
+        return handle
+
+    def write(self, fh: int, offset: int, data: bytes) -> int:
+        """Bytes written. Raises NeedCopyUp at the first write to a lower file."""
+        handle = self.ready(fh)
+        if not handle.writable:
+            if handle.flags & os.O_ACCMODE == os.O_RDONLY:
+                raise os_error(errno.EBADF)
+            self.need_writable(handle.node, Trigger.WRITE)
+            copyup.follow(self.tree, handle)
+        if handle.uid:
+            with self.creds.writing(handle.uid, handle.gid):
+                count = os.pwrite(handle.fd, data, offset)
+        else:
+            count = os.pwrite(handle.fd, data, offset)
+        self.tree.hooks.own_data(handle.node)
+        return count
+
+    def release(self, fh: int) -> None:
+        handle = self.handles.remove_file(fh)
+        self.table.release_handles(handle.node)
+
+    # -- directories --------------------------------------------------------------------------
+
+    def opendir(self, node_id: int) -> OpenDir:
+        node = self.table.directory(node_id)
+        if not node.trusted and not node.dead:
+            lookup.refresh(self.tree, node)
+        branch = node.branch
+        if "coo_all" in branch.attrs and node.parent is not None and self.tree.branches.writable_above(branch.index):
+            raise NeedCopyUp(node, Trigger.OPEN)
+        return self.handles.add_dir(node)
+
+    def readdir(self, fh: int, start: int) -> Iterator[readdir.Entry]:
+        return readdir.entries(self.tree, self.handles.directory(fh), start)
+
+    def releasedir(self, fh: int) -> None:
+        self.handles.remove_dir(fh)
+
+    def directory_fds(self, fh: int) -> list[int]:
+        """Readable descriptors, to be closed by the caller, of the writable branch directories (fsyncdir)."""
+        node = self.handles.directory(fh).node
+        return [
+            syscalls.open_listing(self.tree.layer_fd(node, layer)) for layer in node.layers if layer.branch.writable
+        ]
+
+    # -- the whole ----------------------------------------------------------------------------
+
+    def statfs(self) -> list[os.statvfs_result]:
+        """Status of branch 0, or with the sum option of every distinct branch file system (spec section 10.6)."""
+        branches = self.tree.branches.branches
+        if not self.tree.options.sum_space:
+            return [os.statvfs(syscalls.proc_path(branches[0].root_fd))]
+        distinct = {branch.dev: branch for branch in reversed(branches)}
+        return [os.statvfs(syscalls.proc_path(branch.root_fd)) for branch in distinct.values()]
+
+    def forget(self, node_id: int, count: int) -> None:
+        self.table.forget(node_id, count)
+
+    def recover(self, node_id: int) -> None:
+        """A branch changed underneath: forget what is believed about a directory and its ancestors, ask again."""
+        node = self.table.directory(node_id)
+        chain: list[Dir] = []
+        current: Dir | None = node
+        while current is not None:
+            chain.append(current)
+            current = current.parent
+        trusted = [entry for entry in chain if entry.trusted]
+        for entry in trusted:
+            entry.view = None
+            entry.trusted = False
+        lookup.refresh(self.tree, node)
+        for entry in reversed(trusted):
+            self.tree.hooks.adopt(entry, True)
+
+    def run(self, operation: Callable[[], T]) -> T:
+        """Perform an operation with the copy-ups it needs, all in this thread (for tests)."""
+        while True:
+            try:
+                return operation()
+            except NeedCopyUp as need:
+                copyup.run(self.tree, need)
+                if need.trigger is Trigger.LINK and need.name is not None:
+                    parent, name = need.name
+                    return (need.node, create.finish_link(self.tree, need.node, parent, name))  # type: ignore[return-value]  # link's own result type

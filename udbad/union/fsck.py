@@ -1,0 +1,549 @@
+"""Offline check and repair of one branch, and the sweep of what a crash left behind.
+
+Finds what aufs' auchk(8) does (spec sections 1, 10.3, 12) and stale temporary names. Works on a branch
+that is not mounted, or not yet: on a live one the temporary names belong to running operations.
+
+May not: follow a symbolic link, leave the branch through "..", or touch anything but the defect it was
+told to repair. The times of the directory that held the defect are put back, so that the merged tree
+looks the same afterwards.
+
+Invariants: depth is not limited by PATH_MAX (every step is one name from an open directory), by the
+number of descriptors (`_WINDOW` of them at most), or by Python's stack (nothing recurses). Directories
+whose name starts with `.wh.` are no part of the merged tree and are never descended into.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import stat as st_mod
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from udbad.branch import syscalls
+from udbad.errors import ExitCode, UserError
+from udbad.union import whiteout
+
+DIRTY_MARK: Final = whiteout.RESERVED + b"udbad"
+"""Exists in the root of a writable branch from mount to clean unmount; the prefix hides it."""
+
+_WINDOW: Final = 100  # open directories of a walk; deeper ones are reached again name by name
+_READ_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_TEMPORARY: Final = re.compile(rb"\.wh\.\.wh\..+\.[0-9a-fA-F]{4}", re.DOTALL)
+_ADMINISTRATIVE: Final = {
+    whiteout.BASE: st_mod.S_IFREG,
+    whiteout.PLINK_DIR: st_mod.S_IFDIR,
+    whiteout.ORPHAN_DIR: st_mod.S_IFDIR,
+}
+
+_log = logging.getLogger(__name__)
+
+
+class DefectKind(Enum):
+    """What can be wrong with a branch; the value is the short name people see."""
+
+    WHITEOUT_PAIR = "whiteout beside its name"
+    BAD_WHITEOUT = "whiteout of a wrong type"
+    BAD_BASE = "administrative name of a wrong type"
+    PLINK_LEFTOVER = "leftover pseudo-link, the file's only name"
+    PLINK_SHARED = "pseudo-link"
+    ORPHAN = "leftover of a deleted file"
+    TEMPORARY = "stale temporary name"
+    UNREADABLE = "cannot be checked"
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """One finding. path: relative to the branch root. remedy: what `repair` would do, "" if nothing can be done."""
+
+    kind: DefectKind
+    path: bytes
+    detail: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{printable(self.path)}: {self.kind.value}" + (f" ({self.detail})" if self.detail else "")
+
+
+def printable(path: bytes) -> str:
+    """`path` for a terminal: whatever is not printable UTF-8 is escaped (a name may hold any byte)."""
+    text = path.decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+# -- walking ----------------------------------------------------------------------------------
+
+Entries = dict[bytes, os.DirEntry[str]]
+
+
+@dataclass(slots=True)
+class _Level:
+    """A directory on the way to the current one. fd is -1 while closed; todo: children still to visit."""
+
+    name: bytes
+    fd: int
+    todo: list[bytes]
+
+
+def _list(dirfd: int) -> Entries:
+    """All entries by name; their methods need `dirfd` open."""
+    with os.scandir(dirfd) as entries:
+        # scandir(fd) gives str, in the file system encoding with surrogateescape.
+        return {os.fsencode(entry.name): entry for entry in entries}
+
+
+def _walk(
+    root_fd: int, on_error: Callable[[bytes, OSError], None]
+) -> Generator[tuple[bytes, int, Entries], None, None]:
+    """Every directory of the merged part of a branch, parents first: (path, descriptor, entries).
+
+    The descriptor is valid until the generator is resumed. A directory that vanishes meanwhile is
+    left out; one that cannot be read is reported to `on_error`.
+    """
+    levels: list[_Level] = []
+    path = b""
+
+    def enter(parent_fd: int, name: bytes) -> Entries | None:
+        try:
+            fd = os.open(name, _READ_DIR, dir_fd=parent_fd)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            on_error(_join(path, name), error)
+            return None
+        levels.append(_Level(name, fd, []))
+        try:
+            return _list(fd)
+        except OSError as error:
+            on_error(_join(path, name), error)
+            return {}
+
+    try:
+        entries = enter(root_fd, b".")
+        while levels:
+            level = levels[-1]
+            if entries is not None:
+                yield path, level.fd, entries
+                level.todo = [name for name, entry in entries.items() if _merged_directory(name, entry)]
+            if not level.todo:
+                _leave(levels.pop())
+                path = path[: -len(level.name) - 1] if len(levels) > 1 else b""
+                entries = None
+                continue
+            if level.fd < 0:
+                try:
+                    _reopen(root_fd, levels)
+                except OSError as error:
+                    on_error(path, error)
+                    level.todo.clear()
+                    entries = None
+                    continue
+            name = level.todo.pop()
+            entries = enter(level.fd, name)
+            if entries is not None:
+                path = _join(path, name)
+                if not level.todo:
+                    _leave(level)
+                if len(levels) > _WINDOW:
+                    _leave(levels[-1 - _WINDOW])
+    finally:
+        for level in levels:
+            _leave(level)
+
+
+def _leave(level: _Level) -> None:
+    if level.fd >= 0:
+        os.close(level.fd)
+        level.fd = -1
+
+
+def _merged_directory(name: bytes, entry: os.DirEntry[str]) -> bool:
+    try:
+        return not name.startswith(whiteout.PREFIX) and entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return True  # a file system that tells no types, and an object that cannot be read: opening it reports that
+
+
+def _reopen(root_fd: int, levels: list[_Level]) -> None:
+    """Open the deepest of `levels` again, and half a window above it.
+
+    Goes down by name from the root: ".." of a directory somebody moved would lead elsewhere.
+    """
+    keep = len(levels) - _WINDOW // 2
+    parent_fd = root_fd
+    try:
+        for depth, level in enumerate(levels):
+            fd = os.open(level.name, _READ_DIR, dir_fd=parent_fd)
+            if depth and levels[depth - 1].fd != parent_fd:
+                os.close(parent_fd)
+            parent_fd = fd
+            if depth >= keep:
+                _leave(level)
+                level.fd = fd
+    except OSError:
+        if parent_fd != root_fd and all(level.fd != parent_fd for level in levels):
+            os.close(parent_fd)
+        raise
+
+
+def _join(parent: bytes, name: bytes) -> bytes:
+    return parent + b"/" + name if parent else name
+
+
+# -- finding ----------------------------------------------------------------------------------
+
+
+def find_defects(root_fd: int) -> Generator[Defect, None, None]:
+    """All defects of the branch whose root directory is `root_fd` (O_PATH will do).
+
+    A defect may be repaired while the generator is suspended. What cannot be read is a defect too, not
+    an OSError. Source: spec section 12, row auchk, and section 6.4 for the temporary names.
+    """
+    unreadable: list[Defect] = []
+
+    def on_error(path: bytes, error: OSError) -> None:
+        unreadable.append(Defect(DefectKind.UNREADABLE, path, os.strerror(error.errno or errno.EIO), ""))
+
+    shared: dict[tuple[int, int], list[bytes]] = {}  # (st_dev, st_ino) -> names of the file outside .wh..wh.plnk
+    plinks: list[tuple[bytes, os.stat_result]] = []
+    yield from _administrative(root_fd)
+    for name, st in _leftovers(root_fd, whiteout.PLINK_DIR, on_error):
+        path = _join(whiteout.PLINK_DIR, name)
+        if _only_name(st):
+            detail = f"{st.st_size} bytes, lost with it"
+            yield Defect(DefectKind.PLINK_LEFTOVER, path, detail, _removal(st))
+        else:
+            plinks.append((path, st))
+            shared[st.st_dev, st.st_ino] = []
+    for name, st in _leftovers(root_fd, whiteout.ORPHAN_DIR, on_error):
+        yield Defect(DefectKind.ORPHAN, _join(whiteout.ORPHAN_DIR, name), "", _removal(st))
+
+    inodes = {ino for _, ino in shared}
+    with closing(_walk(root_fd, on_error)) as walk:
+        for directory, fd, entries in walk:
+            for name, entry in entries.items():
+                try:
+                    if inodes and entry.inode() in inodes:
+                        _note_name(shared, fd, directory, name)
+                    defect = _classify(directory, fd, name, entries)
+                except OSError as error:
+                    on_error(_join(directory, name), error)
+                    continue
+                if defect is not None:
+                    yield defect
+    yield from unreadable
+    for path, st in plinks:
+        names = ", ".join(map(printable, shared[st.st_dev, st.st_ino])) or "not found in the branch"
+        detail = f"{st.st_nlink} links, other names: {names}"
+        # Removing it is not for a checker to offer: the next mount takes it up, and names of the file
+        # that exist on lower branches only would show their old content again (spec section 10.3).
+        yield Defect(DefectKind.PLINK_SHARED, path, detail, "")
+
+
+def _administrative(root_fd: int) -> Generator[Defect, None, None]:
+    """The three names aufs keeps in a branch root, when they are not what they should be (spec section 3)."""
+    for name, right_type in _ADMINISTRATIVE.items():
+        st = _stat_or_none(root_fd, name)
+        if st is not None and st_mod.S_IFMT(st.st_mode) != right_type:
+            what = "a directory" if right_type == st_mod.S_IFDIR else "a regular file"
+            yield Defect(DefectKind.BAD_BASE, name, f"should be {what}", _removal(st))
+
+
+def _leftovers(
+    root_fd: int, directory: bytes, on_error: Callable[[bytes, OSError], None]
+) -> list[tuple[bytes, os.stat_result]]:
+    """What one of the two administrative directories holds; nothing if it is absent or no directory."""
+    try:
+        fd = os.open(directory, _READ_DIR, dir_fd=root_fd)
+        try:
+            found = [(name, _stat_or_none(fd, name)) for name in sorted(_list(fd))]
+        finally:
+            os.close(fd)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        on_error(directory, error)
+        return []
+    return [(name, st) for name, st in found if st is not None]
+
+
+def _only_name(st: os.stat_result) -> bool:
+    # A pseudo-link is never a directory: one that is here cannot have another name.
+    return st.st_nlink == 1 or st_mod.S_ISDIR(st.st_mode)
+
+
+def _note_name(shared: dict[tuple[int, int], list[bytes]], dirfd: int, directory: bytes, name: bytes) -> None:
+    """Remember a name of a pseudo-linked file. The number in a directory entry knows no device: ask."""
+    st = _stat_or_none(dirfd, name)
+    if st is not None and (st.st_dev, st.st_ino) in shared:
+        shared[st.st_dev, st.st_ino].append(_join(directory, name))
+
+
+def _classify(directory: bytes, dirfd: int, name: bytes, names: Entries) -> Defect | None:
+    """The defect that this entry is, if any."""
+    if not name.startswith(whiteout.PREFIX):
+        return None
+    path = _join(directory, name)
+    temporary = _TEMPORARY.fullmatch(name)
+    if not temporary and not _is_whiteout(name):
+        return None
+    st = _stat_or_none(dirfd, name)
+    if st is None:
+        return None
+    if temporary:
+        return Defect(DefectKind.TEMPORARY, path, "", _removal(st))
+    if not st_mod.S_ISREG(st.st_mode):
+        return Defect(DefectKind.BAD_WHITEOUT, path, "should be a regular file", _removal(st))
+    hidden = name[len(whiteout.PREFIX) :]
+    if name != whiteout.OPAQUE and hidden in names:
+        detail = f"{printable(_join(directory, hidden))} exists"
+        return Defect(DefectKind.WHITEOUT_PAIR, path, detail, "remove the whiteout")
+    return None
+
+
+def _removal(st: os.stat_result) -> str:
+    return "remove it with all it contains" if st_mod.S_ISDIR(st.st_mode) else "remove it"
+
+
+def _is_whiteout(name: bytes) -> bool:
+    """`.wh.NAME` or the opaque mark, but no other `.wh..wh.*` and not the bare prefix."""
+    if name.startswith(whiteout.RESERVED):
+        return name == whiteout.OPAQUE
+    return len(name) > len(whiteout.PREFIX)
+
+
+def _stat_or_none(dirfd: int, name: bytes) -> os.stat_result | None:
+    try:
+        return syscalls.stat_at(dirfd, name)
+    except FileNotFoundError:
+        return None
+
+
+# -- repairing --------------------------------------------------------------------------------
+
+
+def repair(root_fd: int, defect: Defect) -> None:
+    """Remove what `defect` names, if it still is that defect; its directory keeps its times.
+
+    Raises OSError as unlink(2), ValueError for a defect without a remedy.
+    """
+    if not defect.remedy:
+        raise ValueError(f"no remedy for {defect}")
+    *directories, name = defect.path.split(b"/")
+    try:
+        dirfd = _descend(root_fd, directories)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        st = _stat_or_none(dirfd, name)
+        if st is not None and _still(dirfd, name, st, defect.kind):
+            _remove(dirfd, name)
+    finally:
+        os.close(dirfd)
+
+
+def _descend(root_fd: int, names: list[bytes]) -> int:
+    """A descriptor of the directory reached from the root by `names`, one at a time, following nothing."""
+    fd = syscalls.open_dir_at(root_fd, b".")
+    for name in names:
+        try:
+            child = syscalls.open_dir_at(fd, name)
+        finally:
+            os.close(fd)
+        fd = child
+    return fd
+
+
+def _still(dirfd: int, name: bytes, st: os.stat_result, kind: DefectKind) -> bool:
+    """Whether the object is what was found. Kinds that follow from the path alone need not be asked again."""
+    match kind:
+        case DefectKind.WHITEOUT_PAIR:
+            return st_mod.S_ISREG(st.st_mode) and syscalls.exists_at(dirfd, name[len(whiteout.PREFIX) :])
+        case DefectKind.BAD_WHITEOUT:
+            return not st_mod.S_ISREG(st.st_mode)
+        case DefectKind.BAD_BASE:
+            return st_mod.S_IFMT(st.st_mode) != _ADMINISTRATIVE[name]
+        case DefectKind.PLINK_LEFTOVER:
+            return _only_name(st)
+        case _:
+            return True
+
+
+def _remove(dirfd: int, name: bytes) -> None:
+    """Remove an object, a directory with all it contains, and put the times of `dirfd` back."""
+    before = os.fstat(dirfd)
+    if st_mod.S_ISDIR(syscalls.stat_at(dirfd, name).st_mode):
+        _remove_tree(dirfd, name)
+    else:
+        syscalls.unlink_at(dirfd, name)
+    syscalls.utime_at(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
+
+
+def _remove_tree(dirfd: int, name: bytes) -> None:
+    """Remove a directory of any depth with two descriptors: subdirectories are first moved to its top.
+
+    A crash in between leaves a smaller tree of the same name, for the next run.
+    """
+    top = os.open(name, _READ_DIR, dir_fd=dirfd)
+    try:
+        fresh = 0
+        while entries := _list(top):
+            for child in _unlink_files(top, entries):
+                fd = os.open(child, _READ_DIR, dir_fd=top)
+                try:
+                    for grandchild in _unlink_files(fd, _list(fd)):
+                        while syscalls.exists_at(top, b"%d" % fresh):
+                            fresh += 1
+                        syscalls.rename_at(fd, grandchild, top, b"%d" % fresh)
+                finally:
+                    os.close(fd)
+                syscalls.rmdir_at(top, child)
+    finally:
+        os.close(top)
+    syscalls.rmdir_at(dirfd, name)
+
+
+def _unlink_files(dirfd: int, entries: Entries) -> list[bytes]:
+    """Unlink all that is not a directory; the names of the directories."""
+    directories = []
+    for name, entry in entries.items():
+        if entry.is_dir(follow_symlinks=False):
+            directories.append(name)
+        else:
+            syscalls.unlink_at(dirfd, name)
+    return directories
+
+
+# -- what a mount does ------------------------------------------------------------------------
+
+
+def sweep_temporaries(root_fd: int) -> int:
+    """Remove stale temporary names and the content of the orphan directory; returns how many objects.
+
+    For a writable branch before it is served. Costs a walk through the branch, so the caller asks
+    `was_dirty` first. What cannot be read or removed is logged and left: it is invisible in the
+    union, and no reason to refuse a mount.
+    """
+    removed = 0
+
+    def on_error(path: bytes, error: OSError) -> None:
+        _log.warning("sweep: %s: %s", printable(path), error.strerror)
+
+    def remove(directory: bytes, dirfd: int, name: bytes) -> int:
+        try:
+            _remove(dirfd, name)
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            on_error(_join(directory, name), error)
+            return 0
+        return 1
+
+    leftovers = _leftovers(root_fd, whiteout.ORPHAN_DIR, on_error)
+    if leftovers:
+        orphans = _descend(root_fd, [whiteout.ORPHAN_DIR])
+        try:
+            removed += sum(remove(whiteout.ORPHAN_DIR, orphans, name) for name, _ in leftovers)
+        finally:
+            os.close(orphans)
+    with closing(_walk(root_fd, on_error)) as walk:
+        for directory, fd, entries in walk:
+            removed += sum(remove(directory, fd, name) for name in entries if _TEMPORARY.fullmatch(name))
+    return removed
+
+
+def mark_dirty(root_fd: int) -> None:
+    """Note durably that the branch is being written to; to be called before the first change."""
+    try:
+        fd = syscalls.create_file_at(root_fd, DIRTY_MARK, os.O_WRONLY, 0o444)
+    except FileExistsError:
+        pass  # left by a mount that was killed, perhaps before it was durable
+    else:
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    _sync_directory(root_fd)
+
+
+def was_dirty(root_fd: int) -> bool:
+    """Whether the last mount that wrote to this branch did not end with `mark_clean`."""
+    return syscalls.exists_at(root_fd, DIRTY_MARK)
+
+
+def mark_clean(root_fd: int) -> None:
+    """Take the mark of `mark_dirty` away, durably; no mark is fine. To be called after the last change."""
+    try:
+        syscalls.unlink_at(root_fd, DIRTY_MARK)
+    except FileNotFoundError:
+        return
+    _sync_directory(root_fd)
+
+
+def _sync_directory(dirfd: int) -> None:
+    fd = syscalls.open_listing(dirfd)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # fsync(2): EINVAL where the file system has no such thing for directories.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(fd)
+
+
+# -- the command ------------------------------------------------------------------------------
+
+
+def run_fsck(path: bytes, ask: Callable[[Defect], bool], echo: Callable[[str], None]) -> ExitCode:
+    """Check the branch at `path`: `echo` each defect, and repair it where `ask` says yes.
+
+    Returns OK when nothing is wrong any more, FSCK_DEFECTS when something is; pseudo-links of files with
+    other names are told, and are no defect. UserError(BRANCH) for a path that is no directory,
+    UserError(NOT_ROOT) without CAP_SYS_ADMIN.
+    """
+    root_fd = _open_branch(path)
+    found = repaired = 0
+    try:
+        if was_dirty(root_fd):
+            echo(f"{printable(path)}: was not unmounted cleanly, or is mounted now; check only what is not in use")
+        with closing(find_defects(root_fd)) as defects:
+            for defect in defects:
+                echo(str(defect))
+                if defect.kind is DefectKind.PLINK_SHARED:
+                    continue  # only worth knowing
+                found += 1
+                if defect.remedy and ask(defect) and _repaired(root_fd, defect, echo):
+                    repaired += 1
+    finally:
+        os.close(root_fd)
+    echo(f"{printable(path)}: " + (f"{found} defects, {repaired} repaired" if found else "clean"))
+    return ExitCode.OK if repaired == found else ExitCode.FSCK_DEFECTS
+
+
+def _repaired(root_fd: int, defect: Defect, echo: Callable[[str], None]) -> bool:
+    try:
+        repair(root_fd, defect)
+    except OSError as error:
+        echo(f"{printable(defect.path)}: not repaired: {error.strerror}")
+        return False
+    return True
+
+
+def _open_branch(path: bytes) -> int:
+    """A private clone of the branch's mount: what is mounted below is no part of it (spec section 4.2 note 0)."""
+    try:
+        fd = syscalls.clone_mount(path)
+    except PermissionError as error:
+        raise UserError(f"{printable(path)}: checking a branch needs root", ExitCode.NOT_ROOT) from error
+    except OSError as error:
+        raise UserError(f"{printable(path)}: {error.strerror}", ExitCode.BRANCH) from error
+    if not st_mod.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UserError(f"{printable(path)}: not a directory", ExitCode.BRANCH)
+    return fd

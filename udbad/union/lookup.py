@@ -1,0 +1,373 @@
+"""Which branch objects a name of the union stands for (spec section 4).
+
+`resolve` asks the branches, top to bottom, and is the only place that knows layer order for names;
+`intern` turns what it found into a node. `refresh` brings a directory whose layers cannot be trusted
+up to date, from the root down, so that even a process that sits in a directory sees a branch directory
+that appeared above it. `lookup` puts them together and answers from the directory's view where the
+coherence strategy allows that.
+"""
+
+from __future__ import annotations
+
+import os
+import stat as st_mod
+
+from udbad.branch import syscalls
+from udbad.branch.branches import Branch
+from udbad.errors import enoent
+from udbad.inodes.table import Dir, Layer, Node
+from udbad.union import whiteout
+from udbad.union.tree import Tree
+from udbad.union.view import load_view
+
+_S_IFDIR = st_mod.S_IFDIR
+_S_IFMT = 0o170000
+_stat = os.stat
+
+
+class Found:
+    """A visible object: its top branch and attributes, and for a directory every merged layer."""
+
+    __slots__ = ("branch", "kind", "layers", "opaque", "st", "whited")
+
+    def __init__(self, kind: int, branch: Branch, st: os.stat_result, layers: list[Layer] | None) -> None:
+        self.kind = kind
+        self.branch = branch
+        self.st = st
+        self.layers = layers
+        self.whited: int | None = None
+        self.opaque: int | None = None
+
+
+def resolve(tree: Tree, parent: Dir, name: bytes, below: int = -1) -> Found | None:
+    """What `name` is in `parent` according to the branches now; None when nothing is visible.
+
+    below: look only at branches with a larger index. Side values for the caller: tree.examined (branches
+    looked at) and tree.whited (index of the whiteout that ended the search). Order inside a branch: the
+    name first, then its whiteout, because a whiteout hides lower branches only.
+    """
+    tree.whited = None
+    layers = parent.layers
+    last = len(layers) - 1
+    examined = 0
+    try:
+        for pos, layer in enumerate(layers):
+            branch = layer.branch
+            if branch.index <= below:
+                continue
+            fd = layer.fd
+            if fd < 0:
+                fd = tree.layer_fd(parent, layer)
+            examined += 1
+            try:
+                st = _stat(name, dir_fd=fd, follow_symlinks=False)
+            except FileNotFoundError:
+                if branch.whable and pos < last and whiteout.present(fd, name):
+                    tree.whited = branch.index
+                    return None
+                continue
+            kind = st.st_mode & _S_IFMT
+            if kind != _S_IFDIR:
+                return Found(kind, branch, st, None)
+            return _merge(tree, parent, name, pos, st)
+        return None
+    finally:
+        tree.examined = examined
+
+
+def _merge(tree: Tree, parent: Dir, name: bytes, first: int, st: os.stat_result) -> Found | None:
+    """Collect the layers of a directory whose topmost copy is at position `first` of the parent."""
+    known = parent.children.get(name)
+    held = {layer.branch.index: layer for layer in known.layers} if type(known) is Dir else {}
+    layers: list[Layer] = []
+    opened: list[int] = []
+    last = len(parent.layers) - 1
+    top_st = st
+    whited = opaque = None
+    try:
+        for pos in range(first, last + 1):
+            above = parent.layers[pos]
+            branch = above.branch
+            fd = above.fd if above.fd >= 0 else tree.layer_fd(parent, above)
+            if pos > first:
+                try:
+                    st = _stat(name, dir_fd=fd, follow_symlinks=False)
+                except FileNotFoundError:
+                    if branch.whable and pos < last and whiteout.present(fd, name):
+                        whited = branch.index
+                        break
+                    continue
+            if st.st_mode & _S_IFMT == _S_IFDIR:
+                layer = held.get(branch.index)
+                if layer is None or layer.fd < 0 or layer.ino != st.st_ino or layer.dev != st.st_dev:
+                    child = syscalls.open_dir_at(fd, name)
+                    opened.append(child)
+                    st = os.fstat(child)
+                    layer = Layer(branch, st.st_dev, st.st_ino, st.st_nlink, child)
+                else:
+                    layer.nlink = st.st_nlink
+                if not layers:
+                    top_st = st
+                layers.append(layer)
+                if branch.whable and whiteout.opaque(layer.fd):
+                    opaque = branch.index
+                    break
+            # A lower object of another type is skipped, it does not end the search (section 4.2).
+            if branch.whable and pos < last and whiteout.present(fd, name):
+                whited = branch.index
+                break
+    except (FileNotFoundError, NotADirectoryError):
+        # Somebody changed the branch between stat and open: resolve again, from what is there now.
+        _close(opened)
+        return resolve(tree, parent, name)
+    except BaseException:
+        _close(opened)
+        raise
+    found = Found(_S_IFDIR, layers[0].branch, top_st, layers)
+    found.whited = whited
+    found.opaque = opaque
+    return found
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def discard(tree: Tree, parent: Dir, name: bytes, found: Found) -> None:
+    """Close what `resolve` opened for a directory that is not going to be interned."""
+    if found.layers is None:
+        return
+    known = parent.children.get(name)
+    held = set(known.layers) if type(known) is Dir else set()
+    for layer in found.layers:
+        if layer not in held:
+            os.close(layer.fd)
+
+
+def adopt(tree: Tree, node: Dir, found: Found, floor: int) -> None:
+    """Give a directory the layers that `resolve` found; tell the coherence strategy what that means."""
+    new = found.layers
+    assert new is not None
+    old = node.layers
+    changed = len(old) != len(new)
+    if old is not new:
+        keep = set(new)
+        for layer in old:
+            if layer not in keep and layer.fd >= 0:
+                os.close(layer.fd)
+                tree.table.open_fds -= 1
+        fresh = [layer for layer in new if layer not in set(old)]
+        if fresh:
+            tree.table.open_fds += len(fresh)
+            tree.table.note_fds(node)
+            changed = changed or any(a.identity != b.identity for a, b in zip(old, new, strict=True))
+    node.hot = True
+    if changed or old is new or node.opaque != found.opaque:
+        changed = changed or node.opaque != found.opaque
+        node.layers = new
+        node.view = None
+        node.probes = 0
+        node.version += 1
+    else:
+        node.layers = new
+    top = new[0]
+    node.branch, node.dev, node.ino = top.branch, top.dev, top.ino
+    node.opaque = found.opaque
+    limits = [limit for limit in (found.opaque, found.whited) if limit is not None]
+    node.floor = min([floor, *limits])
+    node.nlink_extra = sum(max(layer.nlink - 2, 0) for layer in new[1:]) if len(new) > 1 else 0
+    tree.inomap.alias(top.dev, top.ino, node.id)
+    tree.hooks.adopt(node, changed)
+
+
+def intern(tree: Tree, parent: Dir, name: bytes, found: Found) -> tuple[Node, os.stat_result]:
+    """The node for something `resolve` found, made if it is new, with the attributes to report."""
+    if found.layers is not None:
+        return _intern_dir(tree, parent, name, found), found.st
+    st = found.st
+    node = parent.children.get(name)
+    if (
+        node is not None
+        and node.ino == st.st_ino
+        and node.dev == st.st_dev
+        and node.branch is found.branch
+        and node.kind == found.kind
+        and not node.dead
+    ):
+        return node, st
+    table = tree.table
+    number = tree.inomap.number(st.st_dev, st.st_ino)
+    node = table.nodes.get(number)
+    plink = tree.plinks.get(number)
+    if plink is not None and (node is None or node.plink is plink) and found.branch.index >= plink.branch.index:
+        # Another name of a hard link that was copied up: its data is where the pseudo-link is.
+        st = _stat(plink.name, dir_fd=plink.dirfd, follow_symlinks=False)
+        if node is None:
+            node = Node(number, st.st_mode & _S_IFMT, plink.branch, st.st_dev, st.st_ino)
+            node.plink = plink
+            table.add(node)
+        set_plink_count(node, st)
+        table.attach(node, parent, name)
+        return node, st
+    if node is not None and (node.identity != (st.st_dev, st.st_ino) or node.kind != found.kind or node.dead):
+        # The number belongs to an object that is still in use: this one gets a number of its own.
+        number = tree.inomap.fresh(st.st_dev, st.st_ino)
+        node = None
+    if node is None:
+        node = Node(number, found.kind, found.branch, st.st_dev, st.st_ino)
+        table.add(node)
+    node.branch = found.branch
+    table.attach(node, parent, name)
+    return node, st
+
+
+def set_plink_count(node: Node, st: os.stat_result) -> None:
+    """Names a user can find: links of the home less the one in .wh..wh.plnk, plus those still below."""
+    if node.plink is not None:
+        node.nlink_extra = node.plink.pending - 1
+
+
+def _intern_dir(tree: Tree, parent: Dir, name: bytes, found: Found) -> Dir:
+    layers = found.layers
+    assert layers is not None
+    known = parent.children.get(name)
+    node: Node | None = known
+    if type(known) is not Dir or known.dead or not _same_directory(known, layers):
+        top = layers[0]
+        number = tree.inomap.number(top.dev, top.ino)
+        node = tree.table.nodes.get(number)
+        if node is not None and (type(node) is not Dir or node.dead or not _same_directory(node, layers)):
+            number = tree.inomap.fresh(top.dev, top.ino)
+            node = None
+        if node is None:
+            node = Dir(number, layers)
+            tree.table.add(node)
+            tree.table.open_fds += len(layers)
+            tree.table.note_fds(node)
+    assert type(node) is Dir
+    tree.table.attach(node, parent, name)
+    adopt(tree, node, found, parent.floor)
+    return node
+
+
+def _same_directory(node: Dir, layers: list[Layer]) -> bool:
+    """A directory stays itself while it keeps at least one of its branch directories."""
+    ids = {layer.identity for layer in node.layers}
+    return any(layer.identity in ids for layer in layers)
+
+
+def refresh(tree: Tree, node: Dir) -> None:
+    """Make sure an untrusted directory's layers are what the branches say now.
+
+    Walks from the nearest trusted ancestor down. A directory that was moved away directly stays usable
+    through the descriptors we hold, as a native current directory does. Raises ENOENT when it is gone.
+    """
+    chain: list[Dir] = []
+    current: Dir | None = node
+    while current is not None and not current.trusted and current is not tree.root:
+        chain.append(current)
+        current = current.parent
+    for entry in reversed(chain):
+        parent = entry.parent
+        if parent is not None and not entry.dead:
+            found = resolve(tree, parent, entry.name)
+            if found is not None and found.layers is not None and _same_directory(entry, found.layers):
+                adopt(tree, entry, found, parent.floor)
+                continue
+            if found is not None:
+                discard(tree, parent, entry.name, found)
+        alive = [layer for layer in entry.layers if layer.fd >= 0 and os.fstat(layer.fd).st_nlink > 0]
+        if not alive:
+            raise enoent()
+        if len(alive) != len(entry.layers):
+            moved = Found(_S_IFDIR, alive[0].branch, os.fstat(alive[0].fd), alive)
+            moved.opaque = entry.opaque
+            adopt(tree, entry, moved, entry.floor)
+
+
+def lookup(tree: Tree, parent: Dir, name: bytes) -> tuple[Node, os.stat_result] | None:
+    """Name to node and attributes; None when the union has no such name (it may be remembered)."""
+    if parent.dead:
+        return None
+    if not parent.trusted:
+        refresh(tree, parent)
+        found = resolve(tree, parent, name)
+        if found is None:
+            forget_name(tree, parent, name)
+            return None
+        return intern(tree, parent, name, found)
+    view = parent.view
+    if view is None:
+        # Learning the directory costs a scan; single questions are cheaper until enough were asked.
+        parent.probes += len(parent.layers)
+        if parent.probes > 16 and worth_loading(tree, parent):
+            view = load_view(tree, parent)
+    if view is not None:
+        hit = view.get(name, -1)
+        if hit == -1:
+            tree.examined = 0
+            tree.whited = None
+            return None
+        if type(hit) is int:
+            node = parent.children.get(name)
+            layer = parent.layer(hit)
+            if layer is not None:
+                fd = layer.fd if layer.fd >= 0 else tree.layer_fd(parent, layer)
+                try:
+                    st = _stat(name, dir_fd=fd, follow_symlinks=False)
+                except FileNotFoundError:
+                    pass
+                else:
+                    kind = st.st_mode & _S_IFMT
+                    if kind != _S_IFDIR:
+                        tree.examined = 1
+                        tree.whited = None
+                        if (
+                            node is not None
+                            and node.ino == st.st_ino
+                            and node.dev == st.st_dev
+                            and node.branch is layer.branch
+                            and node.kind == kind
+                            and not node.dead
+                        ):
+                            return node, st
+                        return intern(tree, parent, name, Found(kind, layer.branch, st, None))
+    found = resolve(tree, parent, name)
+    if view is not None:
+        remember(parent, name, found)
+    if found is None:
+        forget_name(tree, parent, name)
+        return None
+    return intern(tree, parent, name, found)
+
+
+def worth_loading(tree: Tree, parent: Dir) -> bool:
+    """Whether the questions asked so far have cost more than reading the directory would.
+
+    About 32 bytes of directory an entry (ext4), and a scanned entry costs about half a stat.
+    """
+    size = 0
+    for layer in parent.layers:
+        size += os.fstat(tree.layer_fd(parent, layer)).st_size
+    return parent.probes > size // 64
+
+
+def remember(parent: Dir, name: bytes, found: Found | None) -> None:
+    """Put what was resolved into the directory's view, if it has one."""
+    view = parent.view
+    if view is None:
+        return
+    if found is None:
+        view.pop(name, None)
+    elif found.layers is None:
+        view[name] = found.branch.index
+    else:
+        view[name] = tuple(layer.branch.index for layer in found.layers)
+
+
+def forget_name(tree: Tree, parent: Dir, name: bytes) -> None:
+    """A name turned out to be gone: its node, if any, is not reachable by it any more."""
+    node = parent.children.get(name)
+    if node is not None:
+        tree.table.detach(node, parent, name)

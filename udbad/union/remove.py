@@ -1,0 +1,183 @@
+"""Removing objects: unlink and rmdir (spec sections 6.3 and 6.4).
+
+The whiteout is written before the object goes: what a crash leaves is the old state (the object beside
+its whiteout stays visible) or the new one. Lower copies are never touched.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from udbad.branch import syscalls
+from udbad.branch.branches import Branch
+from udbad.errors import enoent, erofs, os_error
+from udbad.inodes.table import Dir, Node
+from udbad.union import copyup, lookup, plink, readdir, whiteout
+from udbad.union.lookup import Found
+from udbad.union.tree import Tree
+
+
+def find(tree: Tree, parent: Dir, name: bytes) -> Found:
+    """What a name that is going to change stands for. Raises ENOENT, EROFS, EPERM (.wh.*)."""
+    whiteout.check_name(name)
+    if tree.options.read_only:
+        raise erofs()
+    if parent.dead:
+        raise enoent()
+    if not parent.trusted:
+        lookup.refresh(tree, parent)
+    found = lookup.resolve(tree, parent, name)
+    if found is None:
+        lookup.forget_name(tree, parent, name)
+        lookup.remember(parent, name, None)
+        raise enoent()
+    return found
+
+
+def covered_below(tree: Tree, parent: Dir, name: bytes, branch: Branch) -> bool:
+    """Whether removing `name` from `branch` would let a lower object appear."""
+    layer = parent.layer(branch.index)
+    if layer is not None and branch.whable and whiteout.present(tree.layer_fd(parent, layer), name):
+        return False
+    found = lookup.resolve(tree, parent, name, below=branch.index)
+    if found is None:
+        return False
+    lookup.discard(tree, parent, name, found)
+    return True
+
+
+def choose(tree: Tree, parent: Dir, found: Found) -> Branch:
+    """The branch a removal happens on: the object's own, else where a whiteout can hide it. Raises EROFS."""
+    if found.branch.writable:
+        return found.branch
+    return copyup.target_branch(tree, parent, found.branch.index)
+
+
+def unlink(tree: Tree, parent: Dir, name: bytes) -> None:
+    found = find(tree, parent, name)
+    if found.layers is not None:
+        lookup.discard(tree, parent, name, found)
+        raise os_error(errno.EISDIR)
+    top = found.branch
+    branch = choose(tree, parent, found)
+    dirfd = copyup.ensure_dir(tree, parent, branch)
+    whited = branch is not top or covered_below(tree, parent, name, branch)
+    made = whited and whiteout.create(branch, dirfd, name)
+    if branch is top:
+        try:
+            syscalls.unlink_at(dirfd, name)
+        except FileNotFoundError:
+            pass  # somebody was faster, directly on the branch
+        except BaseException:
+            if made:
+                whiteout.remove(dirfd, name)
+            raise
+    gone(tree, parent, name, found.st, branch is not top)
+    lookup.remember(parent, name, None)
+    tree.hooks.own_change(parent, name)
+
+
+def gone(tree: Tree, parent: Dir, name: bytes, st: os.stat_result, was_lower: bool) -> None:
+    """The name is removed: let its node go, and mark it dead with its last name."""
+    node = parent.children.get(name)
+    if node is None:
+        number = tree.inomap.number(st.st_dev, st.st_ino)
+        node = tree.table.nodes.get(number)
+        home = tree.plinks.get(number)
+        if node is None and home is not None:
+            node = Node(number, st.st_mode & 0o170000, home.branch, st.st_dev, st.st_ino)
+            node.plink = home
+            plink.name_removed(tree, node, was_lower)
+            return
+        if node is None:
+            if st.st_nlink <= 1 and not was_lower:
+                tree.inomap.drop(st.st_dev, st.st_ino)
+            return
+    tree.table.detach(node, parent, name)
+    if node.plink is not None:
+        if plink.name_removed(tree, node, was_lower):
+            bury(tree, node)
+    elif st.st_nlink <= 1:
+        bury(tree, node)
+    tree.hooks.own_data(node)
+
+
+def bury(tree: Tree, node: Node) -> None:
+    """No name is left. The branch may reuse the inode number as soon as no descriptor holds it."""
+    node.dead = True
+    tree.inomap.drop(node.dev, node.ino)
+
+
+def rmdir(tree: Tree, parent: Dir, name: bytes) -> None:
+    found = find(tree, parent, name)
+    if found.layers is None:
+        raise os_error(errno.ENOTDIR)
+    node, _ = lookup.intern(tree, parent, name, found)
+    assert type(node) is Dir
+    if not readdir.is_empty(tree, node):
+        raise os_error(errno.ENOTEMPTY)
+    top = node.branch
+    branch = choose(tree, parent, found)
+    dirfd = copyup.ensure_dir(tree, parent, branch)
+    whited = branch is not top or covered_below(tree, parent, name, branch)
+    made = whited and whiteout.create(branch, dirfd, name)
+    if branch is top:
+        try:
+            _remove_branch_dir(tree, dirfd, name)
+        except BaseException:
+            if made:
+                whiteout.remove(dirfd, name)
+            raise
+    tree.table.detach(node, parent, name)
+    bury(tree, node)
+    lookup.remember(parent, name, None)
+    tree.hooks.own_change(parent, name)
+
+
+def _remove_branch_dir(tree: Tree, dirfd: int, name: bytes) -> None:
+    """Remove a logically empty branch directory: out of sight first, then its marks (spec section 6.4)."""
+    tmp = whiteout.temporary_name(name)
+    try:
+        syscalls.rename_at(dirfd, name, dirfd, tmp)
+    except FileNotFoundError:
+        return
+    try:
+        purge(dirfd, tmp)
+        syscalls.rmdir_at(dirfd, tmp)
+    except BaseException:
+        # Something was put into it directly meanwhile: it is not empty, so it stays.
+        syscalls.rename_at(dirfd, tmp, dirfd, name)
+        raise
+
+
+def purge(dirfd: int, name: bytes) -> None:
+    """Remove all whiteouts and marks in a branch directory; other entries are left alone."""
+    try:
+        child = syscalls.open_dir_at(dirfd, name)
+    except FileNotFoundError:
+        return
+    try:
+        listing = syscalls.open_listing(child)
+        try:
+            marks = [os.fsencode(text) for text in os.listdir(listing)]
+        finally:
+            os.close(listing)
+        for mark in marks:
+            if not mark.startswith(whiteout.PREFIX):
+                raise os_error(errno.ENOTEMPTY)
+        for mark in marks:
+            _remove_mark(child, mark)
+    finally:
+        os.close(child)
+
+
+def _remove_mark(dirfd: int, mark: bytes) -> None:
+    try:
+        syscalls.unlink_at(dirfd, mark)
+    except FileNotFoundError:
+        pass
+    except IsADirectoryError:
+        # A temporary directory that a crash left.
+        purge(dirfd, mark)
+        syscalls.rmdir_at(dirfd, mark)

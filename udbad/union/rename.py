@@ -1,0 +1,189 @@
+"""rename(2) over branches (spec section 6.6): NOREPLACE, EXCHANGE, and the EXDEV rule for directories.
+
+A directory moves only when nothing of it stays behind on lower branches, else EXDEV, and tools copy.
+All preparations keep the visible state as it was; the one renameat2 on the target branch is the
+moment of change; removing DST's whiteout afterwards changes nothing visible either, because the new
+object hides what the whiteout hid.
+"""
+
+from __future__ import annotations
+
+import errno
+from contextlib import ExitStack
+
+from udbad.branch import syscalls
+from udbad.branch.branches import Branch
+from udbad.errors import enoent, os_error
+from udbad.inodes.table import Dir, Node
+from udbad.types import Trigger
+from udbad.union import copyup, lookup, readdir, remove, whiteout
+from udbad.union.lookup import Found
+from udbad.union.tree import NeedCopyUp, Tree
+
+_KNOWN = syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE
+
+
+def rename(tree: Tree, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, flags: int) -> None:
+    """Raises NeedCopyUp for a file that has to come up first; the caller then starts again.
+
+    Errors: EINVAL (RENAME_WHITEOUT), EEXIST, ENOENT, EXDEV, ENOTEMPTY, ENOTDIR, EISDIR, EROFS.
+    """
+    if flags & ~_KNOWN or flags == _KNOWN:
+        raise os_error(errno.EINVAL)
+    whiteout.check_name(dst)
+    source = remove.find(tree, src_dir, src)
+    src_node, _ = lookup.intern(tree, src_dir, src, source)
+    if dst_dir.dead:
+        raise enoent()
+    if not dst_dir.trusted:
+        lookup.refresh(tree, dst_dir)
+    found = lookup.resolve(tree, dst_dir, dst)
+    whited = tree.whited
+    dst_node = None
+    if found is not None:
+        dst_node, _ = lookup.intern(tree, dst_dir, dst, found)
+        if flags & syscalls.RENAME_NOREPLACE:
+            raise os_error(errno.EEXIST)
+    if flags & syscalls.RENAME_EXCHANGE:
+        if found is None or dst_node is None:
+            raise enoent()
+        _exchange(tree, src_dir, src, source, src_node, dst_dir, dst, found, dst_node)
+        return
+    _check_types(tree, src_node, dst_node)
+    if src_node is dst_node:
+        return  # two names of one file: rename(2) does nothing
+    limit = dst_dir.floor if whited is None else min(dst_dir.floor, whited)
+    limit = limit if found is None else min(limit, found.branch.index)
+    branch = _target(tree, src_dir, src, source, src_node, limit)
+    _move(tree, src_dir, src, src_node, dst_dir, dst, dst_node, found, branch)
+
+
+def _check_types(tree: Tree, src: Node, dst: Node | None) -> None:
+    if dst is None:
+        return
+    if type(src) is Dir:
+        if type(dst) is not Dir:
+            raise os_error(errno.ENOTDIR)
+        if not readdir.is_empty(tree, dst):
+            raise os_error(errno.ENOTEMPTY)
+    elif type(dst) is Dir:
+        raise os_error(errno.EISDIR)
+
+
+def _target(tree: Tree, parent: Dir, name: bytes, found: Found, node: Node, limit: int) -> Branch:
+    """The branch on which the rename happens: the source's own, or, if that is not writable or lies below
+    `limit` (where the new name would be hidden), one above that it is copied to."""
+    branch = found.branch
+    if branch.writable and branch.index <= limit:
+        if type(node) is Dir and not readdir.lower_hidden(tree, node, branch.index):
+            raise os_error(errno.EXDEV)
+        return branch
+    if type(node) is Dir:
+        if not readdir.is_empty(tree, node):
+            raise os_error(errno.EXDEV)
+        shot = copyup.snapshot(tree, parent, min(branch.index, limit + 1), None, True, 0)
+        target = tree.branches[tree.options.copyup.select(shot)]
+        copyup.ensure_dir(tree, node, target)
+        return target
+    raise NeedCopyUp(node, Trigger.RENAME, None, (parent, name), limit=limit)
+
+
+def _move(
+    tree: Tree, src_dir: Dir, src: bytes, src_node: Node, dst_dir: Dir, dst: bytes,
+    dst_node: Node | None, found: Found | None, branch: Branch,
+) -> None:  # fmt: skip
+    src_fd = copyup.ensure_dir(tree, src_dir, branch)
+    dst_fd = copyup.ensure_dir(tree, dst_dir, branch)
+    had_whiteout = whiteout.present(dst_fd, dst)
+    lower_dst = not had_whiteout and remove.covered_below(tree, dst_dir, dst, branch)
+    dst_here = found is not None and found.branch is branch
+    with ExitStack() as undo:
+        if remove.covered_below(tree, src_dir, src, branch) and whiteout.create(branch, src_fd, src):
+            undo.callback(whiteout.remove, src_fd, src)
+        if type(src_node) is Dir:
+            if had_whiteout or lower_dst or tree.options.opaque_always:
+                _make_opaque(tree, src_node, branch, undo)
+            if dst_here:
+                # Only an empty directory can be replaced: hide what its marks hid, then take them out.
+                if lower_dst and whiteout.create(branch, dst_fd, dst):
+                    undo.callback(whiteout.remove, dst_fd, dst)
+                    had_whiteout = True
+                remove.purge(dst_fd, dst)
+        syscalls.rename_at(src_fd, src, dst_fd, dst)
+        undo.pop_all()
+    # The rename is done and cannot be taken back: what follows only tidies up.
+    if had_whiteout:
+        whiteout.remove(dst_fd, dst)
+    if found is not None and dst_node is not None:
+        if type(dst_node) is Dir:
+            tree.table.detach(dst_node, dst_dir, dst)
+            remove.bury(tree, dst_node)
+        else:
+            remove.gone(tree, dst_dir, dst, found.st, found.branch is not branch)
+    _moved(tree, src_node, src_dir, src, dst_dir, dst)
+
+
+def _make_opaque(tree: Tree, node: Dir, branch: Branch, undo: ExitStack) -> None:
+    """Mark a directory that is about to move, while it is under its old name: what is below it there is
+    whited out already, so the mark changes nothing visible yet."""
+    fd = tree.branch_fd(node, branch)
+    if not whiteout.opaque(fd):
+        whiteout.make_opaque(branch, fd)
+        undo.callback(syscalls.unlink_at, fd, whiteout.OPAQUE)
+
+
+def _moved(tree: Tree, node: Node, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes) -> None:
+    """Bring nodes and views up to date after the branch was changed."""
+    if type(node) is not Dir:
+        tree.table.detach(node, src_dir, src)
+    tree.table.attach(node, dst_dir, dst)
+    _resettle(tree, src_dir, src)
+    _resettle(tree, dst_dir, dst)
+
+
+def _resettle(tree: Tree, parent: Dir, name: bytes) -> None:
+    """Resolve a name again and put the result into node, table and view."""
+    found = lookup.resolve(tree, parent, name)
+    lookup.remember(parent, name, found)
+    if found is None:
+        lookup.forget_name(tree, parent, name)
+    else:
+        lookup.intern(tree, parent, name, found)
+    tree.hooks.own_change(parent, name)
+
+
+def _exchange(
+    tree: Tree, src_dir: Dir, src: bytes, source: Found, src_node: Node,
+    dst_dir: Dir, dst: bytes, found: Found, dst_node: Node,
+) -> None:  # fmt: skip
+    """RENAME_EXCHANGE: both on one branch, no whiteouts; each directory opaque where the other had lower parts."""
+    limit = min(src_dir.floor, dst_dir.floor, source.branch.index, found.branch.index)
+    branch = _target(tree, src_dir, src, source, src_node, limit)
+    other = _target(tree, dst_dir, dst, found, dst_node, branch.index)
+    if other is not branch:
+        # Both move to the upper one of the two.
+        branch = _target(tree, src_dir, src, lookup_again(tree, src_dir, src), src_node, other.index)
+    src_fd = copyup.ensure_dir(tree, src_dir, branch)
+    dst_fd = copyup.ensure_dir(tree, dst_dir, branch)
+    with ExitStack() as undo:
+        if type(src_node) is Dir and remove.covered_below(tree, dst_dir, dst, branch):
+            _make_opaque(tree, src_node, branch, undo)
+        if type(dst_node) is Dir and remove.covered_below(tree, src_dir, src, branch):
+            _make_opaque(tree, dst_node, branch, undo)
+        syscalls.rename_at(src_fd, src, dst_fd, dst, syscalls.RENAME_EXCHANGE)
+        undo.pop_all()
+    tree.table.detach(src_node, src_dir, src)
+    tree.table.detach(dst_node, dst_dir, dst)
+    tree.table.attach(src_node, dst_dir, dst)
+    tree.table.attach(dst_node, src_dir, src)
+    _resettle(tree, src_dir, src)
+    _resettle(tree, dst_dir, dst)
+
+
+def lookup_again(tree: Tree, parent: Dir, name: bytes) -> Found:
+    """Resolve a name that is known to exist. Raises ENOENT when it does not any more."""
+    found = lookup.resolve(tree, parent, name)
+    if found is None:
+        raise enoent()
+    lookup.intern(tree, parent, name, found)
+    return found

@@ -1,0 +1,221 @@
+"""The state that all operations of one mount share, and how branch objects are reached from nodes.
+
+`Tree` owns the branch snapshot, the inode table, the inode numbers, the policies and the hooks of the
+coherence strategy. Nothing here decides what is visible; that is lookup.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from udbad.branch import syscalls
+from udbad.branch.branches import Branch, BranchSet
+from udbad.branch.policy import CopyUpPolicy, CreatePolicy
+from udbad.errors import estale
+from udbad.inodes.handles import HandleTable
+from udbad.inodes.inomap import InoMap
+from udbad.inodes.table import Dir, InodeTable, Layer, Node, Plink
+from udbad.types import ROOT_ID, Trigger
+
+
+class NeedCopyUp(Exception):
+    """The operation needs `node` on a writable branch first: copy it up, then start it again.
+
+    length: how many bytes of content are wanted (None: all), for a copy-up that a truncation caused.
+    name: the name that must exist above, where it matters which of a node's names that is. limit: the
+    largest branch index at which the copy would do.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        trigger: Trigger,
+        length: int | None = None,
+        name: tuple[Dir, bytes] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(node.id, trigger)
+        self.node = node
+        self.trigger = trigger
+        self.length = length
+        self.name = name
+        self.limit = limit
+
+
+class Hooks(Protocol):
+    """What the union tells the coherence strategy (coherence/base.py has the full interface)."""
+
+    def adopt(self, node: Dir, changed: bool) -> None:
+        """A directory's layers were resolved; set `trusted` and `ttl`. changed: they differ from before."""
+
+    def dropped(self, node: Node) -> None:
+        """The node left the table."""
+
+    def own_change(self, node: Dir, name: bytes) -> None:
+        """An operation through the mount changed this name; the view is up to date already."""
+
+    def own_data(self, node: Node) -> None:
+        """An operation through the mount changed content or attributes of this node."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnionOptions:
+    """The mount options that change what the union does (config.MountOptions has them all)."""
+
+    create: CreatePolicy
+    copyup: CopyUpPolicy
+    read_only: bool = False
+    plink: bool = True
+    show_whiteouts: bool = False
+    dirwh: int = 3
+    opaque_always: bool = False
+    sum_space: bool = False
+    acl: bool = True
+    direct_io: bool = True
+    fsync_copyup: bool = False
+
+
+@dataclass(slots=True)
+class Counters:
+    """Plain counters that metrics read at scrape time; index of depths is branches examined."""
+
+    depth_found: list[int] = field(default_factory=lambda: [0] * 64)
+    depth_negative: list[int] = field(default_factory=lambda: [0] * 64)
+    depth_whiteout: list[int] = field(default_factory=lambda: [0] * 64)
+
+
+class Tree:
+    """One mounted union. Event loop only; see union/fs.py for the locking rule."""
+
+    def __init__(self, branches: BranchSet, options: UnionOptions, max_fds: int) -> None:
+        self.branches = branches
+        self.options = options
+        self.inomap = InoMap()
+        self.handles = HandleTable()
+        self.counters = Counters()
+        self.plinks: dict[int, Plink] = {}
+        self.warned: set[tuple[int, bytes]] = set()
+        self.examined = 0
+        self.whited: int | None = None
+        self._free: dict[int, tuple[float, int]] = {}
+        layers = []
+        for branch in branches.branches:
+            st = os.fstat(branch.root_fd)
+            self.inomap.number(st.st_dev, st.st_ino)  # file systems are numbered in branch order
+            layers.append(Layer(branch, st.st_dev, st.st_ino, st.st_nlink, branch.root_fd))
+        root = Dir(ROOT_ID, layers)
+        root.floor = len(branches) - 1
+        root.nlookup = 1
+        self.root = root
+        for layer in layers:
+            self.inomap.alias(layer.dev, layer.ino, ROOT_ID)
+        self.table = InodeTable(root, max_fds)
+        self.hooks: Hooks
+
+    def attach_hooks(self, hooks: Hooks) -> None:
+        """Bind the coherence strategy; called once before the first operation and when the mode changes."""
+        self.hooks = hooks
+        self.table.on_drop = hooks.dropped  # type: ignore[method-assign]  # the table's only callback
+
+    # -- reaching branch objects --------------------------------------------------------------
+
+    def layer_fd(self, node: Dir, layer: Layer) -> int:
+        """The O_PATH descriptor of a branch directory, re-opened by name when it was trimmed.
+
+        Raises ESTALE when the name does not lead there any more.
+        """
+        if layer.fd >= 0:
+            return layer.fd
+        missing = [(node, layer)]
+        parent = node.parent
+        while True:
+            # Downwards from the nearest ancestor that is open; not recursive: trees may be deep.
+            if parent is None:
+                raise estale()
+            above = parent.layer(layer.branch.index)
+            if above is None:
+                raise estale()
+            if above.fd >= 0:
+                break
+            missing.append((parent, above))
+            parent = parent.parent
+        fd = above.fd
+        for child, child_layer in reversed(missing):
+            try:
+                fd = syscalls.open_dir_at(fd, child.name)
+            except (FileNotFoundError, NotADirectoryError):
+                raise estale() from None
+            st = os.fstat(fd)
+            if (st.st_dev, st.st_ino) != child_layer.identity:
+                os.close(fd)
+                raise estale()
+            child_layer.fd = fd
+            self.table.open_fds += 1
+            self.table.note_fds(child)
+        return fd
+
+    def branch_fd(self, node: Dir, branch: Branch) -> int:
+        """The descriptor of a directory on a branch where it exists; ESTALE where it does not."""
+        layer = node.layer(branch.index)
+        if layer is None:
+            raise estale()
+        return self.layer_fd(node, layer)
+
+    def locate(self, node: Node) -> tuple[int, bytes]:
+        """(directory descriptor, name) of a non-directory's data. Raises ESTALE when no name is known."""
+        if node.plink is not None:
+            return node.plink.dirfd, node.plink.name
+        if node.parent is None or node.dead:
+            raise estale()
+        return self.branch_fd(node.parent, node.branch), node.name
+
+    def stat(self, node: Node) -> os.stat_result:
+        """Attributes of the object behind a node, not of whatever has its name now.
+
+        Raises ESTALE when neither a name nor an open descriptor leads there; the kernel then looks
+        the path up again.
+        """
+        if type(node) is Dir:
+            layer = node.layers[0]
+            return os.fstat(self.layer_fd(node, layer))
+        for _ in range(len(node.aliases) + 1 if node.aliases else 1):
+            try:
+                dirfd, name = self.locate(node)
+                st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+            else:
+                if st.st_ino == node.ino and st.st_dev == node.dev:
+                    return st
+            if node.parent is None or not node.aliases:
+                break
+            self.table.detach(node, node.parent, node.name)
+        if node.orphan_fd >= 0:
+            return os.fstat(node.orphan_fd)
+        if node.handles:
+            return os.fstat(node.handles[-1].fd)
+        raise estale()
+
+    # -- space --------------------------------------------------------------------------------
+
+    def free_bytes(self, index: int, max_age: float) -> int:
+        """Bytes available on a branch, at most `max_age` seconds old (spec section 7.2)."""
+        now = time.monotonic()
+        cached = self._free.get(index)
+        if cached is not None and now - cached[0] < max_age:
+            return cached[1]
+        vfs = os.statvfs(syscalls.proc_path(self.branches[index].root_fd))
+        free = vfs.f_bavail * vfs.f_frsize
+        self._free[index] = (now, free)
+        return free
+
+    def free_reader(self, max_age: float) -> Callable[[int], int]:
+        return lambda index: self.free_bytes(index, max_age)

@@ -1,0 +1,93 @@
+"""The merged view of a directory: every visible name with the branches it is on (spec section 5).
+
+A view is loaded with one scan of each branch directory and kept only while the coherence strategy
+trusts it; reval scans for every listing. Own changes edit it in place, events of foreign ones put
+UNKNOWN under a name, which is resolved at the next question. What makes the cost of a lookup
+independent of the number of branches is that a name missing here needs no system call at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from udbad.branch import syscalls
+from udbad.inodes.table import Dir, Hit
+from udbad.union import whiteout
+from udbad.union.tree import Tree
+
+log = logging.getLogger(__name__)
+
+UNKNOWN = None
+"""In a view: the name has to be resolved before anything is said about it."""
+
+View = dict[bytes, Hit | None]
+
+
+def scan(tree: Tree, node: Dir) -> View:
+    """Merge the branch directories of a node as they are now: top branch's order first, then what lower ones add.
+
+    Raises OSError when a branch directory cannot be read (EACCES, EIO, ESTALE).
+    """
+    names: View = {}
+    whited: set[bytes] = set()
+    prefix = whiteout.PREFIX
+    for layer in node.layers:
+        branch = layer.branch
+        index = branch.index
+        here: list[bytes] = []
+        fd = syscalls.open_listing(tree.layer_fd(node, layer))
+        try:
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    name = os.fsencode(entry.name)
+                    if name.startswith(prefix) and len(name) > 4:
+                        if branch.whable and not name.startswith(whiteout.RESERVED):
+                            here.append(name[4:])
+                        continue
+                    if name in whited:
+                        continue
+                    if name not in names:
+                        names[name] = (index,) if entry.is_dir(follow_symlinks=False) else index
+                        continue
+                    upper = names[name]
+                    if type(upper) is tuple and entry.is_dir(follow_symlinks=False):
+                        names[name] = (*upper, index)
+        finally:
+            os.close(fd)
+        for name in here:
+            hit = names.get(name)
+            if hit is not None and (hit == index or (type(hit) is tuple and hit[-1] == index)):
+                _warn_pair(tree, node, name, branch.describe())
+        whited.update(here)
+    return names
+
+
+def load_view(tree: Tree, node: Dir) -> View:
+    """Scan and keep the view of a directory that is trusted."""
+    view = scan(tree, node)
+    node.view = view
+    node.probes = 0
+    return view
+
+
+def _warn_pair(tree: Tree, node: Dir, name: bytes, branch: str) -> None:
+    key = (node.id, name)
+    if key not in tree.warned and len(tree.warned) < 10000:
+        tree.warned.add(key)
+        log.warning("%r and its whiteout are both in branch %s; the whiteout hides lower branches only", name, branch)
+
+
+def whiteout_names(tree: Tree, node: Dir) -> list[bytes]:
+    """Names of the whiteouts in all branches of a directory, for the shwh option."""
+    found: dict[bytes, None] = {}
+    for layer in node.layers:
+        fd = syscalls.open_listing(tree.layer_fd(node, layer))
+        try:
+            for text in os.listdir(fd):
+                name = os.fsencode(text)
+                if name.startswith(whiteout.PREFIX) and not name.startswith(whiteout.RESERVED):
+                    found[name] = None
+        finally:
+            os.close(fd)
+    return list(found)

@@ -1,0 +1,108 @@
+"""Whiteouts, opaque marks and temporary names on a branch: the on-disk notation of aufs (spec section 1).
+
+Everything here works on one branch directory, given by descriptor. A whiteout `.wh.NAME` hides NAME
+on lower branches only; NAME beside it on the same branch stays visible, so that every crash between
+the steps of a mutation leaves the old or the new state.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat as st_mod
+
+from udbad.branch import syscalls
+from udbad.branch.branches import Branch
+from udbad.errors import eio, os_error
+
+PREFIX = b".wh."
+BASE = b".wh..wh.aufs"
+PLINK_DIR = b".wh..wh.plnk"
+ORPHAN_DIR = b".wh..wh.orph"
+OPAQUE = b".wh..wh..opq"
+RESERVED = b".wh..wh."
+MAX_NAME = 242
+"""255 less the room that `.wh..wh.NAME.xxxx` needs (spec section 1)."""
+
+_stat = os.stat
+_ISREG = st_mod.S_ISREG
+
+
+def check_name(name: bytes) -> None:
+    """Refuse names that no object of the union may have: EPERM for .wh.*, ENAMETOOLONG above 242 bytes."""
+    if len(name) > MAX_NAME:
+        raise os_error(errno.ENAMETOOLONG)
+    if name.startswith(PREFIX):
+        raise os_error(errno.EPERM)
+
+
+def present(dirfd: int, name: bytes) -> bool:
+    """Whether this branch directory has a whiteout for `name`; EIO when it is not a regular file."""
+    try:
+        st = _stat(PREFIX + name, dir_fd=dirfd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+    if not _ISREG(st.st_mode):
+        raise eio()
+    return True
+
+
+def opaque(dirfd: int) -> bool:
+    """Whether this branch directory hides everything that same-named lower ones contain."""
+    try:
+        _stat(OPAQUE, dir_fd=dirfd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def create(branch: Branch, dirfd: int, name: bytes) -> bool:
+    """Make the whiteout for `name`; False when it is there already.
+
+    A hard link to the branch's base file where possible: it costs no inode (spec section 6.2).
+    """
+    return _mark(branch, dirfd, PREFIX + name)
+
+
+def make_opaque(branch: Branch, dirfd: int) -> None:
+    """Write the opaque mark into a branch directory."""
+    _mark(branch, dirfd, OPAQUE)
+
+
+def _mark(branch: Branch, dirfd: int, mark: bytes) -> bool:
+    if "nolwh" not in branch.attrs:
+        try:
+            syscalls.link_at(branch.root_fd, BASE, dirfd, mark)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # No base file (somebody removed it), too many links on it, or another subvolume: any
+            # empty file does as well.
+            if error.errno not in (errno.ENOENT, errno.EMLINK, errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP):
+                raise
+        else:
+            return True
+    try:
+        os.close(syscalls.create_file_at(dirfd, mark, os.O_WRONLY, 0o444))
+    except FileExistsError:
+        return False
+    return True
+
+
+def remove(dirfd: int, name: bytes) -> bool:
+    """Remove the whiteout for `name`; False when there was none."""
+    try:
+        syscalls.unlink_at(dirfd, PREFIX + name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def temporary_name(name: bytes) -> bytes:
+    """`.wh..wh.NAME.xxxx`: invisible in the union, swept at the next mount if a crash leaves it."""
+    return b"%s%s.%s" % (RESERVED, name, secrets.token_hex(2).encode())
