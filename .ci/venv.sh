@@ -14,7 +14,5 @@ fi
 if ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     rm -rf "$venv"
     "$python" -m venv "$venv"
-    # Debian 12's pip 23.0 does not hand a configured certificate on to the isolated builds.
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
 fi
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'

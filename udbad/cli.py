@@ -108,7 +108,7 @@ def fsck(yes: bool, no: bool, branch: Path) -> None:
     def ask(defect: Defect) -> bool:
         if yes or no:
             return yes
-        return click.confirm(f"{defect.repair}?", default=False)
+        return click.confirm(f"{defect.remedy}?", default=False)
 
     with _user_errors():
         sys.exit(int(run_fsck(os.fsencode(branch), ask, click.echo)))

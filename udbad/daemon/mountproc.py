@@ -65,7 +65,7 @@ class MountProcess:
         self.fs = UnionFs(self.tree, creds)
         self.coherence = STRATEGIES[options.udba](self.tree)
         self.coherence.start()
-        flags = set(options.kernel_flags)
+        flags: set[str] = set(options.kernel_flags)
         if options.ro:
             flags.add("ro")
         self.session = Session(mount_point, options.fsname, frozenset(flags), options.acl)

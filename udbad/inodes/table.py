@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import os
 import stat as st_mod
+from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from udbad.branch.branches import Branch
 from udbad.errors import estale
@@ -39,6 +40,12 @@ class Plink:
         self.dirfd = dirfd
         self.name = name
         self.pending = pending
+
+
+class Waiting(Protocol):
+    """Something to wait on while a node is being copied up (a trio.Event; this layer knows no trio)."""
+
+    def wait(self) -> Awaitable[None]: ...
 
 
 class Node:
@@ -70,7 +77,7 @@ class Node:
         self.handles: list[OpenFile] | None = None
         self.plink: Plink | None = None
         self.orphan_fd = -1
-        self.busy: object | None = None
+        self.busy: Waiting | None = None
         self.seen: tuple[int, ...] | None = None
 
     @property

@@ -74,4 +74,4 @@ def handler(function: Handler) -> Handler:
             stats.seconds += taken
             buckets[bisect_left(BUCKETS, taken)] += 1
 
-    return cast(Handler, wrapper)
+    return cast("Handler", wrapper)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import pyfuse3
@@ -120,14 +120,14 @@ class Operations(pyfuse3.Operations):
             if job.st.st_size <= INLINE_COPY or need.length == 0:
                 copyup.transfer(job)
             else:
-                node.busy = trio.Event()
+                event = node.busy = trio.Event()
                 self.copyups[node.id] = job
                 try:
                     # After this: names may have changed; commit checks that the source still is what it was.
                     await trio.to_thread.run_sync(copyup.transfer, job, limiter=self._copy_limit)
                 finally:
                     del self.copyups[node.id]
-                    event, node.busy = node.busy, None
+                    node.busy = None
                     event.set()
             copyup.commit(self.fs.tree, job)
         except OSError as error:
@@ -165,7 +165,7 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.ENOENT)
         return self._entry(found[0], found[1])
 
-    async def forget(self, inode_list: list[tuple[int, int]]) -> None:
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for node_id, count in inode_list:
             self.fs.forget(node_id, count)
 
@@ -270,7 +270,9 @@ class Operations(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=handle.fh), self._entry(handle.node, st)
 
     @handler
-    async def read(self, fh: int, offset: int, size: int) -> bytes | bytearray:
+    async def read(  # type: ignore[override]  # any buffer will do, and a copy into bytes costs
+        self, fh: int, offset: int, size: int
+    ) -> bytes | bytearray:
         handle = self.fs.ready(fh)
         data = syscalls.read_cached(handle.fd, size, offset)
         if data is not None:

@@ -1,8 +1,9 @@
 """The parts of the FUSE wire format that udbad speaks itself (linux/fuse.h, protocol 7.x).
 
 INIT is answered here and not by libfuse, because pyfuse3 cannot ask for what a union needs: DONT_MASK
-(the umask is ignored under a default ACL), HANDLE_KILLPRIV_V2 (one request less per write). Notifications are written raw because
-pyfuse3 has no call for some of them. Pure packing and unpacking, no I/O.
+(the umask is ignored under a default ACL) and HANDLE_KILLPRIV_V2 (one request less per write).
+Notifications are written raw because pyfuse3 has no call for some of them. Pure packing and
+unpacking, no I/O.
 """
 
 from __future__ import annotations

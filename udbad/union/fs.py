@@ -1,8 +1,9 @@
 """One synchronous method per file system operation; the facade that kernel/ops.py calls.
 
 Locking: there is none. An operation is atomic because nothing else runs on the event loop until it
-returns; no method awaits, and only `copyup.transfer` runs in another thread, on descriptors of its own. An operation that needs a
-copy-up first raises NeedCopyUp before it has changed anything and is started again afterwards.
+returns; no method awaits, and only `copyup.transfer` runs in another thread, on descriptors of its
+own. An operation that needs a copy-up first raises NeedCopyUp before it has changed anything and is
+started again afterwards.
 
 Methods take node ids, bytes and Caller, return nodes with their os.stat_result, and raise OSError.
 """

@@ -62,6 +62,7 @@ def entries(tree: Tree, handle: OpenDir, start: int) -> Iterator[Entry]:
         if len(name) > whiteout.MAX_NAME or name == whiteout.PREFIX:
             continue  # cannot be looked up, so it must not be promised
         try:
+            found: tuple[Node, os.stat_result] | None
             if name.startswith(whiteout.PREFIX):
                 found = show_whiteout(tree, node, name)
             else:
