@@ -82,12 +82,22 @@ def _open_descriptors() -> dict[int, str]:
     return found
 
 
+@pytest.fixture(scope="session")
+def _open_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory above every tmp_path, made passable (pytest makes it 0700): tests act as other users too."""
+    base = tmp_path_factory.getbasetemp().resolve()
+    base.chmod(0o755)
+    if base.parent.name.startswith("pytest-of-"):
+        base.parent.chmod(0o711)
+    return base
+
+
 @pytest.fixture(autouse=True)
-def _nothing_left(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _nothing_left(request: pytest.FixtureRequest, _open_base: Path) -> Iterator[None]:
     if "tmp_path" in request.fixturenames:
         # Asked for here so that it is removed after this check: removing must never enter a mount.
-        request.getfixturevalue("tmp_path")
-    base = tmp_path_factory.getbasetemp().resolve()
+        request.getfixturevalue("tmp_path").chmod(0o755)
+    base = _open_base
     mounts_before = mounts_under(base)
     descriptors_before = _open_descriptors()
     yield

@@ -79,6 +79,7 @@ def one_session(workload: Workload, system: System, data: Data) -> tuple[dict[st
     session.copies = workload.copies
     reason = ""
     try:
+        process.sync(data.scratch)  # what the previous session wrote is not to be waited for in this one
         workload.run(session)
     except (Failed, OSError, ValueError, KeyError) as error:  # what a client printed may be wrong in any way
         reason = str(error) or repr(error)
@@ -129,7 +130,8 @@ def versions(scratch: Path) -> dict[str, str]:
         "gcc": ["gcc", "-dumpfullversion"],
     }.items():
         with contextlib.suppress(Failed, OSError):
-            found[name] = process.run(argv, deadline=10)[1].strip().splitlines()[0]
+            lines = process.run(argv, deadline=10)[1].strip().splitlines()
+            found[name] = next((line for line in lines if line.startswith(name)), lines[0])  # not libfuse's version
     with contextlib.suppress(OSError, IndexError):
         cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].splitlines()[0]
         found["cpu"] = cpu

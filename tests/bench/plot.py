@@ -45,7 +45,7 @@ def svg(rows: list[Row]) -> str:
         '<rect width="100%" height="100%" fill="white"/>',
     ]
     for i, name in enumerate(name for name in COLOURS if any(name in found for _, found in lines)):
-        at = 10 + i * 100
+        at = 10 + i * 103
         parts.append(f'<circle cx="{at}" cy="14" r="4" fill="{COLOURS[name]}"/>')
         parts.append(f'<text x="{at + 8}" y="18">{escape(name)}</text>')
     bottom = TOP + LINE * len(lines)

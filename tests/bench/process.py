@@ -96,11 +96,16 @@ def rss_bytes(pid: int) -> int:
     return total * PAGE
 
 
+def sync(scratch: Path) -> None:
+    """Write dirty data of scratch's file system to the disk; sync(1) -f, not sync(2): that would wait for every file
+    system, a wedged one included."""
+    run(["sync", "-f", scratch], deadline=300)
+
+
 def drop_caches(scratch: Path, level: int) -> None:
     """Write scratch's dirty data out, then drop what the kernel has cached (proc(5), /proc/sys/vm/drop_caches).
 
     level 2: dentries and inodes; the kernel sends FORGET to FUSE daemons. level 3: the page cache too.
-    sync(1) -f, not sync(2): that would wait for every file system, a wedged one included.
     """
-    run(["sync", "-f", scratch], deadline=300)
+    sync(scratch)
     Path("/proc/sys/vm/drop_caches").write_text(str(level))

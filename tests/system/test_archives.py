@@ -34,7 +34,7 @@ ODD_NAMES = [
     b"*?[a]",
     b".hidden",
     b".wha",
-    b"wh.name",
+    b"wh-name",  # not "wh.name": the ".wh.name.XXXXXX" of rsync would be a whiteout, which is refused
     b"..three",
     b"~",
     # rsync writes to .NAME.XXXXXX first, and a union's names end at 242 bytes (spec section 1).
@@ -62,7 +62,7 @@ def make_tree(tree: Path, label: bytes) -> None:
     for n, name in enumerate(ODD_NAMES):
         if n % 3 == 2:
             os.mkdir(odd + b"/" + name)
-            (Path(os.fsdecode(odd + b"/" + name)) / "inside").write_bytes(label)
+            Path(os.fsdecode(odd + b"/" + name), "inside").write_bytes(label)
         else:
             Path(os.fsdecode(odd + b"/" + name)).write_bytes(label * n)
     os.symlink(b"nowhere/\xff\n" + label, odd + b"/dangling")
@@ -71,8 +71,8 @@ def make_tree(tree: Path, label: bytes) -> None:
     links = tree / "links"
     links.mkdir()
     (links / "one").write_bytes(label * 5000)
-    for name in ("two", "three"):
-        os.link(links / "one", links / name)
+    os.link(links / "one", links / "two")
+    os.link(links / "one", links / "three")
     os.link(links / "one", tree / "elsewhere")
 
     (tree / "empty").mkdir(mode=0o1777)

@@ -182,6 +182,33 @@ def chown_at(dirfd: int, name: bytes, uid: int, gid: int) -> None:
     os.chown(name, uid, gid, dir_fd=dirfd, follow_symlinks=False)
 
 
+def chown_fd(fd: int, uid: int, gid: int) -> None:
+    """chown through any descriptor, an O_PATH one of a symlink too; -1 keeps an id."""
+    os.chown(proc_path(fd), uid, gid)
+
+
+def chmod_fd(fd: int, mode: int) -> None:
+    """chmod through any descriptor; EOPNOTSUPP for a symlink."""
+    os.chmod(proc_path(fd), mode)
+
+
+def utime_fd(fd: int, atime_ns: int, mtime_ns: int) -> None:
+    """utimensat through any descriptor."""
+    os.utime(proc_path(fd), ns=(atime_ns, mtime_ns))
+
+
+def truncate_fd(fd: int, size: int) -> None:
+    """ftruncate; an O_PATH descriptor is opened for writing first."""
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_PATH | os.O_ACCMODE) not in (os.O_WRONLY, os.O_RDWR):
+        writable = os.open(proc_path(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            os.ftruncate(writable, size)
+        finally:
+            os.close(writable)
+    else:
+        os.ftruncate(fd, size)
+
+
 def utime_at(dirfd: int, name: bytes, atime_ns: int, mtime_ns: int) -> None:
     os.utime(name, ns=(atime_ns, mtime_ns), dir_fd=dirfd, follow_symlinks=False)
 
@@ -191,20 +218,25 @@ def _xattr_path(dirfd: int, name: bytes) -> bytes:
     return b"/proc/self/fd/%d/%s" % (dirfd, name)
 
 
-def getxattr_at(dirfd: int, name: bytes, key: bytes) -> bytes:
-    return os.getxattr(_xattr_path(dirfd, name), key, follow_symlinks=False)
+def xattr_path(fd: int, name: bytes | None) -> tuple[bytes, bool]:
+    """(path, follow_symlinks) for *xattr calls on entry `name` of directory `fd`, or on `fd` itself."""
+    return (proc_path(fd), True) if name is None else (_xattr_path(fd, name), False)
 
 
-def setxattr_at(dirfd: int, name: bytes, key: bytes, value: bytes, flags: int = 0) -> None:
-    os.setxattr(_xattr_path(dirfd, name), key, value, flags, follow_symlinks=False)
+def getxattr(target: tuple[bytes, bool], key: bytes) -> bytes:
+    return os.getxattr(target[0], key, follow_symlinks=target[1])
 
 
-def removexattr_at(dirfd: int, name: bytes, key: bytes) -> None:
-    os.removexattr(_xattr_path(dirfd, name), key, follow_symlinks=False)
+def listxattr(target: tuple[bytes, bool]) -> list[bytes]:
+    return [os.fsencode(key) for key in os.listxattr(target[0], follow_symlinks=target[1])]
 
 
-def listxattr_at(dirfd: int, name: bytes) -> list[bytes]:
-    return [os.fsencode(key) for key in os.listxattr(_xattr_path(dirfd, name), follow_symlinks=False)]
+def setxattr(target: tuple[bytes, bool], key: bytes, value: bytes) -> None:
+    os.setxattr(target[0], key, value, follow_symlinks=target[1])
+
+
+def removexattr(target: tuple[bytes, bool], key: bytes) -> None:
+    os.removexattr(target[0], key, follow_symlinks=target[1])
 
 
 # -- data -------------------------------------------------------------------------------------

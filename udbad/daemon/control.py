@@ -7,6 +7,7 @@ one request at a time, of at most MAX_LINE bytes, and is dropped when it is sile
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -38,7 +39,7 @@ def listen(path: str) -> trio.SocketListener:
     except OSError:
         os.unlink(path)
     else:
-        raise OSError(98, f"another process answers on {path}")
+        raise OSError(errno.EADDRINUSE, f"another process answers on {path}")
     finally:
         probe.close()
     sock = trio.socket.from_stdlib_socket(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))

@@ -16,7 +16,6 @@ import signal
 from dataclasses import asdict
 from typing import Any
 
-import pyfuse3
 import trio
 
 from udbad.branch.accept import open_branches, permission_warnings, prepare_writable
@@ -40,6 +39,7 @@ log = logging.getLogger(__name__)
 STRATEGIES: dict[str, type[Coherence]] = {"none": NoneCoherence, "reval": RevalCoherence}
 
 _RESERVED_FDS = 1024
+_MAX_DIRECTORY_FDS = 100_000
 
 
 class MountProcess:
@@ -84,7 +84,7 @@ class MountProcess:
                     os.write(ready_fd, b"READY\n")
                     os.close(ready_fd)
                 try:
-                    await pyfuse3.main()
+                    await self.session.serve()
                 finally:
                     nursery.cancel_scope.cancel()
 
@@ -99,7 +99,7 @@ class MountProcess:
                     raise
                 log.warning("%s is in use; detached, users get errors", os.fsdecode(self.mount_point))
                 await trio.to_thread.run_sync(self.session.unmount, True)
-                pyfuse3.terminate()
+                self.session.terminate()
 
     def close(self) -> None:
         """The end after serving: release everything and mark the branches clean."""
@@ -136,7 +136,7 @@ def _raise_fd_limit() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return max(hard // 2, hard - _RESERVED_FDS * 8, 256) if hard > _RESERVED_FDS else hard // 2
+    return min(max(hard // 2, hard - 8 * _RESERVED_FDS), _MAX_DIRECTORY_FDS)
 
 
 def _prepare(branches: BranchSet, options: MountOptions) -> None:

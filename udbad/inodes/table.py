@@ -30,12 +30,14 @@ class Plink:
     """A pseudo-link: the copied-up home of a file whose other names are still on lower branches.
 
     dirfd, name: where the home is kept (the branch's .wh..wh.plnk directory). pending: how many
-    names still live on lower branches only (spec section 10.3).
+    names still live on lower branches only (spec section 10.3); counted is False while that is a guess,
+    because an earlier mount made the pseudo-link.
     """
 
-    __slots__ = ("branch", "dirfd", "name", "pending")
+    __slots__ = ("branch", "counted", "dirfd", "name", "pending")
 
-    def __init__(self, branch: Branch, dirfd: int, name: bytes, pending: int) -> None:
+    def __init__(self, branch: Branch, dirfd: int, name: bytes, pending: int, counted: bool = True) -> None:
+        self.counted = counted
         self.branch = branch
         self.dirfd = dirfd
         self.name = name

@@ -79,6 +79,14 @@ class Session:
         unmount(self.mount_point, lazy)
         self.mounted = False
 
+    async def serve(self) -> None:
+        """pyfuse3's loop: returns when the mount is gone or `terminate` was called."""
+        await pyfuse3.main()
+
+    def terminate(self) -> None:
+        """End `serve` after the requests under way; event loop only."""
+        pyfuse3.terminate()
+
     def close(self) -> None:
         """After pyfuse3.main() has returned and every notifying thread was joined."""
         pyfuse3.close(unmount=False)

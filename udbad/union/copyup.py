@@ -180,7 +180,7 @@ def _publish(src_dirfd: int, tmp: bytes, dst_dirfd: int, name: bytes) -> None:
 
 
 def _restore_times(dirfd: int, times: tuple[int, int]) -> None:
-    os.utime(b".", ns=times, dir_fd=dirfd)
+    syscalls.utime_at(dirfd, b".", *times)
 
 
 # -- files ------------------------------------------------------------------------------------

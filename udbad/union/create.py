@@ -199,7 +199,7 @@ def link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
     tree.hooks.own_change(parent, name)
     tree.hooks.own_data(node)
     st = syscalls.stat_at(dirfd, name)
-    lookup.set_plink_count(node, st)
+    lookup.set_plink_count(node)
     return st
 
 

@@ -122,21 +122,20 @@ class UnionFs:
         self.need_writable(node, Trigger.ATTR if changes.size is None else Trigger.TRUNCATE, changes.size)
         fd, owned = self._object_fd(node)
         try:
-            path = syscalls.proc_path(fd)
             if changes.size is not None:
-                self._truncate(node, path, changes.size, fh, caller)
+                self._truncate(node, fd, changes.size, fh, caller)
             if changes.uid is not None or changes.gid is not None:
-                os.chown(path, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid)
+                syscalls.chown_fd(
+                    fd, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid
+                )
             if changes.mode is not None:
-                os.chmod(path, st_mod.S_IMODE(changes.mode))
+                syscalls.chmod_fd(fd, st_mod.S_IMODE(changes.mode))
             if changes.atime_ns is not None or changes.mtime_ns is not None:
                 now = os.fstat(fd)
-                os.utime(
-                    path,
-                    ns=(
-                        now.st_atime_ns if changes.atime_ns is None else changes.atime_ns,
-                        now.st_mtime_ns if changes.mtime_ns is None else changes.mtime_ns,
-                    ),
+                syscalls.utime_fd(
+                    fd,
+                    now.st_atime_ns if changes.atime_ns is None else changes.atime_ns,
+                    now.st_mtime_ns if changes.mtime_ns is None else changes.mtime_ns,
                 )
             self.tree.hooks.own_data(node)
             return node, os.fstat(fd)
@@ -144,21 +143,15 @@ class UnionFs:
             if owned:
                 os.close(fd)
 
-    def _truncate(self, node: Node, path: bytes, size: int, fh: int | None, caller: Caller) -> None:
+    def _truncate(self, node: Node, fd: int, size: int, fh: int | None, caller: Caller) -> None:
         handle = None if fh is None else self.handles.files.get(fh)
         if handle is not None:
             if handle.gen != node.gen:
                 copyup.follow(self.tree, handle)
             if handle.writable:
-                with self.creds.writing(caller.uid, caller.gid):
-                    os.ftruncate(handle.fd, size)
-                return
-        fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        try:
-            with self.creds.writing(caller.uid, caller.gid):
-                os.ftruncate(fd, size)
-        finally:
-            os.close(fd)
+                fd = handle.fd
+        with self.creds.writing(caller.uid, caller.gid):
+            syscalls.truncate_fd(fd, size)
 
     def need_writable(self, node: Node, trigger: Trigger, length: int | None = None) -> None:
         """Raises NeedCopyUp unless the node's data is on a writable branch (or in an unnamed copy)."""
@@ -201,49 +194,40 @@ class UnionFs:
         if not self.tree.options.acl and key.startswith(_ACL_PREFIX):
             raise os_error(errno.EOPNOTSUPP)
 
-    def _xattr_target(self, node: Node) -> bytes:
-        """A path for l*xattr calls on the object itself."""
+    def _xattr_target(self, node: Node) -> tuple[bytes, bool]:
+        """Where the *xattr calls of branch/syscalls.py find the object itself."""
         if type(node) is Dir:
-            return b"%s/." % syscalls.proc_path(self.tree.layer_fd(node, node.layers[0]))
+            return syscalls.xattr_path(self.tree.layer_fd(node, node.layers[0]), b".")
         if node.orphan_fd < 0 and not node.dead:
             try:
-                dirfd, name = self.tree.locate(node)
+                return syscalls.xattr_path(*self.tree.locate(node))
             except OSError as error:
                 if error.errno != errno.ESTALE:
                     raise
-            else:
-                return b"%s/%s" % (syscalls.proc_path(dirfd), name)
-        return syscalls.proc_path(self._object_fd(node)[0])
-
-    def _follow_xattr(self, node: Node, path: bytes) -> bool:
-        # A bare /proc/self/fd/N is a link to be followed; everything else ends in the object's name.
-        return path.count(b"/") == 4
+        if node.orphan_fd >= 0:
+            return syscalls.xattr_path(node.orphan_fd, None)
+        if node.handles:
+            return syscalls.xattr_path(node.handles[-1].fd, None)
+        raise estale()
 
     def getxattr(self, node_id: int, key: bytes) -> bytes:
         self._check_xattr(key)
-        node = self.table.node(node_id)
-        path = self._xattr_target(node)
-        return os.getxattr(path, key, follow_symlinks=self._follow_xattr(node, path))
+        return syscalls.getxattr(self._xattr_target(self.table.node(node_id)), key)
 
     def listxattr(self, node_id: int) -> list[bytes]:
-        node = self.table.node(node_id)
-        path = self._xattr_target(node)
-        names = os.listxattr(path, follow_symlinks=self._follow_xattr(node, path))
-        acl = self.tree.options.acl
-        return [key for key in map(os.fsencode, names) if acl or not key.startswith(_ACL_PREFIX)]
+        names = syscalls.listxattr(self._xattr_target(self.table.node(node_id)))
+        return names if self.tree.options.acl else [key for key in names if not key.startswith(_ACL_PREFIX)]
 
     def setxattr(self, node_id: int, key: bytes, value: bytes) -> None:
         self._check_xattr(key)
         node = self._changing_xattr(node_id)
-        path = self._xattr_target(node)
-        os.setxattr(path, key, value, follow_symlinks=self._follow_xattr(node, path))
+        syscalls.setxattr(self._xattr_target(node), key, value)
         self.tree.hooks.own_data(node)
 
     def removexattr(self, node_id: int, key: bytes) -> None:
         self._check_xattr(key)
         node = self._changing_xattr(node_id)
-        path = self._xattr_target(node)
-        os.removexattr(path, key, follow_symlinks=self._follow_xattr(node, path))
+        syscalls.removexattr(self._xattr_target(node), key)
         self.tree.hooks.own_data(node)
 
     def _changing_xattr(self, node_id: int) -> Node:
@@ -279,7 +263,7 @@ class UnionFs:
         try:
             if flags & os.O_TRUNC and writing:
                 with self.creds.writing(caller.uid, caller.gid):
-                    os.ftruncate(fd, 0)
+                    syscalls.truncate_fd(fd, 0)
                 self.tree.hooks.own_data(node)
             st = os.fstat(fd)
             return self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller.uid, caller.gid, writable), st

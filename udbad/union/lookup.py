@@ -207,7 +207,10 @@ def intern(tree: Tree, parent: Dir, name: bytes, found: Found) -> tuple[Node, os
             node = Node(number, st.st_mode & _S_IFMT, plink.branch, st.st_dev, st.st_ino)
             node.plink = plink
             table.add(node)
-        set_plink_count(node, st)
+        if not plink.counted and found.branch is not plink.branch:
+            # Each name of the home but the one in .wh..wh.plnk took the place of one on the lower branch.
+            plink.pending = max(found.st.st_nlink - (st.st_nlink - 1), 1)
+        set_plink_count(node)
         table.attach(node, parent, name)
         return node, st
     if node is not None and (node.identity != (st.st_dev, st.st_ino) or node.kind != found.kind or node.dead):
@@ -222,7 +225,7 @@ def intern(tree: Tree, parent: Dir, name: bytes, found: Found) -> tuple[Node, os
     return node, st
 
 
-def set_plink_count(node: Node, st: os.stat_result) -> None:
+def set_plink_count(node: Node) -> None:
     """Names a user can find: links of the home less the one in .wh..wh.plnk, plus those still below."""
     if node.plink is not None:
         node.nlink_extra = node.plink.pending - 1

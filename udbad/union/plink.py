@@ -75,7 +75,7 @@ def name_removed(tree: Tree, node: Node, was_lower: bool) -> bool:
         st = os.stat(home.name, dir_fd=home.dirfd, follow_symlinks=False)
     except FileNotFoundError:
         return False
-    if st.st_nlink > 1 or home.pending > 0:
+    if st.st_nlink > 1 or home.pending > 0 or not home.counted:
         return False
     syscalls.unlink_at(home.dirfd, home.name)
     tree.plinks.pop(node.id, None)
@@ -85,10 +85,12 @@ def name_removed(tree: Tree, node: Node, was_lower: bool) -> bool:
 
 
 def load(tree: Tree) -> None:
-    """Take up the pseudo-links of earlier mounts; those whose names are all gone are removed.
+    """Take up the pseudo-links of earlier mounts.
 
-    The number in the name is the mount's inode number; it means the same file as long as the branches
-    have their file systems in the same order. One that does not fit is left for `udbad fsck`.
+    How many names they have on lower branches is not known then; such a home is never removed here,
+    `udbad fsck` reports the ones without a name. The number in the name is the mount's inode number; it
+    means the same file as long as the branches have their file systems in the same order. One that does
+    not fit is left for `udbad fsck`.
     """
     for branch in tree.branches.branches:
         if not branch.writable:
@@ -108,11 +110,8 @@ def load(tree: Tree) -> None:
             if not (number.isdigit() and lower.isdigit()):
                 continue
             st = syscalls.stat_at(dirfd, name)
-            if st.st_nlink < 2:
-                syscalls.unlink_at(dirfd, name)
-                continue
             tree.inomap.alias(st.st_dev, st.st_ino, int(number))
-            tree.plinks[int(number)] = Plink(branch, dirfd, name, 1)
+            tree.plinks[int(number)] = Plink(branch, dirfd, name, 1, counted=False)
             used = True
         if not used:
             os.close(dirfd)
