@@ -15,9 +15,10 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ from tests.helpers.posix import EXCHANGE, NOREPLACE, renameat2
 DANGLING = b"no/such/target"
 """Where every symlink of the model points."""
 
+T = TypeVar("T")
 PathT = tuple[bytes, ...]
 """A path relative to the root of the union, as components."""
 
@@ -576,46 +578,57 @@ NAMES = (b"a", b"b", b"c")
 DEPTH = 3
 KINDS = ("dir", "dir", "dir", "file", "file", "symlink", "fifo")
 
-_names = st.sampled_from(NAMES)
-_no_arg = st.just(0)
-_offsets = st.sampled_from((0, 3, 9, 5000))
-_ARGS: dict[str, st.SearchStrategy[int]] = {
-    "create": st.integers(0, 9),
-    "mkdir": _no_arg,
-    "symlink": _no_arg,
-    "mkfifo": _no_arg,
-    "link": _no_arg,
-    "unlink": _no_arg,
-    "rmdir": _no_arg,
-    "rename": st.sampled_from((0, 0, NOREPLACE, EXCHANGE)),
-    "write": _offsets,
-    "truncate": _offsets,
-    "chmod": st.sampled_from((0o600, 0o755, 0o4711)),
-    "setxattr": st.integers(0, 9),
+_OFFSETS = (0, 3, 9, 5000)
+_NUMBERS = tuple(range(10))
+_ARGS: dict[str, tuple[int, ...]] = {
+    "create": _NUMBERS,
+    "mkdir": (0,),
+    "symlink": (0,),
+    "mkfifo": (0,),
+    "link": (0,),
+    "unlink": (0,),
+    "rmdir": (0,),
+    "rename": (0, 0, NOREPLACE, EXCHANGE),
+    "write": _OFFSETS,
+    "truncate": _OFFSETS,
+    "chmod": (0o600, 0o755, 0o4711),
+    "setxattr": _NUMBERS,
 }
 _MAKES = frozenset({"create", "mkdir", "symlink", "mkfifo"})
 _ON_DIRECTORIES = frozenset({"rmdir", "rename dir"})
 _CHOICES = (*_ARGS, "mkdir", "unlink", "rmdir", "write", "link", "rename", "rename dir", "rename dir", "rename dir")
 
 
-@st.composite
-def op_for(draw: st.DrawFn, model: Model) -> Op:
-    """A random operation, mostly on names that make sense for it in the present state."""
-    choice = draw(st.sampled_from(_CHOICES))
+class Pick(Protocol):
+    """Chooses one of a sequence: random.Random().choice, or a draw of hypothesis."""
+
+    def __call__(self, among: Sequence[T], /) -> T: ...
+
+
+def random_op(pick: Pick, model: Model) -> Op:
+    """An operation, mostly on names that make sense for it in the present state."""
+    choice = pick(_CHOICES)
     name = "rename" if choice == "rename dir" else choice
     there: list[PathT] = [tuple(path.split(b"/")) for path in sorted(model.visible())]
     directories = [path for path in there if model.existing(path).is_dir]
     parents: list[PathT] = [(), *directories, *directories, *there]
-    anywhere = st.builds(lambda parent, last: (*parent, last)[-DEPTH:], st.sampled_from(parents), _names)
     fitting = directories if choice in _ON_DIRECTORIES else [path for path in there if path not in directories]
-    likely = st.sampled_from(fitting) if fitting else anywhere
-    path = draw(anywhere if name in _MAKES else _mostly(likely, anywhere))
-    other = draw(st.one_of(anywhere, likely)) if name in ("link", "rename") else ()
-    return Op(name, path, other, draw(_ARGS[name]))
+
+    def anywhere() -> PathT:
+        return (*pick(parents), pick(NAMES))[-DEPTH:]
+
+    def likely(share: int) -> PathT:
+        return pick(fitting) if fitting and pick(range(share)) else anywhere()
+
+    path = anywhere() if name in _MAKES else likely(5)
+    other = likely(2) if name in ("link", "rename") else ()
+    return Op(name, path, other, pick(_ARGS[name]))
 
 
-def _mostly(likely: st.SearchStrategy[PathT], other: st.SearchStrategy[PathT]) -> st.SearchStrategy[PathT]:
-    return st.integers(0, 4).flatmap(lambda n: other if n == 4 else likely)
+@st.composite
+def op_for(draw: st.DrawFn, model: Model) -> Op:
+    """random_op as a hypothesis strategy."""
+    return random_op(lambda among: draw(st.sampled_from(among)), model)
 
 
 @st.composite
@@ -625,7 +638,7 @@ def layers(draw: st.DrawFn, perm: str) -> Layer:
     directories: list[PathT] = [()]
 
     def place() -> PathT:
-        return (*draw(st.sampled_from(directories)), draw(_names))
+        return (*draw(st.sampled_from(directories)), draw(st.sampled_from(NAMES)))
 
     for _ in range(draw(st.integers(0, 12))):
         path = place()

@@ -160,6 +160,13 @@ def manifest(root: Path, *, ctime: bool = False, dir_times: bool = True) -> Mani
     return result
 
 
+def below(root: Path) -> Manifest:
+    """The manifest without the root itself: mounting and unmounting make and remove helpers there (spec section 1)."""
+    entries = manifest(root)
+    del entries[b"."]
+    return entries
+
+
 def _walk(top: bytes) -> Iterator[bytes]:
     """Every path below `top` and `top` itself, in byte order, so that link groups come out alike."""
     yield top

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.mount import UnionFactory
-from tests.system.support import Manifest, assert_same, clean_env, each_mode, manifest, require, run, unchanged
+from tests.system.support import Manifest, assert_same, below, clean_env, each_mode, manifest, require, run, unchanged
 
 pytestmark = [pytest.mark.system, pytest.mark.fuse]
 
@@ -129,13 +129,12 @@ def layers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layers]:
         debootstrap(base)
         run("cp", "-a", base, changed)
         change(changed)
-        merged = manifest(changed)
+        merged = below(changed)
         middle.mkdir()
         difference(manifest(base), merged, changed, middle)
         shutil.rmtree(changed)
         assert (middle / "srv/opaque/.wh..wh..opq").exists()
         assert (middle / "srv/.wh.gone").exists()
-        del merged[b"."]
         yield Layers(base, middle, merged)
     finally:
         shutil.rmtree(directory)
@@ -199,9 +198,7 @@ def assert_layers_show(root: Path) -> None:
 def test_packages_come_and_go(layers: Layers, union: UnionFactory, udba: str) -> None:
     mount = union({"top": "rw", str(layers.middle): "ro+wh", str(layers.base): "ro"}, udba, watchdog=600)
     with unchanged(layers.middle, layers.base):
-        merged = manifest(mount.path)
-        del merged[b"."]
-        assert_same(merged, layers.merged, "the two layers united")
+        assert_same(below(mount.path), layers.merged, "the two layers united")
         system_at_work(mount.path)
         assert_layers_show(mount.path)
         mount.remount()

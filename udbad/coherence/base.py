@@ -25,6 +25,9 @@ FOREVER = 1.0e9
 class KernelNotifier(Protocol):
     """How a strategy tells the kernel to drop what it has cached; never blocks, never fails."""
 
+    epochs: bool
+    """Whether `everything` can forget all names at once."""
+
     def entry(self, parent: int, name: bytes) -> None:
         """Forget what `name` in the directory with node id `parent` is, positive or negative."""
 
@@ -34,8 +37,8 @@ class KernelNotifier(Protocol):
     def data(self, node: int) -> None:
         """Forget the attributes and the cached pages of a node, mapped ones included."""
 
-    def everything(self) -> None:
-        """Forget every name (a new epoch, or each known name in turn)."""
+    def everything(self) -> bool:
+        """Forget every name at once; False when this kernel has no epochs and names must be given one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +59,10 @@ class Coherence:
     """Base of all strategies: promises nothing by itself."""
 
     name = "?"
-    negative_ttl = True
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, notifier: KernelNotifier) -> None:
         self.tree = tree
+        self.notifier = notifier
 
     def start(self) -> None:
         """Take over a tree, freshly mounted or from another strategy: every known directory is judged anew."""
@@ -70,6 +73,12 @@ class Coherence:
                 node.trusted = False
                 node.ttl = 0.0
         self.adopt(self.tree.root, False)
+
+    async def run(self) -> None:
+        """Work in the background until cancelled (child of the mount's nursery)."""
+
+    def drain(self) -> None:
+        """Take notice of every direct change that has happened up to now; the notifier then has the rest."""
 
     def stop(self) -> None:
         """Let go of everything held for the tree."""
@@ -89,8 +98,42 @@ class Coherence:
     def own_change(self, node: Dir, name: bytes) -> None:
         pass
 
-    def own_data(self, node: Node) -> None:
+    def before_own(self, node: Node) -> None:
         pass
+
+    def own_data(self, node: Node, content: bool = False) -> None:
+        pass
+
+    def side_effect(self, node: Node) -> None:
+        if node.nlookup and (node.parent is None or node.parent.ttl):
+            self.notifier.attributes(node.id)
+
+    def told_negative(self, node: Dir, name: bytes) -> None:
+        """The kernel was told that a name does not exist, and may keep that."""
+
+    def not_told(self, node: Node) -> None:
+        """Attributes that `attr_ttl` was asked for did not fit into the reply."""
+
+    def drop_everything(self) -> None:
+        """Forget all views and have the kernel forget all names, attributes and the pages of open files.
+
+        Every directory is asked again at its next use, which makes it trusted again where it can be.
+        """
+        epoch = self.notifier.everything()
+        for node in list(self.tree.table.nodes.values()):
+            if type(node) is Dir:
+                node.view = None
+                node.trusted = False
+                node.ttl = 0.0
+                node.version += 1
+                if not epoch:
+                    for name in node.children:
+                        self.notifier.entry(node.id, name)
+            if node.handles:
+                self.notifier.data(node.id)
+            else:
+                self.notifier.attributes(node.id)
+        self.adopt(self.tree.root, False)
 
     def attr_ttl(self, node: Node, st: os.stat_result) -> float:
         """How long (seconds) the kernel may keep the attributes of a node."""

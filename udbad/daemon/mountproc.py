@@ -24,10 +24,12 @@ from udbad.branch.credentials import Credentials
 from udbad.branch.policy import parse_copyup, parse_create
 from udbad.coherence.base import Coherence
 from udbad.coherence.none import NoneCoherence
+from udbad.coherence.notify import NotifyCoherence
 from udbad.coherence.reval import RevalCoherence
 from udbad.config import MountOptions
 from udbad.daemon import control
 from udbad.kernel.boundary import OPERATIONS
+from udbad.kernel.invalidator import Invalidator
 from udbad.kernel.ops import Operations
 from udbad.kernel.session import Session, check_mount_point
 from udbad.union import fsck, plink
@@ -36,7 +38,11 @@ from udbad.union.tree import Tree, UnionOptions
 
 log = logging.getLogger(__name__)
 
-STRATEGIES: dict[str, type[Coherence]] = {"none": NoneCoherence, "reval": RevalCoherence}
+STRATEGIES: dict[str, type[Coherence]] = {
+    "none": NoneCoherence,
+    "reval": RevalCoherence,
+    "notify": NotifyCoherence,
+}
 
 _RESERVED_FDS = 1024
 _MAX_DIRECTORY_FDS = 100_000
@@ -63,12 +69,13 @@ class MountProcess:
         self.tree = Tree(self.branches, _union_options(options), max_fds)
         plink.load(self.tree)
         self.fs = UnionFs(self.tree, creds)
-        self.coherence = STRATEGIES[options.udba](self.tree)
-        self.coherence.start()
         flags: set[str] = set(options.kernel_flags)
         if options.ro:
             flags.add("ro")
         self.session = Session(mount_point, options.fsname, frozenset(flags), options.acl)
+        self.invalidator = Invalidator(self.session.notify, self.session.has_epochs)
+        self.coherence = STRATEGIES[options.udba](self.tree, self.invalidator)
+        self.coherence.start()
         self.operations = Operations(self.fs, self.coherence, self.session.switch)
 
     async def serve(self, ready_fd: int) -> None:
@@ -78,6 +85,7 @@ class MountProcess:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._stop_on_signal, signals)
+                nursery.start_soon(self._run_coherence)
                 if listener is not None:
                     nursery.start_soon(control.serve, listener, self._commands())
                 if ready_fd >= 0:
@@ -104,6 +112,8 @@ class MountProcess:
     def close(self) -> None:
         """The end after serving: release everything and mark the branches clean."""
         self.coherence.stop()
+        if not self.invalidator.stop():
+            log.warning("some notifications are still in the kernel")
         self.session.close()
         plink.close(self.tree)
         if not self.options.ro:
@@ -115,10 +125,44 @@ class MountProcess:
             os.unlink(self.options.control)
 
     def _commands(self) -> dict[str, control.Command]:
-        return {"flush": self._flush, "stats": self._stats}
+        return {"flush": self._flush, "stats": self._stats, "udba": self._udba}
+
+    async def _run_coherence(self) -> None:
+        """The strategy's background work, begun anew when another strategy takes over."""
+        while True:
+            self._changing_mode = trio.CancelScope()
+            with self._changing_mode:
+                await self.coherence.run()
+                await trio.sleep_forever()
+
+    async def set_mode(self, mode: str) -> None:
+        """Change the coherence mode while mounted; when this returns, the new promise holds.
+
+        Raises ValueError for a mode that does not exist.
+        """
+        if mode not in STRATEGIES:
+            raise ValueError(f"unknown mode {mode!r}; known are {', '.join(STRATEGIES)}")
+        log.info("coherence mode changes from %s to %s", self.coherence.name, mode)
+        self.coherence.stop()
+        self.coherence = self.operations.coherence = STRATEGIES[mode](self.tree, self.invalidator)
+        self.coherence.start()
+        self.coherence.drop_everything()
+        self._changing_mode.cancel()
+        # After this: nothing is used any more; requests meanwhile were served in the new mode.
+        await trio.to_thread.run_sync(self.invalidator.flush)
 
     async def _flush(self, request: control.Request) -> dict[str, Any]:
+        """Every direct change made before the request is seen by every access after the answer."""
+        self.coherence.drain()
+        await trio.to_thread.run_sync(self.invalidator.flush)
         return {}
+
+    async def _udba(self, request: control.Request) -> dict[str, Any]:
+        try:
+            await self.set_mode(str(request.get("mode")))
+        except ValueError as error:
+            return {"ok": False, "error": str(error)}
+        return {"mode": self.coherence.name}
 
     async def _stats(self, request: control.Request) -> dict[str, Any]:
         return {
@@ -126,6 +170,7 @@ class MountProcess:
             "bugs": sum(stats.bugs for stats in OPERATIONS.values()),
             "table": asdict(self.tree.table.statistics()),
             "coherence": asdict(self.coherence.statistics()),
+            "invalidator": asdict(self.invalidator.statistics()),
             "open_handles": len(self.tree.handles),
             "connection": self.session.connection,
         }

@@ -158,6 +158,7 @@ class Operations(pyfuse3.Operations):
         if found is None:
             directory = fs.table.nodes[parent]
             if type(directory) is Dir and directory.ttl:
+                self.coherence.told_negative(directory, name)
                 negative = pyfuse3.EntryAttributes()
                 negative.st_ino = 0
                 negative.entry_timeout = directory.ttl
@@ -319,6 +320,7 @@ class Operations(pyfuse3.Operations):
             parent = node.parent
             entry.entry_timeout = 0.0 if parent is None else parent.ttl
             if not reply(token, name, entry, after):
+                self.coherence.not_told(node)
                 break
             if name not in _DOTS:
                 node.nlookup += 1

@@ -48,6 +48,8 @@ NOTIFY_INVAL_ENTRY = 3
 NOTIFY_INC_EPOCH = 8
 
 EXPIRE_ONLY = 1
+EPOCH_MINOR = 44
+"""The protocol minor from which the kernel knows NOTIFY_INC_EPOCH (Linux 6.16)."""
 
 
 class InitRequest:

@@ -21,7 +21,7 @@ import pyfuse3
 
 from udbad.errors import ExitCode, UserError
 from udbad.kernel.mounts import FS_TYPE, unions, unmount
-from udbad.kernel.protocol import InitRequest
+from udbad.kernel.protocol import EPOCH_MINOR, InitRequest
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -54,6 +54,7 @@ class Session:
         self.mounted = True
         request = InitRequest(os.read(self.fd, 1 << 16 | 1 << 20))
         os.write(self.fd, request.reply(acl))
+        self.has_epochs = request.minor >= EPOCH_MINOR
         self.connection = next((m.connection for m in reversed(unions()) if m.path == mount_point), 0)
         ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.send(request.for_libfuse())

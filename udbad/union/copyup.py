@@ -149,7 +149,8 @@ def _copy_dir(tree: Tree, node: Dir, branch: Branch, parent_fd: int) -> int:
     if parent.view is not None:
         parent.view[node.name] = tuple(entry.branch.index for entry in layers)
     tree.hooks.adopt(node, False)
-    tree.hooks.own_change(parent, node.name)
+    tree.hooks.side_effect(node)
+    tree.hooks.side_effect(parent)
     return fd
 
 
@@ -393,8 +394,8 @@ def _settle(
         parent.view[name] = branch.index
     if as_link:
         tree.table.attach(node, parent, name)
-    tree.hooks.own_change(parent, name)
     tree.hooks.own_data(node)
+    tree.hooks.side_effect(parent)
 
 
 def _copy_special(
@@ -444,7 +445,8 @@ def _link_plink(tree: Tree, node: Node, parent: Dir, name: bytes) -> None:
     if parent.view is not None:
         parent.view[name] = home.branch.index
     _restore_times(dirfd, (before.st_atime_ns, before.st_mtime_ns))
-    tree.hooks.own_change(parent, name)
+    tree.hooks.own_data(node)
+    tree.hooks.side_effect(parent)
 
 
 def run(tree: Tree, need: NeedCopyUp) -> None:

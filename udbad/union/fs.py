@@ -122,6 +122,9 @@ class UnionFs:
         self.need_writable(node, Trigger.ATTR if changes.size is None else Trigger.TRUNCATE, changes.size)
         fd, owned = self._object_fd(node)
         try:
+            content = changes.size is not None or changes.atime_ns is not None or changes.mtime_ns is not None
+            if content:
+                self.tree.hooks.before_own(node)
             if changes.size is not None:
                 self._truncate(node, fd, changes.size, fh, caller)
             if changes.uid is not None or changes.gid is not None:
@@ -137,7 +140,7 @@ class UnionFs:
                     now.st_atime_ns if changes.atime_ns is None else changes.atime_ns,
                     now.st_mtime_ns if changes.mtime_ns is None else changes.mtime_ns,
                 )
-            self.tree.hooks.own_data(node)
+            self.tree.hooks.own_data(node, content)
             return node, os.fstat(fd)
         finally:
             if owned:
@@ -262,9 +265,10 @@ class UnionFs:
         fd = self._open_fd(node, wanted)
         try:
             if flags & os.O_TRUNC and writing:
+                self.tree.hooks.before_own(node)
                 with self.creds.writing(caller.uid, caller.gid):
                     syscalls.truncate_fd(fd, 0)
-                self.tree.hooks.own_data(node)
+                self.tree.hooks.own_data(node, True)
             st = os.fstat(fd)
             return self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller.uid, caller.gid, writable), st
         except BaseException:
@@ -309,12 +313,14 @@ class UnionFs:
                 raise os_error(errno.EBADF)
             self.need_writable(handle.node, Trigger.WRITE)
             copyup.follow(self.tree, handle)
+        hooks = self.tree.hooks
+        hooks.before_own(handle.node)
         if handle.uid:
             with self.creds.writing(handle.uid, handle.gid):
                 count = os.pwrite(handle.fd, data, offset)
         else:
             count = os.pwrite(handle.fd, data, offset)
-        self.tree.hooks.own_data(handle.node)
+        hooks.own_data(handle.node, True)
         return count
 
     def release(self, fh: int) -> None:

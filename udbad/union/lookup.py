@@ -184,7 +184,9 @@ def adopt(tree: Tree, node: Dir, found: Found, floor: int) -> None:
 def intern(tree: Tree, parent: Dir, name: bytes, found: Found) -> tuple[Node, os.stat_result]:
     """The node for something `resolve` found, made if it is new, with the attributes to report."""
     if found.layers is not None:
-        return _intern_dir(tree, parent, name, found), found.st
+        directory = _intern_dir(tree, parent, name, found)
+        # Asked again after the strategy has put its watches, so that no change falls between.
+        return directory, os.fstat(tree.layer_fd(directory, directory.layers[0]))
     st = found.st
     node = parent.children.get(name)
     if (
@@ -236,11 +238,11 @@ def _intern_dir(tree: Tree, parent: Dir, name: bytes, found: Found) -> Dir:
     assert layers is not None
     known = parent.children.get(name)
     node: Node | None = known
-    if type(known) is not Dir or known.dead or not _same_directory(known, layers):
+    if type(known) is not Dir or known.dead or not same_directory(known, layers):
         top = layers[0]
         number = tree.inomap.number(top.dev, top.ino)
         node = tree.table.nodes.get(number)
-        if node is not None and (type(node) is not Dir or node.dead or not _same_directory(node, layers)):
+        if node is not None and (type(node) is not Dir or node.dead or not same_directory(node, layers)):
             number = tree.inomap.fresh(top.dev, top.ino)
             node = None
         if node is None:
@@ -254,7 +256,7 @@ def _intern_dir(tree: Tree, parent: Dir, name: bytes, found: Found) -> Dir:
     return node
 
 
-def _same_directory(node: Dir, layers: list[Layer]) -> bool:
+def same_directory(node: Dir, layers: list[Layer]) -> bool:
     """A directory stays itself while it keeps at least one of its branch directories."""
     ids = {layer.identity for layer in node.layers}
     return any(layer.identity in ids for layer in layers)
@@ -275,7 +277,7 @@ def refresh(tree: Tree, node: Dir) -> None:
         parent = entry.parent
         if parent is not None and not entry.dead:
             found = resolve(tree, parent, entry.name)
-            if found is not None and found.layers is not None and _same_directory(entry, found.layers):
+            if found is not None and found.layers is not None and same_directory(entry, found.layers):
                 adopt(tree, entry, found, parent.floor)
                 continue
             if found is not None:

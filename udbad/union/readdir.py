@@ -7,6 +7,7 @@ whatever is created or removed meanwhile; names that are gone when their turn co
 
 from __future__ import annotations
 
+import errno
 import os
 import stat as st_mod
 from collections.abc import Iterator
@@ -69,8 +70,10 @@ def entries(tree: Tree, handle: OpenDir, start: int) -> Iterator[Entry]:
                 # A trusted view may have changed since the snapshot: believe the newer one.
                 current = node.view.get(name, -1) if trusted and node.view is not None else hits[name]
                 found = None if current == -1 else by_hit(tree, node, name, current)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EIO):
+                raise
+            continue  # gone meanwhile, or broken: asking for it by name says what is wrong
         if found is not None:
             yield name, found[0], found[1], position + DOTS + 1
 

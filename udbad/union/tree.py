@@ -59,8 +59,14 @@ class Hooks(Protocol):
     def own_change(self, node: Dir, name: bytes) -> None:
         """An operation through the mount changed this name; the view is up to date already."""
 
-    def own_data(self, node: Node) -> None:
-        """An operation through the mount changed content or attributes of this node."""
+    def before_own(self, node: Node) -> None:
+        """An operation through the mount is about to change content or times of this node."""
+
+    def own_data(self, node: Node, content: bool = False) -> None:
+        """An operation through the mount changed attributes of this node; content: or content, or times."""
+
+    def side_effect(self, node: Node) -> None:
+        """Attributes of this node changed without the kernel knowing (a directory during a copy-up)."""
 
 
 @dataclass(frozen=True, slots=True)

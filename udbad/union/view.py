@@ -44,6 +44,8 @@ def scan(tree: Tree, node: Dir) -> View:
                     if name.startswith(prefix) and len(name) > 4:
                         if branch.whable and not name.startswith(whiteout.RESERVED):
                             here.append(name[4:])
+                            if not entry.is_file(follow_symlinks=False):
+                                names.setdefault(name[4:], UNKNOWN)  # asking for the name gives EIO
                         continue
                     if name in whited:
                         continue

@@ -1,0 +1,178 @@
+"""Random operations through a real mount against the model of layers (tests/helpers/model.py).
+
+One mount per example: random layers are written to disk and mounted, each operation must give the errno
+the model predicts, and from time to time, at the end, and again after a remount, the tree seen through
+the mount, the model, and an independent merge of the branch directories must be the same tree.
+Read-only branches must keep every byte.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import stat
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+from tests.helpers import model as m
+from tests.helpers.merge import Tree, diff, merge, snapshot
+from tests.helpers.model import Model, Node, Op, PathT
+from tests.helpers.mount import Mount, mounted
+
+LAYOUTS: tuple[tuple[str, ...], ...] = (
+    ("rw",),
+    ("rw", "ro"),
+    ("rw", "ro+wh", "ro"),
+    ("rw", "rw"),
+    ("rw", "ro+wh", "rw"),
+    ("rw", "ro+wh", "ro", "ro+wh"),
+)
+
+STORM = 20
+"""Operations in a row of the rule `storm`."""
+
+
+class Union(RuleBasedStateMachine):
+    """A mounted union beside its model."""
+
+    permissions: tuple[str, ...] = ("rw",)
+    udba = "none"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.held: list[tuple[int, Node]] = []
+
+    @initialize(data=st.data())
+    def mount_random_layers(self, data: st.DataObject) -> None:
+        self.model = Model([data.draw(m.layers(permission)) for permission in self.permissions])
+        self.root = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="udbad-state-")))
+        self.branches = [self.root / f"{i}-{permission}" for i, permission in enumerate(self.permissions)]
+        for branch, layer in zip(self.branches, self.model.layers, strict=True):
+            branch.mkdir()
+            layer.materialise(branch)
+        self.read_only = {
+            branch: snapshot(branch)
+            for branch, layer in zip(self.branches, self.model.layers, strict=True)
+            if not layer.writable
+        }
+        words = [f"{branch}={perm}" for branch, perm in zip(self.branches, self.permissions, strict=True)]
+        # A name beside its whiteout, which random layers may have, is rightly warned about.
+        self.mount: Mount = self.stack.enter_context(
+            mounted(words, self.root / "mnt", self.udba, allow_log=r"whiteout|\.wh\.")
+        )
+
+    @rule(data=st.data())
+    def operation(self, data: st.DataObject) -> None:
+        self.perform(data.draw(m.op_for(self.model)))
+
+    @rule(seed=st.integers(0, 1 << 32))
+    def storm(self, seed: int) -> None:
+        """Many operations that cost hypothesis one choice; what it notes is the sequence to repeat."""
+        pick = random.Random(seed).choice
+        for _ in range(STORM):
+            op = m.random_op(pick, self.model)
+            note(f"  {op}")
+            self.perform(op)
+
+    def perform(self, op: Op) -> None:
+        expected, came = op.on_model(self.model), op.on_disk(self.mount.path)
+        assert came == expected, f"{op}: {name_of(came)}, expected {name_of(expected)}"
+        for path in (op.path, op.other):
+            self.check_name(path)
+
+    def check_name(self, path: PathT) -> None:
+        """One name at once, by name: what the operation left in the caches of the kernel must be right."""
+        want = m.outcome(lambda: self.model.existing(path))
+        came = m.outcome(lambda: os.lstat(m.real(self.mount.path, path)))
+        assert came == want, f"lstat {path}: {name_of(came)}, expected {name_of(want)}"
+
+    @rule(data=st.data())
+    @precondition(lambda self: len(self.held) < 4)
+    def hold(self, data: st.DataObject) -> None:
+        """Open a file for reading and keep it, so that a copy-up or unlink happens underneath."""
+        files = [path for path, view in self.model.visible().items() if view[0] == stat.S_IFREG]
+        if not files:
+            return
+        path = data.draw(st.sampled_from(sorted(files)))
+        node = self.model.get(tuple(path.split(b"/")))
+        assert node is not None
+        self.held.append((os.open(os.path.join(os.fsencode(self.mount.path), path), os.O_RDONLY), node))
+
+    @rule()
+    @precondition(lambda self: bool(self.held))
+    def release(self) -> None:
+        fd, node = self.held.pop(0)
+        try:
+            self.check_held(fd, node)
+        finally:
+            os.close(fd)
+
+    def check_held(self, fd: int, node: Node) -> None:
+        """A descriptor sees the file's present data, whatever happened to its name and branch (spec 10.4)."""
+        data = node.final().data
+        assert os.pread(fd, len(data) + 1, 0) == data
+        assert os.fstat(fd).st_size == len(data)
+
+    @rule()
+    def compare(self) -> None:
+        assert m.tree_view(snapshot(self.mount.path)) == self.model.visible()
+        for fd, node in self.held:
+            self.check_held(fd, node)
+
+    def teardown(self) -> None:
+        with self.stack:
+            if hasattr(self, "mount"):  # else drawing the layers failed
+                self.finish()
+
+    def finish(self) -> None:
+        try:
+            self.compare()
+        finally:
+            for fd, _ in self.held:
+                os.close(fd)
+        self.mount.flush()
+        before = snapshot(self.mount.path)
+        self.mount.unmount()
+        # Only now: while mounted, pseudo-links join names in a way the branches alone do not show.
+        merged = self.merged()
+        assert diff(merged, before) == []
+        self.mount.remount()
+        assert diff(merged, snapshot(self.mount.path)) == []
+        for branch, tree in self.read_only.items():
+            assert diff(tree, snapshot(branch)) == []
+        for branch in self.branches:
+            assert not list(branch.rglob(".wh..wh.*.????")), "temporary names left"
+
+    def merged(self) -> Tree:
+        return merge([(branch, layer.whable) for branch, layer in zip(self.branches, self.model.layers, strict=True)])
+
+
+def name_of(number: int) -> str:
+    return errno.errorcode.get(number, "success")
+
+
+@pytest.mark.fuse
+@pytest.mark.stress
+@pytest.mark.parametrize("udba", ["none", "reval"])
+@pytest.mark.parametrize("permissions", LAYOUTS, ids=":".join)
+def test_random_operations(permissions: tuple[str, ...], udba: str) -> None:
+    machine = type("Machine", (Union,), {"permissions": permissions, "udba": udba})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=3,
+            stateful_step_count=120,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -1,0 +1,544 @@
+"""udba=notify: the kernel caches for ever, and events drop exactly what changed.
+
+Every directory the kernel may hold something of is watched on every branch it is on. Events are only
+hints: for each name they mention, what the branches say now is compared with what was recorded, and
+only a difference leads to an invalidation. So own changes that come back as events cost nothing, and
+a doubled or missing detail does no harm. The view is brought up to date first, then the kernel is told.
+
+A directory is trusted while it and every directory above it is watched and healthy. Everything else
+is served as reval: branches whose file system sends no events, directories for which no watch is to be
+had, everything after an overflow until it is asked for again. It degrades; it never lies.
+
+What no event tells: stores through a shared mapping of a branch file (seen at the next open, when
+the time stamps differ), and changes through a hard link in a directory nobody watches, until the
+file is known to have several names; it is then watched itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from time import monotonic, time_ns
+from typing import Any
+
+from udbad.branch import syscalls
+from udbad.branch.branches import Branch
+from udbad.coherence.base import FOREVER, Coherence, CoherenceStatistics, KernelNotifier
+from udbad.coherence.watcher import CONTENT, GONE, NAMES, Change, Watcher, WatchLimit, watch_limit
+from udbad.inodes.inomap import Identity
+from udbad.inodes.table import Dir, Node
+from udbad.union import lookup, whiteout
+from udbad.union.tree import Tree
+
+log = logging.getLogger(__name__)
+
+SILENT_FS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "afs", "lustre", "gfs2", "ocfs2", "vboxsf"}
+)
+"""File systems on which others can change things without an inotify event here; so can all of FUSE."""
+
+_MULTIGRAIN_FS = frozenset({"ext4", "xfs", "btrfs", "tmpfs"})
+_COARSE_NS = 50_000_000
+"""Within this time of a change a second one may leave the same time stamps, where those are coarse."""
+
+_EVICT = 64
+"""Directories that lose their watches at once when the limit is reached."""
+
+Stamp = tuple[int, int, int, int]
+
+
+def stamp(st: os.stat_result) -> Stamp:
+    """What tells two states of one object apart: ctime changes with everything (inode(7))."""
+    return (st.st_ctime_ns, st.st_mtime_ns, st.st_size, st.st_nlink)
+
+
+@dataclass(slots=True)
+class _Watched:
+    """The watches of one directory: branch index to (watch, identity of the directory watched)."""
+
+    node: Dir
+    watches: dict[int, tuple[Any, Identity]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Place:
+    """Handle of a directory watch."""
+
+    node: Dir
+    index: int
+
+
+class NotifyCoherence(Coherence):
+    """The strategy. Runs on the event loop but for the notifier, which has threads of its own."""
+
+    name = "notify"
+
+    def __init__(self, tree: Tree, notifier: KernelNotifier, exact_times: bool | None = None) -> None:
+        """exact_times: whether two changes always differ in ctime; None finds out from the kernel's release."""
+        super().__init__(tree, notifier)
+        self._watcher: Watcher | None = None
+        self._watched: OrderedDict[int, _Watched] = OrderedDict()
+        self._files: dict[int, Any] = {}
+        self._exact = _kernel_is_multigrain() if exact_times is None else exact_times
+        self._silent: set[int] = set()
+        self._state = "healthy"
+        self._events = 0
+        self._echoes = 0
+        self._overflows = 0
+        self._limit_hits = 0
+        self._events_by_branch: dict[int, int] = {}
+        self.oldest: float | None = None
+        self._told: dict[int, Stamp | None] = {}
+        self._negatives: dict[int, set[bytes]] = {}
+        self._track_negatives = not notifier.epochs
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        try:
+            self._watcher = Watcher(self._on_changes, self._on_overflow)
+        except OSError as error:
+            self._set_state("degraded", f"no inotify instance to be had ({error.strerror}); served as reval")
+        for branch in self.tree.branches.branches:
+            if self._is_silent(branch):
+                self._silent.add(branch.index)
+                log.info("branch %s: %s sends no events; served as reval", branch.describe(), branch.fs_type)
+        super().start()
+
+    async def run(self) -> None:
+        if self._watcher is not None:
+            await self._watcher.run()
+
+    def stop(self) -> None:
+        if self._watcher is not None:
+            self._watcher.close()
+            self._watcher = None
+        self._watched.clear()
+        self._files.clear()
+        self._told.clear()
+
+    def drain(self) -> None:
+        if self._watcher is not None:
+            self._watcher.drain()
+
+    def _is_silent(self, branch: Branch) -> bool:
+        if branch.udba == "notify":
+            return False  # the user knows better
+        return branch.fs_type in SILENT_FS or branch.fs_type.startswith("fuse")
+
+    def mode_of(self, branch: Branch) -> str:
+        mode = super().mode_of(branch)
+        return "reval" if mode == "notify" and branch.index in self._silent else mode
+
+    # -- trust --------------------------------------------------------------------------------
+
+    def adopt(self, node: Dir, changed: bool) -> None:
+        parent = node.parent
+        was = node.trusted
+        trusted = self._watcher is not None and (parent is None or parent.trusted)
+        if trusted:
+            trusted = self._watch(node)
+        node.trusted = trusted
+        node.ttl = FOREVER if trusted else 0.0
+        if was and not trusted:
+            self._distrust_below(node)
+        if changed:
+            self._drop_subtree(node)
+
+    def _watch(self, node: Dir) -> bool:
+        """Have every layer of a directory watched that needs it; False when that cannot be."""
+        watcher = self._watcher
+        assert watcher is not None
+        entry = self._watched.get(node.id)
+        if entry is not None and entry.node is not node:
+            self._unwatch(node.id)
+            entry = None
+        wanted = {}
+        for layer in node.layers:
+            mode = self.mode_of(layer.branch)
+            if mode == "reval":
+                return False
+            if mode == "notify":
+                wanted[layer.branch.index] = layer
+        if entry is None:
+            entry = _Watched(node)
+            self._watched[node.id] = entry
+        for index in [index for index in entry.watches if index not in wanted]:
+            watcher.unwatch(entry.watches.pop(index)[0])
+        for index, layer in wanted.items():
+            held = entry.watches.get(index)
+            if held is not None:
+                if held[1] == layer.identity:
+                    continue
+                watcher.unwatch(held[0])
+                del entry.watches[index]
+            watch = self._add_watch(node, index, self.tree.layer_fd(node, layer))
+            if watch is None:
+                self._unwatch(node.id)
+                return False
+            entry.watches[index] = (watch, layer.identity)
+        return True
+
+    def _add_watch(self, node: Dir, index: int, fd: int) -> Any:
+        watcher = self._watcher
+        assert watcher is not None
+        for attempt in range(2):
+            try:
+                return watcher.watch_directory(fd, _Place(node, index))
+            except WatchLimit:
+                self._limit_hits += 1
+                self._set_state(
+                    "limited", f"watch limit reached at {len(watcher)} watches; the rest is served as reval"
+                )
+                if attempt or not self._evict(node):
+                    return None
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.EACCES, errno.ENOTDIR):
+                    raise
+                return None
+        return None
+
+    def _evict(self, keep: Dir) -> bool:
+        """Take the watches of directories that were not used lately; a second chance for those that were."""
+        evicted = 0
+        for _ in range(2 * len(self._watched)):
+            node_id, entry = next(iter(self._watched.items()))
+            node = entry.node
+            if node.hot or node is keep or node is self.tree.root or self._is_above(node, keep):
+                node.hot = False
+                self._watched.move_to_end(node_id)
+                continue
+            self._unwatch(node_id)
+            self._lose(node)
+            evicted += 1
+            if evicted >= _EVICT:
+                break
+        return evicted > 0
+
+    @staticmethod
+    def _is_above(node: Dir, other: Dir) -> bool:
+        current: Dir | None = other
+        while current is not None:
+            if current is node:
+                return True
+            current = current.parent
+        return False
+
+    def _lose(self, node: Dir) -> None:
+        """A directory lost its watch: from now on it is asked, and the kernel has to ask, too."""
+        node.trusted = False
+        node.ttl = 0.0
+        node.view = None
+        self._distrust_below(node)
+        self._drop_subtree(node)
+
+    def _distrust_below(self, node: Dir) -> None:
+        for child in _directories_below(node):
+            child.trusted = False
+            child.ttl = 0.0
+            child.view = None
+
+    def _unwatch(self, node_id: int) -> None:
+        entry = self._watched.pop(node_id, None)
+        if entry is not None and self._watcher is not None:
+            for watch, _ in entry.watches.values():
+                self._watcher.unwatch(watch)
+
+    def dropped(self, node: Node) -> None:
+        self._told.pop(node.id, None)
+        self._negatives.pop(node.id, None)
+        if type(node) is Dir:
+            entry = self._watched.get(node.id)
+            if entry is not None and entry.node is node:
+                self._unwatch(node.id)
+        watch = self._files.pop(node.id, None)
+        if watch is not None and self._watcher is not None:
+            self._watcher.unwatch(watch)
+
+    # -- what the kernel was told ---------------------------------------------------------------
+
+    def attr_ttl(self, node: Node, st: os.stat_result) -> float:
+        parent = node.parent
+        told = self._told
+        new = (st.st_ctime_ns, st.st_mtime_ns, st.st_size, st.st_nlink)
+        if type(node) is Dir:
+            ttl = node.ttl if parent is None else min(node.ttl, parent.ttl)
+            told[node.id] = new
+            return ttl
+        if parent is None or not parent.ttl:
+            return 0.0
+        told[node.id] = new
+        if st.st_nlink > 1 and node.id not in self._files:
+            # Somebody may change it through a name in a directory that is not watched. This answer was
+            # taken before the watch, so it is good for now only.
+            self._watch_file(node)
+            return 0.0
+        return FOREVER
+
+    def _watch_file(self, node: Node) -> None:
+        if self._watcher is None or len(self._files) > watch_limit() // 4:
+            return
+        try:
+            dirfd, name = self.tree.locate(node)
+            fd = syscalls.pin_at(dirfd, name)
+        except OSError:
+            return
+        try:
+            self._files[node.id] = self._watcher.watch_file(fd, node)
+        except (WatchLimit, OSError):
+            return
+        finally:
+            os.close(fd)
+
+    def told_negative(self, node: Dir, name: bytes) -> None:
+        if self._track_negatives:
+            self._negatives.setdefault(node.id, set()).add(name)
+
+    def not_told(self, node: Node) -> None:
+        if node.id in self._told:
+            self._told[node.id] = None
+
+    def before_own(self, node: Node) -> None:
+        """Before an own change that will be recorded as told: a foreign one not handled yet must not hide in it."""
+        told = self._told.get(node.id)
+        if told is None:
+            return
+        try:
+            now = stamp(self.tree.stat(node))
+        except OSError:
+            return
+        if now != told:
+            self.notifier.data(node.id)
+
+    def own_data(self, node: Node, content: bool = False) -> None:
+        told = self._told.get(node.id)
+        if told is None:
+            return
+        try:
+            now = stamp(self.tree.stat(node))
+        except OSError:
+            self._told[node.id] = None
+            return
+        if not content and now[1:3] != told[1:3] and type(node) is not Dir:
+            self.notifier.data(node.id)  # only a foreign change can have done that
+        self._told[node.id] = now
+
+    def own_change(self, node: Dir, name: bytes) -> None:
+        # The kernel has marked the directory's attributes old by itself (fuse_dir_changed).
+        self.own_data(node, True)
+        child = node.children.get(name)
+        if child is not None:
+            self.own_data(child)
+
+    # -- events -------------------------------------------------------------------------------
+
+    def _on_changes(self, changes: list[Change]) -> None:
+        """One burst: each name once, however often it is mentioned."""
+        self.oldest = monotonic()
+        names: dict[tuple[Dir, bytes], int] = {}
+        for change in changes:
+            self._events += 1
+            handle = change.handle
+            if isinstance(handle, _Place):
+                self._events_by_branch[handle.index] = self._events_by_branch.get(handle.index, 0) + 1
+                self._sort(handle, change, names)
+            elif isinstance(handle, Node):
+                self._file_changed(handle, change)
+        for (node, name), kinds in names.items():
+            if self.tree.table.nodes.get(node.id) is node:
+                self._name_changed(node, name, kinds)
+        self.oldest = None
+
+    def _sort(self, place: _Place, change: Change, names: dict[tuple[Dir, bytes], int]) -> None:
+        node, name = place.node, change.name
+        if change.kinds & GONE:
+            entry = self._watched.get(node.id)
+            if entry is not None and entry.node is node:
+                entry.watches.pop(place.index, None)
+                if node.layer(place.index) is not None and not node.dead:
+                    self._lose(node)
+            return
+        if name.startswith(whiteout.RESERVED):
+            if name != whiteout.OPAQUE:
+                return
+            name = b""
+        elif name.startswith(whiteout.PREFIX):
+            name = name[len(whiteout.PREFIX) :]
+        if name:
+            key = (node, name)
+        elif node.parent is not None:
+            key = (node.parent, node.name)
+        else:
+            key = (node, b"")
+        names[key] = names.get(key, 0) | change.kinds
+
+    def _file_changed(self, node: Node, change: Change) -> None:
+        if change.kinds & GONE:
+            self._files.pop(node.id, None)
+        try:
+            st = self.tree.stat(node)
+        except OSError:
+            self.notifier.attributes(node.id)
+            return
+        self._compare(node, st, change.kinds)
+
+    def _name_changed(self, node: Dir, name: bytes, kinds: int) -> None:
+        """Compare a name with what was recorded; update the view, then tell the kernel what it must forget."""
+        if not name:
+            self._compare(node, self.tree.stat(node), kinds)
+            return
+        if not node.trusted:
+            return  # nothing is cached of it
+        child = node.children.get(name)
+        known_layers = [layer.identity for layer in child.layers] if type(child) is Dir else None
+        try:
+            found = lookup.resolve(self.tree, node, name)
+        except OSError as error:
+            # ESTALE, EIO: believe nothing of it any more.
+            log.debug("cannot resolve %r: %s", name, error)
+            self._lose(node)
+            return
+        lookup.remember(node, name, found)
+        if found is None:
+            if child is not None:
+                self.tree.table.detach(child, node, name)
+                self._tell_entry(node, name)
+                self._tell_object(child)
+            else:
+                # The kernel knows nothing wrong of the name; the directory's times may be old.
+                self._compare(node, self.tree.stat(node), kinds)
+            return
+        if child is None:
+            if not kinds & NAMES:
+                self._echoes += 1  # neither positive nor, since it was created, negative in the kernel
+                lookup.discard(self.tree, node, name, found)
+                return
+            lookup.discard(self.tree, node, name, found)
+            # The kernel may remember that there is no such name.
+            self._tell_entry(node, name)
+            return
+        if found.layers is not None:
+            same = known_layers is not None and lookup.same_directory(child, found.layers)
+            fresh, _ = lookup.intern(self.tree, node, name, found)
+            if same and fresh is child:
+                assert type(child) is Dir
+                if [layer.identity for layer in child.layers] == known_layers:
+                    self._compare(child, self.tree.stat(child), kinds)
+                # else: adopt() has dropped what was below
+                return
+            self._tell_entry(node, name)
+            return
+        st = found.st
+        same = child.kind == found.kind and not child.dead
+        home = child.plink is not None and found.branch.index >= child.plink.branch.index
+        if same and (child.identity == (st.st_dev, st.st_ino) or home):
+            self._compare(child, self.tree.stat(child) if home else st, kinds)
+            return
+        self.tree.table.detach(child, node, name)
+        self._tell_entry(node, name)
+        self._tell_object(child)
+
+    def _compare(self, node: Node, st: os.stat_result, kinds: int) -> None:
+        """Attributes of a node that is what it was: tell the kernel only when they differ from what it was told."""
+        if node.id not in self._told:
+            return  # the kernel has no attributes of it
+        told = self._told[node.id]
+        now = stamp(st)
+        if now == told and (self._exact_for(node) or time_ns() - st.st_ctime_ns > _COARSE_NS):
+            self._echoes += 1
+            return
+        self._told[node.id] = now
+        if node.handles and (told is None or kinds & CONTENT or now[1:3] != told[1:3]):
+            self.notifier.data(node.id)
+        else:
+            self.notifier.attributes(node.id)
+
+    def _exact_for(self, node: Node) -> bool:
+        return self._exact and node.branch.fs_type in _MULTIGRAIN_FS
+
+    def _tell_entry(self, node: Dir, name: bytes) -> None:
+        self.notifier.entry(node.id, name)
+        self.notifier.attributes(node.id)
+
+    def _tell_object(self, child: Node) -> None:
+        """An object lost a name: whoever still has it open sees its new link count."""
+        if child.id in self._told:
+            self._told[child.id] = None
+        self.notifier.attributes(child.id)
+
+    def _drop_subtree(self, node: Dir) -> None:
+        """A directory is merged from other branch directories now: everything below may be different.
+
+        Dropping the entry prunes what the kernel holds below it and does not use; what is in use (current
+        directories, open files) is dropped name by name. Own knowledge is asked again from the branches.
+        """
+        if node.parent is not None:
+            self.notifier.entry(node.parent.id, node.name)
+        self.notifier.attributes(node.id)
+        for name in list(node.children):
+            child = node.children.get(name)
+            if child is None:
+                continue
+            self.notifier.entry(node.id, name)
+            if node.trusted:
+                self._name_changed(node, name, NAMES)
+                child = node.children.get(name)
+            if type(child) is Dir and not child.trusted:
+                self._drop_subtree(child)
+
+    def _on_overflow(self) -> None:
+        """Events were lost: nothing that is cached can be believed.
+
+        Every directory is asked again at its next use, which makes it trusted again.
+        """
+        self._overflows += 1
+        log.warning("lost branch events (overflow %d); all caches dropped", self._overflows)
+        self.drop_everything()
+
+    def drop_everything(self) -> None:
+        self._told.clear()
+        for node_id, names in self._negatives.items():
+            for name in names:
+                self.notifier.entry(node_id, name)
+        self._negatives.clear()
+        super().drop_everything()
+
+    # -- reporting ----------------------------------------------------------------------------
+
+    def _set_state(self, state: str, message: str) -> None:
+        if state != self._state:
+            self._state = state
+            log.warning("coherence %s: %s", state, message)
+
+    def statistics(self) -> CoherenceStatistics:
+        dirs = [node for node in self.tree.table.nodes.values() if type(node) is Dir]
+        return CoherenceStatistics(
+            mode=self.name,
+            state=self._state,
+            watches=0 if self._watcher is None else len(self._watcher),
+            watch_limit=watch_limit(),
+            degraded_directories=sum(not node.trusted for node in dirs),
+            events=self._events,
+            echoes=self._echoes,
+            overflows=self._overflows,
+        )
+
+
+def _directories_below(node: Dir) -> Iterator[Dir]:
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        for child in current.children.values():
+            if type(child) is Dir:
+                yield child
+                stack.append(child)
+
+
+def _kernel_is_multigrain() -> bool:
+    """Multigrain time stamps (Linux 6.13): a change after a stat always gets a new ctime."""
+    parts = os.uname().release.split(".")
+    return (int(parts[0]), int("".join(c for c in parts[1] if c.isdigit()))) >= (6, 13)

@@ -1,0 +1,165 @@
+"""inotify on branch directories: the only module that knows asyncinotify and trio-asyncio.
+
+A watch is put on the directory we opened, through /proc/self/fd, never on a path that may mean another
+directory by now, and is mapped back by its watch object, never by path. Events are handed on in bursts: the
+descriptor is waited for once, then drained synchronously, which is what keeps up with a busy tree. No decisions
+here: what an event means is for notify.py, and the branch's state decides that.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+import trio_asyncio
+from asyncinotify import Inotify, Mask, Watch
+
+from udbad.branch import syscalls
+
+log = logging.getLogger(__name__)
+
+_DIRECTORY = (
+    Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE
+    | Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.ONLYDIR | Mask.EXCL_UNLINK
+)  # fmt: skip
+_FILE = Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE
+_NAMES = Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO
+_CONTENT = Mask.MODIFY | Mask.CLOSE_WRITE
+_GONE = Mask.IGNORED | Mask.UNMOUNT
+_READ_EVENTS = 256
+"""How many full-size events one read(2) may bring."""
+
+NAMES, CONTENT, ATTRIBUTES, GONE = 1, 2, 4, 8
+"""What a change concerns, as bits."""
+
+LIMIT_FILE = "/proc/sys/fs/inotify/max_user_watches"
+
+
+class WatchLimit(Exception):
+    """No more watches may be had (fs.inotify.max_user_watches, or memory)."""
+
+
+@dataclass(slots=True)
+class Change:
+    """One event: the handle its watch was added with, the name inside a directory (b"" for itself), and kind bits."""
+
+    handle: object
+    name: bytes
+    kinds: int
+
+
+class Watcher:
+    """Watches for one mount. Event loop only.
+
+    on_changes: called with each burst. on_overflow: events were lost (IN_Q_OVERFLOW).
+    """
+
+    def __init__(self, on_changes: Callable[[list[Change]], None], on_overflow: Callable[[], None]) -> None:
+        """Raises OSError (EMFILE) when no inotify instance can be had."""
+        self._inotify = Inotify(cache_size=_READ_EVENTS, sync_timeout=0)
+        self._handles: dict[Watch, object] = {}
+        self._on_changes = on_changes
+        self._on_overflow = on_overflow
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def watch_directory(self, fd: int, handle: object) -> Watch:
+        """Watch the directory behind an O_PATH descriptor. Raises WatchLimit, OSError."""
+        return self._add(fd, _DIRECTORY, handle)
+
+    def watch_file(self, fd: int, handle: object) -> Watch:
+        """Watch one file itself, for changes through names in directories nobody watches. Raises WatchLimit, OSError."""
+        return self._add(fd, _FILE, handle)
+
+    def _add(self, fd: int, mask: Mask, handle: object) -> Watch:
+        try:
+            watch = self._inotify.add_watch(syscalls.proc_path(fd), mask)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.ENOMEM):
+                raise WatchLimit from None
+            raise
+        self._handles[watch] = handle
+        return watch
+
+    def handle(self, watch: Watch) -> object:
+        return self._handles.get(watch)
+
+    def unwatch(self, watch: Watch) -> None:
+        """Drop a watch; one that the kernel has dropped already is fine."""
+        if self._handles.pop(watch, None) is None:
+            return
+        try:
+            self._inotify.rm_watch(watch)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+
+    async def run(self) -> None:
+        """Hand on events until cancelled.
+
+        asyncinotify's own get() keeps what it has read in a future, out of reach of `drain`, which would
+        then return too early; so the asyncio loop only tells us that there is something to read.
+        """
+        async with trio_asyncio.open_loop() as loop:
+            loop.add_reader(self._inotify.fd, self._readable)
+            try:
+                await trio.sleep_forever()
+            finally:
+                loop.remove_reader(self._inotify.fd)
+
+    def _readable(self) -> None:
+        try:
+            self.drain()
+        except Exception:
+            # Whatever went wrong, events may be lost: doubt widens.
+            log.exception("handling branch events failed")
+            self._on_overflow()
+
+    def drain(self) -> None:
+        """Hand on everything that has happened up to now, without waiting for the loop."""
+        changes: list[Change] = []
+        event = self._inotify.sync_get()
+        while event is not None:
+            mask = event.mask
+            if mask & Mask.Q_OVERFLOW:
+                # What was read before it is covered by what the overflow makes us do.
+                changes.clear()
+                self._on_overflow()
+            else:
+                watch = event.watch
+                handle = None if watch is None else self._handles.get(watch)
+                if handle is not None:
+                    changes.append(Change(handle, b"" if event.name is None else os.fsencode(event.name), _kinds(mask)))
+                    if mask & Mask.IGNORED and watch is not None:
+                        del self._handles[watch]
+            event = self._inotify.sync_get()
+        if changes:
+            self._on_changes(changes)
+
+    def close(self) -> None:
+        self._handles.clear()
+        self._inotify.close()
+
+
+def _kinds(mask: Mask) -> int:
+    kinds = 0
+    if mask & _NAMES:
+        kinds |= NAMES
+    if mask & _CONTENT:
+        kinds |= CONTENT
+    if mask & (Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF):
+        kinds |= ATTRIBUTES
+    if mask & _GONE:
+        kinds |= GONE
+    return kinds
+
+
+def watch_limit() -> int:
+    """fs.inotify.max_user_watches."""
+    with open(LIMIT_FILE) as file:
+        return int(file.read())

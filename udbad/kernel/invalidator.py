@@ -1,0 +1,188 @@
+"""Telling the kernel what to forget, from threads of its own.
+
+A notification blocks while a request it concerns is being served (fuse_reverse_inval_entry takes the
+directory's i_rwsem; inval_inode waits for pages under READ), so it is never written on the event loop,
+which has to serve that very request: that would wedge daemon and client for good. Nobody waits for
+one either, except `flush`, which handlers must never call.
+
+Each notification is a key in the pending dictionary of one thread, chosen by node, so that a second one
+for the same thing costs nothing while the first waits, and one slow directory does not hold up the
+others. ENOENT is success: the kernel had nothing of the kind.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from time import monotonic
+
+from udbad.kernel import protocol
+
+log = logging.getLogger(__name__)
+
+_THREADS = 4
+_LIMIT = 200_000
+"""Pending notifications above which all of them are replaced by one that covers everything."""
+
+_Key = tuple[str, int, bytes]
+
+
+class State(Enum):
+    ACCEPTING = "accepting"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidatorStatistics:
+    """sent: notifications by kind. pending: not yet written. latency: seconds, worst and sum from request to kernel told."""
+
+    state: str
+    sent: dict[str, int]
+    missed: int
+    pending: int
+    failed: int
+    latency_sum: float
+    latency_max: float
+
+
+class _Shard:
+    """One thread and what it has to do, oldest first. All fields are guarded by `ready`."""
+
+    def __init__(self) -> None:
+        self.ready = threading.Condition()
+        self.pending: dict[_Key, tuple[int, float]] = {}
+        self.sequence = 0
+        self.done = 0
+        self.stopping = False
+        self.thread: threading.Thread | None = None
+
+
+class Invalidator:
+    """Implements coherence.base.KernelNotifier."""
+
+    def __init__(self, write: Callable[[bytes], None], epochs: bool) -> None:
+        """write: puts a notification on /dev/fuse; may block; raises OSError. epochs: the kernel has NOTIFY_INC_EPOCH."""
+        self._write = write
+        self.epochs = epochs
+        self.state = State.ACCEPTING
+        self._sent = {"entry": 0, "attributes": 0, "data": 0, "epoch": 0}
+        self._missed = 0
+        self._failed = 0
+        self._latency_sum = 0.0
+        self._latency_max = 0.0
+        self._shards = [_Shard() for _ in range(_THREADS)]
+        for number, shard in enumerate(self._shards):
+            shard.thread = threading.Thread(target=self._work, args=(shard,), name=f"invalidate-{number}", daemon=True)
+            shard.thread.start()
+
+    # -- KernelNotifier -----------------------------------------------------------------------
+
+    def entry(self, parent: int, name: bytes) -> None:
+        self._put(("entry", parent, name))
+
+    def attributes(self, node: int) -> None:
+        self._put(("attributes", node, b""))
+
+    def data(self, node: int) -> None:
+        self._put(("data", node, b""))
+
+    def everything(self) -> bool:
+        """One notification for every cached name; False when this kernel has none, and names must be given."""
+        if self.epochs:
+            self._put(("epoch", 0, b""))
+        return self.epochs
+
+    def _put(self, key: _Key) -> None:
+        shard = self._shards[key[1] % _THREADS]
+        with shard.ready:
+            if self.state is not State.ACCEPTING or key in shard.pending:
+                return
+            if len(shard.pending) >= _LIMIT and self.epochs:
+                shard.pending = {k: v for k, v in shard.pending.items() if k[0] != "entry"}
+                key = ("epoch", 0, b"")
+            shard.sequence += 1
+            shard.pending[key] = (shard.sequence, monotonic())
+            shard.ready.notify_all()
+
+    # -- threads ------------------------------------------------------------------------------
+
+    def _work(self, shard: _Shard) -> None:
+        while True:
+            with shard.ready:
+                while not shard.pending:
+                    if shard.stopping:
+                        return
+                    shard.ready.wait()
+                key = next(iter(shard.pending))
+                sequence, since = shard.pending.pop(key)
+            self._send(key)
+            taken = monotonic() - since
+            with shard.ready:
+                shard.done = sequence
+                self._latency_sum += taken
+                self._latency_max = max(self._latency_max, taken)
+                shard.ready.notify_all()
+
+    def _send(self, key: _Key) -> None:
+        kind, node, name = key
+        if kind == "entry":
+            message = protocol.inval_entry(node, name)
+        elif kind == "attributes":
+            message = protocol.inval_attributes(node)
+        elif kind == "data":
+            message = protocol.inval_data(node)
+        else:
+            message = protocol.inc_epoch()
+        self._sent[kind] += 1
+        try:
+            self._write(message)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                self._missed += 1
+            elif error.errno != errno.ENODEV:  # unmounted already
+                self._failed += 1
+                log.error("kernel refused to forget %s of node %d: %s", kind, node, error.strerror)
+
+    # -- barriers -----------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Return when everything put before this call has reached the kernel. Never from a handler or the loop."""
+        for shard in self._shards:
+            with shard.ready:
+                target = shard.sequence
+                while shard.done < target and shard.pending:
+                    shard.ready.wait()
+                while shard.done < target and not shard.stopping:
+                    shard.ready.wait(1.0)
+
+    def stop(self, deadline: float = 10.0) -> bool:
+        """Finish what is pending and join the threads; False when some are still in the kernel after `deadline` seconds."""
+        self.state = State.DRAINING
+        for shard in self._shards:
+            with shard.ready:
+                shard.stopping = True
+                shard.ready.notify_all()
+        end = monotonic() + deadline
+        joined = True
+        for shard in self._shards:
+            assert shard.thread is not None
+            shard.thread.join(max(end - monotonic(), 0))
+            joined = joined and not shard.thread.is_alive()
+        self.state = State.STOPPED
+        return joined
+
+    def statistics(self) -> InvalidatorStatistics:
+        return InvalidatorStatistics(
+            state=self.state.value,
+            sent=dict(self._sent),
+            missed=self._missed,
+            pending=sum(len(shard.pending) for shard in self._shards),
+            failed=self._failed,
+            latency_sum=self._latency_sum,
+            latency_max=self._latency_max,
+        )
