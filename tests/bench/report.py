@@ -24,12 +24,10 @@ def sections(rows: list[Row]) -> list[tuple[list[str], list[Row]]]:
         others = (cell for name, cell in row.cells.items() if SYSTEMS[name].kind != "udbad")
         (compared if any(cell.samples or cell.reason for cell in others) else alone).append(row)
     found = []
-    for part in (compared, alone):
-        used = [
-            name for name in rows[0].cells if any(row.cells[name].samples or row.cells[name].reason for row in part)
-        ]
-        if part:
-            found.append((used, part))
+    for part in filter(None, (compared, alone)):
+        names = part[0].cells
+        used = [name for name in names if any(row.cells[name].samples or row.cells[name].reason for row in part)]
+        found.append((used, part))
     return found
 
 

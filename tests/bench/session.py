@@ -51,6 +51,7 @@ class Session:
         (process.drop_caches), so that what follows is cold on every side."""
         self.umount()
         mounted = self.mounted = Mounted(self.system, self.place)
+        # A daemon that compiles its sources at every start would show that in its memory.
         mounted.open(self.copies, {"PYTHONDONTWRITEBYTECODE": ""})
         if level is not None:
             self.drop(level)

@@ -191,9 +191,7 @@ class NotifyCoherence(Coherence):
                 return watcher.watch_directory(fd, _Place(node, index))
             except WatchLimit:
                 self._limit_hits += 1
-                self._set_state(
-                    "limited", f"watch limit reached at {len(watcher)} watches; the rest is served as reval"
-                )
+                self._set_state("limited", f"watch limit reached at {len(watcher)}; the rest is served as reval")
                 if attempt or not self._evict(node):
                     return None
             except OSError as error:
@@ -422,7 +420,7 @@ class NotifyCoherence(Coherence):
             self._tell_entry(node, name)
             return
         if found.layers is not None:
-            same = known_layers is not None and lookup.same_directory(child, found.layers)
+            same = type(child) is Dir and lookup.same_directory(child, found.layers)
             fresh, _ = lookup.intern(self.tree, node, name, found)
             if same and fresh is child:
                 assert type(child) is Dir

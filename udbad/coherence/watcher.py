@@ -73,7 +73,7 @@ class Watcher:
         return self._add(fd, _DIRECTORY, handle)
 
     def watch_file(self, fd: int, handle: object) -> Watch:
-        """Watch one file itself, for changes through names in directories nobody watches. Raises WatchLimit, OSError."""
+        """Watch one file itself: it may change through names in directories nobody watches. Raises as above."""
         return self._add(fd, _FILE, handle)
 
     def _add(self, fd: int, mask: Mask, handle: object) -> Watch:

@@ -39,7 +39,7 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class InvalidatorStatistics:
-    """sent: notifications by kind. pending: not yet written. latency: seconds, worst and sum from request to kernel told."""
+    """sent: notifications by kind. missed: those the kernel had nothing of. latency: seconds until it was told."""
 
     state: str
     sent: dict[str, int]
@@ -66,7 +66,7 @@ class Invalidator:
     """Implements coherence.base.KernelNotifier."""
 
     def __init__(self, write: Callable[[bytes], None], epochs: bool) -> None:
-        """write: puts a notification on /dev/fuse; may block; raises OSError. epochs: the kernel has NOTIFY_INC_EPOCH."""
+        """write: puts a notification on /dev/fuse; may block; raises OSError. epochs: NOTIFY_INC_EPOCH is known."""
         self._write = write
         self.epochs = epochs
         self.state = State.ACCEPTING
@@ -161,7 +161,7 @@ class Invalidator:
                     shard.ready.wait(1.0)
 
     def stop(self, deadline: float = 10.0) -> bool:
-        """Finish what is pending and join the threads; False when some are still in the kernel after `deadline` seconds."""
+        """Finish what is pending and join the threads; False when some are still busy after `deadline` seconds."""
         self.state = State.DRAINING
         for shard in self._shards:
             with shard.ready:
