@@ -144,12 +144,17 @@ class MountProcess:
             raise ValueError(f"unknown mode {mode!r}; known are {', '.join(STRATEGIES)}")
         log.info("coherence mode changes from %s to %s", self.coherence.name, mode)
         self.coherence.stop()
-        self.coherence = self.operations.coherence = STRATEGIES[mode](self.tree, self.invalidator)
+        self.restart_coherence(mode)
+        # After this: nothing is used any more; requests meanwhile were served in the new mode.
+        await trio.to_thread.run_sync(self.invalidator.flush)
+
+    def restart_coherence(self, mode: str | None = None) -> None:
+        """Begin anew with a strategy (None: the same one) that was stopped; nothing cached so far is believed."""
+        strategy = STRATEGIES[mode or self.coherence.name]
+        self.coherence = self.operations.coherence = strategy(self.tree, self.invalidator)
         self.coherence.start()
         self.coherence.drop_everything()
         self._changing_mode.cancel()
-        # After this: nothing is used any more; requests meanwhile were served in the new mode.
-        await trio.to_thread.run_sync(self.invalidator.flush)
 
     async def _flush(self, request: control.Request) -> dict[str, Any]:
         """Every direct change made before the request is seen by every access after the answer."""

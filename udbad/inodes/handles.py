@@ -12,36 +12,37 @@ import os
 
 from udbad.errors import os_error
 from udbad.inodes.table import Dir, Node
-from udbad.types import Fh
+from udbad.types import Caller, Fh
 
 
 class OpenFile:
-    """One open(2) of a regular file. flags: as given by the caller; uid, gid: who opened it.
+    """One open(2) of a regular file. flags: as given by the caller; uid, gid, pid: who opened it.
 
     writable: whether `fd` may be written. gen: generation of the node's data that `fd` belongs to.
     """
 
-    __slots__ = ("fd", "fh", "flags", "gen", "gid", "node", "uid", "users", "writable")
+    __slots__ = ("fd", "fh", "flags", "gen", "gid", "node", "pid", "uid", "writable")
 
-    def __init__(self, fh: Fh, node: Node, fd: int, flags: int, uid: int, gid: int, writable: bool) -> None:
+    def __init__(self, fh: Fh, node: Node, fd: int, flags: int, caller: Caller, writable: bool) -> None:
         self.fh = fh
         self.node = node
         self.fd = fd
         self.flags = flags
-        self.uid = uid
-        self.gid = gid
+        self.uid = caller.uid
+        self.gid = caller.gid
+        self.pid = caller.pid
         self.gen = node.gen
         self.writable = writable
-        self.users = 0
 
 
 class OpenDir:
     """One opendir(3): a private snapshot of names, taken at the first read (spec section 5)."""
 
-    __slots__ = ("fh", "hits", "names", "node")
+    __slots__ = ("fh", "hits", "names", "node", "pid")
 
-    def __init__(self, fh: Fh, node: Dir) -> None:
+    def __init__(self, fh: Fh, node: Dir, pid: int) -> None:
         self.fh = fh
+        self.pid = pid
         self.node = node
         self.names: list[bytes] | None = None
         self.hits: dict[bytes, int | tuple[int, ...] | None] = {}
@@ -60,8 +61,8 @@ class HandleTable:
         self._next += 1
         return Fh(fh)
 
-    def add_file(self, node: Node, fd: int, flags: int, uid: int, gid: int, writable: bool) -> OpenFile:
-        handle = OpenFile(self._number(), node, fd, flags, uid, gid, writable)
+    def add_file(self, node: Node, fd: int, flags: int, caller: Caller, writable: bool) -> OpenFile:
+        handle = OpenFile(self._number(), node, fd, flags, caller, writable)
         self.files[handle.fh] = handle
         if node.handles is None:
             node.handles = [handle]
@@ -69,8 +70,8 @@ class HandleTable:
             node.handles.append(handle)
         return handle
 
-    def add_dir(self, node: Dir) -> OpenDir:
-        handle = OpenDir(self._number(), node)
+    def add_dir(self, node: Dir, pid: int) -> OpenDir:
+        handle = OpenDir(self._number(), node, pid)
         self.dirs[handle.fh] = handle
         return handle
 

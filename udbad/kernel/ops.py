@@ -310,7 +310,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def opendir(self, node: int, ctx: pyfuse3.RequestContext) -> int:
-        return (await self._perform(lambda: self.fs.opendir(node), node)).fh
+        return (await self._perform(lambda: self.fs.opendir(node, ctx.pid), node)).fh
 
     @handler
     async def readdir(self, fh: int, start: int, token: pyfuse3.ReaddirToken) -> None:

@@ -76,7 +76,7 @@ class UnionFs:
         wanted = (flags & _OPEN_FLAGS) | (os.O_TRUNC & flags)
         node, st, fd = create.create_file(self.tree, self.creds, parent, name, wanted, mode, caller)
         writable = flags & os.O_ACCMODE != os.O_RDONLY
-        return self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller.uid, caller.gid, writable), st
+        return self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable), st
 
     def mknod(self, parent_id: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attributes:
         return create.mknod(self.tree, self.creds, self._changing(parent_id), name, mode, rdev, caller)
@@ -270,7 +270,7 @@ class UnionFs:
                     syscalls.truncate_fd(fd, 0)
                 self.tree.hooks.own_data(node, True)
             st = os.fstat(fd)
-            return self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller.uid, caller.gid, writable), st
+            return self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable), st
         except BaseException:
             os.close(fd)
             raise
@@ -329,14 +329,14 @@ class UnionFs:
 
     # -- directories --------------------------------------------------------------------------
 
-    def opendir(self, node_id: int) -> OpenDir:
+    def opendir(self, node_id: int, pid: int = 0) -> OpenDir:
         node = self.table.directory(node_id)
         if not node.trusted and not node.dead:
             lookup.refresh(self.tree, node)
         branch = node.branch
         if "coo_all" in branch.attrs and node.parent is not None and self.tree.branches.writable_above(branch.index):
             raise NeedCopyUp(node, Trigger.OPEN)
-        return self.handles.add_dir(node)
+        return self.handles.add_dir(node, pid)
 
     def readdir(self, fh: int, start: int) -> Iterator[readdir.Entry]:
         return readdir.entries(self.tree, self.handles.directory(fh), start)

@@ -223,5 +223,9 @@ class Tree:
         self._free[index] = (now, free)
         return free
 
+    def forget_space(self) -> None:
+        """Ask for free space again (branch indices have changed)."""
+        self._free.clear()
+
     def free_reader(self, max_age: float) -> Callable[[int], int]:
         return lambda index: self.free_bytes(index, max_age)

@@ -1,0 +1,101 @@
+"""Adding, removing and changing branches of a mount while it is served (spec section 11).
+
+All or nothing: the whole new list is checked first, as for a new mount, then put in place between two
+requests. A branch that is in use cannot be removed (EBUSY, with who uses it); how that is seen is in
+union/reconfigure.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import trio
+
+from udbad.branch.accept import open_branches, prepare_writable
+from udbad.branch.branches import BranchSet, BranchSpec
+from udbad.config import edit_branches
+from udbad.errors import ExitCode, UserError
+from udbad.union import fsck, reconfigure
+
+if TYPE_CHECKING:
+    from udbad.daemon.mountproc import MountProcess
+
+log = logging.getLogger(__name__)
+
+
+def current_specs(branches: BranchSet) -> list[BranchSpec]:
+    """The branch list as the user could have written it."""
+    return [BranchSpec(branch.path, branch.perm, branch.attrs, branch.udba) for branch in branches.branches]
+
+
+async def change_branches(process: MountProcess, edits: Sequence[tuple[str, str]]) -> BranchSet:
+    """Apply (option, value) pairs of add, append, prepend, del and mod, in order; returns the new set.
+
+    When this returns, every access sees the new union. Raises UserError: OPTION for bad edits, BRANCH for a
+    branch that is refused or in use (the message names who uses it).
+    """
+    tree = process.tree
+    specs = edit_branches(current_specs(tree.branches), edits)
+    while process.operations.copyups:
+        # After this: another request may have started a copy-up or changed the branches; look again.
+        busy = next(iter(process.operations.copyups.values())).node.busy
+        if busy is not None:
+            await busy.wait()
+    old = tree.branches
+    fresh = open_branches(specs, process.options.ro, process.mount_point)
+    new = reconfigure.carry_over(old, fresh)
+    gone = reconfigure.removed(old, new)
+    try:
+        _check_unused(process, gone)
+        _prepare_new(process, old, new)
+    except BaseException:
+        for branch in reconfigure.removed(new, old):
+            branch.close()
+        raise
+    process.coherence.stop()
+    reconfigure.apply(tree, new)
+    process.branches = new
+    process.restart_coherence()
+    _retire(old, new)
+    for branch in gone:
+        branch.close()
+    log.info("branches are now %s", ":".join(branch.describe() for branch in new.branches))
+    # After this: nothing is used any more; requests meanwhile were served from the new branches.
+    await trio.to_thread.run_sync(process.invalidator.flush)
+    return new
+
+
+def _check_unused(process: MountProcess, gone: Sequence[object]) -> None:
+    for branch in process.tree.branches.branches:
+        if branch not in gone:
+            continue
+        users = reconfigure.users(process.tree, branch)
+        if users:
+            first = users[0]
+            raise UserError(
+                f"branch {os.fsdecode(branch.path)} is in use: {first.what} {os.fsdecode(first.path)} "
+                f"of process {first.pid}" + (f" and {len(users) - 1} more" if len(users) > 1 else ""),
+                ExitCode.BRANCH,
+            )
+
+
+def _prepare_new(process: MountProcess, old: BranchSet, new: BranchSet) -> None:
+    """Make branches that become writable ready for it."""
+    was_writable = {branch.id for branch in old.branches if branch.writable}
+    for branch in new.branches:
+        if branch.writable and branch.id not in was_writable and not process.options.ro:
+            if fsck.was_dirty(branch.root_fd):
+                fsck.sweep_temporaries(branch.root_fd)
+            fsck.mark_dirty(branch.root_fd)
+            prepare_writable(branch, process.options.plink)
+
+
+def _retire(old: BranchSet, new: BranchSet) -> None:
+    """Branches that were writable and are no more, or are gone, were left in order."""
+    writable = {branch.id for branch in new.branches if branch.writable}
+    for branch in old.branches:
+        if branch.writable and branch.id not in writable:
+            fsck.mark_clean(branch.root_fd)

@@ -1,0 +1,151 @@
+"""Changing the branches of a mounted union (spec section 11).
+
+The new set is opened and checked like that of a new mount; branches that stay keep their descriptors,
+so that what is open on them stays on one mount. Then every node, layer and handle is brought over in one
+step: an operation runs before it or after it. The caller makes the coherence strategy start anew
+and has the kernel forget everything afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from udbad.branch.branches import Branch, BranchSet
+from udbad.inodes.table import Dir, Layer, Node
+from udbad.union.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class InUse:
+    """Why a branch cannot go: an open file (pid: who opened it) or directory of it, by a path in the mount."""
+
+    path: bytes
+    pid: int
+    what: str
+
+
+def carry_over(old: BranchSet, fresh: BranchSet) -> BranchSet:
+    """The fresh set with the ids and descriptors of branches that are in the old one as well.
+
+    Closes the fresh descriptors of those. New branches get ids that were never used before.
+    """
+    kept = {_identity(branch): branch for branch in old.branches}
+    next_id = 1 + max(branch.id for branch in old.branches)
+    result = []
+    for branch in fresh.branches:
+        before = kept.get(_identity(branch))
+        if before is None:
+            result.append(replace(branch, id=next_id))
+            next_id += 1
+        else:
+            branch.close()
+            result.append(replace(branch, id=before.id, root_fd=before.root_fd, anchor_fd=before.anchor_fd))
+    return BranchSet(tuple(result), old.generation + 1)
+
+
+def _identity(branch: Branch) -> tuple[int, int]:
+    st = os.fstat(branch.root_fd)
+    return st.st_dev, st.st_ino
+
+
+def removed(old: BranchSet, new: BranchSet) -> list[Branch]:
+    """Branches of the old set that are not in the new one."""
+    ids = {branch.id for branch in new.branches}
+    return [branch for branch in old.branches if branch.id not in ids]
+
+
+def path_of(node: Node) -> bytes:
+    """A path of the node inside the mount, as it was last known; for messages."""
+    parts = []
+    current: Node | None = node
+    while current is not None and current.parent is not None:
+        parts.append(current.name)
+        current = current.parent
+    return b"/" + b"/".join(reversed(parts))
+
+
+def users(tree: Tree, branch: Branch) -> list[InUse]:
+    """What keeps a branch from being removed: files open on it, directories open that are only on it."""
+    found = [
+        InUse(path_of(handle.node), handle.pid, "open file")
+        for handle in tree.handles.files.values()
+        if handle.node.branch.id == branch.id and handle.node.orphan_fd < 0
+    ]
+    for opened in tree.handles.dirs.values():
+        layers = opened.node.layers
+        if len(layers) == 1 and layers[0].branch.id == branch.id:
+            found.append(InUse(path_of(opened.node), opened.pid, "open directory"))
+    return found
+
+
+def apply(tree: Tree, new: BranchSet) -> None:
+    """Make `new` (from `carry_over`) the branches of the union. Precondition: no copy-up is under way, and
+    nothing uses what is removed (`users`). The caller closes the removed branches afterwards."""
+    by_id = {branch.id: branch for branch in new.branches}
+    tree.branches = new
+    for number, home in list(tree.plinks.items()):
+        if home.branch.id in by_id:
+            home.branch = by_id[home.branch.id]
+        else:
+            del tree.plinks[number]
+    _rebuild_root(tree, new)
+    for node in list(tree.table.nodes.values()):
+        if node is tree.root:
+            continue
+        if type(node) is Dir:
+            _rebuild_directory(tree, node, by_id)
+        elif node.branch.id in by_id:
+            node.branch = by_id[node.branch.id]
+        elif node.orphan_fd < 0:
+            _remove(tree, node)
+    for handle in tree.handles.files.values():
+        if not handle.node.branch.writable and handle.node.orphan_fd < 0:
+            handle.writable = False  # the next write copies up, or meets EROFS
+    for opened in tree.handles.dirs.values():
+        opened.hits = dict.fromkeys(opened.hits)
+    tree.warned.clear()
+    tree.forget_space()
+
+
+def _rebuild_root(tree: Tree, new: BranchSet) -> None:
+    layers = []
+    for branch in new.branches:
+        st = os.fstat(branch.root_fd)
+        layers.append(Layer(branch, st.st_dev, st.st_ino, st.st_nlink, branch.root_fd))
+        tree.inomap.alias(st.st_dev, st.st_ino, tree.root.id)
+    root = tree.root
+    tree.table.open_fds += len(layers) - len(root.layers)
+    root.layers = layers
+    root.branch, root.dev, root.ino = layers[0].branch, layers[0].dev, layers[0].ino
+    root.floor = len(new) - 1
+    root.version += 1
+
+
+def _rebuild_directory(tree: Tree, node: Dir, by_id: dict[int, Branch]) -> None:
+    layers = []
+    for layer in node.layers:
+        branch = by_id.get(layer.branch.id)
+        if branch is not None:
+            layer.branch = branch
+            layers.append(layer)
+        elif layer.fd >= 0:
+            os.close(layer.fd)
+            layer.fd = -1
+            tree.table.open_fds -= 1
+    if not layers:
+        _remove(tree, node)
+        return
+    layers.sort(key=lambda layer: layer.branch.index)
+    node.layers = layers
+    node.branch, node.dev, node.ino = layers[0].branch, layers[0].dev, layers[0].ino
+    # Until it is asked for again: anything above may hide or add to it.
+    node.opaque = None
+    node.floor = len(by_id) - 1
+    node.version += 1
+
+
+def _remove(tree: Tree, node: Node) -> None:
+    for parent, name in node.names():
+        tree.table.detach(node, parent, name)
+    node.dead = True
