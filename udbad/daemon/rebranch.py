@@ -44,6 +44,7 @@ async def change_branches(process: MountProcess, edits: Sequence[tuple[str, str]
         busy = next(iter(process.operations.copyups.values())).node.busy
         if busy is not None:
             await busy.wait()
+    specs = edit_branches(current_specs(tree.branches), edits)
     old = tree.branches
     fresh = open_branches(specs, process.options.ro, process.mount_point)
     new = reconfigure.carry_over(old, fresh)
