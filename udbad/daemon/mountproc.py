@@ -45,6 +45,7 @@ STRATEGIES: dict[str, type[Coherence]] = {
 }
 
 _RESERVED_FDS = 1024
+_LINGER_SECONDS = 2
 _MAX_DIRECTORY_FDS = 100_000
 
 
@@ -108,6 +109,12 @@ class MountProcess:
                 log.warning("%s is in use; detached, users get errors", os.fsdecode(self.mount_point))
                 await trio.to_thread.run_sync(self.session.unmount, True)
                 self.session.terminate()
+                return
+            # Normally the loop has ended with the mount. It has not where a copy of the mount is left in
+            # another mount namespace (a container, a service with private mounts).
+            await trio.sleep(_LINGER_SECONDS)
+            log.info("the mount is still in use in another mount namespace; ending all the same")
+            self.session.terminate()
 
     def close(self) -> None:
         """The end after serving: release everything and mark the branches clean."""
