@@ -32,6 +32,7 @@ from udbad.kernel.boundary import OPERATIONS
 from udbad.kernel.invalidator import Invalidator
 from udbad.kernel.ops import Operations
 from udbad.kernel.session import Session, check_mount_point
+from udbad.kernel.waker import Waker
 from udbad.union import fsck, plink
 from udbad.union.fs import UnionFs
 from udbad.union.tree import Tree, UnionOptions
@@ -87,6 +88,7 @@ class MountProcess:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._stop_on_signal, signals)
                 nursery.start_soon(self._run_coherence)
+                nursery.start_soon(Waker(self.mount_point).beat)
                 if listener is not None:
                     nursery.start_soon(control.serve, listener, self._commands())
                 if ready_fd >= 0:

@@ -223,6 +223,7 @@ class InodeTable:
                 node.aliases.add((parent, name))
         node.parent, node.name = parent, name
         parent.children[name] = node
+        self.nodes.setdefault(node.id, node)  # it may have left the table with its last name
 
     def detach(self, node: Node, parent: Dir, name: bytes) -> None:
         """(parent, name) is not this node any more; another known name, if any, takes its place."""
@@ -236,6 +237,9 @@ class InodeTable:
             else:
                 node.parent = None
         self._release(parent)
+        # A node that the kernel was never told of (or has forgotten) has nothing else to keep it.
+        if node.parent is None:
+            self._release(node)
 
     def forget(self, node_id: int, count: int) -> None:
         """The kernel dropped `count` references; FORGET of an id we do not have is ignored."""
