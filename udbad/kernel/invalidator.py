@@ -26,9 +26,10 @@ log = logging.getLogger(__name__)
 
 _THREADS = 4
 _LIMIT = 200_000
-"""Pending notifications above which all of them are replaced by one that covers everything."""
+"""Pending notifications of one thread above which all its names are replaced by one epoch, where there are epochs."""
 
 _Key = tuple[str, int, bytes]
+_EPOCH: _Key = ("epoch", 0, b"")
 
 
 class State(Enum):
@@ -94,7 +95,7 @@ class Invalidator:
     def everything(self) -> bool:
         """One notification for every cached name; False when this kernel has none, and names must be given."""
         if self.epochs:
-            self._put(("epoch", 0, b""))
+            self._put(_EPOCH)
         return self.epochs
 
     def _put(self, key: _Key) -> None:
@@ -102,9 +103,13 @@ class Invalidator:
         with shard.ready:
             if self.state is not State.ACCEPTING or key in shard.pending:
                 return
-            if len(shard.pending) >= _LIMIT and self.epochs:
-                shard.pending = {k: v for k, v in shard.pending.items() if k[0] != "entry"}
-                key = ("epoch", 0, b"")
+            if key[0] == "entry" and self.epochs:
+                if _EPOCH in shard.pending:
+                    return  # sent later than this was put, so it covers this name too
+                if len(shard.pending) >= _LIMIT:
+                    # Attributes and pages stay, no epoch covers them; there are as many as nodes, at most.
+                    shard.pending = {k: v for k, v in shard.pending.items() if k[0] != "entry"}
+                    key = _EPOCH
             shard.sequence += 1
             shard.pending[key] = (shard.sequence, monotonic())
             shard.ready.notify_all()

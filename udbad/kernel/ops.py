@@ -20,7 +20,7 @@ from udbad.coherence.base import Coherence
 from udbad.inodes.table import Dir, Node
 from udbad.kernel.boundary import handler
 from udbad.types import Caller, Trigger
-from udbad.union import copyup, create
+from udbad.union import copyup, create, remove
 from udbad.union.fs import SetAttr, UnionFs
 from udbad.union.tree import NeedCopyUp
 
@@ -200,6 +200,9 @@ class Operations(pyfuse3.Operations):
     @handler
     async def rmdir(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         await self._perform(lambda: self.fs.rmdir(parent, name), parent)
+        if self.fs.tree.trash:
+            trash, self.fs.tree.trash = self.fs.tree.trash, []
+            trio.lowlevel.spawn_system_task(_empty_trash, trash)
 
     @handler
     async def rename(
@@ -359,6 +362,10 @@ class Operations(pyfuse3.Operations):
 
 
 _DOTS = (b".", b"..")
+
+
+async def _empty_trash(trash: list[tuple[int, bytes]]) -> None:
+    await trio.to_thread.run_sync(remove.empty_trash, trash)
 
 
 def _caller(ctx: pyfuse3.RequestContext) -> Caller:

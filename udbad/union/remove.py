@@ -7,6 +7,7 @@ its whiteout stays visible) or the new one. Lower copies are never touched.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 
 from udbad.branch import syscalls
@@ -16,6 +17,8 @@ from udbad.inodes.table import Dir, Node
 from udbad.union import copyup, lookup, plink, readdir, whiteout
 from udbad.union.lookup import Found
 from udbad.union.tree import Tree
+
+log = logging.getLogger(__name__)
 
 
 def find(tree: Tree, parent: Dir, name: bytes) -> Found:
@@ -136,13 +139,19 @@ def rmdir(tree: Tree, parent: Dir, name: bytes) -> None:
 
 
 def _remove_branch_dir(tree: Tree, dirfd: int, name: bytes) -> None:
-    """Remove a logically empty branch directory: out of sight first, then its marks (spec section 6.4)."""
+    """Remove a logically empty branch directory: out of sight first, then its marks (spec section 6.4).
+
+    With more than `dirwh` marks only the first step is done here, the rest in the background.
+    """
     tmp = whiteout.temporary_name(name)
     try:
         syscalls.rename_at(dirfd, name, dirfd, tmp)
     except FileNotFoundError:
         return
     try:
+        if count_marks(dirfd, tmp) > tree.options.dirwh:
+            tree.trash.append((os.dup(dirfd), tmp))
+            return
         purge(dirfd, tmp)
         syscalls.rmdir_at(dirfd, tmp)
     except BaseException:
@@ -151,22 +160,47 @@ def _remove_branch_dir(tree: Tree, dirfd: int, name: bytes) -> None:
         raise
 
 
+def empty_trash(trash: list[tuple[int, bytes]]) -> None:
+    """Finish removals that were put off; any thread. What cannot be removed is left for the next sweep."""
+    for dirfd, tmp in trash:
+        try:
+            purge(dirfd, tmp)
+            syscalls.rmdir_at(dirfd, tmp)
+        except OSError as error:
+            log.warning("cannot remove %r: %s", tmp, error.strerror)
+        finally:
+            os.close(dirfd)
+
+
+def _marks(child: int) -> list[bytes]:
+    """Names in a branch directory that holds nothing but marks. Raises ENOTEMPTY for another name."""
+    listing = syscalls.open_listing(child)
+    try:
+        marks = [os.fsencode(text) for text in os.listdir(listing)]
+    finally:
+        os.close(listing)
+    if not all(mark.startswith(whiteout.PREFIX) for mark in marks):
+        raise os_error(errno.ENOTEMPTY)
+    return marks
+
+
+def count_marks(dirfd: int, name: bytes) -> int:
+    """How many whiteouts and marks a branch directory holds. Raises ENOTEMPTY when there is something else."""
+    child = syscalls.open_dir_at(dirfd, name)
+    try:
+        return len(_marks(child))
+    finally:
+        os.close(child)
+
+
 def purge(dirfd: int, name: bytes) -> None:
-    """Remove all whiteouts and marks in a branch directory; other entries are left alone."""
+    """Remove all whiteouts and marks in a branch directory. Raises ENOTEMPTY when there is something else."""
     try:
         child = syscalls.open_dir_at(dirfd, name)
     except FileNotFoundError:
         return
     try:
-        listing = syscalls.open_listing(child)
-        try:
-            marks = [os.fsencode(text) for text in os.listdir(listing)]
-        finally:
-            os.close(listing)
-        for mark in marks:
-            if not mark.startswith(whiteout.PREFIX):
-                raise os_error(errno.ENOTEMPTY)
-        for mark in marks:
+        for mark in _marks(child):
             _remove_mark(child, mark)
     finally:
         os.close(child)

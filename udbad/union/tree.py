@@ -108,6 +108,8 @@ class Tree:
         self.warned: set[tuple[int, bytes]] = set()
         self.examined = 0
         self.whited: int | None = None
+        self.trash: list[tuple[int, bytes]] = []
+        """Branch directories out of sight that the background has to remove: (parent descriptor, name)."""
         self._free: dict[int, tuple[float, int]] = {}
         layers = []
         for branch in branches.branches:
