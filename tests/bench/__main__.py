@@ -8,6 +8,7 @@ import argparse
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,12 +19,16 @@ from types import FrameType
 from rich.console import Console
 
 from tests.bench import install, plot, process, report
-from tests.bench.data import FULL, QUICK, Data, Scale
+from tests.bench.data import FULL, QUICK, Data, Scale, mount_image
 from tests.bench.measure import Row, measure, versions
 from tests.bench.process import Failed
 from tests.bench.systems import REPOSITORY, SYSTEMS, System, mount_fusectl
 from tests.bench.workloads import Workload, all_workloads, check_name
 
+# A fresh ext4 with default options, the same on every machine: what is under --scratch may be full, old, or without
+# a journal (ext4 then searches for a free inode past all that were freed within the last minute: a create costs 1 ms).
+EXT4 = ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"]
+EXT4_BYTES = 40 << 30  # sparse
 INSIDE = "UDBAD_BENCH_NAMESPACE"
 HERE = Path(__file__).resolve().parent
 
@@ -35,9 +40,8 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--systems", metavar="NAME,...", help="systems to measure")
     parser.add_argument("--repetitions", type=int, metavar="N", help="instead of the default")
     parser.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: ./bench-out")
-    parser.add_argument(
-        "--scratch", type=Path, default="/var/tmp", metavar="DIR", help="for the data; its file system is measured"
-    )
+    parser.add_argument("--scratch", type=Path, default="/var/tmp", metavar="DIR", help="where the data goes")
+    parser.add_argument("--plain", action="store_true", help="measure --scratch itself, not a fresh ext4 in an image")
     parser.add_argument("--no-install", action="store_true", help="never call apt-get")
     parser.add_argument("--list", action="store_true", help="show workloads and systems")
     return parser.parse_args(argv)
@@ -63,11 +67,14 @@ def on_signal(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def run(scratch: Path, scale: Scale, workloads: list[Workload], systems: list[System], console: Console) -> list[Row]:
+def run(
+    images: Path, scratch: Path, scale: Scale, workloads: list[Workload], systems: list[System], console: Console
+) -> list[Row]:
     """Generate the data and measure; the loop devices are unmounted in any case. Raises Failed."""
-    client = scratch / "client"
+    client = images / "client"
     process.run(["gcc", "-O2", "-o", client, HERE / "client.c"], deadline=60)
-    data = Data(scratch, scale, client)
+    (scratch / "run").mkdir()
+    data = Data(images, scratch, scale, client)
     rows: list[Row] = []
     try:
         with console.status("making the data") as status:
@@ -113,16 +120,22 @@ def main(argv: list[str]) -> int:
     os.chdir(REPOSITORY)  # the daemons and the latency client are run with -m
     mount_fusectl()
     signal.signal(signal.SIGTERM, on_signal)
-    scratch = Path(tempfile.mkdtemp(prefix="udbad-bench-", dir=arguments.scratch)).resolve()
+    images = Path(tempfile.mkdtemp(prefix="udbad-bench-", dir=arguments.scratch)).resolve()
+    scratch = images / "ext4"
     try:
+        if arguments.plain:
+            scratch.mkdir()
+        else:
+            mount_image(images / "ext4.img", scratch, EXT4_BYTES, EXT4)
         machine = versions(scratch)
-        (scratch / "run").mkdir()
-        rows = run(scratch, scale, [w for w in workloads if w.name in names], systems, console)
-    except Failed as error:
+        rows = run(images, scratch, scale, [w for w in workloads if w.name in names], systems, console)
+    except (Failed, OSError) as error:
         console.print(f"the run could not start: {error}", markup=False)
         return 1
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not arguments.plain:
+            subprocess.run(["umount", scratch], check=False, timeout=300)
+        shutil.rmtree(images, ignore_errors=True)
     settings: dict[str, object] = {"quick": arguments.quick, **asdict(scale)}
     report.write(arguments.out, rows, machine, settings, plot.svg(rows))
     report.terminal(rows, Console())

@@ -1,8 +1,8 @@
 """The data every system is measured on: generated once, the same for all, from fixed seeds.
 
 May not touch a mount of a system under test. Layout below the scratch directory: data/lower (the read-only branch),
-data/many/bNNN (the branch sets), data/repo, data/files.tar, lists/*.txt (names for the client),
-loop/FS (XFS and btrfs).
+data/many/bNNN (the branch sets), data/repo, data/files.tar, lists/*.txt (names for the client).
+XFS and btrfs are on loop devices beside it.
 """
 
 import os
@@ -69,7 +69,7 @@ QUICK = Scale(
     archive=1500,
     sources=12,
     branch_counts=(2, 32, 500),
-    branch_names=500,
+    branch_names=200,
     storm_seconds=1,
     latency_samples=50,
     repetitions=2,
@@ -85,10 +85,20 @@ GIT = {
 }
 
 
+def mount_image(image: Path, mnt: Path, size: int, make: list[str]) -> None:
+    """Make a file system of so many bytes in a sparse file and mount it. Raises Failed, OSError."""
+    mnt.mkdir()
+    with image.open("wb") as file:
+        file.truncate(size)
+    process.run([*make, image], deadline=300)
+    process.run(["mount", "-o", "loop", image, mnt], deadline=60)
+
+
 class Data:
     """Generates the data and knows where it is. Attributes are paths; lists maps a list's name to its file."""
 
-    def __init__(self, scratch: Path, scale: Scale, client: Path) -> None:
+    def __init__(self, images: Path, scratch: Path, scale: Scale, client: Path) -> None:
+        self.images = images  # where the loop devices' files go
         self.scratch = scratch
         self.scale = scale
         self.client = client
@@ -224,13 +234,9 @@ class Data:
         loop_errors for the table."""
         size = (max(self.scale.first_writes) * 3 + 1024) * MIB  # lower file, one copy, slack
         for kind, make in (("xfs", ["mkfs.xfs", "-q", "-m", "reflink=1"]), ("btrfs", ["mkfs.btrfs", "-q"])):
-            image, mnt = self.scratch / f"{kind}.img", self.scratch / f"loop/{kind}"
-            mnt.mkdir(parents=True)
+            image, mnt = self.images / f"{kind}.img", self.images / kind
             try:
-                with image.open("wb") as file:
-                    file.truncate(size)
-                process.run([*make, image], deadline=120)
-                process.run(["mount", "-o", "loop", image, mnt], deadline=60)
+                mount_image(image, mnt, size, make)
                 (mnt / "lower/big").mkdir(parents=True)
                 for mib in self.scale.first_writes:
                     self._client("seqwrite", mnt / f"lower/big/{mib}M", mib * MIB)

@@ -78,7 +78,8 @@ class Probe:
 
     def do(self, call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> Any:
         """Call; record the value or errno under the text of the call; the value, or None after an error."""
-        label = f"{call.__name__}({', '.join(map(repr, args))})"
+        words = [*map(repr, args), *(f"{key}={value!r}" for key, value in kwargs.items())]
+        label = f"{call.__name__}({', '.join(words)})"
         try:
             value = call(*args, **kwargs)
         except OSError as error:

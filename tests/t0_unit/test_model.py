@@ -21,8 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import model as m
+from tests.helpers import model_ops as ops
 from tests.helpers.merge import InconsistentBranch, diff, merge, snapshot
-from tests.helpers.model import Layer, Model, Node, Op
+from tests.helpers.model import Layer, Model, Node
+from tests.helpers.model_ops import Op
 from tests.helpers.posix import EXCHANGE
 
 LAYOUTS = (
@@ -34,7 +36,7 @@ LAYOUTS = (
     ("rw", "ro", "ro+wh", "ro", "ro+wh"),
 )
 
-unions = st.sampled_from(LAYOUTS).flatmap(lambda perms: st.tuples(*(m.layers(perm) for perm in perms)))
+unions = st.sampled_from(LAYOUTS).flatmap(lambda perms: st.tuples(*(ops.layers(perm) for perm in perms)))
 
 
 @contextmanager
@@ -75,7 +77,7 @@ def test_model_operations_are_those_of_a_plain_directory(
         native.mkdir()
         plain_copy(model, native)
         for _ in range(steps):
-            op = data.draw(m.op_for(model))
+            op = data.draw(ops.op_for(model))
             expected = op.on_model(model)
             if expected == errno.EXDEV:
                 assert op.name == "rename"
@@ -169,7 +171,7 @@ def test_lower_writable_branch_is_changed_in_place() -> None:
     low.nodes[N] = file(b"old")
     model = Model((top, low))
     assert Op("write", N, arg=0).on_model(model) == 0
-    assert low.nodes[N].data == m.payload(0)
+    assert low.nodes[N].data == ops.payload(0)
     assert Op("unlink", N).on_model(model) == 0
     assert top.nodes == {}
     assert top.whiteouts == set()

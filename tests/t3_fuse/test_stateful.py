@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from tests.helpers import model as m
+from tests.helpers import model_ops as ops
 from tests.helpers.merge import Tree, diff, merge, snapshot
-from tests.helpers.model import Model, Node, Op, PathT
+from tests.helpers.model import Model, Node, PathT
+from tests.helpers.model_ops import Op
 from tests.helpers.mount import Mount, mounted
 
 LAYOUTS: tuple[tuple[str, ...], ...] = (
@@ -52,7 +54,7 @@ class Union(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def mount_random_layers(self, data: st.DataObject) -> None:
-        self.model = Model([data.draw(m.layers(permission)) for permission in self.permissions])
+        self.model = Model([data.draw(ops.layers(permission)) for permission in self.permissions])
         self.root = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="udbad-state-")))
         self.branches = [self.root / f"{i}-{permission}" for i, permission in enumerate(self.permissions)]
         for branch, layer in zip(self.branches, self.model.layers, strict=True):
@@ -71,14 +73,14 @@ class Union(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def operation(self, data: st.DataObject) -> None:
-        self.perform(data.draw(m.op_for(self.model)))
+        self.perform(data.draw(ops.op_for(self.model)))
 
     @rule(seed=st.integers(0, 1 << 32))
     def storm(self, seed: int) -> None:
         """Many operations that cost hypothesis one choice; what it notes is the sequence to repeat."""
         pick = random.Random(seed).choice
         for _ in range(STORM):
-            op = m.random_op(pick, self.model)
+            op = ops.random_op(pick, self.model)
             note(f"  {op}")
             self.perform(op)
 
@@ -90,8 +92,8 @@ class Union(RuleBasedStateMachine):
 
     def check_name(self, path: PathT) -> None:
         """One name at once, by name: what the operation left in the caches of the kernel must be right."""
-        want = m.outcome(lambda: self.model.existing(path))
-        came = m.outcome(lambda: os.lstat(m.real(self.mount.path, path)))
+        want = ops.outcome(lambda: self.model.existing(path))
+        came = ops.outcome(lambda: os.lstat(ops.real(self.mount.path, path)))
         assert came == want, f"lstat {path}: {name_of(came)}, expected {name_of(want)}"
 
     @rule(data=st.data())

@@ -27,6 +27,8 @@ class KernelNotifier(Protocol):
 
     epochs: bool
     """Whether `everything` can forget all names at once."""
+    since: float | None
+    """When the event was read that makes us tell what follows (seconds of time.monotonic); None: now, no event."""
 
     def entry(self, parent: int, name: bytes) -> None:
         """Forget what `name` in the directory with node id `parent` is, positive or negative."""
@@ -63,6 +65,8 @@ class Coherence:
     def __init__(self, tree: Tree, notifier: KernelNotifier) -> None:
         self.tree = tree
         self.notifier = notifier
+        self.branch_events: dict[tuple[int, int], int] = {}
+        """(branch index, kind bits of coherence/watcher.py) to number of events."""
 
     def start(self) -> None:
         """Take over a tree, freshly mounted or from another strategy: every known directory is judged anew."""
@@ -125,7 +129,6 @@ class Coherence:
                 node.view = None
                 node.trusted = False
                 node.ttl = 0.0
-                node.version += 1
                 if not epoch:
                     for name in node.children:
                         self.notifier.entry(node.id, name)
@@ -152,6 +155,10 @@ class Coherence:
         same = node.seen == stamp
         node.seen = stamp
         return same
+
+    def state_of(self, branch: Branch) -> str:
+        """How well the mode asked for is kept on a branch: one of metrics.COHERENCE_STATES."""
+        return "healthy"
 
     def statistics(self) -> CoherenceStatistics:
         return CoherenceStatistics(self.name)

@@ -22,7 +22,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from time import monotonic, time_ns
+from time import time_ns
 from typing import Any
 
 from udbad.branch import syscalls
@@ -90,8 +90,6 @@ class NotifyCoherence(Coherence):
         self._echoes = 0
         self._overflows = 0
         self._limit_hits = 0
-        self._events_by_branch: dict[int, int] = {}
-        self.oldest: float | None = None
         self._told: dict[int, Stamp | None] = {}
         self._negatives: dict[int, set[bytes]] = {}
         self._track_negatives = not notifier.epochs
@@ -336,20 +334,30 @@ class NotifyCoherence(Coherence):
 
     def _on_changes(self, changes: list[Change]) -> None:
         """One burst: each name once, however often it is mentioned."""
-        self.oldest = monotonic()
+        assert self._watcher is not None
+        self.notifier.since = self._watcher.read_at
+        try:
+            self._handle(changes)
+        finally:
+            self.notifier.since = None
+
+    def _handle(self, changes: list[Change]) -> None:
+        counts = self.branch_events
         names: dict[tuple[Dir, bytes], int] = {}
         for change in changes:
             self._events += 1
             handle = change.handle
             if isinstance(handle, _Place):
-                self._events_by_branch[handle.index] = self._events_by_branch.get(handle.index, 0) + 1
+                key = (handle.index, change.kinds)
+                counts[key] = counts.get(key, 0) + 1
                 self._sort(handle, change, names)
             elif isinstance(handle, Node):
+                key = (handle.branch.index, change.kinds)
+                counts[key] = counts.get(key, 0) + 1
                 self._file_changed(handle, change)
         for (node, name), kinds in names.items():
             if self.tree.table.nodes.get(node.id) is node:
                 self._name_changed(node, name, kinds)
-        self.oldest = None
 
     def _sort(self, place: _Place, change: Change, names: dict[tuple[Dir, bytes], int]) -> None:
         node, name = place.node, change.name
@@ -511,6 +519,11 @@ class NotifyCoherence(Coherence):
         if state != self._state:
             self._state = state
             log.warning("coherence %s: %s", state, message)
+
+    def state_of(self, branch: Branch) -> str:
+        if super().mode_of(branch) != self.name:
+            return "healthy"
+        return "silent" if branch.index in self._silent else self._state
 
     def statistics(self) -> CoherenceStatistics:
         dirs = [node for node in self.tree.table.nodes.values() if type(node) is Dir]

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import monotonic
 
 import trio
 import trio_asyncio
@@ -36,7 +37,9 @@ _READ_EVENTS = 256
 NAMES, CONTENT, ATTRIBUTES, GONE = 1, 2, 4, 8
 """What a change concerns, as bits."""
 
-LIMIT_FILE = "/proc/sys/fs/inotify/max_user_watches"
+_BURST = 256
+
+_SETTINGS = "/proc/sys/fs/inotify/"
 
 
 class WatchLimit(Exception):
@@ -55,15 +58,18 @@ class Change:
 class Watcher:
     """Watches for one mount. Event loop only.
 
-    on_changes: called with each burst. on_overflow: events were lost (IN_Q_OVERFLOW).
+    on_changes: called with each burst; read_at: when its first event was read (time.monotonic). on_overflow:
+    events were lost (IN_Q_OVERFLOW).
     """
 
     def __init__(self, on_changes: Callable[[list[Change]], None], on_overflow: Callable[[], None]) -> None:
         """Raises OSError (EMFILE) when no inotify instance can be had."""
         self._inotify = Inotify(cache_size=_READ_EVENTS, sync_timeout=0)
         self._handles: dict[Watch, object] = {}
+        self.read_at = 0.0
         self._on_changes = on_changes
         self._on_overflow = on_overflow
+        self._again: Callable[[Callable[[], None]], object] | None = None
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -106,15 +112,20 @@ class Watcher:
         then return too early; so the asyncio loop only tells us that there is something to read.
         """
         async with trio_asyncio.open_loop() as loop:
+            self._again = loop.call_soon
             loop.add_reader(self._inotify.fd, self._readable)
             try:
                 await trio.sleep_forever()
             finally:
+                self._again = None
                 loop.remove_reader(self._inotify.fd)
 
     def _readable(self) -> None:
         try:
-            self.drain()
+            # Under a storm, handling must not wait for its end; and what asyncinotify has read already
+            # does not make the descriptor readable again.
+            if self._hand_on(_BURST) == _BURST and self._again is not None:
+                self._again(self._readable)
         except Exception:
             # Whatever went wrong, events may be lost: doubt widens.
             log.exception("handling branch events failed")
@@ -122,7 +133,18 @@ class Watcher:
 
     def drain(self) -> None:
         """Hand on everything that has happened up to now, without waiting for the loop."""
+        remaining = queue_limit() + _READ_EVENTS * 32  # what the kernel's queue and one read can hold
+        while remaining > 0:
+            handled = self._hand_on(_BURST)
+            if handled < _BURST:
+                return
+            remaining -= handled
+
+    def _hand_on(self, most: int) -> int:
+        """One burst of at most `most` events; how many there were."""
         changes: list[Change] = []
+        handled = 0
+        self.read_at = monotonic()
         event = self._inotify.sync_get()
         while event is not None:
             mask = event.mask
@@ -137,9 +159,13 @@ class Watcher:
                     changes.append(Change(handle, b"" if event.name is None else os.fsencode(event.name), _kinds(mask)))
                     if mask & Mask.IGNORED and watch is not None:
                         del self._handles[watch]
+            handled += 1
+            if handled >= most:
+                break
             event = self._inotify.sync_get()
         if changes:
             self._on_changes(changes)
+        return handled
 
     def close(self) -> None:
         self._handles.clear()
@@ -161,5 +187,14 @@ def _kinds(mask: Mask) -> int:
 
 def watch_limit() -> int:
     """fs.inotify.max_user_watches."""
-    with open(LIMIT_FILE) as file:
+    return _setting("max_user_watches")
+
+
+def queue_limit() -> int:
+    """fs.inotify.max_queued_events."""
+    return _setting("max_queued_events")
+
+
+def _setting(name: str) -> int:
+    with open(_SETTINGS + name) as file:
         return int(file.read())

@@ -125,8 +125,7 @@ class Dir(Node):
     index at which something created here would be visible (opaque marks and whiteouts of this
     directory and its ancestors). trusted: layers and view may be used without asking the branches,
     decided by the coherence strategy; ttl: how long the kernel may keep entries of this directory.
-    view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again. version:
-    raised whenever the view or the layers change from outside.
+    view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again.
     """
 
     __slots__ = (
@@ -218,7 +217,7 @@ class InodeTable:
                     del node.parent.children[node.name]
                     self._release(node.parent)
             else:
-                if node.aliases is None:
+                if not node.aliases:
                     node.aliases = {(node.parent, node.name)}
                 node.aliases.add((parent, name))
         node.parent, node.name = parent, name

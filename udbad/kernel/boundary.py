@@ -17,12 +17,9 @@ from typing import Any, TypeVar, cast
 
 import pyfuse3
 
-log = logging.getLogger(__name__)
+from udbad.metrics import REQUEST_BUCKETS as BUCKETS
 
-BUCKETS = (
-    0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0,
-)  # fmt: skip
-"""Upper bounds in seconds of the request duration histogram; one more bucket counts the rest."""
+log = logging.getLogger(__name__)
 
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 

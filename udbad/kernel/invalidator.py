@@ -21,6 +21,7 @@ from enum import Enum
 from time import monotonic
 
 from udbad.kernel import protocol
+from udbad.metrics import INVALIDATION_BUCKETS, Counts
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,10 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class InvalidatorStatistics:
-    """sent: notifications by kind. missed: those the kernel had nothing of. latency: seconds until it was told."""
+    """sent: notifications by kind. missed: those the kernel had nothing of. latency: seconds until it was told.
+
+    latency_counts: as metrics.Counts.value() gives them. oldest: age in seconds of the oldest one not yet told.
+    """
 
     state: str
     sent: dict[str, int]
@@ -49,10 +53,16 @@ class InvalidatorStatistics:
     failed: int
     latency_sum: float
     latency_max: float
+    latency_counts: list[float]
+    oldest: float
 
 
 class _Shard:
-    """One thread and what it has to do, oldest first. All fields are guarded by `ready`."""
+    """One thread and what it has to do, oldest first.
+
+    All fields are guarded by `ready`, but for the counts, which only the thread changes: a count that all
+    threads raised would lose some.
+    """
 
     def __init__(self) -> None:
         self.ready = threading.Condition()
@@ -61,6 +71,19 @@ class _Shard:
         self.done = 0
         self.stopping = False
         self.thread: threading.Thread | None = None
+        self.sending: float | None = None
+        """Since when what is being written now has been known."""
+        self.sent = {"entry": 0, "attributes": 0, "data": 0, "epoch": 0}
+        self.missed = 0
+        self.failed = 0
+        self.latency = Counts(INVALIDATION_BUCKETS)
+        self.latency_max = 0.0
+
+    def oldest(self) -> float | None:
+        """Since when the oldest thing not yet told has been known (seconds of time.monotonic)."""
+        with self.ready:
+            waiting = next(iter(self.pending.values()), None)
+            return self.sending if self.sending is not None or waiting is None else waiting[1]
 
 
 class Invalidator:
@@ -71,11 +94,7 @@ class Invalidator:
         self._write = write
         self.epochs = epochs
         self.state = State.ACCEPTING
-        self._sent = {"entry": 0, "attributes": 0, "data": 0, "epoch": 0}
-        self._missed = 0
-        self._failed = 0
-        self._latency_sum = 0.0
-        self._latency_max = 0.0
+        self.since: float | None = None
         self._shards = [_Shard() for _ in range(_THREADS)]
         for number, shard in enumerate(self._shards):
             shard.thread = threading.Thread(target=self._work, args=(shard,), name=f"invalidate-{number}", daemon=True)
@@ -111,7 +130,7 @@ class Invalidator:
                     shard.pending = {k: v for k, v in shard.pending.items() if k[0] != "entry"}
                     key = _EPOCH
             shard.sequence += 1
-            shard.pending[key] = (shard.sequence, monotonic())
+            shard.pending[key] = (shard.sequence, monotonic() if self.since is None else self.since)
             shard.ready.notify_all()
 
     # -- threads ------------------------------------------------------------------------------
@@ -125,15 +144,17 @@ class Invalidator:
                     shard.ready.wait()
                 key = next(iter(shard.pending))
                 sequence, since = shard.pending.pop(key)
-            self._send(key)
+                shard.sending = since
+            self._send(key, shard)
             taken = monotonic() - since
             with shard.ready:
                 shard.done = sequence
-                self._latency_sum += taken
-                self._latency_max = max(self._latency_max, taken)
+                shard.sending = None
+                shard.latency.observe(taken)
+                shard.latency_max = max(shard.latency_max, taken)
                 shard.ready.notify_all()
 
-    def _send(self, key: _Key) -> None:
+    def _send(self, key: _Key, shard: _Shard) -> None:
         kind, node, name = key
         if kind == "entry":
             message = protocol.inval_entry(node, name)
@@ -143,14 +164,14 @@ class Invalidator:
             message = protocol.inval_data(node)
         else:
             message = protocol.inc_epoch()
-        self._sent[kind] += 1
+        shard.sent[kind] += 1
         try:
             self._write(message)
         except OSError as error:
             if error.errno == errno.ENOENT:
-                self._missed += 1
+                shard.missed += 1
             elif error.errno != errno.ENODEV:  # unmounted already
-                self._failed += 1
+                shard.failed += 1
                 log.error("kernel refused to forget %s of node %d: %s", kind, node, error.strerror)
 
     # -- barriers -----------------------------------------------------------------------------
@@ -182,12 +203,16 @@ class Invalidator:
         return joined
 
     def statistics(self) -> InvalidatorStatistics:
+        shards = self._shards
+        known = [since for since in (shard.oldest() for shard in shards) if since is not None]
         return InvalidatorStatistics(
             state=self.state.value,
-            sent=dict(self._sent),
-            missed=self._missed,
-            pending=sum(len(shard.pending) for shard in self._shards),
-            failed=self._failed,
-            latency_sum=self._latency_sum,
-            latency_max=self._latency_max,
+            sent={kind: sum(shard.sent[kind] for shard in shards) for kind in shards[0].sent},
+            missed=sum(shard.missed for shard in shards),
+            pending=sum(len(shard.pending) for shard in shards),
+            failed=sum(shard.failed for shard in shards),
+            latency_sum=sum(shard.latency.sum for shard in shards),
+            latency_max=max(shard.latency_max for shard in shards),
+            latency_counts=[sum(column) for column in zip(*(shard.latency.value() for shard in shards), strict=True)],
+            oldest=monotonic() - min(known) if known else 0.0,
         )

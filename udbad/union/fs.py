@@ -24,7 +24,7 @@ from udbad.inodes.handles import OpenDir, OpenFile
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Trigger
 from udbad.union import copyup, create, lookup, readdir, remove, rename, whiteout
-from udbad.union.tree import NeedCopyUp, Tree
+from udbad.union.tree import LAST_DEPTH, NeedCopyUp, Tree
 
 T = TypeVar("T")
 Attributes = tuple[Node, os.stat_result]
@@ -67,7 +67,17 @@ class UnionFs:
             if not self.tree.options.show_whiteouts:
                 raise os_error(errno.EPERM)
             return readdir.show_whiteout(self.tree, parent, name)
-        return lookup.lookup(self.tree, parent, name)
+        tree = self.tree
+        tree.examined = 0
+        tree.whited = None
+        found = lookup.lookup(tree, parent, name)
+        counters = tree.counters
+        if found is not None:
+            depths = counters.depth_found
+        else:
+            depths = counters.depth_negative if tree.whited is None else counters.depth_whiteout
+        depths[tree.examined if tree.examined < LAST_DEPTH else LAST_DEPTH] += 1
+        return found
 
     def create(
         self, parent_id: int, name: bytes, flags: int, mode: int, caller: Caller

@@ -69,14 +69,19 @@ def resolve(tree: Tree, parent: Dir, name: bytes, below: int = -1) -> Found | No
             kind = st.st_mode & _S_IFMT
             if kind != _S_IFDIR:
                 return Found(kind, branch, st, None)
-            return _merge(tree, parent, name, pos, st)
+            merged = _merge(tree, parent, name, pos, st)
+            examined += tree.examined
+            return merged
         return None
     finally:
         tree.examined = examined
 
 
 def _merge(tree: Tree, parent: Dir, name: bytes, first: int, st: os.stat_result) -> Found | None:
-    """Collect the layers of a directory whose topmost copy is at position `first` of the parent."""
+    """Collect the layers of a directory whose topmost copy is at position `first` of the parent.
+
+    tree.examined: how many branches below that one were looked at.
+    """
     known = parent.children.get(name)
     held = {layer.branch.index: layer for layer in known.layers} if type(known) is Dir else {}
     layers: list[Layer] = []
@@ -123,6 +128,7 @@ def _merge(tree: Tree, parent: Dir, name: bytes, first: int, st: os.stat_result)
     except BaseException:
         _close(opened)
         raise
+    tree.examined = pos - first
     found = Found(_S_IFDIR, layers[0].branch, top_st, layers)
     found.whited = whited
     found.opaque = opaque
@@ -150,27 +156,22 @@ def adopt(tree: Tree, node: Dir, found: Found, floor: int) -> None:
     new = found.layers
     assert new is not None
     old = node.layers
-    changed = len(old) != len(new)
-    if old is not new:
-        keep = set(new)
+    changed = False
+    if old is not new and old != new:  # Layer has no __eq__: the same objects in the same order
+        changed = [layer.identity for layer in old] != [layer.identity for layer in new]
+        kept = set(new)
         for layer in old:
-            if layer not in keep and layer.fd >= 0:
+            if layer not in kept and layer.fd >= 0:
                 os.close(layer.fd)
                 tree.table.open_fds -= 1
-        fresh = [layer for layer in new if layer not in set(old)]
-        if fresh:
-            tree.table.open_fds += len(fresh)
-            tree.table.note_fds(node)
-            changed = changed or any(a.identity != b.identity for a, b in zip(old, new, strict=True))
+        tree.table.open_fds += len(kept.difference(old))
+        tree.table.note_fds(node)
     node.hot = True
-    if changed or old is new or node.opaque != found.opaque:
-        changed = changed or node.opaque != found.opaque
-        node.layers = new
+    changed = changed or (old is not new and node.opaque != found.opaque)
+    node.layers = new
+    if changed or old is new:
         node.view = None
         node.probes = 0
-        node.version += 1
-    else:
-        node.layers = new
     top = new[0]
     node.branch, node.dev, node.ino = top.branch, top.dev, top.ino
     node.opaque = found.opaque

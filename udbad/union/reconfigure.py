@@ -119,7 +119,6 @@ def _rebuild_root(tree: Tree, new: BranchSet) -> None:
     root.layers = layers
     root.branch, root.dev, root.ino = layers[0].branch, layers[0].dev, layers[0].ino
     root.floor = len(new) - 1
-    root.version += 1
 
 
 def _rebuild_directory(tree: Tree, node: Dir, by_id: dict[int, Branch]) -> None:
@@ -142,7 +141,6 @@ def _rebuild_directory(tree: Tree, node: Dir, by_id: dict[int, Branch]) -> None:
     # Until it is asked for again: anything above may hide or add to it.
     node.opaque = None
     node.floor = len(by_id) - 1
-    node.version += 1
 
 
 def _remove(tree: Tree, node: Node) -> None:

@@ -86,13 +86,17 @@ class UnionOptions:
     fsync_copyup: bool = False
 
 
+LAST_DEPTH = 63
+"""Lookups that asked this many branches or more are counted together."""
+
+
 @dataclass(slots=True)
 class Counters:
     """Plain counters that metrics read at scrape time; index of depths is branches examined."""
 
-    depth_found: list[int] = field(default_factory=lambda: [0] * 64)
-    depth_negative: list[int] = field(default_factory=lambda: [0] * 64)
-    depth_whiteout: list[int] = field(default_factory=lambda: [0] * 64)
+    depth_found: list[int] = field(default_factory=lambda: [0] * (LAST_DEPTH + 1))
+    depth_negative: list[int] = field(default_factory=lambda: [0] * (LAST_DEPTH + 1))
+    depth_whiteout: list[int] = field(default_factory=lambda: [0] * (LAST_DEPTH + 1))
 
 
 class Tree:
