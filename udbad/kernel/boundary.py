@@ -39,6 +39,13 @@ class OpStats:
 
 OPERATIONS: dict[str, OpStats] = {}
 
+_under_way = 0
+
+
+def waiting() -> int:
+    """How many handlers have begun and not ended: asked between requests, those that wait for something."""
+    return _under_way
+
 
 def handler(function: Handler) -> Handler:
     """Wrap a handler of kernel/ops.py."""
@@ -48,8 +55,10 @@ def handler(function: Handler) -> Handler:
 
     @functools.wraps(function)
     async def wrapper(self: object, *args: Any) -> Any:
+        global _under_way
         start = perf_counter()
         stats.requests += 1
+        _under_way += 1
         try:
             return await function(self, *args)
         except pyfuse3.FUSEError:
@@ -67,6 +76,7 @@ def handler(function: Handler) -> Handler:
             log.exception("%s%r failed", name, tuple(a for a in args if isinstance(a, int | bytes))[:4])
             raise pyfuse3.FUSEError(errno.EIO) from None
         finally:
+            _under_way -= 1
             taken = perf_counter() - start
             stats.seconds += taken
             buckets[bisect_left(BUCKETS, taken)] += 1

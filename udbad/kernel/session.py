@@ -20,6 +20,7 @@ import stat as st_mod
 import pyfuse3
 
 from udbad.errors import ExitCode, UserError
+from udbad.kernel import reader
 from udbad.kernel.mounts import FS_TYPE, unions, unmount
 from udbad.kernel.protocol import EPOCH_MINOR, InitRequest
 
@@ -82,6 +83,7 @@ class Session:
 
     async def serve(self) -> None:
         """pyfuse3's loop: returns when the mount is gone or `terminate` was called."""
+        reader.install()
         await pyfuse3.main()
 
     def terminate(self) -> None:
