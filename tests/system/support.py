@@ -15,7 +15,7 @@ import stat
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -126,38 +126,71 @@ class Entry:
 Manifest = dict[bytes, Entry]
 
 
-def manifest(root: Path, *, ctime: bool = False, dir_times: bool = True) -> Manifest:
+def manifest(root: Path, *, ctime: bool = False) -> Manifest:
     """Relative path to Entry for the tree below `root`, itself included as b".".
 
     Contents as SHA-256 (a symlink's text as it is). ctime: include it, to prove that nothing was
-    written at all; dir_times: leave out to compare trees whose directories were made by hand.
+    written at all.
     """
-    first: dict[tuple[int, int], bytes] = {}
     result: Manifest = {}
-    for path in _walk(os.fsencode(root)):
-        st = os.lstat(path)
-        relative = os.path.relpath(path, os.fsencode(root))
-        directory = stat.S_ISDIR(st.st_mode)
-        content = b""
-        if stat.S_ISREG(st.st_mode):
-            content = _digest(path)
-        elif stat.S_ISLNK(st.st_mode):
-            content = os.readlink(path)
-        names = sorted(os.listxattr(path, follow_symlinks=False))
-        result[relative] = Entry(
-            kind=stat.filemode(st.st_mode)[0],
-            mode=stat.S_IMODE(st.st_mode),
-            uid=st.st_uid,
-            gid=st.st_gid,
-            size=0 if directory else st.st_size,
-            mtime_ns=0 if directory and not dir_times else st.st_mtime_ns,
-            rdev=st.st_rdev if stat.S_ISBLK(st.st_mode) or stat.S_ISCHR(st.st_mode) else 0,
-            linked=relative if directory else first.setdefault((st.st_dev, st.st_ino), relative),
-            content=content,
-            xattrs=tuple((name, os.getxattr(path, name, follow_symlinks=False)) for name in names),
-            ctime_ns=st.st_ctime_ns if ctime else 0,
-        )
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        result[b"."] = _entry(fd, b".", b".", {}, ctime)
+        _descend(fd, b"", result, {}, ctime)
+    finally:
+        os.close(fd)
     return result
+
+
+def _descend(directory: int, prefix: bytes, result: Manifest, first: dict[tuple[int, int], bytes], ctime: bool) -> None:
+    """Enter what is in `directory`, in byte order, so that groups of hard links come out alike.
+
+    Relative to descriptors: in a mount that asks its daemon for every step of a path, whole paths
+    would take many times as long.
+    """
+    for name in sorted(os.fsencode(name) for name in os.listdir(directory)):
+        entry = result[prefix + name] = _entry(directory, name, prefix + name, first, ctime)
+        if entry.kind == "d":
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+            try:
+                _descend(fd, prefix + name + b"/", result, first, ctime)
+            finally:
+                os.close(fd)
+
+
+def _entry(directory: int, name: bytes, path: bytes, first: dict[tuple[int, int], bytes], ctime: bool) -> Entry:
+    """One object; `path` is its name in the manifest, `first` the first path of each inode with several."""
+    st = os.lstat(name, dir_fd=directory)
+    is_directory = stat.S_ISDIR(st.st_mode)
+    content = b""
+    # Only a file is opened: devices do things when opened. The rest is reached without being followed.
+    here: int | bytes = b"/proc/self/fd/%d/%s" % (directory, name)
+    fd = -1
+    try:
+        if stat.S_ISREG(st.st_mode):
+            here = fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=directory)
+            content = _digest(fd)
+        elif stat.S_ISLNK(st.st_mode):
+            content = os.readlink(name, dir_fd=directory)
+        follow = fd >= 0  # a descriptor must not be asked not to follow
+        names = sorted(os.listxattr(here, follow_symlinks=follow))
+        xattrs = tuple((key, os.getxattr(here, key, follow_symlinks=follow)) for key in names)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return Entry(
+        kind=stat.filemode(st.st_mode)[0],
+        mode=stat.S_IMODE(st.st_mode),
+        uid=st.st_uid,
+        gid=st.st_gid,
+        size=0 if is_directory else st.st_size,
+        mtime_ns=st.st_mtime_ns,
+        rdev=st.st_rdev if stat.S_ISBLK(st.st_mode) or stat.S_ISCHR(st.st_mode) else 0,
+        linked=path if is_directory else first.setdefault((st.st_dev, st.st_ino), path),
+        content=content,
+        xattrs=xattrs,
+        ctime_ns=st.st_ctime_ns if ctime else 0,
+    )
 
 
 def below(root: Path) -> Manifest:
@@ -167,30 +200,11 @@ def below(root: Path) -> Manifest:
     return entries
 
 
-def _walk(top: bytes) -> Iterator[bytes]:
-    """Every path below `top` and `top` itself, in byte order, so that link groups come out alike."""
-    yield top
-    with os.scandir(top) as entries:
-        found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
-    for name, directory in found:
-        path = os.path.join(top, name)
-        if directory:
-            yield from _walk(path)
-        else:
-            yield path
-
-
-def _digest(path: bytes) -> bytes:
+def _digest(fd: int) -> bytes:
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
+    while block := os.read(fd, _HASH_BLOCK):
+        digest.update(block)
     return digest.digest()
-
-
-def without_times(entries: Manifest) -> Manifest:
-    """The manifest with all times removed."""
-    return {path: replace(entry, mtime_ns=0, ctime_ns=0) for path, entry in entries.items()}
 
 
 def assert_same(actual: Manifest, expected: Manifest, what: str) -> None:

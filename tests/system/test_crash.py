@@ -37,7 +37,7 @@ DEADLINE = 20.0
 
 TEMPORARY = re.compile(rb"\.wh\.\.wh\..*\.[0-9a-f]{4,}", re.DOTALL)
 # NAME beside .wh.NAME, which a crash may leave, is worth a warning to the daemon.
-ALLOWED_LOG = r"\.wh\."
+ALLOWED_LOG = r"and its whiteout are both in branch"
 
 
 def make_layers(directory: Path, random_: random.Random) -> tuple[Path, Path, Path]:
@@ -50,7 +50,7 @@ def make_layers(directory: Path, random_: random.Random) -> tuple[Path, Path, Pa
                 (layer / client / place).mkdir(parents=True, exist_ok=True)
                 for name in NAMES[1:]:
                     if random_.random() < 0.4:
-                        size = RECORD * random_.choice((0, 1, 5, 300))
+                        size = RECORD * random_.choice((0, 1, 5, 5, 5, 1500))
                         data = record(f"{layer.name}/{client}/{place}/{name}") * (size // RECORD)
                         (layer / client / place / name).write_bytes(data)
                     elif layer == middle and random_.random() < 0.3:

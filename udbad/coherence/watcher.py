@@ -69,7 +69,7 @@ class Watcher:
         self.read_at = 0.0
         self._on_changes = on_changes
         self._on_overflow = on_overflow
-        self._again: Callable[[Callable[[], None]], object] | None = None
+        self._loop: trio_asyncio.BaseTrioEventLoop | None = None
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -112,20 +112,27 @@ class Watcher:
         then return too early; so the asyncio loop only tells us that there is something to read.
         """
         async with trio_asyncio.open_loop() as loop:
-            self._again = loop.call_soon
+            self._loop = loop
             loop.add_reader(self._inotify.fd, self._readable)
             try:
                 await trio.sleep_forever()
             finally:
-                self._again = None
-                loop.remove_reader(self._inotify.fd)
+                self._leave_loop()
+
+    def _leave_loop(self) -> None:
+        """Before the descriptor is closed, which may be before `run` is cancelled."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.remove_reader(self._inotify.fd)
 
     def _readable(self) -> None:
+        if self._loop is None:
+            return
         try:
             # Under a storm, handling must not wait for its end; and what asyncinotify has read already
             # does not make the descriptor readable again.
-            if self._hand_on(_BURST) == _BURST and self._again is not None:
-                self._again(self._readable)
+            if self._hand_on(_BURST) == _BURST and self._loop is not None:
+                self._loop.call_soon(self._readable)
         except Exception:
             # Whatever went wrong, events may be lost: doubt widens.
             log.exception("handling branch events failed")
@@ -169,6 +176,7 @@ class Watcher:
 
     def close(self) -> None:
         self._handles.clear()
+        self._leave_loop()
         self._inotify.close()
 
 

@@ -158,13 +158,14 @@ def _remove_tmp_dir(parent_fd: int, tmp: bytes) -> None:
     try:
         fd = syscalls.open_dir_at(parent_fd, tmp)
     except OSError:
-        return
-    try:
-        syscalls.unlink_at(fd, whiteout.OPAQUE)
-    except FileNotFoundError:
-        pass
-    finally:
-        os.close(fd)
+        pass  # as just before (no descriptor is free): then nothing was put into it yet
+    else:
+        try:
+            syscalls.unlink_at(fd, whiteout.OPAQUE)
+        except FileNotFoundError:
+            pass
+        finally:
+            os.close(fd)
     syscalls.rmdir_at(parent_fd, tmp)
 
 
@@ -226,13 +227,19 @@ def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
         st = os.fstat(src_fd)
         if (st.st_dev, st.st_ino) != node.identity:
             raise estale()
-        tmp = whiteout.temporary_name(name)
-        dst_fd = syscalls.create_file_at(dirfd, tmp, os.O_RDWR, 0o600)
+        dirfd = os.dup(dirfd)
     except BaseException:
         os.close(src_fd)
         raise
+    tmp = whiteout.temporary_name(name)
+    try:
+        dst_fd = syscalls.create_file_at(dirfd, tmp, os.O_RDWR, 0o600)
+    except BaseException:
+        os.close(src_fd)
+        os.close(dirfd)
+        raise
     return Job(
-        node, need.trigger, parent, name, branch, os.dup(dirfd), tmp, src_fd, dst_fd, st, need.length,
+        node, need.trigger, parent, name, branch, dirfd, tmp, src_fd, dst_fd, st, need.length,
         tree.options.fsync_copyup, times, as_link,
     )  # fmt: skip
 

@@ -139,12 +139,19 @@ def mkdir(
     with creds.creating(caller):
         syscalls.mkdir_at(target.dirfd, name, mode)
     fd = -1
+    found = None
     try:
         if target.whited or tree.options.opaque_always:
             fd = syscalls.open_dir_at(target.dirfd, name)
             whiteout.make_opaque(target.branch, fd)
+        # While it can still be undone: this opens the new directory and what it is merged with.
+        found = lookup.resolve(tree, parent, name)
+        if found is None or found.layers is None:
+            raise enoent()
         _finish(tree, parent, name, target)
     except BaseException:
+        if found is not None:
+            lookup.discard(tree, parent, name, found)
         if fd >= 0:
             try:
                 syscalls.unlink_at(fd, whiteout.OPAQUE)
@@ -155,9 +162,6 @@ def mkdir(
     finally:
         if fd >= 0:
             os.close(fd)
-    found = lookup.resolve(tree, parent, name)
-    if found is None or found.layers is None:
-        raise enoent()
     top = found.layers[0]
     old = tree.table.nodes.get(tree.inomap.number(top.dev, top.ino))
     if old is not None and old is not parent.children.get(name):

@@ -1,0 +1,45 @@
+"""A read of /dev/fuse that waits for a request that was taken back must not stop the event loop (kernel/waker.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.mount import UnionFactory
+
+pytestmark = pytest.mark.fuse
+
+# The request is there when the descriptor is waited for, and gone when it is read: the window is a few
+# microseconds wide, so it is made here by saying "readable" once when nothing is.
+_SPURIOUS = """
+import os
+from udbad.kernel import reader
+
+real = reader._Reader.wait_readable
+
+async def wait_readable(self, fd):
+    if os.path.exists({trigger!r}):
+        os.unlink({trigger!r})
+        return
+    await real(self, fd)
+
+reader._Reader.wait_readable = wait_readable
+"""
+
+
+def test_idle_mount_answers_after_a_read_that_blocks(
+    union: UnionFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trigger = tmp_path / "trigger"
+    patch = tmp_path / "patch"
+    patch.mkdir()
+    (patch / "sitecustomize.py").write_text(_SPURIOUS.format(trigger=str(trigger)))
+    monkeypatch.setenv("PYTHONPATH", str(patch))
+    mount = union(udba="notify")
+    before = mount.requests()["statfs"]
+    trigger.touch()
+    (mount.path / "some name").exists()  # after this request the loop blocks in read(2)
+    assert mount.control({"op": "flush"})["ok"]
+    assert not trigger.exists()
+    assert mount.requests()["statfs"] > before  # it was the waker that ended the read
