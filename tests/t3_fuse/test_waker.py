@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,10 @@ async def wait_readable(self, fd):
     await real(self, fd)
 
 reader._Reader.wait_readable = wait_readable
+
+from udbad.cli import main
+
+main()
 """
 
 
@@ -32,11 +37,11 @@ def test_idle_mount_answers_after_a_read_that_blocks(
     union: UnionFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trigger = tmp_path / "trigger"
-    patch = tmp_path / "patch"
-    patch.mkdir()
-    (patch / "sitecustomize.py").write_text(_SPURIOUS.format(trigger=str(trigger)))
-    monkeypatch.setenv("PYTHONPATH", str(patch))
+    script = tmp_path / "daemon.py"
+    script.write_text(_SPURIOUS.format(trigger=str(trigger)))
+    monkeypatch.setattr("tests.helpers.mount.DAEMON", (sys.executable, str(script)))
     mount = union(udba="notify")
+    (mount.path / "another name").exists()  # the root's attributes are cached: one request from now on
     before = mount.requests()["statfs"]
     trigger.touch()
     (mount.path / "some name").exists()  # after this request the loop blocks in read(2)
