@@ -83,7 +83,7 @@ class Session:
 
     async def serve(self) -> None:
         """pyfuse3's loop: returns when the mount is gone or `terminate` was called."""
-        reader.install()
+        reader.install(self.fd)
         await pyfuse3.main()
 
     def terminate(self) -> None:
