@@ -108,6 +108,10 @@ class Coherence:
     def own_data(self, node: Node, content: bool = False) -> None:
         pass
 
+    def parted(self, node: Dir, name: bytes) -> None:
+        if node.ttl:
+            self.notifier.entry(node.id, name)
+
     def side_effect(self, node: Node) -> None:
         if node.nlookup and (node.parent is None or node.parent.ttl):
             self.notifier.attributes(node.id)

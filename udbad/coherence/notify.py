@@ -90,6 +90,7 @@ class NotifyCoherence(Coherence):
         self._echoes = 0
         self._overflows = 0
         self._limit_hits = 0
+        self._limited_at = 0
         self._told: dict[int, Stamp | None] = {}
         self._negatives: dict[int, set[bytes]] = {}
         self._track_negatives = not notifier.epochs
@@ -186,9 +187,13 @@ class NotifyCoherence(Coherence):
         assert watcher is not None
         for attempt in range(2):
             try:
-                return watcher.watch_directory(fd, _Place(node, index))
+                watch = watcher.watch_directory(fd, _Place(node, index))
+                if self._state == "limited" and len(watcher) > self._limited_at:
+                    self._set_state("healthy", "there are watches again")
+                return watch
             except WatchLimit:
                 self._limit_hits += 1
+                self._limited_at = len(watcher)
                 self._set_state("limited", f"watch limit reached at {len(watcher)}; the rest is served as reval")
                 if attempt or not self._evict(node):
                     return None
@@ -388,14 +393,16 @@ class NotifyCoherence(Coherence):
         try:
             st = self.tree.stat(node)
         except OSError:
-            self.notifier.attributes(node.id)
+            if not node.dead:  # else removed through the mount, and the kernel knows
+                self.notifier.attributes(node.id)
             return
         self._compare(node, st, change.kinds)
 
     def _name_changed(self, node: Dir, name: bytes, kinds: int) -> None:
         """Compare a name with what was recorded; update the view, then tell the kernel what it must forget."""
         if not name:
-            self._compare(node, self.tree.stat(node), kinds)
+            if not node.dead:  # else removed through the mount, and the kernel knows
+                self._compare(node, self.tree.stat(node), kinds)
             return
         if not node.trusted:
             return  # nothing is cached of it
@@ -518,7 +525,7 @@ class NotifyCoherence(Coherence):
     def _set_state(self, state: str, message: str) -> None:
         if state != self._state:
             self._state = state
-            log.warning("coherence %s: %s", state, message)
+            log.log(logging.INFO if state == "healthy" else logging.WARNING, "coherence %s: %s", state, message)
 
     def state_of(self, branch: Branch) -> str:
         if super().mode_of(branch) != self.name:

@@ -69,6 +69,7 @@ class Watcher:
         self.read_at = 0.0
         self._on_changes = on_changes
         self._on_overflow = on_overflow
+        self._closed = False
         self._loop: trio_asyncio.BaseTrioEventLoop | None = None
 
     def __len__(self) -> int:
@@ -112,6 +113,8 @@ class Watcher:
         then return too early; so the asyncio loop only tells us that there is something to read.
         """
         async with trio_asyncio.open_loop() as loop:
+            if self._closed:
+                return  # while the loop was opened
             self._loop = loop
             loop.add_reader(self._inotify.fd, self._readable)
             try:
@@ -177,6 +180,7 @@ class Watcher:
     def close(self) -> None:
         self._handles.clear()
         self._leave_loop()
+        self._closed = True
         self._inotify.close()
 
 

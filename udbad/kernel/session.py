@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import socket
 import stat as st_mod
@@ -63,6 +64,7 @@ class Session:
 
     def attach(self, operations: pyfuse3.Operations) -> None:
         """Give the session to pyfuse3. Its init() callback must call `switch`."""
+        logging.getLogger("pyfuse3").addFilter(_worth_telling)
         pyfuse3.init(operations, f"/dev/fd/{self._theirs.fileno()}", set())
 
     def switch(self) -> None:
@@ -95,6 +97,12 @@ class Session:
         pyfuse3.close(unmount=False)
         self._theirs.detach()
         os.close(self.fd)
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """False for a reply that met ENOENT: the request was taken back meanwhile, by a signal to the caller or by
+    the unmount (RELEASE is sent in the background, fuse_dev_do_write()). That is nobody's error."""
+    return not record.getMessage().endswith(f"fuse_reply_* failed with {os.strerror(errno.ENOENT)}")
 
 
 def check_mount_point(path: bytes) -> bool:

@@ -397,6 +397,12 @@ def _settle(
     tree.inomap.alias(made.st_dev, made.st_ino, node.id)
     if as_link or (src.st_nlink > 1 and tree.options.plink):
         plink.make(tree, node, branch, dirfd, name, old[1], src.st_nlink - (0 if as_link else 1))
+    if src.st_nlink > 1 and node.plink is None:
+        # Without a pseudo-link the other names stay behind, as the lower file that they are (spec section 10.2).
+        for other in node.names():
+            if other != (parent, name):
+                tree.table.detach(node, *other)
+                tree.hooks.parted(*other)
     if parent.view is not None:
         parent.view[name] = branch.index
     if as_link:

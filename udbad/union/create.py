@@ -196,7 +196,11 @@ def link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
     dirfd = copyup.ensure_dir(tree, parent, branch)
     src_dirfd, src_name = tree.locate(node)
     syscalls.link_at(src_dirfd, src_name, dirfd, name)
-    whiteout.remove(dirfd, name)
+    try:
+        whiteout.remove(dirfd, name)
+    except BaseException:
+        _undo(dirfd, name)
+        raise
     if parent.view is not None:
         parent.view[name] = branch.index
     tree.table.attach(node, parent, name)

@@ -152,12 +152,19 @@ def _remove_branch_dir(tree: Tree, dirfd: int, name: bytes) -> None:
         if count_marks(dirfd, tmp) > tree.options.dirwh:
             tree.trash.append((os.dup(dirfd), tmp))
             return
-        purge(dirfd, tmp)
-        syscalls.rmdir_at(dirfd, tmp)
     except BaseException:
         # Something was put into it directly meanwhile: it is not empty, so it stays.
         syscalls.rename_at(dirfd, tmp, dirfd, name)
         raise
+    try:
+        purge(dirfd, tmp)
+        syscalls.rmdir_at(dirfd, tmp)
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            syscalls.rename_at(dirfd, tmp, dirfd, name)
+            raise
+        # Without some of its marks it would show again what they hid: it is removed, and this is left to the sweep.
+        log.warning("cannot remove %r: %s", tmp, error.strerror)
 
 
 def empty_trash(trash: list[tuple[int, bytes]]) -> None:

@@ -9,6 +9,7 @@ object hides what the whiteout hid.
 from __future__ import annotations
 
 import errno
+import logging
 from contextlib import ExitStack
 
 from udbad.branch import syscalls
@@ -19,6 +20,8 @@ from udbad.types import Trigger
 from udbad.union import copyup, lookup, readdir, remove, whiteout
 from udbad.union.lookup import Found
 from udbad.union.tree import NeedCopyUp, Tree
+
+log = logging.getLogger(__name__)
 
 _KNOWN = syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE
 
@@ -104,16 +107,19 @@ def _move(
             if had_whiteout or lower_dst or tree.options.opaque_always:
                 _make_opaque(tree, src_node, branch, undo)
             if dst_here:
-                # Only an empty directory can be replaced: hide what its marks hid, then take them out.
+                # Only an empty directory can be replaced: hide what its marks hid, then take them out. The
+                # whiteout stays also when the rename fails, as the marks do not come back.
                 if lower_dst and whiteout.create(branch, dst_fd, dst):
-                    undo.callback(whiteout.remove, dst_fd, dst)
                     had_whiteout = True
                 remove.purge(dst_fd, dst)
         syscalls.rename_at(src_fd, src, dst_fd, dst)
         undo.pop_all()
     # The rename is done and cannot be taken back: what follows only tidies up.
     if had_whiteout:
-        whiteout.remove(dst_fd, dst)
+        try:
+            whiteout.remove(dst_fd, dst)
+        except OSError as error:
+            log.warning("the whiteout beside the renamed %r stays: %s", dst, error.strerror)
     if found is not None and dst_node is not None:
         if type(dst_node) is Dir:
             tree.table.detach(dst_node, dst_dir, dst)

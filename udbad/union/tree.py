@@ -65,6 +65,9 @@ class Hooks(Protocol):
     def own_data(self, node: Node, content: bool = False) -> None:
         """An operation through the mount changed attributes of this node; content: or content, or times."""
 
+    def parted(self, node: Dir, name: bytes) -> None:
+        """This name stands for another object than before, without an operation on it (a link left behind)."""
+
     def side_effect(self, node: Node) -> None:
         """Attributes of this node changed without the kernel knowing (a directory during a copy-up)."""
 

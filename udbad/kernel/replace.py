@@ -1,0 +1,98 @@
+"""A new mount in the place of a dead one, with no instant in between at which the bare directory shows.
+
+A mirror job that lists the mount point at that instant would take "empty" for the truth. Linux 6.5 can put a
+mount beneath another (move_mount(2), MOVE_MOUNT_BENEATH): ours goes beneath the dead one, which then is taken
+off. Older kernels cannot; there the two calls follow each other as closely as they can. Nothing here asks the
+dead mount for anything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from typing import Final
+
+from udbad.kernel.mounts import unmount
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+# One number on every architecture (linux/unistd.h, generic table).
+_SYS_MOVE_MOUNT: Final = 429
+_SYS_FSOPEN: Final = 430
+_SYS_FSCONFIG: Final = 431
+_SYS_FSMOUNT: Final = 432
+# linux/mount.h
+_FSOPEN_CLOEXEC: Final = 1
+_FSCONFIG_SET_FLAG: Final = 0
+_FSCONFIG_SET_STRING: Final = 1
+_FSCONFIG_CMD_CREATE: Final = 6
+_FSMOUNT_CLOEXEC: Final = 1
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 4
+_MOVE_MOUNT_BENEATH: Final = 0x200
+_AT_FDCWD: Final = -100
+
+_ATTRIBUTES: Final = {
+    "ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 0x10, "strictatime": 0x20, "nodiratime": 0x80,
+}  # fmt: skip
+"""Flags of the mount (MOUNT_ATTR_*); relatime is the kernel's default."""
+_OF_THE_SUPERBLOCK: Final = frozenset({"ro", "sync", "dirsync", "lazytime"})
+
+
+def _call(number: int, *arguments: int | bytes | None) -> int:
+    words = [ctypes.c_long(word) if isinstance(word, int) else ctypes.c_char_p(word) for word in arguments]
+    result: int = _libc.syscall(ctypes.c_long(number), *words)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def mount_beneath(fuse_fd: int, source: bytes, options: str, flags: frozenset[str], path: bytes) -> bool:
+    """Mount beneath what lies on `path`; False where this kernel cannot.
+
+    fuse_fd: of /dev/fuse. options: as in mount(2), KEY=VALUE or words. flags: names of mount flags.
+    Raises OSError for any other failure.
+    """
+    try:
+        context = _call(_SYS_FSOPEN, b"fuse", _FSOPEN_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        return False
+    try:
+        strings = [("source", source), ("subtype", b"udba")]
+        for word in options.split(","):
+            key, equals, value = word.partition("=")
+            if equals:
+                strings.append((key, value.encode()))
+            else:
+                _call(_SYS_FSCONFIG, context, _FSCONFIG_SET_FLAG, key.encode(), None, 0)
+        for flag in flags & _OF_THE_SUPERBLOCK:
+            _call(_SYS_FSCONFIG, context, _FSCONFIG_SET_FLAG, flag.encode(), None, 0)
+        for key, text in strings:
+            _call(_SYS_FSCONFIG, context, _FSCONFIG_SET_STRING, key.encode(), text, 0)
+        attributes = sum(_ATTRIBUTES.get(flag, 0) for flag in flags)
+        return _attach(context, attributes, path, fuse_fd)
+    finally:
+        os.close(context)
+
+
+def _attach(context: int, attributes: int, path: bytes, fuse_fd: int) -> bool:
+    """Beneath first with a probe that costs nothing: once made, a superblock cannot be given to mount(2) again."""
+    _call(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+    mount = _call(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
+    try:
+        try:
+            _call(_SYS_MOVE_MOUNT, mount, b"", _AT_FDCWD, path, _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_BENEATH)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Linux before 6.5, or a place where it is not allowed: the bare directory shows for an instant.
+            unmount(path, lazy=True)
+            _call(_SYS_MOVE_MOUNT, mount, b"", _AT_FDCWD, path, _MOVE_MOUNT_F_EMPTY_PATH)
+            return True
+    finally:
+        os.close(mount)
+    unmount(path, lazy=True)
+    return True
