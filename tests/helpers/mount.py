@@ -98,7 +98,7 @@ def why_no_fuse() -> str | None:
     return None
 
 
-def _ensure_fusectl() -> None:
+def ensure_fusectl() -> None:
     """Mount fusectl where init systems mount it; it stays, as part of the system."""
     if not any(mount.fs_type == "fusectl" for mount in read_mountinfo()):
         subprocess.run(["mount", "-t", "fusectl", "none", str(FUSECTL)], check=True, timeout=DEADLINE)
@@ -181,7 +181,7 @@ class Mount:
 
     def start(self) -> None:
         """Start the daemon and wait until it serves. Raises MountFailed with its log."""
-        _ensure_fusectl()
+        ensure_fusectl()
         self.path.mkdir(exist_ok=True)
         words = f"br={self._branch_option},udba={self.udba},control={self._control_path}"
         if self.options:

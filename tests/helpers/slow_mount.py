@@ -1,0 +1,135 @@
+"""A real mount whose answers can be held back, to see what everything else does meanwhile.
+
+As a program (python -m tests.helpers.slow_mount GATE WORDS mount …) it is udbad itself, except that
+while the file GATE exists, the requests named in WORDS (comma separated: handlers of kernel/ops.py, and
+`transfer`, the bytes of a copy-up) are worked on but not finished. Each one that is held adds a byte to
+GATE.held. The word `no-epochs` makes the daemon believe that the kernel has no NOTIFY_INC_EPOCH.
+
+In a test: with slow_daemon(gate, …): every mount made by tests/helpers/mount.py is such a daemon.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+from unittest import mock
+
+from tests.helpers import mount as mount_module
+
+NO_EPOCHS: Final = "no-epochs"
+TRANSFER: Final = "transfer"
+_POLL: Final = 0.005
+"""Seconds between two looks at the gate."""
+
+
+class Gate:
+    """The test's side: a file that holds requests while it is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._held = path.with_name(path.name + ".held")
+        self._held.touch()
+
+    def close(self) -> None:
+        """From now on requests are held; counting starts anew."""
+        self._held.write_bytes(b"")
+        self.path.touch()
+
+    def open(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def held(self) -> int:
+        """How many requests were held since `close`."""
+        return self._held.stat().st_size
+
+    def wait_held(self, count: int) -> None:
+        """Wait until that many have been."""
+        end = time.monotonic() + mount_module.DEADLINE
+        while self.held() < count:
+            assert time.monotonic() < end, f"only {self.held()} of {count} requests have come"
+            time.sleep(_POLL)
+
+
+@contextmanager
+def slow_daemon(gate: Gate | None, *words: str) -> Iterator[None]:
+    """Mounts made meanwhile are served by this module's daemon; gate None: nothing is held."""
+    path = os.devnull + "/none" if gate is None else str(gate.path)
+    daemon = (sys.executable, "-W", "default::ResourceWarning", "-m", "tests.helpers.slow_mount", path, ",".join(words))
+    with mock.patch.object(mount_module, "DAEMON", daemon):
+        yield
+
+
+# -- the daemon's side ------------------------------------------------------------------------
+
+
+def _held(handler: Callable[..., Awaitable[Any]], gate: str) -> Callable[..., Awaitable[Any]]:
+    import trio
+
+    async def slow(*args: Any) -> Any:
+        try:
+            return await handler(*args)
+        finally:
+            if _closed(gate):
+                _count(gate)
+                while _closed(gate):  # noqa: ASYNC110 - another process opens it
+                    await trio.sleep(_POLL)
+
+    return slow
+
+
+def _held_in_thread(function: Callable[..., Any], gate: str) -> Callable[..., Any]:
+    def slow(*args: Any) -> Any:
+        # A small copy-up is done on the event loop, which must never wait.
+        if threading.current_thread() is not threading.main_thread() and _closed(gate):
+            _count(gate)
+            while _closed(gate):
+                time.sleep(_POLL)
+        return function(*args)
+
+    return slow
+
+
+def _closed(gate: str) -> bool:
+    return os.path.exists(gate)
+
+
+def _count(gate: str) -> None:
+    fd = os.open(gate + ".held", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    try:
+        os.write(fd, b".")
+    finally:
+        os.close(fd)
+
+
+def _patch(gate: str, words: list[str]) -> None:
+    from udbad.daemon import mountproc
+    from udbad.kernel.invalidator import Invalidator
+    from udbad.kernel.ops import Operations
+    from udbad.union import copyup
+
+    for word in words:
+        if word == NO_EPOCHS:
+            mock.patch.object(mountproc, "Invalidator", lambda write, epochs: Invalidator(write, False)).start()
+        elif word == TRANSFER:
+            mock.patch.object(copyup, "transfer", _held_in_thread(copyup.transfer, gate)).start()
+        else:
+            mock.patch.object(Operations, word, _held(getattr(Operations, word), gate)).start()
+
+
+def main() -> None:
+    """udbad with the patches of the first two arguments."""
+    from udbad.cli import main as udbad
+
+    _patch(sys.argv[1], [word for word in sys.argv[2].split(",") if word])
+    sys.argv = ["udbad", *sys.argv[3:]]
+    udbad()
+
+
+if __name__ == "__main__":
+    main()

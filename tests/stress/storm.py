@@ -1,0 +1,330 @@
+"""A storm: random operations through a union and directly on its branches at the same time, and its judge.
+
+Every client is a process of its own (python -m tests.stress.storm ROOT SEED COUNT KIND) and draws its
+operations from its seed alone, never from what it finds, so the same seed means the same operations; when
+they meet is up to the scheduler. `in_step` has one process take turns instead, which repeats exactly.
+
+The judge (`Arena.check`) asks the mount for every name there could be, one by one, so that whatever the
+kernel has cached answers; then it lists the mount; then it mounts anew; and each of the three must be
+the merge of the branch directories that tests/helpers/merge.py computes.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests.helpers.merge import OPAQUE, WH_PREFIX, Tree, diff, merge, read_entry, snapshot
+from tests.helpers.mount import REPOSITORY, Mount, mounted
+from tests.helpers.posix import EXCHANGE, NOREPLACE, renameat2
+
+NAMES: Final = (b"a", b"b", b"c", b"d")
+DEPTH: Final = 3
+UNIVERSE: Final = [b"/".join(words) for n in range(1, DEPTH + 1) for words in itertools.product(NAMES, repeat=n)]
+"""The paths that operations name, parents first."""
+
+MODES: Final = ("none", "reval", "notify")
+LAYOUTS: Final = (("rw", "ro+wh", "ro"), ("rw", "rw", "ro"))
+DEADLINE: Final = 120.0
+"""Seconds for the clients of one round."""
+
+_FINE: Final = frozenset(
+    {
+        errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EXDEV, errno.EINVAL,
+        errno.ELOOP, errno.ENODATA, errno.EMLINK, errno.ESTALE, errno.EBUSY,
+    }
+)  # fmt: skip
+"""What an operation may answer when others work on the same names. EIO and the like are failures."""
+
+_TEMPORARY: Final = re.compile(rb"\.wh\.\.wh\..*\.[0-9a-f]{4,}", re.DOTALL)
+ALLOWED_LOG: Final = r"and its whiteout are both"
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation: `kind` is a key of _ACTIONS; `arg` a number that offsets, modes and bytes are made from."""
+
+    kind: str
+    path: bytes
+    other: bytes
+    arg: int
+
+
+LOOK: Final = (-1, Op("look", b"", b"", 0))
+
+
+def _data(arg: int) -> bytes:
+    return b"%d." % arg * (arg % 40 * (200 if arg % 7 == 0 else 1))
+
+
+def _write(path: bytes, flags: int, arg: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | flags, 0o644)
+    try:
+        if flags & (os.O_APPEND | os.O_CREAT):
+            os.write(fd, _data(arg))
+        else:
+            os.pwrite(fd, _data(arg), arg % 5000)
+    finally:
+        os.close(fd)
+
+
+def _rename(path: bytes, other: bytes, arg: int) -> None:
+    renameat2(path, other, (0, 0, 0, NOREPLACE, EXCHANGE)[arg % 5])
+
+
+def _read(path: bytes, other: bytes, arg: int) -> None:
+    read_entry(path)
+
+
+def _list(path: bytes, other: bytes, arg: int) -> None:
+    for name in os.listdir(path):
+        os.lstat(os.path.join(path, name))
+
+
+def _hidden(path: bytes, prefix: bytes) -> bytes:
+    directory, name = os.path.split(path)
+    return os.path.join(directory, prefix + name)
+
+
+def _copy_up(path: bytes, other: bytes, arg: int) -> None:
+    """What a user does by hand: the file of another branch, with its times, put here by a rename."""
+    temporary = _hidden(path, b"tmp-%d-" % os.getpid())
+    try:
+        shutil.copy2(os.fsdecode(other), os.fsdecode(temporary), follow_symlinks=False)
+        os.rename(temporary, path)
+    except BaseException:
+        _gone(temporary)
+        raise
+
+
+def _gone(path: bytes) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def _new_tree(path: bytes, other: bytes, arg: int) -> None:
+    os.mkdir(path)
+    for name in NAMES[: arg % 3]:
+        _write(os.path.join(path, name), os.O_CREAT, arg)
+
+
+_EVERYWHERE: Final[dict[str, tuple[int, Callable[[bytes, bytes, int], object]]]] = {
+    "stat": (16, lambda p, o, a: os.lstat(p)),
+    "read": (10, _read),
+    "list": (4, _list),
+    "create": (8, lambda p, o, a: _write(p, os.O_CREAT | os.O_EXCL, a)),
+    "overwrite": (6, lambda p, o, a: _write(p, 0, a)),
+    "append": (3, lambda p, o, a: _write(p, os.O_APPEND, a)),
+    "replace": (3, lambda p, o, a: _write(p, os.O_CREAT | os.O_TRUNC, a)),
+    "truncate": (3, lambda p, o, a: os.truncate(p, a % 6000)),
+    "chmod": (4, lambda p, o, a: os.chmod(p, 0o700 | a % 64)),
+    "utime": (3, lambda p, o, a: os.utime(p, ns=(a, a * 1_000_003), follow_symlinks=False)),
+    "setxattr": (2, lambda p, o, a: os.setxattr(p, "user.t", b"%d" % a)),
+    "removexattr": (1, lambda p, o, a: os.removexattr(p, "user.t")),
+    "mkdir": (9, lambda p, o, a: os.mkdir(p)),
+    "tree": (3, _new_tree),
+    "symlink": (2, lambda p, o, a: os.symlink(b"to/%d" % a, p)),
+    "link": (3, lambda p, o, a: os.link(p, o, follow_symlinks=False)),
+    "unlink": (6, lambda p, o, a: os.unlink(p)),
+    "rmdir": (5, lambda p, o, a: os.rmdir(p)),
+    "rename": (10, _rename),
+}
+"""Kind to (weight, what it does); for the mount and for branches."""
+
+_ON_BRANCHES: Final[dict[str, tuple[int, Callable[[bytes, bytes, int], object]]]] = {
+    "whiteout": (5, lambda p, o, a: _write(_hidden(p, WH_PREFIX), os.O_CREAT | os.O_EXCL, 0)),
+    "unwhite": (4, lambda p, o, a: os.unlink(_hidden(p, WH_PREFIX))),
+    "opaque": (2, lambda p, o, a: _write(os.path.join(p, OPAQUE), os.O_CREAT | os.O_EXCL, 0)),
+    "unopaque": (2, lambda p, o, a: os.unlink(os.path.join(p, OPAQUE))),
+    "copyup": (4, _copy_up),
+    "rmtree": (2, lambda p, o, a: shutil.rmtree(os.fsdecode(p))),
+}
+"""What only makes sense directly on a branch."""
+
+_ACTIONS: Final = {**_EVERYWHERE, **_ON_BRANCHES}
+
+
+def operations(seed: int, count: int, on_branch: bool) -> Iterator[Op]:
+    """`count` random operations; the same for the same arguments."""
+    random_ = random.Random(seed)
+    table = _ACTIONS if on_branch else _EVERYWHERE
+    kinds, weights = list(table), [weight for weight, _ in table.values()]
+    for _ in range(count):
+        kind = random_.choices(kinds, weights)[0]
+        # Short paths more often: what lies deep needs parents.
+        path, other = (random_.choice(UNIVERSE[: random_.choice((4, 20, 20, 84))]) for _ in range(2))
+        yield Op(kind, path, other, random_.randrange(1 << 20))
+
+
+def perform(op: Op, root: Path) -> int:
+    """Do it below `root`; 0 or the errno. Raises OSError for one that no race explains."""
+    base = os.fsencode(root)
+    path, other = os.path.join(base, op.path), os.path.join(base, op.other)
+    if op.kind == "copyup":
+        other = os.path.join(os.path.dirname(base), b"base", op.path)
+    try:
+        _ACTIONS[op.kind][1](path, other, op.arg)
+    except shutil.Error:
+        return errno.EINVAL  # copy2 onto itself
+    except OSError as error:
+        if error.errno not in _FINE and (op.kind, error.errno) != ("link", errno.EPERM):
+            error.add_note(f"{op} below {root}")
+            raise
+        return error.errno or 0
+    return 0
+
+
+# -- the arena --------------------------------------------------------------------------------
+
+
+def probe(root: Path) -> Tree:
+    """The tree as somebody sees it who asks for every name in every directory and lists nothing."""
+    tree: Tree = {}
+    todo = [b""]
+    while todo:
+        above = todo.pop()
+        for name in NAMES:
+            path = os.path.join(above, name)
+            try:
+                tree[path] = read_entry(os.path.join(os.fsencode(root), path))
+            except FileNotFoundError:
+                continue
+            if tree[path].is_dir:
+                todo.append(path)  # deeper than the universe too: directories are renamed
+    return tree
+
+
+class Arena:
+    """A mounted union in which storms happen. Attributes: mount, layout, direct (whether branches are changed)."""
+
+    def __init__(self, mount: Mount, layout: Sequence[str], direct: bool) -> None:
+        self.mount = mount
+        self.layout = layout
+        self.direct = direct
+
+    @property
+    def roots(self) -> list[tuple[Path, bool]]:
+        """Where clients work, and whether that is a branch. The mount twice: its own requests overlap, too."""
+        branches = [(branch, True) for branch in self.mount.branches] if self.direct else []
+        return [(self.mount.path, False), (self.mount.path, False), *branches]
+
+    def storm(self, seed: int, count: int) -> None:
+        """Let a process for each root do `count` operations at the same time. Raises AssertionError."""
+        clients = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.stress.storm", root, str(seed + n), str(count), str(int(on_branch))],
+                cwd=REPOSITORY,
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+                stderr=subprocess.PIPE,
+            )
+            for n, (root, on_branch) in enumerate(self.roots)
+        ]
+        try:
+            for client in clients:
+                _, errors = client.communicate(timeout=DEADLINE)
+                assert client.returncode == 0, errors.decode(errors="replace")
+        finally:
+            for client in clients:
+                if client.poll() is None:
+                    client.kill()
+                    client.communicate()
+
+    def in_step(self, turns: Sequence[tuple[int, Op]]) -> list[str]:
+        """(index into `roots`, operation), one after the other; exactly repeatable.
+
+        LOOK stands for a check; the first one that finds something ends it, and is what is returned.
+        """
+        roots = self.roots
+        behind = False
+        for index, op in turns:
+            if index == LOOK[0]:
+                if found := self.check(fresh=False):
+                    return found
+                continue
+            root, on_branch = roots[index]
+            if behind and not on_branch:
+                self.mount.flush()
+                behind = False
+            perform(op, root)
+            behind = behind or on_branch
+        return []
+
+    def turns(self, seed: int, count: int) -> list[tuple[int, Op]]:
+        """Random operations for `in_step`, about half of them through the mount."""
+        random_ = random.Random(seed)
+        sources = [operations(seed + n, count, on_branch) for n, (_, on_branch) in enumerate(self.roots)]
+        weights = [3 if not on_branch else 2 for _, on_branch in self.roots]
+        chosen = random_.choices(range(len(sources)), weights, k=count)
+        return [(index, next(sources[index])) for index in chosen]
+
+    def check(self, fresh: bool) -> list[str]:
+        """Judge at rest: everything that differs, in words; fresh: after the warm mount look at a new one."""
+        self.mount.flush()
+        warm, listed = probe(self.mount.path), snapshot(self.mount.path)
+        truth = self.merged()
+        found = [f"asked by name: {line}" for line in diff(truth, warm)]
+        found += [f"listed: {line}" for line in diff(truth, listed)]
+        found += self._daemon_trouble()
+        if fresh:
+            self.mount.remount()
+            found += [f"after a remount: {line}" for line in diff(truth, snapshot(self.mount.path))]
+        return found
+
+    def merged(self) -> Tree:
+        whable = [permission == "rw" or "+wh" in permission for permission in self.layout]
+        return merge(zip(self.mount.branches, whable, strict=True))
+
+    def _daemon_trouble(self) -> list[str]:
+        statistics = self.mount.control({"op": "stats"})
+        found = [f"{statistics['bugs']} bugs in the daemon:\n{self.mount.log()}"] if statistics["bugs"] else []
+        for branch in self.mount.branches:
+            for directory, names, files in os.walk(os.fsencode(branch)):
+                left = [name for name in names + files if _TEMPORARY.fullmatch(name)]
+                found += [f"left behind: {os.path.join(directory, name)!r}" for name in left]
+        return found
+
+
+@contextmanager
+def arena(directory: Path, udba: str, layout: Sequence[str], options: str = "noplink") -> Iterator[Arena]:
+    """An empty union of new branch directories below `directory`.
+
+    Without pseudo-links: what joins the names of a copied-up hard link is known to the mount only, and
+    the merge could not know it.
+    """
+    branches = [directory / name for name in ("top", "middle", "base")]
+    for branch in branches:
+        branch.mkdir()
+    words = [f"{branch}={permission}" for branch, permission in zip(branches, layout, strict=True)]
+    with mounted(words, directory / "mnt", udba, options, allow_log=ALLOWED_LOG) as mount:
+        yield Arena(mount, layout, direct=udba != "none")
+
+
+def fill(arena_: Arena, seed: int, count: int) -> None:
+    """Put something into the branches first, in every mode: a mount that trusts them has seen nothing yet."""
+    for number, branch in enumerate(arena_.mount.branches):
+        for op in operations(seed - number, count, True):
+            perform(op, branch)
+    arena_.mount.remount()
+
+
+def main(root: str, seed: str, count: str, on_branch: str) -> None:
+    """One client."""
+    for op in operations(int(seed), int(count), bool(int(on_branch))):
+        perform(op, Path(root))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

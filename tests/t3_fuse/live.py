@@ -1,0 +1,69 @@
+"""What the tests of a live mount share: modes, further file systems, and looking at what is left on a branch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+MODES: Final = ("none", "reval", "notify")
+modes: Final = pytest.mark.parametrize("udba", MODES)
+
+_TEMPORARY: Final = re.compile(rb"\.wh\.\.wh\..+\.[0-9a-f]{4}", re.DOTALL)
+_ADMINISTRATION: Final = (b".wh..wh.aufs", b".wh..wh.plnk", b".wh..wh.orph", b".wh..wh.udbad")
+
+
+def errno_of(call: Callable[[], object]) -> str:
+    """The name of the errno that `call` fails with, "" when it does not fail."""
+    try:
+        call()
+    except OSError as error:
+        # ENOTSUP and EOPNOTSUPP are one number on Linux; people know the second name.
+        return "EOPNOTSUPP" if error.errno == errno.EOPNOTSUPP else errno.errorcode[error.errno or 0]
+    return ""
+
+
+def names(branch: Path) -> list[str]:
+    """What is in a branch directory, its own administration aside."""
+    return sorted(name for name in os.listdir(branch) if os.fsencode(name) not in _ADMINISTRATION)
+
+
+def debris(branch: Path) -> list[bytes]:
+    """Temporary names anywhere on a branch, and what lies in its orphan directory."""
+    found = []
+    for directory, subdirectories, files in os.walk(os.fsencode(branch)):
+        inside = os.path.basename(directory) == b".wh..wh.orph"
+        found += [
+            os.path.join(directory, name) for name in (*subdirectories, *files) if inside or _TEMPORARY.match(name)
+        ]
+    return found
+
+
+@contextmanager
+def file_system(path: Path, kind: str, options: str = "", megabytes: int = 512) -> Iterator[Path]:
+    """Mount a new file system at the directory `path`, made if missing: tmpfs, or ext4 or xfs in a sparse image."""
+    path.mkdir(exist_ok=True)
+    source = "none"
+    if kind != "tmpfs":
+        image = path.with_name(f"{path.name}.{kind}")
+        with image.open("xb") as stream:
+            stream.truncate(megabytes << 20)
+        subprocess.run([f"mkfs.{kind}", "-q", str(image)], check=True, capture_output=True, timeout=60)
+        source = str(image)
+        options = ",".join(filter(None, ("loop", options)))
+    words = ["mount", "-t", kind, *(["-o", options] if options else []), source, str(path)]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+    if done.returncode != 0:
+        raise OSError(errno.EINVAL, done.stderr.strip())
+    try:
+        yield path
+    finally:
+        # -l: the daemon of a failed test may still hold it
+        subprocess.run(["umount", "-l", str(path)], check=True, timeout=60)

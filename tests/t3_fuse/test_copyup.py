@@ -1,0 +1,710 @@
+"""Copy-up through a mount: when it happens, what it keeps, who sees the new data, and what a failure leaves.
+
+Spec section 6.8 and 10.5. A failure must leave the lower file untouched and visible and no temporary name, and
+the same operation must work once the cause is gone.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import resource
+import stat
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.merge import diff, read_entry, snapshot
+from tests.helpers.mount import Mount, UnionFactory, mounted
+from tests.t3_fuse.live import debris, errno_of, file_system, modes, names
+
+pytestmark = pytest.mark.fuse
+
+PAST = 1_000_000_000_123_456_789
+"""Time stamp of everything made before the mount, ns."""
+CAP_NET_RAW = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)  # vfs_cap_data, linux/capability.h
+ACL_OF_BOB = struct.pack("<I", 2) + b"".join(
+    struct.pack("<HHI", *entry)
+    for entry in ((1, 7, 0xFFFFFFFF), (2, 6, 1002), (4, 5, 0xFFFFFFFF), (16, 7, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF))
+)  # linux/posix_acl_xattr.h: user::rwx user:1002:rw- group::r-x mask::rwx other::---
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags, 0o644)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def lower(tmp_path: Path, content: bytes = b"0123456789abcdef", name: str = "d/f") -> Path:
+    """A file of the branch that will be read-only, with its directory, all of it old."""
+    path = tmp_path / "base" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    for entry in (path, path.parent):
+        os.utime(entry, ns=(PAST, PAST))
+    return path
+
+
+# -- when -------------------------------------------------------------------------------------
+
+
+@modes
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_WRONLY, os.O_RDWR | os.O_APPEND], ids=["rdwr", "wronly", "append"])
+def test_open_for_writing_copies_nothing(union: UnionFactory, tmp_path: Path, udba: str, flags: int) -> None:
+    lower(tmp_path)
+    mount = union(None, udba)
+    with opened(mount.path / "d/f", flags) as fd:
+        os.fstat(fd)
+        if flags & os.O_ACCMODE == os.O_RDWR:
+            assert os.pread(fd, 4, 10) == b"abcd"
+    assert names(mount["top"]) == []
+
+
+@modes
+def test_what_does_not_copy(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    lower(tmp_path)
+    os.mkfifo(tmp_path / "base/fifo")
+    mount = union(None, udba)
+    path = mount.path / "d/f"
+    path.read_bytes()
+    os.stat(path)
+    os.access(path, os.W_OK)
+    os.listxattr(path)
+    assert errno_of(lambda: os.getxattr(path, "user.none")) == "ENODATA"
+    with opened(path, os.O_RDONLY) as fd, mmap.mmap(fd, 16, mmap.MAP_PRIVATE) as private:
+        private[0:1] = b"X"
+        os.fsync(fd)
+    with opened(mount.path / "fifo", os.O_RDWR) as fd:
+        os.write(fd, b"x")
+    os.listdir(mount.path / "d")
+    assert names(mount["top"]) == []
+    assert path.read_bytes() == b"0123456789abcdef"
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "write": lambda path: path.open("r+b", buffering=0).write(b"x"),
+    "append": lambda path: path.open("ab", buffering=0).write(b"x"),
+    "truncate": lambda path: os.truncate(path, 4),
+    "extend": lambda path: os.truncate(path, 100),
+    "open-truncate": lambda path: path.write_bytes(b""),
+    "chmod": lambda path: path.chmod(0o600),
+    "chown": lambda path: os.chown(path, 5, 6),
+    "utimes": lambda path: os.utime(path, (1, 2)),
+    "setxattr": lambda path: os.setxattr(path, "user.k", b"v"),
+    "removexattr": lambda path: os.removexattr(path, "user.note"),
+    "link": lambda path: os.link(path, path.with_name("other")),
+    "rename": lambda path: path.rename(path.with_name("other")),
+}
+
+
+@modes
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the lambdas leave closing to the reference count
+def test_what_copies(union: UnionFactory, tmp_path: Path, udba: str, change: str) -> None:
+    """The result is that of the same change made to a copy, and the lower branch stays as it is."""
+    path = lower(tmp_path)
+    os.setxattr(path, "user.note", b"kept")
+    twin = tmp_path / "native/f"
+    twin.parent.mkdir()
+    subprocess.run(["cp", "-a", str(path), str(twin)], check=True, timeout=20)
+    before = snapshot(tmp_path / "base")
+    mount = union(None, udba)
+    CHANGES[change](mount.path / "d/f")
+    CHANGES[change](twin)
+    assert diff(snapshot(twin.parent), snapshot(mount.path / "d"), ["mtime_ns"]) == []
+    assert diff(before, snapshot(tmp_path / "base")) == []
+    assert debris(mount["top"]) == []
+
+
+# -- what is kept -----------------------------------------------------------------------------
+
+
+@modes
+def test_everything_is_copied(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """Owner, mode with suid and sticky bits, times, xattrs of every class, ACL, capability; the parents' too."""
+    path = lower(tmp_path, name="a/b/f")
+    os.setxattr(path, "user.note", bytes(range(256)))
+    os.setxattr(path, "trusted.t", b"")
+    os.setxattr(path, "system.posix_acl_access", ACL_OF_BOB)
+    os.setxattr(path.parent, "system.posix_acl_default", ACL_OF_BOB)
+    os.setxattr(path.parent, "user.dir", b"x")
+    os.chown(path, 1001, 2001)
+    os.setxattr(path, "security.capability", CAP_NET_RAW)
+    os.chown(path.parent, 1003, 2003)
+    path.parent.chmod(0o3771)
+    for directory in (path, path.parent, path.parent.parent):
+        os.utime(directory, ns=(PAST, PAST))
+    old, old_parents = read_entry(os.fsencode(path)), [os.stat(p) for p in (path.parent, path.parent.parent)]
+    mount = union(None, udba)
+    top_root = mount["top"].stat().st_mtime_ns
+    os.chmod(mount.path / "a/b/f", stat.S_IMODE(path.stat().st_mode))
+    copied = mount["top"] / "a/b/f"
+    assert read_entry(os.fsencode(copied)) == old
+    for parent, was in zip((copied.parent, copied.parent.parent), old_parents, strict=True):
+        now = parent.stat()
+        assert (now.st_mode, now.st_uid, now.st_gid, now.st_mtime_ns) == (
+            was.st_mode, was.st_uid, was.st_gid, was.st_mtime_ns
+        )  # fmt: skip
+    assert os.getxattr(copied.parent, "system.posix_acl_default") == ACL_OF_BOB
+    assert os.getxattr(copied.parent, "user.dir") == b"x"
+    assert mount["top"].stat().st_mtime_ns == top_root
+
+
+@modes
+def test_holes_stay_holes(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    path = lower(tmp_path, b"")
+    with opened(path, os.O_RDWR) as fd:
+        os.pwrite(fd, b"begin", 0)
+        os.pwrite(fd, b"middle", 512 << 20)
+        os.truncate(fd, 1 << 30)
+    mount = union(None, udba)
+    with opened(mount.path / "d/f", os.O_RDWR) as fd:
+        os.pwrite(fd, b"B", 0)
+        assert os.pread(fd, 6, 512 << 20) == b"middle"
+    copied = (mount["top"] / "d/f").stat()
+    assert copied.st_size == 1 << 30
+    assert copied.st_blocks * 512 < 1 << 20
+
+
+@modes
+def test_special_files_and_symlinks(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    os.mkfifo(base / "fifo", 0o640)
+    os.mknod(base / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    (base / "link").symlink_to("nowhere/at all")
+    (base / "dir").mkdir()
+    mount = union(None, udba)
+    for name in ("fifo", "null", "link", "dir"):
+        inode = os.lstat(mount.path / name).st_ino
+        os.chown(mount.path / name, 7, 8, follow_symlinks=False)
+        now = os.lstat(mount.path / name)
+        assert (now.st_ino, now.st_uid, now.st_gid) == (inode, 7, 8)
+        copied, old = os.lstat(mount["top"] / name), os.lstat(base / name)
+        assert (copied.st_mode, copied.st_rdev) == (old.st_mode, old.st_rdev)
+        assert old.st_uid == 0
+    assert os.readlink(mount.path / "link") == "nowhere/at all"
+    (mount.path / "null").write_bytes(b"swallowed")
+    assert debris(mount["top"]) == []
+
+
+@modes
+def test_reflink_on_one_file_system(tmp_path: Path, udba: str) -> None:
+    """Sharing blocks: a copy-up of 64 MiB takes next to no space."""
+    with file_system(tmp_path / "xfs", "xfs") as disk:
+        (disk / "top").mkdir()
+        (disk / "base").mkdir()
+        (disk / "base/f").write_bytes(os.urandom(64 << 20))
+        os.sync()
+        before = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        with mounted([f"{disk}/top=rw", f"{disk}/base=ro"], tmp_path / "mnt", udba) as mount:
+            with opened(mount.path / "f", os.O_RDWR) as fd:
+                os.pwrite(fd, b"x", 5)
+                os.fsync(fd)
+            assert (disk / "top/f").stat().st_size == 64 << 20
+            os.sync()
+            after = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+            assert before - after < 16 << 20
+            assert (disk / "top/f").read_bytes()[6:] == (disk / "base/f").read_bytes()[6:]
+
+
+@modes
+def test_truncation_copies_only_what_stays(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """The rest could not be copied: the top has room for a mebibyte, the file has eight."""
+    lower(tmp_path, os.urandom(8 << 20))
+    with (
+        file_system(tmp_path / "top", "tmpfs", "size=1m"),
+        mounted([f"{tmp_path}/top=rw", f"{tmp_path}/base=ro"], tmp_path / "mnt", udba) as mount,
+    ):
+        os.truncate(mount.path / "d/f", 1000)
+        assert (tmp_path / "top/d/f").read_bytes() == (tmp_path / "base/d/f").read_bytes()[:1000]
+        with opened(mount.path / "d/f", os.O_RDWR) as fd:
+            os.ftruncate(fd, 500)
+        assert (mount.path / "d/f").stat().st_size == 500
+
+
+# -- who sees the new data ----------------------------------------------------------------------
+
+
+@modes
+def test_descriptors_opened_before_see_the_new_data(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    lower(tmp_path)
+    mount = union(None, udba)
+    path = mount.path / "d/f"
+    with opened(path, os.O_RDONLY) as early, opened(path, os.O_RDWR) as idle, opened(path, os.O_RDWR) as writer:
+        assert os.read(early, 4) == b"0123"
+        os.pwrite(writer, b"ABCDEF", 4)
+        assert os.read(early, 6) == b"ABCDEF"
+        assert os.fstat(early).st_ino == os.fstat(writer).st_ino
+        os.pwrite(idle, b"!", 0)
+        assert os.pread(early, 4, 0) == b"!123"
+        os.ftruncate(writer, 2)
+        assert os.fstat(early).st_size == 2
+        assert os.pread(early, 10, 0) == b"!1"
+    assert (mount["top"] / "d/f").read_bytes() == b"!1"
+
+
+@modes
+def test_append_goes_to_the_end(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    lower(tmp_path)
+    mount = union(None, udba)
+    flags = os.O_WRONLY | os.O_APPEND
+    with opened(mount.path / "d/f", flags) as one, opened(mount.path / "d/f", flags) as two:
+        os.write(one, b"1")
+        os.write(two, b"2")
+        os.write(one, b"3")
+    assert (mount["top"] / "d/f").read_bytes() == b"0123456789abcdef123"
+
+
+@modes
+def test_deleted_file_that_is_open_is_written_to(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    lower(tmp_path)
+    mount = union(None, udba)
+    path = mount.path / "d/f"
+    with opened(path, os.O_RDWR) as writer, opened(path, os.O_RDONLY) as reader:
+        path.unlink()
+        assert os.read(reader, 4) == b"0123"
+        os.pwrite(writer, b"ABCD", 4)
+        assert os.read(reader, 4) == b"ABCD"
+        os.ftruncate(writer, 6)
+        assert os.fstat(reader).st_size == 6
+        os.fchmod(writer, 0o600)
+        assert stat.S_IMODE(os.fstat(reader).st_mode) == 0o600
+        assert os.fstat(writer).st_nlink == 0
+        assert names(mount["top"] / "d") == [".wh.f"]
+        path.write_bytes(b"another file")
+        assert os.pread(reader, 10, 0) == b"0123AB"
+    assert path.read_bytes() == b"another file"
+    assert (tmp_path / "base/d/f").read_bytes() == b"0123456789abcdef"
+    assert debris(mount["top"]) == []
+
+
+@modes
+def test_deleted_directory_of_an_open_file(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    lower(tmp_path)
+    mount = union(None, udba)
+    with opened(mount.path / "d/f", os.O_RDWR) as fd:
+        (mount.path / "d/f").unlink()
+        (mount.path / "d").rmdir()
+        os.pwrite(fd, b"ABCD", 0)
+        assert os.pread(fd, 6, 0) == b"ABCD45"
+    assert names(mount["top"]) == [".wh.d"]
+    assert debris(mount["top"]) == []
+
+
+@modes
+def test_shared_mapping_of_a_lower_file(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    lower(tmp_path, b"0" * 10000)
+    mount = union(None, udba)
+    with opened(mount.path / "d/f", os.O_RDWR) as fd, opened(mount.path / "d/f", os.O_RDONLY) as reader:
+        with mmap.mmap(fd, 10000) as shared:
+            shared[5000:5004] = b"ABCD"
+            shared.flush()
+        os.fsync(fd)
+        assert os.pread(reader, 6, 4999) == b"0ABCD0"
+    assert (mount["top"] / "d/f").read_bytes()[4999:5005] == b"0ABCD0"
+    assert (tmp_path / "base/d/f").read_bytes() == b"0" * 10000
+
+
+@modes
+def test_private_and_read_only_mappings(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    lower(tmp_path, b"0" * 10000)
+    mount = union(None, udba)
+    with opened(mount.path / "d/f", os.O_RDONLY) as fd:
+        with mmap.mmap(fd, 10000, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as private:
+            private[5000:5004] = b"ABCD"
+            with opened(mount.path / "d/f", os.O_RDWR) as writer:
+                os.pwrite(writer, b"1111", 5000)
+            assert private[5000:5004] == b"ABCD"
+        with mmap.mmap(fd, 10000, mmap.MAP_SHARED, mmap.PROT_READ) as shared:
+            assert shared[4999:5005] == b"011110"
+    assert (mount["top"] / "d/f").read_bytes()[4999:5005] == b"011110"
+
+
+@modes
+def test_direct_io(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    block = 4096
+    lower(tmp_path, b"0" * (4 * block))
+    mount = union(None, udba)
+    with (
+        opened(mount.path / "d/f", os.O_RDWR | os.O_DIRECT) as fd,
+        opened(mount.path / "d/f", os.O_RDONLY) as buffered,
+        mmap.mmap(-1, block) as memory,
+    ):
+        assert os.preadv(fd, [memory], block) == block
+        assert memory[:] == b"0" * block
+        assert os.pread(buffered, 1, block) == b"0"
+        memory[:] = b"1" * block
+        assert os.pwritev(fd, [memory], block) == block
+        assert os.pread(buffered, block + 2, block - 1) == b"0" + b"1" * block + b"0"
+    assert (mount["top"] / "d/f").read_bytes() == b"0" * block + b"1" * block + b"0" * (2 * block)
+
+
+@modes
+def test_direct_io_switched_off(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    lower(tmp_path)
+    mount = union(None, udba, "nodio")
+    for flags in (os.O_RDONLY, os.O_RDWR, os.O_WRONLY):
+        assert errno_of(lambda: os.open(mount.path / "d/f", flags | os.O_DIRECT)) == "EINVAL"  # noqa: B023  # called at once
+    assert names(mount["top"]) == []
+    assert (mount.path / "d/f").read_bytes() == b"0123456789abcdef"
+
+
+# -- while it is under way ----------------------------------------------------------------------
+
+
+@modes
+def test_the_mount_is_served_during_a_copy_up(tmp_path: Path, udba: str) -> None:
+    """The target is frozen (FIFREEZE) in the middle of the copy, so it cannot end before the test lets it."""
+    path = lower(tmp_path, b"")
+    with path.open("wb") as stream:
+        for _ in range(64):
+            stream.write(os.urandom(4 << 20))
+    (path.parent / "other").write_text("other")
+    with (
+        file_system(tmp_path / "top", "ext4") as disk,
+        mounted([f"{disk}=rw", f"{tmp_path}/base=ro"], tmp_path / "mnt", udba) as mount,
+    ):
+        (mount.path / "d").chmod(0o755)  # the directory exists above: its part of the copy-up is not in question
+        child = os.fork()
+        if child == 0:
+            try:
+                with opened(mount.path / "d/f", os.O_WRONLY) as fd:
+                    os.pwrite(fd, b"x", 0)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        try:
+            deadline = time.monotonic() + 60
+            while not debris(disk):
+                assert time.monotonic() < deadline, "the copy-up has not begun"
+            subprocess.run(["fsfreeze", "-f", str(disk)], check=True, timeout=60)
+            try:
+                assert debris(disk), "the file is too small for this test: it was copied before the disk froze"
+                assert (mount.path / "d/other").read_text() == "other"
+                assert sorted(os.listdir(mount.path / "d")) == ["f", "other"]
+                assert (mount.path / "d/f").stat().st_size == 256 << 20
+                with opened(mount.path / "d/f", os.O_RDONLY) as fd:
+                    assert os.pread(fd, 100, 1 << 20) == path.read_bytes()[1 << 20 : (1 << 20) + 100]
+                assert mount.control({"op": "stats"})["open_handles"] >= 1
+                assert os.waitpid(child, os.WNOHANG) == (0, 0)
+                assert debris(disk)
+            finally:
+                subprocess.run(["fsfreeze", "-u", str(disk)], check=True, timeout=60)
+        finally:
+            _, status = os.waitpid(child, 0)
+        assert status == 0
+        assert debris(disk) == []
+        assert (disk / "d/f").stat().st_size == 256 << 20
+        with (disk / "d/f").open("rb") as copy, path.open("rb") as source:
+            assert copy.read(1) == b"x"
+            source.seek(1)
+            while chunk := source.read(1 << 20):
+                assert copy.read(1 << 20) == chunk
+
+
+@modes
+def test_many_writers_make_one_copy(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    lower(tmp_path, b"0" * (8 << 20))
+    mount = union(None, udba)
+    children = []
+    for i in range(8):
+        child = os.fork()
+        if child == 0:
+            try:
+                with opened(mount.path / "d/f", os.O_WRONLY) as fd:
+                    os.pwrite(fd, b"%d" % i, i)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
+    assert (mount.path / "d/f").read_bytes() == b"01234567" + b"0" * ((8 << 20) - 8)
+    assert debris(mount["top"]) == []
+
+
+# -- failures -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Small:
+    """A union whose top is full but for a few kilobytes; `room` makes room, `lower` is what must not change."""
+
+    mount: Mount
+    top: Path
+    base: Path
+
+    def room(self) -> None:
+        (self.top / "filler").unlink()
+
+
+SMALL_OPERATIONS: dict[str, Callable[[Path], object]] = {
+    "write": lambda root: _write(root / "d/f", os.O_WRONLY),
+    "append": lambda root: _write(root / "d/f", os.O_WRONLY | os.O_APPEND),
+    "chmod": lambda root: (root / "d/f").chmod(0o600),
+    "setxattr": lambda root: os.setxattr(root / "d/f", "user.k", b"v"),
+    "truncate": lambda root: os.truncate(root / "d/f", 3 << 20),
+    "rename": lambda root: (root / "d/f").rename(root / "d/g"),
+    "link": lambda root: os.link(root / "d/f", root / "d/g"),
+}
+
+
+def _write(path: Path, flags: int) -> None:
+    with opened(path, flags) as fd:
+        os.write(fd, b"x")
+
+
+@contextmanager
+def small_union(tmp_path: Path, udba: str, options: str, top_options: str = "size=2m") -> Iterator[Small]:
+    path = lower(tmp_path, os.urandom(4 << 20))
+    os.chown(path, 1001, 1001)
+    with (
+        file_system(tmp_path / "top", "tmpfs", top_options) as top,
+        mounted([f"{top}=rw", f"{tmp_path}/base=ro"], tmp_path / "mnt", udba, options) as mount,
+    ):
+        yield Small(mount, top, tmp_path / "base")
+
+
+def check_failure(small: Small, operation: str, expected: str) -> None:
+    """It fails with this errno, and nothing is changed or left."""
+    before, visible = snapshot(small.base), snapshot(small.mount.path / "d")
+    assert errno_of(lambda: SMALL_OPERATIONS[operation](small.mount.path)) == expected
+    assert debris(small.top) == []
+    assert diff(before, snapshot(small.base)) == []
+    assert diff(visible, snapshot(small.mount.path / "d")) == []
+    if (small.top / "d").exists():
+        assert names(small.top / "d") == []
+
+
+@modes
+@pytest.mark.parametrize("operation", SMALL_OPERATIONS)
+def test_no_space(tmp_path: Path, udba: str, operation: str) -> None:
+    with small_union(tmp_path, udba, "") as small:
+        check_failure(small, operation, "ENOSPC")
+        subprocess.run(["mount", "-o", "remount,size=16m", str(small.top)], check=True, timeout=20)
+        SMALL_OPERATIONS[operation](small.mount.path)
+        assert debris(small.top) == []
+        name = "g" if operation in ("rename", "link") else "f"
+        assert (small.top / "d" / name).stat().st_size >= 3 << 20
+
+
+@modes
+@pytest.mark.parametrize("operation", ["write", "chmod", "rename"])
+def test_no_inodes(tmp_path: Path, udba: str, operation: str) -> None:
+    with small_union(tmp_path, udba, "", "size=64m,nr_inodes=20") as small:
+        filler = []
+        while errno_of(lambda: filler.append(os.open(small.top, os.O_TMPFILE | os.O_RDWR))) == "":
+            pass
+        try:
+            check_failure(small, operation, "ENOSPC")
+        finally:
+            for fd in filler:
+                os.close(fd)
+        SMALL_OPERATIONS[operation](small.mount.path)
+        assert debris(small.top) == []
+
+
+@modes
+@pytest.mark.parametrize("operation", ["write", "rename", "link"])
+def test_quota(tmp_path: Path, udba: str, operation: str) -> None:
+    """The file's owner may have one mebibyte on the top branch."""
+    try:
+        probe = file_system(tmp_path / "probe", "tmpfs", "usrquota")
+        probe.__enter__()
+    except OSError as error:
+        pytest.skip(f"ok: this kernel has no quota on tmpfs ({error})")
+    probe.__exit__(None, None, None)
+    options = "size=64m,usrquota,usrquota_block_hardlimit=1m"
+    with small_union(tmp_path, udba, "", options) as small:
+        check_failure(small, operation, "EDQUOT")
+        os.truncate(small.mount.path / "d/f", 1000)
+        SMALL_OPERATIONS[operation](small.mount.path)
+        assert debris(small.top) == []
+
+
+@modes
+def test_write_beyond_the_quota_of_the_writer(tmp_path: Path, udba: str) -> None:
+    options = "size=64m,usrquota,usrquota_block_hardlimit=1m"
+    (tmp_path / "base").mkdir()
+    try:
+        top = file_system(tmp_path / "top", "tmpfs", options)
+        top.__enter__()
+    except OSError as error:
+        pytest.skip(f"ok: this kernel has no quota on tmpfs ({error})")
+    try:
+        (tmp_path / "top").chmod(0o777)
+        with mounted([f"{tmp_path}/top=rw", f"{tmp_path}/base=ro"], tmp_path / "mnt", udba) as mount:
+            child = os.fork()
+            if child == 0:
+                try:
+                    os.setgid(1001)
+                    os.setuid(1001)
+                    fd = os.open(mount.path / "f", os.O_CREAT | os.O_WRONLY, 0o600)
+                    done = errno_of(lambda: [os.write(fd, bytes(100_000)) for _ in range(20)])
+                    os._exit(0 if done == "EDQUOT" else 1)
+                finally:
+                    os._exit(2)
+            assert os.waitpid(child, 0)[1] == 0
+            assert (tmp_path / "top/f").stat().st_size <= 1 << 20
+    finally:
+        top.__exit__(None, None, None)
+
+
+@contextmanager
+def few_descriptors(mount: Mount, more: int) -> Iterator[None]:
+    """Let the daemon open only `more` further descriptors (RLIMIT_NOFILE counts numbers, so the gaps are counted)."""
+    pid = mount.process.pid
+    used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    limit = 0
+    while more >= 0:
+        more -= limit not in used
+        limit += more >= 0
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+DESCRIPTOR_OPERATIONS: dict[str, Callable[[Path], object]] = {
+    **SMALL_OPERATIONS,
+    "create": lambda root: os.close(os.open(root / "d/new", os.O_CREAT | os.O_WRONLY)),
+    "mkdir": lambda root: (root / "d/new").mkdir(),
+    "symlink": lambda root: (root / "d/new").symlink_to("x"),
+    "mknod": lambda root: os.mkfifo(root / "d/new"),
+    "unlink": lambda root: (root / "d/f").unlink(),
+    "rmdir": lambda root: (root / "e").rmdir(),
+    "rename-dir": lambda root: (root / "e").rename(root / "n"),
+    "read": lambda root: (root / "d/f").read_bytes(),
+    "list": lambda root: os.listdir(root / "d"),
+}
+
+
+@modes
+@pytest.mark.parametrize("operation", DESCRIPTOR_OPERATIONS)
+def test_out_of_descriptors(union: UnionFactory, tmp_path: Path, udba: str, operation: str) -> None:
+    """With one more descriptor at a time: EMFILE and nothing changed, until it works; then it works as ever."""
+    lower(tmp_path, os.urandom(1 << 20))
+    (tmp_path / "base/e").mkdir()
+    before = snapshot(tmp_path / "base")
+    mount = union(None, udba)
+    act = DESCRIPTOR_OPERATIONS[operation]
+    failures = 0
+    for more in range(40):
+        visible = snapshot(mount.path)
+        with few_descriptors(mount, more):
+            failed = errno_of(functools.partial(act, mount.path))
+        assert failed in ("", "EMFILE"), (more, failed)
+        assert debris(mount["top"]) == [], more
+        if not failed:
+            break
+        failures += 1
+        assert diff(visible, snapshot(mount.path)) == [], more
+    else:
+        raise AssertionError("40 descriptors are not enough")
+    assert diff(before, snapshot(tmp_path / "base")) == []
+    assert mount.control({"op": "stats"})["bugs"] == 0
+    assert failures > 0 or operation not in SMALL_OPERATIONS, "a copy-up needs descriptors"
+
+
+@modes
+@pytest.mark.parametrize("key", ["user.note", "trusted.t"])
+def test_target_without_room_for_an_xattr(tmp_path: Path, udba: str, key: str) -> None:
+    """ext4 without ea_inode has one block for all of them; tmpfs below holds more of trusted.*, XFS of both."""
+    with file_system(tmp_path / "base", "xfs") as base, file_system(tmp_path / "top", "ext4", megabytes=64) as top:
+        (base / "f").write_bytes(b"content")
+        os.setxattr(base / "f", key, bytes(60_000))
+        before = snapshot(base)
+        with mounted([f"{top}=rw", f"{base}=ro"], tmp_path / "mnt", udba) as mount:
+            present = [name for name in names(top) if name != "lost+found"]
+            assert errno_of(lambda: _write(mount.path / "f", os.O_WRONLY)) in ("ENOSPC", "E2BIG", "ERANGE")
+            assert [name for name in names(top) if name != "lost+found"] == present
+            assert debris(top) == []
+            assert diff(before, snapshot(base)) == []
+            assert (mount.path / "f").read_bytes() == b"content"
+            os.removexattr(base / "f", key)
+            mount.control({"op": "flush"})
+            _write(mount.path / "f", os.O_WRONLY)
+            assert (top / "f").read_bytes() == b"xontent"
+
+
+@modes
+def test_xattr_refused_by_the_target(tmp_path: Path, udba: str) -> None:
+    """ramfs has no xattrs of users: EOPNOTSUPP, unless the branch forgives it with +icex."""
+    path = lower(tmp_path)
+    os.setxattr(path, "user.note", b"x")
+    before = snapshot(tmp_path / "base")
+    (tmp_path / "top").mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "none", f"{tmp_path}/top"], check=True, timeout=20)
+    try:
+        for permission, expected in (("rw", "EOPNOTSUPP"), ("rw+icexsec", "EOPNOTSUPP"), ("rw+icexusr", "")):
+            with mounted([f"{tmp_path}/top={permission}", f"{tmp_path}/base=ro"], tmp_path / "mnt", udba) as mount:
+                assert errno_of(lambda: _write(mount.path / "d/f", os.O_WRONLY)) == expected
+                assert (mount.path / "d/f").read_bytes() == (b"x" if not expected else b"0") + b"123456789abcdef"
+                assert debris(tmp_path / "top") == []
+        assert diff(before, snapshot(tmp_path / "base")) == []
+    finally:
+        subprocess.run(["umount", "-l", f"{tmp_path}/top"], check=True, timeout=20)
+
+
+# -- no room for names --------------------------------------------------------------------------
+
+NAMES: dict[str, Callable[[Path], object]] = {
+    "create": lambda root: os.close(os.open(root / "new", os.O_CREAT | os.O_EXCL | os.O_WRONLY)),
+    "mkdir": lambda root: (root / "new").mkdir(),
+    "symlink": lambda root: (root / "new").symlink_to("x" * 100),
+    "mknod": lambda root: os.mkfifo(root / "new"),
+    "create-over-whiteout": lambda root: (root / "gone").write_bytes(b""),
+    "mkdir-over-whiteout": lambda root: (root / "gonedir").mkdir(),
+    "create-in-lower-directory": lambda root: os.mkfifo(root / "d/new"),
+    "unlink-lower": lambda root: (root / "d/f").unlink(),
+    "rmdir-lower": lambda root: (root / "e").rmdir(),
+    "rename-lower": lambda root: (root / "h").rename(root / "i"),
+    "rename-lower-dir": lambda root: (root / "e").rename(root / "n"),
+}
+
+
+@modes
+@pytest.mark.parametrize("whiteouts", ["rw", "rw+nolwh"])
+@pytest.mark.parametrize("operation", NAMES)
+def test_no_inodes_for_names(tmp_path: Path, udba: str, operation: str, whiteouts: str) -> None:
+    """From no free inode upwards, one more each time: ENOSPC and no change, until it works."""
+    lower(tmp_path, b"")
+    for name in ("e", "gonedir", "gonedir/sub"):
+        (tmp_path / "base" / name).mkdir()
+    for name in ("gone", "h"):
+        (tmp_path / "base" / name).write_text(name)
+    before = snapshot(tmp_path / "base")
+    with file_system(tmp_path / "top", "tmpfs", "size=16m,nr_inodes=40") as top:
+        for name in (".wh.gone", ".wh.gonedir"):
+            (top / name).touch()
+        with mounted([f"{top}={whiteouts}", f"{tmp_path}/base=ro"], tmp_path / "mnt", udba) as mount:
+            visible = snapshot(mount.path)
+            filler: list[int] = []
+            try:
+                while errno_of(lambda: filler.append(os.open(top, os.O_TMPFILE | os.O_RDWR))) == "":
+                    pass
+                while failed := errno_of(lambda: NAMES[operation](mount.path)):
+                    assert failed == "ENOSPC"
+                    assert debris(top) == []
+                    assert diff(visible, snapshot(mount.path)) == []
+                    os.close(filler.pop())
+            finally:
+                for fd in filler:
+                    os.close(fd)
+            assert debris(top) == []
+            assert diff(visible, snapshot(mount.path)) != []
+            if operation == "mkdir-over-whiteout":
+                assert os.listdir(mount.path / "gonedir") == []
+        assert diff(before, snapshot(tmp_path / "base")) == []

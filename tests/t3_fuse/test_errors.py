@@ -1,0 +1,259 @@
+"""Bugs and deaths of the daemon: what callers get, and that the mount goes on or stays honestly dead."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import mount as mount_helper
+from tests.helpers.leaks import abort_connection
+from tests.helpers.mount import DEADLINE, REPOSITORY, Mount, UnionFactory
+from tests.t3_fuse.live import debris, errno_of, modes, names
+
+pytestmark = pytest.mark.fuse
+
+FAULTY_DAEMON = """
+import errno, os, sys
+from udbad.cli import main
+from udbad.union.fs import UnionFs
+
+KINDS = {
+    "RuntimeError": lambda: RuntimeError("injected"),
+    "KeyError": lambda: KeyError(b"name"),
+    "AssertionError": AssertionError,
+    "RecursionError": RecursionError,
+    "MemoryError": MemoryError,
+    "ENOSYS": lambda: OSError(errno.ENOSYS, "injected"),
+    "no errno": OSError,
+    "ExceptionGroup": lambda: ExceptionGroup("injected", [ValueError("inner")]),
+}
+
+def faulty(name, method):
+    def call(self, *args):
+        try:
+            with open(os.path.join(os.environ["FAULTS"], name)) as stream:
+                raise KINDS[stream.read()]()
+        except FileNotFoundError:
+            return method(self, *args)
+    return call
+
+for name, method in list(vars(UnionFs).items()):
+    if not name.startswith("_") and name not in ("run", "forget", "recover"):
+        setattr(UnionFs, name, faulty(name, method))
+main()
+"""
+"""udbad with a fault in each method of UnionFs for which a file of that name says what to raise."""
+
+KINDS = ("RuntimeError", "KeyError", "AssertionError", "RecursionError", "MemoryError", "ExceptionGroup")
+
+ACTS: dict[str, Callable[[Path], object]] = {
+    "lookup": lambda root: os.stat(root / "new name"),
+    "getattr": lambda root: os.stat(root),
+    "readlink": lambda root: os.readlink(root / "link"),
+    "create": lambda root: os.close(os.open(root / "created", os.O_CREAT | os.O_EXCL | os.O_RDWR)),
+    "mknod": lambda root: os.mkfifo(root / "made"),
+    "mkdir": lambda root: (root / "directory").mkdir(),
+    "symlink": lambda root: (root / "symlink").symlink_to("x"),
+    "link": lambda root: os.link(root / "file", root / "hard"),
+    "rename": lambda root: (root / "old").rename(root / "renamed"),
+    "unlink": lambda root: (root / "gone").unlink(),
+    "rmdir": lambda root: (root / "gonedir").rmdir(),
+    "setattr": lambda root: (root / "file").chmod(0o600),
+    "getxattr": lambda root: os.getxattr(root / "file", "user.k"),
+    "listxattr": lambda root: os.listxattr(root / "file"),
+    "setxattr": lambda root: os.setxattr(root / "file", "user.n", b"v"),
+    "removexattr": lambda root: os.removexattr(root / "file", "user.k"),
+    "open": lambda root: os.close(os.open(root / "file", os.O_RDONLY)),
+    "write": lambda root: _write(root / "file"),
+    "ready": lambda root: (root / "file").read_bytes(),
+    "opendir": lambda root: os.listdir(root / "sub"),
+    "readdir": lambda root: os.listdir(root / "sub"),
+    "statfs": lambda root: os.statvfs(root),
+    "directory_fds": lambda root: _fsync_directory(root),
+}
+"""A system call that needs the method of UnionFs, and works when there is no fault."""
+
+
+def _write(path: Path) -> None:
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.write(fd, b"x")
+    finally:
+        os.close(fd)
+
+
+def _fsync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory: a file METHOD in it, holding a name of KINDS, makes that method of the daemon's UnionFs fail."""
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY_DAEMON)
+    monkeypatch.setattr(mount_helper, "DAEMON", (sys.executable, "-W", "default::ResourceWarning", str(script)))
+    directory = tmp_path / "faults"
+    directory.mkdir()
+    monkeypatch.setenv("FAULTS", str(directory))
+    return directory
+
+
+@pytest.fixture
+def faulty(union: UnionFactory, faults: Path, tmp_path: Path, udba: str) -> Mount:
+    (tmp_path / "base/sub").mkdir(parents=True)
+    (tmp_path / "base/gonedir").mkdir()
+    for name in ("file", "gone", "old", "sub/in"):
+        (tmp_path / "base" / name).write_text("text")
+    os.setxattr(tmp_path / "base/file", "user.k", b"v")
+    (tmp_path / "base/link").symlink_to("file")
+    return union(None, udba, allow_log=".")
+
+
+def bugs(mount: Mount) -> int:
+    return int(mount.control({"op": "stats"})["bugs"])
+
+
+@modes
+@pytest.mark.parametrize("method", ACTS)
+def test_a_bug_is_one_eio_and_one_log_entry(faulty: Mount, faults: Path, method: str) -> None:
+    fault = faults / method
+    for number, kind in enumerate(KINDS):
+        fault.write_text(kind)
+        before = bugs(faulty)
+        seen = errno_of(lambda: ACTS[method](faulty.path))
+        fault.unlink()
+        assert seen == "EIO", kind
+        assert bugs(faulty) == before + 1, "one request has failed, once"
+        assert faulty.log().count("Traceback") >= number + 1
+        assert names(faulty["top"]) == []
+    expected = "ENOENT" if method == "lookup" else ""
+    assert errno_of(lambda: ACTS[method](faulty.path)) == expected
+    assert (faulty.path / "sub/in").read_text() == "text"
+    assert debris(faulty["top"]) == []
+
+
+@modes
+@pytest.mark.parametrize("kind", ["ENOSYS", "no errno"])
+@pytest.mark.parametrize("method", ACTS)
+def test_enosys_never_reaches_the_kernel(faulty: Mount, faults: Path, method: str, kind: str) -> None:
+    """It would stop sending that operation for good (an open would succeed without us, and so on)."""
+    (faults / method).write_text(kind)
+    assert errno_of(lambda: ACTS[method](faulty.path)) == "EIO"
+    (faults / method).unlink()
+    before = faulty.requests()
+    errno_of(lambda: ACTS[method](faulty.path))
+    after = faulty.requests()
+    assert sum(after.values()) > sum(before.values()), "the operation is still asked for"
+    assert bugs(faulty) == 0, "an OSError is no bug"
+
+
+# -- death ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def living(union: UnionFactory, tmp_path: Path, udba: str) -> Mount:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/lower").write_text("lower")
+    return union(None, udba)
+
+
+def dead_everywhere(root: Path) -> None:
+    """Every access says that the mount is dead; above all it does not look like an empty directory."""
+    for call in (
+        lambda: os.listdir(root),
+        lambda: os.stat(root),
+        lambda: os.stat(root / "lower"),
+        lambda: os.open(root / "new", os.O_CREAT | os.O_WRONLY),
+        lambda: os.mkdir(root / "new"),
+        lambda: os.unlink(root / "lower"),
+        lambda: os.statvfs(root),
+    ):
+        assert errno_of(call) in ("ENOTCONN", "ECONNABORTED")
+
+
+@modes
+def test_killed_daemon_leaves_a_dead_mount_point(living: Mount) -> None:
+    (living.path / "new").write_text("written")
+    fd = os.open(living.path / "lower", os.O_RDWR)
+    os.write(fd, b"LOWER")
+    os.fsync(fd)
+    directory = os.open(living.path, os.O_RDONLY)
+    try:
+        living.process.send_signal(signal.SIGKILL)
+        living.process.wait(DEADLINE)
+        assert living.is_mounted
+        dead_everywhere(living.path)
+        assert errno_of(lambda: os.write(fd, b"x")) == "ENOTCONN"
+        assert errno_of(lambda: os.listdir(directory)) == "ENOTCONN"
+        # Mounting over a dead mount is refused with one line; it has to be taken away first.
+        words = [sys.executable, "-m", "udbad", "mount", "-f", "-o", f"br={living['top']}:{living['base']}", "none"]
+        again = subprocess.run(
+            [*words, str(living.path)], cwd="/", env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert again.returncode == 5
+        assert [line for line in again.stderr.splitlines() if "INFO" not in line] == [
+            f"udbad: mount point {living.path}: Transport endpoint is not connected"
+        ]
+    finally:
+        os.close(directory)
+        assert errno_of(lambda: os.close(fd)) in ("", "ENOTCONN")
+    living.kill()
+    living.remount()
+    assert sorted(os.listdir(living.path)) == ["lower", "new"]
+    assert (living.path / "lower").read_text() == "LOWER"
+    assert "was not unmounted cleanly" in living.log()
+    living.remount()
+    assert living.log().count("was not unmounted cleanly") == 1
+
+
+@modes
+def test_sweep_after_a_kill(living: Mount) -> None:
+    """What a crash in the middle of a copy-up leaves is gone after the next mount, and only that."""
+    living.kill()
+    left = living["top"] / ".wh..wh.lower.1a2b"
+    left.write_text("half")
+    (living["top"] / ".wh.other").touch()
+    living.remount()
+    assert not left.exists()
+    assert names(living["top"]) == [".wh.other"]
+    assert (living.path / "lower").read_text() == "lower"
+
+
+@modes
+def test_aborted_connection(living: Mount) -> None:
+    """What a supervisor does to a wedged mount: the daemon ends by itself, with an error or without."""
+    abort_connection(living.connection)
+    living.process.wait(DEADLINE)
+    assert living.is_mounted
+    dead_everywhere(living.path)
+    living.kill()
+    living.remount()
+    assert os.listdir(living.path) == ["lower"]
+
+
+@modes
+def test_stopped_daemon_loses_nothing(living: Mount) -> None:
+    """SIGSTOP: callers wait; SIGCONT: they get their answer."""
+    living.process.send_signal(signal.SIGSTOP)
+    child = os.fork()
+    if child == 0:
+        try:
+            (living.path / "made").write_text("x")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    living.process.send_signal(signal.SIGCONT)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (living["top"] / "made").read_text() == "x"

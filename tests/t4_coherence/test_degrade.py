@@ -1,0 +1,463 @@
+"""What happens when events cannot be trusted: overflow, no watches left, file systems without events, lost directories.
+
+The affected part is served as reval and stays right, heals by itself, and each change of state is logged once and
+visible in the statistics. The system's inotify limits are lowered for as short as possible and always put back.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.leaks import read_mountinfo
+from tests.helpers.merge import Tree as Seen
+from tests.helpers.merge import diff, merge, read_entry, snapshot
+from tests.helpers.mount import DEADLINE, Mount, UnionFactory
+from tests.helpers.slow_mount import NO_EPOCHS, slow_daemon
+from tests.t2_core.fake_notifier import FakeNotifier, Message
+from udbad.branch.accept import open_branches
+from udbad.branch.branches import BranchSpec
+from udbad.branch.credentials import Credentials
+from udbad.branch.policy import parse_copyup, parse_create
+from udbad.coherence.notify import NotifyCoherence
+from udbad.types import ROOT_CALLER, ROOT_ID, Perm
+from udbad.union.fs import UnionFs
+from udbad.union.tree import Tree, UnionOptions
+
+pytestmark = pytest.mark.fuse
+
+LIMITS = Path("/proc/sys/fs/inotify")
+QUEUE = 16
+"""Events that a tiny queue holds."""
+
+
+@contextmanager
+def lowered(name: str, value: int) -> Iterator[None]:
+    """Set fs.inotify.NAME; an inotify instance made meanwhile keeps the queue length it was born with."""
+    file = LIMITS / name
+    before = file.read_text()
+    file.write_text(str(value))
+    try:
+        yield
+    finally:
+        file.write_text(before)
+
+
+@contextmanager
+def stopped(mount: Mount) -> Iterator[None]:
+    """The daemon stands still, so that events pile up. Nobody may touch the mount meanwhile."""
+    mount.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        mount.process.send_signal(signal.SIGCONT)
+
+
+def populate(branch: Path, directories: int, files: int = 5) -> None:
+    for number in range(directories):
+        (branch / f"d{number}").mkdir(parents=True)
+        for name in range(files):
+            (branch / f"d{number}" / f"f{name}").write_bytes(b"%d" % name)
+
+
+def ask(root: Path, names: list[str]) -> Seen:
+    """What there is of these names; nothing is listed, so what the kernel has cached answers."""
+    seen: Seen = {}
+    for name in names:
+        try:
+            seen[name.encode()] = read_entry(os.fsencode(root / name))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return seen
+
+
+def every_name(directories: int, files: int = 8) -> list[str]:
+    """More names than there are: negatives count, too."""
+    above = [f"d{number}" for number in range(directories)]
+    return above + [f"{directory}/f{name}" for directory in above for name in range(files)]
+
+
+def truth(mount: Mount) -> Seen:
+    return merge([(mount.branches[0], True), *((branch, False) for branch in mount.branches[1:])])
+
+
+def agree(mount: Mount, names: list[str]) -> None:
+    """The mount, asked name by name and then listed, is the merge of its branches."""
+    expected = truth(mount)
+    assert diff({n: e for n, e in expected.items() if n.decode() in names}, ask(mount.path, names)) == []
+    assert diff(expected, snapshot(mount.path)) == []
+
+
+def statistics(mount: Mount, part: str) -> dict[str, Any]:
+    found: dict[str, Any] = mount.control({"op": "stats"})[part]
+    return found
+
+
+def change(branch: Path, directories: int, turn: int = 0) -> None:
+    """Create, remove, rewrite, rename and chmod in every directory."""
+    for number in range(directories):
+        here = branch / f"d{number}"
+        (here / f"f{5 + turn}").write_bytes(b"new")
+        (here / f"f{turn}").unlink()
+        (here / "f2").write_bytes(b"changed in turn %d" % turn)
+        (here / "f4").chmod(0o600 + turn)
+        (here / "f3").rename(here / "f7")
+        (here / "f7").rename(here / "f3")
+
+
+def warm_passes(mount: Mount, names: list[str]) -> dict[str, int]:
+    """Requests of a third pass over the same names: in notify there should be none."""
+    for _ in range(2):
+        ask(mount.path, names)
+    before = mount.requests()
+    for name in names:
+        os.path.lexists(mount.path / name)
+    after = mount.requests()
+    return {name: after[name] - before[name] for name in ("lookup", "getattr") if after[name] != before[name]}
+
+
+# -- overflow -------------------------------------------------------------------------------------
+
+OVERFLOW = "lost branch events"
+
+
+def overflow(mount: Mount, names: list[str], directories: int) -> None:
+    """Warm the caches, then change more than the queue holds while the daemon stands still."""
+    agree(mount, names)
+    ask(mount.path, names)
+    with stopped(mount):
+        change(mount["base"], directories)
+    mount.flush()
+
+
+def test_overflow_is_one_epoch_and_everything_is_right_afterwards(union: UnionFactory, tmp_path: Path) -> None:
+    populate(tmp_path / "base", 10)
+    names = every_name(10)
+    with lowered("max_queued_events", QUEUE):
+        mount = union({"top": "rw", "base": "ro"}, "notify", allow_log=OVERFLOW)
+    before = statistics(mount, "invalidator")["sent"]["epoch"]
+    with (mount.path / "d0" / "f2").open("rb", buffering=0) as held:
+        assert held.read() == b"2"
+        overflow(mount, names, 10)
+        # The pages and attributes of what is open are dropped too; an epoch concerns names only.
+        held.seek(0)
+        assert held.read() == b"changed in turn 0"
+        assert os.fstat(held.fileno()).st_size == len(b"changed in turn 0")
+    agree(mount, names)
+    assert statistics(mount, "invalidator")["sent"]["epoch"] == before + 1
+    assert statistics(mount, "coherence")["overflows"] == 1
+    assert mount.log().count(OVERFLOW) == 1
+
+    # Healed: nothing is served as reval, the kernel is not asked again, and new changes are noticed.
+    assert statistics(mount, "coherence")["degraded_directories"] == 0
+    assert statistics(mount, "coherence")["state"] == "healthy"
+    assert warm_passes(mount, names) == {}
+    (tmp_path / "base" / "d3" / "f6").write_bytes(b"later")
+    (tmp_path / "base" / "d4" / "f2").unlink()
+    mount.flush()
+    agree(mount, names)
+    assert statistics(mount, "coherence")["overflows"] == 1
+    assert mount.log().count(OVERFLOW) == 1
+
+
+def test_overflow_without_epochs(union: UnionFactory, tmp_path: Path) -> None:
+    """Older kernels: every known name and every negative that was handed out is dropped one by one."""
+    populate(tmp_path / "base", 10)
+    names = every_name(10)
+    with slow_daemon(None, NO_EPOCHS), lowered("max_queued_events", QUEUE):
+        mount = union({"top": "rw", "base": "ro"}, "notify", allow_log=OVERFLOW)
+    overflow(mount, names, 10)
+    agree(mount, names)
+    assert statistics(mount, "invalidator")["sent"]["epoch"] == 0
+    assert statistics(mount, "coherence")["overflows"] == 1
+    assert statistics(mount, "coherence")["degraded_directories"] == 0
+    assert warm_passes(mount, names) == {}
+
+
+def test_the_fallback_names_everything_the_kernel_may_hold(tmp_path: Path, expect_log: Callable[[str], None]) -> None:
+    """The strategy alone, with a notifier that has no epochs, after a real overflow."""
+    expect_log(OVERFLOW)
+    populate(tmp_path / "base", 3)
+    (tmp_path / "mnt").mkdir()
+    specs = [BranchSpec(os.fsencode(tmp_path / "base"), Perm.RO)]
+    branches = open_branches(specs, False, os.fsencode(tmp_path / "mnt"))
+    tree = Tree(branches, UnionOptions(parse_create("tdp"), parse_copyup("tdp")), max_fds=1000)
+    fs = UnionFs(tree, Credentials())
+    notifier = FakeNotifier(epochs=False)
+    with lowered("max_queued_events", QUEUE):
+        coherence = NotifyCoherence(tree, notifier)
+        coherence.start()
+    handed_out: list[int] = []
+
+    def look_up(parent: int, name: bytes) -> int:
+        """As kernel/ops.py answers LOOKUP."""
+        found = fs.lookup(parent, name)
+        if found is None:
+            directory = tree.table.directory(parent)
+            assert directory.ttl
+            coherence.told_negative(directory, name)
+            return 0
+        node, st = found
+        assert coherence.attr_ttl(node, st)
+        node.nlookup += 1
+        handed_out.append(node.id)
+        return node.id
+
+    expected = set()
+    directories = [look_up(ROOT_ID, b"d%d" % number) for number in range(3)]
+    assert look_up(ROOT_ID, b"absent") == 0
+    expected |= {Message("entry", ROOT_ID, name) for name in (b"d0", b"d1", b"d2", b"absent")}
+    for directory in directories:
+        for name in (b"f0", b"f1", b"absent", b"not there"):
+            look_up(directory, name)
+            expected.add(Message("entry", directory, name))
+    opened = look_up(directories[0], b"f2")
+    handle, _ = fs.open(opened, os.O_RDONLY, ROOT_CALLER)
+    expected |= {Message("entry", directories[0], b"f2"), Message("data", opened)}
+    expected |= {Message("attributes", number) for number in {ROOT_ID, *handed_out} - {opened}}
+
+    for number in range(2 * QUEUE):
+        (tmp_path / "base" / f"new{number}").touch()
+    notifier.told.clear()
+    coherence.drain()
+    assert expected <= set(notifier.told)
+    assert coherence.statistics().overflows == 1
+    # What was handed out is forgotten, it would have to be looked up again: a second time there is less to say.
+    notifier.told.clear()
+    coherence.drop_everything()
+    assert not [message for message in notifier.told if message.name in (b"absent", b"not there")]
+
+    fs.release(handle.fh)
+    for number in handed_out:
+        fs.forget(number, 1)
+    assert set(tree.table.nodes) == {ROOT_ID}
+    coherence.stop()
+    branches.close()
+
+
+# -- no watches left ------------------------------------------------------------------------------
+
+LIMITED = "watch limit reached"
+ROOM = 30
+DIRECTORIES = 4 * ROOM
+
+
+def watches_in_use() -> int:
+    """Inotify watches of every process, proc_pid_fdinfo(5); the limit counts those of one user together."""
+    count = 0
+    for info in Path("/proc").glob("[0-9]*/fdinfo/*"):
+        try:
+            count += info.read_text().count("inotify wd:")
+        except OSError:  # ended meanwhile
+            continue
+    return count
+
+
+def test_watch_limit(union: UnionFactory, tmp_path: Path) -> None:
+    populate(tmp_path / "base", DIRECTORIES, files=2)
+    names = [f"d{number}{part}" for number in range(DIRECTORIES) for part in ("", "/f0", "/f1", "/f2")]
+    mount = union({"top": "rw", "base": "ro"}, "notify", allow_log=LIMITED)
+    with ExitStack() as held, lowered("max_user_watches", watches_in_use() + ROOM):
+        # Directories in use cannot just be forgotten when they get no watch or lose it.
+        for number in range(2 * ROOM):
+            held.callback(os.close, os.open(mount.path / f"d{number}", os.O_RDONLY | os.O_DIRECTORY))
+        agree(mount, names)
+        found = statistics(mount, "coherence")
+        assert found["state"] == "limited"
+        assert found["degraded_directories"] >= ROOM // 2
+        assert found["watches"] <= 2 * ROOM
+        assert found["watch_limit"] == int((LIMITS / "max_user_watches").read_text())
+        for turn in range(2):
+            ask(mount.path, names)
+            for number in range(DIRECTORIES):
+                here = tmp_path / "base" / f"d{number}"
+                (here / "f1").write_bytes(b"turn %d" % turn)
+                if turn % 2:
+                    (here / "f2").unlink()
+                else:
+                    (here / "f2").touch()
+            mount.flush()
+            agree(mount, names)
+        assert mount.log().count(LIMITED) == 1
+    # Room again: directories get their watches at the next use.
+    agree(mount, names)
+    found = statistics(mount, "coherence")
+    assert found["degraded_directories"] == 0
+    assert found["state"] == "healthy"
+    assert warm_passes(mount, names) == {}
+    assert mount.log().count(LIMITED) == 1
+
+
+def test_the_directory_in_use_keeps_its_watch(union: UnionFactory, tmp_path: Path) -> None:
+    """Least recently used directories give theirs up first."""
+    populate(tmp_path / "base", DIRECTORIES, files=1)
+    mount = union({"top": "rw", "base": "ro"}, "notify", allow_log=LIMITED)
+    with lowered("max_user_watches", watches_in_use() + ROOM):
+        for number in range(DIRECTORIES):
+            os.lstat(mount.path / f"d{number}" / "f0")
+        last = mount.path / f"d{DIRECTORIES - 1}"
+        for _ in range(2):
+            os.lstat(last / "f0")
+        before = mount.requests()["lookup"]
+        os.lstat(last / "f0")
+        assert mount.requests()["lookup"] == before, "the kernel may keep what was used last"
+        assert statistics(mount, "coherence")["state"] == "limited"
+
+
+# -- file systems without events ------------------------------------------------------------------
+
+
+@pytest.fixture
+def mergerfs(tmp_path: Path) -> Iterator[Path]:
+    """A FUSE mount of tmp_path/behind on tmp_path/fused that caches nothing itself; returns `behind`."""
+    behind, fused = tmp_path / "behind", tmp_path / "fused"
+    behind.mkdir()
+    fused.mkdir()
+    uncached = "cache.attr=0,cache.entry=0,cache.negative_entry=0,cache.files=off,cache.statfs=0"
+    process = subprocess.Popen(["mergerfs", "-f", "-o", f"{uncached},allow_other", str(behind), str(fused)])
+    end = time.monotonic() + DEADLINE
+    while not any(mount.path == fused for mount in read_mountinfo()):
+        assert process.poll() is None, "mergerfs ended"
+        assert time.monotonic() < end, "mergerfs does not mount"
+        time.sleep(0.01)
+    yield behind
+    subprocess.run(["umount", "-i", "-c", "--", fused], check=True, timeout=DEADLINE)
+    process.wait(DEADLINE)
+
+
+def test_a_branch_without_events_is_served_as_reval(mergerfs: Path, union: UnionFactory) -> None:
+    populate(mergerfs, 2)
+    mount = union({"top": "rw", "fused": "ro"}, "notify")
+    assert "sends no events; served as reval" in mount.log()
+    assert "fuse.mergerfs" in mount.log()
+    names = every_name(2)
+    for turn in range(3):
+        ask(mount.path, names)
+        change(mergerfs, 2, turn)  # behind the back of the branch itself
+        (mount["top"] / "d1").mkdir(exist_ok=True)
+        (mount["top"] / "d1" / "f1").write_bytes(b"on top %d" % turn)
+        # No flush: every access asks.
+        agree(mount, names)
+    found = statistics(mount, "coherence")
+    assert found["mode"] == "notify"
+    assert found["degraded_directories"] == 3
+    assert found["watches"] == 0
+
+
+def test_a_user_may_know_better(mergerfs: Path, union: UnionFactory, tmp_path: Path) -> None:
+    """+udba=notify on such a branch: what is changed through the branch itself does send events."""
+    populate(mergerfs, 2)
+    mount = union({"top": "rw", "fused": "ro+udba=notify"}, "notify")
+    mount.branches[1] = tmp_path / "fused"
+    names = every_name(2)
+    agree(mount, names)
+    assert "served as reval" not in mount.log()
+    assert statistics(mount, "coherence")["degraded_directories"] == 0
+    assert warm_passes(mount, names) == {}
+    change(tmp_path / "fused", 2)
+    mount.flush()
+    agree(mount, names)
+
+
+# -- directories that go or are replaced ------------------------------------------------------------
+
+
+def test_a_directory_replaced_underneath(union: UnionFactory, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    populate(base, 3)
+    mount = union({"top": "rw", "base": "ro"}, "notify")
+    names = [*every_name(4), "d0/only here", "moved", "moved/f0", "moved/f6"]
+    agree(mount, names)
+    inside = os.open(mount.path / "d0", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for turn in range(3):
+            ask(mount.path, names)
+            (base / "d0").rename(base / "moved")
+            (base / "d0").mkdir()
+            (base / "d0" / "only here").write_bytes(b"%d" % turn)
+            (base / "d0" / "f0").mkdir()
+            (base / "moved" / "f6").touch()
+            mount.flush()
+            agree(mount, names)
+            # And the new one is watched as the old one was.
+            (base / "d0" / "f1").write_bytes(b"in the new one")
+            (base / "moved" / "f1").unlink()
+            mount.flush()
+            agree(mount, names)
+            shutil.rmtree(base / "moved")
+            mount.flush()
+            agree(mount, names)
+        assert statistics(mount, "coherence")["state"] == "healthy"
+    finally:
+        os.close(inside)
+
+
+def test_a_branch_that_is_moved_stays_a_branch(union: UnionFactory, tmp_path: Path) -> None:
+    """The union holds the directory, not its path."""
+    populate(tmp_path / "base", 2)
+    mount = union({"top": "rw", "base": "ro"}, "notify")
+    names = every_name(2)
+    agree(mount, names)
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "base").rename(moved)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "not of the union").touch()
+    mount.branches[1] = moved
+    mount.flush()
+    agree(mount, names)
+    change(moved, 2)
+    mount.flush()
+    agree(mount, names)
+
+
+def test_a_branch_that_is_removed(union: UnionFactory, tmp_path: Path) -> None:
+    populate(tmp_path / "base", 2)
+    populate(tmp_path / "top", 1, files=2)
+    mount = union({"top": "rw", "base": "ro"}, "notify", allow_log="coherence")
+    names = every_name(3)
+    agree(mount, names)
+    shutil.rmtree(tmp_path / "base")
+    mount.branches.pop()
+    mount.flush()
+    agree(mount, names)
+    for number in range(3):
+        (tmp_path / "top" / "d0" / f"f{number}").write_bytes(b"%d, still right" % number)
+    (tmp_path / "top" / "d2").mkdir()
+    mount.flush()
+    agree(mount, names)
+    (mount.path / "d2" / "f1").write_bytes(b"and can be written")
+    agree(mount, names)
+
+
+def test_a_branch_that_is_lazily_unmounted(union: UnionFactory, tmp_path: Path) -> None:
+    """umount -l hides the branch from others; whoever still has it open goes on changing it."""
+    base = tmp_path / "base"
+    base.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", base], check=True, timeout=DEADLINE)
+    try:
+        populate(base, 2)
+        mount = union({"top": "rw", "base": "ro"}, "notify")
+        names = every_name(2)
+        agree(mount, names)
+        root = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
+    finally:
+        subprocess.run(["umount", "-i", "-c", "-l", "--", base], check=True, timeout=DEADLINE)
+    try:
+        inside = Path(f"/proc/self/fd/{root}")
+        mount.branches[1] = inside
+        agree(mount, names)
+        change(inside, 2)
+        mount.flush()
+        agree(mount, names)
+        assert list(base.iterdir()) == []
+    finally:
+        os.close(root)

@@ -1,0 +1,264 @@
+"""Every kind of direct change × branch × mode × what the kernel had cached, on real mounts.
+
+What is promised: reval, seen by every access that starts after the change (a mapping that exists is exempt:
+it is right after the next read of the file); notify, the same after flush(); none, after a remount, and nothing is
+asserted before. What must be seen comes from an independent merge of the branches.
+Counters of requests prove what the kernel had cached: in notify and none the names are answered without the
+daemon before the change, and in notify a file that the change does not concern still is afterwards.
+
+There is one mount per mode and state, and in it a directory for each case.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, chdir, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.merge import Tree, diff, read_entry, snapshot
+from tests.helpers.mount import Mount, mounted
+from tests.t4_coherence.changes import CASES, LETTERS, PERMISSIONS, QUIET, Case
+
+pytestmark = pytest.mark.fuse
+
+MODES = ("none", "reval", "notify")
+STATES = ("positive", "negative", "listed", "open", "mapped", "inside")
+
+
+def applies(case: Case, state: str) -> bool:
+    """A state needs something to be in it: a name that appears, or a file to map."""
+    return bool({"negative": case.change.absent, "mapped": case.change.files}.get(state, True))
+
+
+def asked(mount: Mount) -> int:
+    """How often the kernel has asked for a name or for attributes."""
+    requests = mount.requests()
+    return requests.get("lookup", 0) + requests.get("getattr", 0)
+
+
+def lstat_each(paths: Iterable[str]) -> None:
+    """lstat(2) whatever is there, negative answers too."""
+    for path in paths:
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+
+
+def probe(root: str, names: Iterable[str]) -> Tree:
+    """What is found under these names, asked for by name; absent ones are left out."""
+    tree: Tree = {}
+    for name in names:
+        try:
+            tree[os.fsencode(name)] = read_entry(os.fsencode(os.path.join(root, name)))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    return tree
+
+
+@dataclass
+class Held:
+    """A file open through the mount and natively on the branch, perhaps mapped, before the change."""
+
+    name: str
+    union: int
+    native: int
+    mapping: mmap.mmap | None
+
+    def check(self, exempt: bool) -> None:
+        """An old descriptor shows what one on the branch object does. exempt: a read may come before the mapping."""
+        of_mapping = None if exempt else self._mapped()
+        mine, real = os.fstat(self.union), os.fstat(self.native)
+        for attribute in ("st_mode", "st_uid", "st_gid", "st_size", "st_mtime_ns", "st_nlink"):
+            assert getattr(mine, attribute) == getattr(real, attribute), f"{self.name}: {attribute} of the descriptor"
+        content = os.pread(self.native, 1 << 20, 0)
+        assert os.pread(self.union, 1 << 20, 0) == content, f"{self.name}: read of the descriptor"
+        if self.mapping is not None:
+            seen = self._mapped() if of_mapping is None else of_mapping
+            assert seen == content[: len(self.mapping)], f"{self.name}: the mapping"
+
+    def _mapped(self) -> bytes | None:
+        """The mapping up to the end of the file.
+
+        Copied by write(2), which answers EFAULT where a page cannot be had; touching it would be SIGBUS.
+        """
+        if self.mapping is None:
+            return None
+        size = min(os.fstat(self.native).st_size, len(self.mapping))
+        reader, writer = os.pipe()
+        try:
+            with memoryview(self.mapping) as view, view[:size] as part:
+                assert os.write(writer, part) == size  # at most three pages, which any pipe holds
+            return os.read(reader, size) if size else b""
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+
+@dataclass
+class Scene:
+    """One mount in one mode, with every case's directory warmed in one way."""
+
+    mount: Mount
+    mode: str
+    state: str
+    errors: dict[str, BaseException] = field(default_factory=dict)
+
+    def path(self, case: Case, name: str = "") -> str:
+        return str(self.mount.path / case.id / name)
+
+    @contextmanager
+    def warmed(self, case: Case) -> Iterator[Callable[[], None]]:
+        """Bring the case's names into the state; gives the check of what was held while the change happened."""
+        branches = self.mount.branches
+        before = case.expected(branches)
+        names = [name for name in case.change.names if (os.fsencode(name) in before) is (self.state != "negative")]
+        names = names or list(case.change.names)  # on a branch where the change does not show
+        held: list[Held] = []
+        with ExitStack() as stack:
+            listing = native = -1
+            here = self.path(case)
+            if self.state == "listed":
+                names = [os.fsdecode(name) for name in snapshot(Path(here))]
+            elif self.state == "inside":
+                native = os.open(case.winner(branches, case.change.cwd), os.O_RDONLY)
+                stack.callback(os.close, native)
+                stack.enter_context(chdir(self.path(case, case.change.cwd)))
+                here = ""
+                names = [os.path.relpath(name, case.change.cwd) for name in names]
+            elif self.state in ("open", "mapped"):
+                listing = os.open(self.path(case, "d"), os.O_RDONLY)
+                stack.callback(os.close, listing)
+                held = [self._hold(stack, case, name) for name in case.change.files if os.fsencode(name) in before]
+            probe(here, names)
+            self._prove_cached(
+                [
+                    os.path.join(here, name)
+                    for name in [*names, os.path.relpath(QUIET, case.change.cwd) if self.state == "inside" else QUIET]
+                ]
+            )
+
+            def check() -> None:
+                for one in held:
+                    one.check(exempt=self.mode == "reval")
+                if listing >= 0:
+                    expected = {name[2:] for name in case.expected(branches) if name.startswith(b"d/")}
+                    assert {os.fsencode(name) for name in os.listdir(listing)} == {n for n in expected if b"/" not in n}
+                if native >= 0:
+                    self._check_inside(case, names, native)
+
+            yield check
+
+    def _hold(self, stack: ExitStack, case: Case, name: str) -> Held:
+        native = os.open(case.winner(self.mount.branches, name), os.O_RDONLY)
+        stack.callback(os.close, native)
+        union = os.open(self.path(case, name), os.O_RDONLY)
+        stack.callback(os.close, union)
+        mapping = None
+        if self.state == "mapped":
+            mapping = stack.enter_context(mmap.mmap(union, 0, mmap.MAP_SHARED, mmap.PROT_READ))
+        held = Held(name, union, native, mapping)
+        held.check(exempt=False)
+        return held
+
+    def _prove_cached(self, paths: list[str]) -> None:
+        lstat_each(paths)  # a READ has marked the times of access old
+        before = asked(self.mount)
+        lstat_each(paths)
+        requests = asked(self.mount) - before
+        if self.mode == "reval":
+            assert requests >= len(paths), "reval must ask for everything"
+        else:
+            assert requests == 0, "the kernel should have known all of it"
+
+    def _check_inside(self, case: Case, names: list[str], native: int) -> None:
+        """From the current directory: the names in it; when it lost its own, what a native process would see."""
+        expected = case.expected(self.mount.branches)
+        cwd = case.change.cwd
+        entry = expected.get(os.fsencode(cwd))
+        if entry is not None and entry.is_dir:
+            wanted = {os.fsencode(os.path.relpath(os.fsdecode(name), cwd)): entry for name, entry in expected.items()}
+            wanted = {name: entry for name, entry in wanted.items() if os.fsdecode(name) in names}
+            assert diff(wanted, probe("", names)) == []
+            inside = {name[len(cwd) + 1 :] for name in expected if name.startswith(os.fsencode(cwd) + b"/")}
+            assert {os.fsencode(name) for name in os.listdir()} == {name for name in inside if b"/" not in name}
+        else:
+            try:
+                assert set(os.listdir()) == set(os.listdir(native))
+            except FileNotFoundError:
+                pass  # the directory is gone for good
+
+    def settle(self) -> None:
+        """Wait for what the mode promises, and no longer."""
+        if self.mode == "notify":
+            self.mount.flush()
+
+    def check(self, case: Case) -> None:
+        """The case's directory as it must be now: by name and listed, in the order that its state does not spoil."""
+        expected = case.expected(self.mount.branches)
+        if self.mode == "notify":
+            before = asked(self.mount)
+            lstat_each([self.path(case, QUIET)])
+            assert asked(self.mount) == before, "something that had not changed was forgotten"
+        names = case.change.names
+        root = self.path(case)
+        if self.state == "listed":
+            assert diff(expected, snapshot(Path(root))) == []
+        wanted = {os.fsencode(name) for name in names}
+        for _ in range(2):  # the second answer may come from the cache
+            assert diff({name: expected[name] for name in wanted & expected.keys()}, probe(root, names)) == []
+        assert diff(expected, snapshot(Path(root))) == []
+
+
+@pytest.fixture(scope="module")
+def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    mode, state = request.param
+    root = tmp_path_factory.mktemp("matrix")
+    branches = [root / letter for letter in LETTERS]
+    for branch in branches:
+        branch.mkdir()
+    cases = [case for case in CASES if applies(case, state)]
+    for case in cases:
+        case.build(branches)
+    words = [f"{branch}={permission}" for branch, permission in zip(branches, PERMISSIONS, strict=True)]
+    with mounted(words, root / "mnt", mode) as mount:
+        scene = Scene(mount, mode, state)
+        if mode == "none":
+            # Nothing is promised before the remount, so one is enough for all cases.
+            for case in cases:
+                try:
+                    with scene.warmed(case):
+                        case.act(branches)
+                except (AssertionError, OSError) as error:
+                    scene.errors[case.id] = error
+            mount.remount()
+        yield scene
+
+
+# One object for each scene: pytest compares parameters of a fixture by identity.
+SCENES = tuple((mode, state) for mode in MODES for state in STATES)
+MATRIX = [
+    pytest.param(scene, case, id=f"{scene[0]}-{scene[1]}-{case.id}")
+    for scene in SCENES
+    for case in CASES
+    if applies(case, scene[1])
+]
+
+
+# The scope is said because pytest takes every parameter for one of the function when one of them is.
+@pytest.mark.parametrize(("scene", "case"), MATRIX, indirect=["scene"], scope="module")
+def test_a_direct_change_is_seen(scene: Scene, case: Case) -> None:
+    if scene.mode == "none":
+        if case.id in scene.errors:
+            raise scene.errors[case.id]
+    else:
+        with scene.warmed(case) as check_held:
+            case.act(scene.mount.branches)
+            scene.settle()
+            check_held()
+    scene.check(case)
