@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS: list[list[str]] = [
     ["udbad", "udbad.types", "udbad.errors"],
     ["udbad.branch"],
-    ["udbad.config", "udbad.metrics"],
+    ["udbad.config", "udbad.configfile", "udbad.metrics"],
     ["udbad.inodes"],
     # The read side of the union.
     ["udbad.union.whiteout", "udbad.union.tree", "udbad.union.view", "udbad.union.lookup", "udbad.union.readdir"],
@@ -28,6 +28,7 @@ LEVELS: list[list[str]] = [
     ["udbad.kernel"],
     ["udbad.daemon"],  # mountproc, control and what they share
     ["udbad.daemon.supervisor", "udbad.daemon.client"],
+    ["udbad.commands"],
     ["udbad.cli", "udbad.__main__"],
 ]
 LEVEL_OF = {prefix: level for level, prefixes in enumerate(LEVELS) for prefix in prefixes}
@@ -47,7 +48,7 @@ FENCES: dict[str, Callable[[str], bool]] = {
     "trio_asyncio": lambda module: module == "udbad.coherence.watcher",
     "asyncinotify": lambda module: module == "udbad.coherence.watcher",
     "prometheus_client": lambda module: module == "udbad.metrics",
-    "pydantic": lambda module: module == "udbad.config",
+    "pydantic": lambda module: module in ("udbad.config", "udbad.configfile"),
 }
 
 

@@ -205,6 +205,29 @@ def parse_mount_options(text: str | Sequence[str]) -> MountOptions:
     return reader.result()
 
 
+def parse_remount(text: str, current: MountOptions) -> MountOptions:
+    """What a mount with the options `current` is to become by `-o remount,TEXT` (spec section 2).
+
+    br= and dirs= mean nothing there, and a branch to del that is not one is done already. Raises UserError
+    as parse_mount_options(); what cannot change while mounted is for the caller to find.
+    """
+    reader = _Reader()
+    reader.kernel = current.kernel_flags
+    for item in split_escaped(text, ","):
+        if item and item != "remount":
+            reader.take(item)
+    branches = list(current.branches)
+    for key, raw in reader.edits:
+        if key == "del" and os.path.normpath(parse_path(raw)) not in {os.path.normpath(one.path) for one in branches}:
+            continue
+        branches = edit_branches(branches, [(key, raw)])
+    reader.initial = branches
+    reader.edits = []
+    same = {name: getattr(current, name) for name in MountOptions.model_fields if name not in ("branches", "notices")}
+    reader.values = {**same, **reader.values}
+    return reader.result()
+
+
 class _Reader:
     """Collects options; `values` are fields of MountOptions, `spelled` the option that set each."""
 

@@ -55,11 +55,12 @@ class Counts:
         self.buckets = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def observe(self, value: float) -> None:
-        self.buckets[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+    def observe(self, value: float, times: int = 1) -> None:
+        self.buckets[bisect_left(self.bounds, value)] += times
+        self.sum += value * times
 
-    def value(self) -> Value:
+    def value(self) -> list[float]:
+        """As a `Value`: buckets, then the sum."""
         return [*self.buckets, self.sum]
 
 
@@ -135,6 +136,8 @@ METRICS: Final = (
     Metric("udbad_open_handles", "gauge", "Open files and directories of the mount.", "Who keeps it busy."),
     Metric("udbad_branch_up", "gauge", "1 when the branch answers and its directory still exists, else 0.",
            "A branch that hangs or is gone takes the mount with it.", ("branch",)),
+    Metric("udbad_branch_writable", "gauge", "1 when the mount writes to the branch, else 0.",
+           "Only there does free space matter; read-only media are always full.", ("branch",)),
     Metric("udbad_branch_free_bytes", "gauge", "Bytes available to users on the file system of the branch.",
            "Writes and copy-ups fail with ENOSPC.", ("branch",)),
     Metric("udbad_branch_size_bytes", "gauge", "Size of the file system of the branch.",
@@ -162,7 +165,7 @@ class Reading:
     """What is known of one mount at a scrape.
 
     samples: what the mount process says, None when it did not answer in time. pid: that process, None when
-    there is none. keeper: what whoever keeps the process knows (mount_restarts, config_last_reload).
+    there is none. keeper: what whoever keeps the process knows (metrics of origin keeper but mount_up).
     """
 
     samples: Samples | None
@@ -206,7 +209,13 @@ def serve(host: str, port: int, source: Source, tls: Mapping[str, str] | None = 
     options: dict[str, Any] = dict(tls or {})
     if options.keys() & {"client_cafile", "client_capath"}:
         options["client_auth_required"] = True
+    if options:
+        # Looked at first: the library would leave its socket open when this fails.
+        ssl.create_default_context().load_cert_chain(options["certfile"], options["keyfile"])
     server, thread = start_http_server(port, addr=host, registry=registry, **options)
+    if isinstance(server.socket, ssl.SSLSocket):
+        # Else accept() would wait for the handshake of a silent client, and everybody with it.
+        server.socket.do_handshake_on_connect = False  # type: ignore[attr-defined]  # typeshed leaves it out
     plain = server.RequestHandlerClass
 
     class Handler(plain):  # type: ignore[misc, valid-type]  # the library's class is private
@@ -253,22 +262,25 @@ def families(readings: Mapping[str, Reading]) -> Iterator[Family]:
         labels = ("mount", *metric.labels)
         if metric.type == "histogram":
             histogram = HistogramMetricFamily(metric.name, metric.help, labels=labels)
-            for values, value in _of(known, metric.name):
-                assert not isinstance(value, int | float)
+            for values, value in _of(known, metric):
                 histogram.add_metric(values, _cumulative(metric.buckets, value), value[-1])
             yield histogram
         else:
             kind = CounterMetricFamily if metric.type == "counter" else GaugeMetricFamily
             family = kind(metric.name, metric.help, labels=labels)
-            for values, value in _of(known, metric.name):
+            for values, value in _of(known, metric):
                 family.add_metric(values, value)
             yield family
 
 
-def _of(known: Mapping[str, Samples], name: str) -> Iterator[tuple[list[str], Any]]:
+def _of(known: Mapping[str, Samples], metric: Metric) -> Iterator[tuple[list[str], Any]]:
+    """Label values and value of each series. A mount process from before an upgrade may have another table:
+    what does not fit into ours is left out."""
+    numbers = len(metric.buckets) + 2 if metric.buckets else None
     for mount, samples in known.items():
-        for labels, value in samples.get(name, ()):
-            yield [mount, *labels], value
+        for labels, value in samples.get(metric.name, ()):
+            if len(labels) == len(metric.labels) and (len(value) if isinstance(value, Sequence) else None) == numbers:
+                yield [mount, *labels], value
 
 
 def _all_samples(reading: Reading) -> Samples:

@@ -2,9 +2,9 @@
 
 An oracle: it shares no code with udbad and may not import it. It follows spec sections 4 and 5 with the
 two decisions in which udbad differs from aufs: NAME beside `.wh.NAME` in one branch is visible (the
-whiteout hides lower branches only), and the topmost opaque directory is the boundary.
-What a mounted union knows and no branch can tell is not here: pseudo-links (spec section 10.3) join a
-copied-up name and its old names only until they are flushed at unmount.
+whiteout hides lower branches only), and the topmost opaque directory is the boundary. Pseudo-links (spec
+section 10.3) are followed: the file PLINKS/<number>.<inode> of a branch stands for every name of that inode
+on the branches below, which therefore have to be on one file system.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 WH_PREFIX = b".wh."
 OPAQUE = b".wh..wh..opq"
+PLINKS = b".wh..wh.plnk"
 MAX_NAME = 242
 """Longest name the union knows, bytes (spec section 1)."""
 
@@ -133,10 +134,34 @@ def resolve(directories: Sequence[tuple[bytes, bool]], name: bytes) -> list[tupl
     return hits
 
 
+def _plinks(branch: bytes) -> dict[int, bytes]:
+    """Inode number on a lower branch -> the copy on this one."""
+    directory = os.path.join(branch, PLINKS)
+    if not os.path.isdir(directory):
+        return {}
+    return {int(name.partition(b".")[2]): os.path.join(directory, name) for name in os.listdir(directory)}
+
+
+def _content(path: bytes, branches: Sequence[bytes], plinks: Sequence[dict[int, bytes]]) -> bytes:
+    """Where the data and attributes of the visible object `path` are: there, or in the copy that has its place."""
+    info = os.lstat(path)
+    if stat.S_ISDIR(info.st_mode):
+        return path
+    for branch, known in zip(branches, plinks, strict=True):
+        if path.startswith(branch + b"/"):
+            break
+        if info.st_ino in known:
+            return known[info.st_ino]
+    return path
+
+
 def merge(branches: Iterable[tuple[Path, bool]]) -> Tree:
     """The union of `branches` (directory, whable: rw or +wh), top first, root itself left out."""
     tree: Tree = {}
-    todo = [(b"", [(os.fsencode(path), whable) for path, whable in branches])]
+    tops = [(os.fsencode(path), whable) for path, whable in branches]
+    roots = [path for path, _ in tops]
+    plinks = [_plinks(path) for path in roots]
+    todo = [(b"", tops)]
     while todo:
         relative, directories = todo.pop()
         names = {name for directory, _ in directories for name in os.listdir(directory)}
@@ -147,7 +172,7 @@ def merge(branches: Iterable[tuple[Path, bool]]) -> Tree:
             if not hits:
                 continue
             child = os.path.join(relative, name)
-            tree[child] = read_entry(hits[0][0])
+            tree[child] = read_entry(_content(hits[0][0], roots, plinks))
             if tree[child].is_dir:
                 todo.append((child, hits))
     return tree

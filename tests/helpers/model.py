@@ -143,8 +143,11 @@ class Model:
 
     # -- looking --------------------------------------------------------------------------------
 
-    def hits(self, path: PathT, start: int = 0) -> list[int]:
-        """Layers in which the visible `path` lives, top first; [] when it is absent (spec section 4.2)."""
+    def hits(self, path: PathT, start: int = 0, marks: bool = True) -> list[int]:
+        """Layers in which the visible `path` lives, top first; [] when it is absent (spec section 4.2).
+
+        start: leave the layers above out. marks: whether an opaque mark in `path` itself counts.
+        """
         if not path:
             return list(range(len(self.layers)))
         found: list[int] = []
@@ -157,7 +160,7 @@ class Model:
             if node is not None and kind in (None, node.kind):
                 kind = node.kind
                 found.append(i)
-                if not node.is_dir or (layer.whable and path in layer.opaque):
+                if not node.is_dir or (marks and layer.whable and path in layer.opaque):
                     break
             if layer.whable and path in layer.whiteouts:
                 break
@@ -394,13 +397,14 @@ class Model:
         return i
 
     def _check_movable(self, path: PathT, target: int) -> None:
-        """EXDEV for a directory of which something visible would stay behind below the target.
+        """EXDEV for a directory of which something would stay behind below the target.
 
-        A lower file under a file of the target is not visible, so it is no obstacle (aufs wants it whited out).
+        A lower file under a file of the target is not visible, so it is no obstacle (aufs wants it whited
+        out); a lower directory under one of the target is, even when that one is opaque.
         """
         node = self.get(path)
         assert node is not None
-        if node.is_dir and any(self.hits((*path, name))[-1] != target for name in self.names(path)):
+        if node.is_dir and any(self.hits((*path, name), marks=False)[-1] != target for name in self.names(path)):
             raise fail(errno.EXDEV)
 
     def _exchange(self, src: PathT, dst: PathT, target: int) -> None:

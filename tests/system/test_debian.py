@@ -194,7 +194,7 @@ def assert_layers_show(root: Path) -> None:
 
 @each_mode
 def test_packages_come_and_go(layers: Layers, union: UnionFactory, udba: str) -> None:
-    mount = union({"top": "rw", str(layers.middle): "ro+wh", str(layers.base): "ro"}, udba, watchdog=600)
+    mount = union({"top": "rw", str(layers.middle): "ro+wh", str(layers.base): "ro"}, udba, watchdog=1200)
     with unchanged(layers.middle, layers.base):
         assert_same(below(mount.path), layers.merged, "the two layers united")
         system_at_work(mount.path)

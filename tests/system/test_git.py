@@ -107,7 +107,7 @@ def git_at_work(root: Path) -> None:
 def test_clone_checkout_gc_fsck(union: UnionFactory, udba: str, tmp_path: Path) -> None:
     require("git")
     make_origin(tmp_path / "base/origin.git")
-    mount = union({"top": "rw", "base": "ro"}, udba)
+    mount = union({"top": "rw", "base": "ro"}, udba, watchdog=900)
     with unchanged(mount["base"]):
         git_at_work(mount.path)
         mount.remount()

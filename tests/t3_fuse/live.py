@@ -16,6 +16,9 @@ import pytest
 MODES: Final = ("none", "reval", "notify")
 modes: Final = pytest.mark.parametrize("udba", MODES)
 
+PAST: Final = 1_000_000_000_123_456_789
+"""Time stamp of everything made before the mount, ns."""
+
 _TEMPORARY: Final = re.compile(rb"\.wh\.\.wh\..+\.[0-9a-f]{4}", re.DOTALL)
 _ADMINISTRATION: Final = (b".wh..wh.aufs", b".wh..wh.plnk", b".wh..wh.orph", b".wh..wh.udbad")
 
@@ -67,3 +70,22 @@ def file_system(path: Path, kind: str, options: str = "", megabytes: int = 512) 
     finally:
         # -l: the daemon of a failed test may still hold it
         subprocess.run(["umount", "-l", str(path)], check=True, timeout=60)
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags, 0o644)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def lower(tmp_path: Path, content: bytes = b"0123456789abcdef", name: str = "d/f") -> Path:
+    """A file of the branch that will be read-only, with its directory, all of it old."""
+    path = tmp_path / "base" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    for entry in (path, path.parent):
+        os.utime(entry, ns=(PAST, PAST))
+    return path

@@ -110,6 +110,11 @@ def make(directory: Path, number: int) -> None:
     bind(directory / f"socket{number}")
 
 
+def make_all(directory: Path) -> None:
+    for number in range(OBJECTS):
+        make(directory, number)
+
+
 EXPECTED = {
     (b"secret", stat.S_IFREG | 0o600),
     (b"masked", stat.S_IFREG | 0o640),
@@ -130,7 +135,7 @@ def test_created_objects(union: UnionFactory, tmp_path: Path, udba: str, group: 
     (mount.path / "d").chmod(0o2777 if group == "directory" else 0o777)
     expected_gid = TEAM if group == "directory" else ALICE
     with watching(mount["top"] / "d") as result:
-        as_alice(lambda: [make(mount.path / "d", i) for i in range(OBJECTS)] and None, 0o027)
+        as_alice(lambda: make_all(mount.path / "d"), 0o027)
         seen = result()
     modes_seen = {
         (kind, mode & ~stat.S_ISGID if group == "directory" and stat.S_ISDIR(mode) else mode)
@@ -158,7 +163,7 @@ def test_objects_under_a_default_acl(union: UnionFactory, tmp_path: Path, udba: 
     )  # user::rwx user:1002:r-- group::r-- mask::r-- other::---
     os.setxattr(mount.path / "d", "system.posix_acl_default", acl)
     with watching(mount["top"] / "d") as result:
-        as_alice(lambda: [make(mount.path / "d", i) for i in range(OBJECTS)] and None, 0)
+        as_alice(lambda: make_all(mount.path / "d"), 0)
         seen = result()
     assert {uid for _, uid, _, _ in seen} == {ALICE}
     for kind, _, _, mode in seen:

@@ -359,14 +359,13 @@ def test_options_without_meaning_get_one_notice(union: UnionFactory, tmp_path: P
     assert os.listdir(mount.path) == []
 
 
-@modes
 @pytest.mark.parametrize(
     "options", ["verbose", "quiet", "noxino", "xino", "dirperm1", "nodirperm1", "rdcache=0", "rdcache=3600", "acl",
                 "copyup_fsync", "warn_perm", "nowarn", "nosum", "plink", "dio", "nodirren", "allow_other"],
 )  # fmt: skip
-def test_accepted_option_leaves_a_working_union(union: UnionFactory, tmp_path: Path, udba: str, options: str) -> None:
+def test_accepted_option_leaves_a_working_union(union: UnionFactory, tmp_path: Path, options: str) -> None:
     fill(tmp_path)
-    mount = union(None, udba, options)
+    mount = union(None, "reval", options)
     (mount.path / "lower").write_text("changed")
     (mount.path / "new").mkdir()
     (mount.path / "file").unlink()

@@ -123,7 +123,8 @@ def test_unlink_in_any_order(union: UnionFactory, tmp_path: Path, udba: str, cop
                 present.discard(name)
                 if present:
                     check(mount, present, inode, content, guessed=copied is None)
-            assert os.fstat(reader.fileno()).st_nlink == 0
+            if copied is not None:  # else its names are whiteouts, and the lower file still has three links
+                assert os.fstat(reader.fileno()).st_nlink == 0
             assert reader.read() == content.encode()
         assert list((mount["top"] / ".wh..wh.plnk").iterdir()) == [], "the last name took the pseudo-link with it"
         assert names(mount["top"]) == [".wh.one", ".wh.two", "sub"]

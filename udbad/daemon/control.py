@@ -1,82 +1,73 @@
-"""The control socket of a mount process: one JSON object a line, answered by one JSON object a line.
+"""The control socket of a mount process (protocol.py says what is spoken).
 
-Requests have "op" and whatever the operation needs; answers have "ok" and either the result's keys or
-"error". The socket has mode 0600, and only the owner of the process or root is answered. A client gets
-one request at a time, of at most MAX_LINE bytes, and is dropped when it is silent for too long.
+The socket has mode 0600, and only the owner of the process or root is answered. A client gets one request
+at a time, of at most MAX_LINE bytes, and is dropped when it is silent for too long, does not take its
+answers, or was silent for longest when too many have connected: whoever hangs never keeps others out.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
-import os
-import socket
-import struct
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import trio
 
+from udbad.daemon.protocol import (
+    IDLE_SECONDS,
+    MAX_CLIENTS,
+    MAX_LINE,
+    SEND_SECONDS,
+    VERSION,
+    Message,
+    bind,
+    decode_request,
+    encode,
+    may_ask,
+    refusal,
+)
+from udbad.errors import UserError
+
 log = logging.getLogger(__name__)
 
-MAX_LINE = 64 * 1024
-MAX_CLIENTS = 64
-IDLE_SECONDS = 60
-VERSION = 1
-
-Request = dict[str, Any]
-Command = Callable[[Request], Awaitable[dict[str, Any]]]
+Request = Message
+Command = Callable[[Request], Awaitable[Message]]
 
 
 def listen(path: str) -> trio.SocketListener:
-    """Bind the socket; a stale one of an earlier process is replaced, a living one is an OSError (EADDRINUSE)."""
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        probe.connect(path)
-    except FileNotFoundError:
-        pass
-    except OSError:
-        os.unlink(path)
-    else:
-        raise OSError(errno.EADDRINUSE, f"another process answers on {path}")
-    finally:
-        probe.close()
-    sock = trio.socket.from_stdlib_socket(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-    previous = os.umask(0o177)
-    try:
-        stdlib = socket.socket(fileno=os.dup(sock.fileno()))
-        stdlib.bind(path)
-        stdlib.close()
-    finally:
-        os.umask(previous)
-    sock.listen(16)
-    return trio.SocketListener(sock)
+    """`bind` for trio."""
+    return trio.SocketListener(trio.socket.from_stdlib_socket(bind(path)))
 
 
 async def serve(listener: trio.SocketListener, commands: dict[str, Command]) -> None:
     """Answer clients until cancelled."""
-    limit = trio.CapacityLimiter(MAX_CLIENTS)
+    scopes: dict[trio.CancelScope, None] = {}  # longest silence first
 
     async def client(stream: trio.SocketStream) -> None:
-        async with limit, stream:
+        with trio.CancelScope() as scope:
+            scopes[scope] = None
+            if len(scopes) > MAX_CLIENTS:
+                oldest = next(iter(scopes))
+                del scopes[oldest]
+                oldest.cancel()
             try:
-                await _converse(stream, commands)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                async with stream:
+                    await _converse(stream, commands, scope, scopes)
+            except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
                 pass
+            finally:
+                scopes.pop(scope, None)
 
     await trio.serve_listeners(client, [listener])
 
 
-def _peer_uid(stream: trio.SocketStream) -> int:
-    raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    uid: int = struct.unpack("3i", raw)[1]
-    return uid
-
-
-async def _converse(stream: trio.SocketStream, commands: dict[str, Command]) -> None:
-    if _peer_uid(stream) not in (0, os.getuid()):
-        await _answer(stream, {"ok": False, "error": "not permitted"})
+async def _converse(
+    stream: trio.SocketStream,
+    commands: dict[str, Command],
+    scope: trio.CancelScope,
+    scopes: dict[trio.CancelScope, None],
+) -> None:
+    if not may_ask(stream.socket.getsockopt):
+        await _answer(stream, refusal("not permitted"))
         return
     buffer = b""
     while True:
@@ -87,29 +78,32 @@ async def _converse(stream: trio.SocketStream, commands: dict[str, Command]) -> 
                     return
                 buffer += data
                 if len(buffer) > MAX_LINE:
-                    await _answer(stream, {"ok": False, "error": "request too long"})
+                    await _answer(stream, refusal("request too long"))
                     return
         if idle.cancelled_caught:
             return
         line, _, buffer = buffer.partition(b"\n")
+        # Whoever is being answered is not idle: ended only when everybody is.
+        scopes.pop(scope, None)
+        scopes[scope] = None
         await _answer(stream, await _run(line, commands))
 
 
-async def _run(line: bytes, commands: dict[str, Command]) -> dict[str, Any]:
+async def _run(line: bytes, commands: dict[str, Command]) -> Message:
+    operation = "?"
     try:
-        request = json.loads(line)
+        request = decode_request(line, commands)
         operation = request["op"]
-        command = commands[operation]
-    except (ValueError, TypeError, KeyError):
-        return {"ok": False, "error": "not a request"}
-    try:
-        return {"ok": True, "version": VERSION, **await command(request)}
+        return {"ok": True, "version": VERSION, **await commands[operation](request)}
+    except UserError as error:
+        return refusal(error.message, error.code)
     except OSError as error:
-        return {"ok": False, "error": str(error)}
+        return refusal(str(error))
     except Exception as error:
         log.exception("control request %r failed", operation)
-        return {"ok": False, "error": f"internal error: {type(error).__name__}"}
+        return refusal(f"internal error: {type(error).__name__}")
 
 
-async def _answer(stream: trio.SocketStream, answer: dict[str, Any]) -> None:
-    await stream.send_all(json.dumps(answer).encode() + b"\n")
+async def _answer(stream: trio.SocketStream, answer: Message) -> None:
+    with trio.fail_after(SEND_SECONDS):
+        await stream.send_all(encode(answer))

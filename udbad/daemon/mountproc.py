@@ -13,11 +13,14 @@ import logging
 import os
 import resource
 import signal
-from dataclasses import asdict
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import trio
 
+from udbad import __version__
 from udbad.branch.accept import open_branches, permission_warnings, prepare_writable
 from udbad.branch.branches import BranchSet
 from udbad.branch.credentials import Credentials
@@ -26,13 +29,17 @@ from udbad.coherence.base import Coherence
 from udbad.coherence.none import NoneCoherence
 from udbad.coherence.notify import NotifyCoherence
 from udbad.coherence.reval import RevalCoherence
-from udbad.config import MountOptions
-from udbad.daemon import control
-from udbad.kernel.boundary import OPERATIONS
+from udbad.config import MountOptions, format_options
+from udbad.daemon import control, exporter, registry
+from udbad.daemon.mountcommands import Commands
+from udbad.daemon.protocol import ask
+from udbad.daemon.snapshot import Snapshot, text
+from udbad.errors import ExitCode, UserError
 from udbad.kernel.invalidator import Invalidator
+from udbad.kernel.mounts import unions
 from udbad.kernel.ops import Operations
 from udbad.kernel.session import Session, check_mount_point
-from udbad.kernel.waker import Waker
+from udbad.metrics import Samples, Server
 from udbad.union import fsck, plink
 from udbad.union.fs import UnionFs
 from udbad.union.tree import Tree, UnionOptions
@@ -50,19 +57,37 @@ _LINGER_SECONDS = 2
 _MAX_DIRECTORY_FDS = 100_000
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a mount process is to others.
+
+    name: of the mount in the configuration. run_dir: where to be found (registry.py), None: nowhere.
+    supervised: somebody restarts this mount; then a union that lies on the mount point is a dead one.
+    """
+
+    name: str = ""
+    run_dir: str | None = None
+    supervised: bool = False
+
+
 class MountProcess:
     """One mount from its options to its end."""
 
-    def __init__(self, options: MountOptions, mount_point: bytes) -> None:
+    def __init__(self, options: MountOptions, mount_point: bytes, identity: Identity = Identity()) -> None:
         """mount_point: absolute path of an existing directory. Raises UserError."""
         self.options = options
-        self.mount_point = mount_point
+        self.asked = mount_point
+        self.mount_point = registry.real_mount_point(mount_point)
+        self.identity = identity
+        self.configured = format_options(options)
+        self.started = time.time()
         for notice in options.notices:
             log.info("%s", notice)
         max_fds = _raise_fd_limit()
-        if check_mount_point(mount_point):
+        dead = self._dead_mounts()
+        if not dead and check_mount_point(self.mount_point):
             log.info("mount point %s is not empty; its content is hidden while mounted", os.fsdecode(mount_point))
-        self.branches = open_branches(options.branches, options.ro, mount_point)
+        self.branches = open_branches(options.branches, options.ro, self.mount_point)
         if options.warn_perm:
             for line in permission_warnings(self.branches):
                 log.info("%s", line)
@@ -74,26 +99,108 @@ class MountProcess:
         flags: set[str] = set(options.kernel_flags)
         if options.ro:
             flags.add("ro")
-        self.session = Session(mount_point, options.fsname, frozenset(flags), options.acl)
+        self.control_path = ""  # of the socket that is served, once there is one
+        self._endpoint = self._export()
+        self.session = Session(self.mount_point, self._source(), frozenset(flags), options.acl, dead)
         self.invalidator = Invalidator(self.session.notify, self.session.has_epochs)
         self.coherence = STRATEGIES[options.udba](self.tree, self.invalidator)
         self.coherence.start()
         self.operations = Operations(self.fs, self.coherence, self.session.switch)
+        self.snapshot = Snapshot(self)
+        self._commands = Commands(self)
+        self._registration: registry.Registration | None = None
 
-    async def serve(self, ready_fd: int) -> None:
-        """Serve until unmounted or told to stop by SIGINT or SIGTERM; READY is written once requests are answered."""
-        listener = control.listen(self.options.control) if self.options.control else None
+    def _dead_mounts(self) -> int:
+        """How many dead unions lie on the mount point. Raises UserError when a living one does."""
+        lying = [mount for mount in unions() if mount.path == self.mount_point]
+        if not lying or self.identity.run_dir is None:
+            return 0
+        entry = registry.read(registry.directory(self.identity.run_dir, self.mount_point))
+        if entry is not None and _is_served(entry):
+            raise UserError(f"{entry.mount_point} is mounted already, by process {entry.pid}", ExitCode.MOUNT_POINT)
+        known = entry is not None and entry.connection == lying[-1].connection
+        return len(lying) if known or self.identity.supervised else 0
+
+    def _source(self) -> str:
+        """What /proc/mounts shows as source; with the id that leads to the branches, as aufs has it in the options."""
+        if self.identity.run_dir is None:
+            return self.options.fsname
+        si = f"si={registry.mount_id(self.mount_point)}"
+        return si if self.options.fsname == "none" else f"{self.options.fsname},{si}"
+
+    def _register(self) -> str | None:
+        """Say where we are; returns the path of the control socket. Without room for that the mount still serves."""
+        if self.identity.run_dir is None:
+            return self.options.control
+        try:
+            self._registration = registry.Registration(self.identity.run_dir, self.mount_point)
+            self.write_entry()
+        except OSError as error:
+            log.warning("cannot write to %s: %s", self.identity.run_dir, error.strerror)
+        if self.options.control:
+            return self.options.control
+        return None if self._registration is None else str(self._registration.path / "control")
+
+    def write_entry(self) -> None:
+        """Bring what others can read about this mount up to date. Raises OSError."""
+        if self._registration is None:
+            return
+        self._registration.write_branches(branch.describe() for branch in self.branches.branches)
+        self._registration.write(
+            registry.Entry(
+                name=self.identity.name,
+                mount_point=os.fsdecode(self.mount_point),
+                asked=os.fsdecode(self.asked),
+                options=format_options(self.options),
+                configured=self.configured,
+                pid=os.getpid(),
+                connection=self.session.connection,
+                supervised=self.identity.supervised,
+                version=__version__,
+                started=self.started,
+                directory=str(self._registration.path),
+            )
+        )
+
+    def _listen(self) -> trio.SocketListener | None:
+        path = self._register()
+        if path is None:
+            return None
+        try:
+            listener = control.listen(path)
+            self.control_path = path
+            return listener
+        except OSError as error:
+            if self.options.control:
+                raise UserError(f"control socket {path}: {error.strerror}", ExitCode.FAILURE) from error
+            log.warning("no control socket, %s: %s", path, error.strerror)
+            return None
+
+    def _export(self) -> Server | None:
+        """Serve metrics of this mount alone, when asked to. Raises UserError; so it comes before the mount."""
+        if self.options.metrics is None:
+            return None
+        name = self.identity.name or text(self.mount_point)
+        # Nobody starts a standalone mount again, and its configuration was read once.
+        kept: Samples = {
+            "udbad_mount_restarts_total": [((), 0)],
+            "udbad_config_last_reload_success": [((), 1)],
+            "udbad_config_last_reload_timestamp_seconds": [((), self.started)],
+        }
+        host, port = exporter.parse_address(self.options.metrics)
+        return exporter.start(host, port, lambda: {name: self.control_path}, lambda: {name: kept})
+
+    async def serve(self, on_ready: Callable[[], None]) -> None:
+        """Serve until unmounted or told to stop by SIGINT or SIGTERM; on_ready is called once requests are answered."""
+        listener = self._listen()
         self.session.attach(self.operations)
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._stop_on_signal, signals)
                 nursery.start_soon(self._run_coherence)
-                nursery.start_soon(Waker(self.mount_point).beat)
                 if listener is not None:
-                    nursery.start_soon(control.serve, listener, self._commands())
-                if ready_fd >= 0:
-                    os.write(ready_fd, b"READY\n")
-                    os.close(ready_fd)
+                    nursery.start_soon(control.serve, listener, self._commands.table())
+                on_ready()
                 try:
                     await self.session.serve()
                 finally:
@@ -102,24 +209,33 @@ class MountProcess:
     async def _stop_on_signal(self, signals: Any) -> None:
         async for number in signals:
             log.info("%s: unmounting", signal.Signals(number).name)
-            try:
-                # After this: the mount is gone and main() returns, or it is busy and stays.
-                await trio.to_thread.run_sync(self.session.unmount)
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-                log.warning("%s is in use; detached, users get errors", os.fsdecode(self.mount_point))
-                await trio.to_thread.run_sync(self.session.unmount, True)
-                self.session.terminate()
-                return
-            # Normally the loop has ended with the mount. It has not where a copy of the mount is left in
-            # another mount namespace (a container, a service with private mounts).
-            await trio.sleep(_LINGER_SECONDS)
-            log.info("the mount is still in use in another mount namespace; ending all the same")
+            await self.unmount(force=True)
+
+    async def unmount(self, force: bool) -> None:
+        """Unmount, after which `serve` returns. Raises OSError: EBUSY without force.
+
+        force: what is in use is detached, its users get errors.
+        """
+        try:
+            # After this: the mount is gone and main() returns, or it is busy and stays.
+            await trio.to_thread.run_sync(self.session.unmount)
+        except OSError as error:
+            if error.errno != errno.EBUSY or not force:
+                raise
+            log.warning("%s is in use; detached, users get errors", os.fsdecode(self.mount_point))
+            await trio.to_thread.run_sync(self.session.unmount, True)
             self.session.terminate()
+            return
+        # Normally the loop has ended with the mount. It has not where a copy of the mount is left in
+        # another mount namespace (a container, a service with private mounts).
+        await trio.sleep(_LINGER_SECONDS)
+        log.info("the mount is still in use in another mount namespace; ending all the same")
+        self.session.terminate()
 
     def close(self) -> None:
         """The end after serving: release everything and mark the branches clean."""
+        if self._endpoint is not None:
+            self._endpoint.close()
         self.coherence.stop()
         if not self.invalidator.stop():
             log.warning("some notifications are still in the kernel")
@@ -130,11 +246,13 @@ class MountProcess:
                 if branch.writable:
                     fsck.mark_clean(branch.root_fd)
         self.branches.close()
-        if self.options.control:
-            os.unlink(self.options.control)
-
-    def _commands(self) -> dict[str, control.Command]:
-        return {"flush": self._flush, "stats": self._stats, "udba": self._udba}
+        try:
+            if self._registration is not None:
+                self._registration.remove()
+            if self.options.control:
+                os.unlink(self.options.control)
+        except OSError as error:
+            log.warning("cannot remove the control socket: %s", error)
 
     async def _run_coherence(self) -> None:
         """The strategy's background work, begun anew when another strategy takes over."""
@@ -157,6 +275,10 @@ class MountProcess:
         # After this: nothing is used any more; requests meanwhile were served in the new mode.
         await trio.to_thread.run_sync(self.invalidator.flush)
 
+    def apply_union_options(self) -> None:
+        """Have the union follow `options`, which have changed."""
+        self.tree.options = _union_options(self.options)
+
     def restart_coherence(self, mode: str | None = None) -> None:
         """Begin anew with a strategy (None: the same one) that was stopped; nothing cached so far is believed."""
         strategy = STRATEGIES[mode or self.coherence.name]
@@ -165,29 +287,16 @@ class MountProcess:
         self.coherence.drop_everything()
         self._changing_mode.cancel()
 
-    async def _flush(self, request: control.Request) -> dict[str, Any]:
-        """Every direct change made before the request is seen by every access after the answer."""
-        self.coherence.drain()
-        await trio.to_thread.run_sync(self.invalidator.flush)
-        return {}
 
-    async def _udba(self, request: control.Request) -> dict[str, Any]:
-        try:
-            await self.set_mode(str(request.get("mode")))
-        except ValueError as error:
-            return {"ok": False, "error": str(error)}
-        return {"mode": self.coherence.name}
-
-    async def _stats(self, request: control.Request) -> dict[str, Any]:
-        return {
-            "requests": {name: stats.requests for name, stats in OPERATIONS.items()},
-            "bugs": sum(stats.bugs for stats in OPERATIONS.values()),
-            "table": asdict(self.tree.table.statistics()),
-            "coherence": asdict(self.coherence.statistics()),
-            "invalidator": asdict(self.invalidator.statistics()),
-            "open_handles": len(self.tree.handles),
-            "connection": self.session.connection,
-        }
+def _is_served(entry: registry.Entry) -> bool:
+    """Whether the process of an entry is there; one that does not answer is."""
+    try:
+        ask(entry.control, {"op": "ping"}, timeout=10.0)
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _raise_fd_limit() -> int:
@@ -212,6 +321,7 @@ def _prepare(branches: BranchSet, options: MountOptions) -> None:
 
 
 def _union_options(options: MountOptions) -> UnionOptions:
+    """The part of the options that the union itself looks at."""
     return UnionOptions(
         create=parse_create(options.create),
         copyup=parse_copyup(options.cpup),
@@ -227,13 +337,23 @@ def _union_options(options: MountOptions) -> UnionOptions:
     )
 
 
-def run(options: MountOptions, mount_point: bytes, ready_fd: int) -> None:
-    """Mount and serve in this process until unmounted. Raises UserError when it cannot start."""
-    process = MountProcess(options, mount_point)
+def run(
+    options: MountOptions,
+    mount_point: bytes,
+    on_ready: Callable[[MountProcess], None],
+    identity: Identity = Identity(),
+    configured: str | None = None,
+) -> None:
+    """Mount and serve in this process until unmounted; configured: the options that the configuration has.
+
+    Raises UserError when it cannot start.
+    """
+    process = MountProcess(options, mount_point, identity)
+    process.configured = configured or process.configured
     gc.freeze()
     clean = False
     try:
-        trio.run(process.serve, ready_fd)
+        trio.run(process.serve, lambda: on_ready(process))
         clean = True
     finally:
         if clean:

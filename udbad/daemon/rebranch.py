@@ -32,19 +32,25 @@ def current_specs(branches: BranchSet) -> list[BranchSpec]:
 
 
 async def change_branches(process: MountProcess, edits: Sequence[tuple[str, str]]) -> BranchSet:
-    """Apply (option, value) pairs of add, append, prepend, del and mod, in order; returns the new set.
+    """Apply (option, value) pairs of add, append, prepend, del and mod, in order; else as `set_branches`.
 
-    When this returns, every access sees the new union. Raises UserError: OPTION for bad edits, BRANCH for a
-    branch that is refused or in use (the message names who uses it).
+    Raises UserError: OPTION for bad edits.
+    """
+    return await set_branches(process, edit_branches(current_specs(process.tree.branches), edits))
+
+
+async def set_branches(process: MountProcess, specs: Sequence[BranchSpec]) -> BranchSet:
+    """Make these the branches, top first; returns the new set.
+
+    When this returns, every access sees the new union. Raises UserError: BRANCH for a branch that is
+    refused or in use (the message names who uses it).
     """
     tree = process.tree
-    specs = edit_branches(current_specs(tree.branches), edits)
     while process.operations.copyups:
         # After this: another request may have started a copy-up or changed the branches; look again.
         busy = next(iter(process.operations.copyups.values())).node.busy
         if busy is not None:
             await busy.wait()
-    specs = edit_branches(current_specs(tree.branches), edits)
     old = tree.branches
     fresh = open_branches(specs, process.options.ro, process.mount_point)
     new = reconfigure.carry_over(old, fresh)

@@ -13,7 +13,7 @@ import errno
 import os
 from typing import Final
 
-from udbad.kernel.mounts import unmount
+from udbad.kernel.mounts import FS_TYPE, unmount
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -48,11 +48,10 @@ def _call(number: int, *arguments: int | bytes | None) -> int:
     return result
 
 
-def mount_beneath(fuse_fd: int, source: bytes, options: str, flags: frozenset[str], path: bytes) -> bool:
-    """Mount beneath what lies on `path`; False where this kernel cannot.
+def replace_mount(source: bytes, options: str, flags: frozenset[str], path: bytes) -> bool:
+    """Mount a union where a dead mount lies on `path`, and take that away; False where this kernel cannot.
 
-    fuse_fd: of /dev/fuse. options: as in mount(2), KEY=VALUE or words. flags: names of mount flags.
-    Raises OSError for any other failure.
+    options: as for mount(2), KEY=VALUE and words. flags: names of mount flags. Raises OSError.
     """
     try:
         context = _call(_SYS_FSOPEN, b"fuse", _FSOPEN_CLOEXEC)
@@ -61,38 +60,37 @@ def mount_beneath(fuse_fd: int, source: bytes, options: str, flags: frozenset[st
             raise
         return False
     try:
-        strings = [("source", source), ("subtype", b"udba")]
-        for word in options.split(","):
-            key, equals, value = word.partition("=")
-            if equals:
-                strings.append((key, value.encode()))
-            else:
-                _call(_SYS_FSCONFIG, context, _FSCONFIG_SET_FLAG, key.encode(), None, 0)
-        for flag in flags & _OF_THE_SUPERBLOCK:
-            _call(_SYS_FSCONFIG, context, _FSCONFIG_SET_FLAG, flag.encode(), None, 0)
-        for key, text in strings:
-            _call(_SYS_FSCONFIG, context, _FSCONFIG_SET_STRING, key.encode(), text, 0)
-        attributes = sum(_ATTRIBUTES.get(flag, 0) for flag in flags)
-        return _attach(context, attributes, path, fuse_fd)
+        _configure(context, source, options, flags)
+        mount = _call(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, sum(_ATTRIBUTES.get(flag, 0) for flag in flags))
     finally:
         os.close(context)
-
-
-def _attach(context: int, attributes: int, path: bytes, fuse_fd: int) -> bool:
-    """Beneath first with a probe that costs nothing: once made, a superblock cannot be given to mount(2) again."""
-    _call(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-    mount = _call(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
     try:
         try:
             _call(_SYS_MOVE_MOUNT, mount, b"", _AT_FDCWD, path, _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_BENEATH)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            # Linux before 6.5, or a place where it is not allowed: the bare directory shows for an instant.
+            # Linux before 6.5, or a place where it may not: the bare directory shows for an instant.
             unmount(path, lazy=True)
             _call(_SYS_MOVE_MOUNT, mount, b"", _AT_FDCWD, path, _MOVE_MOUNT_F_EMPTY_PATH)
-            return True
+        else:
+            unmount(path, lazy=True)
     finally:
         os.close(mount)
-    unmount(path, lazy=True)
     return True
+
+
+def _configure(context: int, source: bytes, options: str, flags: frozenset[str]) -> None:
+    strings = [("source", source), ("subtype", FS_TYPE.partition(b".")[2])]
+    words = list(flags & _OF_THE_SUPERBLOCK)
+    for word in options.split(","):
+        key, equals, value = word.partition("=")
+        if equals:
+            strings.append((key, value.encode()))
+        else:
+            words.append(key)
+    for key, text in strings:
+        _call(_SYS_FSCONFIG, context, _FSCONFIG_SET_STRING, key.encode(), text, 0)
+    for key in words:
+        _call(_SYS_FSCONFIG, context, _FSCONFIG_SET_FLAG, key.encode(), None, 0)
+    _call(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)

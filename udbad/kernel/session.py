@@ -24,6 +24,7 @@ from udbad.errors import ExitCode, UserError
 from udbad.kernel import reader
 from udbad.kernel.mounts import FS_TYPE, unions, unmount
 from udbad.kernel.protocol import EPOCH_MINOR, InitRequest
+from udbad.kernel.replace import replace_mount
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -37,22 +38,23 @@ MOUNT_FLAGS = {
 class Session:
     """The mount from mount(2) to its end. `connection` is the number under /sys/fs/fuse/connections."""
 
-    def __init__(self, mount_point: bytes, fsname: str, flags: frozenset[str], acl: bool) -> None:
-        """Mount and answer INIT. Raises UserError without /dev/fuse or permission."""
+    def __init__(self, mount_point: bytes, fsname: str, flags: frozenset[str], acl: bool, dead: int = 0) -> None:
+        """Mount and answer INIT. dead: number of dead mounts on the mount point, which this one replaces.
+
+        Raises UserError without /dev/fuse or permission.
+        """
         self.mount_point = mount_point
         try:
             self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise UserError(f"cannot open /dev/fuse: {error.strerror}", ExitCode.NO_FUSE) from error
         options = f"fd={self.fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
-        bits = 0
-        for flag in flags:
-            bits |= MOUNT_FLAGS[flag]
-        if _libc.mount(os.fsencode(fsname), mount_point, FS_TYPE, ctypes.c_ulong(bits), options.encode()) != 0:
-            number = ctypes.get_errno()
+        try:
+            _mount(os.fsencode(fsname), mount_point, flags, options, dead)
+        except OSError as error:
             os.close(self.fd)
-            code = ExitCode.NOT_ROOT if number == errno.EPERM else ExitCode.MOUNT_POINT
-            raise UserError(f"cannot mount on {os.fsdecode(mount_point)}: {os.strerror(number)}", code)
+            code = ExitCode.NOT_ROOT if error.errno == errno.EPERM else ExitCode.MOUNT_POINT
+            raise UserError(f"cannot mount on {os.fsdecode(mount_point)}: {error.strerror}", code) from error
         self.mounted = True
         request = InitRequest(os.read(self.fd, 1 << 16 | 1 << 20))
         os.write(self.fd, request.reply(acl))
@@ -103,6 +105,23 @@ def _worth_telling(record: logging.LogRecord) -> bool:
     """False for a reply that met ENOENT: the request was taken back meanwhile, by a signal to the caller or by
     the unmount (RELEASE is sent in the background, fuse_dev_do_write()). That is nobody's error."""
     return not record.getMessage().endswith(f"fuse_reply_* failed with {os.strerror(errno.ENOENT)}")
+
+
+def _mount(source: bytes, mount_point: bytes, flags: frozenset[str], options: str, dead: int) -> None:
+    """Raises OSError."""
+    while dead > 1:
+        unmount(mount_point, lazy=True)
+        dead -= 1
+    if dead:
+        if replace_mount(source, options, flags, mount_point):
+            return
+        unmount(mount_point, lazy=True)
+    bits = 0
+    for flag in flags:
+        bits |= MOUNT_FLAGS[flag]
+    if _libc.mount(source, mount_point, FS_TYPE, ctypes.c_ulong(bits), options.encode()) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def check_mount_point(path: bytes) -> bool:

@@ -195,7 +195,8 @@ def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
     """
     node = need.node
     if type(node) is Dir:
-        assert node.parent is not None
+        if node.parent is None:
+            raise erofs()  # the root is on every branch already: what is read-only is its top one
         if need.trigger is Trigger.OPEN:
             ensure_dir(tree, node, tree.branches.writable_above(node.branch.index)[0])
         else:

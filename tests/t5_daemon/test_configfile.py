@@ -1,0 +1,198 @@
+"""The configuration file: what it means, and that everything wrong with it is said at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from udbad.configfile import ConfigError, load
+from udbad.types import Perm
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GOOD = """
+[daemon]
+log_level = "WARNING"
+heartbeat = 2
+[mounts.pool]
+mount_point = "/mnt/pool/"
+branches = ["/disks/a=rw", {path = "/disks/b:c", perm = "ro", attributes = ["wh"], udba = "none"}]
+udba = "notify"
+create = "mfs:60"
+[mounts.live]
+mount_point = "/mnt/live"
+branches = "/run/top=rw:/run/base=rr"
+missing_branch = "fail"
+enabled = false
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def problems(tmp_path: Path, text: str) -> list[str]:
+    """Everything load() finds, without the file name."""
+    path = write(tmp_path / "c.toml", text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(caught.value) == "\n".join(map(str, caught.value.problems))
+    return [str(problem).removeprefix(f"{path}: ") for problem in caught.value.problems]
+
+
+def test_a_good_file(tmp_path: Path) -> None:
+    config = load(write(tmp_path / "c.toml", GOOD))
+    assert (config.daemon.log_level, config.daemon.heartbeat) == ("warning", 2.0)
+    assert list(config.mounts) == ["pool", "live"]
+    pool, live = config.mounts.values()
+    assert (pool.mount_point, pool.options.udba, pool.options.create) == ("/mnt/pool", "notify", "mfs:60")
+    assert [spec.path for spec in pool.options.branches] == [b"/disks/a", b"/disks/b:c"]
+    assert (pool.options.branches[1].attrs, pool.options.branches[1].udba) == (frozenset({"wh"}), "none")
+    assert [spec.perm for spec in live.options.branches] == [Perm.RW, Perm.RR]
+    assert (pool.enabled, pool.missing_branch, live.enabled, live.missing_branch) == (True, "wait", False, "fail")
+
+
+def test_conf_d_is_read_in_order_and_a_table_is_in_one_file_only(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.toml", GOOD)
+    extra = '[mounts.{}]\nmount_point = "/mnt/{}"\nbranches = "/d/{}"\n'
+    write(tmp_path / "conf.d" / "20-b.toml", extra.format("b", "b", "b"))
+    write(tmp_path / "conf.d" / "10-a.toml", extra.format("a", "a", "a"))
+    write(tmp_path / "conf.d" / "ignored.txt", "not TOML")
+    assert list(load(path).mounts) == ["pool", "live", "a", "b"]
+    twice = write(tmp_path / "conf.d" / "30-c.toml", extra.format("a", "z", "z"))
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    first = tmp_path / "conf.d" / "10-a.toml"
+    assert str(caught.value) == f"{twice}: mounts.a: is in {first} already; a table may be in one file only"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[mounts.a", ["not TOML: Expected ']' at the end of a table declaration (at end of document)"]),
+        ("mounts = 3", ["mounts: found 3, must be a table, [mounts.NAME]"]),
+        ("[mount.a]", ["mount: unknown table or key, the closest known one is 'mounts'"]),
+        ("[daemon]\nhartbeat = 1", ["daemon.hartbeat: unknown key, the closest known one is 'heartbeat'"]),
+        (
+            '[daemon]\nheartbeat = "often"\nspare = 1\nlog_level = "loud"\nrun_dir = "run"',
+            [
+                'daemon.run_dir: found "run", must be an absolute path',
+                'daemon.log_level: found "loud", must be debug, info, warning or error',
+                'daemon.heartbeat: found "often", must be a number of seconds from 0.1 to 86400',
+                "daemon.spare: found 1, must be true or false",
+            ],
+        ),
+        (
+            '[metrics]\nlisten = "9723"\ntls_key = "/k"',
+            ['metrics.listen: found "9723", must be HOST:PORT, PORT from 0 to 65535, or "off"'],
+        ),
+        ('[metrics]\ntls_key = "/k"', ["metrics: tls_certificate and tls_key are given together or not at all"]),
+        (
+            "[mounts.a]",
+            [
+                "mounts.a.mount_point: missing, must be an absolute path",
+                "mounts.a.branches: missing, must be a list of PATH[=PERM[+ATTR...]]",
+            ],
+        ),
+        (
+            '[mounts.a]\nmount_point = "/m"\nbranches = ["/x=rw", "/y=rq", "rel", {path = "/z", prem = "ro"}, 5]\n'
+            'udba = "often"\ncreate = "mfx"\nrdcache = 9999\nudbo = "none"\ncontrol = "/s"',
+            [
+                "mounts.a.control: not possible here, the daemon gives each mount its own socket",
+                "mounts.a.create: found \"mfx\": create=mfx: unknown policy 'mfx', the closest known one is 'mfs'",
+                "mounts.a.branches[1]: found \"/y=rq\": branch /y: unknown permission 'rq', allowed are rw, ro, rr "
+                "(a '=' in a path is written \\=)",
+                'mounts.a.branches[2]: found "rel", the path must be absolute',
+                "mounts.a.branches[3].prem: unknown key, the closest known one is 'perm'",
+                "mounts.a.branches[4]: found 5, must be PATH[=PERM[+ATTR...]] or a table with path, perm, "
+                "attributes and udba",
+                'mounts.a.udba: found "often", must be none, reval or notify',
+                "mounts.a.rdcache: found 9999, must be a whole number of seconds from 0 to 3600",
+                "mounts.a.udbo: unknown key, the closest known one is 'udba'",
+            ],
+        ),
+        (
+            '[mounts.a]\nmount_point = "/m"\nbranches = [{path = "/x", attributes = ["wh"]}]',
+            ["mounts.a.branches[0]: attributes and udba need perm: rw, ro or rr"],
+        ),
+        (
+            '[mounts."a b"]\nmount_point = "/m"\nbranches = "/x"',
+            [
+                "mounts.a b: the name of a mount must be 1 to 64 letters, digits, '_', '.' and '-', "
+                "beginning with a letter or digit"
+            ],
+        ),
+        (
+            '[mounts.a]\nmount_point = "/m"\nbranches = "/x=rw"\n[mounts.b]\nmount_point = "/m/"\nbranches = "/y=rw"',
+            ["mounts.b.mount_point: found '/m', which is the mount point of a already"],
+        ),
+        (
+            '[mounts.a]\nmount_point = "/m"\nbranches = "/x"\n[mounts.b]\nmount_point = "/n"\nbranches = "/x/y:/z"',
+            ["mounts.b.branches: /x/y is writable here and /x in a; two mounts may not write to one tree"],
+        ),
+        (
+            '[mounts.a]\nmount_point = "/m"\nbranches = "/x:/n/sub"\n'
+            '[mounts.b]\nmount_point = "/n"\nbranches = "/y:/m/sub"',
+            [
+                "mounts.a.branches: /n/sub is inside the mount point of b; a union cannot be a branch",
+                "mounts.b.branches: /m/sub is inside the mount point of a; a union cannot be a branch",
+            ],
+        ),
+        (
+            '[mounts.a]\nmount_point = "/x/m"\nbranches = "/x"',
+            ["mounts.a.branches: /x holds the mount point /x/m"],
+        ),
+    ],
+)
+def test_everything_wrong_is_said_at_once(tmp_path: Path, text: str, expected: list[str]) -> None:
+    assert problems(tmp_path, text) == expected
+
+
+def test_a_read_only_mount_or_a_disabled_one_shares_nothing(tmp_path: Path) -> None:
+    text = (
+        '[mounts.a]\nmount_point = "/m"\nbranches = "/x"\n'
+        '[mounts.b]\nmount_point = "/n"\nbranches = "/x:/z"\nro = true\n'
+        '[mounts.c]\nmount_point = "/m"\nbranches = "/x"\nenabled = false\n'
+    )
+    assert list(load(write(tmp_path / "c.toml", text)).mounts) == ["a", "b", "c"]
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: No such file or directory$"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "c.toml").write_bytes(b"# \xff\n")
+    with pytest.raises(ConfigError, match=r"c\.toml: not TOML: "):
+        load(tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize("example", sorted((REPOSITORY / "config").glob("*.toml")), ids=lambda path: path.name)
+def test_examples_are_good(example: Path) -> None:
+    config = load(example)
+    assert config.mounts, "an example without a mount shows nothing"
+
+
+def test_examples_are_there_for_each_use() -> None:
+    names = {path.stem for path in (REPOSITORY / "config").glob("*.toml")}
+    assert names == {"udbad", "pool", "live", "developer", "homes"}
+
+
+def test_check_config(tmp_path: Path) -> None:
+    def check(path: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "udbad", "check-config", "-c", str(path)]
+        return subprocess.run(command, check=False, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+
+    path = write(tmp_path / "c.toml", GOOD)
+    good = check(path)
+    assert good.returncode == 0
+    assert good.stdout.splitlines() == [
+        "pool: /mnt/pool, 2 branches",
+        "live: /mnt/live, 2 branches (not enabled)",
+        f"{path}: good, 2 mounts",
+    ]
+    bad = check(write(path, "[daemon]\nx = 1\ny = 2\n"))
+    assert (bad.returncode, bad.stdout) == (10, "")
+    assert [line.split(":")[0] for line in bad.stderr.splitlines()] == ["udbad", "udbad"]

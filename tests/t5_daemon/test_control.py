@@ -1,0 +1,213 @@
+"""The control sockets under abuse: junk, too much, the wrong user, clients that hang, a thousand of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.t5_daemon.daemon import DEADLINE, Daemon
+from udbad.daemon import protocol
+from udbad.daemon.protocol import MAX_CLIENTS, MAX_LINE, Message, ask_async, bind
+from udbad.daemon.server import Server
+
+pytestmark = pytest.mark.fuse
+
+JUNK = [
+    (b"\n", "not a request: not JSON"),
+    (b"nonsense\n", "not a request: not JSON"),
+    (b"[" * 5000 + b"\n", "not a request: not JSON"),
+    (b'"op"\n', 'not a request: must be an object with "op"'),
+    (b'{"op": 3}\n', 'not a request: must be an object with "op"'),
+    (b'{"op": "ping", "version": 99}\n', "version 99 of the protocol is not known, this is 1"),
+    (b'{"op": "format"}\n', "unknown operation 'format'"),
+    (b'{"op": "\xff"}\n', "not a request: not JSON"),
+    (b"x" * (MAX_LINE + 10) + b"\n", "request too long"),
+]
+
+
+def talk(path: str, data: bytes) -> Message:
+    """Send bytes, return the one answer."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(DEADLINE)
+        client.connect(path)
+        try:
+            client.sendall(data)
+        except BrokenPipeError:
+            pass  # it had enough of it
+        with client.makefile("rb") as stream:
+            answer: Message = json.loads(stream.readline())
+    return answer
+
+
+@pytest.fixture
+def sockets(daemon: Daemon) -> Iterator[list[str]]:
+    """The supervisor's socket and that of a mount process, both of a running daemon."""
+    daemon.add("a")
+    daemon.start()
+    process = next(Path(daemon.run_dir).glob("si_*")) / "control"
+    yield [f"{daemon.run_dir}/udbad.sock", str(process)]
+    daemon.stop()
+    assert "Traceback" not in daemon.log()
+
+
+def test_junk_is_answered_and_harms_nobody(sockets: list[str]) -> None:
+    for path in sockets:
+        for data, error in JUNK:
+            answer = talk(path, data)
+            assert not answer["ok"]
+            assert answer["error"].startswith(error), (path, data[:40], answer)
+        assert talk(path, b'{"op": "ping"}\n')["ok"]
+
+
+def test_a_line_without_end_and_a_connection_without_a_word(sockets: list[str]) -> None:
+    for path in sockets:
+        for data in (b"", b'{"op": "ping"', b"x" * 1000):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(DEADLINE)
+                client.connect(path)
+                client.sendall(data)
+                client.shutdown(socket.SHUT_WR)
+                assert client.recv(100) == b""
+
+
+def test_a_thousand_clients_that_hang_keep_nobody_out(sockets: list[str]) -> None:
+    for path in sockets:
+        with ExitStack() as stack:
+            for number in range(1000):
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.settimeout(DEADLINE)
+                client.connect(path)
+                if number % 2:
+                    client.sendall(b'{"op": ')
+            assert talk(path, b'{"op": "ping"}\n')["ok"]
+            assert talk(path, b'{"op": "status"}\n')["ok"]
+
+
+def test_another_user_is_refused(sockets: list[str], daemon: Daemon) -> None:
+    """Mode 0600 keeps him from connecting; should it be changed, he is asked who he is."""
+    program = (
+        "import socket, sys\n"
+        "s = socket.socket(socket.AF_UNIX)\n"
+        "s.connect(sys.argv[1])\n"
+        's.sendall(b\'{"op": "status"}\\n\')\n'
+        "print(s.makefile().readline())\n"
+    )
+
+    def as_nobody(path: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-I", "-c", program, path], check=False, capture_output=True, text=True, user=65534,
+            group=65534, extra_groups=[], timeout=DEADLINE, cwd="/",
+        )  # fmt: skip
+
+    if subprocess.run([sys.executable, "-I", "-c", ""], check=False, capture_output=True, user=65534).returncode:
+        pytest.skip("ok: this interpreter is in a place that other users cannot enter")
+    os.chmod(daemon.run_dir, 0o755)
+    for path in sockets:
+        assert "PermissionError" in as_nobody(path).stderr
+        os.chmod(path, 0o666)
+        assert json.loads(as_nobody(path).stdout)["error"] == "not permitted"
+
+
+# -- the supervisor's server alone ----------------------------------------------------------------
+
+
+@asynccontextmanager
+async def serving(path: Path) -> AsyncIterator[tuple[str, asyncio.Event]]:
+    """A server with two commands: `now`, and `later`, which waits for the event."""
+    gate = asyncio.Event()
+
+    async def now(request: Message) -> Message:
+        return {"echo": request.get("word")}
+
+    async def later(request: Message) -> Message:
+        await gate.wait()
+        return {}
+
+    async def fails(request: Message) -> Message:
+        raise RuntimeError("a bug")
+
+    server = Server({"now": now, "later": later, "fails": fails})
+    name = os.path.relpath(path / "s")  # tmp_path may be too long for unix(7)
+    await server.start(bind(name))
+    try:
+        yield name, gate
+    finally:
+        await server.close()
+
+
+@pytest.mark.asyncio
+async def test_clients_are_served_side_by_side(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (path, gate):
+        waiting = [asyncio.create_task(ask_async(path, {"op": "later"}, DEADLINE)) for _ in range(MAX_CLIENTS - 1)]
+        assert (await ask_async(path, {"op": "now", "word": "\udcff"}, DEADLINE))["echo"] == "\udcff"
+        gate.set()
+        assert all(answer["ok"] for answer in await asyncio.gather(*waiting))
+
+
+@pytest.mark.asyncio
+async def test_the_longest_silence_has_to_go(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (path, _):
+        silent = await asyncio.open_unix_connection(path)
+        talking = [await asyncio.open_unix_connection(path) for _ in range(MAX_CLIENTS)]
+        for reader, writer in talking:
+            writer.write(b'{"op": "now"}\n')
+            assert json.loads(await asyncio.wait_for(reader.readline(), DEADLINE))["ok"]
+        assert await asyncio.wait_for(silent[0].read(), DEADLINE) == b""
+        for _, writer in [silent, *talking]:
+            writer.close()
+
+
+@pytest.mark.asyncio
+async def test_a_silent_client_and_one_that_takes_no_answer_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("udbad.daemon.server.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("udbad.daemon.server.SEND_SECONDS", 0.2)
+    async with serving(tmp_path) as (path, _):
+        reader, writer = await asyncio.open_unix_connection(path)
+        assert await asyncio.wait_for(reader.read(), DEADLINE) == b""
+        writer.close()
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(path)
+        client.setblocking(False)
+        line = json.dumps({"op": "now", "word": "x" * 60000}).encode() + b"\n"
+        loop = asyncio.get_running_loop()
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            async with asyncio.timeout(DEADLINE):
+                while True:
+                    await loop.sock_sendall(client, line)
+        client.close()
+
+
+@pytest.mark.asyncio
+async def test_a_bug_is_an_answer(tmp_path: Path, expect_log: object) -> None:
+    assert callable(expect_log)
+    expect_log("control request 'fails' failed")
+    async with serving(tmp_path) as (path, _):
+        answer = await ask_async(path, {"op": "fails"}, DEADLINE)
+        assert (answer["ok"], answer["error"]) == (False, "internal error: RuntimeError")
+        assert (await ask_async(path, {"op": "now"}, DEADLINE))["ok"]
+
+
+def test_a_stale_socket_is_replaced_and_a_living_one_is_not(tmp_path: Path) -> None:
+    path = os.path.relpath(tmp_path / "s")
+    first = bind(path)
+    with pytest.raises(OSError, match="another process answers"):
+        bind(path)
+    first.close()
+    second = bind(path)
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    second.close()
+    (tmp_path / "f").write_text("mine")
+    with pytest.raises(OSError, match="is not a socket"):
+        bind(os.path.relpath(tmp_path / "f"))
+    assert protocol.VERSION == 1

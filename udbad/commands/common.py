@@ -1,0 +1,46 @@
+"""What several commands need: errors as one line, and whom to ask."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from udbad.daemon import client
+from udbad.daemon.protocol import Message
+from udbad.daemon.registry import DEFAULT_RUN_DIR
+from udbad.errors import ExitCode, UserError
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Mistakes of the user are one line on stderr and an exit code, never a traceback."""
+    try:
+        yield
+    except UserError as error:
+        for line in error.message.splitlines():
+            click.echo(f"udbad: {line}", err=True)
+        sys.exit(int(error.code))
+
+
+run_dir_option = click.option(
+    "--run-dir",
+    default=DEFAULT_RUN_DIR,
+    envvar="UDBAD_RUN_DIR",
+    show_default=True,
+    help="Where the daemon and the mount processes have their sockets.",
+)
+
+
+def ask_mount(run_dir: str, where: str, request: Message) -> Message:
+    """Ask the mount that a path is in, or that has this name. Raises UserError, also for a refusal."""
+    entry, _ = client.locate(run_dir, where)
+    return client.ask_mount(entry, request)
+
+
+def need_root() -> None:
+    if os.geteuid() != 0:
+        raise UserError("this needs root", ExitCode.NOT_ROOT)

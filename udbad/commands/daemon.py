@@ -1,0 +1,170 @@
+"""run and check-config, and what a running daemon can be told."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from udbad.commands.common import need_root, run_dir_option, user_errors
+from udbad.configfile import LOG_LEVELS, load
+from udbad.daemon import client, registry
+from udbad.errors import ExitCode, UserError
+
+DEFAULT_CONFIG = "/etc/udbad/udbad.toml"
+
+config_option = click.option(
+    "-c", "--config", type=click.Path(path_type=Path), default=DEFAULT_CONFIG, show_default=True,
+    help="The configuration file; conf.d/*.toml beside it is read too.",
+)  # fmt: skip
+
+
+@click.command()
+@config_option
+@click.option("--log-format", type=click.Choice(["plain", "json"]), help="Instead of daemon.log_format.")
+def run(config: Path, log_format: str | None) -> None:
+    """Run the daemon in the foreground: mount what the configuration says and keep it mounted."""
+    from udbad.daemon import supervisor
+
+    with user_errors():
+        need_root()
+        supervisor.run(config.absolute(), log_format)
+
+
+@click.command("check-config")
+@config_option
+def check_config(config: Path) -> None:
+    """Say everything that is wrong with a configuration; exit code 0 when nothing is."""
+    with user_errors():
+        checked = load(config)
+        for mount in checked.mounts.values():
+            state = "" if mount.enabled else " (not enabled)"
+            click.echo(f"{mount.name}: {mount.mount_point}, {len(mount.options.branches)} branches{state}")
+        click.echo(f"{config}: good, {len(checked.mounts)} mounts")
+
+
+@click.command()
+@run_dir_option
+def reload(run_dir: str) -> None:
+    """Have the daemon read its configuration again; says for each changed key what became of it."""
+    with user_errors():
+        verdicts = client.ask_supervisor(run_dir, {"op": "reload"})["verdicts"]
+        for one in verdicts:
+            name = f"{one['table']}.{one['key']}" if one["key"] else one["table"]
+            click.echo(f"{name}: {one['outcome']}" + (f": {one['text']}" if one["text"] else ""))
+        if not verdicts:
+            click.echo("nothing has changed")
+        if any(one["outcome"] == "rejected" for one in verdicts):
+            raise SystemExit(int(ExitCode.CONFIG))
+
+
+@click.command()
+@run_dir_option
+@click.option("--keep-mounts", is_flag=True, help="Leave the mounts to the next daemon, which adopts them.")
+def stop(run_dir: str, keep_mounts: bool) -> None:
+    """Stop the daemon, and with it every mount unless they are kept."""
+    with user_errors():
+        client.ask_supervisor(run_dir, {"op": "stop", "keep_mounts": keep_mounts})
+
+
+@click.command()
+@run_dir_option
+@click.option("--force", is_flag=True, help="Also when it is in use; whoever uses it gets errors.")
+@click.argument("mount")
+def restart(run_dir: str, force: bool, mount: str) -> None:
+    """Unmount MOUNT and mount it again, with its settings of now; mounts one that failed or was unmounted."""
+    with user_errors():
+        client.ask_supervisor(run_dir, {"op": "restart", "mount": mount, "force": force})
+
+
+@click.command("log-level")
+@run_dir_option
+@click.argument("level", type=click.Choice(LOG_LEVELS))
+@click.argument("mount", required=False)
+def log_level(run_dir: str, level: str, mount: str | None) -> None:
+    """Change how much is logged, by MOUNT or by the daemon and all its mounts, until the next start."""
+    with user_errors():
+        request = {"op": "log-level", "level": level}
+        if mount is None:
+            client.ask_supervisor(run_dir, request)
+        else:
+            client.ask_mount(client.locate(run_dir, mount)[0], request)
+
+
+@click.command()
+@run_dir_option
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def status(run_dir: str, as_json: bool) -> None:
+    """Every mount: who serves it, since when, with which branches. Exit code 1 unless all of them serve."""
+    with user_errors():
+        answer = collect_status(run_dir)
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+    else:
+        _print_status(answer)
+    if any(mount["state"] != "serving" for mount in answer["mounts"]):
+        raise SystemExit(int(ExitCode.FAILURE))
+
+
+def collect_status(run_dir: str) -> dict[str, Any]:
+    """What the daemon says, and the mounts that no daemon looks after. Raises UserError when there is neither."""
+    try:
+        answer = client.ask_supervisor(run_dir, {"op": "status"}, timeout=10.0)
+    except UserError as error:
+        if error.code is not ExitCode.NO_DAEMON:
+            raise
+        answer = {"pid": None, "udbad": None, "config": [], "mounts": []}
+    known = {mount["pid"] for mount in answer["mounts"]}
+    for entry in registry.entries(run_dir):
+        if entry.pid in known or (entry.supervised and answer["pid"] is not None):
+            continue
+        mount: dict[str, Any] = {
+            "name": entry.name, "label": entry.label, "mount_point": entry.mount_point, "state": "serving",
+            "reason": "", "since": entry.started, "restarts": 0, "pid": entry.pid, "connection": entry.connection,
+            "pending": [],
+        }  # fmt: skip
+        try:
+            mount["process"] = client.ask_mount(entry, {"op": "status"}, timeout=2.0)
+        except UserError as error:
+            mount["state"], mount["reason"] = "dead", error.message
+        answer["mounts"].append(mount)
+    return answer
+
+
+def _print_status(answer: dict[str, Any]) -> None:
+    pid = answer["pid"]
+    click.echo(f"daemon: process {pid}, version {answer['udbad']}" if pid else "daemon: none runs")
+    if not answer["mounts"]:
+        click.echo("no mounts")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("MOUNT", "STATE", "MOUNT POINT", "PID", "SINCE", "RESTARTS", "UDBA", "BRANCHES"):
+        table.add_column(column, overflow="fold")
+    for mount in answer["mounts"]:
+        process = mount.get("process", {})
+        table.add_row(
+            mount["label"], mount["state"], mount["mount_point"], str(mount["pid"] or "-"),
+            _duration(time.time() - mount["since"]), str(mount["restarts"]), process.get("udba", "-"),
+            "\n".join(process.get("branches", ["-"])),
+        )  # fmt: skip
+    # As wide as it is: a path that a terminal would cut is of no use in a pipe either.
+    Console(width=None if os.isatty(1) else 200).print(table)
+    for mount in answer["mounts"]:
+        if mount["reason"]:
+            click.echo(f"{mount['label']}: {mount['reason']}")
+        if mount["pending"]:
+            click.echo(f"{mount['label']}: at the next mount: {', '.join(mount['needs_remount'])}")
+
+
+def _duration(seconds: float) -> str:
+    whole = int(seconds)
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size * 60 // size:02d}" if unit != "d" else f"{whole // size}d"
+    return f"{whole}s"

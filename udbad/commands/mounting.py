@@ -1,0 +1,99 @@
+"""mount, umount, and the process behind a mount."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from udbad.commands.common import run_dir_option, user_errors
+from udbad.config import parse_mount_options
+from udbad.daemon import logs
+from udbad.errors import ExitCode, UserError
+
+
+@click.command()
+@click.option("-o", "options", multiple=True, required=True, help="Mount options, comma separated: br=…,udba=….")
+@click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground and serve until unmounted.")
+@click.option("-v", "--verbose", is_flag=True, help="Log every operation.")
+@click.option("--log-format", type=click.Choice(["plain", "json"]), default="plain", show_default=True)
+@click.option("--ready-fd", type=int, default=-1, hidden=True)
+@run_dir_option
+@click.argument("source")
+@click.argument("mount_point", type=click.Path(path_type=Path))
+def mount(
+    options: tuple[str, ...],
+    foreground: bool,
+    verbose: bool,
+    log_format: str,
+    ready_fd: int,
+    run_dir: str,
+    source: str,
+    mount_point: Path,
+) -> None:
+    """Mount a union on MOUNT_POINT. SOURCE is shown in /proc/mounts and has no meaning otherwise."""
+    with user_errors():
+        parsed = parse_mount_options(options)
+        if parsed.fsname == "none" and source != "none":
+            parsed = parsed.model_copy(update={"fsname": source})
+        if os.geteuid() != 0:
+            raise UserError("mounting needs root", ExitCode.NOT_ROOT)
+        if not foreground:
+            sys.exit(start_in_background(options, verbose, run_dir, source, mount_point))
+        from udbad.daemon import mountproc  # the supervisor and the tools must not load pyfuse3
+
+        def ready(process: mountproc.MountProcess) -> None:
+            if ready_fd >= 0:
+                os.write(ready_fd, b"READY\n")
+                os.close(ready_fd)
+
+        logs.set_up("debug" if verbose else "info", log_format)
+        # Whoever names a control socket looks after the mount; it is not listed for others.
+        identity = mountproc.Identity(run_dir=None if parsed.control else run_dir)
+        mountproc.run(parsed, os.fsencode(mount_point.absolute()), ready, identity)
+
+
+def start_in_background(options: tuple[str, ...], verbose: bool, run_dir: str, source: str, mount_point: Path) -> int:
+    """Start the mount process in a session of its own; 0 when it serves, its exit code when it could not."""
+    read_fd, write_fd = os.pipe()
+    command = [sys.executable, "-m", "udbad", "mount", "-f", "--ready-fd", str(write_fd), "--run-dir", run_dir]
+    command += ["-v"] if verbose else []
+    for option in options:
+        command += ["-o", option]
+    process = subprocess.Popen(
+        [*command, "--", source, str(mount_point)],
+        pass_fds=(write_fd,),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    os.close(write_fd)
+    with os.fdopen(read_fd, "rb") as ready:
+        if ready.read(6) == b"READY\n":
+            return 0
+    return process.wait() or int(ExitCode.FAILURE)
+
+
+@click.command()
+@click.option("-l", "--lazy", is_flag=True, help="Detach now, finish when the last user is gone.")
+@click.argument("mount_point", type=click.Path(path_type=Path))
+def umount(lazy: bool, mount_point: Path) -> None:
+    """Unmount a union."""
+    from udbad.kernel.mounts import find_mount, unmount
+
+    with user_errors():
+        path = find_mount(os.fsencode(mount_point.absolute()))
+        try:
+            unmount(path, lazy)
+        except OSError as error:
+            raise UserError(f"{mount_point}: {error.strerror}", ExitCode.FAILURE) from error
+
+
+@click.command("mount-worker", hidden=True)
+def mount_worker() -> None:
+    """A mount process of the daemon: waits on stdin for what to mount."""
+    from udbad.daemon import worker
+
+    sys.exit(worker.main())

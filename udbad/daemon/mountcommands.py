@@ -1,0 +1,296 @@
+"""What the control socket of a mount process can be asked for; each is one line of `table`.
+
+Paths in requests are relative to the mount and are looked up in the daemon's own tables and on the
+branches, never through the mount: a process that asks its own mount waits for itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from udbad import __version__
+from udbad.config import MountOptions, parse_mount_options, parse_remount
+from udbad.daemon import rebranch
+from udbad.daemon.control import Command, Request
+from udbad.daemon.logs import set_level
+from udbad.errors import ExitCode, UserError
+from udbad.inodes.table import Dir, Node
+from udbad.kernel.boundary import OPERATIONS
+from udbad.union import explain, reconfigure
+
+if TYPE_CHECKING:
+    from udbad.daemon.mountproc import MountProcess
+
+log = logging.getLogger(__name__)
+
+LIVE = frozenset(
+    {
+        *("branches", "udba", "create", "cpup", "dirwh", "diropq", "sum", "fsync_copyup"),
+        *("verbose", "warn_perm", "rdcache"),
+    }
+)
+"""Mount options that can change while mounted; the others are agreed with the kernel at the mount."""
+
+
+class Commands:
+    """The operations of one mount process."""
+
+    def __init__(self, process: MountProcess) -> None:
+        self.process = process
+        self._changing = trio.Lock()
+
+    def table(self) -> dict[str, Command]:
+        return {
+            "ping": self.ping,
+            "status": self.status,
+            "stats": self.stats,
+            "metrics": self.metrics,
+            "flush": self.flush,
+            "udba": self.udba,
+            "where": self.where,
+            "why": self.why,
+            "invalidate": self.invalidate,
+            "busy": self.busy,
+            "branches": self.branches,
+            "reconfigure": self.reconfigure,
+            "remount": self.remount,
+            "log-level": self.log_level,
+            "stop": self.stop,
+        }
+
+    async def ping(self, request: Request) -> dict[str, Any]:
+        return {}
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    async def status(self, request: Request) -> dict[str, Any]:
+        process = self.process
+        return {
+            "name": process.identity.name,
+            "mount_point": os.fsdecode(process.mount_point),
+            "pid": os.getpid(),
+            "udbad": __version__,
+            "uptime": time.time() - process.started,
+            "udba": process.coherence.name,
+            "branches": [branch.describe() for branch in process.tree.branches.branches],
+            "requests": sum(stats.requests for stats in OPERATIONS.values()),
+            "open_handles": len(process.tree.handles),
+            "connection": process.session.connection,
+            "coherence": asdict(process.coherence.statistics()),
+        }
+
+    async def stats(self, request: Request) -> dict[str, Any]:
+        process = self.process
+        return {
+            "requests": {name: stats.requests for name, stats in OPERATIONS.items()},
+            "seconds": {name: stats.seconds for name, stats in OPERATIONS.items()},
+            "errors": sum(stats.errors for stats in OPERATIONS.values()),
+            "bugs": sum(stats.bugs for stats in OPERATIONS.values()),
+            "table": asdict(process.tree.table.statistics()),
+            "coherence": asdict(process.coherence.statistics()),
+            "invalidator": asdict(process.invalidator.statistics()),
+            "depths": {
+                "found": process.tree.counters.depth_found,
+                "negative": process.tree.counters.depth_negative,
+                "whiteout": process.tree.counters.depth_whiteout,
+            },
+            "copyups": [
+                {"path": os.fsdecode(reconfigure.path_of(job.node)), "size": job.st.st_size, "done": job.progress}
+                for job in process.operations.copyups.values()
+            ],
+            "open_handles": len(process.tree.handles),
+            "connection": process.session.connection,
+        }
+
+    async def metrics(self, request: Request) -> dict[str, Any]:
+        """What the metrics endpoint asks for at each scrape (metrics.Samples)."""
+        return {"metrics": await self.process.snapshot.samples()}
+
+    async def where(self, request: Request) -> dict[str, Any]:
+        """Which branch serves a path, and every copy of it."""
+        return explain.where(self.process.tree, _path(request))
+
+    async def why(self, request: Request) -> dict[str, Any]:
+        """How a path is resolved, name by name and branch by branch."""
+        options = self.process.options
+        return {**explain.why(self.process.tree, _path(request)), "create": options.create, "cpup": options.cpup}
+
+    async def busy(self, request: Request) -> dict[str, Any]:
+        """What keeps a branch from being removed."""
+        wanted = os.fsencode(str(request.get("branch"))).rstrip(b"/") or b"/"
+        tree = self.process.tree
+        for branch in tree.branches.branches:
+            if branch.path == wanted:
+                users = reconfigure.users(tree, branch)
+                return {"users": [{"pid": user.pid, "command": _command(user.pid), "what": user.what,
+                                   "path": os.fsdecode(user.path)} for user in users]}  # fmt: skip
+        raise UserError(f"{os.fsdecode(wanted)} is not a branch", ExitCode.OPTION)
+
+    # -- changing ---------------------------------------------------------------------------------
+
+    async def flush(self, request: Request) -> dict[str, Any]:
+        """Every direct change made before the request is seen by every access after the answer."""
+        self.process.coherence.drain()
+        await trio.to_thread.run_sync(self.process.invalidator.flush)
+        return {}
+
+    async def udba(self, request: Request) -> dict[str, Any]:
+        try:
+            async with self._changing:
+                await self.process.set_mode(str(request.get("mode")))
+        except ValueError as error:
+            raise UserError(str(error), ExitCode.OPTION) from None
+        self.process.options = self.process.options.model_copy(update={"udba": self.process.coherence.name})
+        self._write_entry()
+        return {"mode": self.process.coherence.name}
+
+    async def invalidate(self, request: Request) -> dict[str, Any]:
+        """Believe nothing that is cached about a path and what is below it; returns how many nodes that were."""
+        tree = self.process.tree
+        parts = _path(request)
+        node: Node | None = tree.root
+        parent: Dir | None = None
+        for part in parts:
+            parent = node if type(node) is Dir else None
+            node = parent.children.get(part) if parent is not None else None
+        if parent is not None and parts:
+            _distrust(parent)
+            self.process.invalidator.entry(parent.id, parts[-1])
+        count = 0 if node is None else self._invalidate(node)
+        await trio.to_thread.run_sync(self.process.invalidator.flush)
+        return {"nodes": count}
+
+    def _invalidate(self, top: Node) -> int:
+        notifier = self.process.invalidator
+        todo, count = [top], 0
+        while todo:
+            node = todo.pop()
+            count += 1
+            if type(node) is Dir:
+                _distrust(node)
+                for name, child in node.children.items():
+                    notifier.entry(node.id, name)
+                    todo.append(child)
+                notifier.attributes(node.id)
+            else:
+                notifier.data(node.id)
+        if top is self.process.tree.root:
+            self.process.coherence.adopt(self.process.tree.root, False)
+        return count
+
+    async def branches(self, request: Request) -> dict[str, Any]:
+        """Apply (option, value) pairs of add, ins, append, prepend, del and mod; without any, list the branches."""
+        edits = request.get("edits", [])
+        if not isinstance(edits, list) or not all(
+            isinstance(edit, list) and len(edit) == 2 and all(isinstance(word, str) for word in edit) for edit in edits
+        ):
+            raise UserError("edits must be a list of [option, value]", ExitCode.OPTION)
+        if edits:
+            async with self._changing:
+                await rebranch.change_branches(self.process, [(key, value) for key, value in edits])
+                self._note_branches()
+        return {"branches": [branch.describe() for branch in self.process.tree.branches.branches]}
+
+    def _note_branches(self) -> None:
+        specs = tuple(rebranch.current_specs(self.process.tree.branches))
+        self.process.options = self.process.options.model_copy(update={"branches": specs})
+        self._write_entry()
+
+    def _write_entry(self) -> None:
+        try:
+            self.process.write_entry()
+        except OSError as error:
+            log.warning("cannot write what the mount is now: %s", error)
+
+    async def reconfigure(self, request: Request) -> dict[str, Any]:
+        """Become what `options` (all of them, as after -o) say, as far as that goes while mounted.
+
+        configured: what the configuration says, to be remembered. Returns the keys applied, and those that
+        need a new mount. Either every live key is applied or, with an error, none.
+        """
+        new = parse_mount_options(str(request.get("options")))
+        async with self._changing:
+            answer = await self._become(new)
+            if "configured" in request:
+                self.process.configured = str(request["configured"])
+                self._write_entry()
+            return answer
+
+    async def remount(self, request: Request) -> dict[str, Any]:
+        """`mount -o remount,...`: the options given replace the present ones, from left to right.
+
+        All or nothing: an option that cannot change while mounted is an error and nothing is done.
+        """
+        async with self._changing:
+            new = parse_remount(str(request.get("options")), self.process.options)
+            fixed = sorted(_changed(self.process.options, new) - LIVE)
+            if fixed:
+                raise UserError(
+                    f"{', '.join(fixed)} cannot change while mounted: umount, and mount again", ExitCode.OPTION
+                )
+            return await self._become(new)
+
+    async def _become(self, new: MountOptions) -> dict[str, Any]:
+        process = self.process
+        changed = _changed(process.options, new)
+        live = changed & LIVE
+        if "branches" in live:
+            # The only step that can be refused, so it is the first.
+            await rebranch.set_branches(process, new.branches)
+        process.options = process.options.model_copy(update={key: getattr(new, key) for key in live})
+        process.apply_union_options()
+        if "udba" in live:
+            await process.set_mode(new.udba)
+        if live:
+            log.info("changed while mounted: %s", ", ".join(sorted(live)))
+            self._write_entry()
+        return {"applied": sorted(live), "needs_remount": sorted(changed - LIVE)}
+
+    async def log_level(self, request: Request) -> dict[str, Any]:
+        try:
+            set_level(str(request.get("level")))
+        except ValueError as error:
+            raise UserError(str(error), ExitCode.OPTION) from None
+        return {}
+
+    async def stop(self, request: Request) -> dict[str, Any]:
+        """Unmount; with "force" also what is in use. EBUSY is answered with who uses it."""
+        await self.process.unmount(force=bool(request.get("force")))
+        return {}
+
+
+def _changed(old: MountOptions, new: MountOptions) -> set[str]:
+    fields = MountOptions.model_fields.keys() - {"notices", "control", "metrics"}
+    return {key for key in fields if getattr(old, key) != getattr(new, key)}
+
+
+def _distrust(node: Dir) -> None:
+    """As in Coherence.drop_everything: asked again at its next use, and trusted again where it can be."""
+    node.view = None
+    node.trusted = False
+    node.ttl = 0.0
+    node.version += 1
+
+
+def _path(request: Request) -> Sequence[bytes]:
+    """The names of a path in the mount."""
+    parts = os.fsencode(str(request.get("path", ""))).split(b"/")
+    parts = [part for part in parts if part not in (b"", b".")]
+    if b".." in parts:
+        raise UserError("a path with '..' is not looked up here", ExitCode.OPTION)
+    return parts
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm") as file:
+            return file.read().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,130 @@
+"""The control protocol, version 1, seen from both ends: JSON objects, one a line, over a unix socket.
+
+A request has "op", may have "version", and whatever the operation needs; an answer has "ok" and either
+the result or "error" (and "code", an ExitCode, where there is a fitting one). Lines have at most MAX_LINE
+bytes. control.py serves in the mount process (trio), server.py in the supervisor (asyncio); here is what
+both need, and the clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import socket
+import stat
+import struct
+from collections.abc import Callable
+from typing import Any, Final
+
+from udbad.errors import ExitCode, UserError
+
+VERSION: Final = 1
+MAX_LINE: Final = 64 * 1024
+"""Bytes of a request."""
+MAX_ANSWER: Final = 16 * 1024 * 1024
+"""Bytes of an answer that a client takes."""
+MAX_CLIENTS: Final = 64
+"""Clients served at a time; one more ends the one that has been silent for longest."""
+IDLE_SECONDS: Final = 60.0
+SEND_SECONDS: Final = 10.0
+
+Message = dict[str, Any]
+
+
+def bind(path: str) -> socket.socket:
+    """A listening socket; a stale one of an earlier process is replaced.
+
+    Mode 0600. Raises OSError: EADDRINUSE when a living process answers there, EEXIST when something else has the name.
+    """
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.settimeout(5.0)
+        probe.connect(path)
+    except FileNotFoundError:
+        pass
+    except (ConnectionRefusedError, ConnectionResetError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(errno.EEXIST, "exists and is not a socket", path) from None
+        os.unlink(path)
+    else:
+        raise OSError(errno.EADDRINUSE, f"another process answers on {path}")
+    finally:
+        probe.close()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    previous = os.umask(0o177)
+    try:
+        sock.bind(path)
+        sock.listen(128)
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.umask(previous)
+    return sock
+
+
+def may_ask(getsockopt: Callable[[int, int, int], bytes]) -> bool:
+    """Whether the process at the other end (unix(7), SO_PEERCRED) is root's or of our own user."""
+    uid: int = struct.unpack("3i", getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[1]
+    return uid in (0, os.getuid())
+
+
+def encode(message: Message) -> bytes:
+    """One line. Undecodable bytes of paths travel as the surrogates of os.fsdecode()."""
+    return json.dumps(message).encode() + b"\n"
+
+
+def refusal(text: str, code: ExitCode = ExitCode.FAILURE) -> Message:
+    return {"ok": False, "version": VERSION, "error": text, "code": int(code)}
+
+
+def decode_request(line: bytes, operations: object) -> Message:
+    """Raises UserError, whose message is the answer, unless the line is a request for one of `operations`."""
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError("not a request: not JSON") from None
+    if not isinstance(request, dict) or not isinstance(request.get("op"), str):
+        raise UserError('not a request: must be an object with "op"')
+    if request.get("version", VERSION) != VERSION:
+        raise UserError(f"version {request['version']!r} of the protocol is not known, this is {VERSION}")
+    known = operations if isinstance(operations, dict) else {}
+    if request["op"] not in known:
+        raise UserError(f"unknown operation {request['op']!r}; known are {', '.join(sorted(known))}")
+    return request
+
+
+def _decode_answer(line: bytes, path: str) -> Message:
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        answer = None
+    if not line.endswith(b"\n") or not isinstance(answer, dict):
+        raise ConnectionError(f"{path}: no whole answer")
+    return answer
+
+
+def ask(path: str, request: Message, timeout: float) -> Message:
+    """One request, one answer; for clients. Raises OSError (TimeoutError: no answer after `timeout` seconds)."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as client:
+        client.settimeout(timeout)
+        client.connect(path)
+        client.sendall(encode({"version": VERSION, **request}))
+        with client.makefile("rb") as stream:
+            return _decode_answer(stream.readline(MAX_ANSWER), path)
+
+
+async def ask_async(path: str, request: Message, timeout: float) -> Message:
+    """`ask` for the supervisor's event loop."""
+    async with asyncio.timeout(timeout):
+        reader, writer = await asyncio.open_unix_connection(path, limit=MAX_ANSWER)
+        try:
+            writer.write(encode({"version": VERSION, **request}))
+            await writer.drain()
+            return _decode_answer(await reader.readline(), path)
+        except ValueError as error:  # StreamReader: a line above the limit
+            raise ConnectionError(f"{path}: {error}") from None
+        finally:
+            writer.close()

@@ -1,0 +1,182 @@
+"""What is known about each mount under the run directory, for whoever comes later: the supervisor, clients, scripts.
+
+    RUN_DIR/si_<id>/mount.json   who serves the mount, and how to start it again
+    RUN_DIR/si_<id>/control      socket of the mount process
+    RUN_DIR/si_<id>/br0 ...      one line each, path=perm+attr, as aufs has them in /sys/fs/aufs
+
+Written by the mount process only; everybody else reads. The id follows from the mount point, so a mount
+keeps it over restarts, and a directory that a killed process left is used again. Never touches a mount point.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+DEFAULT_RUN_DIR = "/run/udbad"
+SOCKET_NAME = "udbad.sock"  # of the supervisor, in the run directory
+_MAX_LINKS = 40  # MAXSYMLINKS (linux/namei.h)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One mount. name: in the configuration, or "". supervised: started by a supervisor, which restarts it.
+
+    mount_point: as the kernel has it; asked: as somebody wrote it, with symbolic links perhaps.
+    options: as after -o, as they are now; configured: as the configuration had them. connection: number under
+    /sys/fs/fuse/connections. started: seconds since 1970.
+    """
+
+    name: str
+    mount_point: str
+    asked: str
+    options: str
+    configured: str
+    pid: int
+    connection: int
+    supervised: bool
+    version: str
+    started: float
+    directory: str
+
+    @property
+    def id(self) -> str:
+        return os.path.basename(self.directory).removeprefix("si_")
+
+    @property
+    def control(self) -> str:
+        return os.path.join(self.directory, "control")
+
+    @property
+    def label(self) -> str:
+        return self.name or self.mount_point
+
+
+def mount_id(mount_point: bytes) -> str:
+    """The si of a mount: 16 hexadecimal digits."""
+    return hashlib.blake2b(mount_point, digest_size=8).hexdigest()
+
+
+def real_mount_point(path: bytes) -> bytes:
+    """The path the kernel will show in mountinfo; resolves all of it but the last component, which may hang."""
+    path = os.path.abspath(path)
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)) if path != b"/" else path
+
+
+def directory(run_dir: str, mount_point: bytes) -> Path:
+    return Path(run_dir) / f"si_{mount_id(mount_point)}"
+
+
+class Registration:
+    """The directory of one mount, from its beginning to its orderly end; every method raises OSError."""
+
+    def __init__(self, run_dir: str, mount_point: bytes) -> None:
+        """mount_point: from real_mount_point()."""
+        self.path = directory(run_dir, mount_point)
+        self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+
+    def write(self, entry: Entry) -> None:
+        words = asdict(entry)
+        del words["directory"]
+        self._replace("mount.json", json.dumps(words) + "\n")
+
+    def write_branches(self, lines: Iterable[str]) -> None:
+        """Make br0, br1 ... say what the branches are now."""
+        count = 0
+        for line in lines:
+            self._replace(f"br{count}", line + "\n")
+            count += 1
+        for name in os.listdir(self.path):
+            if name.startswith("br") and name[2:].isdigit() and int(name[2:]) >= count:
+                (self.path / name).unlink()
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.new"
+        temporary.write_bytes(os.fsencode(text))
+        temporary.replace(self.path / name)
+
+    def remove(self) -> None:
+        """The mount has ended in order: nothing of it is left to know."""
+        for name in os.listdir(self.path):
+            (self.path / name).unlink()
+        self.path.rmdir()
+
+
+def read(path: Path) -> Entry | None:
+    """The entry in a directory si_<id>; None when there is none, or none that makes sense."""
+    try:
+        words = json.loads((path / "mount.json").read_bytes())
+        entry = Entry(**words, directory=str(path))
+    except (OSError, ValueError, TypeError):
+        return None
+    types = {
+        "pid": int,
+        "connection": int,
+        "name": str,
+        "mount_point": str,
+        "asked": str,
+        "options": str,
+        "supervised": bool,
+    }
+    return entry if all(isinstance(getattr(entry, key), kind) for key, kind in types.items()) else None
+
+
+def entries(run_dir: str) -> list[Entry]:
+    """Every mount that was not ended in order, alive or not."""
+    found = [read(path) for path in sorted(Path(run_dir).glob("si_*"))]
+    return [entry for entry in found if entry is not None]
+
+
+def find(run_dir: str, path: str) -> tuple[Entry, str] | None:
+    """The mount that a path is in, and the path inside it ("" for its root). The innermost mount wins.
+
+    path: absolute; also the name of a mount, or its si_<id>. Nothing inside a mount is touched: it may hang.
+    """
+    known = {entry.mount_point: entry for entry in entries(run_dir)}
+    for entry in known.values():
+        if path in (entry.name, f"si_{entry.id}"):
+            return entry, ""
+    place, inside = _walk(os.path.abspath(path), known)
+    while inside and place in known:
+        deeper = next((top for top in known if _below(f"{place}/{inside}", top) is not None and top != place), None)
+        if deeper is None or len(deeper) <= len(place):
+            break
+        place, inside = deeper, _below(f"{place}/{inside}", deeper) or ""
+    return (known[place], inside) if place in known else None
+
+
+def _walk(path: str, stops: Collection[str]) -> tuple[str, str]:
+    """Follow symbolic links as far as a path in `stops`: (that path or the whole real one, the rest)."""
+    todo = [part for part in path.split("/") if part][::-1]
+    place = ""
+    links = 0
+    while todo:
+        part = todo.pop()
+        if part == "..":
+            place = os.path.dirname(place).rstrip("/")
+            continue
+        step = f"{place}/{part}"
+        if step in stops:
+            return step, "/".join(todo[::-1])
+        try:
+            target = os.readlink(step)
+        except OSError:  # no link, or nothing
+            place = step
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            break
+        if target.startswith("/"):
+            place = ""
+        todo += [piece for piece in target.split("/") if piece not in ("", ".")][::-1]
+    return place or "/", ""
+
+
+def _below(path: str, top: str) -> str | None:
+    if path == top:
+        return ""
+    return path[len(top) + 1 :] if path.startswith(top.rstrip("/") + "/") else None
