@@ -40,7 +40,7 @@ def fsck(yes: bool, no: bool, branch: Path) -> None:
 
 
 for _command in (
-    *(mounting.mount, mounting.umount, mounting.mount_worker),
+    *(mounting.mount, mounting.umount, mounting.mount_server),
     *(daemon.run, daemon.check_config, daemon.status, daemon.reload, daemon.restart, daemon.stop, daemon.log_level),
     *(inspect.where, inspect.why, inspect.invalidate, inspect.flush, inspect.udba, inspect.busy, inspect.branch),
     top.top,

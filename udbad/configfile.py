@@ -74,7 +74,7 @@ class DaemonSettings(_Table):
     run_dir: sockets and what is known about each mount. heartbeat: how often a mount process is asked for a
     sign of life; wedged_after: silence after which it is aborted. restart_delay: waited before the second
     restart in a row, then doubled up to restart_delay_max; a mount that has served for healthy_after starts
-    afresh. spare: keep a process ready that takes over at once. watch: reload when a file changes.
+    afresh. watch: reload when a file changes.
     """
 
     run_dir: str = Field(default="/run/udbad", pattern="^/", description="an absolute path")
@@ -90,7 +90,6 @@ class DaemonSettings(_Table):
     restart_delay_max: float = _seconds(60.0)
     healthy_after: float = _seconds(10.0)
     retry_missing: float = _seconds(2.0, 0.1)
-    spare: bool = Field(default=True, description="true or false")
     watch: bool = Field(default=True, description="true or false")
 
     @field_validator("log_level", "log_format", mode="before")

@@ -4,8 +4,9 @@ The kernel has checked the caller's permission on the mount already (default_per
 then created on the branch with the caller's fsuid and fsgid, so that owner, group of setgid
 directories, default ACLs, reserved blocks and quota come out as on the branch's own file system, and
 an object never exists with a wider owner or mode. setfsuid(2) away from 0 takes the file system
-capabilities out of the effective set; DAC_OVERRIDE is put back for creations, because membership in
-supplementary groups was checked by the kernel and is not known here. For writes nothing is put back:
+capabilities out of the effective set; DAC_OVERRIDE and FSETID are put back for creations, because
+membership in supplementary groups was checked by the kernel (which has taken a setgid bit away where it
+had to, vfs_prepare_mode) and is not known here. For writes nothing is put back:
 without CAP_FSETID the branch drops suid, sgid and file capabilities as it does for any writer.
 """
 
@@ -23,6 +24,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 _CAP_DAC_OVERRIDE = 1 << 1
 _CAP_DAC_READ_SEARCH = 1 << 2
+_CAP_FSETID = 1 << 4
 _CAP_SYS_RESOURCE = 1 << 24
 _CAP_MKNOD = 1 << 27
 _FS_CAPS = 0b1_1111 | 1 << 9 | 1 << 27 | 1 << 32  # CAP_FS_SET, include/linux/capability.h
@@ -71,12 +73,13 @@ class Credentials:
 
     def __init__(self) -> None:
         self.privileged = os.geteuid() == 0
+        self._groups = os.getgroups()
         os.umask(0)
         if not self.privileged:
             return
         effective, permitted, inheritable = _read()
         effective &= ~_CAP_SYS_RESOURCE
-        keep = effective & (_CAP_DAC_OVERRIDE | _CAP_DAC_READ_SEARCH | _CAP_MKNOD)
+        keep = effective & (_CAP_DAC_OVERRIDE | _CAP_DAC_READ_SEARCH | _CAP_FSETID | _CAP_MKNOD)
         self._header = ctypes.byref(_Header(_VERSION_3, 0))
         self._creating = _data(effective & ~_FS_CAPS | keep, permitted, inheritable)
         data = _data(effective, permitted, inheritable)
@@ -100,13 +103,38 @@ class Credentials:
             os.umask(0)
 
     @contextmanager
-    def writing(self, uid: int, gid: int) -> Iterator[None]:
-        """Change content as this user: suid, sgid and capabilities go as on a native file system."""
+    def writing(self, uid: int, gid: int, group: int | None = None) -> Iterator[None]:
+        """Change content as this user: suid, sgid and capabilities go as on a native file system.
+
+        group: a supplementary group that matters (`sgid_group`).
+        """
         if not self.privileged or uid == 0:
             yield
             return
         syscalls.set_fs_ids(uid, gid)
         try:
+            if group is not None:
+                syscalls.set_groups((group,))
             yield
         finally:
             syscalls.set_fs_ids(0, 0)
+            if group is not None:
+                syscalls.set_groups(self._groups)
+
+
+def sgid_group(caller: Caller, st: os.stat_result) -> int | None:
+    """The file's group, when the caller's being in it keeps the setgid bit through a write.
+
+    That is so for files with setgid and without group execution (setattr_should_drop_sgid in fs/attr.c), which are
+    rare enough for a look into /proc.
+    """
+    if st.st_mode & 0o2010 != 0o2000 or caller.uid == 0 or caller.gid == st.st_gid:
+        return None
+    try:
+        with open(f"/proc/{caller.pid}/status") as lines:
+            for line in lines:
+                if line.startswith("Groups:"):
+                    return st.st_gid if str(st.st_gid) in line.split()[1:] else None
+    except OSError:
+        pass
+    return None

@@ -433,17 +433,19 @@ class NotifyCoherence(Coherence):
             lookup.discard(self.tree, node, name, found)
             # The kernel may remember that there is no such name.
             self._tell_entry(node, name)
+            self._tell_link(found, kinds)
             return
         if found.layers is not None:
-            same = type(child) is Dir and lookup.same_directory(child, found.layers)
-            fresh, _ = lookup.intern(self.tree, node, name, found)
-            if same and fresh is child:
-                assert type(child) is Dir
+            if type(child) is Dir and not child.dead and lookup.same_directory(child, found.layers):
+                lookup.intern(self.tree, node, name, found)
                 if [layer.identity for layer in child.layers] == known_layers:
                     self._compare(child, self.tree.stat(child), kinds)
                 # else: adopt() has dropped what was below
                 return
+            lookup.discard(self.tree, node, name, found)
+            self.tree.table.detach(child, node, name)
             self._tell_entry(node, name)
+            self._tell_object(child)
             return
         st = found.st
         same = child.kind == found.kind and not child.dead
@@ -476,6 +478,14 @@ class NotifyCoherence(Coherence):
     def _tell_entry(self, node: Dir, name: bytes) -> None:
         self.notifier.entry(node.id, name)
         self.notifier.attributes(node.id)
+
+    def _tell_link(self, found: lookup.Found, kinds: int) -> None:
+        """A new name of something that the kernel may know by another one: link(2) sends no event to that one."""
+        if found.layers is None and found.st.st_nlink > 1:
+            identity = (found.st.st_dev, found.st.st_ino)
+            other = self.tree.table.nodes.get(self.tree.inomap.number(*identity))
+            if other is not None and other.identity == identity:
+                self._compare(other, found.st, kinds)
 
     def _tell_object(self, child: Node) -> None:
         """An object lost a name: whoever still has it open sees its new link count."""

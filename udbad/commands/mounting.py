@@ -91,9 +91,11 @@ def umount(lazy: bool, mount_point: Path) -> None:
             raise UserError(f"{mount_point}: {error.strerror}", ExitCode.FAILURE) from error
 
 
-@click.command("mount-worker", hidden=True)
-def mount_worker() -> None:
-    """A mount process of the daemon: waits on stdin for what to mount."""
+@click.command("mount-server", hidden=True)
+@click.option("--log-format", type=click.Choice(["plain", "json"]), default="plain")
+def mount_server(log_format: str) -> None:
+    """What the daemon forks mount processes from."""
+    logs.set_up("info", log_format)
     from udbad.daemon import worker
 
     sys.exit(worker.main())

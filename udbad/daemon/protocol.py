@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import math
 import os
 import socket
 import stat
@@ -27,6 +28,8 @@ MAX_ANSWER: Final = 16 * 1024 * 1024
 """Bytes of an answer that a client takes."""
 MAX_CLIENTS: Final = 64
 """Clients served at a time; one more ends the one that has been silent for longest."""
+BACKLOG: Final = 1024
+"""Clients that may wait to be accepted; accepting is quick, so this is for a crowd or a busy moment."""
 IDLE_SECONDS: Final = 60.0
 SEND_SECONDS: Final = 10.0
 
@@ -56,7 +59,7 @@ def bind(path: str) -> socket.socket:
     previous = os.umask(0o177)
     try:
         sock.bind(path)
-        sock.listen(128)
+        sock.listen(BACKLOG)
     except BaseException:
         sock.close()
         raise
@@ -109,8 +112,13 @@ def _decode_answer(line: bytes, path: str) -> Message:
 def ask(path: str, request: Message, timeout: float) -> Message:
     """One request, one answer; for clients. Raises OSError (TimeoutError: no answer after `timeout` seconds)."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as client:
+        # For connect, which with a timeout of Python's would fail at once (EAGAIN) while the queue is full.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(timeout), 0))
+        try:
+            client.connect(path)
+        except BlockingIOError:
+            raise TimeoutError from None
         client.settimeout(timeout)
-        client.connect(path)
         client.sendall(encode({"version": VERSION, **request}))
         with client.makefile("rb") as stream:
             return _decode_answer(stream.readline(MAX_ANSWER), path)

@@ -146,7 +146,7 @@ class Runner:
                 self._again = self._resume = False
                 failures = 0
                 self._set(State.STARTING, "")
-            elif worker.code in (0, None) and self.connection not in kernelside.connections():
+            elif self.connection not in kernelside.connections():
                 self.log.info("%s: unmounted", self.label)
                 self._resume = False
                 self._set(State.UNMOUNTED, "somebody unmounted it")
@@ -154,7 +154,7 @@ class Runner:
                 self.restarts += 1
                 self._resume = True
                 failures = 0 if time.monotonic() - begun >= self.shared.daemon.healthy_after else failures + 1
-                text = f"process {worker.pid} {worker.describe_end()}"
+                text = f"process {worker.pid} ended"
                 self.log.warning("%s: %s; starting another", self.label, text)
                 self._set(State.RESTARTING, text)
                 if failures > 1:
@@ -195,14 +195,13 @@ class Runner:
             self._set(State.STARTING, "")
         settings = self.active if self._resume else self.settings
         try:
-            worker = self.shared.pool.take()
+            worker = await self.shared.pool.take()
         except OSError as error:
             return _Failure(f"cannot start a process: {error.strerror}", 1)
         self.worker = worker
-        worker.give(self._job(settings))
         try:
             async with asyncio.timeout(self.shared.daemon.start_timeout):
-                answer = await worker.answer()
+                answer = await worker.give(self._job(settings))
         except TimeoutError:
             answer = {"error": f"not ready after {self.shared.daemon.start_timeout:g} s", "code": 1}
         if answer is not None and answer.get("ready"):
@@ -212,20 +211,13 @@ class Runner:
             self._set(State.SERVING, "")
             self.up.set()
             self.log.info("%s: serving on %s, process %d", self.label, settings.mount_point, worker.pid)
-            self._prepare_spare()
             return None
         worker.send_signal(signal.SIGKILL)
         await worker.ended()
         self.worker = None
         if answer is None:
-            return _Failure(f"process {worker.pid} {worker.describe_end()} before it was ready", 1)
+            return _Failure(f"process {worker.pid} ended before it was ready", 1)
         return _Failure(str(answer.get("error")), int(answer.get("code", 1)))
-
-    def _prepare_spare(self) -> None:
-        try:
-            self.shared.pool.prepare()
-        except OSError as error:
-            self.log.warning("cannot start a spare process: %s", error.strerror)
 
     def _job(self, settings: MountSettings) -> dict[str, Any]:
         daemon = self.shared.daemon

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Awaitable, Callable
 
 from udbad.daemon.protocol import (
+    BACKLOG,
     IDLE_SECONDS,
     MAX_CLIENTS,
     MAX_LINE,
@@ -40,7 +41,7 @@ class Server:
 
     async def start(self, sock: socket.socket) -> None:
         """sock: listening, from protocol.bind()."""
-        self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=MAX_LINE)
+        self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=MAX_LINE, backlog=BACKLOG)
 
     async def close(self) -> None:
         if self._server is not None:
@@ -60,8 +61,9 @@ class Server:
         try:
             await self._converse(reader, writer, task)
         except (OSError, asyncio.CancelledError):
-            # Cancelled by close() or for a newer client: the end of this client and of nothing else.
-            pass
+            # Cancelled by close() or for a newer client: the end of this client and of nothing else. What it
+            # did not take is dropped: close() would wait for it.
+            writer.transport.abort()
         finally:
             self._clients.pop(task, None)
             writer.close()

@@ -49,7 +49,7 @@ class Supervisor:
         self._log_format = log_format
         self.config = config
         daemon = config.daemon.model_copy(update={"log_format": log_format or config.daemon.log_format})
-        self.shared = Shared(daemon, Pool(config.daemon.spare), self._parent_of)
+        self.shared = Shared(daemon, Pool(daemon.log_format), self._parent_of)
         self.runners: dict[str, Runner] = {}
         self.reloaded = time.time()
         self.reload_succeeded = True
@@ -154,7 +154,7 @@ class Supervisor:
                 leaves = [one for one in todo if not any(self._parent_of(x.settings.mount_point) is one for x in todo)]
                 await asyncio.gather(*(runner.stop() for runner in leaves))
                 todo = [runner for runner in todo if runner not in leaves]
-        await self.shared.pool.close()
+        self.shared.pool.close()
         log.info("stopped")
 
     def _parent_of(self, path: str) -> Runner | None:
@@ -187,7 +187,7 @@ class Supervisor:
 
     async def _adopt_one(self, entry: registry.Entry) -> Runner | None:
         try:
-            worker = Worker(entry.pid)
+            worker = Worker(entry.pid, os.pidfd_open(entry.pid))
         except OSError:
             return None
         try:
@@ -195,7 +195,7 @@ class Supervisor:
             answer = await ask_async(entry.control, {"op": "status"}, _ADOPT_SECONDS)
             same = answer.get("pid") == entry.pid
         except TimeoutError:
-            same = b"mount-worker" in _command_line(entry.pid)  # wedged: the heartbeat will see to it
+            same = b"mount-server" in _command_line(entry.pid)  # wedged: the heartbeat will see to it
         except OSError:
             same = False
         if not same:
@@ -275,11 +275,10 @@ class Supervisor:
         self.shared.daemon = new.model_copy(
             update={"run_dir": self.shared.daemon.run_dir, "log_format": self._log_format or new.log_format}
         )
-        self.shared.pool.keep_spare = new.spare
-        if not new.spare:
-            await self.shared.pool.close()
         if old.log_format != new.log_format:
-            logs.set_up(new.log_level, self._log_format or new.log_format)
+            self.shared.pool.log_format = self.shared.daemon.log_format
+            self.shared.pool.close()  # the next one says it in the new form
+            logs.set_up(new.log_level, self.shared.daemon.log_format)
         elif old.log_level != new.log_level:
             await self._set_log_level(new.log_level)
 

@@ -1,56 +1,62 @@
-"""A mount process that waits for its job: how the supervisor starts mounts.
-
-Everything is imported first, so that a process kept ready takes over a dead mount within milliseconds.
-Then one line of JSON comes on stdin, the job; one line goes out on stdout when the mount serves, or
-when it cannot. End of file instead of a job: the supervisor is gone, and so are we.
-"""
+"""What a forked mount process does: get its job, mount, say so, serve. Imports what a mount needs, once."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
+import socket
 from pathlib import Path
 from typing import Any
 
 from udbad.config import parse_mount_options
-from udbad.daemon import logs, mountproc
+from udbad.daemon import forkserver, logs, mountproc
 from udbad.errors import UserError
 
 
 def main() -> int:
-    """Serve one mount; the exit code of the process."""
-    line = sys.stdin.buffer.readline()
+    """The exit code of the fork server, and of every mount process forked from it."""
+    return forkserver.main(work)
+
+
+def work(supervisor: socket.socket) -> int:
+    """Serve one mount. A line of JSON comes in, the job; a line goes out when the mount serves or cannot."""
+    with supervisor.makefile("rb") as stream:
+        line = stream.readline()
     if not line.endswith(b"\n"):
-        return 0
+        return 0  # whoever wanted the mount is gone
     job = json.loads(line)
     logs.set_up(job["log_level"], job["log_format"], job["label"])
     _show_name(job["label"])
+
+    def ready(process: mountproc.MountProcess) -> None:
+        control = process.control_path or None
+        _answer(supervisor, {"ready": True, "connection": process.session.connection, "control": control})
+
     try:
         mountproc.run(
             parse_mount_options(job["options"]),
             os.fsencode(job["mount_point"]),
-            lambda process: _answer(
-                {"ready": True, "connection": process.session.connection, "control": process.control_path or None}
-            ),
+            ready,
             mountproc.Identity(job["name"], job["run_dir"], supervised=True),
             job["configured"],
         )
     except UserError as error:
-        _answer({"ready": False, "error": error.message, "code": int(error.code)})
+        _answer(supervisor, {"ready": False, "error": error.message, "code": int(error.code)})
         return int(error.code)
     except Exception as error:
-        _answer({"ready": False, "error": f"{type(error).__name__}: {error}", "code": 1})
+        _answer(supervisor, {"ready": False, "error": f"{type(error).__name__}: {error}", "code": 1})
         raise
     return 0
 
 
-def _answer(words: dict[str, Any]) -> None:
-    """Tell the supervisor; it may have died meanwhile, which is no reason not to serve."""
+def _answer(supervisor: socket.socket, words: dict[str, Any]) -> None:
+    """Tell the supervisor, once; it may have died meanwhile, which is no reason not to serve."""
     try:
-        os.write(sys.stdout.fileno(), json.dumps(words).encode() + b"\n")
+        supervisor.sendall(json.dumps(words).encode() + b"\n")
     except OSError:
-        return
+        pass
+    finally:
+        supervisor.close()
 
 
 def _show_name(label: str) -> None:

@@ -1,7 +1,7 @@
-"""Mount processes seen from the supervisor: started, kept ready, adopted, watched through pidfds.
+"""Mount processes seen from the supervisor: forked from a fork server, or adopted; watched through pidfds.
 
-A mount process is in a session of its own and outlives the supervisor; one found by its registration is
-watched like one started here. Only signals and pipes, no mount point. asyncio.
+A mount process is in a session of its own and outlives both the supervisor and the fork server. Only
+signals and sockets, no mount point. asyncio.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 COMMAND = (sys.executable, "-m", "udbad")
+_FORK_SECONDS = 60.0
+"""For the fork server to answer, the time of its imports included."""
 
 
 def environment() -> dict[str, str]:
@@ -25,35 +28,27 @@ def environment() -> dict[str, str]:
 
 
 class Worker:
-    """One mount process. popen: None for an adopted one, whose exit code nobody can know."""
+    """One mount process."""
 
-    def __init__(self, pid: int, popen: subprocess.Popen[bytes] | None = None) -> None:
-        """Raises ProcessLookupError when there is no such process."""
+    def __init__(self, pid: int, pidfd: int, job: socket.socket | None = None) -> None:
+        """pidfd is owned from here on. job: where a new process gets its job and answers."""
         self.pid = pid
-        self._popen = popen
-        self._pidfd = os.pidfd_open(pid)
+        self._pidfd = pidfd
+        self._job = job
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().add_reader(self._pidfd, self._on_end)
-        self.code: int | None = None
+        asyncio.get_running_loop().add_reader(pidfd, self._on_end)
 
     def _on_end(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        self._pidfd = -1
-        if self._popen is not None:
-            self.code = self._popen.wait()  # has ended: returns at once
-            self._close_pipes()
+        self.forget()
         if not self._ended.done():
             self._ended.set_result(None)
 
-    def _close_pipes(self) -> None:
-        assert self._popen is not None
-        for pipe in (self._popen.stdin, self._popen.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    pass
+    def forget(self) -> None:
+        """Stop watching; the process goes on without us."""
+        if self._pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     @property
     def alive(self) -> bool:
@@ -63,13 +58,6 @@ class Worker:
         """Return when the process has ended."""
         await asyncio.shield(self._ended)
 
-    def describe_end(self) -> str:
-        if self.code is None:
-            return "ended"
-        if self.code < 0:
-            return f"was killed by {signal.Signals(-self.code).name}"
-        return f"ended with code {self.code}"
-
     def send_signal(self, number: signal.Signals) -> None:
         """Harmless when it has ended: the pidfd cannot mean another process."""
         if self._pidfd >= 0:
@@ -78,80 +66,110 @@ class Worker:
             except ProcessLookupError:
                 return
 
-    def give(self, job: dict[str, Any]) -> None:
-        """Hand over the job. A process that has died shows in `answer`."""
-        assert self._popen is not None
-        assert self._popen.stdin is not None
-        try:
-            self._popen.stdin.write(json.dumps(job).encode() + b"\n")
-            self._popen.stdin.close()
-        except BrokenPipeError:
-            return
+    async def give(self, job: dict[str, Any]) -> dict[str, Any] | None:
+        """Hand over the job; the one line a mount process says: that it serves, or why not.
 
-    async def answer(self) -> dict[str, Any] | None:
-        """The one line a mount process says: that it serves, or why not; None when it died without a word."""
-        assert self._popen is not None
-        assert self._popen.stdout is not None
+        None when it died without a word.
+        """
+        assert self._job is not None
         loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(loop=loop)
-        # A descriptor of its own: the transport closes it.
-        pipe = os.fdopen(os.dup(self._popen.stdout.fileno()), "rb", buffering=0)
-        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader, loop=loop), pipe)
-        try:
-            line = await reader.readline()
-        finally:
-            transport.close()
-        try:
-            answer = json.loads(line)
-        except ValueError:
-            return None
+        said = b""
+        with self._job as sock:
+            self._job = None
+            try:
+                await loop.sock_sendall(sock, json.dumps(job).encode() + b"\n")
+                while not said.endswith(b"\n"):
+                    piece = await loop.sock_recv(sock, 65536)
+                    if not piece:
+                        return None
+                    said += piece
+            except OSError:
+                return None
+        answer = json.loads(said)
         return answer if isinstance(answer, dict) else None
-
-    def forget(self) -> None:
-        """Stop watching a process that goes on without us."""
-        if self._pidfd >= 0:
-            asyncio.get_running_loop().remove_reader(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
-        if self._popen is not None:
-            self._close_pipes()
-            if self._popen.returncode is None:
-                self._popen.returncode = 0  # not our child to wait for any more: init's, when we end
 
 
 class Pool:
-    """Starts mount processes, one ahead of time."""
+    """Makes mount processes, by way of a fork server that is started when it is needed and not there."""
 
-    def __init__(self, keep_spare: bool) -> None:
-        self.keep_spare = keep_spare
-        self._spare: Worker | None = None
+    def __init__(self, log_format: str) -> None:
+        """log_format: of what the fork server says, plain or json."""
+        self.log_format = log_format
+        self._server: subprocess.Popen[bytes] | None = None
+        self._sock: socket.socket | None = None
+        self._turn = asyncio.Lock()
 
-    def _start(self) -> Worker:
-        popen = subprocess.Popen(
-            [*COMMAND, "mount-worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd="/",
-            env=environment(),
-            start_new_session=True,  # neither Ctrl-C nor the end of the supervisor's terminal is for a mount
-        )
-        return Worker(popen.pid, popen)
+    def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with theirs:
+            try:
+                self._server = subprocess.Popen(
+                    [*COMMAND, "mount-server", "--log-format", self.log_format],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    cwd="/",
+                    env=environment(),
+                    start_new_session=True,
+                )
+            except BaseException:
+                ours.close()
+                raise
+        self._sock = ours
+        return ours
 
-    def take(self) -> Worker:
-        """A process that waits for its job. Raises OSError when none can be started."""
-        spare, self._spare = self._spare, None
-        if spare is not None and spare.alive:
-            return spare
-        return self._start()
+    async def take(self) -> Worker:
+        """A process that waits for its job. Raises OSError when none can be made."""
+        async with self._turn:
+            for _ in range(2):
+                # The second time with a new server: the old one may have been killed.
+                sock = self._sock or self._start()
+                try:
+                    async with asyncio.timeout(_FORK_SECONDS):
+                        worker = await _fork(sock)
+                except OSError:
+                    worker = None
+                except asyncio.CancelledError:
+                    self._end()  # its answer would be taken for that to the next request
+                    raise
+                if worker is not None:
+                    return worker
+                self._end()
+        raise OSError(0, "the fork server does not answer")
 
-    def prepare(self) -> None:
-        """Have a process ready; called when there is time for it. Raises OSError."""
-        if self.keep_spare and (self._spare is None or not self._spare.alive):
-            self._spare = self._start()
+    def _end(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        if self._server is not None:
+            self._server.kill()
+            self._server.wait()
+            self._server = None
 
-    async def close(self) -> None:
-        """End the one that waits."""
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            spare.send_signal(signal.SIGKILL)
-            await spare.ended()
+    def close(self) -> None:
+        """End the fork server; what was forked goes on."""
+        self._end()
+
+
+async def _fork(sock: socket.socket) -> Worker | None:
+    """None when the server has ended."""
+    ours, theirs = socket.socketpair()
+    try:
+        with theirs:
+            socket.send_fds(sock, [b"fork"], [theirs.fileno()])
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(sock, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(sock)
+        reply, descriptors, _, _ = socket.recv_fds(sock, 64, 1)
+        if not reply:
+            ours.close()
+            return None
+        ours.setblocking(False)
+        return Worker(int(reply), descriptors[0], ours)
+    except BaseException:
+        ours.close()
+        raise

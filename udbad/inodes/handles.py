@@ -18,10 +18,11 @@ from udbad.types import Caller, Fh
 class OpenFile:
     """One open(2) of a regular file. flags: as given by the caller; uid, gid, pid: who opened it.
 
+    group: of the opener's supplementary groups the one that keeps the setgid bit, if any.
     writable: whether `fd` may be written. gen: generation of the node's data that `fd` belongs to.
     """
 
-    __slots__ = ("fd", "fh", "flags", "gen", "gid", "node", "pid", "uid", "writable")
+    __slots__ = ("fd", "fh", "flags", "gen", "gid", "group", "node", "pid", "uid", "writable")
 
     def __init__(self, fh: Fh, node: Node, fd: int, flags: int, caller: Caller, writable: bool) -> None:
         self.fh = fh
@@ -31,6 +32,7 @@ class OpenFile:
         self.uid = caller.uid
         self.gid = caller.gid
         self.pid = caller.pid
+        self.group: int | None = None
         self.gen = node.gen
         self.writable = writable
 

@@ -247,7 +247,20 @@ class InodeTable:
             return
         node.nlookup -= count
         if node.nlookup <= 0:
+            if type(node) is Dir:
+                self._release_untold(node)
             self._release(node)
+
+    def _release_untold(self, node: Dir) -> None:
+        """Children the kernel was never told of must not keep a directory that it has forgotten.
+
+        There are few: an entry that did not fit into a listing's reply, a replacement that an event led to.
+        """
+        for child in list(node.children.values()):
+            if child.nlookup <= 0:
+                if type(child) is Dir:
+                    self._release_untold(child)
+                self._release(child)
 
     def release_handles(self, node: Node) -> None:
         """Called after the last open file of a node is gone."""

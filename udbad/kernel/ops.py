@@ -246,7 +246,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def listxattr(self, node: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        return self.fs.listxattr(node)
+        return self.fs.listxattr(node, _caller(ctx))
 
     @handler
     async def setxattr(self, node: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:

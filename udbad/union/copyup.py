@@ -274,6 +274,7 @@ def _begin_orphan(tree: Tree, need: NeedCopyUp) -> Job:
     node = need.node
     if node.orphan_fd >= 0 or not node.handles:
         raise estale()
+    home = not node.dead and tree.options.plink  # it has names left that we do not know, on a lower branch
     above = tree.branches.writable_above(node.branch.index)
     if tree.options.read_only or not above:
         raise erofs()
@@ -281,6 +282,8 @@ def _begin_orphan(tree: Tree, need: NeedCopyUp) -> Job:
     src_fd = os.dup(node.handles[-1].fd)
     try:
         st = os.fstat(src_fd)
+        if home and st.st_nlink > 1:
+            return _begin_home(tree, need, branch, src_fd, st)
         dst_fd = _unnamed_file(branch)
     except BaseException:
         os.close(src_fd)
@@ -288,6 +291,21 @@ def _begin_orphan(tree: Tree, need: NeedCopyUp) -> Job:
     return Job(
         node, need.trigger, None, b"", branch, -1, b"", src_fd, dst_fd, st, need.length, False, None
     )  # fmt: skip
+
+
+def _begin_home(tree: Tree, need: NeedCopyUp, branch: Branch, src_fd: int, st: os.stat_result) -> Job:
+    """The name it was opened by is gone, others are not: the copy goes where those find it, as a pseudo-link."""
+    node = need.node
+    dirfd = plink.directory(tree, branch)
+    tmp = whiteout.temporary_name(b"plink")
+    dirfd = os.dup(dirfd)
+    try:
+        dst_fd = syscalls.create_file_at(dirfd, tmp, os.O_RDWR, 0o600)
+    except BaseException:
+        os.close(dirfd)
+        raise
+    name = plink.home_name(node, st.st_ino)
+    return Job(node, need.trigger, None, name, branch, dirfd, tmp, src_fd, dst_fd, st, need.length, False, None)
 
 
 def _unnamed_file(branch: Branch) -> int:
@@ -342,7 +360,14 @@ def commit(tree: Tree, job: Job) -> None:
         node.dev, node.ino, node.branch = made.st_dev, made.st_ino, job.branch
         node.gen += 1
         return
-    assert job.parent is not None
+    if job.parent is None:
+        _publish(job.dirfd, job.tmp, job.dirfd, job.name)
+        job.tmp = b""
+        node.branch, node.dev, node.ino = job.branch, made.st_dev, made.st_ino
+        node.gen += 1
+        tree.inomap.alias(made.st_dev, made.st_ino, node.id)
+        plink.adopt_home(tree, node, job.branch, job.name, job.st.st_nlink - 1)
+        return
     assert job.parent_times is not None
     _check_unmoved(tree, job)
     source = node.branch

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from udbad.branch import syscalls
-from udbad.branch.credentials import Credentials
+from udbad.branch.credentials import Credentials, sgid_group
 from udbad.errors import erofs, estale, os_error
 from udbad.inodes.handles import OpenDir, OpenFile
 from udbad.inodes.table import Dir, Node
@@ -138,9 +138,7 @@ class UnionFs:
             if changes.size is not None:
                 self._truncate(node, fd, changes.size, fh, caller)
             if changes.uid is not None or changes.gid is not None:
-                syscalls.chown_fd(
-                    fd, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid
-                )
+                self._chown(fd, changes, caller)
             if changes.mode is not None:
                 syscalls.chmod_fd(fd, st_mod.S_IMODE(changes.mode))
             if changes.atime_ns is not None or changes.mtime_ns is not None:
@@ -156,6 +154,16 @@ class UnionFs:
             if owned:
                 os.close(fd)
 
+    @staticmethod
+    def _chown(fd: int, changes: SetAttr, caller: Caller) -> None:
+        """chown drops suid and sgid by itself, but for the setgid bit without group execution, which goes
+        unless the caller is in the group (setattr_should_drop_sgid)."""
+        st = os.fstat(fd)
+        syscalls.chown_fd(fd, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid)
+        odd = st_mod.S_ISREG(st.st_mode) and st.st_mode & 0o2010 == 0o2000 and caller.uid != 0
+        if odd and caller.gid != st.st_gid and sgid_group(caller, st) is None:
+            syscalls.chmod_fd(fd, st_mod.S_IMODE(os.fstat(fd).st_mode) & ~st_mod.S_ISGID)
+
     def _truncate(self, node: Node, fd: int, size: int, fh: int | None, caller: Caller) -> None:
         handle = None if fh is None else self.handles.files.get(fh)
         if handle is not None:
@@ -163,7 +171,7 @@ class UnionFs:
                 copyup.follow(self.tree, handle)
             if handle.writable:
                 fd = handle.fd
-        with self.creds.writing(caller.uid, caller.gid):
+        with self.creds.writing(caller.uid, caller.gid, sgid_group(caller, os.fstat(fd))):
             syscalls.truncate_fd(fd, size)
 
     def need_writable(self, node: Node, trigger: Trigger, length: int | None = None) -> None:
@@ -227,8 +235,10 @@ class UnionFs:
         self._check_xattr(key)
         return syscalls.getxattr(self._xattr_target(self.table.node(node_id)), key)
 
-    def listxattr(self, node_id: int) -> list[bytes]:
+    def listxattr(self, node_id: int, caller: Caller) -> list[bytes]:
         names = syscalls.listxattr(self._xattr_target(self.table.node(node_id)))
+        if caller.uid != 0:
+            names = [key for key in names if not key.startswith(b"trusted.")]  # xattr(7)
         return names if self.tree.options.acl else [key for key in names if not key.startswith(_ACL_PREFIX)]
 
     def setxattr(self, node_id: int, key: bytes, value: bytes) -> None:
@@ -276,11 +286,14 @@ class UnionFs:
         try:
             if flags & os.O_TRUNC and writing:
                 self.tree.hooks.before_own(node)
-                with self.creds.writing(caller.uid, caller.gid):
+                with self.creds.writing(caller.uid, caller.gid, sgid_group(caller, os.fstat(fd))):
                     syscalls.truncate_fd(fd, 0)
                 self.tree.hooks.own_data(node, True)
             st = os.fstat(fd)
-            return self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable), st
+            handle = self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable)
+            if writing:
+                handle.group = sgid_group(caller, st)
+            return handle, st
         except BaseException:
             os.close(fd)
             raise
@@ -326,7 +339,7 @@ class UnionFs:
         hooks = self.tree.hooks
         hooks.before_own(handle.node)
         if handle.uid:
-            with self.creds.writing(handle.uid, handle.gid):
+            with self.creds.writing(handle.uid, handle.gid, handle.group):
                 count = os.pwrite(handle.fd, data, offset)
         else:
             count = os.pwrite(handle.fd, data, offset)

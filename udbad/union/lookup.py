@@ -214,7 +214,7 @@ def intern(tree: Tree, parent: Dir, name: bytes, found: Found) -> tuple[Node, os
             # Each name of the home but the one in .wh..wh.plnk took the place of one on the lower branch.
             plink.pending = max(found.st.st_nlink - (st.st_nlink - 1), 1)
         set_plink_count(node)
-        table.attach(node, parent, name)
+        _attach(tree, node, parent, name)
         return node, st
     if node is not None and (node.identity != (st.st_dev, st.st_ino) or node.kind != found.kind or node.dead):
         # The number belongs to an object that is still in use: this one gets a number of its own.
@@ -224,8 +224,15 @@ def intern(tree: Tree, parent: Dir, name: bytes, found: Found) -> tuple[Node, os
         node = Node(number, found.kind, found.branch, st.st_dev, st.st_ino)
         table.add(node)
     node.branch = found.branch
-    table.attach(node, parent, name)
+    _attach(tree, node, parent, name)
     return node, st
+
+
+def _attach(tree: Tree, node: Node, parent: Dir, name: bytes) -> None:
+    old = parent.children.get(name)
+    tree.table.attach(node, parent, name)
+    if old is not None and old is not node:
+        tree.hooks.parted(parent, name)
 
 
 def set_plink_count(node: Node) -> None:
@@ -252,7 +259,7 @@ def _intern_dir(tree: Tree, parent: Dir, name: bytes, found: Found) -> Dir:
             tree.table.open_fds += len(layers)
             tree.table.note_fds(node)
     assert type(node) is Dir
-    tree.table.attach(node, parent, name)
+    _attach(tree, node, parent, name)
     adopt(tree, node, found, parent.floor)
     return node
 
@@ -377,3 +384,4 @@ def forget_name(tree: Tree, parent: Dir, name: bytes) -> None:
     node = parent.children.get(name)
     if node is not None:
         tree.table.detach(node, parent, name)
+        tree.hooks.parted(parent, name)

@@ -29,6 +29,26 @@ def _directory(branch: Branch) -> int:
     return syscalls.open_dir_at(branch.root_fd, whiteout.PLINK_DIR)
 
 
+def directory(tree: Tree, branch: Branch) -> int:
+    """Descriptor of the branch's plink directory; it stays open while the mount lasts."""
+    fd = tree.plink_fds.get(branch.id)
+    if fd is None:
+        fd = tree.plink_fds[branch.id] = _directory(branch)
+    return fd
+
+
+def home_name(node: Node, lower_ino: int) -> bytes:
+    """Name of a home in .wh..wh.plnk (spec section 1)."""
+    return b"%d.%d" % (node.id, lower_ino)
+
+
+def adopt_home(tree: Tree, node: Node, branch: Branch, name: bytes, pending: int) -> None:
+    """The home `name` exists: let the node, and every name found later, lead to it."""
+    node.plink = Plink(branch, directory(tree, branch), name, pending)
+    node.nlink_extra = pending - 1
+    tree.plinks[node.id] = node.plink
+
+
 def make(tree: Tree, node: Node, branch: Branch, dirfd: int, name: bytes, lower_ino: int, pending: int) -> None:
     """Remember the copied-up file (dirfd, name) as the home of `node`, whose other names are `pending` many.
 
@@ -36,10 +56,8 @@ def make(tree: Tree, node: Node, branch: Branch, dirfd: int, name: bytes, lower_
     showing the lower data, which one warning says.
     """
     try:
-        plnk_fd = next((p.dirfd for p in tree.plinks.values() if p.branch is branch), -1)
-        if plnk_fd < 0:
-            plnk_fd = _directory(branch)
-        link_name = b"%d.%d" % (node.id, lower_ino)
+        plnk_fd = directory(tree, branch)
+        link_name = home_name(node, lower_ino)
         try:
             syscalls.link_at(dirfd, name, plnk_fd, link_name)
         except FileExistsError:
@@ -51,9 +69,7 @@ def make(tree: Tree, node: Node, branch: Branch, dirfd: int, name: bytes, lower_
             raise
         log.warning("no pseudo-link for %r in %s: %s", name, branch.describe(), error.strerror)
         return
-    node.plink = Plink(branch, plnk_fd, link_name, pending)
-    node.nlink_extra = pending - 1
-    tree.plinks[node.id] = node.plink
+    adopt_home(tree, node, branch, link_name, pending)
 
 
 def name_arrived(node: Node) -> None:
@@ -95,11 +111,9 @@ def load(tree: Tree) -> None:
     for branch in tree.branches.branches:
         if not branch.writable:
             continue
-        try:
-            dirfd = syscalls.open_dir_at(branch.root_fd, whiteout.PLINK_DIR)
-        except (FileNotFoundError, NotADirectoryError):
+        if not syscalls.exists_at(branch.root_fd, whiteout.PLINK_DIR):
             continue
-        used = False
+        dirfd = directory(tree, branch)
         fd = syscalls.open_listing(dirfd)
         try:
             names = [os.fsencode(text) for text in os.listdir(fd)]
@@ -112,13 +126,11 @@ def load(tree: Tree) -> None:
             st = syscalls.stat_at(dirfd, name)
             tree.inomap.alias(st.st_dev, st.st_ino, int(number))
             tree.plinks[int(number)] = Plink(branch, dirfd, name, 1, counted=False)
-            used = True
-        if not used:
-            os.close(dirfd)
 
 
 def close(tree: Tree) -> None:
     """Close the plink directories at the end of the mount."""
-    for fd in {home.dirfd for home in tree.plinks.values()}:
+    for fd in tree.plink_fds.values():
         os.close(fd)
+    tree.plink_fds.clear()
     tree.plinks.clear()

@@ -89,6 +89,8 @@ def apply(tree: Tree, new: BranchSet) -> None:
             home.branch = by_id[home.branch.id]
         else:
             del tree.plinks[number]
+    for branch_id in [branch_id for branch_id in tree.plink_fds if branch_id not in by_id]:
+        os.close(tree.plink_fds.pop(branch_id))
     _rebuild_root(tree, new)
     for node in list(tree.table.nodes.values()):
         if node is tree.root:

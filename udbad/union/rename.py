@@ -35,6 +35,7 @@ def rename(tree: Tree, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, flags
         raise os_error(errno.EINVAL)
     whiteout.check_name(dst)
     source = remove.find(tree, src_dir, src)
+    known = src_dir.children.get(src), dst_dir.children.get(dst)
     src_node, _ = lookup.intern(tree, src_dir, src, source)
     if dst_dir.dead:
         raise enoent()
@@ -51,6 +52,10 @@ def rename(tree: Tree, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, flags
         if found is None or dst_node is None:
             raise enoent()
         _exchange(tree, src_dir, src, source, src_node, dst_dir, dst, found, dst_node)
+        if known[1] not in (None, dst_node):
+            tree.hooks.parted(src_dir, src)
+        if known[0] not in (None, src_node):
+            tree.hooks.parted(dst_dir, dst)
         return
     _check_types(tree, src_node, dst_node)
     if src_node is dst_node:
@@ -59,6 +64,9 @@ def rename(tree: Tree, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, flags
     limit = limit if found is None else min(limit, found.branch.index)
     branch = _target(tree, src_dir, src, source, src_node, limit)
     _move(tree, src_dir, src, src_node, dst_dir, dst, dst_node, found, branch)
+    if known[0] not in (None, src_node) or not src_node.nlookup:
+        # Replaced directly just before. The kernel has moved what it knew under the old name.
+        tree.hooks.parted(dst_dir, dst)
 
 
 def _check_types(tree: Tree, src: Node, dst: Node | None) -> None:

@@ -66,7 +66,10 @@ class Hooks(Protocol):
         """An operation through the mount changed attributes of this node; content: or content, or times."""
 
     def parted(self, node: Dir, name: bytes) -> None:
-        """This name stands for another object than before, without an operation on it (a link left behind)."""
+        """This name stands for another object than before, or for none, without an operation on it.
+
+        A link left behind; or a direct change that was found before its event came, which then finds nothing to tell.
+        """
 
     def side_effect(self, node: Node) -> None:
         """Attributes of this node changed without the kernel knowing (a directory during a copy-up)."""
@@ -112,6 +115,8 @@ class Tree:
         self.handles = HandleTable()
         self.counters = Counters()
         self.plinks: dict[int, Plink] = {}
+        self.plink_fds: dict[int, int] = {}
+        """Branch id to the descriptor of its .wh..wh.plnk directory."""
         self.warned: set[tuple[int, bytes]] = set()
         self.examined = 0
         self.whited: int | None = None
@@ -212,7 +217,9 @@ class Tree:
                     return st
             if node.parent is None or not node.aliases:
                 break
-            self.table.detach(node, node.parent, node.name)
+            lost = node.parent, node.name
+            self.table.detach(node, *lost)
+            self.hooks.parted(*lost)
         if node.orphan_fd >= 0:
             return os.fstat(node.orphan_fd)
         if node.handles:

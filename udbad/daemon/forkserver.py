@@ -1,0 +1,61 @@
+"""The process that mount processes are forked from: everything is imported once, so a new one is there at once.
+
+Talks to the supervisor over stdin, a SOCK_SEQPACKET socket: each request carries one descriptor, a socket
+over which the new process gets its job and answers; the reply carries a pidfd of that process. Ends when
+the supervisor does; mount processes go on, as children of init. Runs no event loop and no thread: what is
+forked must not be in the middle of anything.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+_children: set[int] = set()
+
+
+def main(work: Callable[[socket.socket], int]) -> int:
+    """Fork a process for each request; in it, `work` is called with the socket of its job. Returns an exit code."""
+    supervisor = socket.socket(fileno=os.dup(0))
+    signal.signal(signal.SIGCHLD, _reap)
+    gc.collect()
+    gc.freeze()  # the children share what is there now
+    while True:
+        request, descriptors, _, _ = socket.recv_fds(supervisor, 16, 1)
+        if not request:
+            return 0
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            supervisor.close()
+            os.dup2(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), 0)
+            os.setsid()  # neither Ctrl-C nor the end of the supervisor's terminal is for a mount
+            return work(socket.socket(fileno=descriptors[0]))
+        os.close(descriptors[0])
+        pidfd = os.pidfd_open(pid)  # cannot fail: nobody has waited for it yet
+        try:
+            socket.send_fds(supervisor, [str(pid).encode()], [pidfd])
+        except OSError:
+            return 0
+        finally:
+            os.close(pidfd)
+        _children.add(pid)
+        _reap(0, None)
+
+
+def _reap(number: int, frame: object) -> None:
+    for pid in list(_children):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            _children.discard(pid)
+            code = os.waitstatus_to_exitcode(status)
+            if code < 0:
+                log.warning("process %d was killed by %s", pid, signal.Signals(-code).name)
+            elif code > 0:
+                log.info("process %d ended with code %d", pid, code)
