@@ -325,6 +325,40 @@ def test_trim_prefers_what_was_not_used() -> None:
     assert table.open_fds == len(root.layers)
 
 
+def test_what_the_kernel_was_never_told_of_keeps_no_directory() -> None:
+    """An entry that did not fit into a reply, a replacement found by an event: nobody will ever forget those."""
+    table = InodeTable(bare_root(), MAX_FDS)
+    above, below = Dir(2, open_layers()), Dir(3, open_layers())
+    told, untold = (Node(number, stat.S_IFREG, BRANCH, 1, number) for number in (4, 5))
+    for node, parent in ((above, table.root), (below, above), (told, above), (untold, below)):
+        table.add(node)
+        table.attach(node, parent, b"%d" % node.id)
+    table.open_fds += 2 * LAYERS
+    above.nlookup = told.nlookup = 1
+    table.forget(above.id, 1)
+    assert set(table.nodes) == {ROOT_ID, above.id, told.id}, "what the kernel still has stays reachable"
+    table.forget(told.id, 1)
+    assert set(table.nodes) == {ROOT_ID}
+    assert table.open_fds == len(table.root.layers)
+
+
+def test_a_file_that_lost_all_names_can_have_two_again() -> None:
+    root = bare_root()
+    table = InodeTable(root, MAX_FDS)
+    node = Node(2, stat.S_IFREG, BRANCH, 1, 2)
+    node.nlookup = 1
+    table.add(node)
+    for _ in range(2):
+        for name in (b"a", b"b"):
+            table.attach(node, root, name)
+        assert sorted(node.names(), key=lambda place: place[1]) == [(root, b"a"), (root, b"b")]
+        for name in (b"a", b"b"):
+            table.detach(node, root, name)
+        assert node.names() == []
+    table.forget(2, 1)
+    assert set(table.nodes) == {ROOT_ID}
+
+
 def test_an_orphan_lets_its_descriptor_go() -> None:
     table = InodeTable(bare_root(), MAX_FDS)
     node = Node(2, stat.S_IFREG, BRANCH, 1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from tests.helpers.mount import DEADLINE, REPOSITORY, Mount, UnionFactory
 from tests.t3_fuse.live import debris, errno_of, modes, names
 
 pytestmark = pytest.mark.fuse
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 FAULTY_DAEMON = """
 import errno, os, sys
@@ -55,7 +58,7 @@ KINDS = ("RuntimeError", "KeyError", "AssertionError", "RecursionError", "Memory
 
 ACTS: dict[str, Callable[[Path], object]] = {
     "lookup": lambda root: os.stat(root / "new name"),
-    "getattr": lambda root: os.stat(root),
+    "getattr": lambda root: _statx(root),
     "readlink": lambda root: os.readlink(root / "link"),
     "create": lambda root: os.close(os.open(root / "created", os.O_CREAT | os.O_EXCL | os.O_RDWR)),
     "mknod": lambda root: os.mkfifo(root / "made"),
@@ -79,6 +82,13 @@ ACTS: dict[str, Callable[[Path], object]] = {
     "directory_fds": lambda root: _fsync_directory(root),
 }
 """A system call that needs the method of UnionFs, and works when there is no fault."""
+
+
+def _statx(path: Path) -> None:
+    """statx(2) with AT_STATX_FORCE_SYNC: the attributes the kernel has cached will not do."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.statx(-100, os.fsencode(path), 0x2000, 0x7FF, buffer) != 0:
+        raise OSError(ctypes.get_errno(), "statx")
 
 
 def _write(path: Path) -> None:
@@ -135,7 +145,10 @@ def test_a_bug_is_one_eio_and_one_log_entry(faulty: Mount, faults: Path) -> None
             seen = errno_of(lambda: act(faulty.path))  # noqa: B023  # called at once
             (faults / method).unlink()
             assert seen == "EIO", (method, kind)
-            assert (bugs(faulty), faulty.log().count(" failed\n")) == (known + 1, told + 1), (method, kind)
+            failures = bugs(faulty) - known
+            # One request; the kernel reads again what could not be read ahead.
+            assert failures == 1 or (method == "ready" and failures > 1), (method, kind)
+            assert faulty.log().count(" failed\n") == told + failures, (method, kind)
         assert diff(before, snapshot(faulty["top"])) == [], method
         assert errno_of(lambda: act(faulty.path)) == ("ENOENT" if method == "lookup" else ""), method  # noqa: B023  # called at once
     assert faulty.log().count("Traceback") >= len(ACTS) * len(KINDS)
@@ -167,11 +180,15 @@ def living(union: UnionFactory, tmp_path: Path, udba: str) -> Mount:
 
 
 def dead_everywhere(root: Path) -> None:
-    """Every access says that the mount is dead; above all it does not look like an empty directory."""
+    """Every access says that the mount is dead; above all it does not look like an empty directory.
+
+    Names and attributes that the kernel has cached may still be answered.
+    """
     for call in (
         lambda: os.listdir(root),
-        lambda: os.stat(root),
-        lambda: os.stat(root / "lower"),
+        lambda: _statx(root),
+        lambda: os.stat(root / "never asked for"),
+        lambda: os.open(root / "lower", os.O_RDONLY),
         lambda: os.open(root / "new", os.O_CREAT | os.O_WRONLY),
         lambda: os.mkdir(root / "new"),
         lambda: os.unlink(root / "lower"),
@@ -230,8 +247,11 @@ def test_sweep_after_a_kill(living: Mount) -> None:
 
 
 @modes
-def test_aborted_connection(living: Mount) -> None:
-    """What a supervisor does to a wedged mount: the daemon ends by itself, with an error or without."""
+def test_aborted_connection(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """What a supervisor does to a wedged mount: the daemon ends by itself, and says why in its own way."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/lower").write_text("lower")
+    living = union(None, udba, allow_log=".")
     abort_connection(living.connection)
     living.process.wait(DEADLINE)
     assert living.is_mounted

@@ -323,6 +323,19 @@ def test_link_of_a_lower_file_with_plink(union: UnionFactory, tmp_path: Path, ud
 
 
 @modes
+def test_rename_of_a_lower_file_that_has_a_pseudo_link(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """Its data is on A already, under the other name only."""
+    (tmp_path / "C").mkdir()
+    (tmp_path / "C/n").write_text("C")
+    mount = three(union, udba)
+    os.link(mount.path / "n", mount.path / "m")
+    (mount.path / "n").rename(mount.path / "moved")
+    assert sorted(os.listdir(mount.path)) == ["m", "moved"]
+    assert (mount["A"] / "moved").samefile(mount["A"] / "m")
+    assert (mount["A"] / ".wh.n").exists()
+
+
+@modes
 def test_link_of_a_lower_file_without_plink(union: UnionFactory, tmp_path: Path, udba: str) -> None:
     (tmp_path / "C").mkdir()
     (tmp_path / "C/n").write_text("C")

@@ -29,6 +29,9 @@ ALLOWED = {"ENOENT", "ENOTDIR", "ESTALE", "ELOOP", "EIO", "EEXIST", "ENOTEMPTY",
            "EBUSY", "ENXIO", "ENOTSUP", "EPERM", "EACCES"}  # fmt: skip
 """What a caller may get when the branch changes under an operation: anything but a wrong result."""
 
+OVERFLOW = "lost branch events"
+"""The swapper may be faster than the watcher; what happens then is said once each time, and is no mistake here."""
+
 Facts = dict[str, tuple[object, ...]]
 
 
@@ -176,7 +179,7 @@ def test_directory_and_symlink(union: UnionFactory, tmp_path: Path, udba: str, b
     root = tmp_path / branch
     (root / "swap").symlink_to(tmp_path / "canary")
     (root / "d/swap").symlink_to(tmp_path / "canary/sub")
-    mount = union(None, udba)
+    mount = union(None, udba, allow_log=OVERFLOW)
     calls = 0
     with swapping((root / "d", root / "swap"), (root / "d/sub", root / "d/swap")) as swaps:
         while calls < ROUNDS * 10 or swaps() < ROUNDS:
@@ -224,7 +227,7 @@ def test_file_and_something_else(union: UnionFactory, tmp_path: Path, udba: str,
             other.mkdir()
         else:
             os.mknod(other, stat.S_IFCHR | 0o666, os.makedev(1, 3))
-    mount = union(None, udba)
+    mount = union(None, udba, allow_log=OVERFLOW)
     calls = 0
     fd = os.open(mount.path / "d", os.O_RDONLY)
     try:

@@ -18,20 +18,14 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.inprocess import notify_union
 from tests.helpers.leaks import read_mountinfo
 from tests.helpers.merge import Tree as Seen
 from tests.helpers.merge import diff, merge, read_entry, snapshot
 from tests.helpers.mount import DEADLINE, Mount, UnionFactory
 from tests.helpers.slow_mount import NO_EPOCHS, slow_daemon
-from tests.t2_core.fake_notifier import FakeNotifier, Message
-from udbad.branch.accept import open_branches
-from udbad.branch.branches import BranchSpec
-from udbad.branch.credentials import Credentials
-from udbad.branch.policy import parse_copyup, parse_create
-from udbad.coherence.notify import NotifyCoherence
+from tests.t2_core.fake_notifier import Message
 from udbad.types import ROOT_CALLER, ROOT_ID, Perm
-from udbad.union.fs import UnionFs
-from udbad.union.tree import Tree, UnionOptions
 
 pytestmark = pytest.mark.fuse
 
@@ -187,61 +181,29 @@ def test_the_fallback_names_everything_the_kernel_may_hold(tmp_path: Path, expec
     """The strategy alone, with a notifier that has no epochs, after a real overflow."""
     expect_log(OVERFLOW)
     populate(tmp_path / "base", 3)
-    (tmp_path / "mnt").mkdir()
-    specs = [BranchSpec(os.fsencode(tmp_path / "base"), Perm.RO)]
-    branches = open_branches(specs, False, os.fsencode(tmp_path / "mnt"))
-    tree = Tree(branches, UnionOptions(parse_create("tdp"), parse_copyup("tdp")), max_fds=1000)
-    fs = UnionFs(tree, Credentials())
-    notifier = FakeNotifier(epochs=False)
-    with lowered("max_queued_events", QUEUE):
-        coherence = NotifyCoherence(tree, notifier)
-        coherence.start()
-    handed_out: list[int] = []
+    with ExitStack() as stack:
+        with lowered("max_queued_events", QUEUE):
+            union = stack.enter_context(notify_union([(tmp_path / "base", Perm.RO)], tmp_path / "mnt", epochs=False))
+        directories = [union.look_up(ROOT_ID, b"d%d" % number) for number in range(3)]
+        assert union.look_up(ROOT_ID, b"absent") == 0
+        expected = {Message("entry", ROOT_ID, name) for name in (b"d0", b"d1", b"d2", b"absent")}
+        for directory in directories:
+            for name in (b"f0", b"f1", b"absent", b"not there"):
+                union.look_up(directory, name)
+                expected.add(Message("entry", directory, name))
+        opened = union.look_up(directories[0], b"f2")
+        handle, _ = union.fs.open(opened, os.O_RDONLY, ROOT_CALLER)
+        expected |= {Message("entry", directories[0], b"f2"), Message("data", opened)}
+        expected |= {Message("attributes", number) for number in {ROOT_ID, *union.references} - {opened}}
 
-    def look_up(parent: int, name: bytes) -> int:
-        """As kernel/ops.py answers LOOKUP."""
-        found = fs.lookup(parent, name)
-        if found is None:
-            directory = tree.table.directory(parent)
-            assert directory.ttl
-            coherence.told_negative(directory, name)
-            return 0
-        node, st = found
-        assert coherence.attr_ttl(node, st)
-        node.nlookup += 1
-        handed_out.append(node.id)
-        return node.id
-
-    expected = set()
-    directories = [look_up(ROOT_ID, b"d%d" % number) for number in range(3)]
-    assert look_up(ROOT_ID, b"absent") == 0
-    expected |= {Message("entry", ROOT_ID, name) for name in (b"d0", b"d1", b"d2", b"absent")}
-    for directory in directories:
-        for name in (b"f0", b"f1", b"absent", b"not there"):
-            look_up(directory, name)
-            expected.add(Message("entry", directory, name))
-    opened = look_up(directories[0], b"f2")
-    handle, _ = fs.open(opened, os.O_RDONLY, ROOT_CALLER)
-    expected |= {Message("entry", directories[0], b"f2"), Message("data", opened)}
-    expected |= {Message("attributes", number) for number in {ROOT_ID, *handed_out} - {opened}}
-
-    for number in range(2 * QUEUE):
-        (tmp_path / "base" / f"new{number}").touch()
-    notifier.told.clear()
-    coherence.drain()
-    assert expected <= set(notifier.told)
-    assert coherence.statistics().overflows == 1
-    # What was handed out is forgotten, it would have to be looked up again: a second time there is less to say.
-    notifier.told.clear()
-    coherence.drop_everything()
-    assert not [message for message in notifier.told if message.name in (b"absent", b"not there")]
-
-    fs.release(handle.fh)
-    for number in handed_out:
-        fs.forget(number, 1)
-    assert set(tree.table.nodes) == {ROOT_ID}
-    coherence.stop()
-    branches.close()
+        for number in range(2 * QUEUE):
+            (tmp_path / "base" / f"new{number}").touch()
+        assert expected <= union.told()
+        assert union.coherence.statistics().overflows == 1
+        # Told once, the kernel has no negatives any more: a second time they are not named.
+        union.coherence.drop_everything()
+        assert not [message for message in union.told() if message.name in (b"absent", b"not there")]
+        union.fs.release(handle.fh)
 
 
 # -- no watches left ------------------------------------------------------------------------------

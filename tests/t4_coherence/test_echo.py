@@ -1,13 +1,22 @@
-"""Own changes come back as events and cost nothing: no notification is written because of them."""
+"""Events are hints, state decides.
+
+Own changes come back as events and cost nothing: no notification is written because of them. And a
+foreign change that the daemon came across before its event was read is not lost: then there is nothing
+left to compare, but the kernel still has to be told.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.inprocess import Union, notify_union
 from tests.helpers.mount import Mount, UnionFactory
+from tests.t2_core.fake_notifier import Message
+from udbad.types import ROOT_ID, Perm
 
 pytestmark = pytest.mark.fuse
 
@@ -114,3 +123,66 @@ def test_names_of_a_lower_branch(union: UnionFactory, tmp_path: Path) -> None:
     assert {kind: count for kind, count in sent(mount).items() if kind in ("entry", "data", "epoch")} == {
         kind: count for kind, count in before.items() if kind in ("entry", "data", "epoch")
     }
+
+
+# -- found before the event came --------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Union]:
+    """A union in this process whose base branch has a file `a`, its hard link `b`, a file `c`."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "a").write_bytes(b"linked")
+    os.link(base / "a", base / "b")
+    (base / "c").write_bytes(b"c")
+    (tmp_path / "top").mkdir()
+    with notify_union([(tmp_path / "top", Perm.RW), (base, Perm.RO)], tmp_path / "mnt") as union:
+        yield union
+
+
+def root_entry(name: bytes) -> Message:
+    return Message("entry", ROOT_ID, name)
+
+
+def test_a_lost_link_that_getattr_found(here: Union, tmp_path: Path) -> None:
+    node = here.look_up(ROOT_ID, b"b")
+    assert here.look_up(ROOT_ID, b"a") == node
+    (tmp_path / "base" / "a").unlink()
+    assert here.fs.getattr(node)[1].st_nlink == 1
+    assert root_entry(b"a") in here.told()
+
+
+def test_a_removed_name_that_a_listing_found(here: Union, tmp_path: Path) -> None:
+    assert here.look_up(ROOT_ID, b"c")
+    assert b"c" in here.list(ROOT_ID)
+    (tmp_path / "base" / "c").unlink()
+    assert b"c" not in here.list(ROOT_ID)
+    assert root_entry(b"c") in here.told()
+
+
+def test_a_removed_name_that_a_rename_found(here: Union, tmp_path: Path) -> None:
+    assert here.look_up(ROOT_ID, b"c")
+    (tmp_path / "base" / "c").unlink()
+    with pytest.raises(FileNotFoundError):
+        here.fs.run(lambda: here.fs.rename(ROOT_ID, b"c", ROOT_ID, b"e", 0))
+    assert root_entry(b"c") in here.told()
+
+
+def test_a_replaced_name_that_a_listing_found(here: Union, tmp_path: Path) -> None:
+    node = here.look_up(ROOT_ID, b"c")
+    (tmp_path / "base" / "c").rename(tmp_path / "base" / "moved")
+    (tmp_path / "base" / "c").mkdir()
+    here.list(ROOT_ID)
+    assert root_entry(b"c") in here.told()
+    assert here.look_up(ROOT_ID, b"c") != node
+
+
+def test_a_replaced_file_that_a_rename_moved(here: Union, tmp_path: Path) -> None:
+    """The kernel moves what it has under the old name; that is not what was moved."""
+    node = here.look_up(ROOT_ID, b"c")
+    (tmp_path / "base" / "new").write_bytes(b"other")
+    (tmp_path / "base" / "new").rename(tmp_path / "base" / "c")
+    here.fs.run(lambda: here.fs.rename(ROOT_ID, b"c", ROOT_ID, b"e", 0))
+    assert root_entry(b"e") in here.told()
+    assert here.look_up(ROOT_ID, b"e") != node

@@ -28,11 +28,9 @@ pytestmark = pytest.mark.fuse
 
 MODES = ("none", "reval", "notify")
 STATES = ("positive", "negative", "listed", "open", "mapped", "inside")
-
-
-def applies(case: Case, state: str) -> bool:
-    """A state needs something to be in it: a name that appears, or a file to map."""
-    return bool({"negative": case.change.absent, "mapped": case.change.files}.get(state, True))
+SCENES = tuple((mode, state) for mode in MODES for state in STATES)
+NEVER = "d/never"
+"""A name that no change makes."""
 
 
 def asked(mount: Mount) -> int:
@@ -59,6 +57,11 @@ def probe(root: str, names: Iterable[str]) -> Tree:
         except (FileNotFoundError, NotADirectoryError):
             continue
     return tree
+
+
+def children(tree: Tree, directory: str) -> set[str]:
+    """The names in one directory of a tree."""
+    return {os.path.basename(name) for name in map(os.fsdecode, tree) if os.path.dirname(name) == directory}
 
 
 @dataclass
@@ -116,39 +119,36 @@ class Scene:
     def warmed(self, case: Case) -> Iterator[Callable[[], None]]:
         """Bring the case's names into the state; gives the check of what was held while the change happened."""
         branches = self.mount.branches
+        change = case.change
         before = case.expected(branches)
-        names = [name for name in case.change.names if (os.fsencode(name) in before) is (self.state != "negative")]
-        names = names or list(case.change.names)  # on a branch where the change does not show
+        visible = [name for name in change.names if os.fsencode(name) in before]
+        names = [*visible, QUIET]
+        if self.state == "negative":
+            names = [name for name in (*change.names, NEVER) if name not in visible] + [QUIET]
         held: list[Held] = []
         with ExitStack() as stack:
             listing = native = -1
-            here = self.path(case)
+            root = self.path(case)
             if self.state == "listed":
-                names = [os.fsdecode(name) for name in snapshot(Path(here))]
+                names = [os.fsdecode(name) for name in snapshot(Path(root))]
             elif self.state == "inside":
-                native = os.open(case.winner(branches, case.change.cwd), os.O_RDONLY)
+                native = os.open(case.winner(branches, change.cwd), os.O_RDONLY)
                 stack.callback(os.close, native)
-                stack.enter_context(chdir(self.path(case, case.change.cwd)))
-                here = ""
-                names = [os.path.relpath(name, case.change.cwd) for name in names]
+                stack.enter_context(chdir(self.path(case, change.cwd)))
+                root = ""
+                names = [os.path.relpath(name, change.cwd) for name in names]
             elif self.state in ("open", "mapped"):
                 listing = os.open(self.path(case, "d"), os.O_RDONLY)
                 stack.callback(os.close, listing)
-                held = [self._hold(stack, case, name) for name in case.change.files if os.fsencode(name) in before]
-            probe(here, names)
-            self._prove_cached(
-                [
-                    os.path.join(here, name)
-                    for name in [*names, os.path.relpath(QUIET, case.change.cwd) if self.state == "inside" else QUIET]
-                ]
-            )
+                held = [self._hold(stack, case, name) for name in (*change.files, QUIET) if name in names]
+            probe(root, names)
+            self._prove_cached([os.path.join(root, name) for name in names])
 
             def check() -> None:
                 for one in held:
                     one.check(exempt=self.mode == "reval")
                 if listing >= 0:
-                    expected = {name[2:] for name in case.expected(branches) if name.startswith(b"d/")}
-                    assert {os.fsencode(name) for name in os.listdir(listing)} == {n for n in expected if b"/" not in n}
+                    assert set(os.listdir(listing)) == children(case.expected(branches), "d")
                 if native >= 0:
                     self._check_inside(case, names, native)
 
@@ -182,11 +182,10 @@ class Scene:
         cwd = case.change.cwd
         entry = expected.get(os.fsencode(cwd))
         if entry is not None and entry.is_dir:
-            wanted = {os.fsencode(os.path.relpath(os.fsdecode(name), cwd)): entry for name, entry in expected.items()}
-            wanted = {name: entry for name, entry in wanted.items() if os.fsdecode(name) in names}
+            by_name = {os.fsencode(os.path.relpath(os.fsdecode(name), cwd)): expected[name] for name in expected}
+            wanted = {name: by_name[name] for name in map(os.fsencode, names) if name in by_name}
             assert diff(wanted, probe("", names)) == []
-            inside = {name[len(cwd) + 1 :] for name in expected if name.startswith(os.fsencode(cwd) + b"/")}
-            assert {os.fsencode(name) for name in os.listdir()} == {name for name in inside if b"/" not in name}
+            assert set(os.listdir()) == children(expected, cwd)
         else:
             try:
                 assert set(os.listdir()) == set(os.listdir(native))
@@ -222,15 +221,14 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     branches = [root / letter for letter in LETTERS]
     for branch in branches:
         branch.mkdir()
-    cases = [case for case in CASES if applies(case, state)]
-    for case in cases:
+    for case in CASES:
         case.build(branches)
     words = [f"{branch}={permission}" for branch, permission in zip(branches, PERMISSIONS, strict=True)]
     with mounted(words, root / "mnt", mode) as mount:
         scene = Scene(mount, mode, state)
         if mode == "none":
             # Nothing is promised before the remount, so one is enough for all cases.
-            for case in cases:
+            for case in CASES:
                 try:
                     with scene.warmed(case):
                         case.act(branches)
@@ -240,18 +238,8 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield scene
 
 
-# One object for each scene: pytest compares parameters of a fixture by identity.
-SCENES = tuple((mode, state) for mode in MODES for state in STATES)
-MATRIX = [
-    pytest.param(scene, case, id=f"{scene[0]}-{scene[1]}-{case.id}")
-    for scene in SCENES
-    for case in CASES
-    if applies(case, scene[1])
-]
-
-
-# The scope is said because pytest takes every parameter for one of the function when one of them is.
-@pytest.mark.parametrize(("scene", "case"), MATRIX, indirect=["scene"], scope="module")
+@pytest.mark.parametrize("scene", SCENES, indirect=True, ids="-".join, scope="module")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_a_direct_change_is_seen(scene: Scene, case: Case) -> None:
     if scene.mode == "none":
         if case.id in scene.errors:

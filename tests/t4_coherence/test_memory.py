@@ -121,3 +121,25 @@ def test_a_walk_over_everything_leaves_nothing(tmpfs: Path, union: UnionFactory,
     print(f"{udba}: before {memory_before >> 20} MiB, peaks {[p >> 20 for p in peaks]}, kept {kept / taken:.0%}")
     assert kept <= KEPT * taken
     assert peaks[1] - memory_before <= AGAIN * taken
+
+
+def test_what_was_only_half_looked_at_is_forgotten_too(union: UnionFactory, tmp_path: Path) -> None:
+    """An entry that did not fit into the last reply of a listing, and objects that only an event has led to."""
+    many, few = tmp_path / "base" / "many", tmp_path / "base" / "few"
+    many.mkdir(parents=True)
+    for number in range(3000):
+        (many / f"a rather long name, so that replies are full {number}").touch()
+    (few / "inner").mkdir(parents=True)
+    (few / "inner" / "file").touch()
+    mount = union({"top": "rw", "base": "ro"}, "notify")
+    before = watches(mount)
+    with os.scandir(mount.path / "many") as entries:
+        next(entries)
+    os.lstat(mount.path / "few" / "inner" / "file")
+    (few / "inner").rename(few / "renamed")
+    (few / "inner").mkdir()
+    (few / "renamed" / "other").touch()
+    mount.flush()
+    assert status(mount)["table"]["nodes"] > 3
+    drop_caches(mount, 1)
+    assert watches(mount) == before

@@ -78,12 +78,12 @@ def test_conf_d_is_read_in_order_and_a_table_is_in_one_file_only(tmp_path: Path)
         ("[mount.a]", ["mount: unknown table or key, the closest known one is 'mounts'"]),
         ("[daemon]\nhartbeat = 1", ["daemon.hartbeat: unknown key, the closest known one is 'heartbeat'"]),
         (
-            '[daemon]\nheartbeat = "often"\nspare = 1\nlog_level = "loud"\nrun_dir = "run"',
+            '[daemon]\nheartbeat = "often"\nwatch = 1\nlog_level = "loud"\nrun_dir = "run"',
             [
                 'daemon.run_dir: found "run", must be an absolute path',
                 'daemon.log_level: found "loud", must be debug, info, warning or error',
                 'daemon.heartbeat: found "often", must be a number of seconds from 0.1 to 86400',
-                "daemon.spare: found 1, must be true or false",
+                "daemon.watch: found 1, must be true or false",
             ],
         ),
         (

@@ -78,10 +78,9 @@ def test_a_killed_mount_process_is_replaced_and_the_others_go_on(daemon: Daemon)
 
 
 def test_a_dead_mount_point_is_not_an_empty_directory(daemon: Daemon) -> None:
-    """With no process that could replace it, what is killed stays visible as dead."""
+    """What is killed and cannot come back stays visible as dead."""
     point = daemon.add("a")
     (daemon.branch("a", "base") / "file").write_text("here")
-    daemon.settings["spare"] = False
     daemon.start()
     missing = daemon.branch("a", "base").rename(daemon.tmp_path / "elsewhere")
     kill(daemon.state("a")["pid"])

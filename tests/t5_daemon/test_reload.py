@@ -73,7 +73,7 @@ def test_every_key_of_the_daemon(daemon: Daemon) -> None:
     values: dict[str, object] = {
         "log_level": "debug", "log_format": "json", "heartbeat": 1, "wedged_after": 50, "start_timeout": 200,
         "stop_timeout": 20, "restart_delay": 1, "restart_delay_max": 30, "healthy_after": 5, "retry_missing": 1,
-        "spare": False, "watch": True, "run_dir": f"{daemon.run_dir}/other",
+        "watch": True, "run_dir": f"{daemon.run_dir}/other",
     }  # fmt: skip
     assert values.keys() == DaemonSettings.model_fields.keys()
     run_dir = daemon.settings["run_dir"]
