@@ -5,14 +5,16 @@ VENV := .venv
 # Extra words for pytest and for the benchmark, e.g. make test PYTEST_ARGS='tests/t0_unit -x'
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MINUTES ?= 10
 
 .NOTPARALLEL:
-.PHONY: help run test bench lint clean packages test-packages
+.PHONY: help run test bench soak lint clean packages test-packages
 
 help:
 	@echo "make run    mount the walk-through tree and serve it until Ctrl-C"
 	@echo "make test   ruff, mypy --strict, every test, and a check that nothing was left behind"
 	@echo "make bench  the benchmark (BENCH_ARGS='...')"
+	@echo "make soak   random changes from all sides for MINUTES=10"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove the virtual environment and the caches"
 
@@ -40,6 +42,13 @@ test: test-packages lint
 
 bench: test-packages $(VENV)/.stamp
 	$(VENV)/bin/python -m tests.bench $(BENCH_ARGS)
+
+# In a mount namespace of its own, without copies of other unions: a copy keeps a daemon from ending.
+soak: test-packages $(VENV)/.stamp
+	unshare --mount --propagation private bash -c ' \
+	    findmnt --raw --noheadings --output TARGET --types fuse.udba | \
+	        while IFS= read -r target; do umount --lazy -- "$$(printf %b "$$target")"; done; \
+	    exec $(VENV)/bin/python -m tests.stress.soak --minutes $(MINUTES)'
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build

@@ -52,7 +52,7 @@ def mirror() -> tuple[str, str]:
     return found[0], suite
 
 
-def in_chroot(root: Path, *argv: str, timeout: float = 240, ok: tuple[int, ...] = (0,)) -> str:
+def in_chroot(root: Path, *argv: str, timeout: float = 600, ok: tuple[int, ...] = (0,)) -> str:
     """Run a program in the system at `root` with /proc and /dev; all it starts ends with it."""
     namespaces = ("--mount", "--pid", "--fork", "--kill-child", "--propagation", "private")
     env = clean_env(DEBIAN_FRONTEND="noninteractive", HOME="/root")

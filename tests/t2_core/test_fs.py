@@ -373,6 +373,7 @@ def test_everything_is_forgotten(tmp_path: Path, udba: str) -> None:
         (tmp_path / f"base/d{i}/sub/f").write_text("x")
         os.link(tmp_path / f"base/d{i}/sub/f", tmp_path / f"base/d{i}/hard")
     with core(tmp_path, udba=udba) as union:
+        opened = len(union.tree.plink_fds)
         descriptors = len(os.listdir("/proc/self/fd"))
         for i in range(20):
             assert union.content(f"d{i}/sub/f") == b"x"

@@ -373,6 +373,25 @@ def test_file_of_a_lower_writable_branch_is_changed_in_place(union: UnionFactory
     assert [name for name in os.listdir(mount["B"]) if not name.startswith(".wh..wh.")] == []
 
 
+@modes
+def test_new_file_with_the_inode_number_of_a_removed_one(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """The removed file had a pseudo-link, so its number on B stood for a copy on A; the new one is its own file."""
+    for name in ("A/p", "B/p", "B/c"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "A/p" / OPQ).touch()  # hides B/p, so that a link into p needs a copy on A
+    mount = union({"A": "rw", "B": "rw"}, udba)
+    for _ in range(20):
+        (mount.path / "c/old").write_text("removed")
+        os.link(mount.path / "c/old", mount.path / "p/old")
+        (mount.path / "c/old").unlink()
+        (mount.path / "p/old").chmod(0o600)
+        (mount.path / "p/old").unlink()
+        (mount.path / "c/new").write_text("new")
+        assert (mount.path / "c/new").read_text() == (mount["B"] / "c/new").read_text() == "new"
+        assert (mount.path / "c/new").stat().st_mode == (mount["B"] / "c/new").stat().st_mode
+        (mount.path / "c/new").unlink()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 1 MiB at tmp_path/A, to be the top branch."""

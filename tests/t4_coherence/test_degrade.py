@@ -224,55 +224,73 @@ def watches_in_use() -> int:
     return count
 
 
+def limited(mount: Mount) -> bool:
+    return bool(statistics(mount, "coherence")["state"] == "limited")
+
+
+ATTEMPTS = 5
+"""The limit is the user's, and so are watches that other processes give back while a test runs."""
+
+
 def test_watch_limit(union: UnionFactory, tmp_path: Path) -> None:
     populate(tmp_path / "base", DIRECTORIES, files=2)
     names = [f"d{number}{part}" for number in range(DIRECTORIES) for part in ("", "/f0", "/f1", "/f2")]
     mount = union({"top": "rw", "base": "ro"}, "notify", allow_log=LIMITED)
-    with ExitStack() as held, lowered("max_user_watches", watches_in_use() + ROOM):
-        # Directories in use cannot just be forgotten when they get no watch or lose it.
-        for number in range(2 * ROOM):
-            held.callback(os.close, os.open(mount.path / f"d{number}", os.O_RDONLY | os.O_DIRECTORY))
-        agree(mount, names)
-        found = statistics(mount, "coherence")
-        assert found["state"] == "limited"
-        assert found["degraded_directories"] >= ROOM // 2
-        assert found["watches"] <= 2 * ROOM
-        assert found["watch_limit"] == int((LIMITS / "max_user_watches").read_text())
-        for turn in range(2):
-            ask(mount.path, names)
-            for number in range(DIRECTORIES):
-                here = tmp_path / "base" / f"d{number}"
-                (here / "f1").write_bytes(b"turn %d" % turn)
-                if turn % 2:
-                    (here / "f2").unlink()
-                else:
-                    (here / "f2").touch()
-            mount.flush()
+    for _ in range(ATTEMPTS):
+        with ExitStack() as held, lowered("max_user_watches", watches_in_use() + ROOM):
+            # Directories in use cannot just be forgotten when they get no watch or lose it.
+            for number in range(2 * ROOM):
+                held.callback(os.close, os.open(mount.path / f"d{number}", os.O_RDONLY | os.O_DIRECTORY))
             agree(mount, names)
-        assert mount.log().count(LIMITED) == 1
+            if limited(mount):
+                right_while_limited(mount, names)
+                break
+        mount.remount()
+    assert mount.log().count(LIMITED) == 1
     # Room again: directories get their watches at the next use.
     agree(mount, names)
     found = statistics(mount, "coherence")
-    assert found["degraded_directories"] == 0
-    assert found["state"] == "healthy"
+    assert (found["state"], found["degraded_directories"]) == ("healthy", 0)
     assert warm_passes(mount, names) == {}
     assert mount.log().count(LIMITED) == 1
+
+
+def right_while_limited(mount: Mount, names: list[str]) -> None:
+    found = statistics(mount, "coherence")
+    assert found["degraded_directories"] >= ROOM // 2
+    assert found["watches"] <= 2 * ROOM
+    assert found["watch_limit"] == int((LIMITS / "max_user_watches").read_text())
+    for turn in range(2):
+        ask(mount.path, names)
+        for number in range(DIRECTORIES):
+            here = mount["base"] / f"d{number}"
+            (here / "f1").write_bytes(b"turn %d" % turn)
+            if turn % 2:
+                (here / "f2").unlink()
+            else:
+                (here / "f2").touch()
+        mount.flush()
+        agree(mount, names)
 
 
 def test_the_directory_in_use_keeps_its_watch(union: UnionFactory, tmp_path: Path) -> None:
     """Least recently used directories give theirs up first."""
     populate(tmp_path / "base", DIRECTORIES, files=1)
     mount = union({"top": "rw", "base": "ro"}, "notify", allow_log=LIMITED)
-    with lowered("max_user_watches", watches_in_use() + ROOM):
-        for number in range(DIRECTORIES):
-            os.lstat(mount.path / f"d{number}" / "f0")
-        last = mount.path / f"d{DIRECTORIES - 1}"
-        for _ in range(2):
+    last = mount.path / f"d{DIRECTORIES - 1}"
+    for _ in range(ATTEMPTS):
+        with lowered("max_user_watches", watches_in_use() + ROOM):
+            for number in range(DIRECTORIES):
+                os.lstat(mount.path / f"d{number}" / "f0")
+            for _ in range(2):
+                os.lstat(last / "f0")
+            before = mount.requests()["lookup"]
             os.lstat(last / "f0")
-        before = mount.requests()["lookup"]
-        os.lstat(last / "f0")
-        assert mount.requests()["lookup"] == before, "the kernel may keep what was used last"
-        assert statistics(mount, "coherence")["state"] == "limited"
+            assert mount.requests()["lookup"] == before, "the kernel may keep what was used last"
+            if limited(mount):
+                break
+        mount.remount()
+    assert mount.log().count(LIMITED) == 1
 
 
 # -- file systems without events ------------------------------------------------------------------

@@ -21,7 +21,7 @@ from udbad.types import ROOT_ID, Perm
 pytestmark = pytest.mark.fuse
 
 DIRECTORIES = 20
-CREATED = 8_000
+CREATED = 5_000
 """Files created, and as many renamed; what is missing to TOTAL are writes."""
 TOTAL = 100_000
 

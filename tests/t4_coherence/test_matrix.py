@@ -59,6 +59,11 @@ def probe(root: str, names: Iterable[str]) -> Tree:
     return tree
 
 
+def relative(name: str, directory: str) -> str:
+    """A name of the case as seen from one of its directories (os.path.relpath would ask for the current one)."""
+    return os.path.relpath(f"/{name}", f"/{directory}")
+
+
 def children(tree: Tree, directory: str) -> set[str]:
     """The names in one directory of a tree."""
     return {os.path.basename(name) for name in map(os.fsdecode, tree) if os.path.dirname(name) == directory}
@@ -136,7 +141,7 @@ class Scene:
                 stack.callback(os.close, native)
                 stack.enter_context(chdir(self.path(case, change.cwd)))
                 root = ""
-                names = [os.path.relpath(name, change.cwd) for name in names]
+                names = [relative(name, change.cwd) for name in names]
             elif self.state in ("open", "mapped"):
                 listing = os.open(self.path(case, "d"), os.O_RDONLY)
                 stack.callback(os.close, listing)
@@ -182,10 +187,11 @@ class Scene:
         cwd = case.change.cwd
         entry = expected.get(os.fsencode(cwd))
         if entry is not None and entry.is_dir:
-            by_name = {os.fsencode(os.path.relpath(os.fsdecode(name), cwd)): expected[name] for name in expected}
+            by_name = {os.fsencode(relative(os.fsdecode(name), cwd)): expected[name] for name in expected}
             wanted = {name: by_name[name] for name in map(os.fsencode, names) if name in by_name}
             assert diff(wanted, probe("", names)) == []
             assert set(os.listdir()) == children(expected, cwd)
+            assert os.getcwd() == self.path(case, cwd)
         else:
             try:
                 assert set(os.listdir()) == set(os.listdir(native))

@@ -291,8 +291,7 @@ def test_systemd_is_told(daemon: Daemon, tmp_path: Path) -> None:
         daemon.start()
 
         def told(word: bytes) -> bytes:
-            while not (said := sock.recv(4096)).startswith(word):
-                continue
+            said: bytes = until(lambda: (text := sock.recv(4096)).startswith(word) and text, repr(word))
             return said
 
         assert b"1 of 1 mounts serve" in told(b"READY=1")

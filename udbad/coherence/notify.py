@@ -33,6 +33,7 @@ from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
 from udbad.union import lookup, whiteout
 from udbad.union.tree import Tree
+from udbad.union.view import load_view
 
 log = logging.getLogger(__name__)
 
@@ -400,9 +401,10 @@ class NotifyCoherence(Coherence):
 
     def _name_changed(self, node: Dir, name: bytes, kinds: int) -> None:
         """Compare a name with what was recorded; update the view, then tell the kernel what it must forget."""
+        if node.dead:
+            return  # removed through the mount: nothing is in it, and the kernel knows
         if not name:
-            if not node.dead:  # else removed through the mount, and the kernel knows
-                self._compare(node, self.tree.stat(node), kinds)
+            self._compare(node, self.tree.stat(node), kinds)
             return
         if not node.trusted:
             return  # nothing is cached of it
@@ -494,24 +496,40 @@ class NotifyCoherence(Coherence):
         self.notifier.attributes(child.id)
 
     def _drop_subtree(self, node: Dir) -> None:
-        """A directory is merged from other branch directories now: everything below may be different.
-
-        Dropping the entry prunes what the kernel holds below it and does not use; what is in use (current
-        directories, open files) is dropped name by name. Own knowledge is asked again from the branches.
-        """
+        """A directory is merged from other branch directories now, or is not trusted any more."""
+        if node.trusted:
+            if node.nlookup:  # else the kernel has never heard of it
+                self._compare_below(node)
+            return
+        # Dropping the entry prunes what the kernel holds below it and does not use; what is in use (current
+        # directories, open files) is dropped name by name. Own knowledge is asked again from the branches.
         if node.parent is not None:
             self.notifier.entry(node.parent.id, node.name)
         self.notifier.attributes(node.id)
-        for name in list(node.children):
-            child = node.children.get(name)
-            if child is None:
-                continue
+        for name, child in list(node.children.items()):
             self.notifier.entry(node.id, name)
-            if node.trusted:
-                self._name_changed(node, name, NAMES)
-                child = node.children.get(name)
             if type(child) is Dir and not child.trusted:
                 self._drop_subtree(child)
+
+    def _compare_below(self, node: Dir) -> None:
+        """Drop every name of a directory that its new layers have changed.
+
+        The directory is still the same node and keeps its entry: without one, processes that sit in it
+        could not tell where they are (getcwd(2)). A name that is listed but not known may be a cached negative.
+        """
+        self.notifier.attributes(node.id)
+        for name in list(node.children):
+            self._name_changed(node, name, NAMES)
+        if not node.trusted:
+            return  # lost on the way
+        try:
+            listed = load_view(self.tree, node)
+        except OSError as error:
+            log.debug("cannot list a directory that has changed: %s", error)
+            self._lose(node)
+            return
+        for name in listed.keys() - node.children.keys():
+            self.notifier.entry(node.id, name)
 
     def _on_overflow(self) -> None:
         """Events were lost: nothing that is cached can be believed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from udbad.errors import ExitCode, UserError
 @click.option("-v", "--verbose", is_flag=True, help="Log every operation.")
 @click.option("--log-format", type=click.Choice(["plain", "json"]), default="plain", show_default=True)
 @click.option("--ready-fd", type=int, default=-1, hidden=True)
+@click.option("--detach", is_flag=True, hidden=True)
 @run_dir_option
 @click.argument("source")
 @click.argument("mount_point", type=click.Path(path_type=Path))
@@ -30,6 +32,7 @@ def mount(
     verbose: bool,
     log_format: str,
     ready_fd: int,
+    detach: bool,
     run_dir: str,
     source: str,
     mount_point: Path,
@@ -46,6 +49,13 @@ def mount(
         from udbad.daemon import mountproc  # the supervisor and the tools must not load pyfuse3
 
         def ready(process: mountproc.MountProcess) -> None:
+            if detach:
+                # Whoever started us may be waiting for the end of what we could still write.
+                logs.to_syslog()
+                null = os.open(os.devnull, os.O_RDWR)
+                os.dup2(null, 1)
+                os.dup2(null, 2)
+                os.close(null)
             if ready_fd >= 0:
                 os.write(ready_fd, b"READY\n")
                 os.close(ready_fd)
@@ -59,7 +69,8 @@ def mount(
 def start_in_background(options: tuple[str, ...], verbose: bool, run_dir: str, source: str, mount_point: Path) -> int:
     """Start the mount process in a session of its own; 0 when it serves, its exit code when it could not."""
     read_fd, write_fd = os.pipe()
-    command = [sys.executable, "-m", "udbad", "mount", "-f", "--ready-fd", str(write_fd), "--run-dir", run_dir]
+    command = [sys.executable, "-m", "udbad", "mount", "-f", "--detach", "--ready-fd", str(write_fd)]
+    command += ["--run-dir", run_dir]
     command += ["-v"] if verbose else []
     for option in options:
         command += ["-o", option]
@@ -88,7 +99,8 @@ def umount(lazy: bool, mount_point: Path) -> None:
         try:
             unmount(path, lazy)
         except OSError as error:
-            raise UserError(f"{mount_point}: {error.strerror}", ExitCode.FAILURE) from error
+            code = ExitCode.NOT_ROOT if error.errno == errno.EPERM else ExitCode.FAILURE
+            raise UserError(f"{mount_point}: {error.strerror}", code) from error
 
 
 @click.command("mount-server", hidden=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import logging.handlers
 import sys
 from datetime import UTC, datetime
 
@@ -46,3 +47,18 @@ def set_up(level: str, style: str, mount: str = "") -> None:
 def set_level(level: str) -> None:
     """Raises ValueError for a level that does not exist."""
     logging.getLogger().setLevel(level.upper())
+
+
+def to_syslog() -> None:
+    """From now on log where a process without a terminal does, to syslog(3); nowhere when none listens."""
+    handler: logging.Handler
+    try:
+        syslog = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
+        syslog.ident = "udbad: "
+        handler = syslog
+    except OSError:
+        handler = logging.NullHandler()
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+    root.addHandler(handler)

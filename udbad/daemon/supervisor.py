@@ -171,7 +171,7 @@ class Supervisor:
     async def _feed_watchdog(self) -> None:
         interval = sdnotify.watchdog_interval()
         while interval is not None:
-            sdnotify.notify("WATCHDOG=1")
+            sdnotify.alive()
             await asyncio.sleep(interval)
 
     # -- mounts that run already ------------------------------------------------------------------

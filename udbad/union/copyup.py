@@ -217,6 +217,8 @@ def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
         _link_plink(tree, node, parent, name)
         return None
     src_dirfd, src_name = tree.locate(node)
+    if tree.options.plink and (as_link or syscalls.stat_at(src_dirfd, src_name).st_nlink > 1):
+        plink.directory(tree, branch)  # while nothing has been changed: it may fail
     dirfd = ensure_dir(tree, parent, branch)
     before = os.fstat(dirfd)
     times = (before.st_atime_ns, before.st_mtime_ns)
@@ -357,6 +359,7 @@ def commit(tree: Tree, job: Job) -> None:
     made = os.fstat(job.dst_fd)
     if not job.tmp:
         node.orphan_fd, job.dst_fd = job.dst_fd, -1
+        node.nlink_extra = 0
         node.dev, node.ino, node.branch = made.st_dev, made.st_ino, job.branch
         node.gen += 1
         return
@@ -366,7 +369,7 @@ def commit(tree: Tree, job: Job) -> None:
         node.branch, node.dev, node.ino = job.branch, made.st_dev, made.st_ino
         node.gen += 1
         tree.inomap.alias(made.st_dev, made.st_ino, node.id)
-        plink.adopt_home(tree, node, job.branch, job.name, job.st.st_nlink - 1)
+        plink.adopt_home(tree, node, job.branch, job.name, job.st.st_nlink + node.nlink_extra)
         return
     assert job.parent_times is not None
     _check_unmoved(tree, job)
@@ -418,11 +421,13 @@ def _settle(
 ) -> None:  # fmt: skip
     """The copy has its name: from now on the node's data is there, under the number it always had."""
     old = node.identity
+    names = src.st_nlink + node.nlink_extra  # less those that were removed
+    node.nlink_extra = 0
     node.branch, node.dev, node.ino = branch, made.st_dev, made.st_ino
     node.gen += 1
     tree.inomap.alias(made.st_dev, made.st_ino, node.id)
     if as_link or (src.st_nlink > 1 and tree.options.plink):
-        plink.make(tree, node, branch, dirfd, name, old[1], src.st_nlink - (0 if as_link else 1))
+        plink.make(tree, node, branch, dirfd, name, old[1], names - (0 if as_link else 1))
     if src.st_nlink > 1 and node.plink is None:
         # Without a pseudo-link the other names stay behind, as the lower file that they are (spec section 10.2).
         for other in node.names():

@@ -98,6 +98,8 @@ def gone(tree: Tree, parent: Dir, name: bytes, st: os.stat_result, was_lower: bo
                 tree.inomap.drop(st.st_dev, st.st_ino)
             return
     tree.table.detach(node, parent, name)
+    if was_lower and node.plink is None:
+        node.nlink_extra -= 1  # the lower file keeps its link, the union has lost a name
     if node.plink is not None:
         if plink.name_removed(tree, node, was_lower):
             bury(tree, node)
