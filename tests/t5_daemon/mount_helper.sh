@@ -32,7 +32,7 @@ trap finish EXIT
 
 branches() { cat "$UDBAD_RUN_DIR"/"$(findmnt -nro SOURCE mnt | sed 's/.*si=/si_/')"/br[0-9]* | sed "s|$work/||"; }
 
-mount -t udba -o br="$work/top=rw:$work/base=ro",udba=notify none "$work/mnt"
+mount -t udba -o br="top=rw:$work/base=ro",udba=notify none "$work/mnt"
 echo "mounted: $(cat mnt/file) $(findmnt -nro FSTYPE mnt) $(branches | xargs)"
 mount -t udba -o remount,udba=none,append="$work/extra=ro" none "$work/mnt"
 echo "remounted: $(cat mnt/other) $(branches | xargs) $("$PYTHON" -m udbad status --json | grep -c '"udba": "none"')"

@@ -14,6 +14,7 @@ import pytest
 
 from tests.helpers.leaks import read_mountinfo
 from tests.t5_daemon.daemon import DEADLINE, Daemon, until
+from udbad.daemon import registry
 
 pytestmark = pytest.mark.fuse
 
@@ -247,6 +248,22 @@ def test_a_mount_that_died_with_its_supervisor_comes_back(daemon: Daemon) -> Non
     assert daemon.state("a")["state"] == "serving"
     assert (point / "file").read_text() == "here"
     assert len([mount for mount in read_mountinfo() if mount.path == point]) == 1
+    daemon.stop()
+
+
+def test_what_a_killed_and_unmounted_mount_left_is_swept(daemon: Daemon) -> None:
+    point = daemon.add("a")
+    daemon.start()
+    pid = daemon.state("a")["pid"]
+    daemon.kill()
+    kill(pid)
+    until(lambda: not Path(f"/proc/{pid}").exists(), "the end of the process")
+    subprocess.run(["umount", "-l", str(point)], check=True, timeout=DEADLINE)
+    assert [entry.label for entry in registry.entries(daemon.run_dir)] == ["a"]
+    del daemon.mounts["a"]
+    daemon.add("b")
+    daemon.start()
+    assert [entry.label for entry in registry.entries(daemon.run_dir)] == ["b"]
     daemon.stop()
 
 

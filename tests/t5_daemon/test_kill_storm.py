@@ -97,7 +97,7 @@ def gone(pid: int) -> bool:
     """Whether a process has ended, waited for or not: its state in proc_pid_stat(5)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return True
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -74,6 +75,9 @@ def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: b
     parsed = parse_mount_options(",".join(words))
     if parsed.fsname == "none" and source != "none" and not source.startswith("si="):
         parsed = parsed.model_copy(update={"fsname": source})
+    # The daemon is in another directory than whoever calls us.
+    branches = tuple(replace(spec, path=os.path.abspath(spec.path)) for spec in parsed.branches)
+    parsed = parsed.model_copy(update={"branches": branches})
     if fake:
         return
     if os.geteuid() != 0:

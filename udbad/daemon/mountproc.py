@@ -133,6 +133,7 @@ class MountProcess:
         if self.identity.run_dir is None:
             return self.options.control
         try:
+            registry.sweep(self.identity.run_dir, {mount.connection for mount in unions()})
             self._registration = registry.Registration(self.identity.run_dir, self.mount_point)
             self.write_entry()
         except OSError as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,6 +81,7 @@ class Registration:
         self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
 
     def write(self, entry: Entry) -> None:
+        """Say who serves the mount."""
         words = asdict(entry)
         del words["directory"]
         self._replace("mount.json", json.dumps(words) + "\n")
@@ -129,6 +131,16 @@ def entries(run_dir: str) -> list[Entry]:
     """Every mount that was not ended in order, alive or not."""
     found = [read(path) for path in sorted(Path(run_dir).glob("si_*"))]
     return [entry for entry in found if entry is not None]
+
+
+def sweep(run_dir: str, mounted: Collection[int]) -> None:
+    """Remove what killed processes have left about mounts that are gone, too; `mounted`: connection numbers.
+
+    A dead mount that is still there keeps its entry: the next process on that mount point needs it.
+    """
+    for entry in entries(run_dir):
+        if entry.connection not in mounted and not os.path.exists(f"/proc/{entry.pid}"):
+            shutil.rmtree(entry.directory, ignore_errors=True)
 
 
 def find(run_dir: str, path: str) -> tuple[Entry, str] | None:
