@@ -47,11 +47,6 @@ def renameat2(src: bytes, dst: bytes, flags: int = 0) -> None:
     _check(_libc.renameat2(AT_FDCWD, src, AT_FDCWD, dst, flags))
 
 
-def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2), without the emulation posix_fallocate(3) falls back to."""
-    _check(_libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)))
-
-
 @dataclass(frozen=True)
 class Identity:
     """Who runs a scenario: ids, supplementary groups, umask."""

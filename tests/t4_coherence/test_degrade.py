@@ -23,6 +23,7 @@ from tests.helpers.leaks import read_mountinfo
 from tests.helpers.merge import Tree as Seen
 from tests.helpers.merge import diff, merge, read_entry, snapshot
 from tests.helpers.mount import DEADLINE, Mount, UnionFactory
+from tests.helpers.posix import EXCHANGE, renameat2
 from tests.helpers.slow_mount import NO_EPOCHS, slow_daemon
 from tests.t2_core.fake_notifier import Message
 from udbad.types import ROOT_CALLER, ROOT_ID, Perm
@@ -379,6 +380,30 @@ def test_a_directory_replaced_underneath(union: UnionFactory, tmp_path: Path) ->
         assert statistics(mount, "coherence")["state"] == "healthy"
     finally:
         os.close(inside)
+
+
+def test_directories_that_change_places(union: UnionFactory, tmp_path: Path) -> None:
+    """Both stay the directories they are in the lower branch, and each takes over what the other had watched."""
+    for layer in ("top", "base"):
+        populate(tmp_path / layer, 2)
+    mount = union({"top": "rw", "base": "ro"}, "notify")
+    names = every_name(2)
+    agree(mount, names)
+    first, second = tmp_path / "top" / "d0", tmp_path / "top" / "d1"
+    for turn in range(4):
+        ask(mount.path, names)
+        renameat2(os.fsencode(first), os.fsencode(second), EXCHANGE)
+        mount.flush()
+        agree(mount, names)
+        for directory in (first, second):
+            (directory / "f6").write_bytes(b"%d" % turn)
+            mount.flush()
+            agree(mount, names)
+            (directory / "f6").unlink()
+            mount.flush()
+            agree(mount, names)
+    assert statistics(mount, "coherence")["degraded_directories"] == 0
+    assert warm_passes(mount, names) == {}
 
 
 def test_a_branch_that_is_moved_stays_a_branch(union: UnionFactory, tmp_path: Path) -> None:

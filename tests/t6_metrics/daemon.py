@@ -71,11 +71,10 @@ class Daemon:
         self.wait_for_log(rf"ready, {served} of {served} mounts serve")
 
     def pid(self, name: str) -> int:
-        """The process of a mount; they are our children, and the supervisor's log names them no more reliably."""
-        for child in self._children():
-            if f"udbad {name[-9:]}" == Path(f"/proc/{child}/comm").read_text().strip():
-                return child
-        raise AssertionError(f"no process of {name}\n{self.log()}")
+        """The process that serves a mount now, as the log names it."""
+        found = re.findall(rf"{name}: serving on .*, process (\d+)", self.log())
+        assert found, f"no process of {name}\n{self.log()}"
+        return int(found[-1])
 
     def _children(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task").glob("*/children")

@@ -168,13 +168,13 @@ class NotifyCoherence(Coherence):
             entry = _Watched(node)
             self._watched[node.id] = entry
         for index in [index for index in entry.watches if index not in wanted]:
-            watcher.unwatch(entry.watches.pop(index)[0])
+            watcher.unwatch(entry.watches.pop(index)[0], _Place(node, index))
         for index, layer in wanted.items():
             held = entry.watches.get(index)
             if held is not None:
                 if held[1] == layer.identity:
                     continue
-                watcher.unwatch(held[0])
+                watcher.unwatch(held[0], _Place(node, index))
                 del entry.watches[index]
             watch = self._add_watch(node, index, self.tree.layer_fd(node, layer))
             if watch is None:
@@ -247,8 +247,8 @@ class NotifyCoherence(Coherence):
     def _unwatch(self, node_id: int) -> None:
         entry = self._watched.pop(node_id, None)
         if entry is not None and self._watcher is not None:
-            for watch, _ in entry.watches.values():
-                self._watcher.unwatch(watch)
+            for index, (watch, _) in entry.watches.items():
+                self._watcher.unwatch(watch, _Place(entry.node, index))
 
     def dropped(self, node: Node) -> None:
         self._told.pop(node.id, None)
@@ -259,7 +259,7 @@ class NotifyCoherence(Coherence):
                 self._unwatch(node.id)
         watch = self._files.pop(node.id, None)
         if watch is not None and self._watcher is not None:
-            self._watcher.unwatch(watch)
+            self._watcher.unwatch(watch, node)
 
     # -- what the kernel was told ---------------------------------------------------------------
 

@@ -65,7 +65,7 @@ class Watcher:
     def __init__(self, on_changes: Callable[[list[Change]], None], on_overflow: Callable[[], None]) -> None:
         """Raises OSError (EMFILE) when no inotify instance can be had."""
         self._inotify = Inotify(cache_size=_READ_EVENTS, sync_timeout=0)
-        self._handles: dict[Watch, object] = {}
+        self._handles: dict[Watch, list[object]] = {}
         self.read_at = 0.0
         self._on_changes = on_changes
         self._on_overflow = on_overflow
@@ -90,16 +90,20 @@ class Watcher:
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise WatchLimit from None
             raise
-        self._handles[watch] = handle
+        # An inode has one watch (inotify_add_watch(2)). While a directory moves from one node to another,
+        # both have it: the one that lets go must not take it from the other.
+        self._handles.setdefault(watch, []).append(handle)
         return watch
 
-    def handle(self, watch: Watch) -> object:
-        return self._handles.get(watch)
-
-    def unwatch(self, watch: Watch) -> None:
-        """Drop a watch; one that the kernel has dropped already is fine."""
-        if self._handles.pop(watch, None) is None:
+    def unwatch(self, watch: Watch, handle: object) -> None:
+        """Let go of a watch added with this handle; one that the kernel has dropped already is fine."""
+        handles = self._handles.get(watch, [])
+        if handle not in handles:
             return
+        handles.remove(handle)
+        if handles:
+            return
+        del self._handles[watch]
         try:
             self._inotify.rm_watch(watch)
         except OSError as error:
@@ -164,10 +168,12 @@ class Watcher:
                 self._on_overflow()
             else:
                 watch = event.watch
-                handle = None if watch is None else self._handles.get(watch)
-                if handle is not None:
-                    changes.append(Change(handle, b"" if event.name is None else os.fsencode(event.name), _kinds(mask)))
-                    if mask & Mask.IGNORED and watch is not None:
+                handles = None if watch is None else self._handles.get(watch)
+                if handles is not None and watch is not None:
+                    name = b"" if event.name is None else os.fsencode(event.name)
+                    kinds = _kinds(mask)
+                    changes += [Change(handle, name, kinds) for handle in handles]
+                    if mask & Mask.IGNORED:
                         del self._handles[watch]
             handled += 1
             if handled >= most:

@@ -209,13 +209,13 @@ def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
     source = node.branch.index if need.limit is None else min(node.branch.index, need.limit + 1)
     if node.plink is not None and need.limit is not None and node.plink.branch.index > need.limit:
         raise os_error(errno.EXDEV)  # its one copy is where the new name would be hidden
+    if node.plink is not None and not as_link:
+        _link_plink(tree, node, parent, name)
+        return None
     if need.trigger is Trigger.OPEN:  # coo_*, moo: the nearest one, whatever cpup= says (spec section 3)
         branch = tree.branches.writable_above(source)[0]
     else:
         branch = target_branch(tree, parent, source)
-    if node.plink is not None and not as_link:
-        _link_plink(tree, node, parent, name)
-        return None
     src_dirfd, src_name = tree.locate(node)
     if tree.options.plink and (as_link or syscalls.stat_at(src_dirfd, src_name).st_nlink > 1):
         plink.directory(tree, branch)  # while nothing has been changed: it may fail

@@ -203,6 +203,8 @@ def intern(tree: Tree, parent: Dir, name: bytes, found: Found) -> tuple[Node, os
     number = tree.inomap.number(st.st_dev, st.st_ino)
     node = table.nodes.get(number)
     plink = tree.plinks.get(number)
+    if plink is not None and plink.pending == 0 and plink.counted and found.branch is not plink.branch:
+        plink = None  # no name is left there: the branch has given the inode number to another file
     if plink is not None and (node is None or node.plink is plink) and found.branch.index >= plink.branch.index:
         # Another name of a hard link that was copied up: its data is where the pseudo-link is.
         st = _stat(plink.name, dir_fd=plink.dirfd, follow_symlinks=False)

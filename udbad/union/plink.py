@@ -80,17 +80,17 @@ def name_arrived(node: Node) -> None:
         node.nlink_extra = home.pending - 1
 
 
-def name_removed(tree: Tree, node: Node, was_lower: bool) -> bool:
-    """A name was removed; True when it was the last one and the home is gone with it."""
+def name_removed(tree: Tree, node: Node, removed: os.stat_result) -> bool:
+    """A name was removed, of the object with status `removed`; True when it was the last and the home is gone, too."""
     home = node.plink
     if home is None:
         return False
-    if was_lower:
-        name_arrived(node)
     try:
         st = os.stat(home.name, dir_fd=home.dirfd, follow_symlinks=False)
     except FileNotFoundError:
         return False
+    if (removed.st_dev, removed.st_ino) != (st.st_dev, st.st_ino):
+        name_arrived(node)  # one of those that were not linked to the home
     if st.st_nlink > 1 or home.pending > 0 or not home.counted:
         return False
     syscalls.unlink_at(home.dirfd, home.name)

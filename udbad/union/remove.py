@@ -91,7 +91,7 @@ def gone(tree: Tree, parent: Dir, name: bytes, st: os.stat_result, was_lower: bo
         if node is None and home is not None:
             node = Node(number, st.st_mode & 0o170000, home.branch, st.st_dev, st.st_ino)
             node.plink = home
-            plink.name_removed(tree, node, was_lower)
+            plink.name_removed(tree, node, st)
             return
         if node is None:
             if st.st_nlink <= 1 and not was_lower:
@@ -101,7 +101,7 @@ def gone(tree: Tree, parent: Dir, name: bytes, st: os.stat_result, was_lower: bo
     if was_lower and node.plink is None:
         node.nlink_extra -= 1  # the lower file keeps its link, the union has lost a name
     if node.plink is not None:
-        if plink.name_removed(tree, node, was_lower):
+        if plink.name_removed(tree, node, st):
             bury(tree, node)
     elif st.st_nlink <= 1:
         bury(tree, node)
