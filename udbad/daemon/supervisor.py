@@ -39,6 +39,8 @@ STATUS_SECONDS = 2.0
 _ADOPT_SECONDS = 5.0
 _POLL_SECONDS = 1.0
 
+_UNMOUNT_SECONDS = 3.0
+
 
 class Supervisor:
     """Everything `udbad run` does, from the configuration to the last unmount."""
@@ -384,9 +386,16 @@ class Supervisor:
 
     async def _mount(self, request: Message) -> Message:
         """For mount.udba: a mount that is not in the configuration but looked after all the same."""
-        self._forget_finished()
         options = parse_mount_options(str(request.get("options")))
         mount_point = str(request.get("mount_point"))
+        end = time.monotonic() + _UNMOUNT_SECONDS
+        self._forget_finished()
+        while any(runner.settings.mount_point == mount_point for runner in self.runners.values()):
+            # After `umount`, the end of the process may still be on its way to us.
+            if time.monotonic() > end:
+                break
+            await asyncio.sleep(0.05)
+            self._forget_finished()
         if any(runner.settings.mount_point == mount_point for runner in self.runners.values()):
             raise UserError(f"{mount_point} is the mount point of a mount already", ExitCode.MOUNT_POINT)
         runner = Runner(MountSettings("", mount_point, options, missing_branch="fail"), self.shared, transient=True)
