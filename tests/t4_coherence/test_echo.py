@@ -16,7 +16,8 @@ import pytest
 from tests.helpers.inprocess import Union, notify_union
 from tests.helpers.mount import Mount, UnionFactory
 from tests.t2_core.fake_notifier import Message
-from udbad.types import ROOT_ID, Perm
+from udbad.types import ROOT_CALLER, ROOT_ID, Perm
+from udbad.union.fs import SetAttr
 
 pytestmark = pytest.mark.fuse
 
@@ -186,3 +187,16 @@ def test_a_replaced_file_that_a_rename_moved(here: Union, tmp_path: Path) -> Non
     here.fs.run(lambda: here.fs.rename(ROOT_ID, b"c", ROOT_ID, b"e", 0))
     assert root_entry(b"e") in here.told()
     assert here.look_up(ROOT_ID, b"e") != node
+
+
+def test_an_inode_number_that_came_round_as_another_type(here: Union, tmp_path: Path) -> None:
+    """ext4 gives the number of a removed file to the next object. The kernel makes an inode bad whose type changes."""
+    node = here.look_up(ROOT_ID, b"c")
+    (tmp_path / "base" / "c").unlink()
+    (tmp_path / "base" / "c").mkdir()
+    with pytest.raises(OSError, match="Stale"):
+        here.fs.getattr(node)
+    with pytest.raises(OSError, match="Stale"):
+        here.fs.run(lambda: here.fs.setattr(node, SetAttr(mode=0o600), None, ROOT_CALLER))
+    assert root_entry(b"c") in here.told()
+    assert here.look_up(ROOT_ID, b"c") != node

@@ -7,7 +7,8 @@ one either, except `flush`, which handlers must never call.
 
 Each notification is a key in the pending dictionary of one thread, chosen by node, so that a second one
 for the same thing costs nothing while the first waits, and one slow directory does not hold up the
-others. ENOENT is success: the kernel had nothing of the kind.
+others. ENOENT is success: the kernel had nothing of the kind. So is ENOTDIR: it had forgotten the directory,
+and meanwhile a file has got the number.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class Invalidator:
         try:
             self._write(message)
         except OSError as error:
-            if error.errno == errno.ENOENT:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 shard.missed += 1
             elif error.errno != errno.ENODEV:  # unmounted already
                 shard.failed += 1

@@ -198,7 +198,7 @@ class UnionFs:
                 raise
         else:
             st = os.fstat(fd)
-            if (st.st_dev, st.st_ino) == node.identity:
+            if (st.st_dev, st.st_ino) == node.identity and st_mod.S_IFMT(st.st_mode) == node.kind:
                 return fd, True
             os.close(fd)
         if node.handles:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat as st_mod
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -213,7 +214,8 @@ class Tree:
                 if error.errno != errno.ESTALE:
                     raise
             else:
-                if st.st_ino == node.ino and st.st_dev == node.dev:
+                # A number may have come round as an object of another type, which would spoil the kernel's inode.
+                if st.st_ino == node.ino and st.st_dev == node.dev and st_mod.S_IFMT(st.st_mode) == node.kind:
                     return st
             if node.parent is None or not node.aliases:
                 break
