@@ -13,12 +13,15 @@ Invariants: load() reports every problem at once, each with file, key, what was 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -142,12 +145,13 @@ class MountSettings:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A whole configuration; files: what it was read from."""
+    """A whole configuration; files: what it was read from. origin: file of each table ("daemon", "mounts.NAME")."""
 
     daemon: DaemonSettings = field(default_factory=DaemonSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     mounts: Mapping[str, MountSettings] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    origin: Mapping[str, str] = field(default_factory=dict)
 
 
 def config_files(path: Path) -> list[Path]:
@@ -155,13 +159,32 @@ def config_files(path: Path) -> list[Path]:
     return [path, *sorted((path.parent / "conf.d").glob("*.toml"))]
 
 
-def load(path: Path) -> Config:
-    """Read and check a configuration. Raises ConfigError with everything that is wrong."""
-    return _Loader().load(path)
+def read_file(file: str) -> bytes:
+    """Raises OSError; EINVAL for a FIFO and the like, which would be waited for."""
+    fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        if kind == stat.S_IFDIR:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if kind != stat.S_IFREG:
+            raise OSError(errno.EINVAL, "not a regular file")
+        with open(fd, "rb", closefd=False) as stream:
+            return stream.read()
+    finally:
+        os.close(fd)
+
+
+def load(path: Path, texts: Mapping[str, str] = MappingProxyType({})) -> Config:
+    """Read and check a configuration. Raises ConfigError with everything that is wrong.
+
+    texts: contents of files, by path, that are used in place of what the files hold.
+    """
+    return _Loader(texts).load(path)
 
 
 class _Loader:
-    def __init__(self) -> None:
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        self.texts = texts
         self.problems: list[Problem] = []
         self.origin: dict[str, str] = {}
 
@@ -186,13 +209,12 @@ class _Loader:
         self._check_together(mounts)
         if self.problems or daemon is None or metrics is None:
             raise ConfigError(self.problems)
-        return Config(daemon, metrics, mounts, tuple(map(str, files)))
+        return Config(daemon, metrics, mounts, tuple(map(str, files)), self.origin)
 
     def _merge(self, tables: dict[str, dict[str, object]], file: str) -> None:
         """Add the tables of one file under "daemon", "metrics" and "mounts.NAME"."""
         try:
-            with open(file, "rb") as stream:
-                data = tomllib.load(stream)
+            data = tomllib.loads(self.texts[file] if file in self.texts else read_file(file).decode())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             self.note(file, "", f"not TOML: {error}")
             return

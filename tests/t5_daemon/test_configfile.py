@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,26 @@ def test_a_read_only_mount_or_a_disabled_one_shares_nothing(tmp_path: Path) -> N
         '[mounts.c]\nmount_point = "/m"\nbranches = "/x"\nenabled = false\n'
     )
     assert list(load(write(tmp_path / "c.toml", text)).mounts) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda path: path.mkdir(), "Is a directory"),
+        (lambda path: path.symlink_to("nowhere"), "No such file or directory"),
+        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+        (lambda path: os.mkfifo(path), "not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    ],
+)
+def test_a_file_of_conf_d_that_is_none(tmp_path: Path, make: Callable[[Path], None], error: str) -> None:
+    path = write(tmp_path / "c.toml", GOOD)
+    odd = tmp_path / "conf.d" / "odd.toml"
+    odd.parent.mkdir()
+    make(odd)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert [str(problem) for problem in caught.value.problems] == [f"{odd}: {error}"]
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""inotify on branch directories: the only module that knows asyncinotify and trio-asyncio.
+"""inotify on branch directories: the only module that knows trio-asyncio, and asyncinotify for branches.
 
 A watch is put on the directory we opened, through /proc/self/fd, never on a path that may mean another
 directory by now, and is mapped back by its watch object, never by path. Events are handed on in bursts: the

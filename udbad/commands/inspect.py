@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
 import click
 
+from udbad.branch.spec import escape, split_escaped, unescape
 from udbad.commands.common import ask_mount, run_dir_option, user_errors
 from udbad.daemon import client
 from udbad.errors import ExitCode, UserError
 
+save_option = click.option("--save", is_flag=True, help="Write it to the configuration file, too.")
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
 
 
@@ -19,6 +22,22 @@ def _ask_path(run_dir: str, operation: str, path: str) -> dict[str, Any]:
     """Ask about one path; only its name goes to the mount process, nobody touches it here."""
     entry, inside = client.locate(run_dir, path)
     return client.ask_mount(entry, {"op": operation, "path": inside})
+
+
+def _change(run_dir: str, mount: str, request: dict[str, Any], save: bool) -> None:
+    """Have MOUNT changed; print its branches when they are in the answer, and where the change was saved."""
+    entry, _ = client.locate(run_dir, mount)
+    if not save:
+        answer = client.ask_mount(entry, request)
+    elif not entry.supervised:
+        text = f"{entry.label} was mounted by hand and is in no configuration file: nothing was changed"
+        raise UserError(text, ExitCode.CONFIG)
+    else:
+        answer = client.ask_supervisor(run_dir, {"op": "change", "mount": entry.label, "request": request})
+    for line in answer.get("branches", []):
+        click.echo(line)
+    if save:
+        click.echo(f"saved to {answer['saved']}")
 
 
 @click.command()
@@ -88,10 +107,11 @@ def flush(run_dir: str, mount: str) -> None:
 @run_dir_option
 @click.argument("mount")
 @click.argument("mode", type=click.Choice(["none", "reval", "notify"]))
-def udba(run_dir: str, mount: str, mode: str) -> None:
+@save_option
+def udba(run_dir: str, mount: str, mode: str, save: bool) -> None:
     """Change how MOUNT follows direct changes of its branches."""
     with user_errors():
-        ask_mount(run_dir, mount, {"op": "udba", "mode": mode})
+        _change(run_dir, mount, {"op": "udba", "mode": mode}, save)
 
 
 @click.command()
@@ -117,10 +137,21 @@ def branch() -> None:
     """List, add, remove and change the branches of a mount while it is mounted."""
 
 
-def _edit(run_dir: str, mount: str, edits: list[list[str]]) -> None:
+def _edit(run_dir: str, mount: str, edits: list[list[str]], save: bool = False) -> None:
     with user_errors():
-        for line in ask_mount(run_dir, mount, {"op": "branches", "edits": edits})["branches"]:
-            click.echo(line)
+        _change(run_dir, mount, {"op": "branches", "edits": edits}, save)
+
+
+def _absolute(branch: str) -> str:
+    """PATH[=PERM...] for the mount process, which is in another directory."""
+    path, equals, rest = branch, "", ""
+    for index, part in enumerate(split_escaped(branch, "=")):
+        if index == 0:
+            path = part
+        else:
+            equals, rest = "=", branch[len(path) + 1 :]
+            break
+    return path if not path else escape(os.path.abspath(unescape(path))) + equals + rest
 
 
 @branch.command("list")
@@ -136,26 +167,30 @@ def branch_list(run_dir: str, mount: str) -> None:
 @click.option("-i", "--index", type=click.IntRange(min=0), help="Place, 0 is the top. Default: at the bottom.")
 @click.argument("mount")
 @click.argument("branch", metavar="PATH[=PERM[+ATTR...]]")
-def branch_add(run_dir: str, index: int | None, mount: str, branch: str) -> None:
+@save_option
+def branch_add(run_dir: str, index: int | None, mount: str, branch: str, save: bool) -> None:
     """Add a branch to MOUNT."""
-    _edit(run_dir, mount, [["append", branch] if index is None else ["add", f"{index}:{branch}"]])
+    branch = _absolute(branch)
+    _edit(run_dir, mount, [["append", branch] if index is None else ["add", f"{index}:{branch}"]], save)
 
 
 @branch.command("del")
 @run_dir_option
 @click.argument("mount")
 @click.argument("path")
-def branch_del(run_dir: str, mount: str, path: str) -> None:
+@save_option
+def branch_del(run_dir: str, mount: str, path: str, save: bool) -> None:
     """Remove a branch from MOUNT; refused while it is in use (udbad busy says by whom)."""
-    _edit(run_dir, mount, [["del", path]])
+    _edit(run_dir, mount, [["del", _absolute(path)]], save)
 
 
 @branch.command("mod")
 @run_dir_option
 @click.argument("mount")
 @click.argument("branch", metavar="PATH=PERM[+ATTR...]")
-def branch_mod(run_dir: str, mount: str, branch: str) -> None:
+@save_option
+def branch_mod(run_dir: str, mount: str, branch: str, save: bool) -> None:
     """Change permission and attributes of a branch of MOUNT."""
     if "=" not in branch:
         raise click.UsageError(str(UserError("say which permission: PATH=PERM[+ATTR...]")))
-    _edit(run_dir, mount, [["mod", branch]])
+    _edit(run_dir, mount, [["mod", _absolute(branch)]], save)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from udbad import __version__
+from udbad.branch.spec import format_branch
 from udbad.config import MountOptions, parse_mount_options, parse_remount
 from udbad.daemon import rebranch
 from udbad.daemon.control import Command, Request
@@ -60,6 +61,7 @@ class Commands:
             "busy": self.busy,
             "branches": self.branches,
             "reconfigure": self.reconfigure,
+            "configured": self.configured,
             "remount": self.remount,
             "log-level": self.log_level,
             "stop": self.stop,
@@ -196,7 +198,11 @@ class Commands:
             async with self._changing:
                 await rebranch.change_branches(self.process, [(key, value) for key, value in edits])
                 self._note_branches()
-        return {"branches": [branch.describe() for branch in self.process.tree.branches.branches]}
+        branches = self.process.tree.branches
+        return {
+            "branches": [branch.describe() for branch in branches.branches],
+            "specs": [format_branch(spec) for spec in rebranch.current_specs(branches)],
+        }
 
     def _note_branches(self) -> None:
         specs = tuple(rebranch.current_specs(self.process.tree.branches))
@@ -222,6 +228,12 @@ class Commands:
                 self.process.configured = str(request["configured"])
                 self._write_entry()
             return answer
+
+    async def configured(self, request: Request) -> dict[str, Any]:
+        """Remember what the configuration says, after it was made to follow the mount."""
+        self.process.configured = str(request.get("options"))
+        self._write_entry()
+        return {}
 
     async def remount(self, request: Request) -> dict[str, Any]:
         """`mount -o remount,...`: the options given replace the present ones, from left to right.

@@ -1,9 +1,9 @@
 """The supervisor: many mounts from one configuration, changed while they run.
 
 One mount process per mount (runner.py), a control socket (server.py), reload on SIGHUP, on request and
-when a file of the configuration changes (polled once a second: asyncinotify is for the branches). May not
-import pyfuse3 or anything that does, nor touch a mount point. When it dies the mounts go on; the next
-supervisor finds them under the run directory and adopts them.
+when a file of the configuration changes (configwatch.py). May not import pyfuse3 or anything that does, nor
+touch a mount point. When it dies the mounts go on; the next supervisor finds them under the run directory
+and adopts them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from typing import Any
 from udbad import __version__
 from udbad.config import format_options, parse_mount_options
 from udbad.configfile import Config, ConfigError, DaemonSettings, MountSettings, config_files, load
-from udbad.daemon import exporter, logs, registry, sdnotify
+from udbad.daemon import exporter, logs, registry, save, sdnotify
+from udbad.daemon.configwatch import ConfigWatch, Signature, signature
 from udbad.daemon.protocol import Message, ask_async, bind
 from udbad.daemon.reload import OWN_KEYS, Outcome, Verdict, changed_keys, changed_options, judge_daemon, judge_metrics
 from udbad.daemon.runner import Runner, Shared, State
@@ -37,17 +38,16 @@ log = logging.getLogger(__name__)
 STATUS_SECONDS = 2.0
 """For what a mount process says about itself; one that is slower is shown without."""
 _ADOPT_SECONDS = 5.0
-_POLL_SECONDS = 1.0
-
 _UNMOUNT_SECONDS = 3.0
 
 
 class Supervisor:
     """Everything `udbad run` does, from the configuration to the last unmount."""
 
-    def __init__(self, path: Path, config: Config, log_format: str | None = None) -> None:
-        """log_format: wins over the configuration. Made inside the event loop."""
+    def __init__(self, path: Path, config: Config, seen: Signature, log_format: str | None = None) -> None:
+        """seen: of the files, taken before `config` was read. log_format: wins over it. Made inside the event loop."""
         self.path = path
+        self._watch = ConfigWatch(path, seen)
         self._log_format = log_format
         self.config = config
         daemon = config.daemon.model_copy(update={"log_format": log_format or config.daemon.log_format})
@@ -91,6 +91,7 @@ class Supervisor:
             finally:
                 for task in self._tasks:
                     task.cancel()
+                self._watch.close()
                 await server.close()
                 os.unlink(os.path.join(run_dir, registry.SOCKET_NAME))
 
@@ -243,6 +244,7 @@ class Supervisor:
         async with self._reloading:
             sdnotify.reloading()
             self.reloaded = time.time()
+            self._watch.seen = signature(self.path)
             try:
                 new = load(self.path)
             except ConfigError:
@@ -330,16 +332,11 @@ class Supervisor:
         ]
 
     async def _watch_files(self) -> None:
-        """Reload when a file changed and has been the same for one period: editors write in pieces."""
-        seen = before = _signature(self.path)
         while True:
-            await asyncio.sleep(_POLL_SECONDS)
-            now = _signature(self.path)
-            if now != seen and now == before and self.shared.daemon.watch:
-                seen = now
+            await self._watch.changed()
+            if self.shared.daemon.watch:
                 log.info("the configuration has changed: reloading")
                 await self._reload_and_log()
-            before = now
 
     # -- control ----------------------------------------------------------------------------------
 
@@ -349,6 +346,7 @@ class Supervisor:
             "status": self._status,
             "reload": self._reload,
             "restart": self._restart,
+            "change": self._change_and_save,
             "mount": self._mount,
             "log-level": self._log_level,
             "stop": self._stop,
@@ -383,6 +381,30 @@ class Supervisor:
         if problem is not None:
             raise UserError(problem, ExitCode.FAILURE)
         return {}
+
+    async def _change_and_save(self, request: Message) -> Message:
+        """Have a mount process do what is in "request", and write it to the configuration (save.py)."""
+        inner = request.get("request")
+        if not isinstance(inner, dict):
+            raise UserError("the request must be an object", ExitCode.OPTION)
+        async with self._reloading:
+            runner = self._find(request)
+            before = signature(self.path)
+            answer, edited = await save.change_and_save(self.path, runner, inner)
+            if before == self._watch.seen:
+                self._watch.seen = signature(self.path)  # nothing but what is in force already
+            # Of what else may have changed in the file, nothing is taken up here.
+            key = "udba" if inner["op"] == "udba" else "branches"
+            values = {key: getattr(edited.settings.options, key)}
+            settings = replace(runner.settings, options=runner.settings.options.model_copy(update=values))
+            self.config = replace(self.config, mounts={**self.config.mounts, settings.name: settings})
+            runner.follow(settings)
+            if key == "udba":
+                runner.pending.discard(key)
+            with suppress(OSError):  # it died since: the next process is told anyway
+                await runner.request({"op": "configured", "options": format_options(settings.options)})
+        log.info("%s: saved to %s", runner.label, edited.file)
+        return {**answer, "saved": edited.file}
 
     async def _mount(self, request: Message) -> Message:
         """For mount.udba: a mount that is not in the configuration but looked after all the same."""
@@ -479,17 +501,6 @@ def _command_line(pid: int) -> bytes:
         return b""
 
 
-def _signature(path: Path) -> list[tuple[str, int, int, int]]:
-    found = []
-    for file in config_files(path):
-        try:
-            st = file.stat()
-        except OSError:
-            continue
-        found.append((str(file), st.st_mtime_ns, st.st_size, st.st_ino))
-    return found
-
-
 def _log_verdicts(verdicts: Iterable[Verdict]) -> None:
     for verdict in verdicts:
         log.log(logging.WARNING if verdict.outcome is Outcome.REJECTED else logging.INFO, "%s", verdict)
@@ -497,10 +508,11 @@ def _log_verdicts(verdicts: Iterable[Verdict]) -> None:
 
 def run(path: Path, log_format: str | None = None) -> None:
     """`udbad run -c PATH`; log_format: instead of the one in the configuration. Raises UserError."""
+    seen = signature(path)
     config = load(path)
     logs.set_up(config.daemon.log_level, log_format or config.daemon.log_format)
 
     async def serve() -> None:
-        await Supervisor(path, config, log_format).run()
+        await Supervisor(path, config, seen, log_format).run()
 
     asyncio.run(serve())
