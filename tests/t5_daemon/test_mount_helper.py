@@ -64,6 +64,7 @@ def test_systemd_units(tmp_path: Path, unit: str) -> None:
     assert "/usr/bin/udbad " in text
     path = tmp_path / unit
     path.write_text(text.replace("/usr/bin/udbad ", "/usr/bin/env udbad "))
+    path.chmod(0o644)  # systemd complains about files that others can write, whatever the umask here is
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
         pytest.skip("ok: no systemd-analyze here")

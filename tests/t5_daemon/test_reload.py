@@ -57,6 +57,7 @@ def test_every_key_of_a_mount(daemon: Daemon) -> None:
         assert reload(daemon) == expected, key
     state = daemon.state("a")
     assert (state["pid"], set(state["pending"])) == (pid, set(FIXED_VALUES))
+    assert daemon.command("status").splitlines()[-1] == f"a: at the next mount: {', '.join(sorted(FIXED_VALUES))}"
     daemon.mounts["a"]["missing_branch"] = "fail"
     assert reload(daemon)["mounts.a.missing_branch"] == "applied"
     # What was pending is taken up by the next mount, and then nothing is left.

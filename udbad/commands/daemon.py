@@ -159,7 +159,7 @@ def _print_status(answer: dict[str, Any]) -> None:
         if mount["reason"]:
             click.echo(f"{mount['label']}: {mount['reason']}")
         if mount["pending"]:
-            click.echo(f"{mount['label']}: at the next mount: {', '.join(mount['needs_remount'])}")
+            click.echo(f"{mount['label']}: at the next mount: {', '.join(mount['pending'])}")
 
 
 def _duration(seconds: float) -> str:

@@ -6,25 +6,38 @@ import os
 from pathlib import Path
 
 FUSECTL = Path("/sys/fs/fuse/connections")
+MOUNTINFO = Path("/proc/self/mountinfo")
 _FS_TYPE = b"fuse.udba"
 
 
-def connections() -> set[int]:
-    """Numbers of the FUSE connections of all unions in this mount namespace, proc_pid_mountinfo(5)."""
-    found = set()
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+def is_mounted(place: str, connection: int) -> bool:
+    """Whether a union is on the mount point `place`, as the kernel has it, with this FUSE connection.
+
+    proc_pid_mountinfo(5). Both count: a number is given to the next mount as soon as it is free, of whatever
+    FUSE file system that is.
+    """
+    for line in MOUNTINFO.read_bytes().splitlines():
         fields, _, rest = line.partition(b" - ")
-        if rest.split(b" ")[0] == _FS_TYPE:
-            found.add(int(fields.split(b" ")[2].split(b":")[1]))
-    return found
+        parts = fields.split(b" ")
+        if rest.split(b" ")[0] == _FS_TYPE and int(parts[2].split(b":")[1]) == connection:
+            path = parts[4].decode("unicode_escape").encode("latin-1")
+            if os.fsdecode(path) == place:
+                return True
+    return False
 
 
-def abort(connection: int) -> str | None:
-    """Abort a FUSE connection: every request in it fails, which frees whoever waits. What went wrong, if anything."""
+def abort(place: str, connection: int) -> str | None:
+    """Abort the FUSE connection of the union on `place`: every request in it fails, which frees whoever waits.
+
+    Nobody else's: the file is opened first, which binds it to one connection whatever becomes of the number.
+    Returns what went wrong, if anything.
+    """
     path = FUSECTL / str(connection) / "abort"
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:
+            if not is_mounted(place, connection):
+                return f"{place} is not mounted any more"
             os.write(fd, b"1")
         finally:
             os.close(fd)

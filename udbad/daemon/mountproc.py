@@ -133,7 +133,8 @@ class MountProcess:
         if self.identity.run_dir is None:
             return self.options.control
         try:
-            registry.sweep(self.identity.run_dir, {mount.connection for mount in unions()})
+            mounted = {(os.fsdecode(mount.path), mount.connection) for mount in unions()}
+            registry.sweep(self.identity.run_dir, mounted)
             self._registration = registry.Registration(self.identity.run_dir, self.mount_point)
             self.write_entry()
         except OSError as error:

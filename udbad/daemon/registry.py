@@ -133,13 +133,15 @@ def entries(run_dir: str) -> list[Entry]:
     return [entry for entry in found if entry is not None]
 
 
-def sweep(run_dir: str, mounted: Collection[int]) -> None:
-    """Remove what killed processes have left about mounts that are gone, too; `mounted`: connection numbers.
+def sweep(run_dir: str, mounted: Collection[tuple[str, int]]) -> None:
+    """Remove what killed processes have left about mounts that are gone, too.
 
-    A dead mount that is still there keeps its entry: the next process on that mount point needs it.
+    mounted: mount point and connection number of every union there is; the kernel gives a number to the next
+    mount as soon as it is free, so it says nothing alone. A dead mount that is still there keeps its entry: the
+    next process on that mount point needs it.
     """
     for entry in entries(run_dir):
-        if entry.connection not in mounted and not os.path.exists(f"/proc/{entry.pid}"):
+        if (entry.mount_point, entry.connection) not in mounted and not os.path.exists(f"/proc/{entry.pid}"):
             shutil.rmtree(entry.directory, ignore_errors=True)
 
 

@@ -62,7 +62,8 @@ class Runner:
     """Keeps one mount up.
 
     settings: as configured; active: what runs, changes by hand included, and what comes back after a crash.
-    pending: keys of the settings that did not get through to what runs.
+    pending: keys of the settings that did not get through to what runs. connection, place: of the mount, its
+    number and the mount point as the kernel has it, without symbolic links.
     """
 
     def __init__(self, settings: MountSettings, shared: Shared, transient: bool = False) -> None:
@@ -77,6 +78,7 @@ class Runner:
         self.restarts = 0
         self.since = time.time()
         self.connection = 0
+        self.place = ""
         self.control: str | None = None
         self.worker: Worker | None = None
         self.up = asyncio.Event()
@@ -101,11 +103,12 @@ class Runner:
     def begin(self) -> None:
         self._task = asyncio.create_task(self._run(), name=f"mount {self.label}")
 
-    def adopt(self, worker: Worker, connection: int, control: str, active: MountSettings, since: float) -> None:
+    def adopt(self, worker: Worker, entry: registry.Entry, active: MountSettings) -> None:
         """Take over a process that serves already; before `begin`."""
-        self.worker, self.connection, self.control, self.active = worker, connection, control, active
+        self.worker, self.active = worker, active
+        self.connection, self.place, self.control = entry.connection, entry.mount_point, entry.control
         self._set(State.SERVING, "")
-        self.since = since
+        self.since = entry.started
         self.up.set()
         self.settled.set()
 
@@ -146,7 +149,7 @@ class Runner:
                 self._again = self._resume = False
                 failures = 0
                 self._set(State.STARTING, "")
-            elif self.connection not in kernelside.connections():
+            elif not self._is_mounted():
                 self.log.info("%s: unmounted", self.label)
                 self._resume = False
                 self._set(State.UNMOUNTED, "somebody unmounted it")
@@ -159,6 +162,10 @@ class Runner:
                 self._set(State.RESTARTING, text)
                 if failures > 1:
                     await self._pause(self._delay(failures - 1))
+
+    def _is_mounted(self) -> bool:
+        """Whether our mount is there, served or dead."""
+        return kernelside.is_mounted(self.place, self.connection)
 
     def _is_stopping(self) -> bool:
         """`_stopping`, which changes while one waits."""
@@ -205,7 +212,8 @@ class Runner:
         except TimeoutError:
             answer = {"error": f"not ready after {self.shared.daemon.start_timeout:g} s", "code": 1}
         if answer is not None and answer.get("ready"):
-            self.connection, self.control, self.active = answer["connection"], answer["control"], settings
+            self.connection, self.place = answer["connection"], answer["mount_point"]
+            self.control, self.active = answer["control"], settings
             if not self._resume:
                 self.pending.clear()
             self._set(State.SERVING, "")
@@ -292,7 +300,7 @@ class Runner:
 
     async def _abort(self, worker: Worker) -> None:
         """End a process that may be stuck in its own mount: the connection first, which frees it."""
-        problem = kernelside.abort(self.connection)
+        problem = kernelside.abort(self.place, self.connection)
         if problem is not None:
             self.log.error("%s: %s", self.label, problem)
         worker.send_signal(signal.SIGKILL)
@@ -375,14 +383,14 @@ class Runner:
                 await self._abort(worker)
         if self._task is not None:
             await self._task
-        if self.connection and self.connection in kernelside.connections():
+        if self.connection and self._is_mounted():
             await self._detach_dead()
         self._set(State.UNMOUNTED, "stopped")
         self.up.clear()
 
     async def _detach_dead(self) -> None:
         """Take away what a killed process left; by a process of its own, since this one touches no mount point."""
-        command = [*COMMAND, "umount", "--lazy", self.active.mount_point]
+        command = [*COMMAND, "umount", "--lazy", self.place]
         process = await asyncio.create_subprocess_exec(*command, cwd="/", env=environment(), start_new_session=True)
         try:
             async with asyncio.timeout(self.shared.daemon.stop_timeout):

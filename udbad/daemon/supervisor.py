@@ -210,7 +210,7 @@ class Supervisor:
         if wanted is not None:
             settings = replace(settings, missing_branch=wanted.missing_branch)
         runner = Runner(settings, self.shared, transient=not entry.name)
-        runner.adopt(worker, entry.connection, entry.control, active, entry.started)
+        runner.adopt(worker, entry, active)
         log.info("%s: adopted process %d", runner.label, entry.pid)
         if entry.version != __version__:
             log.warning("%s: is served by version %s; when idle: udbad restart %s", runner.label, entry.version,

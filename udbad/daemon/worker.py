@@ -30,7 +30,9 @@ def work(supervisor: socket.socket) -> int:
 
     def ready(process: mountproc.MountProcess) -> None:
         control = process.control_path or None
-        _answer(supervisor, {"ready": True, "connection": process.session.connection, "control": control})
+        place = os.fsdecode(process.mount_point)
+        words = {"ready": True, "connection": process.session.connection, "control": control, "mount_point": place}
+        _answer(supervisor, words)
 
     try:
         mountproc.run(

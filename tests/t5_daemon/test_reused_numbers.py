@@ -1,0 +1,147 @@
+"""A FUSE connection number is given to the next mount as soon as it is free: it must never stand for a mount alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from tests.t5_daemon.daemon import Daemon
+from udbad.config import parse_mount_options
+from udbad.configfile import DaemonSettings, MountSettings
+from udbad.daemon import kernelside, registry
+from udbad.daemon.registry import Entry, Registration
+from udbad.daemon.runner import Runner, Shared
+from udbad.daemon.workers import Worker
+
+NO_PROCESS = 1 << 30
+"""Above any pid_max."""
+
+
+def entry(run_dir: Path, place: str, connection: int, pid: int = NO_PROCESS) -> Entry:
+    """What a mount process has written, with a directory in `run_dir`."""
+    registration = Registration(str(run_dir), place.encode())
+    written = Entry(
+        name="", mount_point=place, asked=place, options="br=/x", configured="br=/x", pid=pid, connection=connection,
+        supervised=True, version="0", started=0.0, directory=str(registration.path),
+    )  # fmt: skip
+    registration.write(written)
+    return written
+
+
+def test_sweep_goes_by_mount_point_and_number(tmp_path: Path) -> None:
+    entry(tmp_path, "/gone", 7)
+    entry(tmp_path, "/dead", 8)
+    entry(tmp_path, "/alive", 9, pid=1)
+    registry.sweep(str(tmp_path), {("/other", 7), ("/dead", 8)})
+    assert {one.mount_point for one in registry.entries(str(tmp_path))} == {"/dead", "/alive"}
+
+
+@pytest.mark.fuse
+def test_the_number_of_a_dead_mount_in_use_by_another(daemon: Daemon) -> None:
+    daemon.settings["watch"] = False
+    daemon.add("a")
+    daemon.start()
+    number = daemon.state("a")["connection"]
+    assert number
+    entry(Path(daemon.run_dir), "/gone", number)
+    daemon.add("b")
+    daemon.write()
+    daemon.ask("reload")
+    daemon.wait_for("b")
+    assert sorted(one.label for one in registry.entries(daemon.run_dir)) == ["a", "b"]
+    daemon.stop()
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Pretend these mounts, (place, number, type): returns the directory in the place of fusectl."""
+    monkeypatch.setattr(kernelside, "FUSECTL", tmp_path)
+    monkeypatch.setattr(kernelside, "MOUNTINFO", tmp_path / "mountinfo")
+
+    def mounts(*there: tuple[str, int, str]) -> Path:
+        lines = [
+            f"{31 + number} 29 0:{number} / {place} rw,relatime shared:1 - {kind} si=1 rw,user_id=0\n"
+            for place, number, kind in there
+        ]
+        (tmp_path / "mountinfo").write_text("".join(lines))
+        for _, number, _ in there:
+            (tmp_path / str(number)).mkdir(exist_ok=True)
+            (tmp_path / str(number) / "abort").write_text("")
+        return tmp_path
+
+    return mounts
+
+
+def test_is_mounted(kernel: Callable[..., Path]) -> None:
+    kernel(("/mnt/a\\040b", 40, "fuse.udba"), ("/mnt/c", 41, "fuse.sshfs"), ("/mnt/c", 42, "fuse.udba"))
+    assert kernelside.is_mounted("/mnt/a b", 40)
+    assert kernelside.is_mounted("/mnt/c", 42)
+    assert not kernelside.is_mounted("/mnt/a b", 42)
+    assert not kernelside.is_mounted("/mnt/c", 40)
+    assert not kernelside.is_mounted("/mnt/c", 41)
+
+
+class _Wedged:
+    """A mount process that only a signal ends."""
+
+    pid = NO_PROCESS
+
+    def __init__(self) -> None:
+        self.signals: list[signal.Signals] = []
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self.signals.append(number)
+
+    async def ended(self) -> None:
+        assert self.signals
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("there", "aborted"),
+    [
+        (("/mnt/a", 40, "fuse.udba"), True),
+        (("/mnt/b", 40, "fuse.udba"), False),
+        (("/mnt/a", 40, "fuse.sshfs"), False),
+    ],
+)
+async def test_a_wedged_process_never_costs_somebody_else_his_mount(
+    kernel: Callable[..., Path], expect_log: Callable[[str], None], there: tuple[str, int, str], aborted: bool
+) -> None:
+    """Its mount was unmounted meanwhile, and the number has gone to another."""
+    fusectl = kernel(there)
+    shared = Shared(DaemonSettings(), cast("Any", None), lambda _: None)
+    runner = Runner(MountSettings("a", "/link/a", parse_mount_options("br=/x")), shared)
+    runner.place, runner.connection = "/mnt/a", 40
+    process = _Wedged()
+    if not aborted:
+        expect_log("a: /mnt/a is not mounted any more")
+    await runner._abort(cast("Worker", process))
+    assert (fusectl / "40" / "abort").read_text() == ("1" if aborted else "")
+    assert process.signals == [signal.SIGKILL]
+
+
+@pytest.mark.fuse
+def test_a_mount_point_behind_a_link_is_known_by_its_real_path(daemon: Daemon) -> None:
+    """The kernel shows the real path: a mount that died must be told from one that was unmounted."""
+    daemon.add("a")
+    link = daemon.tmp_path / "link"
+    link.symlink_to(daemon.tmp_path)
+    daemon.mounts["a"]["mount_point"] = str(link / "a.mnt")
+    daemon.start()
+    pid = daemon.state("a")["pid"]
+    os.kill(pid, signal.SIGKILL)
+    assert daemon.wait_for("a", not_pid=pid)["restarts"] == 1
+    daemon.kill()
+    daemon.start()
+    pid = daemon.state("a")["pid"]
+    os.kill(pid, signal.SIGKILL)
+    daemon.wait_for("a", not_pid=pid)
+    assert json.loads(daemon.command("status", "--json"))["mounts"][0]["state"] == "serving"
+    daemon.stop()
