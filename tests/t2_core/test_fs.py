@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from tests.helpers.merge import diff, snapshot
 from tests.helpers.posix import EXCHANGE
 from tests.t2_core.core import STRATEGIES, Core, core
 from udbad.branch import syscalls
+from udbad.branch.branches import BranchSet
 from udbad.inodes.table import Dir
 from udbad.types import ROOT_ID, Trigger
-from udbad.union import copyup
+from udbad.union import copyup, reconfigure
 from udbad.union.fs import SetAttr
 from udbad.union.tree import NeedCopyUp
 
@@ -481,3 +483,33 @@ def test_branch_directory_replaced(tmp_path: Path, udba: str) -> None:
         found = union.fs.lookup(directory.id, b"f")
         assert found is not None
         assert found[1].st_size == 3
+
+
+# -- branches that go -----------------------------------------------------------------------------
+
+
+@modes
+def test_a_directory_of_a_removed_branch_is_looked_up_again(tmp_path: Path, udba: str) -> None:
+    """Between the kernel's LOOKUP and OPENDIR: ESTALE has it look again, any other answer would be the user's."""
+    (tmp_path / "extra/d").mkdir(parents=True)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/d").write_text("a file below the directory")
+    with core(tmp_path, {"top": "rw", "extra": "ro", "base": "ro"}, udba) as made:
+        node = made.find("d")
+        old = made.tree.branches
+        top, _, base = old.branches
+        reconfigure.apply(made.tree, BranchSet((top, replace(base, index=1)), old.generation + 1))
+        assert error_of(lambda: made.fs.opendir(node.id)) == "ESTALE"
+        # What the shell does before it tries again must not turn it into another error.
+        assert error_of(lambda: made.fs.recover(node.id)) == "ESTALE"
+        assert made.content("d") == b"a file below the directory"
+
+
+@modes
+def test_a_removed_directory_can_be_listed_by_who_is_in_it(tmp_path: Path, udba: str) -> None:
+    with core(tmp_path, udba=udba) as made:
+        node = made.mkdir("d")
+        made.rmdir("d")
+        handle = made.fs.opendir(node.id)
+        assert [name for name, *_ in made.fs.readdir(handle.fh, 0)] == [b".", b".."]
+        made.fs.releasedir(handle.fh)

@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import signal
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.t5_daemon.daemon import DEADLINE, Daemon, until
-from udbad.config import MountOptions
-from udbad.configfile import DaemonSettings
+from tests.t5_daemon.daemon import DEADLINE, Daemon, toml, until
+from udbad.config import MountOptions, parse_mount_options
+from udbad.configfile import DaemonSettings, MetricsSettings, load
+from udbad.daemon import registry
+from udbad.daemon.configwatch import signature
 from udbad.daemon.mountcommands import LIVE
-from udbad.daemon.reload import OWN_KEYS
+from udbad.daemon.mountproc import _union_options
+from udbad.daemon.registry import Entry
+from udbad.daemon.reload import OWN_KEYS, Outcome
+from udbad.daemon.supervisor import Supervisor
 
 pytestmark = pytest.mark.fuse
 
 LIVE_VALUES: dict[str, object] = {
-    "udba": "notify", "create": "mfs", "cpup": "bu", "dirwh": 7, "diropq": "always", "sum": True,
+    "udba": "none", "create": "rr", "cpup": "bu", "dirwh": 7, "diropq": "always", "sum": True,
     "fsync_copyup": True, "verbose": True, "warn_perm": False, "rdcache": 3,
 }  # fmt: skip
 FIXED_VALUES: dict[str, object] = {
     "plink": False, "xino": False, "shwh": True, "dirperm1": True, "acl": False, "dio": False, "ro": True,
     "kernel_flags": ["noexec"], "fsname": "other",
 }  # fmt: skip
+DAEMON_VALUES: dict[str, object] = {
+    "log_level": "debug", "log_format": "json", "heartbeat": 1, "wedged_after": 50, "start_timeout": 200,
+    "stop_timeout": 20, "restart_delay": 1, "restart_delay_max": 30, "healthy_after": 5, "retry_missing": 1,
+    "watch": False, "run_dir": "/run/elsewhere",
+}  # fmt: skip
+METRICS_VALUES: dict[str, object] = {"listen": "127.0.0.1:9999", "tls_certificate": "/c", "tls_key": "/k"}
+MOUNT_KEYS = MountOptions.model_fields.keys() - {"branches", "notices", "control", "metrics", "allow_other"}
 
 
 def test_every_mount_key_is_tried_below() -> None:
-    keys = MountOptions.model_fields.keys() - {"branches", "notices", "control", "metrics", "allow_other"}
-    assert keys == LIVE_VALUES.keys() | FIXED_VALUES.keys()
+    assert LIVE_VALUES.keys() | FIXED_VALUES.keys() == MOUNT_KEYS
     assert set(LIVE_VALUES) == LIVE - {"branches"}
     assert OWN_KEYS == ("mount_point", "missing_branch", "enabled")
 
@@ -63,26 +78,222 @@ def test_every_key_of_a_mount(daemon: Daemon) -> None:
     # What was pending is taken up by the next mount, and then nothing is left.
     daemon.command("restart", "a")
     state = daemon.wait_for("a", not_pid=pid)
-    assert (state["pending"], state["process"]["udba"]) == ([], "notify")
+    assert (state["pending"], state["process"]["udba"]) == ([], "none")
     assert reload(daemon) == {}
     daemon.stop()
 
 
-def test_every_key_of_the_daemon(daemon: Daemon) -> None:
+class Union:
+    """One mount of a running daemon, top=rw over middle=rw (another file system) over base=ro; what it does."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+        self.point = daemon.add("a", ["top=rw", "middle=rw", "base=ro"])
+        self.branches = [daemon.branch("a", name) for name in ("top", "middle", "base")]
+        self.turn = 0
+
+    def new_name(self) -> str:
+        self.turn += 1
+        return f"name{self.turn}"
+
+    def homes(self, names: Iterable[str]) -> set[str]:
+        return {branch.suffix for name in names for branch in self.branches if (branch / name).exists()}
+
+    def entry(self) -> Entry:
+        return registry.entries(self.daemon.run_dir)[0]
+
+    # What can be seen of each option; the value must differ before and after the change.
+
+    def udba(self) -> object:
+        """Whether a direct change is seen."""
+        name = self.new_name()
+        (self.branches[2] / name).write_text("short")
+        with (self.point / name).open() as file:
+            os.fstat(file.fileno())
+            (self.branches[2] / name).write_text("much longer")
+            return os.stat(self.point / name).st_size == len("much longer")
+
+    def create(self) -> object:
+        """Where new files go."""
+        names = [self.new_name() for _ in range(4)]
+        for name in names:
+            (self.point / name).touch()
+        return self.homes(names)
+
+    def cpup(self) -> object:
+        """Where a copy-up goes."""
+        name = self.new_name()
+        (self.branches[2] / name).write_text("base")
+        (self.point / name).write_text("changed")
+        return self.homes([name])
+
+    def diropq(self) -> object:
+        name = self.new_name()
+        (self.point / name).mkdir()
+        return (self.branches[0] / name / ".wh..wh..opq").exists()
+
+    def sum(self) -> object:
+        space = os.statvfs(self.point)
+        first = os.statvfs(self.branches[0])
+        return space.f_blocks * space.f_frsize > first.f_blocks * first.f_frsize
+
+    def ro(self) -> object:
+        try:
+            (self.point / self.new_name()).touch()
+        except OSError as error:
+            return error.errno
+        return 0
+
+    def shwh(self) -> object:
+        (self.branches[0] / ".wh.hidden").touch()
+        return ".wh.hidden" in os.listdir(self.point)
+
+    def dio(self) -> object:
+        name = self.new_name()
+        (self.point / name).touch()
+        try:
+            os.close(os.open(self.point / name, os.O_RDONLY | os.O_DIRECT))
+        except OSError as error:
+            return error.errno
+        return 0
+
+    def kernel_flags(self) -> object:
+        return bool(os.statvfs(self.point).f_flag & os.ST_NOEXEC)
+
+    def fsname(self) -> object:
+        return [
+            line.split()[0] for line in Path("/proc/self/mounts").read_text().splitlines() if str(self.point) in line
+        ]
+
+    def told(self) -> object:
+        """For what has no effect that one can see from outside: what the mount process says it works with."""
+        return self.entry().options
+
+
+@pytest.fixture
+def here(daemon: Daemon) -> Iterator[Union]:
+    union = Union(daemon)
     daemon.settings["watch"] = False
+    subprocess.run(["mount", "-t", "tmpfs", "none", union.branches[1]], check=True, timeout=DEADLINE)
+    try:
+        daemon.start()
+        yield union
+        daemon.stop()
+    finally:
+        subprocess.run(["umount", "-l", union.branches[1]], check=True, timeout=DEADLINE)
+
+
+@pytest.mark.parametrize("key", sorted(LIVE_VALUES))
+def test_what_is_applied_is_in_force(daemon: Daemon, here: Union, key: str) -> None:
+    look = getattr(here, key, here.told)
+    before, pid = look(), daemon.state("a")["pid"]
+    daemon.mounts["a"][key] = LIVE_VALUES[key]
+    assert reload(daemon) == {f"mounts.a.{key}": "applied"}
+    assert look() != before
+    assert here.entry().options == here.entry().configured
+    assert (daemon.state("a")["pid"], daemon.state("a")["pending"]) == (pid, [])
+
+
+@pytest.mark.parametrize("key", sorted(FIXED_VALUES))
+def test_what_needs_a_remount_is_in_force_after_it(daemon: Daemon, here: Union, key: str) -> None:
+    look = getattr(here, key, here.told)
+    before, pid = look(), daemon.state("a")["pid"]
+    daemon.mounts["a"][key] = FIXED_VALUES[key]
+    assert reload(daemon) == {f"mounts.a.{key}": "needs remount"}
+    assert look() == before, "pending, and in force all the same"
+    daemon.command("restart", "a")
+    daemon.wait_for("a", not_pid=pid)
+    assert look() != before
+    assert here.entry().options == here.entry().configured
+    assert reload(daemon) == {}
+
+
+@pytest.mark.parametrize("key", sorted({"dirwh", "fsync_copyup"}))
+def test_the_union_is_told(key: str, tmp_path: Path) -> None:
+    """What `told` shows above is what the operations look at."""
+    plain = parse_mount_options(f"br={tmp_path}")
+    changed = plain.model_copy(update={key: LIVE_VALUES[key]})
+    assert getattr(_union_options(changed), key) == LIVE_VALUES[key]
+    assert _union_options(changed) != _union_options(plain)
+
+
+# -- the other tables, in a supervisor that runs nothing ------------------------------------------
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("table", "key"),
+    [("daemon", key) for key in DaemonSettings.model_fields]
+    + [("metrics", key) for key in MetricsSettings.model_fields],
+)
+async def test_every_key_of_the_daemon(tmp_path: Path, table: str, key: str) -> None:
+    value = {"daemon": DAEMON_VALUES, "metrics": METRICS_VALUES}[table][key]
+    path = tmp_path / "udbad.toml"
+    tls = {"tls_certificate": "/first", "tls_key": "/first"}  # they come together
+    others = {name: first for name, first in tls.items() if key in tls and name != key}
+    level = logging.getLogger().level
+
+    def write(values: Mapping[str, object]) -> None:
+        path.write_text("\n".join([f"[{table}]", *(f"{name} = {toml(one)}" for name, one in values.items())]))
+
+    write(tls if key in tls else {})
+    supervisor = Supervisor(path, load(path), signature(path))
+    before = supervisor.shared.daemon
+    write({**others, key: value})
+    try:
+        found = [(verdict.table, verdict.key, verdict.outcome) for verdict in await supervisor.reload()]
+    finally:
+        logging.getLogger().setLevel(level)
+    applied = table == "daemon" and key != "run_dir"
+    assert found == [(table, key, Outcome.APPLIED if applied else Outcome.NEEDS_RESTART)]
+    assert getattr(getattr(supervisor.config, table), key) == value
+    if applied:
+        # This is where everybody looks, each time anew.
+        assert supervisor.shared.daemon == before.model_copy(update={key: value})
+    else:
+        assert supervisor.shared.daemon == before
+    assert await supervisor.reload() == []
+
+
+@pytest.mark.asyncio
+async def test_watch_can_be_turned_off_and_on(tmp_path: Path) -> None:
+    path = tmp_path / "udbad.toml"
+    path.write_text("[daemon]\nwatch = false\n")
+    supervisor = Supervisor(path, load(path), signature(path))
+    noticed: asyncio.Queue[asyncio.Event] = asyncio.Queue()
+
+    async def changed() -> None:
+        (await noticed.get()).set()
+
+    async def notice() -> None:
+        for _ in range(2):  # the second is waited for when the first has been dealt with
+            event = asyncio.Event()
+            noticed.put_nowait(event)
+            await asyncio.wait_for(event.wait(), DEADLINE)
+
+    supervisor._watch.changed = changed  # type: ignore[method-assign]
+    task = asyncio.create_task(supervisor._watch_files())
+    path.write_text("[daemon]\nwatch = false\nheartbeat = 9\n")
+    await notice()
+    assert supervisor.shared.daemon.heartbeat == 5
+    path.write_text("[daemon]\nwatch = true\nheartbeat = 10\n")
+    await supervisor.reload()
+    path.write_text("[daemon]\nwatch = true\nheartbeat = 11\n")
+    await notice()
+    assert supervisor.shared.daemon.heartbeat == 11
+    task.cancel()
+
+
+def test_a_new_heartbeat_is_used_for_what_runs(daemon: Daemon) -> None:
+    daemon.settings.update(watch=False, heartbeat=1)
+    daemon.add("a")
     daemon.start()
-    values: dict[str, object] = {
-        "log_level": "debug", "log_format": "json", "heartbeat": 1, "wedged_after": 50, "start_timeout": 200,
-        "stop_timeout": 20, "restart_delay": 1, "restart_delay_max": 30, "healthy_after": 5, "retry_missing": 1,
-        "watch": True, "run_dir": f"{daemon.run_dir}/other",
-    }  # fmt: skip
-    assert values.keys() == DaemonSettings.model_fields.keys()
-    run_dir = daemon.settings["run_dir"]
-    for key, value in values.items():
-        daemon.settings[key] = value
-        outcome = "needs restart of the daemon" if key == "run_dir" else "applied"
-        assert reload(daemon) == {f"daemon.{key}": outcome}, key
-    daemon.settings["run_dir"] = run_dir
+    pid = daemon.state("a")["pid"]
+    daemon.settings.update(heartbeat=0.2, wedged_after=2)
+    assert reload(daemon) == {"daemon.heartbeat": "applied", "daemon.wedged_after": "applied"}
+    os.kill(pid, signal.SIGSTOP)
+    daemon.wait_for("a", not_pid=pid)
+    assert "no sign of life for 2 s; aborted" in daemon.log()
     daemon.stop()
 
 

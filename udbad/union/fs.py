@@ -354,7 +354,11 @@ class UnionFs:
 
     def opendir(self, node_id: int, pid: int = 0) -> OpenDir:
         node = self.table.directory(node_id)
-        if not node.trusted and not node.dead:
+        if node.dead:
+            # Of a removed directory the descriptor is left; of one on a removed branch nothing, and ESTALE here, not
+            # after the open, has the kernel look the path up again.
+            self.tree.layer_fd(node, node.layers[0])
+        elif not node.trusted:
             lookup.refresh(self.tree, node)
         branch = node.branch
         if "coo_all" in branch.attrs and node.parent is not None and self.tree.branches.writable_above(branch.index):
@@ -388,8 +392,13 @@ class UnionFs:
         self.table.forget(node_id, count)
 
     def recover(self, node_id: int) -> None:
-        """A branch changed underneath: forget what is believed about a directory and its ancestors, ask again."""
+        """A branch changed underneath: forget what is believed about a directory and its ancestors, ask again.
+
+        Raises OSError: ESTALE when the directory is dead, ENOENT when it is gone.
+        """
         node = self.table.directory(node_id)
+        if node.dead:
+            raise estale()  # no name to ask by; the kernel looks the path up again, which may lead elsewhere by now
         chain: list[Dir] = []
         current: Dir | None = node
         while current is not None:
