@@ -18,7 +18,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -352,12 +352,8 @@ class _Loader:
                 if other.mount_point == mount.mount_point:
                     taken_by = f"found {mount.mount_point!r}, which is the mount point of {other.name} already"
                     self.note(file, f"{key}.mount_point", taken_by)
-                for path in writable_paths(mount):
-                    for taken in writable_paths(other):
-                        if _inside(path, taken) or _inside(taken, path):
-                            self.note(file, f"{key}.branches",
-                                      f"{path} is writable here and {taken} in {other.name}; "
-                                      "two mounts may not write to one tree")  # fmt: skip
+                for text in shared_trees(mount, other):
+                    self.note(file, f"{key}.branches", text)
             for spec in mount.options.branches:
                 path = os.path.normpath(os.fsdecode(spec.path))
                 if _inside(mount.mount_point, path):
@@ -376,6 +372,17 @@ def writable_paths(mount: MountSettings) -> list[str]:
         for index, spec in enumerate(mount.options.branches)
         if spec.perm is Perm.RW or (spec.perm is None and index == 0 and not mount.options.ro)
     ]
+
+
+def shared_trees(mount: MountSettings, other: MountSettings) -> Iterator[str]:
+    """What is wrong with two mounts that write to one tree, a line for each; compares paths as they are written."""
+    for path in writable_paths(mount):
+        for taken in writable_paths(other):
+            if _inside(path, taken) or _inside(taken, path):
+                yield (
+                    f"{path} is writable here and {taken} in {other.name or other.mount_point}; "
+                    "two mounts may not write to one tree"
+                )
 
 
 def _inside(path: str, directory: str) -> bool:

@@ -15,7 +15,7 @@ from tests.t5_daemon.daemon import Daemon
 from udbad.config import parse_mount_options
 from udbad.configfile import DaemonSettings, MountSettings
 from udbad.daemon import kernelside, registry
-from udbad.daemon.registry import Entry, Registration
+from udbad.daemon.registry import Claim, Entry, Registration
 from udbad.daemon.runner import Runner, Shared
 from udbad.daemon.workers import Worker
 
@@ -40,6 +40,33 @@ def test_sweep_goes_by_mount_point_and_number(tmp_path: Path) -> None:
     entry(tmp_path, "/alive", 9, pid=1)
     registry.sweep(str(tmp_path), {("/other", 7), ("/dead", 8)})
     assert {one.mount_point for one in registry.entries(str(tmp_path))} == {"/dead", "/alive"}
+
+
+def test_who_ends_late_leaves_the_entry_of_the_next_process(tmp_path: Path) -> None:
+    """After umount(8) the next mount may be there before the process of the last one has ended."""
+    mine = Registration(str(tmp_path), b"/mnt")
+    entry(tmp_path, "/mnt", 7)
+    mine.remove()
+    assert [one.connection for one in registry.entries(str(tmp_path))] == [7]
+    entry(tmp_path, "/mnt", 7, pid=os.getpid())
+    mine.remove()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_mount_point_is_claimed_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "CLAIM_SECONDS", 0)
+    run_dir = str(tmp_path / "run")
+    first, other = Claim(run_dir, b"/mnt"), Claim(run_dir, b"/other")
+    with pytest.raises(OSError, match="busy"):
+        Claim(run_dir, b"/mnt")
+    # The directory that is locked may be removed by whoever unmounts; then the lock is on nothing.
+    registry.directory(run_dir, b"/mnt").rmdir()
+    second = Claim(run_dir, b"/mnt")
+    with pytest.raises(OSError, match="busy"):
+        Claim(run_dir, b"/mnt")
+    for claim in (first, second, other):
+        claim.release()
+    Claim(run_dir, b"/mnt").release()
 
 
 @pytest.mark.fuse

@@ -158,6 +158,9 @@ def _print_status(answer: dict[str, Any]) -> None:
     for mount in answer["mounts"]:
         if mount["reason"]:
             click.echo(f"{mount['label']}: {mount['reason']}")
+        served_by = mount.get("process", {}).get("udbad", answer["udbad"])
+        if answer["udbad"] is not None and served_by != answer["udbad"]:
+            click.echo(f"{mount['label']}: still served by version {served_by}; udbad restart {mount['label']}")
         if mount["pending"]:
             click.echo(f"{mount['label']}: at the next mount: {', '.join(mount['pending'])}")
 

@@ -84,6 +84,7 @@ class MountProcess:
         for notice in options.notices:
             log.info("%s", notice)
         max_fds = _raise_fd_limit()
+        self._claim = self._claim_mount_point()
         dead = self._dead_mounts()
         if not dead and check_mount_point(self.mount_point):
             log.info("mount point %s is not empty; its content is hidden while mounted", os.fsdecode(mount_point))
@@ -109,6 +110,18 @@ class MountProcess:
         self.snapshot = Snapshot(self)
         self._commands = Commands(self)
         self._registration: registry.Registration | None = None
+
+    def _claim_mount_point(self) -> registry.Claim | None:
+        """Held until others can see that we serve. Raises UserError when another process is at it."""
+        if self.identity.run_dir is None:
+            return None
+        try:
+            return registry.Claim(self.identity.run_dir, self.mount_point)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                text = f"another process is mounting on {os.fsdecode(self.mount_point)}"
+                raise UserError(text, ExitCode.MOUNT_POINT) from None
+            return None  # no room in the run directory is no reason not to mount; _register says so
 
     def _dead_mounts(self) -> int:
         """How many dead unions lie on the mount point. Raises UserError when a living one does."""
@@ -195,6 +208,8 @@ class MountProcess:
     async def serve(self, on_ready: Callable[[], None]) -> None:
         """Serve until unmounted or told to stop by SIGINT or SIGTERM; on_ready is called once requests are answered."""
         listener = self._listen()
+        if self._claim is not None:
+            self._claim.release()
         self.session.attach(self.operations)
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:

@@ -10,16 +10,21 @@ keeps it over restarts, and a directory that a killed process left is used again
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 DEFAULT_RUN_DIR = "/run/udbad"
 SOCKET_NAME = "udbad.sock"  # of the supervisor, in the run directory
+CLAIM_SECONDS = 10.0
+_CLAIM_PAUSE = 0.05
 _MAX_LINKS = 40  # MAXSYMLINKS (linux/namei.h)
 
 
@@ -72,6 +77,42 @@ def directory(run_dir: str, mount_point: bytes) -> Path:
     return Path(run_dir) / f"si_{mount_id(mount_point)}"
 
 
+class Claim:
+    """Keeps others from mounting on the same mount point until it is released; ends with the process, too.
+
+    Two processes that start at the same time would both find nothing mounted there. A lock on the directory
+    of the mount, flock(2): there is no file that could be left.
+    """
+
+    def __init__(self, run_dir: str, mount_point: bytes) -> None:
+        """mount_point: from real_mount_point(). Raises OSError: EBUSY when somebody has it for CLAIM_SECONDS."""
+        path = directory(run_dir, mount_point)
+        end = time.monotonic() + CLAIM_SECONDS
+        while True:
+            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            try:
+                self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # whoever has just unmounted has removed it
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(self._fd), os.stat(path)):
+                    return
+            except FileNotFoundError:
+                pass
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    self.release()
+                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY)) from None
+                time.sleep(_CLAIM_PAUSE)
+            self.release()
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 class Registration:
     """The directory of one mount, from its beginning to its orderly end; every method raises OSError."""
 
@@ -102,17 +143,24 @@ class Registration:
         temporary.replace(self.path / name)
 
     def remove(self) -> None:
-        """The mount has ended in order: nothing of it is left to know."""
+        """The mount has ended in order: nothing of it is left to know, unless another process is there already."""
+        entry = read(self.path)
+        if entry is not None and entry.pid != os.getpid():
+            return
         for name in os.listdir(self.path):
             (self.path / name).unlink()
         self.path.rmdir()
 
 
 def read(path: Path) -> Entry | None:
-    """The entry in a directory si_<id>; None when there is none, or none that makes sense."""
+    """The entry in a directory si_<id>; None when there is none, or none that makes sense.
+
+    What another version knows beyond it is passed over: the mount is there all the same.
+    """
+    known = {field.name for field in fields(Entry)}
     try:
         words = json.loads((path / "mount.json").read_bytes())
-        entry = Entry(**words, directory=str(path))
+        entry = Entry(**{**{key: words[key] for key in words if key in known}, "directory": str(path)})
     except (OSError, ValueError, TypeError):
         return None
     types = {

@@ -22,7 +22,7 @@ from typing import Any
 
 from udbad import __version__
 from udbad.config import format_options, parse_mount_options
-from udbad.configfile import Config, ConfigError, DaemonSettings, MountSettings, config_files, load
+from udbad.configfile import Config, ConfigError, DaemonSettings, MountSettings, config_files, load, shared_trees
 from udbad.daemon import exporter, logs, registry, save, sdnotify
 from udbad.daemon.configwatch import ConfigWatch, Signature, signature
 from udbad.daemon.protocol import Message, ask_async, bind
@@ -93,7 +93,8 @@ class Supervisor:
                     task.cancel()
                 self._watch.close()
                 await server.close()
-                os.unlink(os.path.join(run_dir, registry.SOCKET_NAME))
+                with suppress(FileNotFoundError):  # somebody has cleared the run directory
+                    os.unlink(os.path.join(run_dir, registry.SOCKET_NAME))
 
     def _export(self, stack: ExitStack) -> None:
         """Serve metrics until the stack ends. Mounts matter more than numbers: they do without, and the log says so."""
@@ -420,7 +421,11 @@ class Supervisor:
             self._forget_finished()
         if any(runner.settings.mount_point == mount_point for runner in self.runners.values()):
             raise UserError(f"{mount_point} is the mount point of a mount already", ExitCode.MOUNT_POINT)
-        runner = Runner(MountSettings("", mount_point, options, missing_branch="fail"), self.shared, transient=True)
+        settings = MountSettings("", mount_point, options, missing_branch="fail")
+        for one in self.runners.values():
+            for text in shared_trees(settings, one.settings) if one.settings.enabled else ():
+                raise UserError(text, ExitCode.BRANCH)
+        runner = Runner(settings, self.shared, transient=True)
         self._add(runner)
         await runner.settled.wait()
         if runner.state is State.SERVING:

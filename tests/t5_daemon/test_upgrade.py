@@ -1,0 +1,99 @@
+"""A new version takes over: mounts go on in their old processes, and change over when idle or forced."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.mount import REPOSITORY
+from tests.t5_daemon.daemon import DEADLINE, Daemon
+from udbad import __version__
+from udbad.daemon import registry
+
+pytestmark = pytest.mark.fuse
+
+NEW = "99.0"
+
+
+def install(daemon: Daemon, directory: Path) -> None:
+    """From now on what is started is the new version: sitecustomize comes before any import of ours."""
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text(f"import udbad\nudbad.__version__ = {NEW!r}\n")
+    daemon.environment["PYTHONPATH"] = f"{directory}{os.pathsep}{REPOSITORY}"
+
+
+def versions(daemon: Daemon) -> dict[str, str]:
+    return {entry.label: entry.version for entry in registry.entries(daemon.run_dir)}
+
+
+@pytest.mark.parametrize("end", ["--keep-mounts", "killed"])
+def test_a_new_version_takes_over(daemon: Daemon, tmp_path: Path, end: str) -> None:
+    points = {name: daemon.add(name) for name in ("busy", "forced", "idle")}
+    daemon.start()
+    pids = {name: daemon.state(name)["pid"] for name in points}
+    with (points["busy"] / "open").open("w") as file, (points["forced"] / "open").open("w") as lost:
+        # The old daemon goes, its mounts stay.
+        if end == "killed":
+            daemon.kill()
+        else:
+            daemon.command("stop", end)
+            assert daemon.process is not None
+            assert daemon.process.wait(DEADLINE) == 0
+        install(daemon, tmp_path / "new")
+        file.write("written while no daemon ran, ")
+        file.flush()
+        daemon.start()
+
+        # The new one adopts them as they are, and says what is left to do.
+        status = json.loads(daemon.command("status", "--json"))
+        assert status["udbad"] == NEW
+        assert {mount["label"]: mount["process"]["udbad"] for mount in status["mounts"]} == dict.fromkeys(
+            points, __version__
+        )
+        assert {name: daemon.state(name)["pid"] for name in points} == pids
+        for name in points:
+            assert f"{name}: is served by version {__version__}; when idle: udbad restart {name}" in daemon.log()
+            assert f"{name}: still served by version {__version__}; udbad restart {name}" in daemon.command("status")
+
+        # What is idle changes over at once; what is used only by force, and then its users get errors.
+        daemon.command("restart", "idle")
+        daemon.wait_for("idle", not_pid=pids["idle"])
+        assert "busy" in daemon.command("restart", "busy", code=1)
+        assert "busy" in daemon.command("restart", "forced", code=1)
+        daemon.command("restart", "--force", "forced")
+        daemon.wait_for("forced", not_pid=pids["forced"])
+        with pytest.raises(OSError, match=r"not connected|aborted"):
+            os.fstat(lost.fileno())
+        assert daemon.state("busy")["pid"] == pids["busy"]
+        assert versions(daemon) == {"busy": __version__, "forced": NEW, "idle": NEW}
+        file.write("and by the old process under the new daemon")
+        file.flush()
+        assert [line for line in daemon.command("status").splitlines() if "still served" in line] == [
+            f"busy: still served by version {__version__}; udbad restart busy"
+        ]
+
+    # A crash changes over, too: what is started is the new version.
+    os.kill(pids["busy"], 9)
+    daemon.wait_for("busy", not_pid=pids["busy"])
+    assert versions(daemon)["busy"] == NEW
+    assert "still served" not in daemon.command("status")
+    expected = "written while no daemon ran, and by the old process under the new daemon"
+    assert (points["busy"] / "open").read_text() == expected
+    daemon.stop()
+
+
+def test_an_entry_of_another_version_with_more_in_it_is_not_taken_for_none(daemon: Daemon) -> None:
+    """A version to come may write more into mount.json; what is known of it is enough to adopt the mount."""
+    point = daemon.add("a")
+    daemon.start()
+    pid = daemon.state("a")["pid"]
+    path = next(Path(daemon.run_dir).glob("si_*/mount.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "new_in_99": [1]}))
+    daemon.kill()
+    daemon.start()
+    assert daemon.state("a")["pid"] == pid
+    assert os.listdir(point) == []
+    daemon.stop()
