@@ -33,7 +33,6 @@ from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
 from udbad.union import lookup, whiteout
 from udbad.union.tree import Tree
-from udbad.union.view import load_view
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +92,6 @@ class NotifyCoherence(Coherence):
         self._limit_hits = 0
         self._limited_at = 0
         self._told: dict[int, Stamp | None] = {}
-        self._negatives: dict[int, set[bytes]] = {}
-        self._track_negatives = not notifier.epochs
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -252,7 +249,6 @@ class NotifyCoherence(Coherence):
 
     def dropped(self, node: Node) -> None:
         self._told.pop(node.id, None)
-        self._negatives.pop(node.id, None)
         if type(node) is Dir:
             entry = self._watched.get(node.id)
             if entry is not None and entry.node is node:
@@ -295,10 +291,6 @@ class NotifyCoherence(Coherence):
             return
         finally:
             os.close(fd)
-
-    def told_negative(self, node: Dir, name: bytes) -> None:
-        if self._track_negatives:
-            self._negatives.setdefault(node.id, set()).add(name)
 
     def not_told(self, node: Node) -> None:
         if node.id in self._told:
@@ -433,8 +425,11 @@ class NotifyCoherence(Coherence):
                 lookup.discard(self.tree, node, name, found)
                 return
             lookup.discard(self.tree, node, name, found)
-            # The kernel may remember that there is no such name.
-            self._tell_entry(node, name)
+            if node.negatives is not None and name in node.negatives:
+                node.negatives.discard(name)
+                self._tell_entry(node, name)
+            else:
+                self._compare(node, self.tree.stat(node), kinds)
             self._tell_link(found, kinds)
             return
         if found.layers is not None:
@@ -501,13 +496,13 @@ class NotifyCoherence(Coherence):
             if node.nlookup:  # else the kernel has never heard of it
                 self._compare_below(node)
             return
-        # Dropping the entry prunes what the kernel holds below it and does not use; what is in use (current
-        # directories, open files) is dropped name by name. Own knowledge is asked again from the branches.
+        # Name by name, not by dropping the directory itself: it may still be the same, and somebody may have
+        # mounted something below it. Own knowledge is asked again from the branches.
         if node.parent is not None:
-            self.notifier.entry(node.parent.id, node.name)
+            self.notifier.expire(node.parent.id, node.name)
         self.notifier.attributes(node.id)
-        for name, child in list(node.children.items()):
-            self.notifier.entry(node.id, name)
+        self.expire_names(node)
+        for child in list(node.children.values()):
             if type(child) is Dir and not child.trusted:
                 self._drop_subtree(child)
 
@@ -515,21 +510,12 @@ class NotifyCoherence(Coherence):
         """Drop every name of a directory that its new layers have changed.
 
         The directory is still the same node and keeps its entry: without one, processes that sit in it
-        could not tell where they are (getcwd(2)). A name that is listed but not known may be a cached negative.
+        could not tell where they are (getcwd(2)).
         """
         self.notifier.attributes(node.id)
         for name in list(node.children):
             self._name_changed(node, name, NAMES)
-        if not node.trusted:
-            return  # lost on the way
-        try:
-            listed = load_view(self.tree, node)
-        except OSError as error:
-            log.debug("cannot list a directory that has changed: %s", error)
-            self._lose(node)
-            return
-        for name in listed.keys() - node.children.keys():
-            self.notifier.entry(node.id, name)
+        self.forget_negatives(node)
 
     def _on_overflow(self) -> None:
         """Events were lost: nothing that is cached can be believed.
@@ -542,10 +528,6 @@ class NotifyCoherence(Coherence):
 
     def drop_everything(self) -> None:
         self._told.clear()
-        for node_id, names in self._negatives.items():
-            for name in names:
-                self.notifier.entry(node_id, name)
-        self._negatives.clear()
         super().drop_everything()
 
     # -- reporting ----------------------------------------------------------------------------

@@ -162,7 +162,8 @@ class Commands:
             node = parent.children.get(part) if parent is not None else None
         if parent is not None and parts:
             _distrust(parent)
-            self.process.invalidator.entry(parent.id, parts[-1])
+            self.process.coherence.forget_negatives(parent)
+            self.process.invalidator.expire(parent.id, parts[-1])
         count = 0 if node is None else self._invalidate(node)
         await trio.to_thread.run_sync(self.process.invalidator.flush)
         return {"nodes": count}
@@ -175,9 +176,8 @@ class Commands:
             count += 1
             if type(node) is Dir:
                 _distrust(node)
-                for name, child in node.children.items():
-                    notifier.entry(node.id, name)
-                    todo.append(child)
+                self.process.coherence.expire_names(node)
+                todo += node.children.values()
                 notifier.attributes(node.id)
             else:
                 notifier.data(node.id)

@@ -36,7 +36,7 @@ from udbad.daemon.protocol import ask
 from udbad.daemon.snapshot import Snapshot, text
 from udbad.errors import ExitCode, UserError
 from udbad.kernel.invalidator import Invalidator
-from udbad.kernel.mounts import unions
+from udbad.kernel.mounts import mounts_inside, unions
 from udbad.kernel.ops import Operations
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import Samples, Server
@@ -102,7 +102,9 @@ class MountProcess:
         self.control_path = ""  # of the socket that is served, once there is one
         self._endpoint = self._export()
         self.session = Session(self.mount_point, self._source(), frozenset(flags), options.acl, dead)
-        self.invalidator = Invalidator(self.session.notify, self.session.has_epochs)
+        self.invalidator = Invalidator(
+            self.session.notify, self.session.has_epochs, lambda: mounts_inside(self.session.connection)
+        )
         self.coherence = STRATEGIES[options.udba](self.tree, self.invalidator)
         self.coherence.start()
         self.operations = Operations(self.fs, self.coherence, self.session.switch)

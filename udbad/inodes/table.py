@@ -125,7 +125,8 @@ class Dir(Node):
     index at which something created here would be visible (opaque marks and whiteouts of this
     directory and its ancestors). trusted: layers and view may be used without asking the branches,
     decided by the coherence strategy; ttl: how long the kernel may keep entries of this directory.
-    view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again.
+    view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again. negatives: names
+    that the kernel was told not to exist, and may remember.
     """
 
     __slots__ = (
@@ -134,6 +135,7 @@ class Dir(Node):
         "floor",
         "hot",
         "layers",
+        "negatives",
         "opaque",
         "probes",
         "trusted",
@@ -150,6 +152,7 @@ class Dir(Node):
         self.floor = 0
         self.children: dict[bytes, Node] = {}
         self.view: dict[bytes, Hit | None] | None = None
+        self.negatives: set[bytes] | None = None
         self.trusted = False
         self.ttl = 0.0
         self.probes = 0
