@@ -194,7 +194,10 @@ class MountProcess:
         return exporter.start(host, port, lambda: {name: self.control_path}, lambda: {name: kept})
 
     async def serve(self, on_ready: Callable[[], None]) -> None:
-        """Serve until unmounted or told to stop by SIGINT or SIGTERM; on_ready is called once requests are answered."""
+        """Serve until unmounted or told to stop by SIGINT or SIGTERM; on_ready is called once requests are answered.
+
+        Raises UserError when the connection was aborted through fusectl.
+        """
         listener = self._listen()
         self.session.attach(self.operations)
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
@@ -208,6 +211,9 @@ class MountProcess:
                     await self.session.serve()
                 finally:
                     nursery.cancel_scope.cancel()
+        if self.session.aborted:
+            raise UserError(f"{text(self.mount_point)}: the connection was aborted; its users get errors until it is "
+                            "unmounted or mounted again", ExitCode.FAILURE)  # fmt: skip
 
     async def _stop_on_signal(self, signals: Any) -> None:
         async for number in signals:
