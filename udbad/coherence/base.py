@@ -16,6 +16,7 @@ from typing import Protocol
 from udbad.branch.branches import Branch
 from udbad.inodes.table import Dir, Node
 from udbad.types import Perm
+from udbad.union.times import settled
 from udbad.union.tree import Tree
 
 FOREVER = 1.0e9
@@ -70,6 +71,8 @@ class Coherence:
     """Base of all strategies: promises nothing by itself."""
 
     name = "?"
+    by_times = False
+    """Whether a directory that is not trusted stays so; else it is resolved at each use, and perhaps trusted again."""
 
     def __init__(self, tree: Tree, notifier: KernelNotifier) -> None:
         self.tree = tree
@@ -82,9 +85,7 @@ class Coherence:
         self.tree.attach_hooks(self)
         for node in list(self.tree.table.nodes.values()):
             if type(node) is Dir:
-                node.view = None
-                node.trusted = False
-                node.ttl = 0.0
+                node.believe_nothing()
         self.adopt(self.tree.root, False)
 
     async def run(self) -> None:
@@ -159,9 +160,7 @@ class Coherence:
         epoch = self.notifier.everything()
         for node in list(self.tree.table.nodes.values()):
             if type(node) is Dir:
-                node.view = None
-                node.trusted = False
-                node.ttl = 0.0
+                node.believe_nothing()
                 if epoch:
                     node.negatives = None
                 else:
@@ -187,7 +186,7 @@ class Coherence:
         """
         stamp = (st.st_mtime_ns, st.st_ctime_ns, st.st_size)
         same = node.seen == stamp
-        node.seen = stamp
+        node.seen = stamp if settled(node.branch, st) else None
         return same
 
     def state_of(self, branch: Branch) -> str:

@@ -396,9 +396,8 @@ class UnionFs:
             chain.append(current)
             current = current.parent
         trusted = [entry for entry in chain if entry.trusted]
-        for entry in trusted:
-            entry.view = None
-            entry.trusted = False
+        for entry in chain:
+            entry.believe_nothing()
         lookup.refresh(self.tree, node)
         for entry in reversed(trusted):
             self.tree.hooks.adopt(entry, True)
