@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from udbad import __version__
+from udbad.branch.spec import format_branch
 from udbad.config import MountOptions, parse_mount_options, parse_remount
 from udbad.daemon import rebranch
 from udbad.daemon.control import Command, Request
@@ -196,7 +197,11 @@ class Commands:
             async with self._changing:
                 await rebranch.change_branches(self.process, [(key, value) for key, value in edits])
                 self._note_branches()
-        return {"branches": [branch.describe() for branch in self.process.tree.branches.branches]}
+        branches = self.process.tree.branches
+        return {
+            "branches": [branch.describe() for branch in branches.branches],
+            "specs": [format_branch(spec) for spec in rebranch.current_specs(branches)],
+        }
 
     def _note_branches(self) -> None:
         specs = tuple(rebranch.current_specs(self.process.tree.branches))
