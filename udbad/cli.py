@@ -43,7 +43,7 @@ for _command in (
     *(mounting.mount, mounting.umount, mounting.mount_server),
     *(daemon.run, daemon.check_config, daemon.status, daemon.reload, daemon.restart, daemon.stop, daemon.log_level),
     *(inspect.where, inspect.why, inspect.invalidate, inspect.flush, inspect.udba, inspect.busy, inspect.branch),
-    *(tools.diff,),
+    *(tools.diff, tools.mvdown, tools.sync),
     top.top,
 ):
     main.add_command(_command)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Mapping
+from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +23,8 @@ from udbad.errors import ExitCode, UserError
 from udbad.types import Perm
 from udbad.union.fsck import printable
 
+_REFRESH = 0.2  # seconds
+_HOURS = 86400.0  # seconds: one big file to a slow disk
 _STYLES = {"added": "green", "changed": "yellow", "metadata": "cyan", "type": "magenta", "deleted": "red"}
 
 
@@ -50,6 +56,95 @@ def diff(run_dir: str, as_json: bool, show_all: bool, branch: str, lowers: tuple
         Console(width=None if os.isatty(1) else 4096).print(table)
     counts = {kind: sum(one["change"] == kind for one in found) for kind in _STYLES}
     click.echo(", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "no changes")
+
+
+@click.command()
+@run_dir_option
+@click.option("--overwrite-lower", is_flag=True, help="Replace a copy that the lower branch has.")
+@click.option("--keep-upper", is_flag=True, help="Copy only.")
+@click.option("--read-only-upper", is_flag=True, help="Take it away from a branch that is not writable, too.")
+@click.option("--read-only-lower", is_flag=True, help="Move to the next branch below, writable or not.")
+@click.option("--from", "source", default="", metavar="BRANCH", help="Where the copy must be; default: anywhere.")
+@click.argument("path")
+def mvdown(run_dir: str, path: str, **words: Any) -> None:
+    """Move the file PATH of a union from the branch it is on to the next lower writable one.
+
+    For regular files with one name that nobody has open. Exit code 12, and one line that says why, when it may not.
+    """
+    with user_errors():
+        if words["source"]:
+            words["source"] = os.path.abspath(words["source"])
+        entry, inside = client.locate(run_dir, path)
+        answer = client.ask_mount(entry, {"op": "mvdown", "path": inside, **words}, _HOURS)
+    verb = "copied" if answer["kept"] else "moved"
+    click.echo(f"{verb} from {_shown(answer['from'])} to {_shown(answer['to'])}, {answer['size']} bytes")
+
+
+def _shown(path: str) -> str:
+    return printable(os.fsencode(path))
+
+
+@click.group()
+def sync() -> None:
+    """Merge a branch of MOUNT down into the branch below it, while the mount is used."""
+
+
+@sync.command("copy")
+@run_dir_option
+@click.argument("mount")
+@click.argument("source")
+@click.argument("target")
+def sync_copy(run_dir: str, mount: str, source: str, target: str) -> None:
+    """Make TARGET hold what the two branches show together; SOURCE stays as it is."""
+    with user_errors():
+        _sync(run_dir, mount, "copy", source, target)
+
+
+@sync.command("move")
+@run_dir_option
+@click.argument("mount")
+@click.argument("source")
+@click.argument("target")
+def sync_move(run_dir: str, mount: str, source: str, target: str) -> None:
+    """As copy, and take away from SOURCE what was merged. Exit code 12 when something had to stay."""
+    with user_errors():
+        _sync(run_dir, mount, "move", source, target)
+
+
+def _sync(run_dir: str, mount: str, mode: str, source: str, target: str) -> None:
+    entry, _ = client.locate(run_dir, mount)
+    words = {"mode": mode, "source": os.path.abspath(source), "target": os.path.abspath(target)}
+    client.ask_mount(entry, {"op": "sync", **words})
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    # Nothing is drawn where nobody sees it.
+    with Progress(*columns, console=Console(stderr=True), disable=not os.isatty(2), transient=True) as bar:
+        task = bar.add_task("counting", total=None)
+        while True:
+            try:
+                answer = client.ask_mount(entry, {"op": "sync-status"})
+                if not answer["running"]:
+                    break
+                total = max(answer["size"], answer["synced_size"], 1)
+                text = f"{answer['synced']} of {max(answer['names'], answer['synced'])} names"
+                bar.update(task, description=text, total=total, completed=answer["synced_size"])
+                time.sleep(_REFRESH)
+            except KeyboardInterrupt:
+                client.ask_mount(entry, {"op": "sync-stop"})
+    _report(answer)
+
+
+def _report(answer: Mapping[str, Any]) -> None:
+    if answer["error_text"]:
+        raise UserError(f"sync: {answer['error_text']}", ExitCode(answer["error_code"]))
+    for path, reason in answer["left"].items():
+        click.echo(f"stays: {_shown(path)}: {reason}")
+    more = answer["left_count"] - len(answer["left"])
+    if more > 0:
+        click.echo(f"stays: {more} more")
+    moved = f", {answer['moved']} of them moved" if answer["move"] else ""
+    click.echo(f"{answer['synced']} names, {answer['synced_size']} bytes are in {_shown(answer['target'])}{moved}")
+    if answer["left_count"]:
+        raise SystemExit(int(ExitCode.REFUSED))
 
 
 def _changes(run_dir: str, branch: str, lowers: tuple[str, ...], show_all: bool) -> list[dict[str, str]]:
