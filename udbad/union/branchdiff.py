@@ -62,7 +62,8 @@ class Change:
 class _Level:
     """A directory of the top branch, and what lies below it and can be compared, None: nothing.
 
-    hides: nothing of that is visible in the union, because the directory is opaque or has a whiteout beside it.
+    hides: nothing of that is visible in the union, because this directory, or one above it, is opaque or has a
+    whiteout beside it.
     """
 
     path: bytes
@@ -130,7 +131,7 @@ def _enter(tree: Tree, level: _Level, name: bytes) -> _Level | None:
     except (FileNotFoundError, NotADirectoryError):
         return None  # changed while we were looking
     try:
-        hides = whiteout.opaque(fd) or whiteout.present(level.fd, name)
+        hides = level.hides or whiteout.opaque(fd) or whiteout.present(level.fd, name)
         layers = None if level.lower is None else _below(tree, level.lower, name)
     except BaseException:
         os.close(fd)

@@ -93,7 +93,7 @@ def transfer(
     st = copy.st = _settled(copy.src_dirfd, copy.name)
     if _is_equal(copy):
         return st
-    tmp = whiteout.temporary_name(copy.name)
+    tmp = free_temporary(copy.dst_dirfd, copy.name)
     if not st_mod.S_ISREG(st.st_mode):
         copydata.copy_special(st, copy.src_dirfd, copy.name, copy.dst_dirfd, tmp, copy.attrs)
         copy.tmp = tmp
@@ -169,6 +169,13 @@ def publish(copy: Copy) -> tuple[int, bytes] | None:
         discard(copy)
 
 
+def free_temporary(dirfd: int, name: bytes) -> bytes:
+    """A temporary name that nothing has: renaming onto one that is in use would be the end of that."""
+    while syscalls.exists_at(dirfd, tmp := whiteout.temporary_name(name)):
+        pass
+    return tmp
+
+
 def _stat(dirfd: int, name: bytes) -> os.stat_result:
     try:
         return syscalls.stat_at(dirfd, name)
@@ -183,7 +190,7 @@ def displace_directory(dirfd: int, name: bytes) -> tuple[int, bytes] | None:
             return None
     except FileNotFoundError:
         return None
-    tmp = whiteout.temporary_name(name)
+    tmp = free_temporary(dirfd, name)
     syscalls.rename_at(dirfd, name, dirfd, tmp)
     return dirfd, tmp
 
@@ -242,7 +249,7 @@ def _hide(copy: Copy) -> None:
     assert copy.st is not None
     before = os.fstat(copy.src_dirfd)
     whiteout.remove(copy.src_dirfd, copy.name)  # beside the object it hides nothing; without it, the copy
-    tmp = whiteout.temporary_name(copy.name)
+    tmp = free_temporary(copy.src_dirfd, copy.name)
     syscalls.rename_at(copy.src_dirfd, copy.name, copy.src_dirfd, tmp)
     try:
         now = syscalls.stat_at(copy.src_dirfd, tmp)

@@ -22,8 +22,8 @@ from udbad.union.tree import Tree
 
 PENDING: Final = 2000
 """Names that wait for the lower file system to be synced, so that this is done once for all of them."""
-VANISHED: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP})
-"""What is raised when an object was removed or replaced between two looks at it."""
+VANISHED: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP, errno.EAGAIN})
+"""What is raised when an object was removed or replaced between two looks at it, or somebody has a lease on it."""
 _STRIDE: Final = 16  # names taken away before others may run
 _MAX_LEFT: Final = 1000
 
