@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import stat
+import subprocess
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ import pytest
 
 from tests.helpers import carry_tree
 from tests.helpers.carry_tree import LAYERS, listing
+from tests.helpers.merge import MAX_NAME, diff, merge
 from tests.helpers.merge import Tree as Snapshot
-from tests.helpers.merge import diff, merge
 from tests.t2_core.core import Core, core
 from udbad.branch import syscalls
 from udbad.errors import ExitCode, UserError
 from udbad.union import carry, mvdown, syncdown
 from udbad.union.carry import Halt
+from udbad.union.fs import SetAttr
 from udbad.union.fsck import sweep_temporaries
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="ok: branches need root")
@@ -47,7 +49,7 @@ def merged(top: Path) -> Snapshot:
 
 
 def run(steps: Generator[carry.Work | None, None, Any], between: Callable[[int], None] | None = None) -> Any:
-    """What the mount process does, in this thread; between: called at each yield with its number."""
+    """What the mount process does, in this thread; between: called before and after each work, counting up."""
     error: OSError | None = None
     number = 0
     while True:
@@ -58,12 +60,14 @@ def run(steps: Generator[carry.Work | None, None, Any], between: Callable[[int],
         error = None
         if between is not None:
             between(number)
-        number += 1
         try:
             if work is not None:
                 work()
         except OSError as raised:
             error = raised
+        if between is not None:
+            between(number + 1)
+        number += 2
 
 
 def sync(union: Core, move: bool, between: Callable[[int], None] | None = None) -> syncdown.Sync:
@@ -279,6 +283,15 @@ OPERATIONS: dict[str, Callable[[Core], object]] = {
     "write below": _overwrite("both/dst"),
     "write in an opaque directory": _overwrite("opaque/sub/mine"),
     "write to a linked file": _overwrite("both/two"),
+    "chmod": lambda union: union.run(
+        lambda: union.fs.setattr(union.find("both/src").id, SetAttr(mode=0o600), None, union.caller)
+    ),
+    "chmod of a directory": lambda union: union.run(
+        lambda: union.fs.setattr(union.find("new/er").id, SetAttr(mode=0o700), None, union.caller)
+    ),
+    "setxattr": lambda union: union.run(
+        lambda: union.fs.setxattr(union.find("mixed/one").id, b"user.word", b"another")
+    ),
     "unlink": lambda union: union.unlink("everywhere"),
     "unlink in an opaque directory": lambda union: union.unlink("opaque/mine"),
     "unlink a linked file": lambda union: union.unlink("new/three"),
@@ -304,8 +317,10 @@ def test_an_operation_at_any_step_is_as_good_as_without_a_sync(tmp_path: Path, o
         act(union)
         union.forget_all()
     wanted = merged(tmp_path / "alone")
-    at, steps = 0, 1
-    while at < steps:
+    # All points are met by all operations together; a copy takes nothing away, so there is less to go wrong.
+    stride = 2 if move else 6
+    at, steps = list(OPERATIONS).index(operation) % stride, 1
+    while at < max(steps, stride):
         top = tmp_path / str(at)
         build(top)
         with core(top, LAYERS, "none") as union:
@@ -329,7 +344,7 @@ def test_an_operation_at_any_step_is_as_good_as_without_a_sync(tmp_path: Path, o
                     assert len(union.content(os.fsdecode(path))) == entry.size
             union.forget_all()
         shutil.rmtree(top)
-        at += 1 if move else 4  # a copy takes nothing away, so there is less to go wrong
+        at += stride
     assert steps > 10
 
 
@@ -362,6 +377,27 @@ def test_a_file_that_somebody_writes_to_directly_stays(tmp_path: Path) -> None:
         assert job.progress.left == {b"both/src": "is open for writing"}
         direct.write(b" and more")
         assert union.content("both/src") == b"only here and more"
+
+
+def test_what_no_union_shows_and_what_may_not_go_stays(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    build(tmp_path)
+    long = "n" * (MAX_NAME + 1)
+    (src / long).write_text("too long")
+    (src / f".wh.{'w' * (MAX_NAME + 1)}").touch()
+    if subprocess.run(["chattr", "+i", str(src / "same")], check=False, capture_output=True).returncode:
+        pytest.skip("ok: a file system without attributes")
+    try:
+        with core(tmp_path, LAYERS) as union:
+            before = merged(tmp_path)
+            job = sync(union, move=True)
+            assert job.progress.left == {
+                os.fsencode(long): "has a longer name than a union can show",
+                b"same": "Operation not permitted",
+            }
+            _same(before, merged(tmp_path), "at the end")
+    finally:
+        subprocess.run(["chattr", "-i", str(src / "same")], check=True)
 
 
 def test_a_pseudo_linked_file_stays(tmp_path: Path) -> None:
@@ -412,9 +448,11 @@ def test_an_error_ends_it_with_the_path_and_nothing_is_left(tmp_path: Path, monk
 
     monkeypatch.setattr(syscalls, "create_file_at", full)
     with core(tmp_path, LAYERS) as union:
-        with pytest.raises(OSError, match="No space left") as caught:
-            sync(union, move=True)
-        assert caught.value.filename == b"mixed/sparse"
+        src, dst = syncdown.check(union.tree, os.fsencode(union["src"]), os.fsencode(union["dst"]), True)
+        job = syncdown.Sync(union.tree, src, dst, True, Halt())
+        with pytest.raises(OSError, match="No space left"):
+            run(job.steps())
+        assert job.progress.current == b"mixed/sparse"
         monkeypatch.undo()
         _same(before, merged(tmp_path), "after the error")
         assert not [path for path in tmp_path.rglob(".wh..wh.*.????") if path.parent.name != ".wh..wh.plnk"]
@@ -425,7 +463,7 @@ def test_stopped_amid(tmp_path: Path) -> None:
     before = merged(tmp_path)
     with core(tmp_path, LAYERS) as union:
         src, dst = syncdown.check(union.tree, os.fsencode(union["src"]), os.fsencode(union["dst"]), True)
-        for stop_at in range(12):
+        for stop_at in range(24):
             halt = Halt()
             job = syncdown.Sync(union.tree, src, dst, True, halt)
 
@@ -487,7 +525,7 @@ def test_a_file_that_is_written_to_while_it_is_moved_stays_as_written(tmp_path: 
     build(tmp_path)
     with core(tmp_path, LAYERS, "none") as union:
         steps = mvdown.steps(union.tree, [b"both", b"src"], mvdown.Options(), Halt())
-        run(steps, lambda number: _overwrite("both/src")(union) if number in (0, 3) else None)
+        run(steps, lambda number: _overwrite("both/src")(union) if number in (1, 6) else None)
         assert union.content("both/src") == b"WRITTEN MEANWHILE"
         assert (tmp_path / "dst" / "both" / "src").read_bytes() == b"WRITTEN MEANWHILE"
         union.forget_all()

@@ -141,8 +141,11 @@ def _report(answer: Mapping[str, Any]) -> None:
     more = answer["left_count"] - len(answer["left"])
     if more > 0:
         click.echo(f"stays: {more} more")
-    moved = f", {answer['moved']} of them moved" if answer["move"] else ""
-    click.echo(f"{answer['synced']} names, {answer['synced_size']} bytes are in {_shown(answer['target'])}{moved}")
+    target = _shown(answer["target"])
+    if answer["move"]:
+        click.echo(f"{answer['moved']} names moved into {target}")
+    else:
+        click.echo(f"{answer['synced']} names, {answer['synced_size']} bytes are in {target}")
     if answer["left_count"]:
         raise SystemExit(int(ExitCode.REFUSED))
 

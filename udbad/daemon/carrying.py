@@ -142,8 +142,7 @@ class Carrying:
             if error.errno == errno.ECANCELED:
                 self._error = "stopped; what is merged stays so, and running it again does the rest"
             else:
-                where = error.filename if isinstance(error.filename, bytes) else sync.progress.current
-                self._error = f"{printable(where)}: {error.strerror}; running it again does the rest"
+                self._error = f"{printable(sync.progress.current)}: {error.strerror}; running it again does the rest"
             self._code = ExitCode.FAILURE
             log.info("sync: %s", self._error)
         except Exception as error:

@@ -204,7 +204,6 @@ def uncover(tree: Tree, parent: Dir | None, copy: Copy, target: Branch) -> None:
     parent: the directory in the union, None when the branch directories are hidden there by something above.
     Raises Changed, and then everything is as before; OSError.
     """
-    assert copy.st is not None
     uncover_names(tree, [(parent, copy)], target)
 
 
@@ -220,9 +219,11 @@ def uncover_names(tree: Tree, names: Sequence[tuple[Dir | None, Copy]], target: 
             raise InUse("is being copied up")
         if any(handle.writable and handle.gen == node.gen for handle in node.handles or ()):
             raise InUse("is open for writing")
+    rest = [copy for _, copy in names]
     if st_mod.S_ISREG(first.st.st_mode):
         _hide(first)  # whoever opens a file directly from now on gets the lower one
-    for _, copy in names:
+        del rest[0]
+    for copy in rest:
         _remove(copy)
     st = syscalls.stat_at(first.dst_dirfd, first.name)
     _settle(tree, node, [(parent, copy.name) for parent, copy in names if parent is not None], first.st, st, target)
@@ -268,10 +269,7 @@ def _hide(copy: Copy) -> None:
 def _remove(copy: Copy) -> None:
     before = os.fstat(copy.src_dirfd)
     whiteout.remove(copy.src_dirfd, copy.name)
-    try:
-        syscalls.unlink_at(copy.src_dirfd, copy.name)
-    except FileNotFoundError:
-        pass  # hidden and removed before
+    syscalls.unlink_at(copy.src_dirfd, copy.name)
     _restore(copy.src_dirfd, before)
 
 

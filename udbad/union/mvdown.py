@@ -18,7 +18,7 @@ from udbad.branch.branches import Branch
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.table import Dir, Node
 from udbad.union import carry, copyup, whiteout
-from udbad.union.carry import Changed, Copy, Halt, Work
+from udbad.union.carry import Changed, Copy, Halt, InUse, Work
 from udbad.union.fsck import printable
 from udbad.union.tree import Tree
 
@@ -68,6 +68,8 @@ def steps(tree: Tree, parts: Sequence[bytes], options: Options, halt: Halt) -> G
                 if again != plan:
                     raise Changed("changed meanwhile")
                 carry.uncover(tree, plan.parent, copy, plan.target)
+        except InUse as use:
+            raise _refused(parts, str(use)) from None
         except Changed as change:
             if attempt == _ATTEMPTS - 1:
                 raise _refused(parts, str(change)) from None

@@ -110,7 +110,7 @@ class Sync:
         self._lowest = dst.index == len(tree.branches) - 1
 
     def steps(self) -> Steps:
-        """All of it. Raises OSError: ECANCELED when halted, what the branches said else."""
+        """All of it. Raises OSError, about `progress.current`: ECANCELED when halted, what the branches said else."""
         try:
             yield self._measure
             for _ in range(_PASSES if self.move else 1):
@@ -146,6 +146,9 @@ class Sync:
     def _check_halt(self) -> None:
         if self.halt.asked:
             raise os_error(errno.ECANCELED)
+
+    def _at(self, parts: Parts, name: bytes) -> None:
+        self.progress.current = b"/".join((*parts, name))
 
     def _leave(self, parts: Parts, name: bytes, reason: str, again: bool = True) -> None:
         self._away.leave(parts, name, reason, again)
@@ -201,8 +204,12 @@ class Sync:
                 continue
             if name.startswith(whiteout.PREFIX):
                 hidden = name[len(whiteout.PREFIX) :]
-                if self.src.whable and hidden:
+                # A longer name is not to be seen in a union, so there is nothing to hide.
+                if self.src.whable and 0 < len(hidden) <= whiteout.MAX_NAME:
                     yield from self._apply_whiteout(level, hidden)
+                continue
+            if len(name) > whiteout.MAX_NAME:
+                self._leave(level.parts, name, "has a longer name than a union can show", again=False)
                 continue
             try:
                 st = syscalls.stat_at(level.src_fd, name)
@@ -249,12 +256,11 @@ class Sync:
                 self._check_halt()
                 if copy.st is not None:
                     continue
-                self.progress.current = b"/".join((*level.parts, copy.name))
+                self._at(level.parts, copy.name)
                 try:
                     st = carry.transfer(copy, self.halt, lambda offset, before=before: self._report(before + offset))  # type: ignore[misc]  # a lambda with a default
                 except OSError as error:
                     if error.errno not in VANISHED:
-                        error.filename = self.progress.current
                         raise
                     failures[copy.name] = "is being changed"
                     continue
@@ -281,6 +287,7 @@ class Sync:
     def _publish(self, level: _Level, copy: Copy) -> None:
         st = copy.st
         assert st is not None
+        self._at(level.parts, copy.name)
         links = self._links.get((st.st_dev, st.st_ino)) if st.st_nlink > 1 else None
         try:
             if links is not None:
@@ -344,6 +351,7 @@ class Sync:
         """Remove on the lower branch what the whiteout hides there; carry it down when more is below."""
         if level.hidden or not self._in_place(level) or not whited_only(level.src_fd, name):
             return
+        self._at(level.parts, name)
         if must_carry(self.tree, self.src, self.dst, level.parts, level.src_fd, level.dst_fd, name):
             whiteout.create(self.dst, level.dst_fd, name)
         old = carry.displace_directory(level.dst_fd, name)
@@ -362,6 +370,7 @@ class Sync:
     def _enter(self, level: _Level, name: bytes) -> Generator[Work | None, None, _Level | None]:
         """Make the directory exist on the lower branch, and go into it."""
         parts = (*level.parts, name)
+        self._at(level.parts, name)
         try:
             if not self._in_place(level):
                 return None

@@ -24,6 +24,7 @@ PENDING: Final = 2000
 """Names that wait for the lower file system to be synced, so that this is done once for all of them."""
 VANISHED: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP, errno.EAGAIN})
 """What is raised when an object was removed or replaced between two looks at it, or somebody has a lease on it."""
+_KEPT: Final = frozenset({errno.EPERM, errno.EACCES, errno.EBUSY})  # it is immutable, or something is mounted there
 _STRIDE: Final = 16  # names taken away before others may run
 _MAX_LEFT: Final = 1000
 
@@ -133,6 +134,8 @@ class TakeAway:
             carry.release(self.tree, parts)
 
     def _take(self, item: File | Whiteout | Directory) -> None:
+        names = item.names if isinstance(item, File) else [(item.parts, item.name)]
+        self.progress.current = b"/".join((*names[0][0], names[0][1]))
         try:
             if isinstance(item, File):
                 self._take_file(item)
@@ -145,12 +148,15 @@ class TakeAway:
             else:
                 self._late.append(item)
         except Changed as change:
-            for parts, name in item.names if isinstance(item, File) else [(item.parts, item.name)]:
+            for parts, name in names:
                 self.leave(parts, name, str(change), not isinstance(change, InUse))
         except OSError as error:
-            if error.errno not in VANISHED:
+            if error.errno in _KEPT:
+                for parts, name in names:
+                    self.leave(parts, name, os.strerror(error.errno or 0), again=False)
+            elif error.errno not in VANISHED:
                 raise
-            # Removed or moved through the mount: there is nothing to do, or the next pass finds it.
+            # else removed or moved through the mount: there is nothing to do, or the next pass finds it.
 
     def _open(self, parts: Parts) -> tuple[int, int]:
         src_fd = fsck.descend(self.src.root_fd, list(parts))
