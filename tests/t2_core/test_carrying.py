@@ -292,6 +292,7 @@ OPERATIONS: dict[str, Callable[[Core], object]] = {
     "setxattr": lambda union: union.run(
         lambda: union.fs.setxattr(union.find("mixed/one").id, b"user.word", b"another")
     ),
+    "unlink of a file that is only there": lambda union: union.unlink("both/src"),
     "unlink": lambda union: union.unlink("everywhere"),
     "unlink in an opaque directory": lambda union: union.unlink("opaque/mine"),
     "unlink a linked file": lambda union: union.unlink("new/three"),
@@ -308,6 +309,10 @@ OPERATIONS: dict[str, Callable[[Core], object]] = {
 }
 
 
+EVERYWHERE = ("unlink of a file that is only there", "write")
+"""Operations that meet every point by themselves."""
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("move", [False, True])
 def test_an_operation_at_any_step_is_as_good_as_without_a_sync(tmp_path: Path, operation: str, move: bool) -> None:
@@ -318,7 +323,7 @@ def test_an_operation_at_any_step_is_as_good_as_without_a_sync(tmp_path: Path, o
         union.forget_all()
     wanted = merged(tmp_path / "alone")
     # All points are met by all operations together; a copy takes nothing away, so there is less to go wrong.
-    stride = 2 if move else 6
+    stride = (1 if operation in EVERYWHERE else 2) if move else 6
     at, steps = list(OPERATIONS).index(operation) % stride, 1
     while at < max(steps, stride):
         top = tmp_path / str(at)
@@ -348,7 +353,13 @@ def test_an_operation_at_any_step_is_as_good_as_without_a_sync(tmp_path: Path, o
     assert steps > 10
 
 
-def test_open_files_follow_and_a_writer_keeps_its_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("leases", [True, False])
+def test_open_files_follow_and_a_writer_keeps_its_file(
+    tmp_path: Path, leases: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """leases: whether the file system tells who has a file open."""
+    if not leases:
+        monkeypatch.setattr(syscalls, "is_being_written", lambda dirfd, name: False)
     build(tmp_path)
     with core(tmp_path, LAYERS, "none") as union:
         reader = union.open("both/src")
@@ -360,6 +371,10 @@ def test_open_files_follow_and_a_writer_keeps_its_file(tmp_path: Path) -> None:
         assert union.find("both/src") is reader.node
         assert reader.node.id == number
         assert reader.node.branch.path == os.fsencode(tmp_path / "dst")
+        other = union.open("both/src", os.O_RDWR)
+        union.write(other, b"CHANGED")
+        assert union.read(reader) == b"CHANGEDre"
+        union.fs.release(other.fh)
         union.write(writer, b"more")
         assert union.content("becomes_file")[:4] == b"more"
         assert listing(tmp_path / "src") == ["becomes_file"]
