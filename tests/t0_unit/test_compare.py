@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -126,5 +128,10 @@ def test_who_writes(tmp_path: Path, dirfd: int) -> None:
         os.close(fd)
         assert syscalls.is_being_written(dirfd, b"file")
     assert not syscalls.is_being_written(dirfd, b"file")
+    fd = os.open(path, os.O_RDWR)
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    assert syscalls.is_being_written(dirfd, b"file")
+    os.close(fd)
     with path.open("ab"):  # no lease is left that an open would wait for
         pass

@@ -77,11 +77,11 @@ def sync(union: Core, move: bool, between: Callable[[int], None] | None = None) 
     return job
 
 
-Shown = dict[bytes, tuple[int, int, int, str | None]]
+Shown = dict[bytes, tuple[int, int, int, str | None, int]]
 
 
 def seen(union: Core) -> Shown:
-    """What the union itself says, asked name by name: path -> type, mode, owner, content."""
+    """What the union itself says, asked name by name: path -> type, mode, owner, content, inode number."""
     found: Shown = {}
     todo = [""]
     while todo:
@@ -95,7 +95,7 @@ def seen(union: Core) -> Shown:
                 content = union.content(path).hex()
             elif stat.S_ISDIR(st.st_mode):
                 todo.append(path)
-            found[os.fsencode(path)] = (stat.S_IFMT(st.st_mode), st.st_mode, st.st_uid, content)
+            found[os.fsencode(path)] = (stat.S_IFMT(st.st_mode), st.st_mode, st.st_uid, content, node.id)
     return found
 
 
@@ -413,6 +413,28 @@ def test_what_no_union_shows_and_what_may_not_go_stays(tmp_path: Path) -> None:
             _same(before, merged(tmp_path), "at the end")
     finally:
         subprocess.run(["chattr", "-i", str(src / "same")], check=True)
+
+
+def test_what_somebody_puts_below_an_opaque_directory_does_not_appear(tmp_path: Path) -> None:
+    """Written directly to the lower branch just after that was emptied, and before the upper mark goes."""
+    build(tmp_path)
+    before = merged(tmp_path)
+    lower = tmp_path / "dst" / "opaque"
+    intrusions = 0
+
+    def intrude(_: int) -> None:
+        nonlocal intrusions
+        if not intrusions and os.listdir(lower) == [".wh..wh..opq"]:
+            (lower / "intruder").write_text("hidden")
+            intrusions += 1
+        _same(before, merged(tmp_path), "with an intruder")
+
+    with core(tmp_path, LAYERS) as union:
+        job = sync(union, True, intrude)
+    assert intrusions
+    assert not job.progress.left
+    assert listing(tmp_path / "src") == []
+    _same(before, merged(tmp_path), "at the end")
 
 
 def test_a_pseudo_linked_file_stays(tmp_path: Path) -> None:

@@ -276,6 +276,27 @@ def test_ctrl_c_stops_it_and_running_it_again_does_the_rest(daemon: Daemon) -> N
     daemon.stop()
 
 
+def test_to_another_file_system_that_is_full_at_first(daemon: Daemon) -> None:
+    dst = daemon.branch("a", "dst")
+    dst.mkdir()
+    # The fixture takes it away at the end.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", dst], check=True, timeout=DEADLINE)
+    carry_tree.build(*(daemon.branch("a", name) for name in LAYERS))
+    (daemon.branch("a", "src") / "mixed" / "big").write_bytes(os.urandom(12 << 20))
+    mount = mounted(daemon, "notify", build=False)
+    before = snapshot(mount)
+    said = sync(daemon, "move", ExitCode.FAILURE)
+    assert said == "udbad: sync: mixed/big: No space left on device; running it again does the rest\n"
+    assert diff(before, snapshot(mount)) == []
+    assert not list(dst.rglob(".wh..wh.*.????"))
+    subprocess.run(["mount", "-o", "remount,size=64m", dst], check=True, timeout=DEADLINE)
+    sync(daemon, "move")
+    assert diff(before, snapshot(mount)) == []
+    assert listing(daemon.branch("a", "src")) == []
+    assert (dst / "mixed" / "big").stat().st_size == 12 << 20
+    daemon.stop()
+
+
 def test_one_at_a_time_and_the_branches_stay(daemon: Daemon) -> None:
     many(daemon.branch("a", "src"), 6000)
     mounted(daemon, build=False)

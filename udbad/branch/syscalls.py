@@ -288,7 +288,10 @@ def is_being_written(dirfd: int, name: bytes) -> bool:
     A read lease is only given when nobody has (fcntl(2), F_SETLEASE), and is given back at once. Whoever
     opens the file in that instant waits for it; the signal about it is one that nobody minds.
     """
-    fd = open_file_at(dirfd, name, os.O_RDONLY)
+    try:
+        fd = open_file_at(dirfd, name, os.O_RDONLY)
+    except BlockingIOError:  # somebody has a lease for writing
+        return True
     try:
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)

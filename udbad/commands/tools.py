@@ -126,6 +126,7 @@ def _sync(run_dir: str, mount: str, mode: str, source: str, target: str) -> None
                     break
                 total = max(answer["size"], answer["synced_size"], 1)
                 text = f"{answer['synced']} of {max(answer['names'], answer['synced'])} names"
+                text += f", {answer['moved']} moved" if answer["move"] else ""
                 bar.update(task, description=text, total=total, completed=answer["synced_size"])
                 time.sleep(_REFRESH)
             except KeyboardInterrupt:

@@ -384,6 +384,7 @@ class Sync:
             if opaque and not level.hidden:
                 if not (yield from self._start_opaque(level, name, src_fd)):
                     os.close(src_fd)
+                    self._leave(level.parts, name, "changed meanwhile")
                     return None
             else:
                 self._make_directory(level, parts, src_fd)
