@@ -20,6 +20,7 @@ from tests.helpers.merge import Tree as Snapshot
 from tests.t2_core.core import Core, core
 from udbad.branch import syscalls
 from udbad.errors import ExitCode, UserError
+from udbad.inodes.table import Dir
 from udbad.union import carry, mvdown, syncdown
 from udbad.union.carry import Halt
 from udbad.union.fs import SetAttr
@@ -365,6 +366,7 @@ def test_open_files_follow_and_a_writer_keeps_its_file(
         reader = union.open("both/src")
         writer = union.open("becomes_file", os.O_RDWR)
         number = reader.node.id
+        moved = union.find("new/er")  # the kernel will not ask again
         job = sync(union, move=True)
         assert job.progress.left == {b"becomes_file": "is open for writing"}
         assert union.read(reader) == b"only here"
@@ -378,6 +380,9 @@ def test_open_files_follow_and_a_writer_keeps_its_file(
         union.write(writer, b"more")
         assert union.content("becomes_file")[:4] == b"more"
         assert listing(tmp_path / "src") == ["becomes_file"]
+        assert type(moved) is Dir
+        assert [layer.branch.path for layer in moved.layers] == [os.fsencode(tmp_path / "dst")]
+        _create("new/er/after")(union)
         union.fs.release(writer.fh)
         assert not sync(union, move=True).progress.left
         assert listing(tmp_path / "src") == []
@@ -415,17 +420,26 @@ def test_what_no_union_shows_and_what_may_not_go_stays(tmp_path: Path) -> None:
         subprocess.run(["chattr", "-i", str(src / "same")], check=True)
 
 
-def test_what_somebody_puts_below_an_opaque_directory_does_not_appear(tmp_path: Path) -> None:
-    """Written directly to the lower branch just after that was emptied, and before the upper mark goes."""
+@pytest.mark.parametrize(
+    ("intruder", "when"),
+    [
+        ("opaque/intruder", lambda dst: os.listdir(dst / "opaque") == [".wh..wh..opq"]),
+        ("gone", lambda dst: not (dst / "gone").exists()),
+        ("gone_here", lambda dst: not (dst / "gone_here").exists()),
+    ],
+)
+def test_what_somebody_puts_where_it_is_hidden_does_not_appear(
+    tmp_path: Path, intruder: str, when: Callable[[Path], bool]
+) -> None:
+    """Written directly to the lower branch just after that was emptied, and before the upper mark or whiteout goes."""
     build(tmp_path)
     before = merged(tmp_path)
-    lower = tmp_path / "dst" / "opaque"
     intrusions = 0
 
     def intrude(_: int) -> None:
         nonlocal intrusions
-        if not intrusions and os.listdir(lower) == [".wh..wh..opq"]:
-            (lower / "intruder").write_text("hidden")
+        if not intrusions and when(tmp_path / "dst"):
+            (tmp_path / "dst" / intruder).write_text("hidden")
             intrusions += 1
         _same(before, merged(tmp_path), "with an intruder")
 
