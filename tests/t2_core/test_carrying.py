@@ -37,7 +37,7 @@ CHANGING = ("create_file_at", "mkdir_at", "mknod_at", "symlink_at", "link_at", "
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here changes twice within a tick, and no power fails: nobody has to wait for clocks and disks."""
     monkeypatch.setattr(syscalls, "sync_fs", lambda dirfd: None)
-    monkeypatch.setattr(carry, "COARSE_NS", 0)
+    monkeypatch.setattr(carry, "settled", lambda branch, st: True)
     monkeypatch.setattr(logging.getLogger("udbad.union.view"), "disabled", True)  # it warns of the pairs
 
 

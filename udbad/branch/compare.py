@@ -66,10 +66,9 @@ def _xattrs(dirfd: int, name: bytes) -> dict[str, bytes]:
 
 def _open(dirfd: int, name: bytes, st: os.stat_result) -> int:
     try:
-        fd = syscalls.open_file_at(dirfd, name, os.O_RDONLY | os.O_NOATIME)
+        fd, now = syscalls.open_file_at(dirfd, name, os.O_RDONLY | os.O_NOATIME)
     except PermissionError:  # somebody else's file, and we are not root
-        fd = syscalls.open_file_at(dirfd, name, os.O_RDONLY)
-    now = os.fstat(fd)
+        fd, now = syscalls.open_file_at(dirfd, name, os.O_RDONLY)
     if (now.st_dev, now.st_ino) != (st.st_dev, st.st_ino):
         os.close(fd)
         raise estale()

@@ -79,16 +79,17 @@ def open_listing(dirfd: int) -> int:
     return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dirfd)
 
 
-def open_file_at(dirfd: int, name: bytes, flags: int) -> int:
-    """Open an existing regular file; ESTALE when the name turned into something else.
+def open_file_at(dirfd: int, name: bytes, flags: int) -> tuple[int, os.stat_result]:
+    """Open an existing regular file, with its status; ESTALE when the name turned into something else.
 
     O_NONBLOCK keeps a FIFO that somebody put there from stopping the daemon.
     """
     fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=dirfd)
-    if not st_mod.S_ISREG(os.fstat(fd).st_mode):
+    st = os.fstat(fd)
+    if not st_mod.S_ISREG(st.st_mode):
         os.close(fd)
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-    return fd
+    return fd, st
 
 
 def reopen(fd: int, flags: int) -> int:
@@ -289,7 +290,7 @@ def is_being_written(dirfd: int, name: bytes) -> bool:
     opens the file in that instant waits for it; the signal about it is one that nobody minds.
     """
     try:
-        fd = open_file_at(dirfd, name, os.O_RDONLY)
+        fd, _ = open_file_at(dirfd, name, os.O_RDONLY)
     except BlockingIOError:  # somebody has a lease for writing
         return True
     try:

@@ -167,8 +167,9 @@ class Commands:
             parent = node if type(node) is Dir else None
             node = parent.children.get(part) if parent is not None else None
         if parent is not None and parts:
-            _distrust(parent)
-            self.process.invalidator.entry(parent.id, parts[-1])
+            parent.believe_nothing()
+            self.process.coherence.forget_negatives(parent)
+            self.process.invalidator.expire(parent.id, parts[-1])
         count = 0 if node is None else self._invalidate(node)
         await trio.to_thread.run_sync(self.process.invalidator.flush)
         return {"nodes": count}
@@ -180,10 +181,9 @@ class Commands:
             node = todo.pop()
             count += 1
             if type(node) is Dir:
-                _distrust(node)
-                for name, child in node.children.items():
-                    notifier.entry(node.id, name)
-                    todo.append(child)
+                node.believe_nothing()
+                self.process.coherence.expire_names(node)
+                todo += node.children.values()
                 notifier.attributes(node.id)
             else:
                 notifier.data(node.id)
@@ -281,14 +281,6 @@ class Commands:
 def _changed(old: MountOptions, new: MountOptions) -> set[str]:
     fields = MountOptions.model_fields.keys() - {"notices", "control", "metrics"}
     return {key for key in fields if getattr(old, key) != getattr(new, key)}
-
-
-def _distrust(node: Dir) -> None:
-    """As in Coherence.drop_everything: asked again at its next use, and trusted again where it can be."""
-    node.view = None
-    node.trusted = False
-    node.ttl = 0.0
-    node.version += 1
 
 
 def _command(pid: int) -> str:

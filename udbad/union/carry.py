@@ -29,12 +29,11 @@ from udbad.branch.branches import Branch
 from udbad.errors import estale
 from udbad.inodes.table import Dir, Node
 from udbad.union import lookup, whiteout
+from udbad.union.times import settled
 from udbad.union.tree import Tree
 
-COARSE_NS: Final = 50_000_000
-"""Within this time of a change a second one may leave the same time stamps (kernels before 6.13)."""
-
-_PATIENCE: Final = 4
+_PATIENCE: Final = 60
+_TICK: Final = 0.05  # seconds
 
 Work = Callable[[], None]
 """What a thread has to do; it raises OSError."""
@@ -69,15 +68,16 @@ class InUse(Changed):
 class Copy:
     """One object that is not a directory, on its way down.
 
-    src_dirfd, dst_dirfd: the two branch directories, owned by the caller; name: in both. attrs: of the target
-    branch. st: the source as it was copied; tmp: the finished copy, b"" when what is there is as good;
-    made: the stamp of the lower object once published.
+    source: the branch it is on; attrs: of the target branch. src_dirfd, dst_dirfd: the two branch directories, owned
+    by the caller; name: in both. st: the source as it was copied; tmp: the finished copy, b"" when what is there is as
+    good; made: the stamp of the lower object once published.
     """
 
+    source: Branch
+    attrs: frozenset[str]
     src_dirfd: int
     dst_dirfd: int
     name: bytes
-    attrs: frozenset[str]
     st: os.stat_result | None = None
     tmp: bytes = b""
     made: Stamp | None = None
@@ -90,7 +90,7 @@ def transfer(
 
     progress: called with the offset reached in bytes. Returns the status of the source.
     """
-    st = copy.st = _settled(copy.src_dirfd, copy.name)
+    st = copy.st = _settled(copy)
     if _is_equal(copy):
         return st
     tmp = free_temporary(copy.dst_dirfd, copy.name)
@@ -98,9 +98,9 @@ def transfer(
         copydata.copy_special(st, copy.src_dirfd, copy.name, copy.dst_dirfd, tmp, copy.attrs)
         copy.tmp = tmp
         return st
-    src_fd = syscalls.open_file_at(copy.src_dirfd, copy.name, os.O_RDONLY)
+    src_fd, now = syscalls.open_file_at(copy.src_dirfd, copy.name, os.O_RDONLY)
     try:
-        if stamp(os.fstat(src_fd)) != stamp(st):
+        if stamp(now) != stamp(st):
             raise estale()
         dst_fd = syscalls.create_file_at(copy.dst_dirfd, tmp, os.O_RDWR, 0o600)
         copy.tmp = tmp
@@ -119,14 +119,13 @@ def transfer(
     return st
 
 
-def _settled(dirfd: int, name: bytes) -> os.stat_result:
-    """The status of an object, so old that a change from now on shows in it. ESTALE when it changes all the time."""
+def _settled(copy: Copy) -> os.stat_result:
+    """The status of the source, so old that a change from now on shows in it. ESTALE when it changes all the time."""
     for _ in range(_PATIENCE):
-        st = syscalls.stat_at(dirfd, name)
-        age = time.time_ns() - st.st_ctime_ns
-        if not 0 <= age < COARSE_NS:
+        st = syscalls.stat_at(copy.src_dirfd, copy.name)
+        if settled(copy.source, st):
             return st
-        time.sleep((COARSE_NS - age) / 1e9)
+        time.sleep(_TICK)
     raise estale()
 
 

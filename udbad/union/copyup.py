@@ -225,9 +225,8 @@ def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
     if node.kind != st_mod.S_IFREG:
         _copy_special(tree, node, parent, name, branch, src_dirfd, src_name, dirfd, times, as_link)
         return None
-    src_fd = syscalls.open_file_at(src_dirfd, src_name, os.O_RDONLY)
+    src_fd, st = syscalls.open_file_at(src_dirfd, src_name, os.O_RDONLY)
     try:
-        st = os.fstat(src_fd)
         if (st.st_dev, st.st_ino) != node.identity:
             raise estale()
         dirfd = os.dup(dirfd)
@@ -507,8 +506,7 @@ def follow(tree: Tree, handle: OpenFile) -> None:
     else:
         try:
             dirfd, name = tree.locate(node)
-            fd = syscalls.open_file_at(dirfd, name, flags)
-            st = os.fstat(fd)
+            fd, st = syscalls.open_file_at(dirfd, name, flags)
             if (st.st_dev, st.st_ino) != node.identity:
                 os.close(fd)
                 raise estale()

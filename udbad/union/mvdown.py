@@ -197,7 +197,7 @@ def _begin(tree: Tree, parts: Sequence[bytes], plan: _Plan) -> Copy:
     lower = copyup.ensure_dir(tree, plan.parent, plan.target)
     src_dirfd = os.dup(tree.layer_fd(plan.parent, layer))
     try:
-        return Copy(src_dirfd, os.dup(lower), parts[-1], plan.target.attrs)
+        return Copy(plan.source, plan.target.attrs, src_dirfd, os.dup(lower), parts[-1])
     except BaseException:
         os.close(src_dirfd)
         raise

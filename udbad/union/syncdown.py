@@ -218,7 +218,7 @@ class Sync:
             if st_mod.S_ISDIR(st.st_mode):
                 level.todo.append(name)
                 continue
-            copy = Copy(level.src_fd, level.dst_fd, name, self.dst.attrs)
+            copy = Copy(self.src, self.dst.attrs, level.src_fd, level.dst_fd, name)
             if st.st_nlink > 1 and (st.st_dev, st.st_ino) in self._links:
                 copy.st = st  # needs a link only
             batch.append(copy)

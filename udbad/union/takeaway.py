@@ -174,7 +174,7 @@ class TakeAway:
                 src_fd, dst_fd = self._open(parts)
                 fds += [src_fd, dst_fd]
                 parent = carry.visible(self.tree, parts, self.src, src_fd, self.dst, dst_fd)
-                copy = Copy(src_fd, dst_fd, name, self.dst.attrs, item.st, b"", item.made)
+                copy = Copy(self.src, self.dst.attrs, src_fd, dst_fd, name, item.st, b"", item.made)
                 if len(item.names) > 1:
                     copy.made = _linked(dst_fd, name, item)
                 names.append((parent, copy))
