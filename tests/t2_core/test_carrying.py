@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -352,6 +353,51 @@ def test_an_operation_at_any_step_is_as_good_as_without_a_sync(tmp_path: Path, o
         shutil.rmtree(top)
         at += stride
     assert steps > 10
+
+
+@pytest.mark.parametrize("path", ["new/er", "new", "both/deep"])
+def test_a_directory_that_is_renamed_at_any_step(tmp_path: Path, path: str) -> None:
+    """Or refuses to be, once it is on the lower branch, too: nothing of it is lost or seen twice."""
+    outcomes = set()
+    at, steps = 0, 1
+    while at < steps:
+        top = tmp_path / str(at)
+        build(top)
+        before = merged(top)
+        with core(top, LAYERS, "none") as union:
+            seen(union)
+            count = 0
+            outcome = "renamed"
+
+            def meanwhile(number: int, at: int = at, union: Core = union) -> None:
+                nonlocal count, outcome
+                count = number + 1
+                if number == at:
+                    try:
+                        union.rename(path, "elsewhere")
+                    except OSError as error:
+                        outcome = errno.errorcode[error.errno or 0]
+
+            sync(union, True, meanwhile)
+            steps = count
+            outcomes.add(outcome)
+            wanted = before
+            if outcome == "renamed":
+                old = os.fsencode(path)
+                wanted = {
+                    b"elsewhere" + name[len(old) :] if name == old or name.startswith(old + b"/") else name: entry
+                    for name, entry in before.items()
+                }
+            found = diff(wanted, merged(top))
+            assert not found, (at, outcome, found)
+            assert {name: entry[0] for name, entry in seen(union).items()} == {
+                name: entry.type for name, entry in wanted.items()
+            }
+            union.forget_all()
+        shutil.rmtree(top)
+        at += 1
+    # Only "new" has a directory in it that is on both branches for a while.
+    assert outcomes == ({"renamed", "EXDEV"} if path == "new" else {"renamed"})
 
 
 @pytest.mark.parametrize("leases", [True, False])

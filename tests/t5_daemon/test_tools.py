@@ -373,8 +373,7 @@ def test_a_file_moves_and_nobody_sees_it(daemon: Daemon, udba: str) -> None:
     daemon.stop()
 
 
-def test_readers_and_mappings_go_on(daemon: Daemon) -> None:
-    """Nobody may have the file open for mvdown; a current directory and a listing do not matter."""
+def test_an_open_file_stays(daemon: Daemon) -> None:
     mount = mounted(daemon, "notify")
     with open(mount / "both" / "src") as stream:
         said = daemon.command("mvdown", str(mount / "both" / "src"), code=ExitCode.REFUSED)
