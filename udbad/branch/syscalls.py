@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import signal
 import stat as st_mod
 import sys
 from collections.abc import Iterator, Sequence
@@ -271,6 +272,36 @@ def reflink(src_fd: int, dst_fd: int) -> bool:
             return False
         raise
     return True
+
+
+def sync_fs(dirfd: int) -> None:
+    """syncfs(2) of the file system that a directory is on; O_PATH will do."""
+    fd = open_listing(dirfd)
+    try:
+        _check(_libc.syncfs(fd))
+    finally:
+        os.close(fd)
+
+
+def is_being_written(dirfd: int, name: bytes) -> bool:
+    """Whether any process has a regular file open for writing, or mapped so; False where that cannot be known.
+
+    A read lease is only given when nobody has (fcntl(2), F_SETLEASE), and is given back at once. Whoever
+    opens the file in that instant waits for it; the signal about it is one that nobody minds.
+    """
+    try:
+        fd, _ = open_file_at(dirfd, name, os.O_RDONLY)
+    except BlockingIOError:  # somebody has a lease for writing
+        return True
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN  # else: a file system without leases
+    finally:
+        os.close(fd)
+    return False
 
 
 # -- mounts and credentials -------------------------------------------------------------------

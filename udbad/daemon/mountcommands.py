@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from udbad import __version__
+from udbad.branch.spec import format_branch
 from udbad.config import MountOptions, parse_mount_options, parse_remount
 from udbad.daemon import rebranch
-from udbad.daemon.control import Command, Request
+from udbad.daemon.carrying import Carrying
+from udbad.daemon.control import Command, Request, path_of
 from udbad.daemon.logs import set_level
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.table import Dir, Node
@@ -44,6 +45,7 @@ class Commands:
 
     def __init__(self, process: MountProcess) -> None:
         self.process = process
+        self.carrying = Carrying(process)
         self._changing = trio.Lock()
 
     def table(self) -> dict[str, Command]:
@@ -62,6 +64,10 @@ class Commands:
             "reconfigure": self.reconfigure,
             "remount": self.remount,
             "log-level": self.log_level,
+            "mvdown": self.carrying.mvdown,
+            "sync": self.carrying.sync,
+            "sync-status": self.carrying.status,
+            "sync-stop": self.carrying.stop,
             "stop": self.stop,
         }
 
@@ -115,12 +121,12 @@ class Commands:
 
     async def where(self, request: Request) -> dict[str, Any]:
         """Which branch serves a path, and every copy of it."""
-        return explain.where(self.process.tree, _path(request))
+        return explain.where(self.process.tree, path_of(request))
 
     async def why(self, request: Request) -> dict[str, Any]:
         """How a path is resolved, name by name and branch by branch."""
         options = self.process.options
-        return {**explain.why(self.process.tree, _path(request)), "create": options.create, "cpup": options.cpup}
+        return {**explain.why(self.process.tree, path_of(request)), "create": options.create, "cpup": options.cpup}
 
     async def busy(self, request: Request) -> dict[str, Any]:
         """What keeps a branch from being removed."""
@@ -154,7 +160,7 @@ class Commands:
     async def invalidate(self, request: Request) -> dict[str, Any]:
         """Believe nothing that is cached about a path and what is below it; returns how many nodes that were."""
         tree = self.process.tree
-        parts = _path(request)
+        parts = path_of(request)
         node: Node | None = tree.root
         parent: Dir | None = None
         for part in parts:
@@ -193,10 +199,15 @@ class Commands:
         ):
             raise UserError("edits must be a list of [option, value]", ExitCode.OPTION)
         if edits:
+            self.carrying.check_idle()
             async with self._changing:
                 await rebranch.change_branches(self.process, [(key, value) for key, value in edits])
                 self._note_branches()
-        return {"branches": [branch.describe() for branch in self.process.tree.branches.branches]}
+        branches = self.process.tree.branches
+        return {
+            "branches": [branch.describe() for branch in branches.branches],
+            "specs": [format_branch(spec) for spec in rebranch.current_specs(branches)],
+        }
 
     def _note_branches(self) -> None:
         specs = tuple(rebranch.current_specs(self.process.tree.branches))
@@ -242,6 +253,7 @@ class Commands:
         changed = _changed(process.options, new)
         live = changed & LIVE
         if "branches" in live:
+            self.carrying.check_idle()
             # The only step that can be refused, so it is the first.
             await rebranch.set_branches(process, new.branches)
         process.options = process.options.model_copy(update={key: getattr(new, key) for key in live})
@@ -269,15 +281,6 @@ class Commands:
 def _changed(old: MountOptions, new: MountOptions) -> set[str]:
     fields = MountOptions.model_fields.keys() - {"notices", "control", "metrics"}
     return {key for key in fields if getattr(old, key) != getattr(new, key)}
-
-
-def _path(request: Request) -> Sequence[bytes]:
-    """The names of a path in the mount."""
-    parts = os.fsencode(str(request.get("path", ""))).split(b"/")
-    parts = [part for part in parts if part not in (b"", b".")]
-    if b".." in parts:
-        raise UserError("a path with '..' is not looked up here", ExitCode.OPTION)
-    return parts
 
 
 def _command(pid: int) -> str:

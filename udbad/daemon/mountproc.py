@@ -109,6 +109,7 @@ class MountProcess:
         self.coherence.start()
         self.operations = Operations(self.fs, self.coherence, self.session.switch)
         self.snapshot = Snapshot(self)
+        self.background: trio.Nursery  # of serve(): what ends with the mount
         self._commands = Commands(self)
         self._registration: registry.Registration | None = None
 
@@ -202,6 +203,7 @@ class MountProcess:
         self.session.attach(self.operations)
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
+                self.background = nursery
                 nursery.start_soon(self._stop_on_signal, signals)
                 nursery.start_soon(self._run_coherence)
                 if listener is not None:

@@ -450,18 +450,8 @@ def _copy_special(
     if (st.st_dev, st.st_ino) != node.identity:
         raise estale()
     tmp = whiteout.temporary_name(name)
-    if node.kind == st_mod.S_IFLNK:
-        syscalls.symlink_at(syscalls.readlink_at(src_dirfd, src_name), dirfd, tmp)
-    else:
-        syscalls.mknod_at(dirfd, tmp, node.kind | 0o600, st.st_rdev)
+    copydata.copy_special(st, src_dirfd, src_name, dirfd, tmp, branch.attrs)
     try:
-        copydata.copy_metadata(
-            st,
-            b"%s/%s" % (syscalls.proc_path(src_dirfd), src_name),
-            b"%s/%s" % (syscalls.proc_path(dirfd), tmp),
-            branch.attrs,
-            follow_symlinks=False,
-        )
         made = syscalls.stat_at(dirfd, tmp)
         _publish(dirfd, tmp, dirfd, name)
     except BaseException:
