@@ -38,7 +38,7 @@ lint: $(VENV)/.stamp
 	$(VENV)/bin/mypy --strict
 
 test: test-packages lint
-	@.ci/pytest.sh $(PYTEST_ARGS)
+	@.ci/test.sh $(PYTEST_ARGS)
 
 bench: test-packages $(VENV)/.stamp
 	$(VENV)/bin/python -m tests.bench $(BENCH_ARGS)

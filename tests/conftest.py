@@ -30,6 +30,7 @@ hypothesis.settings.load_profile("udbad")
 def pytest_configure() -> None:
     # make test sets the marker; a bare pytest gets one too, so that what it leaves can be told apart.
     os.environ.setdefault(RUN_MARKER, f"pytest-{os.getpid()}")
+    os.umask(0o022)  # what tests expect of modes; whoever runs them may have another one
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,7 +21,14 @@ LEVELS: list[list[str]] = [
     ["udbad.config", "udbad.configfile", "udbad.configedit", "udbad.metrics"],
     ["udbad.inodes"],
     # The read side of the union.
-    ["udbad.union.whiteout", "udbad.union.tree", "udbad.union.view", "udbad.union.lookup", "udbad.union.readdir"],
+    [
+        "udbad.union.whiteout",
+        "udbad.union.tree",
+        "udbad.union.times",
+        "udbad.union.view",
+        "udbad.union.lookup",
+        "udbad.union.readdir",
+    ],
     ["udbad.union"],  # copyup, create, remove, rename, plink, fsck and what else changes branches
     ["udbad.coherence"],
     ["udbad.union.fs"],

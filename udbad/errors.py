@@ -26,6 +26,7 @@ class ExitCode(IntEnum):
     FSCK_DEFECTS = 9
     CONFIG = 10
     NO_DAEMON = 11
+    REFUSED = 12
 
 
 class UserError(Exception):

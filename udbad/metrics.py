@@ -123,7 +123,8 @@ METRICS: Final = (
            "limited (no more watches), degraded (no events at all); all but healthy are served as reval.",
            "The mode asked for is not the one in use.", ("branch", "state")),
     Metric("udbad_invalidations_total", "counter",
-           "Notifications to the kernel: entry (a name), attributes, data (pages), epoch (all names).",
+           "Notifications to the kernel: entry (a name), expire (a name to be asked for again), attributes, "
+           "data (pages), epoch (all names).",
            "Caches that were dropped; a storm makes everything slow.", ("kind",)),
     Metric("udbad_invalidation_latency_seconds", "histogram", "Time from reading an event until the kernel was told.",
            "The window in which a cached answer is old.", (), INVALIDATION_BUCKETS),

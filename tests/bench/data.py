@@ -54,7 +54,7 @@ FULL = Scale(
     branch_counts=(2, 8, 32, 100, 500),
     branch_names=2000,
     storm_seconds=4,
-    latency_samples=500,
+    latency_samples=1000,
     repetitions=5,
 )
 QUICK = Scale(

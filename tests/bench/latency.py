@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from tests.bench import process
 from tests.bench.session import Session
 
-STORM_RATE = 1000  # files created, written and removed a second: four events each
+STORM_CHANGES = 3  # a file is created, written, removed; four events
+STORM_RATE = 5000  # changes a second
 GIVE_UP = 5.0  # seconds
 
 
@@ -157,7 +158,19 @@ def main(argv: list[str]) -> int:
 
 def figure_keys(storm: bool) -> list[str]:
     state = "storm" if storm else "idle"
-    return [f"seen after {kind}, {state}, {part}" for kind in KINDS for part in ("p50", "p99", "max")]
+    extra = [EVENT_PERIOD, OVERFLOWS] if storm else []
+    return extra + [f"seen after {kind}, {state}, {part}" for kind in KINDS for part in ("p50", "p99", "max")]
+
+
+EVENT_PERIOD = "time between two events, storm"
+OVERFLOWS = "queue overflows, storm"
+
+
+def _coherence(session: Session) -> dict[str, float]:
+    """What the daemon says of its events."""
+    mounts = json.loads(session.output(sys.executable, "-m", "udbad", "status", "--json"))["mounts"]
+    found = next(mount for mount in mounts if mount["mount_point"] == str(session.root))
+    return {key: found["process"]["coherence"][key] for key in ("events", "overflows")}
 
 
 def workload(storm: bool) -> Callable[[Session], None]:
@@ -175,12 +188,21 @@ def workload(storm: bool) -> Callable[[Session], None]:
         session.command("ls", session.root / "storm")  # the daemon has reason to watch it
         with contextlib.ExitStack() as stack:
             if storm:
-                other = process.start([session.data.client, "changes", lower / "storm", str(STORM_RATE)])
+                other = process.start(
+                    [session.data.client, "changes", lower / "storm", str(STORM_RATE / STORM_CHANGES)]
+                )
                 stack.callback(other.wait)
                 stack.callback(other.kill)
             paths = [branch / "quiet" for branch in (session.root, lower, upper)]
             count = str(session.scale.latency_samples)
+            before, began = _coherence(session), time.monotonic()
             out = session.output(sys.executable, "-m", "tests.bench.latency", *paths, count)
+            if storm:
+                after = _coherence(session)
+                events = after["events"] - before["events"]
+                if events:  # udba=reval has none
+                    session.record(EVENT_PERIOD, (time.monotonic() - began) / events * 1e6)
+                session.record(OVERFLOWS, after["overflows"] - before["overflows"])
         for kind, values in json.loads(out).items():
             for part, value in values.items():
                 session.record(f"seen after {kind}, {state}, {part}", value)

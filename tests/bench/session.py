@@ -46,11 +46,11 @@ class Session:
             raise Failed("not mounted")
         return self.mounted.root
 
-    def mount(self, level: int | None = None) -> None:
+    def mount(self, level: int | None = None, variant: System | None = None) -> None:
         """Mount, anew if it was mounted: the daemon starts with nothing in memory. level: also drop the kernel's caches
-        (process.drop_caches), so that what follows is cold on every side."""
+        (process.drop_caches), so that what follows is cold on every side. variant: the system, mounted otherwise."""
         self.umount()
-        mounted = self.mounted = Mounted(self.system, self.place)
+        mounted = self.mounted = Mounted(variant or self.system, self.place)
         # A daemon that compiles its sources at every start would show that in its memory.
         mounted.open(self.copies, {"PYTHONDONTWRITEBYTECODE": ""})
         if level is not None:

@@ -105,11 +105,11 @@ def _unionfs(place: Place) -> list[str]:
     return ["unionfs", "-f", "-o", "cow,allow_other,use_ino", branches, str(place.mnt)]
 
 
-def _udbad(mode: str) -> Callable[[Place], list[str]]:
+def _udbad(mode: str, extra: str = "", module: str = "udbad") -> Callable[[Place], list[str]]:
     def argv(place: Place) -> list[str]:
         branches = ":".join([f"{place.upper}=rw", *(f"{lower}=ro" for lower in place.lowers)])
-        options = f"br={branches},udba={mode}"
-        return [sys.executable, "-m", "udbad", "mount", "-f", "-o", options, "none", str(place.mnt)]
+        options = f"br={branches},udba={mode}{extra}"
+        return [sys.executable, "-m", module, "mount", "-f", "-o", options, "none", str(place.mnt)]
 
     return argv
 
@@ -128,6 +128,12 @@ SYSTEMS = {
         System("udbad-notify", "udbad", _udbad("notify"), tells_ready=True),
     )
 }
+
+
+METRICS_ADDRESS = "127.0.0.1:29723"
+# What the cost of metrics is taken from; no competitors, so not in the table.
+METERED = System("udbad-notify", "udbad", _udbad("notify", f",metrics={METRICS_ADDRESS}"), tells_ready=True)
+UNMETERED = System("udbad-notify", "udbad", _udbad("notify", module="tests.bench.unmetered"), tells_ready=True)
 
 
 def mount_minor(mnt: Path) -> int | None:

@@ -7,6 +7,8 @@ the disk is not what is measured). Cold data: freshly mounted, then drop_caches 
 
 import json
 import shutil
+import statistics
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from tests.bench import latency, process
 from tests.bench.data import MIB, Data, Scale
 from tests.bench.process import Failed
 from tests.bench.session import Figure, Session
-from tests.bench.systems import Kind
+from tests.bench.systems import METERED, METRICS_ADDRESS, UNMETERED, Kind, System
 
 ALL: tuple[Kind, ...] = ("native", "kernel", "peer", "udbad")
 DAEMONS: tuple[Kind, ...] = ("peer", "udbad")
@@ -257,6 +259,31 @@ def _requests(session: Session) -> None:
         session.record(f"{name}, daemon CPU", used / got["count"] * 1e6)
 
 
+METRICS_ROUNDS = 3
+
+
+def _metrics(session: Session) -> None:
+    """Cold lookups with and without counters, in turn; the endpoint is served but not asked meanwhile."""
+    names = session.data.lists["small-shuffled"]
+    taken: dict[System, list[float]] = {METERED: [], UNMETERED: []}
+    for turn in range(METRICS_ROUNDS):
+        for system in (METERED, UNMETERED) if turn % 2 else (UNMETERED, METERED):
+            session.mount(level=2, variant=system)
+            taken[system].append(session.per_operation("stat", session.root, names, "present"))
+    session.record(
+        "stat cold, metrics on / off", statistics.median(taken[METERED]) / statistics.median(taken[UNMETERED])
+    )
+    session.mount(level=2, variant=METERED)
+    session.client("stat", session.root, names, "present")
+    url = f"http://{METRICS_ADDRESS}/metrics"
+    before = process.cpu_seconds(session.daemon())
+    for _ in range(METRICS_ROUNDS):
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            answer.read()
+    used = process.cpu_seconds(session.daemon()) - before
+    session.record("a scrape, daemon CPU", used / METRICS_ROUNDS * 1e3)
+
+
 def _figures(unit: str, *keys: str) -> tuple[Figure, ...]:
     return tuple(Figure(key, unit) for key in keys)
 
@@ -295,10 +322,13 @@ def _clients_workload(count: int) -> Workload:
 
 
 def _latency_workload(storm: bool) -> Workload:
+    figures = (
+        Figure(key, "" if key == latency.OVERFLOWS else "us", compare=False) for key in latency.figure_keys(storm)
+    )
     return Workload(
         "latency-storm" if storm else "latency-idle",
         latency.workload(storm),
-        tuple(Figure(key, "us", compare=False) for key in latency.figure_keys(storm)),
+        tuple(figures),
         systems=("udbad-reval", "udbad-notify"),
         lowers=lambda data, base, name: (base / f"lat-{name}",),
     )
@@ -340,6 +370,15 @@ def all_workloads(scale: Scale) -> list[Workload]:
             kinds=DAEMONS,
         ),
         Workload("requests", _requests, requests, kinds=DAEMONS),
+        Workload(
+            "metrics",
+            _metrics,
+            (
+                Figure("stat cold, metrics on / off", "x", compare=False),
+                Figure("a scrape, daemon CPU", "ms", compare=False),
+            ),
+            systems=("udbad-notify",),
+        ),
         _latency_workload(storm=False),
         _latency_workload(storm=True),
     ]

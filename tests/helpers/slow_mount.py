@@ -115,7 +115,7 @@ def _patch(gate: str, words: list[str]) -> None:
 
     for word in words:
         if word == NO_EPOCHS:
-            mock.patch.object(mountproc, "Invalidator", lambda write, epochs: Invalidator(write, False)).start()
+            mock.patch.object(mountproc, "Invalidator", lambda write, *_: Invalidator(write, False)).start()
         elif word == TRANSFER:
             mock.patch.object(copyup, "transfer", _held_in_thread(copyup.transfer, gate)).start()
         else:

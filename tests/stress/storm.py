@@ -191,13 +191,19 @@ def perform(op: Op, root: Path) -> int:
 # -- the arena --------------------------------------------------------------------------------
 
 
-def probe(root: Path) -> Tree:
-    """The tree as somebody sees it who asks for every name in every directory and lists nothing."""
+def probe(root: Path, truth: Tree) -> Tree:
+    """The tree as somebody sees it who asks for every name in every directory and lists nothing.
+
+    Names of `truth` too: a temporary whose directory was renamed amid a copy by hand stays where it went.
+    """
+    names: dict[bytes, set[bytes]] = {}
+    for path in truth:
+        names.setdefault(os.path.dirname(path), set(NAMES)).add(os.path.basename(path))
     tree: Tree = {}
     todo = [b""]
     while todo:
         above = todo.pop()
-        for name in NAMES:
+        for name in sorted(names.get(above, NAMES)):
             path = os.path.join(above, name)
             try:
                 tree[path] = read_entry(os.path.join(os.fsencode(root), path))
@@ -274,8 +280,8 @@ class Arena:
     def check(self, fresh: bool) -> list[str]:
         """Judge at rest: everything that differs, in words; fresh: after the warm mount look at a new one."""
         self.mount.flush()
-        warm, listed = probe(self.mount.path), snapshot(self.mount.path)
         truth = self.merged()
+        warm, listed = probe(self.mount.path, truth), snapshot(self.mount.path)
         found = [f"asked by name: {line}" for line in diff(truth, warm)]
         found += [f"listed: {line}" for line in diff(truth, listed)]
         found += self._daemon_trouble()

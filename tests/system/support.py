@@ -22,8 +22,11 @@ import pytest
 
 from tests.helpers.leaks import RUN_MARKER
 
-MODES = ["none", "reval"]
+MODES = ["none", "reval", "notify"]
 """Every scenario runs once under each of these udba modes."""
+
+OTHERS_LOG = r"lost branch events|coherence limited"
+"""Warnings that other tests on the same machine may cause."""
 
 each_mode = pytest.mark.parametrize("udba", MODES)
 

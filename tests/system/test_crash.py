@@ -21,7 +21,7 @@ import pytest
 from tests.helpers.merge import diff, merge, snapshot
 from tests.helpers.mount import REPOSITORY, Mount, mounted
 from tests.system.storm import DIRECTORIES, NAMES, RECORD, State, read_state, record, replay
-from tests.system.support import MODES, clean_env, each_mode, unchanged
+from tests.system.support import MODES, OTHERS_LOG, clean_env, each_mode, unchanged
 
 pytestmark = [pytest.mark.system, pytest.mark.fuse, pytest.mark.stress]
 
@@ -37,7 +37,7 @@ DEADLINE = 20.0
 
 TEMPORARY = re.compile(rb"\.wh\.\.wh\..*\.[0-9a-f]{4,}", re.DOTALL)
 # NAME beside .wh.NAME, which a crash may leave, is worth a warning to the daemon.
-ALLOWED_LOG = r"and its whiteout are both in branch"
+ALLOWED_LOG = r"and its whiteout are both in branch|" + OTHERS_LOG
 
 
 def make_layers(directory: Path, random_: random.Random) -> tuple[Path, Path, Path]:

@@ -22,7 +22,7 @@ _NAMES_OF_CODES = {2: "inode", 3: "entry", 8: "epoch"}
 
 @dataclass(frozen=True, order=True)
 class Message:
-    """One notification: kind entry, attributes, data or epoch; node id (of the parent for an entry); name."""
+    """One notification: kind entry, expire, attributes, data or epoch; node id (of the parent for an entry); name."""
 
     kind: str
     node: int = 0
@@ -44,8 +44,8 @@ def parse(raw: bytes) -> Message:
         parent, size, flags = struct.unpack_from("<QII", body)
         name = body[16:]
         assert name[-1:] == b"\0"
-        assert (len(name), flags) == (size + 1, 0)
-        return Message("entry", parent, name[:-1])
+        assert len(name) == size + 1
+        return Message({0: "entry", 1: "expire"}[flags], parent, name[:-1])
     assert not body
     return Message("epoch")
 
@@ -105,6 +105,9 @@ class FakeNotifier:
 
     def entry(self, parent: int, name: bytes) -> None:
         self.told.append(Message("entry", parent, name))
+
+    def expire(self, parent: int, name: bytes) -> None:
+        self.told.append(Message("expire", parent, name))
 
     def attributes(self, node: int) -> None:
         self.told.append(Message("attributes", node))

@@ -48,6 +48,8 @@ def entry(number: int, node: int = 1) -> Message:
 def put(invalidator: Invalidator, message: Message) -> None:
     if message.kind == "entry":
         invalidator.entry(message.node, message.name)
+    elif message.kind == "expire":
+        invalidator.expire(message.node, message.name)
     elif message.kind == "attributes":
         invalidator.attributes(message.node)
     elif message.kind == "data":
@@ -56,7 +58,13 @@ def put(invalidator: Invalidator, message: Message) -> None:
         assert invalidator.everything()
 
 
-ONE_OF_EACH = [Message("entry", 5, "é\n".encode()), Message("attributes", 6), Message("data", 7), Message("epoch")]
+ONE_OF_EACH = [
+    Message("entry", 5, "é\n".encode()),
+    Message("expire", 5, "é\n".encode()),
+    Message("attributes", 6),
+    Message("data", 7),
+    Message("epoch"),
+]
 
 
 def test_every_kind_reaches_the_kernel_and_is_counted() -> None:
@@ -67,7 +75,7 @@ def test_every_kind_reaches_the_kernel_and_is_counted() -> None:
         invalidator.flush()
         assert sorted(write.left) == sorted(ONE_OF_EACH)
         statistics = invalidator.statistics()
-    assert statistics.sent == {"entry": 1, "attributes": 1, "data": 1, "epoch": 1}
+    assert statistics.sent == {"entry": 1, "expire": 1, "attributes": 1, "data": 1, "epoch": 1}
     assert (statistics.pending, statistics.missed, statistics.failed) == (0, 0, 0)
 
 

@@ -51,7 +51,7 @@ def debris(branch: Path) -> list[bytes]:
 
 @contextmanager
 def file_system(path: Path, kind: str, options: str = "", megabytes: int = 512) -> Iterator[Path]:
-    """Mount a new file system at the directory `path`, made if missing: tmpfs, or ext4 or xfs in a sparse image."""
+    """Mount a new file system at the directory `path`, made if missing: tmpfs, or a sparse image of the other kinds."""
     path.mkdir(exist_ok=True)
     source = "none"
     if kind != "tmpfs":

@@ -17,6 +17,7 @@ from tests.helpers.leaks import abort_connection
 from tests.helpers.merge import diff, snapshot
 from tests.helpers.mount import DEADLINE, REPOSITORY, Mount, UnionFactory
 from tests.t3_fuse.live import debris, errno_of, modes, names
+from udbad.errors import ExitCode
 
 pytestmark = pytest.mark.fuse
 
@@ -251,9 +252,10 @@ def test_aborted_connection(union: UnionFactory, tmp_path: Path, udba: str) -> N
     """What a supervisor does to a wedged mount: the daemon ends by itself, and says why in its own way."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base/lower").write_text("lower")
-    living = union(None, udba, allow_log=".")
+    living = union(None, udba, allow_log="reading device: Software caused connection abort")  # libfuse's word
     abort_connection(living.connection)
-    living.process.wait(DEADLINE)
+    assert living.process.wait(DEADLINE) == ExitCode.FAILURE
+    assert f"udbad: {living.path}: the connection was aborted" in living.log()
     assert living.is_mounted
     dead_everywhere(living.path)
     living.kill()

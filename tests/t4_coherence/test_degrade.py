@@ -187,14 +187,15 @@ def test_the_fallback_names_everything_the_kernel_may_hold(tmp_path: Path, expec
             union = stack.enter_context(notify_union([(tmp_path / "base", Perm.RO)], tmp_path / "mnt", epochs=False))
         directories = [union.look_up(ROOT_ID, b"d%d" % number) for number in range(3)]
         assert union.look_up(ROOT_ID, b"absent") == 0
-        expected = {Message("entry", ROOT_ID, name) for name in (b"d0", b"d1", b"d2", b"absent")}
+        expected = {Message("expire", ROOT_ID, name) for name in (b"d0", b"d1", b"d2")}
+        expected.add(Message("entry", ROOT_ID, b"absent"))
         for directory in directories:
-            for name in (b"f0", b"f1", b"absent", b"not there"):
+            for name, kind in ((b"f0", "expire"), (b"f1", "expire"), (b"absent", "entry"), (b"not there", "entry")):
                 union.look_up(directory, name)
-                expected.add(Message("entry", directory, name))
+                expected.add(Message(kind, directory, name))
         opened = union.look_up(directories[0], b"f2")
         handle, _ = union.fs.open(opened, os.O_RDONLY, ROOT_CALLER)
-        expected |= {Message("entry", directories[0], b"f2"), Message("data", opened)}
+        expected |= {Message("expire", directories[0], b"f2"), Message("data", opened)}
         expected |= {Message("attributes", number) for number in {ROOT_ID, *union.references} - {opened}}
 
         for number in range(2 * QUEUE):

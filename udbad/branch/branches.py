@@ -13,6 +13,17 @@ from dataclasses import dataclass, field
 from udbad.types import Perm
 
 
+def _is_multigrain(release: str) -> bool:
+    """Whether a kernel stamps a change after a stat with a new time, however soon it follows (Linux 6.13)."""
+    major, minor = release.split(".")[:2]
+    return (int(major), int("".join(c for c in minor if c.isdigit()))) >= (6, 13)
+
+
+MULTIGRAIN_KERNEL = _is_multigrain(os.uname().release)
+_MULTIGRAIN_FS = frozenset({"ext4", "xfs", "btrfs", "tmpfs"})
+"""FS_MGTIME in the kernel's sources."""
+
+
 @dataclass(frozen=True, slots=True)
 class BranchSpec:
     """What the user wrote for one branch: PATH[=PERM[+ATTR…]], perm None when left out.
@@ -33,6 +44,7 @@ class Branch:
     index: position in the set, 0 is the top. id: never reused while mounted. root_fd: O_PATH
     descriptor of a private clone of the mount, so that nothing mounted below is entered.
     anchor_fd: a descriptor through the visible mount, so that umount of the branch says EBUSY.
+    exact_times: a directory or file that has changed after a stat always shows another ctime.
     """
 
     id: int
@@ -47,10 +59,13 @@ class Branch:
     fs_type: str
     writable: bool = field(init=False)
     whable: bool = field(init=False)
+    exact_times: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "writable", self.perm is Perm.RW)
         object.__setattr__(self, "whable", self.perm is Perm.RW or "wh" in self.attrs)
+        exact = self.perm is Perm.RR or (MULTIGRAIN_KERNEL and self.fs_type in _MULTIGRAIN_FS)
+        object.__setattr__(self, "exact_times", exact)
 
     def describe(self) -> str:
         """`path=perm+attr`, as aufs shows a branch in sysfs."""

@@ -291,6 +291,39 @@ def copy_metadata(
     os.utime(dst_path, ns=(src.st_atime_ns, src.st_mtime_ns), follow_symlinks=follow_symlinks)
 
 
+def copy_special(
+    src: os.stat_result, src_dirfd: int, src_name: bytes, dst_dirfd: int, dst_name: bytes, ignore: frozenset[str]
+) -> None:
+    """Make a symlink, device, FIFO or socket anew under another name, with all its metadata.
+
+    src: its status. ignore: as for copy_xattrs. Raises OSError; nothing is left then.
+    """
+    if st_mod.S_ISLNK(src.st_mode):
+        syscalls.symlink_at(syscalls.readlink_at(src_dirfd, src_name), dst_dirfd, dst_name)
+    else:
+        syscalls.mknod_at(dst_dirfd, dst_name, st_mod.S_IFMT(src.st_mode) | 0o600, src.st_rdev)
+    try:
+        copy_metadata(
+            src,
+            syscalls.xattr_path(src_dirfd, src_name)[0],
+            syscalls.xattr_path(dst_dirfd, dst_name)[0],
+            ignore,
+            follow_symlinks=False,
+        )
+    except BaseException:
+        syscalls.unlink_at(dst_dirfd, dst_name)
+        raise
+
+
+def copied_names(path: bytes, *, follow_symlinks: bool) -> list[str]:
+    """Names of the extended attributes that a copy would have, without the ACLs that are not set.
+
+    path, follow_symlinks: as for copy_xattrs.
+    """
+    _check_form(path, follow_symlinks)
+    return [name for name in _names(path, follow_symlinks) if _value(path, name, follow_symlinks) is not None]
+
+
 def copy_xattrs(src_path: bytes, dst_path: bytes, ignore: frozenset[str], *, follow_symlinks: bool) -> None:
     """Copy all extended attributes, POSIX ACLs included (spec section 6.8, au_cpup_xattr of aufs).
 

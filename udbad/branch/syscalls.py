@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import signal
 import stat as st_mod
 import sys
 from collections.abc import Iterator, Sequence
@@ -78,16 +79,17 @@ def open_listing(dirfd: int) -> int:
     return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dirfd)
 
 
-def open_file_at(dirfd: int, name: bytes, flags: int) -> int:
-    """Open an existing regular file; ESTALE when the name turned into something else.
+def open_file_at(dirfd: int, name: bytes, flags: int) -> tuple[int, os.stat_result]:
+    """Open an existing regular file, with its status; ESTALE when the name turned into something else.
 
     O_NONBLOCK keeps a FIFO that somebody put there from stopping the daemon.
     """
     fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=dirfd)
-    if not st_mod.S_ISREG(os.fstat(fd).st_mode):
+    st = os.fstat(fd)
+    if not st_mod.S_ISREG(st.st_mode):
         os.close(fd)
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-    return fd
+    return fd, st
 
 
 def reopen(fd: int, flags: int) -> int:
@@ -270,6 +272,36 @@ def reflink(src_fd: int, dst_fd: int) -> bool:
             return False
         raise
     return True
+
+
+def sync_fs(dirfd: int) -> None:
+    """syncfs(2) of the file system that a directory is on; O_PATH will do."""
+    fd = open_listing(dirfd)
+    try:
+        _check(_libc.syncfs(fd))
+    finally:
+        os.close(fd)
+
+
+def is_being_written(dirfd: int, name: bytes) -> bool:
+    """Whether any process has a regular file open for writing, or mapped so; False where that cannot be known.
+
+    A read lease is only given when nobody has (fcntl(2), F_SETLEASE), and is given back at once. Whoever
+    opens the file in that instant waits for it; the signal about it is one that nobody minds.
+    """
+    try:
+        fd, _ = open_file_at(dirfd, name, os.O_RDONLY)
+    except BlockingIOError:  # somebody has a lease for writing
+        return True
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN  # else: a file system without leases
+    finally:
+        os.close(fd)
+    return False
 
 
 # -- mounts and credentials -------------------------------------------------------------------

@@ -16,22 +16,31 @@ from typing import Protocol
 from udbad.branch.branches import Branch
 from udbad.inodes.table import Dir, Node
 from udbad.types import Perm
+from udbad.union.times import settled
 from udbad.union.tree import Tree
 
 FOREVER = 1.0e9
 """Seconds; the kernel keeps the answer until it is told otherwise or needs the memory."""
 
+MAX_NEGATIVES = 4096
+"""Names of one directory that the kernel may remember as missing: it never tells which of them it has dropped."""
+
 
 class KernelNotifier(Protocol):
     """How a strategy tells the kernel to drop what it has cached; never blocks, never fails."""
 
-    epochs: bool
-    """Whether `everything` can forget all names at once."""
     since: float | None
     """When the event was read that makes us tell what follows (seconds of time.monotonic); None: now, no event."""
 
     def entry(self, parent: int, name: bytes) -> None:
-        """Forget what `name` in the directory with node id `parent` is, positive or negative."""
+        """Forget what `name` in the directory with node id `parent` is, positive or negative.
+
+        What is mounted on it or below it is detached (d_invalidate()): only for a name that stands for another
+        object now, or for none.
+        """
+
+    def expire(self, parent: int, name: bytes) -> None:
+        """Have `name` looked up again at its next use. What is mounted there stays when it is still the same."""
 
     def attributes(self, node: int) -> None:
         """Forget the attributes of a node; changed size or mtime then drops its pages too."""
@@ -40,7 +49,8 @@ class KernelNotifier(Protocol):
         """Forget the attributes and the cached pages of a node, mapped ones included."""
 
     def everything(self) -> bool:
-        """Forget every name at once; False when this kernel has no epochs and names must be given one by one."""
+        """Forget every name at once; False when they must be given one by one, because this kernel has no epochs
+        or because that would detach what others have mounted inside the union."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +71,8 @@ class Coherence:
     """Base of all strategies: promises nothing by itself."""
 
     name = "?"
+    by_times = False
+    """Whether a directory that is not trusted stays so; else it is resolved at each use, and perhaps trusted again."""
 
     def __init__(self, tree: Tree, notifier: KernelNotifier) -> None:
         self.tree = tree
@@ -73,9 +85,7 @@ class Coherence:
         self.tree.attach_hooks(self)
         for node in list(self.tree.table.nodes.values()):
             if type(node) is Dir:
-                node.view = None
-                node.trusted = False
-                node.ttl = 0.0
+                node.believe_nothing()
         self.adopt(self.tree.root, False)
 
     async def run(self) -> None:
@@ -118,6 +128,26 @@ class Coherence:
 
     def told_negative(self, node: Dir, name: bytes) -> None:
         """The kernel was told that a name does not exist, and may keep that."""
+        names = node.negatives
+        if names is None:
+            names = node.negatives = set()
+        elif len(names) >= MAX_NEGATIVES:
+            self.forget_negatives(node)
+            names = node.negatives = set()
+        names.add(name)
+
+    def forget_negatives(self, node: Dir) -> None:
+        """Have the kernel forget every name of a directory that it was told not to exist."""
+        names, node.negatives = node.negatives, None
+        for name in names or ():
+            if name not in node.children:  # else it exists by now, and is not to be detached
+                self.notifier.entry(node.id, name)
+
+    def expire_names(self, node: Dir) -> None:
+        """Have the kernel ask again for every name of a directory, whatever it was told."""
+        self.forget_negatives(node)
+        for name in node.children:
+            self.notifier.expire(node.id, name)
 
     def not_told(self, node: Node) -> None:
         """Attributes that `attr_ttl` was asked for did not fit into the reply."""
@@ -130,12 +160,11 @@ class Coherence:
         epoch = self.notifier.everything()
         for node in list(self.tree.table.nodes.values()):
             if type(node) is Dir:
-                node.view = None
-                node.trusted = False
-                node.ttl = 0.0
-                if not epoch:
-                    for name in node.children:
-                        self.notifier.entry(node.id, name)
+                node.believe_nothing()
+                if epoch:
+                    node.negatives = None
+                else:
+                    self.expire_names(node)
             if node.handles:
                 self.notifier.data(node.id)
             else:
@@ -157,7 +186,7 @@ class Coherence:
         """
         stamp = (st.st_mtime_ns, st.st_ctime_ns, st.st_size)
         same = node.seen == stamp
-        node.seen = stamp
+        node.seen = stamp if settled(node.branch, st) else None
         return same
 
     def state_of(self, branch: Branch) -> str:

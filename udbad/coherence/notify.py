@@ -22,7 +22,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from time import time_ns
+from time import monotonic
 from typing import Any
 
 from udbad.branch import syscalls
@@ -31,9 +31,8 @@ from udbad.coherence.base import FOREVER, Coherence, CoherenceStatistics, Kernel
 from udbad.coherence.watcher import CONTENT, GONE, NAMES, Change, Watcher, WatchLimit, watch_limit
 from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
-from udbad.union import lookup, whiteout
+from udbad.union import lookup, times, whiteout
 from udbad.union.tree import Tree
-from udbad.union.view import load_view
 
 log = logging.getLogger(__name__)
 
@@ -42,18 +41,18 @@ SILENT_FS = frozenset(
 )
 """File systems on which others can change things without an inotify event here; so can all of FUSE."""
 
-_MULTIGRAIN_FS = frozenset({"ext4", "xfs", "btrfs", "tmpfs"})
-_COARSE_NS = 50_000_000
-"""Within this time of a change a second one may leave the same time stamps, where those are coarse."""
-
 _EVICT = 64
 """Directories that lose their watches at once when the limit is reached."""
+_HEALED_SECONDS = 60.0
+"""Without meeting the limit; directories that nobody uses any more may be without a watch for longer."""
 
 Stamp = tuple[int, int, int, int]
 
 
-def stamp(st: os.stat_result) -> Stamp:
-    """What tells two states of one object apart: ctime changes with everything (inode(7))."""
+def stamp(node: Node, st: os.stat_result) -> Stamp | None:
+    """What tells two states of one object apart: ctime changes with everything (inode(7)). None: nothing does yet."""
+    if not times.settled(node.branch, st):
+        return None
     return (st.st_ctime_ns, st.st_mtime_ns, st.st_size, st.st_nlink)
 
 
@@ -78,23 +77,20 @@ class NotifyCoherence(Coherence):
 
     name = "notify"
 
-    def __init__(self, tree: Tree, notifier: KernelNotifier, exact_times: bool | None = None) -> None:
-        """exact_times: whether two changes always differ in ctime; None finds out from the kernel's release."""
+    def __init__(self, tree: Tree, notifier: KernelNotifier) -> None:
         super().__init__(tree, notifier)
         self._watcher: Watcher | None = None
         self._watched: OrderedDict[int, _Watched] = OrderedDict()
         self._files: dict[int, Any] = {}
-        self._exact = _kernel_is_multigrain() if exact_times is None else exact_times
         self._silent: set[int] = set()
         self._state = "healthy"
         self._events = 0
         self._echoes = 0
         self._overflows = 0
-        self._limit_hits = 0
-        self._limited_at = 0
+        self._without: set[int] = set()
+        """Directories that have no watch because of the limit."""
+        self._limited_at = 0.0
         self._told: dict[int, Stamp | None] = {}
-        self._negatives: dict[int, set[bytes]] = {}
-        self._track_negatives = not notifier.epochs
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -189,14 +185,18 @@ class NotifyCoherence(Coherence):
         for attempt in range(2):
             try:
                 watch = watcher.watch_directory(fd, _Place(node, index))
-                if self._state == "limited" and len(watcher) > self._limited_at:
-                    self._set_state("healthy", "there are watches again")
+                if self._state == "limited":
+                    self._without.discard(node.id)
+                    # One watch that somebody else gave back is not the end of it.
+                    if not self._without or monotonic() - self._limited_at > _HEALED_SECONDS:
+                        self._without.clear()
+                        self._set_state("healthy", "there are watches again")
                 return watch
             except WatchLimit:
-                self._limit_hits += 1
-                self._limited_at = len(watcher)
+                self._limited_at = monotonic()
                 self._set_state("limited", f"watch limit reached at {len(watcher)}; the rest is served as reval")
                 if attempt or not self._evict(node):
+                    self._without.add(node.id)
                     return None
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.EACCES, errno.ENOTDIR):
@@ -215,6 +215,7 @@ class NotifyCoherence(Coherence):
                 self._watched.move_to_end(node_id)
                 continue
             self._unwatch(node_id)
+            self._without.add(node_id)
             self._lose(node)
             evicted += 1
             if evicted >= _EVICT:
@@ -232,17 +233,13 @@ class NotifyCoherence(Coherence):
 
     def _lose(self, node: Dir) -> None:
         """A directory lost its watch: from now on it is asked, and the kernel has to ask, too."""
-        node.trusted = False
-        node.ttl = 0.0
-        node.view = None
+        node.believe_nothing()
         self._distrust_below(node)
         self._drop_subtree(node)
 
     def _distrust_below(self, node: Dir) -> None:
         for child in _directories_below(node):
-            child.trusted = False
-            child.ttl = 0.0
-            child.view = None
+            child.believe_nothing()
 
     def _unwatch(self, node_id: int) -> None:
         entry = self._watched.pop(node_id, None)
@@ -252,8 +249,8 @@ class NotifyCoherence(Coherence):
 
     def dropped(self, node: Node) -> None:
         self._told.pop(node.id, None)
-        self._negatives.pop(node.id, None)
         if type(node) is Dir:
+            self._without.discard(node.id)
             entry = self._watched.get(node.id)
             if entry is not None and entry.node is node:
                 self._unwatch(node.id)
@@ -266,7 +263,7 @@ class NotifyCoherence(Coherence):
     def attr_ttl(self, node: Node, st: os.stat_result) -> float:
         parent = node.parent
         told = self._told
-        new = (st.st_ctime_ns, st.st_mtime_ns, st.st_size, st.st_nlink)
+        new = stamp(node, st)
         if type(node) is Dir:
             ttl = node.ttl if parent is None else min(node.ttl, parent.ttl)
             told[node.id] = new
@@ -296,10 +293,6 @@ class NotifyCoherence(Coherence):
         finally:
             os.close(fd)
 
-    def told_negative(self, node: Dir, name: bytes) -> None:
-        if self._track_negatives:
-            self._negatives.setdefault(node.id, set()).add(name)
-
     def not_told(self, node: Node) -> None:
         if node.id in self._told:
             self._told[node.id] = None
@@ -310,7 +303,7 @@ class NotifyCoherence(Coherence):
         if told is None:
             return
         try:
-            now = stamp(self.tree.stat(node))
+            now = stamp(node, self.tree.stat(node))
         except OSError:
             return
         if now != told:
@@ -321,11 +314,10 @@ class NotifyCoherence(Coherence):
         if told is None:
             return
         try:
-            now = stamp(self.tree.stat(node))
+            now = stamp(node, self.tree.stat(node))
         except OSError:
-            self._told[node.id] = None
-            return
-        if not content and now[1:3] != told[1:3] and type(node) is not Dir:
+            now = None
+        if now is not None and not content and now[1:3] != told[1:3] and type(node) is not Dir:
             self.notifier.data(node.id)  # only a foreign change can have done that
         self._told[node.id] = now
 
@@ -433,8 +425,11 @@ class NotifyCoherence(Coherence):
                 lookup.discard(self.tree, node, name, found)
                 return
             lookup.discard(self.tree, node, name, found)
-            # The kernel may remember that there is no such name.
-            self._tell_entry(node, name)
+            if node.negatives is not None and name in node.negatives:
+                node.negatives.discard(name)
+                self._tell_entry(node, name)
+            else:
+                self._compare(node, self.tree.stat(node), kinds)
             self._tell_link(found, kinds)
             return
         if found.layers is not None:
@@ -464,18 +459,15 @@ class NotifyCoherence(Coherence):
         if node.id not in self._told:
             return  # the kernel has no attributes of it
         told = self._told[node.id]
-        now = stamp(st)
-        if now == told and (self._exact_for(node) or time_ns() - st.st_ctime_ns > _COARSE_NS):
+        now = stamp(node, st)
+        if now == told and now is not None:
             self._echoes += 1
             return
         self._told[node.id] = now
-        if node.handles and (told is None or kinds & CONTENT or now[1:3] != told[1:3]):
+        if node.handles and (told is None or now is None or kinds & CONTENT or now[1:3] != told[1:3]):
             self.notifier.data(node.id)
         else:
             self.notifier.attributes(node.id)
-
-    def _exact_for(self, node: Node) -> bool:
-        return self._exact and node.branch.fs_type in _MULTIGRAIN_FS
 
     def _tell_entry(self, node: Dir, name: bytes) -> None:
         self.notifier.entry(node.id, name)
@@ -501,13 +493,13 @@ class NotifyCoherence(Coherence):
             if node.nlookup:  # else the kernel has never heard of it
                 self._compare_below(node)
             return
-        # Dropping the entry prunes what the kernel holds below it and does not use; what is in use (current
-        # directories, open files) is dropped name by name. Own knowledge is asked again from the branches.
+        # Name by name, not by dropping the directory itself: it may still be the same, and somebody may have
+        # mounted something below it. Own knowledge is asked again from the branches.
         if node.parent is not None:
-            self.notifier.entry(node.parent.id, node.name)
+            self.notifier.expire(node.parent.id, node.name)
         self.notifier.attributes(node.id)
-        for name, child in list(node.children.items()):
-            self.notifier.entry(node.id, name)
+        self.expire_names(node)
+        for child in list(node.children.values()):
             if type(child) is Dir and not child.trusted:
                 self._drop_subtree(child)
 
@@ -515,21 +507,12 @@ class NotifyCoherence(Coherence):
         """Drop every name of a directory that its new layers have changed.
 
         The directory is still the same node and keeps its entry: without one, processes that sit in it
-        could not tell where they are (getcwd(2)). A name that is listed but not known may be a cached negative.
+        could not tell where they are (getcwd(2)).
         """
         self.notifier.attributes(node.id)
         for name in list(node.children):
             self._name_changed(node, name, NAMES)
-        if not node.trusted:
-            return  # lost on the way
-        try:
-            listed = load_view(self.tree, node)
-        except OSError as error:
-            log.debug("cannot list a directory that has changed: %s", error)
-            self._lose(node)
-            return
-        for name in listed.keys() - node.children.keys():
-            self.notifier.entry(node.id, name)
+        self.forget_negatives(node)
 
     def _on_overflow(self) -> None:
         """Events were lost: nothing that is cached can be believed.
@@ -542,10 +525,6 @@ class NotifyCoherence(Coherence):
 
     def drop_everything(self) -> None:
         self._told.clear()
-        for node_id, names in self._negatives.items():
-            for name in names:
-                self.notifier.entry(node_id, name)
-        self._negatives.clear()
         super().drop_everything()
 
     # -- reporting ----------------------------------------------------------------------------
@@ -582,9 +561,3 @@ def _directories_below(node: Dir) -> Iterator[Dir]:
             if type(child) is Dir:
                 yield child
                 stack.append(child)
-
-
-def _kernel_is_multigrain() -> bool:
-    """Multigrain time stamps (Linux 6.13): a change after a stat always gets a new ctime."""
-    parts = os.uname().release.split(".")
-    return (int(parts[0]), int("".join(c for c in parts[1] if c.isdigit()))) >= (6, 13)

@@ -5,8 +5,8 @@ differ at the next access (FUSE_AUTO_INVAL_DATA). Every operation on a directory
 root down first, so that a process sitting in a directory sees what appears above it, too. Stricter
 than aufs, whose reval misses cached negatives and new upper copies (spec section 8.2).
 
-There is no validated view here: comparing the times of every branch directory costs one system call a
-branch, as probing a name does, and is wrong within the granularity of a time stamp.
+Where time stamps are exact (union/times.py), what is known of a directory is used while the times of its branch
+directories are the same; elsewhere every name is probed for on every branch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from udbad.inodes.table import Dir
 
 class RevalCoherence(Coherence):
     name = "reval"
+    by_times = True
 
     def adopt(self, node: Dir, changed: bool) -> None:
         node.trusted = False

@@ -8,7 +8,8 @@ answers, or was silent for longest when too many have connected: whoever hangs n
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+import os
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -25,12 +26,21 @@ from udbad.daemon.protocol import (
     may_ask,
     refusal,
 )
-from udbad.errors import UserError
+from udbad.errors import ExitCode, UserError
 
 log = logging.getLogger(__name__)
 
 Request = Message
 Command = Callable[[Request], Awaitable[Message]]
+
+
+def path_of(request: Request) -> Sequence[bytes]:
+    """The names of the path in the mount that a request is about. Raises UserError."""
+    parts = os.fsencode(str(request.get("path", ""))).split(b"/")
+    parts = [part for part in parts if part not in (b"", b".")]
+    if b".." in parts:
+        raise UserError("a path with '..' is not looked up here", ExitCode.OPTION)
+    return parts
 
 
 def listen(path: str) -> trio.SocketListener:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,8 @@ from udbad import __version__
 from udbad.branch.spec import format_branch
 from udbad.config import MountOptions, parse_mount_options, parse_remount
 from udbad.daemon import rebranch
-from udbad.daemon.control import Command, Request
+from udbad.daemon.carrying import Carrying
+from udbad.daemon.control import Command, Request, path_of
 from udbad.daemon.logs import set_level
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.table import Dir, Node
@@ -45,6 +45,7 @@ class Commands:
 
     def __init__(self, process: MountProcess) -> None:
         self.process = process
+        self.carrying = Carrying(process)
         self._changing = trio.Lock()
 
     def table(self) -> dict[str, Command]:
@@ -64,6 +65,10 @@ class Commands:
             "configured": self.configured,
             "remount": self.remount,
             "log-level": self.log_level,
+            "mvdown": self.carrying.mvdown,
+            "sync": self.carrying.sync,
+            "sync-status": self.carrying.status,
+            "sync-stop": self.carrying.stop,
             "stop": self.stop,
         }
 
@@ -117,12 +122,12 @@ class Commands:
 
     async def where(self, request: Request) -> dict[str, Any]:
         """Which branch serves a path, and every copy of it."""
-        return explain.where(self.process.tree, _path(request))
+        return explain.where(self.process.tree, path_of(request))
 
     async def why(self, request: Request) -> dict[str, Any]:
         """How a path is resolved, name by name and branch by branch."""
         options = self.process.options
-        return {**explain.why(self.process.tree, _path(request)), "create": options.create, "cpup": options.cpup}
+        return {**explain.why(self.process.tree, path_of(request)), "create": options.create, "cpup": options.cpup}
 
     async def busy(self, request: Request) -> dict[str, Any]:
         """What keeps a branch from being removed."""
@@ -156,15 +161,16 @@ class Commands:
     async def invalidate(self, request: Request) -> dict[str, Any]:
         """Believe nothing that is cached about a path and what is below it; returns how many nodes that were."""
         tree = self.process.tree
-        parts = _path(request)
+        parts = path_of(request)
         node: Node | None = tree.root
         parent: Dir | None = None
         for part in parts:
             parent = node if type(node) is Dir else None
             node = parent.children.get(part) if parent is not None else None
         if parent is not None and parts:
-            _distrust(parent)
-            self.process.invalidator.entry(parent.id, parts[-1])
+            parent.believe_nothing()
+            self.process.coherence.forget_negatives(parent)
+            self.process.invalidator.expire(parent.id, parts[-1])
         count = 0 if node is None else self._invalidate(node)
         await trio.to_thread.run_sync(self.process.invalidator.flush)
         return {"nodes": count}
@@ -176,10 +182,9 @@ class Commands:
             node = todo.pop()
             count += 1
             if type(node) is Dir:
-                _distrust(node)
-                for name, child in node.children.items():
-                    notifier.entry(node.id, name)
-                    todo.append(child)
+                node.believe_nothing()
+                self.process.coherence.expire_names(node)
+                todo += node.children.values()
                 notifier.attributes(node.id)
             else:
                 notifier.data(node.id)
@@ -195,6 +200,7 @@ class Commands:
         ):
             raise UserError("edits must be a list of [option, value]", ExitCode.OPTION)
         if edits:
+            self.carrying.check_idle()
             async with self._changing:
                 await rebranch.change_branches(self.process, [(key, value) for key, value in edits])
                 self._note_branches()
@@ -254,6 +260,7 @@ class Commands:
         changed = _changed(process.options, new)
         live = changed & LIVE
         if "branches" in live:
+            self.carrying.check_idle()
             # The only step that can be refused, so it is the first.
             await rebranch.set_branches(process, new.branches)
         process.options = process.options.model_copy(update={key: getattr(new, key) for key in live})
@@ -281,23 +288,6 @@ class Commands:
 def _changed(old: MountOptions, new: MountOptions) -> set[str]:
     fields = MountOptions.model_fields.keys() - {"notices", "control", "metrics"}
     return {key for key in fields if getattr(old, key) != getattr(new, key)}
-
-
-def _distrust(node: Dir) -> None:
-    """As in Coherence.drop_everything: asked again at its next use, and trusted again where it can be."""
-    node.view = None
-    node.trusted = False
-    node.ttl = 0.0
-    node.version += 1
-
-
-def _path(request: Request) -> Sequence[bytes]:
-    """The names of a path in the mount."""
-    parts = os.fsencode(str(request.get("path", ""))).split(b"/")
-    parts = [part for part in parts if part not in (b"", b".")]
-    if b".." in parts:
-        raise UserError("a path with '..' is not looked up here", ExitCode.OPTION)
-    return parts
 
 
 def _command(pid: int) -> str:

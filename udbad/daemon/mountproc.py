@@ -36,7 +36,7 @@ from udbad.daemon.protocol import ask
 from udbad.daemon.snapshot import Snapshot, text
 from udbad.errors import ExitCode, UserError
 from udbad.kernel.invalidator import Invalidator
-from udbad.kernel.mounts import unions
+from udbad.kernel.mounts import mounts_inside, unions
 from udbad.kernel.ops import Operations
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import Samples, Server
@@ -103,11 +103,14 @@ class MountProcess:
         self.control_path = ""  # of the socket that is served, once there is one
         self._endpoint = self._export()
         self.session = Session(self.mount_point, self._source(), frozenset(flags), options.acl, dead)
-        self.invalidator = Invalidator(self.session.notify, self.session.has_epochs)
+        self.invalidator = Invalidator(
+            self.session.notify, self.session.has_epochs, lambda: mounts_inside(self.session.connection)
+        )
         self.coherence = STRATEGIES[options.udba](self.tree, self.invalidator)
         self.coherence.start()
         self.operations = Operations(self.fs, self.coherence, self.session.switch)
         self.snapshot = Snapshot(self)
+        self.background: trio.Nursery  # of serve(): what ends with the mount
         self._commands = Commands(self)
         self._registration: registry.Registration | None = None
 
@@ -206,13 +209,17 @@ class MountProcess:
         return exporter.start(host, port, lambda: {name: self.control_path}, lambda: {name: kept})
 
     async def serve(self, on_ready: Callable[[], None]) -> None:
-        """Serve until unmounted or told to stop by SIGINT or SIGTERM; on_ready is called once requests are answered."""
+        """Serve until unmounted or told to stop by SIGINT or SIGTERM; on_ready is called once requests are answered.
+
+        Raises UserError when the connection was aborted through fusectl.
+        """
         listener = self._listen()
         if self._claim is not None:
             self._claim.release()
         self.session.attach(self.operations)
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
+                self.background = nursery
                 nursery.start_soon(self._stop_on_signal, signals)
                 nursery.start_soon(self._run_coherence)
                 if listener is not None:
@@ -222,6 +229,9 @@ class MountProcess:
                     await self.session.serve()
                 finally:
                     nursery.cancel_scope.cancel()
+        if self.session.aborted:
+            raise UserError(f"{text(self.mount_point)}: the connection was aborted; its users get errors until it is "
+                            "unmounted or mounted again", ExitCode.FAILURE)  # fmt: skip
 
     async def _stop_on_signal(self, signals: Any) -> None:
         async for number in signals:

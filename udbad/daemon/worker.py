@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from udbad.config import parse_mount_options
 from udbad.daemon import forkserver, logs, mountproc
 from udbad.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def main() -> int:
@@ -43,6 +46,9 @@ def work(supervisor: socket.socket) -> int:
             job["configured"],
         )
     except UserError as error:
+        if supervisor.fileno() < 0:  # it has its answer: this is the end of a mount that has served
+            log.error("%s", error.message)
+            return int(error.code)
         _answer(supervisor, {"ready": False, "error": error.message, "code": int(error.code)})
         return int(error.code)
     except Exception as error:

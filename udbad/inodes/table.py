@@ -125,17 +125,22 @@ class Dir(Node):
     index at which something created here would be visible (opaque marks and whiteouts of this
     directory and its ancestors). trusted: layers and view may be used without asking the branches,
     decided by the coherence strategy; ttl: how long the kernel may keep entries of this directory.
-    view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again.
+    view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again. negatives: names
+    that the kernel was told not to exist, and may remember. times, version, resolved: of a directory that is
+    not trusted, the times its branch directories had when it was last asked (None: they tell nothing), a
+    number that is raised when they differ, and its parent's number when its own layers were found.
     """
 
     __slots__ = (
         "children",
-        "coherence",
         "floor",
         "hot",
         "layers",
+        "negatives",
         "opaque",
         "probes",
+        "resolved",
+        "times",
         "trusted",
         "ttl",
         "version",
@@ -150,12 +155,22 @@ class Dir(Node):
         self.floor = 0
         self.children: dict[bytes, Node] = {}
         self.view: dict[bytes, Hit | None] | None = None
+        self.negatives: set[bytes] | None = None
         self.trusted = False
         self.ttl = 0.0
         self.probes = 0
         self.hot = True
+        self.times: list[int] | None = None
         self.version = 0
-        self.coherence: object | None = None
+        self.resolved = -1
+
+    def believe_nothing(self) -> None:
+        """Have the directory asked again at its next use, which makes it trusted where it can be."""
+        self.view = None
+        self.trusted = False
+        self.ttl = 0.0
+        self.times = None
+        self.resolved = -1
 
     def layer(self, index: int) -> Layer | None:
         """The layer on the branch with this index, if the directory exists there."""

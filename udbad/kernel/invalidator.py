@@ -32,6 +32,8 @@ _LIMIT = 200_000
 
 _Key = tuple[str, int, bytes]
 _EPOCH: _Key = ("epoch", 0, b"")
+_NAMES = ("entry", "expire")
+_LOOK_SECONDS = 1.0
 
 
 class State(Enum):
@@ -74,7 +76,7 @@ class _Shard:
         self.thread: threading.Thread | None = None
         self.sending: float | None = None
         """Since when what is being written now has been known."""
-        self.sent = {"entry": 0, "attributes": 0, "data": 0, "epoch": 0}
+        self.sent = {"entry": 0, "expire": 0, "attributes": 0, "data": 0, "epoch": 0}
         self.missed = 0
         self.failed = 0
         self.latency = Counts(INVALIDATION_BUCKETS)
@@ -90,10 +92,18 @@ class _Shard:
 class Invalidator:
     """Implements coherence.base.KernelNotifier."""
 
-    def __init__(self, write: Callable[[bytes], None], epochs: bool) -> None:
-        """write: puts a notification on /dev/fuse; may block; raises OSError. epochs: NOTIFY_INC_EPOCH is known."""
+    def __init__(
+        self, write: Callable[[bytes], None], epochs: bool, mounts_inside: Callable[[], bool] = lambda: False
+    ) -> None:
+        """write: puts a notification on /dev/fuse; may block; raises OSError. epochs: NOTIFY_INC_EPOCH is known.
+
+        mounts_inside: whether something is mounted inside the union, which an epoch would detach.
+        """
         self._write = write
         self.epochs = epochs
+        self._mounts_inside = mounts_inside
+        self._looked = -1.0
+        self._epoch_is_safe = False
         self.state = State.ACCEPTING
         self.since: float | None = None
         self._shards = [_Shard() for _ in range(_THREADS)]
@@ -106,6 +116,9 @@ class Invalidator:
     def entry(self, parent: int, name: bytes) -> None:
         self._put(("entry", parent, name))
 
+    def expire(self, parent: int, name: bytes) -> None:
+        self._put(("expire", parent, name))
+
     def attributes(self, node: int) -> None:
         self._put(("attributes", node, b""))
 
@@ -113,22 +126,30 @@ class Invalidator:
         self._put(("data", node, b""))
 
     def everything(self) -> bool:
-        """One notification for every cached name; False when this kernel has none, and names must be given."""
-        if self.epochs:
+        """One notification for every cached name; False when there is none, and names must be given."""
+        safe = self._may_use_epoch(0.0)
+        if safe:
             self._put(_EPOCH)
-        return self.epochs
+        return safe
+
+    def _may_use_epoch(self, max_age: float) -> bool:
+        """max_age: seconds that an earlier look for mounts inside the union is good for."""
+        now = monotonic()
+        if self.epochs and now - self._looked > max_age:
+            self._looked, self._epoch_is_safe = now, not self._mounts_inside()
+        return self._epoch_is_safe
 
     def _put(self, key: _Key) -> None:
         shard = self._shards[key[1] % _THREADS]
         with shard.ready:
             if self.state is not State.ACCEPTING or key in shard.pending:
                 return
-            if key[0] == "entry" and self.epochs:
+            if key[0] in _NAMES:
                 if _EPOCH in shard.pending:
                     return  # sent later than this was put, so it covers this name too
-                if len(shard.pending) >= _LIMIT:
+                if len(shard.pending) >= _LIMIT and self._may_use_epoch(_LOOK_SECONDS):
                     # Attributes and pages stay, no epoch covers them; there are as many as nodes, at most.
-                    shard.pending = {k: v for k, v in shard.pending.items() if k[0] != "entry"}
+                    shard.pending = {k: v for k, v in shard.pending.items() if k[0] not in _NAMES}
                     key = _EPOCH
             shard.sequence += 1
             shard.pending[key] = (shard.sequence, monotonic() if self.since is None else self.since)
@@ -159,6 +180,8 @@ class Invalidator:
         kind, node, name = key
         if kind == "entry":
             message = protocol.inval_entry(node, name)
+        elif kind == "expire":
+            message = protocol.inval_entry(node, name, protocol.EXPIRE_ONLY)
         elif kind == "attributes":
             message = protocol.inval_attributes(node)
         elif kind == "data":

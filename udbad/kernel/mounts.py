@@ -35,6 +35,31 @@ def unions() -> list[MountEntry]:
     return found
 
 
+def mounts_inside(connection: int) -> bool:
+    """Whether something is mounted on a directory or file of the union with this number, by whatever process.
+
+    Looks into the mount namespace of every process (containers have their own), and never at a mount itself.
+    """
+    device = f"0:{connection}".encode()
+    seen = set()
+    for pid in os.listdir("/proc"):
+        if not pid.isdigit():
+            continue
+        try:
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            if namespace in seen:
+                continue
+            with open(f"/proc/{pid}/mountinfo", "rb") as lines:
+                mounts = [line.split(b" ", 3)[:3] for line in lines]
+        except OSError:
+            continue  # ended meanwhile, or a thread of the kernel
+        seen.add(namespace)
+        ours = {mount for mount, _, dev in mounts if dev == device}
+        if any(parent in ours for _, parent, _ in mounts):
+            return True
+    return False
+
+
 def find_mount(path: bytes) -> bytes:
     """The mount point as the kernel has it. Raises UserError when no union is mounted there."""
     wanted = {path, os.path.normpath(path)}

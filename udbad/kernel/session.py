@@ -36,7 +36,10 @@ MOUNT_FLAGS = {
 
 
 class Session:
-    """The mount from mount(2) to its end. `connection` is the number under /sys/fs/fuse/connections."""
+    """The mount from mount(2) to its end. `connection` is the number under /sys/fs/fuse/connections.
+
+    aborted: somebody has ended the connection there; the mount point is dead.
+    """
 
     def __init__(self, mount_point: bytes, fsname: str, flags: frozenset[str], acl: bool, dead: int = 0) -> None:
         """Mount and answer INIT. dead: number of dead mounts on the mount point, which this one replaces.
@@ -56,6 +59,7 @@ class Session:
             code = ExitCode.NOT_ROOT if error.errno == errno.EPERM else ExitCode.MOUNT_POINT
             raise UserError(f"cannot mount on {os.fsdecode(mount_point)}: {error.strerror}", code) from error
         self.mounted = True
+        self.aborted = False
         request = InitRequest(os.read(self.fd, 1 << 16 | 1 << 20))
         os.write(self.fd, request.reply(acl))
         self.has_epochs = request.minor >= EPOCH_MINOR
@@ -86,9 +90,12 @@ class Session:
         self.mounted = False
 
     async def serve(self) -> None:
-        """pyfuse3's loop: returns when the mount is gone or `terminate` was called."""
+        """pyfuse3's loop: returns when the mount is gone, `terminate` was called, or the connection was aborted."""
         reader.install(self.fd)
-        await pyfuse3.main()
+        try:
+            await pyfuse3.main()
+        except* ConnectionAbortedError:  # FUSE_ABORT_ERROR
+            self.aborted = True
 
     def terminate(self) -> None:
         """End `serve` after the requests under way; event loop only."""

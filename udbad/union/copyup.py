@@ -225,9 +225,8 @@ def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
     if node.kind != st_mod.S_IFREG:
         _copy_special(tree, node, parent, name, branch, src_dirfd, src_name, dirfd, times, as_link)
         return None
-    src_fd = syscalls.open_file_at(src_dirfd, src_name, os.O_RDONLY)
+    src_fd, st = syscalls.open_file_at(src_dirfd, src_name, os.O_RDONLY)
     try:
-        st = os.fstat(src_fd)
         if (st.st_dev, st.st_ino) != node.identity:
             raise estale()
         dirfd = os.dup(dirfd)
@@ -451,18 +450,8 @@ def _copy_special(
     if (st.st_dev, st.st_ino) != node.identity:
         raise estale()
     tmp = whiteout.temporary_name(name)
-    if node.kind == st_mod.S_IFLNK:
-        syscalls.symlink_at(syscalls.readlink_at(src_dirfd, src_name), dirfd, tmp)
-    else:
-        syscalls.mknod_at(dirfd, tmp, node.kind | 0o600, st.st_rdev)
+    copydata.copy_special(st, src_dirfd, src_name, dirfd, tmp, branch.attrs)
     try:
-        copydata.copy_metadata(
-            st,
-            b"%s/%s" % (syscalls.proc_path(src_dirfd), src_name),
-            b"%s/%s" % (syscalls.proc_path(dirfd), tmp),
-            branch.attrs,
-            follow_symlinks=False,
-        )
         made = syscalls.stat_at(dirfd, tmp)
         _publish(dirfd, tmp, dirfd, name)
     except BaseException:
@@ -517,8 +506,7 @@ def follow(tree: Tree, handle: OpenFile) -> None:
     else:
         try:
             dirfd, name = tree.locate(node)
-            fd = syscalls.open_file_at(dirfd, name, flags)
-            st = os.fstat(fd)
+            fd, st = syscalls.open_file_at(dirfd, name, flags)
             if (st.st_dev, st.st_ino) != node.identity:
                 os.close(fd)
                 raise estale()

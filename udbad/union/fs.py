@@ -282,14 +282,14 @@ class UnionFs:
                 raise erofs()
             wanted = wanted & ~(os.O_ACCMODE | os.O_APPEND) | os.O_RDONLY
             writable = False
-        fd = self._open_fd(node, wanted)
+        fd, st = self._open_fd(node, wanted)
         try:
             if flags & os.O_TRUNC and writing:
                 self.tree.hooks.before_own(node)
-                with self.creds.writing(caller.uid, caller.gid, sgid_group(caller, os.fstat(fd))):
+                with self.creds.writing(caller.uid, caller.gid, sgid_group(caller, st)):
                     syscalls.truncate_fd(fd, 0)
                 self.tree.hooks.own_data(node, True)
-            st = os.fstat(fd)
+                st = os.fstat(fd)
             handle = self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable)
             if writing:
                 handle.group = sgid_group(caller, st)
@@ -303,22 +303,23 @@ class UnionFs:
         if node.branch.attrs & {"coo_reg", "coo_all", "moo"} and self.tree.branches.writable_above(node.branch.index):
             raise NeedCopyUp(node, Trigger.OPEN)
 
-    def _open_fd(self, node: Node, flags: int) -> int:
+    def _open_fd(self, node: Node, flags: int) -> tuple[int, os.stat_result]:
         if node.orphan_fd >= 0:
-            return syscalls.reopen(node.orphan_fd, flags)
+            fd = syscalls.reopen(node.orphan_fd, flags)
+            return fd, os.fstat(fd)
         try:
             dirfd, name = self.tree.locate(node)
-            fd = syscalls.open_file_at(dirfd, name, flags)
+            fd, st = syscalls.open_file_at(dirfd, name, flags)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE, errno.ELOOP):
                 raise
         else:
-            st = os.fstat(fd)
             if st.st_ino == node.ino and st.st_dev == node.dev:
-                return fd
+                return fd, st
             os.close(fd)
         if node.handles:
-            return syscalls.reopen(node.handles[-1].fd, flags)
+            fd = syscalls.reopen(node.handles[-1].fd, flags)
+            return fd, os.fstat(fd)
         raise estale()
 
     def ready(self, fh: int) -> OpenFile:
@@ -405,9 +406,8 @@ class UnionFs:
             chain.append(current)
             current = current.parent
         trusted = [entry for entry in chain if entry.trusted]
-        for entry in trusted:
-            entry.view = None
-            entry.trusted = False
+        for entry in chain:
+            entry.believe_nothing()
         lookup.refresh(self.tree, node)
         for entry in reversed(trusted):
             self.tree.hooks.adopt(entry, True)

@@ -97,9 +97,7 @@ def _list(dirfd: int) -> Entries:
         return {os.fsencode(entry.name): entry for entry in entries}
 
 
-def _walk(
-    root_fd: int, on_error: Callable[[bytes, OSError], None]
-) -> Generator[tuple[bytes, int, Entries], None, None]:
+def walk(root_fd: int, on_error: Callable[[bytes, OSError], None]) -> Generator[tuple[bytes, int, Entries], None, None]:
     """Every directory of the merged part of a branch, parents first: (path, descriptor, entries).
 
     The descriptor is valid until the generator is resumed. A directory that vanishes meanwhile is
@@ -224,8 +222,8 @@ def find_defects(root_fd: int) -> Generator[Defect, None, None]:
         yield Defect(DefectKind.ORPHAN, _join(whiteout.ORPHAN_DIR, name), "", _removal(st))
 
     inodes = {ino for _, ino in shared}
-    with closing(_walk(root_fd, on_error)) as walk:
-        for directory, fd, entries in walk:
+    with closing(walk(root_fd, on_error)) as directories:
+        for directory, fd, entries in directories:
             for name, entry in entries.items():
                 try:
                     if inodes and entry.inode() in inodes:
@@ -336,7 +334,7 @@ def repair(root_fd: int, defect: Defect) -> None:
         raise ValueError(f"no remedy for {defect}")
     *directories, name = defect.path.split(b"/")
     try:
-        dirfd = _descend(root_fd, directories)
+        dirfd = descend(root_fd, directories)
     except (FileNotFoundError, NotADirectoryError):
         return
     try:
@@ -347,7 +345,7 @@ def repair(root_fd: int, defect: Defect) -> None:
         os.close(dirfd)
 
 
-def _descend(root_fd: int, names: list[bytes]) -> int:
+def descend(root_fd: int, names: list[bytes]) -> int:
     """A descriptor of the directory reached from the root by `names`, one at a time, following nothing."""
     fd = syscalls.open_dir_at(root_fd, b".")
     for name in names:
@@ -378,13 +376,13 @@ def _remove(dirfd: int, name: bytes) -> None:
     """Remove an object, a directory with all it contains, and put the times of `dirfd` back."""
     before = os.fstat(dirfd)
     if st_mod.S_ISDIR(syscalls.stat_at(dirfd, name).st_mode):
-        _remove_tree(dirfd, name)
+        remove_tree(dirfd, name)
     else:
         syscalls.unlink_at(dirfd, name)
     syscalls.utime_at(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
 
 
-def _remove_tree(dirfd: int, name: bytes) -> None:
+def remove_tree(dirfd: int, name: bytes) -> None:
     """Remove a directory of any depth with two descriptors: subdirectories are first moved to its top.
 
     A crash in between leaves a smaller tree of the same name, for the next run.
@@ -446,13 +444,13 @@ def sweep_temporaries(root_fd: int) -> int:
 
     leftovers = _leftovers(root_fd, whiteout.ORPHAN_DIR, on_error)
     if leftovers:
-        orphans = _descend(root_fd, [whiteout.ORPHAN_DIR])
+        orphans = descend(root_fd, [whiteout.ORPHAN_DIR])
         try:
             removed += sum(remove(whiteout.ORPHAN_DIR, orphans, name) for name, _ in leftovers)
         finally:
             os.close(orphans)
-    with closing(_walk(root_fd, on_error)) as walk:
-        for directory, fd, entries in walk:
+    with closing(walk(root_fd, on_error)) as directories:
+        for directory, fd, entries in directories:
             removed += sum(remove(directory, fd, name) for name in entries if _TEMPORARY.fullmatch(name))
     return removed
 
@@ -507,7 +505,7 @@ def run_fsck(path: bytes, ask: Callable[[Defect], bool], echo: Callable[[str], N
     other names are told, and are no defect. UserError(BRANCH) for a path that is no directory,
     UserError(NOT_ROOT) without CAP_SYS_ADMIN.
     """
-    root_fd = _open_branch(path)
+    root_fd = open_branch(path)
     found = repaired = 0
     try:
         if was_dirty(root_fd):
@@ -535,7 +533,7 @@ def _repaired(root_fd: int, defect: Defect, echo: Callable[[str], None]) -> bool
     return True
 
 
-def _open_branch(path: bytes) -> int:
+def open_branch(path: bytes) -> int:
     """A private clone of the branch's mount: what is mounted below is no part of it (spec section 4.2 note 0)."""
     try:
         fd = syscalls.clone_mount(path)

@@ -16,7 +16,7 @@ from udbad.branch import syscalls
 from udbad.branch.branches import Branch
 from udbad.errors import enoent
 from udbad.inodes.table import Dir, Layer, Node
-from udbad.union import whiteout
+from udbad.union import times, whiteout
 from udbad.union.tree import Tree
 from udbad.union.view import load_view
 
@@ -168,6 +168,9 @@ def adopt(tree: Tree, node: Dir, found: Found, floor: int) -> None:
         tree.table.note_fds(node)
     node.hot = True
     changed = changed or (old is not new and node.opaque != found.opaque)
+    if changed:
+        node.times = None
+        node.version = tree.next_version()
     node.layers = new
     if changed or old is new:
         node.view = None
@@ -176,7 +179,10 @@ def adopt(tree: Tree, node: Dir, found: Found, floor: int) -> None:
     node.branch, node.dev, node.ino = top.branch, top.dev, top.ino
     node.opaque = found.opaque
     limits = [limit for limit in (found.opaque, found.whited) if limit is not None]
-    node.floor = min([floor, *limits])
+    lowest = min([floor, *limits])
+    if lowest != node.floor:
+        node.floor = lowest
+        node.version = tree.next_version()  # the children's floors follow from it
     node.nlink_extra = sum(max(layer.nlink - 2, 0) for layer in new[1:]) if len(new) > 1 else 0
     tree.inomap.alias(top.dev, top.ino, node.id)
     tree.hooks.adopt(node, changed)
@@ -273,22 +279,29 @@ def same_directory(node: Dir, layers: list[Layer]) -> bool:
 
 
 def refresh(tree: Tree, node: Dir) -> None:
-    """Make sure an untrusted directory's layers are what the branches say now.
+    """Make sure an untrusted directory's layers, and its view, are what the branches say now.
 
-    Walks from the nearest trusted ancestor down. A directory that was moved away directly stays usable
-    through the descriptors we hold, as a native current directory does. Raises ENOENT when it is gone.
+    Walks from the nearest trusted ancestor down; what its times say is unchanged is not asked again. A
+    directory that was moved away directly stays usable through the descriptors we hold, as a native current
+    directory does. Raises ENOENT when it is gone.
     """
     chain: list[Dir] = []
     current: Dir | None = node
     while current is not None and not current.trusted and current is not tree.root:
         chain.append(current)
         current = current.parent
+    by_times = tree.hooks.by_times
+    if by_times and current is not None:
+        times.unchanged(tree, current)
     for entry in reversed(chain):
         parent = entry.parent
         if parent is not None and not entry.dead:
+            if by_times and times.unchanged(tree, entry) and entry.resolved == parent.version:
+                continue
             found = resolve(tree, parent, entry.name)
             if found is not None and found.layers is not None and same_directory(entry, found.layers):
                 adopt(tree, entry, found, parent.floor)
+                entry.resolved = parent.version
                 continue
             if found is not None:
                 discard(tree, parent, entry.name, found)
@@ -307,11 +320,17 @@ def lookup(tree: Tree, parent: Dir, name: bytes) -> tuple[Node, os.stat_result] 
         return None
     if not parent.trusted:
         refresh(tree, parent)
-        found = resolve(tree, parent, name)
-        if found is None:
-            forget_name(tree, parent, name)
-            return None
-        return intern(tree, parent, name, found)
+        if parent.times is None:
+            found = resolve(tree, parent, name)
+            if found is None:
+                forget_name(tree, parent, name)
+                return None
+            return intern(tree, parent, name, found)
+        child = parent.children.get(name)
+        if type(child) is Dir and child.resolved == parent.version and not child.dead and times.unchanged(tree, child):
+            tree.examined = 0
+            tree.whited = None
+            return child, os.fstat(tree.layer_fd(child, child.layers[0]))
     view = parent.view
     if view is None:
         # Learning the directory costs a scan; single questions are cheaper until enough were asked.

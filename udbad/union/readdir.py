@@ -32,6 +32,7 @@ def snapshot(tree: Tree, handle: OpenDir) -> None:
         return
     if not node.trusted:
         lookup.refresh(tree, node)
+    if not node.trusted and node.times is None:
         handle.hits = view.scan(tree, node)
     else:
         loaded = node.view if node.view is not None else view.load_view(tree, node)

@@ -51,6 +51,9 @@ class NeedCopyUp(Exception):
 class Hooks(Protocol):
     """What the union tells the coherence strategy (coherence/base.py has the full interface)."""
 
+    by_times: bool
+    """Whether a directory that is not trusted stays so, and need not be resolved while its times are the same."""
+
     def adopt(self, node: Dir, changed: bool) -> None:
         """A directory's layers were resolved; set `trusted` and `ttl`. changed: they differ from before."""
 
@@ -124,6 +127,7 @@ class Tree:
         self.trash: list[tuple[int, bytes]] = []
         """Branch directories out of sight that the background has to remove: (parent descriptor, name)."""
         self._free: dict[int, tuple[float, int]] = {}
+        self._version = 0
         layers = []
         for branch in branches.branches:
             st = os.fstat(branch.root_fd)
@@ -137,6 +141,11 @@ class Tree:
             self.inomap.alias(layer.dev, layer.ino, ROOT_ID)
         self.table = InodeTable(root, max_fds)
         self.hooks: Hooks
+
+    def next_version(self) -> int:
+        """For Dir.version: no two directories ever have the same, so none is taken for another one's."""
+        self._version += 1
+        return self._version
 
     def attach_hooks(self, hooks: Hooks) -> None:
         """Bind the coherence strategy; called once before the first operation and when the mode changes."""

@@ -1,0 +1,182 @@
+"""The tools people know from aufs-util: what a branch changes, and moving files and whole branches down."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from udbad.branch.branches import BranchSpec
+from udbad.branch.spec import parse_branch
+from udbad.commands.common import need_root, run_dir_option, user_errors
+from udbad.commands.inspect import json_option
+from udbad.daemon import client
+from udbad.errors import ExitCode, UserError
+from udbad.types import Perm
+from udbad.union.fsck import printable
+
+_REFRESH = 0.2  # seconds
+_HOURS = 86400.0  # seconds: one big file to a slow disk
+_STYLES = {"added": "green", "changed": "yellow", "metadata": "cyan", "type": "magenta", "deleted": "red"}
+
+
+@click.command()
+@run_dir_option
+@json_option
+@click.option("--all", "show_all", is_flag=True, help="Also copies that differ in nothing from what they cover.")
+@click.argument("branch", metavar="MOUNT|BRANCH")
+@click.argument("lowers", metavar="[LOWER[=PERM[+ATTR]]...]", nargs=-1)
+def diff(run_dir: str, as_json: bool, show_all: bool, branch: str, lowers: tuple[str, ...]) -> None:
+    """What the top branch of MOUNT (or of a path in it) changes, or BRANCH against the LOWER ones, top first.
+
+    Whiteouts in LOWER count, unless it is given as LOWER=ro. Files are compared by content.
+    """
+    with user_errors():
+        need_root()
+        found = _changes(run_dir, branch, lowers, show_all)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("CHANGE", "TYPE", "PATH", "WHAT"):
+        table.add_column(column, overflow="fold")
+    for one in found:
+        path = printable(os.fsencode(one["path"]))
+        table.add_row(Text(one["change"], _STYLES.get(one["change"], "")), one["type"], Text(path), one["detail"])
+    if found:
+        # As wide as it is: a path that a terminal would cut is of no use in a pipe either.
+        Console(width=None if os.isatty(1) else 4096).print(table)
+    counts = {kind: sum(one["change"] == kind for one in found) for kind in _STYLES}
+    click.echo(", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "no changes")
+
+
+@click.command()
+@run_dir_option
+@click.option("--overwrite-lower", is_flag=True, help="Replace a copy that the lower branch has.")
+@click.option("--keep-upper", is_flag=True, help="Copy only.")
+@click.option("--read-only-upper", is_flag=True, help="Take it away from a branch that is not writable, too.")
+@click.option("--read-only-lower", is_flag=True, help="Move to the next branch below, writable or not.")
+@click.option("--from", "source", default="", metavar="BRANCH", help="Where the copy must be; default: anywhere.")
+@click.argument("path")
+def mvdown(run_dir: str, path: str, **words: Any) -> None:
+    """Move the file PATH of a union from the branch it is on to the next lower writable one.
+
+    For regular files with one name that nobody has open. Exit code 12, and one line that says why, when it may not.
+    """
+    with user_errors():
+        if words["source"]:
+            words["source"] = os.path.abspath(words["source"])
+        entry, inside = client.locate(run_dir, path)
+        answer = client.ask_mount(entry, {"op": "mvdown", "path": inside, **words}, _HOURS)
+    verb = "copied" if answer["kept"] else "moved"
+    click.echo(f"{verb} from {_shown(answer['from'])} to {_shown(answer['to'])}, {answer['size']} bytes")
+
+
+def _shown(path: str) -> str:
+    return printable(os.fsencode(path))
+
+
+@click.group()
+def sync() -> None:
+    """Merge a branch of MOUNT down into the branch below it, while the mount is used."""
+
+
+@sync.command("copy")
+@run_dir_option
+@click.argument("mount")
+@click.argument("source")
+@click.argument("target")
+def sync_copy(run_dir: str, mount: str, source: str, target: str) -> None:
+    """Make TARGET hold what the two branches show together; SOURCE stays as it is."""
+    with user_errors():
+        _sync(run_dir, mount, "copy", source, target)
+
+
+@sync.command("move")
+@run_dir_option
+@click.argument("mount")
+@click.argument("source")
+@click.argument("target")
+def sync_move(run_dir: str, mount: str, source: str, target: str) -> None:
+    """As copy, and take away from SOURCE what was merged. Exit code 12 when something had to stay."""
+    with user_errors():
+        _sync(run_dir, mount, "move", source, target)
+
+
+def _sync(run_dir: str, mount: str, mode: str, source: str, target: str) -> None:
+    entry, _ = client.locate(run_dir, mount)
+    words = {"mode": mode, "source": os.path.abspath(source), "target": os.path.abspath(target)}
+    client.ask_mount(entry, {"op": "sync", **words})
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    # Nothing is drawn where nobody sees it.
+    with Progress(*columns, console=Console(stderr=True), disable=not os.isatty(2), transient=True) as bar:
+        task = bar.add_task("counting", total=None)
+        while True:
+            try:
+                answer = client.ask_mount(entry, {"op": "sync-status"})
+                if not answer["running"]:
+                    break
+                total = max(answer["size"], answer["synced_size"], 1)
+                text = f"{answer['synced']} of {max(answer['names'], answer['synced'])} names"
+                text += f", {answer['moved']} moved" if answer["move"] else ""
+                bar.update(task, description=text, total=total, completed=answer["synced_size"])
+                time.sleep(_REFRESH)
+            except KeyboardInterrupt:
+                client.ask_mount(entry, {"op": "sync-stop"})
+    _report(answer)
+
+
+def _report(answer: Mapping[str, Any]) -> None:
+    if answer["error_text"]:
+        raise UserError(f"sync: {answer['error_text']}", ExitCode(answer["error_code"]))
+    for path, reason in answer["left"].items():
+        click.echo(f"stays: {_shown(path)}: {reason}")
+    more = answer["left_count"] - len(answer["left"])
+    if more > 0:
+        click.echo(f"stays: {more} more")
+    target = _shown(answer["target"])
+    if answer["move"]:
+        click.echo(f"{answer['moved']} names moved into {target}")
+    else:
+        click.echo(f"{answer['synced']} names, {answer['synced_size']} bytes are in {target}")
+    if answer["left_count"]:
+        raise SystemExit(int(ExitCode.REFUSED))
+
+
+def _changes(run_dir: str, branch: str, lowers: tuple[str, ...], show_all: bool) -> list[dict[str, str]]:
+    from udbad.union import branchdiff
+
+    inside = b""
+    if lowers:
+        top = parse_branch(branch)
+        rest = [spec if spec.perm else BranchSpec(spec.path, Perm.RO, frozenset({"wh"}))
+                for spec in map(parse_branch, lowers)]  # fmt: skip
+    else:
+        try:
+            entry, path = client.locate(run_dir, branch)
+        except UserError as error:
+            raise UserError(f"{error.message}; to compare a branch, name the lower ones too", error.code) from None
+        inside = os.fsencode(path)
+        specs = [parse_branch(text) for text in client.ask_mount(entry, {"op": "branches"})["specs"]]
+        if len(specs) == 1:
+            raise UserError(f"{entry.label} has one branch: there is nothing below it to compare with")
+        top, *rest = specs
+    try:
+        with branchdiff.opened(top, rest) as (one, others):
+            return [
+                {"path": os.fsdecode(change.path), "change": change.kind.value, "type": change.type,
+                 "detail": change.detail}
+                for change in branchdiff.changes(one, others)
+                if (show_all or change.kind is not branchdiff.ChangeKind.IDENTICAL)
+                and (not inside or change.path == inside or change.path.startswith(inside + b"/"))
+            ]  # fmt: skip
+    except OSError as error:
+        raise UserError(f"cannot compare: {error.strerror}", ExitCode.FAILURE) from None
