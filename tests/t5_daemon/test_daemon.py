@@ -156,10 +156,25 @@ def test_restart_of_a_mount_in_use_needs_force(daemon: Daemon) -> None:
     daemon.start()
     pid = daemon.state("a")["pid"]
     with (point / "open").open("w"):
-        assert "busy" in daemon.command("restart", "a", code=1)
+        expected = f"udbad: {point} is busy: open file /open of process {os.getpid()}\n"
+        assert daemon.command("restart", "a", code=1) == expected
         assert daemon.state("a")["pid"] == pid
         daemon.command("restart", "--force", "a")
         daemon.wait_for("a", not_pid=pid)
+    daemon.stop()
+
+
+def test_restart_of_a_mount_that_somebody_is_in(daemon: Daemon) -> None:
+    point = daemon.add("a")
+    (daemon.branch("a", "base") / "sub").mkdir()
+    daemon.start()
+    with subprocess.Popen(["cat"], cwd=point / "sub", stdin=subprocess.PIPE) as sitter:
+        expected = f"udbad: {point} is busy: somebody is in it, or something is mounted in it\n"
+        assert daemon.command("restart", "a", code=1) == expected
+        assert sitter.stdin is not None
+        sitter.stdin.close()
+    daemon.command("restart", "a")
+    daemon.wait_for("a")
     daemon.stop()
 
 

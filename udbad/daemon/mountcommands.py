@@ -6,6 +6,7 @@ branches, never through the mount: a process that asks its own mount waits for i
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -281,8 +282,25 @@ class Commands:
 
     async def stop(self, request: Request) -> dict[str, Any]:
         """Unmount; with "force" also what is in use. EBUSY is answered with who uses it."""
-        await self.process.unmount(force=bool(request.get("force")))
+        try:
+            await self.process.unmount(force=bool(request.get("force")))
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            text = f"{os.fsdecode(self.process.mount_point)} is busy: {self._who()}"
+            raise UserError(text, ExitCode.FAILURE) from None
         return {}
+
+    def _who(self) -> str:
+        """Who keeps the mount from being unmounted, as far as it is known here."""
+        handles = self.process.tree.handles
+        opened = [("open file", one.node, one.pid) for one in handles.files.values()]
+        opened += [("open directory", one.node, one.pid) for one in handles.dirs.values()]
+        if not opened:
+            return "somebody is in it, or something is mounted in it"
+        what, node, pid = opened[0]
+        more = f" and {len(opened) - 1} more" if len(opened) > 1 else ""
+        return f"{what} {os.fsdecode(reconfigure.path_of(node))} of process {pid}{more}"
 
 
 def _changed(old: MountOptions, new: MountOptions) -> set[str]:
