@@ -109,10 +109,14 @@ def _count(gate: str) -> None:
 
 def _patch(gate: str, words: list[str]) -> None:
     from udbad.daemon import mountproc
+    from udbad.kernel import fast
     from udbad.kernel.invalidator import Invalidator
     from udbad.kernel.ops import Operations
     from udbad.union import copyup
 
+    if any(word not in (NO_EPOCHS, TRANSFER) for word in words):
+        # What is held are pyfuse3's handlers, so everything has to come to them.
+        mock.patch.object(fast, "HANDLERS", {}).start()
     for word in words:
         if word == NO_EPOCHS:
             mock.patch.object(mountproc, "Invalidator", lambda write, *_: Invalidator(write, False)).start()

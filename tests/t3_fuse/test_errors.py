@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import signal
 import subprocess
@@ -57,6 +58,10 @@ main()
 
 KINDS = ("RuntimeError", "KeyError", "AssertionError", "RecursionError", "MemoryError", "ExceptionGroup")
 
+LISTS = 50
+_unlisted = itertools.cycle(range(LISTS))
+"""The kernel keeps listings: each one is read from the daemon once."""
+
 ACTS: dict[str, Callable[[Path], object]] = {
     "lookup": lambda root: os.stat(root / "new name"),
     "getattr": lambda root: _statx(root),
@@ -78,7 +83,7 @@ ACTS: dict[str, Callable[[Path], object]] = {
     "write": lambda root: _write(root / "file"),
     "ready": lambda root: (root / "file").read_bytes(),
     "opendir": lambda root: os.listdir(root / "sub"),
-    "readdir": lambda root: os.listdir(root / "sub"),
+    "readdir": lambda root: os.listdir(root / f"list{next(_unlisted)}"),
     "statfs": lambda root: os.statvfs(root),
     "directory_fds": lambda root: _fsync_directory(root),
 }
@@ -124,6 +129,8 @@ def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def faulty(union: UnionFactory, faults: Path, tmp_path: Path, udba: str) -> Mount:
     (tmp_path / "base/sub").mkdir(parents=True)
     (tmp_path / "base/gonedir").mkdir()
+    for number in range(LISTS):
+        (tmp_path / f"base/list{number}").mkdir()
     for name in ("file", "gone", "old", "sub/in"):
         (tmp_path / "base" / name).write_text("text")
     os.setxattr(tmp_path / "base/file", "user.k", b"v")

@@ -12,20 +12,37 @@ from tests.helpers.mount import UnionFactory
 pytestmark = pytest.mark.fuse
 
 # The request is there when the descriptor is waited for, and gone when it is read: the window is a few
-# microseconds wide, so it is made here by saying "readable" once when nothing is.
+# microseconds wide, so it is made here by saying "readable" once when nothing is: to what reads /dev/fuse
+# (REQUEST), or to pyfuse3 (HANDED).
 _SPURIOUS = """
 import os
 from udbad.kernel import reader
 
-real = reader._Reader.wait_readable
+def once():
+    try:
+        os.unlink({trigger!r})
+    except FileNotFoundError:
+        return False
+    return True
+
+poll = reader._ppoll
+
+def ppoll(polls, *rest):
+    if once():
+        polls[0].revents, polls[1].revents = 1, 0
+        return 1
+    return poll(polls, *rest)
+
+real = reader.Reader.wait_readable
 
 async def wait_readable(self, fd):
-    if os.path.exists({trigger!r}):
-        os.unlink({trigger!r})
-        return
-    await real(self, fd)
+    if not once():
+        await real(self, fd)
 
-reader._Reader.wait_readable = wait_readable
+if {handed}:
+    reader.Reader.wait_readable = wait_readable
+else:
+    reader._ppoll = ppoll
 
 from udbad.cli import main
 
@@ -33,17 +50,18 @@ main()
 """
 
 
+@pytest.mark.parametrize("handed", [False, True], ids=["request", "handed"])
 def test_mount_goes_on_when_there_is_nothing_to_read(
-    union: UnionFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    union: UnionFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handed: bool
 ) -> None:
     trigger = tmp_path / "trigger"
     script = tmp_path / "daemon.py"
-    script.write_text(_SPURIOUS.format(trigger=str(trigger)))
+    script.write_text(_SPURIOUS.format(trigger=str(trigger), handed=handed))
     monkeypatch.setattr("tests.helpers.mount.DAEMON", (sys.executable, str(script)))
     mount = union(udba="notify")
-    (mount.path / "another name").exists()  # the root's attributes are cached: one request from now on
     trigger.touch()
-    (mount.path / "some name").exists()  # after this request the loop reads although there is nothing
+    (mount.path / "made").mkdir()  # one for pyfuse3; after it the loop reads although there is nothing
     assert mount.control({"op": "flush"})["ok"]
     assert not trigger.exists()
     assert not (mount.path / "a third name").exists()
+    assert (mount.path / "made").is_dir()

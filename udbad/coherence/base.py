@@ -121,6 +121,17 @@ class Coherence:
     def parted(self, node: Dir, name: bytes) -> None:
         if node.ttl:
             self.notifier.entry(node.id, name)
+            self.tell_names(node)
+
+    def tell_names(self, node: Dir) -> None:
+        """Have the kernel forget a directory's attributes, and its listing if it may have one.
+
+        It looks at mtime before it uses a listing (fuse_readdir_cached()), and a change on a lower branch
+        leaves that of the top copy alone. Dropping the pages instead could come between an answer and its use.
+        """
+        if node.listed:
+            node.nudge += 1
+        self.notifier.attributes(node.id)
 
     def side_effect(self, node: Node) -> None:
         if node.nlookup and (node.parent is None or node.parent.ttl):
@@ -165,7 +176,8 @@ class Coherence:
                     node.negatives = None
                 else:
                     self.expire_names(node)
-            if node.handles:
+                self.tell_names(node)
+            elif node.handles:
                 self.notifier.data(node.id)
             else:
                 self.notifier.attributes(node.id)

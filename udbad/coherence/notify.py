@@ -409,7 +409,12 @@ class NotifyCoherence(Coherence):
             log.debug("cannot resolve %r: %s", name, error)
             self._lose(node)
             return
+        # Whether a listing that the kernel may keep is another one now; of a known child, its identity says that.
+        view = node.view
+        listing = node.listed and kinds & NAMES and (view is None or name in view or found is not None)
         lookup.remember(node, name, found)
+        if child is None and listing:
+            self.tell_names(node)
         if found is None:
             if child is not None:
                 self.tree.table.detach(child, node, name)
@@ -471,7 +476,7 @@ class NotifyCoherence(Coherence):
 
     def _tell_entry(self, node: Dir, name: bytes) -> None:
         self.notifier.entry(node.id, name)
-        self.notifier.attributes(node.id)
+        self.tell_names(node)
 
     def _tell_link(self, found: lookup.Found, kinds: int) -> None:
         """A new name of something that the kernel may know by another one: link(2) sends no event to that one."""
@@ -497,7 +502,7 @@ class NotifyCoherence(Coherence):
         # mounted something below it. Own knowledge is asked again from the branches.
         if node.parent is not None:
             self.notifier.expire(node.parent.id, node.name)
-        self.notifier.attributes(node.id)
+        self.tell_names(node)
         self.expire_names(node)
         for child in list(node.children.values()):
             if type(child) is Dir and not child.trusted:
@@ -509,7 +514,7 @@ class NotifyCoherence(Coherence):
         The directory is still the same node and keeps its entry: without one, processes that sit in it
         could not tell where they are (getcwd(2)).
         """
-        self.notifier.attributes(node.id)
+        self.tell_names(node)
         for name in list(node.children):
             self._name_changed(node, name, NAMES)
         self.forget_negatives(node)

@@ -186,7 +186,7 @@ class Commands:
                 node.believe_nothing()
                 self.process.coherence.expire_names(node)
                 todo += node.children.values()
-                notifier.attributes(node.id)
+                self.process.coherence.tell_names(node)
             else:
                 notifier.data(node.id)
         if top is self.process.tree.root:

@@ -35,6 +35,7 @@ from udbad.daemon.mountcommands import Commands
 from udbad.daemon.protocol import ask
 from udbad.daemon.snapshot import Snapshot, text
 from udbad.errors import ExitCode, UserError
+from udbad.kernel.fast import FastPath
 from udbad.kernel.invalidator import Invalidator
 from udbad.kernel.mounts import mounts_inside, unions
 from udbad.kernel.ops import Operations
@@ -108,7 +109,8 @@ class MountProcess:
         )
         self.coherence = STRATEGIES[options.udba](self.tree, self.invalidator)
         self.coherence.start()
-        self.operations = Operations(self.fs, self.coherence, self.session.switch)
+        self.operations = Operations(self.fs, self.coherence)
+        self.fast = FastPath(self.session.fd, self.session.pyfuse3s, self.fs, self.coherence)
         self.snapshot = Snapshot(self)
         self.background: trio.Nursery  # of serve(): what ends with the mount
         self._commands = Commands(self)
@@ -226,7 +228,7 @@ class MountProcess:
                     nursery.start_soon(control.serve, listener, self._commands.table())
                 on_ready()
                 try:
-                    await self.session.serve()
+                    await self.session.serve(self.fast)
                 finally:
                     nursery.cancel_scope.cancel()
         if self.session.aborted:
@@ -309,7 +311,7 @@ class MountProcess:
     def restart_coherence(self, mode: str | None = None) -> None:
         """Begin anew with a strategy (None: the same one) that was stopped; nothing cached so far is believed."""
         strategy = STRATEGIES[mode or self.coherence.name]
-        self.coherence = self.operations.coherence = strategy(self.tree, self.invalidator)
+        self.coherence = self.operations.coherence = self.fast.coherence = strategy(self.tree, self.invalidator)
         self.coherence.start()
         self.coherence.drop_everything()
         self._changing_mode.cancel()

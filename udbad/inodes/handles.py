@@ -38,15 +38,20 @@ class OpenFile:
 
 
 class OpenDir:
-    """One opendir(3): a private snapshot of names, taken at the first read (spec section 5)."""
+    """One opendir(3): a private snapshot of names, taken at the first read (spec section 5).
 
-    __slots__ = ("fh", "hits", "names", "node", "pid")
+    number: of the snapshot, part of every offset in it. cached: the kernel may answer from a listing of its own.
+    """
+
+    __slots__ = ("cached", "fh", "hits", "names", "node", "number", "pid")
 
     def __init__(self, fh: Fh, node: Dir, pid: int) -> None:
         self.fh = fh
         self.pid = pid
         self.node = node
         self.names: list[bytes] | None = None
+        self.number = 0
+        self.cached = False
         self.hits: dict[bytes, int | tuple[int, ...] | None] = {}
 
 
@@ -102,7 +107,9 @@ class HandleTable:
         return handle
 
     def remove_dir(self, fh: int) -> None:
-        self.dirs.pop(fh, None)
+        handle = self.dirs.pop(fh, None)
+        if handle is not None and handle.cached:
+            handle.node.cached_opens -= 1
 
     def __len__(self) -> int:
         return len(self.files) + len(self.dirs)

@@ -63,6 +63,8 @@ class Node:
         "name", "nlink_extra", "nlookup", "orphan_fd", "parent", "plink", "seen",
     )  # fmt: skip
 
+    nudge = 0
+
     def __init__(self, node_id: int, kind: int, branch: Branch, dev: int, ino: int) -> None:
         self.id = NodeId(node_id)
         self.kind = kind
@@ -128,15 +130,21 @@ class Dir(Node):
     view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again. negatives: names
     that the kernel was told not to exist, and may remember. times, version, resolved: of a directory that is
     not trusted, the times its branch directories had when it was last asked (None: they tell nothing), a
-    number that is raised when they differ, and its parent's number when its own layers were found.
+    number that is raised when they differ, and its parent's number when its own layers were found. listed: the
+    kernel may have a listing; cached_opens: handles that may be answered from it; listing: number and names of
+    the snapshot that it was made from; nudge: nanoseconds added to mtime so that the kernel looks again.
     """
 
     __slots__ = (
+        "cached_opens",
         "children",
         "floor",
         "hot",
         "layers",
+        "listed",
+        "listing",
         "negatives",
+        "nudge",
         "opaque",
         "probes",
         "resolved",
@@ -160,6 +168,10 @@ class Dir(Node):
         self.ttl = 0.0
         self.probes = 0
         self.hot = True
+        self.listed = False
+        self.nudge = 0
+        self.listing: tuple[int, list[bytes]] | None = None
+        self.cached_opens = 0
         self.times: list[int] | None = None
         self.version = 0
         self.resolved = -1
@@ -167,6 +179,7 @@ class Dir(Node):
     def believe_nothing(self) -> None:
         """Have the directory asked again at its next use, which makes it trusted where it can be."""
         self.view = None
+        self.listing = None
         self.trusted = False
         self.ttl = 0.0
         self.times = None

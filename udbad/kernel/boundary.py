@@ -11,7 +11,8 @@ import errno
 import functools
 import logging
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, TypeVar, cast
 
@@ -36,8 +37,25 @@ class OpStats:
         self.seconds = 0.0
         self.buckets = [0] * (len(BUCKETS) + 1)
 
+    def observe(self, taken: float) -> None:
+        """One request took so many seconds."""
+        self.seconds += taken
+        self.buckets[bisect_left(BUCKETS, taken)] += 1
+
 
 OPERATIONS: dict[str, OpStats] = {}
+
+
+def operation(name: str) -> OpStats:
+    """The counters of an operation, made when they are first asked for."""
+    return OPERATIONS.setdefault(name, OpStats())
+
+
+def error_number(error: OSError) -> int:
+    """What the kernel is told. Never ENOSYS by accident: it then stops sending that operation for good."""
+    number = error.errno
+    return errno.EIO if not number or number == errno.ENOSYS else number
+
 
 _under_way = 0
 
@@ -47,11 +65,21 @@ def waiting() -> int:
     return _under_way
 
 
+@contextmanager
+def under_way() -> Iterator[None]:
+    """Around work that waits for something, for `waiting`."""
+    global _under_way
+    _under_way += 1
+    try:
+        yield
+    finally:
+        _under_way -= 1
+
+
 def handler(function: Handler) -> Handler:
     """Wrap a handler of kernel/ops.py."""
     name = function.__name__
-    stats = OPERATIONS.setdefault(name, OpStats())
-    buckets = stats.buckets
+    stats = operation(name)
 
     @functools.wraps(function)
     async def wrapper(self: object, *args: Any) -> Any:
@@ -66,10 +94,7 @@ def handler(function: Handler) -> Handler:
             raise
         except OSError as error:
             stats.errors += 1
-            number = error.errno
-            if not number or number == errno.ENOSYS:
-                number = errno.EIO
-            raise pyfuse3.FUSEError(number) from None
+            raise pyfuse3.FUSEError(error_number(error)) from None
         except Exception:
             stats.errors += 1
             stats.bugs += 1
@@ -77,8 +102,6 @@ def handler(function: Handler) -> Handler:
             raise pyfuse3.FUSEError(errno.EIO) from None
         finally:
             _under_way -= 1
-            taken = perf_counter() - start
-            stats.seconds += taken
-            buckets[bisect_left(BUCKETS, taken)] += 1
+            stats.observe(perf_counter() - start)
 
     return cast("Handler", wrapper)

@@ -1,5 +1,7 @@
 """pyfuse3's handlers: conversion of types, and the decision what may run on the event loop.
 
+The frequent operations come here only when they need an await (kernel/fast.py has the others).
+
 Everything that only asks for names and attributes runs inline: a thread costs more than the work. In a
 thread go data that is not in the page cache, fsync, and the bytes of a copy-up. Only descriptors,
 bytes, ints and copy-up jobs cross into a thread. Each await says what may have changed after it.
@@ -39,19 +41,15 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False  # our INIT reply decides, see protocol.py
 
-    def __init__(self, fs: UnionFs, coherence: Coherence, on_init: Callable[[], None]) -> None:
+    def __init__(self, fs: UnionFs, coherence: Coherence) -> None:
         super().__init__()
         self.fs = fs
         self.coherence = coherence
-        self._on_init = on_init
         self._copy_limit = trio.CapacityLimiter(4)
         self._io_limit = trio.CapacityLimiter(32)
         self.copyups: dict[int, copyup.Job] = {}
         self.on_copyup: Callable[[copyup.Job, float], None] | None = None
         self.on_copyup_failed: Callable[[Trigger, int], None] | None = None
-
-    def init(self) -> None:
-        self._on_init()
 
     # -- replies ------------------------------------------------------------------------------
 
@@ -67,7 +65,7 @@ class Operations(pyfuse3.Operations):
         entry.st_blksize = st.st_blksize
         entry.st_blocks = st.st_blocks
         entry.st_atime_ns = st.st_atime_ns
-        entry.st_mtime_ns = st.st_mtime_ns
+        entry.st_mtime_ns = st.st_mtime_ns + node.nudge
         entry.st_ctime_ns = st.st_ctime_ns
         entry.attr_timeout = self.coherence.attr_ttl(node, st)
         return entry

@@ -3,7 +3,7 @@
 pyfuse3 keeps one global session per process, so a process serves one mount. We open /dev/fuse and call
 mount(2) ourselves: the descriptor is then ours to write notifications to, and the mount ours to take
 away. The kernel's INIT is answered by us (protocol.py); libfuse is given a copy of it over a socket
-pair under the descriptor number that, from `attach` on, is /dev/fuse itself.
+pair, through which it later gets every request that kernel/fast.py leaves to pyfuse3.
 
 A session that did not end cleanly leaves the mount point dead (ENOTCONN): it must never look like an
 empty directory that a mirror job takes for the truth.
@@ -22,11 +22,16 @@ import pyfuse3
 
 from udbad.errors import ExitCode, UserError
 from udbad.kernel import reader
+from udbad.kernel.fast import FastPath
 from udbad.kernel.mounts import FS_TYPE, unions, unmount
 from udbad.kernel.protocol import EPOCH_MINOR, InitRequest
 from udbad.kernel.replace import replace_mount
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+_SO_SNDBUFFORCE = 32  # asm-generic/socket.h
+_SOCKET_BUFFER = 8 << 20
+"""Bytes: the largest request, or many answers that wait for their turn."""
 
 MOUNT_FLAGS = {
     "ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024,
@@ -64,20 +69,21 @@ class Session:
         os.write(self.fd, request.reply(acl))
         self.has_epochs = request.minor >= EPOCH_MINOR
         self.connection = next((m.connection for m in reversed(unions()) if m.path == mount_point), 0)
-        ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.send(request.for_libfuse())
-        self._ours = ours
+        os.set_blocking(self.fd, False)
+        self.pyfuse3s, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.pyfuse3s, self._theirs):
+            end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BUFFER)
+            end.setblocking(False)
+        self.pyfuse3s.send(request.for_libfuse())
 
     def attach(self, operations: pyfuse3.Operations) -> None:
-        """Give the session to pyfuse3. Its init() callback must call `switch`."""
+        """Give the session to pyfuse3."""
         logging.getLogger("pyfuse3").addFilter(_worth_telling)
         pyfuse3.init(operations, f"/dev/fd/{self._theirs.fileno()}", set())
 
-    def switch(self) -> None:
-        """From now on pyfuse3's descriptor is /dev/fuse. Its own answer to INIT then meets ENOENT, which
-        libfuse takes for an interrupted request and ignores."""
+    def _end(self) -> None:
+        """Have pyfuse3 meet the end of the connection itself: it knows what that means."""
         os.dup2(self.fd, self._theirs.fileno(), inheritable=False)
-        self._ours.close()
 
     def notify(self, message: bytes) -> None:
         """Write a notification. May block while a request it concerns is being served: never on the event
@@ -89,9 +95,9 @@ class Session:
         unmount(self.mount_point, lazy)
         self.mounted = False
 
-    async def serve(self) -> None:
+    async def serve(self, fast: FastPath) -> None:
         """pyfuse3's loop: returns when the mount is gone, `terminate` was called, or the connection was aborted."""
-        reader.install(self.fd)
+        reader.install(self.fd, self.pyfuse3s, fast, self._end)
         try:
             await pyfuse3.main()
         except* ConnectionAbortedError:  # FUSE_ABORT_ERROR
@@ -105,6 +111,7 @@ class Session:
         """After pyfuse3.main() has returned and every notifying thread was joined."""
         pyfuse3.close(unmount=False)
         self._theirs.detach()
+        self.pyfuse3s.close()
         os.close(self.fd)
 
 

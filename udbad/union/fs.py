@@ -329,7 +329,7 @@ class UnionFs:
             copyup.follow(self.tree, handle)
         return handle
 
-    def write(self, fh: int, offset: int, data: bytes) -> int:
+    def write(self, fh: int, offset: int, data: bytes | memoryview) -> int:
         """Bytes written. Raises NeedCopyUp at the first write to a lower file."""
         handle = self.ready(fh)
         if not handle.writable:

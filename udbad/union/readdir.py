@@ -1,8 +1,11 @@
 """Listing a directory (spec section 5).
 
 Each open directory has a private snapshot of names, taken at the first read and again at a rewind.
-Offsets are positions in the snapshot plus three ("." and ".." first), so telldir and seekdir hold
-whatever is created or removed meanwhile; names that are gone when their turn comes are left out.
+Offsets are the number of the snapshot and a position in it ("." and ".." first), so telldir and seekdir hold
+whatever is created or removed meanwhile; names that are gone when their turn comes are left out. The kernel may
+put the entries of one snapshot into a listing of its own and answer for other handles from it, until it is told
+to forget that; a handle that then goes on here takes over the snapshot. No two have the same number, so the
+kernel never joins parts of different ones.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import errno
 import os
 import stat as st_mod
 from collections.abc import Iterator
+from itertools import count
 
 from udbad.errors import enoent
 from udbad.inodes.handles import OpenDir
@@ -22,11 +26,14 @@ Entry = tuple[bytes, Node, os.stat_result, int]
 """name, node, attributes, offset of the entry after it."""
 
 DOTS = 2
+_POSITION = (1 << 32) - 1
+_numbers = count(1)
 
 
 def snapshot(tree: Tree, handle: OpenDir) -> None:
     """Take the names of the directory as they are now. Raises ENOENT when the directory is gone."""
     node = handle.node
+    handle.number = next(_numbers) & 0x7FFFFFFF
     if node.dead:
         handle.names, handle.hits = [], {}
         return
@@ -38,6 +45,8 @@ def snapshot(tree: Tree, handle: OpenDir) -> None:
         loaded = node.view if node.view is not None else view.load_view(tree, node)
         handle.hits = dict(loaded)
     handle.names = list(handle.hits)
+    if handle.cached:
+        node.listing = handle.number, handle.names
     if tree.options.show_whiteouts:
         handle.names += view.whiteout_names(tree, node)
 
@@ -48,13 +57,22 @@ def entries(tree: Tree, handle: OpenDir, start: int) -> Iterator[Entry]:
     "." and ".." come with the nodes' own attributes and must not be counted as looked up.
     """
     node = handle.node
-    if start == 0 or handle.names is None:
+    if start == 0:
         snapshot(tree, handle)
-    if start <= 0:
-        yield b".", node, tree.stat(node), 1
+    elif start >> 32 != handle.number or handle.names is None:
+        listing = node.listing
+        if listing is not None and listing[0] == start >> 32:
+            handle.number, handle.names = listing
+            handle.hits = {}
+        elif handle.names is None:
+            snapshot(tree, handle)
+    base = handle.number << 32
+    start &= _POSITION
+    if start == 0:
+        yield b".", node, tree.stat(node), base + 1
     if start <= 1:
         above = node.parent if node.parent is not None else node
-        yield b"..", above, tree.stat(above), DOTS
+        yield b"..", above, tree.stat(above), base + DOTS
     names = handle.names
     assert names is not None
     hits = handle.hits
@@ -69,14 +87,14 @@ def entries(tree: Tree, handle: OpenDir, start: int) -> Iterator[Entry]:
                 found = show_whiteout(tree, node, name)
             else:
                 # A trusted view may have changed since the snapshot: believe the newer one.
-                current = node.view.get(name, -1) if trusted and node.view is not None else hits[name]
+                current = node.view.get(name, -1) if trusted and node.view is not None else hits.get(name)
                 found = None if current == -1 else by_hit(tree, node, name, current)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EIO):
                 raise
             continue  # gone meanwhile, or broken: asking for it by name says what is wrong
         if found is not None:
-            yield name, found[0], found[1], position + DOTS + 1
+            yield name, found[0], found[1], base + position + DOTS + 1
 
 
 def by_hit(tree: Tree, parent: Dir, name: bytes, hit: Hit | None) -> tuple[Node, os.stat_result] | None:

@@ -175,6 +175,8 @@ def empty_trash(trash: list[tuple[int, bytes]]) -> None:
         try:
             purge(dirfd, tmp)
             syscalls.rmdir_at(dirfd, tmp)
+        except FileNotFoundError:
+            pass  # the directory that it was in has been removed meanwhile, and it was one of the marks in there
         except OSError as error:
             log.warning("cannot remove %r: %s", tmp, error.strerror)
         finally:
@@ -221,6 +223,9 @@ def _remove_mark(dirfd: int, mark: bytes) -> None:
     except FileNotFoundError:
         pass
     except IsADirectoryError:
-        # A temporary directory that a crash left.
+        # A temporary directory that a crash left, or that the background is about to remove.
         purge(dirfd, mark)
-        syscalls.rmdir_at(dirfd, mark)
+        try:
+            syscalls.rmdir_at(dirfd, mark)
+        except FileNotFoundError:
+            pass

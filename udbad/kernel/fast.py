@@ -1,0 +1,350 @@
+"""The frequent requests, answered without pyfuse3: read, performed by the same core, and replied to in one go.
+
+What pyfuse3 spends on a request (a coroutine, objects for attributes) is more than most operations take. So
+`take` reads from /dev/fuse, and whatever has a row in `HANDLERS` and needs no await is answered here. All
+else, and what turns out to need an await (a copy-up, a branch that changed underneath), is handed over to
+libfuse through a socket pair, where it begins from the start: an operation of union/fs.py that raises
+NeedCopyUp or ESTALE has changed nothing.
+
+It also knows two flags that pyfuse3 does not: the kernel may keep the listing of a directory that is trusted
+(FOPEN_CACHE_DIR), until the coherence strategy tells it that a name has come or gone.
+
+Runs on the event loop only, between two turns of it. Counting and the meaning of errors are as in boundary.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Callable
+from time import perf_counter
+
+import trio
+
+from udbad.branch import syscalls
+from udbad.coherence.base import Coherence
+from udbad.inodes.table import Dir, Node
+from udbad.kernel import boundary, protocol, wire
+from udbad.types import Caller
+from udbad.union.fs import UnionFs
+from udbad.union.tree import NeedCopyUp
+
+log = logging.getLogger(__name__)
+
+_DOTS = (b".", b"..")
+_GONE = (errno.ENOENT, errno.EINTR)
+_TAKEN_BACK = (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED)
+"""Errors of an answer that nobody waits for any more."""
+_BIG_REPLY = 4096
+"""Bytes of data from which on copying it behind a header costs more than a second vector."""
+
+
+class Ended(Exception):
+    """There is no connection any more: unmounted, or aborted."""
+
+
+class _Later(Exception):
+    """The reply comes from a thread: pread of (descriptor, size, offset)."""
+
+
+Handler = Callable[[int, int, Caller], bytes | bytearray]
+"""(node id, length of the request, who asks) to the body of the reply."""
+
+
+class FastPath:
+    """Reads the requests of one mount and answers those it can."""
+
+    def __init__(self, fd: int, pyfuse3s: socket.socket, fs: UnionFs, coherence: Coherence) -> None:
+        """fd: /dev/fuse, non-blocking. pyfuse3s: where libfuse reads what is sent, and its answers come back."""
+        self._fd = fd
+        self._pyfuse3s = pyfuse3s
+        self._io_limit = trio.CapacityLimiter(32)
+        self.spawn: Callable[..., object] = trio.lowlevel.spawn_system_task
+        """Starts an async function with its arguments."""
+        self.fs = fs
+        self.coherence = coherence
+        self._buffer = bytearray(protocol.MAX_REQUEST + 4096)
+        self._view = memoryview(self._buffer)
+        self._into = [self._buffer]
+        self._undo: Callable[[], None] | None = None
+        self._handlers: dict[int, tuple[Handler, boundary.OpStats]] = {
+            opcode: (getattr(self, "_" + name), boundary.operation(name)) for opcode, name in HANDLERS.items()
+        }
+
+    def take(self) -> bool:
+        """Serve one request, if there is one; False when pyfuse3 has to read now. Raises Ended."""
+        try:
+            size = os.readv(self._fd, self._into)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno in _GONE:  # taken back while it was read
+                return True
+            raise Ended from None
+        _, opcode, unique, node_id, uid, gid, pid, _, _ = wire.REQUEST.unpack_from(self._buffer)
+        row = self._handlers.get(opcode)
+        if row is None:
+            return not self._silent(opcode, node_id) and self._hand_over(unique, size)
+        handler, stats = row
+        start = perf_counter()
+        number = 0
+        body: bytes | bytearray = b""
+        try:
+            body = handler(node_id, size, Caller(uid, gid, pid, 0))
+        except NeedCopyUp:
+            return self._hand_over(unique, size)
+        except _Later as later:
+            self.spawn(self._finish_read, unique, start, *later.args)
+            return True
+        except OSError as error:
+            if error.errno == errno.ESTALE:
+                return self._hand_over(unique, size)  # to look again, or to say so
+            number = boundary.error_number(error)
+        except Exception:
+            stats.bugs += 1
+            number = errno.EIO
+            log.exception("%s of node %d failed", HANDLERS[opcode], node_id)
+        self._count(stats, start, number)
+        self._reply(unique, number, body)
+        return True
+
+    def _silent(self, opcode: int, node_id: int) -> bool:
+        """Do what is not answered; False when the opcode is another one."""
+        if opcode == wire.FORGET:
+            self.fs.forget(node_id, wire.QWORD.unpack_from(self._buffer, wire.BODY)[0])
+        elif opcode == wire.BATCH_FORGET:
+            count = wire.TWO_WORDS.unpack_from(self._buffer, wire.BODY)[0]
+            start = wire.BODY + 8
+            for one, times in wire.FORGET_ONE.iter_unpack(self._view[start : start + 16 * count]):
+                self.fs.forget(one, times)
+        else:
+            # The caller has a signal: nothing that waits here can be stopped half-way.
+            return opcode == wire.INTERRUPT
+        return True
+
+    def _hand_over(self, unique: int, size: int) -> bool:
+        self._undo = None
+        try:
+            self._pyfuse3s.send(self._view[:size])
+        except OSError as error:
+            log.error("cannot hand over a request: %s", error.strerror)
+            self._reply(unique, errno.EIO, b"")
+            return True
+        return False
+
+    def relay(self) -> None:
+        """Pass on what pyfuse3 has answered. That to INIT, which was ours to answer, the kernel does not know."""
+        try:
+            while True:
+                answer = self._pyfuse3s.recv(protocol.MAX_REQUEST + 4096, socket.MSG_DONTWAIT)
+                if not answer:
+                    return
+                try:
+                    os.write(self._fd, answer)
+                except OSError as error:
+                    if error.errno not in _TAKEN_BACK:
+                        log.error("cannot answer a request: %s", error.strerror)
+        except BlockingIOError:
+            return
+
+    @staticmethod
+    def _count(stats: boundary.OpStats, start: float, number: int) -> None:
+        stats.requests += 1
+        if number:
+            stats.errors += 1
+        stats.observe(perf_counter() - start)
+
+    def _reply(self, unique: int, number: int, body: bytes | bytearray) -> None:
+        undo, self._undo = self._undo, None
+        try:
+            if number:
+                os.write(self._fd, wire.REPLY.pack(16, -number, unique))
+            elif len(body) > _BIG_REPLY:
+                os.writev(self._fd, [wire.REPLY.pack(16 + len(body), 0, unique), body])
+            else:
+                os.write(self._fd, wire.REPLY.pack(16 + len(body), 0, unique) + body)
+        except OSError as error:
+            # ENOENT: whoever asked was killed meanwhile, and the kernel has not taken what it was given.
+            if undo is not None:
+                undo()
+            if error.errno not in _TAKEN_BACK:
+                log.error("cannot answer a request: %s", error.strerror)
+
+    def _name(self, start: int, size: int) -> bytes:
+        return bytes(self._view[start : size - 1])
+
+    # -- names --------------------------------------------------------------------------------
+
+    def _entry(self, node: Node, st: os.stat_result) -> bytes:
+        """An entry that the kernel takes a reference with."""
+        parent = node.parent
+        node.nlookup += 1
+        return wire.entry(node, st, 0.0 if parent is None else parent.ttl, self.coherence.attr_ttl(node, st))
+
+    def _lookup(self, parent: int, size: int, caller: Caller) -> bytes:
+        fs = self.fs
+        name = self._name(wire.BODY, size)
+        found = fs.lookup(parent, name)
+        if found is None:
+            directory = fs.table.nodes[parent]
+            if type(directory) is Dir and directory.ttl:
+                self.coherence.told_negative(directory, name)
+                return wire.negative(directory.ttl)
+            raise OSError(errno.ENOENT, "")
+        node = found[0]
+        self._undo = lambda: fs.forget(node.id, 1)
+        return self._entry(node, found[1])
+
+    def _unlink(self, parent: int, size: int, caller: Caller) -> bytes:
+        self.fs.unlink(parent, self._name(wire.BODY, size))
+        return b""
+
+    def _rename(self, src_dir: int, size: int, caller: Caller) -> bytes:
+        (dst_dir,) = wire.QWORD.unpack_from(self._buffer, wire.BODY)
+        src, dst = self._name(wire.BODY + 8, size).split(b"\0")
+        self.fs.rename(src_dir, src, dst_dir, dst, 0)
+        return b""
+
+    def _rename2(self, src_dir: int, size: int, caller: Caller) -> bytes:
+        (dst_dir,) = wire.QWORD.unpack_from(self._buffer, wire.BODY)
+        flags, _ = wire.TWO_WORDS.unpack_from(self._buffer, wire.BODY + 8)
+        src, dst = self._name(wire.BODY + 16, size).split(b"\0")
+        self.fs.rename(src_dir, src, dst_dir, dst, flags)
+        return b""
+
+    def _create(self, parent: int, size: int, caller: Caller) -> bytes:
+        flags, mode, umask, _ = wire.FOUR_WORDS.unpack_from(self._buffer, wire.BODY)
+        name = self._name(wire.BODY + 16, size)
+        handle, st = self.fs.create(parent, name, flags, mode & 0o7777, caller._replace(umask=umask))
+        node = handle.node
+        self.coherence.keep_cache(node, st)
+
+        def undo() -> None:
+            self.fs.release(handle.fh)
+            self.fs.forget(node.id, 1)
+
+        self._undo = undo
+        return self._entry(node, st) + wire.OPENED.pack(handle.fh, 0, 0)
+
+    # -- attributes ---------------------------------------------------------------------------
+
+    def _getattr(self, node_id: int, size: int, caller: Caller) -> bytes:
+        node, st = self.fs.getattr(node_id)
+        if type(node) is Dir and node.cached_opens and not node.trusted:
+            node.nudge += 1  # somebody who has it open from better times must not be shown a listing of then
+        return wire.attributes(node, st, self.coherence.attr_ttl(node, st))
+
+    def _getxattr(self, node_id: int, size: int, caller: Caller) -> bytes:
+        room, _ = wire.TWO_WORDS.unpack_from(self._buffer, wire.BODY)
+        value = self.fs.getxattr(node_id, self._name(wire.BODY + 8, size))
+        if room == 0:
+            return wire.TWO_WORDS.pack(len(value), 0)
+        if len(value) > room:
+            raise OSError(errno.ERANGE, "")
+        return value
+
+    # -- files --------------------------------------------------------------------------------
+
+    def _open(self, node_id: int, size: int, caller: Caller) -> bytes:
+        flags, _ = wire.TWO_WORDS.unpack_from(self._buffer, wire.BODY)
+        handle, st = self.fs.open(node_id, flags, caller)
+        self._undo = lambda: self.fs.release(handle.fh)
+        return wire.OPENED.pack(handle.fh, wire.KEEP_CACHE if self.coherence.keep_cache(handle.node, st) else 0, 0)
+
+    def _read(self, node_id: int, size: int, caller: Caller) -> bytearray:
+        fh, offset, wanted = wire.READ_IN.unpack_from(self._buffer, wire.BODY)
+        handle = self.fs.ready(fh)
+        data = syscalls.read_cached(handle.fd, wanted, offset)
+        if data is None:
+            raise _Later(handle.fd, wanted, offset)
+        return data
+
+    async def _finish_read(self, unique: int, start: float, fd: int, size: int, offset: int) -> None:
+        number, body = 0, b""
+        with boundary.under_way():
+            try:
+                # After this: nothing to check. The kernel sends RELEASE only after the last READ was answered, and
+                # a copy-up meanwhile puts the new file under the same descriptor.
+                body = await trio.to_thread.run_sync(os.pread, fd, size, offset, limiter=self._io_limit)
+            except OSError as error:
+                number = boundary.error_number(error)
+        self._count(boundary.OPERATIONS["read"], start, number)
+        self._reply(unique, number, body)
+
+    def _write(self, node_id: int, size: int, caller: Caller) -> bytes:
+        fh, offset, length = wire.READ_IN.unpack_from(self._buffer, wire.BODY)
+        data = self._view[wire.WRITE_DATA : wire.WRITE_DATA + length]
+        return wire.TWO_WORDS.pack(self.fs.write(fh, offset, data), 0)
+
+    def _release(self, node_id: int, size: int, caller: Caller) -> bytes:
+        self.fs.release(wire.QWORD.unpack_from(self._buffer, wire.BODY)[0])
+        return b""
+
+    # -- directories --------------------------------------------------------------------------
+
+    def _opendir(self, node_id: int, size: int, caller: Caller) -> bytes:
+        handle = self.fs.opendir(node_id, caller.pid)
+        node = handle.node
+        flags = 0
+        if node.ttl and not self.fs.tree.options.show_whiteouts:
+            flags = wire.CACHE_DIR | wire.KEEP_CACHE
+            handle.cached = True
+            node.cached_opens += 1
+            node.listed = True
+        self._undo = lambda: self.fs.releasedir(handle.fh)
+        return wire.OPENED.pack(handle.fh, flags, 0)
+
+    def _readdir(self, node_id: int, size: int, caller: Caller) -> bytes:
+        """READDIRPLUS: each entry but "." and ".." is a reference that the kernel takes."""
+        fh, start, room = wire.READ_IN.unpack_from(self._buffer, wire.BODY)
+        coherence = self.coherence
+        attr_ttl = coherence.attr_ttl
+        parts = []
+        referred = []
+        for name, node, st, after in self.fs.readdir(fh, start):
+            room -= wire.ENTRY_SIZE + wire.DIRENT_SIZE + (len(name) + 7 & ~7)
+            if room < 0:
+                break
+            if name in _DOTS:
+                parts.append(wire.NO_ENTRY)
+            else:
+                parent = node.parent
+                parts.append(wire.entry(node, st, 0.0 if parent is None else parent.ttl, attr_ttl(node, st)))
+                node.nlookup += 1
+                referred.append(node.id)
+            parts.append(wire.dirent(node.id, node.kind, name, after))
+
+        def undo() -> None:
+            for number in referred:
+                self.fs.forget(number, 1)
+
+        self._undo = undo
+        table = self.fs.table
+        if table.over_budget():
+            table.trim()
+        return b"".join(parts)
+
+    def _releasedir(self, node_id: int, size: int, caller: Caller) -> bytes:
+        self.fs.releasedir(wire.QWORD.unpack_from(self._buffer, wire.BODY)[0])
+        return b""
+
+
+HANDLERS = {
+    wire.LOOKUP: "lookup",
+    wire.GETATTR: "getattr",
+    wire.GETXATTR: "getxattr",
+    wire.UNLINK: "unlink",
+    wire.RENAME: "rename",
+    wire.RENAME2: "rename2",
+    wire.CREATE: "create",
+    wire.OPEN: "open",
+    wire.READ: "read",
+    wire.WRITE: "write",
+    wire.RELEASE: "release",
+    wire.OPENDIR: "opendir",
+    wire.READDIRPLUS: "readdir",
+    wire.RELEASEDIR: "releasedir",
+}
+"""Opcodes and the method that answers them, which is counted under its name."""

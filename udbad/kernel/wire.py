@@ -1,0 +1,94 @@
+"""Requests and replies of the operations that kernel/fast.py answers (linux/fuse.h, protocol 7.x).
+
+Pure packing and unpacking, no I/O. Times in nanoseconds, time-outs in seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from udbad.inodes.table import Node
+
+REQUEST = struct.Struct("<IIQQIIIHH")
+"""fuse_in_header: length, opcode, unique, node id, uid, gid, pid, length of extensions, padding."""
+BODY = REQUEST.size
+REPLY = struct.Struct("<IiQ")
+"""fuse_out_header: length, error, unique."""
+
+LOOKUP, FORGET, GETATTR, UNLINK, RENAME, OPEN, READ, WRITE = 1, 2, 3, 10, 12, 14, 15, 16
+RELEASE, GETXATTR, OPENDIR, RELEASEDIR, CREATE, INTERRUPT, BATCH_FORGET = 18, 22, 27, 29, 35, 36, 42
+READDIRPLUS, RENAME2 = 44, 45
+
+KEEP_CACHE, CACHE_DIR = 1 << 1, 1 << 3
+"""FOPEN_*: flags of the replies to OPEN and OPENDIR."""
+
+TWO_WORDS = struct.Struct("<II")
+FOUR_WORDS = struct.Struct("<IIII")
+QWORD = struct.Struct("<Q")
+FORGET_ONE = struct.Struct("<QQ")
+READ_IN = struct.Struct("<QQI")
+"""READ, WRITE, READDIR: handle, offset, size in bytes."""
+WRITE_DATA = BODY + 40
+OPENED = struct.Struct("<QII")
+
+_ATTR_OUT = struct.Struct("<QIIQQQQQQIIIIIIIIII")
+_ENTRY_OUT = struct.Struct("<QQQQIIQQQQQQIIIIIIIIII")
+_DIRENT = struct.Struct("<QQII")
+ENTRY_SIZE = _ENTRY_OUT.size
+DIRENT_SIZE = _DIRENT.size
+
+_BILLION = 1_000_000_000
+
+
+_U32 = (1 << 32) - 1
+_U64 = (1 << 64) - 1
+
+
+def _seconds(timeout: float) -> tuple[int, int]:
+    whole = int(timeout)
+    return whole, int((timeout - whole) * _BILLION)
+
+
+def attributes(node: Node, st: os.stat_result, timeout: float) -> bytes:
+    """fuse_attr_out."""
+    valid, nsec = _seconds(timeout)
+    atime, mtime, ctime = st.st_atime_ns, st.st_mtime_ns + node.nudge, st.st_ctime_ns
+    return _ATTR_OUT.pack(
+        valid, nsec, 0,
+        node.id, st.st_size, st.st_blocks,
+        atime // _BILLION & _U64, mtime // _BILLION & _U64, ctime // _BILLION & _U64,
+        atime % _BILLION, mtime % _BILLION, ctime % _BILLION,
+        st.st_mode, st.st_nlink + node.nlink_extra, st.st_uid, st.st_gid, st.st_rdev & _U32, st.st_blksize, 0,
+    )  # fmt: skip
+
+
+def entry(node: Node, st: os.stat_result, entry_timeout: float, attr_timeout: float) -> bytes:
+    """fuse_entry_out."""
+    entry_valid, entry_nsec = _seconds(entry_timeout)
+    attr_valid, attr_nsec = _seconds(attr_timeout)
+    atime, mtime, ctime = st.st_atime_ns, st.st_mtime_ns + node.nudge, st.st_ctime_ns
+    number = node.id
+    return _ENTRY_OUT.pack(
+        number, 0, entry_valid, attr_valid, entry_nsec, attr_nsec,
+        number, st.st_size, st.st_blocks,
+        atime // _BILLION & _U64, mtime // _BILLION & _U64, ctime // _BILLION & _U64,
+        atime % _BILLION, mtime % _BILLION, ctime % _BILLION,
+        st.st_mode, st.st_nlink + node.nlink_extra, st.st_uid, st.st_gid, st.st_rdev & _U32, st.st_blksize, 0,
+    )  # fmt: skip
+
+
+def negative(timeout: float) -> bytes:
+    """fuse_entry_out of a name that does not exist: node id 0, and how long that may be remembered."""
+    valid, nsec = _seconds(timeout)
+    return _ENTRY_OUT.pack(0, 0, valid, 0, nsec, 0, *[0] * 16)
+
+
+def dirent(number: int, kind: int, name: bytes, after: int) -> bytes:
+    """fuse_dirent. kind: S_IFMT bits. after: offset of the entry that follows."""
+    size = len(name)
+    return _DIRENT.pack(number, after, size, kind >> 12) + name + b"\0" * (-size & 7)
+
+
+NO_ENTRY = bytes(ENTRY_SIZE)
+"""Before "." and ".." of a READDIRPLUS: nothing is looked up by them."""
