@@ -1,4 +1,4 @@
-"""Listings that the kernel keeps (FOPEN_CACHE_DIR): they cost nothing when warm, and are never older than the mode says.
+"""Listings that the kernel keeps (FOPEN_CACHE_DIR): free when warm, and never older than the mode allows.
 
 The kernel looks at a directory's mtime before it uses a listing, and a change on a lower branch leaves that of the top
 copy alone; so every case below changes names that nobody has asked for by name.
