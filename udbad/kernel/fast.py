@@ -112,16 +112,19 @@ class FastPath:
 
     def _silent(self, opcode: int, node_id: int) -> bool:
         """Do what is not answered; False when the opcode is another one."""
-        if opcode == wire.FORGET:
-            self.fs.forget(node_id, wire.QWORD.unpack_from(self._buffer, wire.BODY)[0])
-        elif opcode == wire.BATCH_FORGET:
-            count = wire.TWO_WORDS.unpack_from(self._buffer, wire.BODY)[0]
-            start = wire.BODY + 8
-            for one, times in wire.FORGET_ONE.iter_unpack(self._view[start : start + 16 * count]):
-                self.fs.forget(one, times)
-        else:
-            # The caller has a signal: nothing that waits here can be stopped half-way.
-            return opcode == wire.INTERRUPT
+        try:
+            if opcode == wire.FORGET:
+                self.fs.forget(node_id, wire.QWORD.unpack_from(self._buffer, wire.BODY)[0])
+            elif opcode == wire.BATCH_FORGET:
+                count = wire.TWO_WORDS.unpack_from(self._buffer, wire.BODY)[0]
+                start = wire.BODY + 8
+                for one, times in wire.FORGET_ONE.iter_unpack(self._view[start : start + 16 * count]):
+                    self.fs.forget(one, times)
+            else:
+                # The caller has a signal: nothing that waits here can be stopped half-way.
+                return opcode == wire.INTERRUPT
+        except Exception:
+            log.exception("forgetting failed")
         return True
 
     def _hand_over(self, unique: int, size: int) -> bool:
@@ -262,6 +265,7 @@ class FastPath:
         return data
 
     async def _finish_read(self, unique: int, start: float, fd: int, size: int, offset: int) -> None:
+        stats = boundary.operation("read")
         number, body = 0, b""
         with boundary.under_way():
             try:
@@ -270,7 +274,11 @@ class FastPath:
                 body = await trio.to_thread.run_sync(os.pread, fd, size, offset, limiter=self._io_limit)
             except OSError as error:
                 number = boundary.error_number(error)
-        self._count(boundary.OPERATIONS["read"], start, number)
+            except Exception:
+                stats.bugs += 1
+                number = errno.EIO
+                log.exception("read failed")
+        self._count(stats, start, number)
         self._reply(unique, number, body)
 
     def _write(self, node_id: int, size: int, caller: Caller) -> bytes:
