@@ -33,10 +33,12 @@ def other(daemon: Daemon) -> Iterator[Path]:
 
 def refused(daemon: Daemon, name: str, reason: str) -> None:
     """The mount does not come up, and says why."""
-    state = daemon.state(name)
-    assert state["state"] in ("restarting", "failed", "waiting"), state
+    # It is tried again and again; in between it is starting, without a reason.
+    state = until(
+        lambda: (now := daemon.state(name))["state"] in ("restarting", "failed", "waiting") and now, f"{name} refused"
+    )
     assert reason in state["reason"], state
-    assert reason in daemon.command("status", code=1).replace("\n", " ")
+    until(lambda: f"{name}: {state['reason']}" in daemon.command("status", code=1), "the reason in the table")
     assert state["reason"].count("\n") == 0
 
 
