@@ -3,7 +3,8 @@
 As a program (python -m tests.helpers.slow_mount GATE WORDS mount …) it is udbad itself, except that
 while the file GATE exists, the requests named in WORDS (comma separated: handlers of kernel/ops.py, and
 `transfer`, the bytes of a copy-up) are worked on but not finished. Each one that is held adds a byte to
-GATE.held. The word `no-epochs` makes the daemon believe that the kernel has no NOTIFY_INC_EPOCH.
+GATE.held. The word `no-epochs` makes the daemon believe that the kernel has no NOTIFY_INC_EPOCH,
+`coarse` that its time stamps are no finer than a tick of the clock (before Linux 6.13).
 
 In a test: with slow_daemon(gate, …): every mount made by tests/helpers/mount.py is such a daemon.
 """
@@ -23,6 +24,7 @@ from unittest import mock
 from tests.helpers import mount as mount_module
 
 NO_EPOCHS: Final = "no-epochs"
+COARSE: Final = "coarse"
 TRANSFER: Final = "transfer"
 _POLL: Final = 0.005
 """Seconds between two looks at the gate."""
@@ -108,18 +110,21 @@ def _count(gate: str) -> None:
 
 
 def _patch(gate: str, words: list[str]) -> None:
+    from udbad.branch import branches
     from udbad.daemon import mountproc
     from udbad.kernel import fast
     from udbad.kernel.invalidator import Invalidator
     from udbad.kernel.ops import Operations
     from udbad.union import copyup
 
-    if any(word not in (NO_EPOCHS, TRANSFER) for word in words):
+    if any(word not in (NO_EPOCHS, COARSE, TRANSFER) for word in words):
         # What is held are pyfuse3's handlers, so everything has to come to them.
         mock.patch.object(fast, "HANDLERS", {}).start()
     for word in words:
         if word == NO_EPOCHS:
             mock.patch.object(mountproc, "Invalidator", lambda write, *_: Invalidator(write, False)).start()
+        elif word == COARSE:
+            mock.patch.object(branches, "MULTIGRAIN_KERNEL", False).start()
         elif word == TRANSFER:
             mock.patch.object(copyup, "transfer", _held_in_thread(copyup.transfer, gate)).start()
         else:

@@ -16,6 +16,7 @@ import pytest
 
 from tests.helpers.merge import Tree, diff, merge, snapshot
 from tests.helpers.mount import DEADLINE, Mount, UnionFactory
+from tests.helpers.slow_mount import COARSE, slow_daemon
 
 pytestmark = pytest.mark.fuse
 
@@ -97,10 +98,12 @@ def agree(mount: Mount, names: list[str]) -> None:
         assert exists(mount.path / path) == (path.encode() in expected), path
 
 
+@pytest.mark.parametrize("words", [(), (COARSE,)], ids=["exact", "coarse"])
 @pytest.mark.parametrize("seed", range(3))
-def test_reval_and_a_fast_hand(union: UnionFactory, tmp_path: Path, seed: int) -> None:
+def test_reval_and_a_fast_hand(union: UnionFactory, tmp_path: Path, seed: int, words: tuple[str, ...]) -> None:
     layers = {"top": "rw", "middle": "rw", "base": "ro"}
-    mount = union(layers, "reval", allow_log="and its whiteout are both in branch")
+    with slow_daemon(None, *words):
+        mount = union(layers, "reval", allow_log="and its whiteout are both in branch")
     dice = random.Random(seed)
     names = [f"n{number}" for number in range(30)]
     for number in range(ROUNDS):
