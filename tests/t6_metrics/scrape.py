@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import math
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -82,3 +84,9 @@ def wait_for(port: int, wanted: Callable[[Page], bool]) -> Page:
             return page
         assert time.monotonic() < end, f"never seen; the last page:\n{page.text}"
         time.sleep(0.1)
+
+
+def stir(branch: Path) -> None:
+    """Change a branch directory, so that its names have to be asked for again, but none that a test knows."""
+    with tempfile.NamedTemporaryFile(dir=branch):
+        pass

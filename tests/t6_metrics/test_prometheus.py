@@ -17,7 +17,7 @@ import pytest
 from tests.helpers.mount import REPOSITORY, UnionFactory
 from tests.t6_metrics.daemon import Daemon, daemon, small_tmpfs
 from tests.t6_metrics.prometheus import Prometheus, prometheus
-from tests.t6_metrics.scrape import scrape
+from tests.t6_metrics.scrape import scrape, stir
 from tests.t6_metrics.test_table import DASHBOARD, PANELS, expressions, units
 
 pytestmark = pytest.mark.fuse
@@ -160,10 +160,12 @@ def test_what_prometheus_has_is_what_was_done(union: UnionFactory, tmp_path: Pat
         (tmp_path / "b2" / f"low{number}").write_bytes(os.urandom(size))
     mount = union(layers, options="metrics=127.0.0.1:0")
     for number in range(len(sizes)):
+        stir(tmp_path / "b3")
         with (mount.path / f"low{number}").open("ab") as file:
             file.write(b"more")
     for index in range(4):
         for _ in range(10 * (index + 1)):
+            stir(tmp_path / "b3")
             os.stat(mount.path / f"in{index}")
     found = re.search(r"metrics on http://127\.0\.0\.1:(\d+)/", mount.log())
     assert found is not None

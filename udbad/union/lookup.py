@@ -328,7 +328,7 @@ def lookup(tree: Tree, parent: Dir, name: bytes) -> tuple[Node, os.stat_result] 
             return intern(tree, parent, name, found)
         child = parent.children.get(name)
         if type(child) is Dir and child.resolved == parent.version and not child.dead and times.unchanged(tree, child):
-            tree.examined = 0
+            tree.examined = len(child.layers)
             tree.whited = None
             return child, os.fstat(tree.layer_fd(child, child.layers[0]))
     view = parent.view

@@ -47,6 +47,7 @@ def unchanged(tree: Tree, node: Dir) -> bool:
     node.times = now
     node.version = tree.next_version()
     node.view = None
+    node.probes = 0  # what changes all the time is not worth loading
     return False
 
 
