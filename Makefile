@@ -13,7 +13,7 @@ MINUTES ?= 10
 help:
 	@echo "make run    mount the walk-through tree and serve it until Ctrl-C"
 	@echo "make test   ruff, mypy --strict, every test, and a check that nothing was left behind"
-	@echo "make bench  the benchmark (BENCH_ARGS='...')"
+	@echo "make bench  the benchmark beside other union file systems (QUICK=1: the short form; BENCH_ARGS=...)"
 	@echo "make soak   random changes from all sides for MINUTES=10"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove the virtual environment and the caches"
@@ -41,7 +41,7 @@ test: test-packages lint
 	@.ci/test.sh $(PYTEST_ARGS)
 
 bench: test-packages $(VENV)/.stamp
-	$(VENV)/bin/python -m tests.bench $(BENCH_ARGS)
+	$(VENV)/bin/python -m tests.bench $(if $(QUICK),--quick) $(BENCH_ARGS)
 
 # In a mount namespace of its own, without copies of other unions: a copy keeps a daemon from ending.
 soak: test-packages $(VENV)/.stamp
