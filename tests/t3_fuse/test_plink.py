@@ -35,6 +35,9 @@ def check(mount: Mount, present: set[str], inode: int | None, content: str = "co
     guessed: the link count may be larger, never smaller: names that were removed while their file was on the
     lower branch only, or by an earlier mount, are whiteouts, and nobody searches the branch for them.
     """
+    if guessed:
+        for name in present:  # the guess is made when a name that is still below is seen
+            os.stat(mount.path / name)
     seen = {name: os.stat(mount.path / name) for name in present}
     assert {info.st_ino for info in seen.values()} == {inode or next(iter(seen.values())).st_ino}
     links = {info.st_nlink for info in seen.values()}

@@ -110,7 +110,13 @@ class Coherence:
         pass
 
     def own_change(self, node: Dir, name: bytes) -> None:
-        pass
+        node.listed = False  # the kernel has dropped its listing by itself (fuse_dir_changed())
+
+    def own_mtime(self, node: Node) -> None:
+        """An operation through the mount set the times of a node: they are shown as they are."""
+        if type(node) is Dir and node.nudge:
+            node.nudge = 0
+            self.notifier.data(node.id)
 
     def before_own(self, node: Node) -> None:
         pass
@@ -131,6 +137,7 @@ class Coherence:
         """
         if node.listed:
             node.nudge += 1
+            node.listed = False  # until it is read anew
         self.notifier.attributes(node.id)
 
     def side_effect(self, node: Node) -> None:

@@ -322,6 +322,7 @@ class NotifyCoherence(Coherence):
         self._told[node.id] = now
 
     def own_change(self, node: Dir, name: bytes) -> None:
+        super().own_change(node, name)
         # The kernel has marked the directory's attributes old by itself (fuse_dir_changed).
         self.own_data(node, True)
         child = node.children.get(name)

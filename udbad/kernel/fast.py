@@ -300,7 +300,6 @@ class FastPath:
             flags = wire.CACHE_DIR | wire.KEEP_CACHE
             handle.cached = True
             node.cached_opens += 1
-            node.listed = True
         self._undo = lambda: self.fs.releasedir(handle.fh)
         return wire.OPENED.pack(handle.fh, flags, 0)
 

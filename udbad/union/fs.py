@@ -149,6 +149,8 @@ class UnionFs:
                     now.st_mtime_ns if changes.mtime_ns is None else changes.mtime_ns,
                 )
             self.tree.hooks.own_data(node, content)
+            if changes.mtime_ns is not None:
+                self.tree.hooks.own_mtime(node)
             return node, os.fstat(fd)
         finally:
             if owned:

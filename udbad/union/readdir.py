@@ -47,6 +47,7 @@ def snapshot(tree: Tree, handle: OpenDir) -> None:
     handle.names = list(handle.hits)
     if handle.cached:
         node.listing = handle.number, handle.names
+        node.listed = True
     if tree.options.show_whiteouts:
         handle.names += view.whiteout_names(tree, node)
 

@@ -63,6 +63,9 @@ class Hooks(Protocol):
     def own_change(self, node: Dir, name: bytes) -> None:
         """An operation through the mount changed this name; the view is up to date already."""
 
+    def own_mtime(self, node: Node) -> None:
+        """An operation through the mount set the modification time of this node."""
+
     def before_own(self, node: Node) -> None:
         """An operation through the mount is about to change content or times of this node."""
 
