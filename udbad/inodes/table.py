@@ -11,6 +11,7 @@ No I/O but closing descriptors, no locking: used from the event loop only.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat as st_mod
 from collections.abc import Awaitable
@@ -24,6 +25,11 @@ from udbad.types import ROOT_ID, NodeId
 
 if TYPE_CHECKING:
     from udbad.inodes.handles import OpenFile
+
+
+_libc = ctypes.CDLL(None)
+_MANY = 20_000
+"""Nodes; about 10 MiB."""
 
 
 class Plink:
@@ -211,6 +217,8 @@ class InodeTable:
         self.nodes: dict[int, Node] = {ROOT_ID: root}
         self.open_fds = len(root.layers)
         self._max_fds = max_fds
+        self._trim_below = 0
+        """Number of nodes below which memory is given back; raised with the number there was."""
         self._fd_dirs: dict[int, Dir] = {}  # directories with open descriptors, oldest first
 
     def node(self, node_id: int) -> Node:
@@ -228,6 +236,8 @@ class InodeTable:
 
     def add(self, node: Node) -> None:
         self.nodes[node.id] = node
+        if len(self.nodes) > _MANY and len(self.nodes) > 4 * self._trim_below:
+            self._trim_below = len(self.nodes) // 4
 
     def attach(self, node: Node, parent: Dir, name: bytes) -> None:
         """Record that (parent, name) is this node; an earlier node of that name lets go of it."""
@@ -278,6 +288,13 @@ class InodeTable:
             if type(node) is Dir:
                 self._release_untold(node)
             self._release(node)
+            if len(self.nodes) < self._trim_below:
+                self._give_back()
+
+    def _give_back(self) -> None:
+        """Return freed memory to the system, after most of what was known has been forgotten."""
+        self._trim_below = 0
+        _libc.malloc_trim(0)
 
     def _release_untold(self, node: Dir) -> None:
         """Children the kernel was never told of must not keep a directory that it has forgotten.
