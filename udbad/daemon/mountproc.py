@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ STRATEGIES: dict[str, type[Coherence]] = {
 }
 
 _RESERVED_FDS = 1024
+_SWITCH_SECONDS = 0.0005
 _LINGER_SECONDS = 2
 _MAX_DIRECTORY_FDS = 100_000
 
@@ -380,6 +382,8 @@ def run(
     process = MountProcess(options, mount_point, identity)
     process.configured = configured or process.configured
     gc.freeze()
+    # A thread that has to tell the kernel what to forget waits so long for a busy event loop; by default 5 ms.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     clean = False
     try:
         trio.run(process.serve, lambda: on_ready(process))
