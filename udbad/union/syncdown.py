@@ -347,13 +347,8 @@ class Sync:
 
     # -- whiteouts and directories --------------------------------------------------------------------
 
-    def _apply_whiteout(self, level: _Level, name: bytes) -> Steps:
-        """Remove on the lower branch what the whiteout hides there; carry it down when more is below."""
-        if level.hidden or not self._in_place(level) or not whited_only(level.src_fd, name):
-            return
-        self._at(level.parts, name)
-        if must_carry(self.tree, self.src, self.dst, level.parts, level.src_fd, level.dst_fd, name):
-            whiteout.create(self.dst, level.dst_fd, name)
+    def _clear(self, level: _Level, name: bytes) -> None:
+        """Take away what the lower branch has under this name, if anything; a directory is removed later."""
         old = carry.displace_directory(level.dst_fd, name)
         if old is not None:
             self._trash.append((os.dup(old[0]), old[1]))
@@ -362,6 +357,15 @@ class Sync:
                 syscalls.unlink_at(level.dst_fd, name)
             except FileNotFoundError:
                 pass
+
+    def _apply_whiteout(self, level: _Level, name: bytes) -> Steps:
+        """Remove on the lower branch what the whiteout hides there; carry it down when more is below."""
+        if level.hidden or not self._in_place(level) or not whited_only(level.src_fd, name):
+            return
+        self._at(level.parts, name)
+        if must_carry(self.tree, self.src, self.dst, level.parts, level.src_fd, level.dst_fd, name):
+            whiteout.create(self.dst, level.dst_fd, name)
+        self._clear(level, name)
         self.progress.synced += 1
         if self.move:
             self._away.add(Whiteout(level.parts, name))
@@ -422,14 +426,7 @@ class Sync:
             _copy_attributes(src_fd, fd, self.dst.attrs)
         finally:
             os.close(fd)
-        old = carry.displace_directory(level.dst_fd, name)
-        if old is not None:
-            self._trash.append((os.dup(old[0]), old[1]))
-        else:
-            try:
-                syscalls.unlink_at(level.dst_fd, name)
-            except FileNotFoundError:
-                pass
+        self._clear(level, name)
         syscalls.rename_at(level.dst_fd, tmp, level.dst_fd, name)
         whiteout.remove(level.dst_fd, name)
 
