@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from asyncinotify import Watch
 
 from tests.helpers.inprocess import Union, notify_union
 from tests.helpers.mount import Mount, UnionFactory
 from tests.t2_core.fake_notifier import Message
+from udbad.coherence.watcher import Watcher
 from udbad.types import ROOT_CALLER, ROOT_ID, Perm
 from udbad.union.fs import SetAttr
 
@@ -200,3 +202,52 @@ def test_an_inode_number_that_came_round_as_another_type(here: Union, tmp_path: 
         here.fs.run(lambda: here.fs.setattr(node, SetAttr(mode=0o600), None, ROOT_CALLER))
     assert root_entry(b"c") in here.told()
     assert here.look_up(ROOT_ID, b"c") != node
+
+
+def test_a_new_name_that_a_listing_found_and_did_not_tell(here: Union, tmp_path: Path) -> None:
+    """The reply was full: the daemon knows the name, the kernel still believes that there is none."""
+    assert here.look_up(ROOT_ID, b"new") == 0
+    (tmp_path / "base" / "new").touch()
+    handle = here.fs.opendir(ROOT_ID)
+    assert b"new" in [name for name, *_ in here.fs.readdir(handle.fh, 0)]
+    here.fs.releasedir(handle.fh)
+    assert Message("expire", ROOT_ID, b"new") in here.told()
+    assert here.look_up(ROOT_ID, b"new")
+    (tmp_path / "base" / "new").touch()
+    assert Message("expire", ROOT_ID, b"new") not in here.told(), "once is enough"
+    here.list(ROOT_ID)  # now it has been told of everything
+
+
+# -- changed between a look at a directory and its watch ----------------------------------------------
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["mark goes", "mark comes"])
+def test_an_opaque_mark_that_changes_before_the_watch(
+    tmp_path: Path, marked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upper, lower = tmp_path / "top" / "d", tmp_path / "base" / "d"
+    for directory in (upper, lower):
+        directory.mkdir(parents=True)
+    (lower / "low").touch()
+    mark = upper / ".wh..wh..opq"
+    if marked:
+        mark.touch()
+    watch = Watcher.watch_directory
+    due = [mark.unlink if marked else mark.touch]
+
+    def late(self: Watcher, fd: int, handle: object) -> Watch:
+        if os.path.samestat(os.stat(fd), upper.stat()) and due:
+            due.pop()()
+        return watch(self, fd, handle)
+
+    with notify_union([(tmp_path / "top", Perm.RW), (tmp_path / "base", Perm.RO)], tmp_path / "mnt") as union:
+        monkeypatch.setattr(Watcher, "watch_directory", late)
+        node = union.look_up(ROOT_ID, b"d")
+        assert not due
+        union.told()
+        directory = union.fs.table.directory(node)
+        seen = union.fs.lookup(node, b"low")
+        assert (seen is not None) == marked
+        assert directory.trusted, "with the watch, it can be believed again"
+        if marked:
+            assert union.look_up(node, b"low")

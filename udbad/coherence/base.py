@@ -110,7 +110,10 @@ class Coherence:
         pass
 
     def own_change(self, node: Dir, name: bytes) -> None:
-        node.listed = False  # the kernel has dropped its listing by itself (fuse_dir_changed())
+        # The kernel has dropped its listing, and what it knew of the name, by itself (fuse_dir_changed()).
+        node.listed = False
+        if node.negatives is not None:
+            node.negatives.discard(name)
 
     def own_mtime(self, node: Node) -> None:
         """An operation through the mount set the times of a node: they are shown as they are."""

@@ -146,7 +146,7 @@ class NotifyCoherence(Coherence):
             self._drop_subtree(node)
 
     def _watch(self, node: Dir) -> bool:
-        """Have every layer of a directory watched that needs it; False when that cannot be."""
+        """Have every layer of a directory watched that needs it; False when that cannot be, or is not enough yet."""
         watcher = self._watcher
         assert watcher is not None
         entry = self._watched.get(node.id)
@@ -165,6 +165,7 @@ class NotifyCoherence(Coherence):
             self._watched[node.id] = entry
         for index in [index for index in entry.watches if index not in wanted]:
             watcher.unwatch(entry.watches.pop(index)[0], _Place(node, index))
+        complete = True
         for index, layer in wanted.items():
             held = entry.watches.get(index)
             if held is not None:
@@ -172,12 +173,15 @@ class NotifyCoherence(Coherence):
                     continue
                 watcher.unwatch(held[0], _Place(node, index))
                 del entry.watches[index]
-            watch = self._add_watch(node, index, self.tree.layer_fd(node, layer))
+            fd = self.tree.layer_fd(node, layer)
+            watch = self._add_watch(node, index, fd)
             if watch is None:
                 self._unwatch(node.id)
                 return False
             entry.watches[index] = (watch, layer.identity)
-        return True
+            if layer.branch.whable and node.parent is not None and whiteout.opaque(fd) != (node.opaque == index):
+                complete = False  # an opaque mark came or went before the watch: its layers have to be found again
+        return complete
 
     def _add_watch(self, node: Dir, index: int, fd: int) -> Any:
         watcher = self._watcher
@@ -410,6 +414,10 @@ class NotifyCoherence(Coherence):
             log.debug("cannot resolve %r: %s", name, error)
             self._lose(node)
             return
+        if child is not None and kinds & NAMES and node.negatives is not None and name in node.negatives:
+            # A listing came across the name before its event, and it did not fit into a reply.
+            node.negatives.discard(name)
+            self.notifier.expire(node.id, name)
         # Whether a listing that the kernel may keep is another one now; of a known child, its identity says that.
         view = node.view
         listing = node.listed and kinds & NAMES and (view is None or name in view or found is not None)
