@@ -203,7 +203,7 @@ def test_programs_that_use_the_mount_lose_nothing(daemon: Daemon, udba: str) -> 
     assert "Traceback" not in daemon.log()
 
 
-MANY = 20_000
+MANY = 8_000
 """Names that take long enough to be interrupted amid."""
 
 

@@ -195,8 +195,10 @@ def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
     """
     node = need.node
     if type(node) is Dir:
+        if node is tree.root:
+            raise erofs()  # it is on every branch already: what is read-only is its top one
         if node.parent is None:
-            raise erofs()  # the root is on every branch already: what is read-only is its top one
+            raise estale()  # taken out of the union directly
         if need.trigger is Trigger.OPEN:
             ensure_dir(tree, node, tree.branches.writable_above(node.branch.index)[0])
         else:
