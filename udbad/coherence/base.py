@@ -109,7 +109,7 @@ class Coherence:
     def dropped(self, node: Node) -> None:
         pass
 
-    def own_change(self, node: Dir, name: bytes) -> None:
+    def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None) -> None:
         # The kernel has dropped its listing, and what it knew of the name, by itself (fuse_dir_changed()).
         node.listed = False
         if node.negatives is not None:
@@ -124,7 +124,7 @@ class Coherence:
     def before_own(self, node: Node) -> None:
         pass
 
-    def own_data(self, node: Node, content: bool = False) -> None:
+    def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None) -> None:
         pass
 
     def parted(self, node: Dir, name: bytes) -> None:

@@ -313,25 +313,28 @@ class NotifyCoherence(Coherence):
         if now != told:
             self.notifier.data(node.id)
 
-    def own_data(self, node: Node, content: bool = False) -> None:
+    def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None) -> None:
         told = self._told.get(node.id)
         if told is None:
             return
-        try:
-            now = stamp(node, self.tree.stat(node))
-        except OSError:
-            now = None
+        now = None
+        if not node.dead or node.handles:
+            try:
+                now = stamp(node, self.tree.stat(node) if st is None else st)
+            except OSError:
+                pass
         if now is not None and not content and now[1:3] != told[1:3] and type(node) is not Dir:
             self.notifier.data(node.id)  # only a foreign change can have done that
         self._told[node.id] = now
 
-    def own_change(self, node: Dir, name: bytes) -> None:
+    def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None) -> None:
         super().own_change(node, name)
-        # The kernel has marked the directory's attributes old by itself (fuse_dir_changed).
-        self.own_data(node, True)
+        # The kernel marks the directory's attributes old by itself (fuse_dir_changed()), and asks for them when it
+        # needs them.
+        self._told.pop(node.id, None)
         child = node.children.get(name)
         if child is not None:
-            self.own_data(child)
+            self.own_data(child, False, st)
 
     # -- events -------------------------------------------------------------------------------
 

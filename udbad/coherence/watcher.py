@@ -1,7 +1,7 @@
 """inotify on branch directories: the only module that knows trio-asyncio, and asyncinotify for branches.
 
 A watch is put on the directory we opened, through /proc/self/fd, never on a path that may mean another
-directory by now, and is mapped back by its watch object, never by path. Events are handed on in bursts: the
+directory by now, and is mapped back by its watch descriptor, never by path. Events are handed on in bursts: the
 descriptor is waited for once, then drained synchronously, which is what keeps up with a busy tree. No decisions
 here: what an event means is for notify.py, and the branch's state decides that.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
@@ -28,16 +29,22 @@ _DIRECTORY = (
     | Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.ONLYDIR | Mask.EXCL_UNLINK
 )  # fmt: skip
 _FILE = Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE
-_NAMES = Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO
-_CONTENT = Mask.MODIFY | Mask.CLOSE_WRITE
-_GONE = Mask.IGNORED | Mask.UNMOUNT
-_READ_EVENTS = 256
-"""How many full-size events one read(2) may bring."""
+
+# Plain numbers: an operation on an enum takes longer than all else that is done with an event here.
+_NAMES = int(Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
+_CONTENT = int(Mask.MODIFY | Mask.CLOSE_WRITE)
+_ATTRIBUTES = int(Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF)
+_IGNORED = int(Mask.IGNORED)
+_GONE = int(Mask.IGNORED | Mask.UNMOUNT)
+_OVERFLOW = int(Mask.Q_OVERFLOW)
+
+_EVENT = struct.Struct("iIII")
+"""struct inotify_event (inotify(7)): watch descriptor, mask, cookie, length of the name that follows."""
+_READ_BYTES = 16 << 10
+"""What one read(2) may bring: some hundred events, a few milliseconds of work."""
 
 NAMES, CONTENT, ATTRIBUTES, GONE = 1, 2, 4, 8
 """What a change concerns, as bits."""
-
-_BURST = 256
 
 _SETTINGS = "/proc/sys/fs/inotify/"
 
@@ -55,6 +62,24 @@ class Change:
     kinds: int
 
 
+class _Inotify(Inotify):
+    """asyncinotify's descriptor and watches, without its event objects.
+
+    An enum, a path and a weak reference made for each event cost several times what handling one does.
+    """
+
+    def read(self) -> bytes:
+        """Events as the kernel has them (`_EVENT`), none when there are none."""
+        try:
+            return os.read(self.fd, _READ_BYTES)
+        except BlockingIOError:
+            return b""
+
+    def ignored(self, wd: int) -> None:
+        """The kernel has dropped a watch: what asyncinotify does when it reads IN_IGNORED."""
+        self._watches.pop(wd, None)
+
+
 class Watcher:
     """Watches for one mount. Event loop only.
 
@@ -64,8 +89,10 @@ class Watcher:
 
     def __init__(self, on_changes: Callable[[list[Change]], None], on_overflow: Callable[[], None]) -> None:
         """Raises OSError (EMFILE) when no inotify instance can be had."""
-        self._inotify = Inotify(cache_size=_READ_EVENTS, sync_timeout=0)
-        self._handles: dict[Watch, list[object]] = {}
+        self._inotify = _Inotify()
+        os.set_blocking(self._inotify.fd, False)  # asyncinotify's NONBLOCK is O_CLOEXEC
+        self._handles: dict[int, list[object]] = {}
+        """By watch descriptor; no number comes twice (inotify(7))."""
         self.read_at = 0.0
         self._on_changes = on_changes
         self._on_overflow = on_overflow
@@ -92,18 +119,18 @@ class Watcher:
             raise
         # An inode has one watch (inotify_add_watch(2)). While a directory moves from one node to another,
         # both have it: the one that lets go must not take it from the other.
-        self._handles.setdefault(watch, []).append(handle)
+        self._handles.setdefault(watch.wd, []).append(handle)
         return watch
 
     def unwatch(self, watch: Watch, handle: object) -> None:
         """Let go of a watch added with this handle; one that the kernel has dropped already is fine."""
-        handles = self._handles.get(watch, [])
+        handles = self._handles.get(watch.wd, [])
         if handle not in handles:
             return
         handles.remove(handle)
         if handles:
             return
-        del self._handles[watch]
+        del self._handles[watch.wd]
         try:
             self._inotify.rm_watch(watch)
         except OSError as error:
@@ -113,8 +140,7 @@ class Watcher:
     async def run(self) -> None:
         """Hand on events until cancelled.
 
-        asyncinotify's own get() keeps what it has read in a future, out of reach of `drain`, which would
-        then return too early; so the asyncio loop only tells us that there is something to read.
+        The asyncio loop only tells us that there is something to read, so that `drain` can read it, too.
         """
         async with trio_asyncio.open_loop() as loop:
             if self._closed:
@@ -136,10 +162,8 @@ class Watcher:
         if self._loop is None:
             return
         try:
-            # Under a storm, handling must not wait for its end; and what asyncinotify has read already
-            # does not make the descriptor readable again.
-            if self._hand_on(_BURST) == _BURST and self._loop is not None:
-                self._loop.call_soon(self._readable)
+            # One burst, and the loop comes back when there is more: under a storm, all else must not wait for its end.
+            self._hand_on()
         except Exception:
             # Whatever went wrong, events may be lost: doubt widens.
             log.exception("handling branch events failed")
@@ -147,38 +171,36 @@ class Watcher:
 
     def drain(self) -> None:
         """Hand on everything that has happened up to now, without waiting for the loop."""
-        remaining = queue_limit() + _READ_EVENTS * 32  # what the kernel's queue and one read can hold
+        remaining = queue_limit() + 1  # what the kernel's queue can hold, and its overflow
         while remaining > 0:
-            handled = self._hand_on(_BURST)
-            if handled < _BURST:
+            handled = self._hand_on()
+            if not handled:
                 return
             remaining -= handled
 
-    def _hand_on(self, most: int) -> int:
-        """One burst of at most `most` events; how many there were."""
-        changes: list[Change] = []
-        handled = 0
+    def _hand_on(self) -> int:
+        """One burst of events; how many there were."""
+        data = self._inotify.read()
         self.read_at = monotonic()
-        event = self._inotify.sync_get()
-        while event is not None:
-            mask = event.mask
-            if mask & Mask.Q_OVERFLOW:
+        changes: list[Change] = []
+        handled = at = 0
+        while at < len(data):
+            wd, mask, _, length = _EVENT.unpack_from(data, at)
+            at += _EVENT.size + length
+            handled += 1
+            if mask & _OVERFLOW:
                 # What was read before it is covered by what the overflow makes us do.
                 changes.clear()
                 self._on_overflow()
-            else:
-                watch = event.watch
-                handles = None if watch is None else self._handles.get(watch)
-                if handles is not None and watch is not None:
-                    name = b"" if event.name is None else os.fsencode(event.name)
-                    kinds = _kinds(mask)
-                    changes += [Change(handle, name, kinds) for handle in handles]
-                    if mask & Mask.IGNORED:
-                        del self._handles[watch]
-            handled += 1
-            if handled >= most:
-                break
-            event = self._inotify.sync_get()
+                continue
+            handles = self._handles.get(wd)
+            if handles is not None:
+                name = data[at - length : at].rstrip(b"\0")
+                kinds = _kinds(mask)
+                changes += [Change(handle, name, kinds) for handle in handles]
+            if mask & _IGNORED:
+                self._handles.pop(wd, None)
+                self._inotify.ignored(wd)
         if changes:
             self._on_changes(changes)
         return handled
@@ -190,13 +212,13 @@ class Watcher:
         self._inotify.close()
 
 
-def _kinds(mask: Mask) -> int:
+def _kinds(mask: int) -> int:
     kinds = 0
     if mask & _NAMES:
         kinds |= NAMES
     if mask & _CONTENT:
         kinds |= CONTENT
-    if mask & (Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF):
+    if mask & _ATTRIBUTES:
         kinds |= ATTRIBUTES
     if mask & _GONE:
         kinds |= GONE

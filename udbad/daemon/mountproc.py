@@ -267,6 +267,7 @@ class MountProcess:
         """The end after serving: release everything and mark the branches clean."""
         if self._endpoint is not None:
             self._endpoint.close()
+        self.fast.close()
         self.coherence.stop()
         if not self.invalidator.stop():
             log.warning("some notifications are still in the kernel")

@@ -11,8 +11,7 @@ import errno
 import functools
 import logging
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import Any, TypeVar, cast
 
@@ -63,17 +62,6 @@ _under_way = 0
 def waiting() -> int:
     """How many handlers have begun and not ended: asked between requests, those that wait for something."""
     return _under_way
-
-
-@contextmanager
-def under_way() -> Iterator[None]:
-    """Around work that waits for something, for `waiting`."""
-    global _under_way
-    _under_way += 1
-    try:
-        yield
-    finally:
-        _under_way -= 1
 
 
 def handler(function: Handler) -> Handler:

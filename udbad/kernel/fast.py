@@ -9,7 +9,8 @@ NeedCopyUp or ESTALE has changed nothing.
 It also knows two flags that pyfuse3 does not: the kernel may keep the listing of a directory that is trusted
 (FOPEN_CACHE_DIR), until the coherence strategy tells it that a name has come or gone.
 
-Runs on the event loop only, between two turns of it. Counting and the meaning of errors are as in boundary.py.
+Runs on the event loop only, between two turns of it, but for reads from the disk. Counting and the meaning of errors
+are as in boundary.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 import trio
@@ -37,6 +39,8 @@ _DOTS = (b".", b"..")
 _GONE = (errno.ENOENT, errno.EINTR)
 _TAKEN_BACK = (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED)
 """Errors of an answer that nobody waits for any more."""
+_READ_THREADS = 16
+"""Reads from the disk at the same time: as many keep an array of disks busy."""
 _BIG_REPLY = 4096
 """Bytes of data from which on copying it behind a header costs more than a second vector."""
 
@@ -60,9 +64,8 @@ class FastPath:
         """fd: /dev/fuse, non-blocking. pyfuse3s: where libfuse reads what is sent, and its answers come back."""
         self._fd = fd
         self._pyfuse3s = pyfuse3s
-        self._io_limit = trio.CapacityLimiter(32)
-        self.spawn: Callable[..., object] = trio.lowlevel.spawn_system_task
-        """Starts an async function with its arguments."""
+        self._readers = ThreadPoolExecutor(_READ_THREADS, "read")
+        self._loop: trio.lowlevel.TrioToken | None = None
         self.fs = fs
         self.coherence = coherence
         self._buffer = bytearray(protocol.MAX_REQUEST + 4096)
@@ -96,7 +99,9 @@ class FastPath:
         except NeedCopyUp:
             return self._hand_over(unique, size)
         except _Later as later:
-            self.spawn(self._finish_read, unique, start, *later.args)
+            if self._loop is None:
+                self._loop = trio.lowlevel.current_trio_token()
+            self._readers.submit(self._finish_read, unique, start, *later.args)
             return True
         except OSError as error:
             if error.errno == errno.ESTALE:
@@ -161,6 +166,11 @@ class FastPath:
 
     def _reply(self, unique: int, number: int, body: bytes | bytearray) -> None:
         undo, self._undo = self._undo, None
+        if not self._send(unique, number, body) and undo is not None:
+            undo()
+
+    def _send(self, unique: int, number: int, body: bytes | bytearray) -> bool:
+        """Any thread. False when the kernel has not taken the answer, because whoever asked was killed meanwhile."""
         try:
             if number:
                 os.write(self._fd, wire.REPLY.pack(16, -number, unique))
@@ -169,11 +179,10 @@ class FastPath:
             else:
                 os.write(self._fd, wire.REPLY.pack(16 + len(body), 0, unique) + body)
         except OSError as error:
-            # ENOENT: whoever asked was killed meanwhile, and the kernel has not taken what it was given.
-            if undo is not None:
-                undo()
             if error.errno not in _TAKEN_BACK:
                 log.error("cannot answer a request: %s", error.strerror)
+            return False
+        return True
 
     def _name(self, start: int, size: int) -> bytes:
         return bytes(self._view[start : size - 1])
@@ -264,22 +273,30 @@ class FastPath:
             raise _Later(handle.fd, wanted, offset)
         return data
 
-    async def _finish_read(self, unique: int, start: float, fd: int, size: int, offset: int) -> None:
-        stats = boundary.operation("read")
+    def _finish_read(self, unique: int, start: float, fd: int, size: int, offset: int) -> None:
+        """In a thread, which answers by itself: two turns of the event loop would take as long as the disk.
+
+        There is nothing to check after the wait. The kernel sends RELEASE only after the last READ was answered, and
+        a copy-up meanwhile puts the new file under the same descriptor.
+        """
         number, body = 0, b""
-        with boundary.under_way():
-            try:
-                # After this: nothing to check. The kernel sends RELEASE only after the last READ was answered, and
-                # a copy-up meanwhile puts the new file under the same descriptor.
-                body = await trio.to_thread.run_sync(os.pread, fd, size, offset, limiter=self._io_limit)
-            except OSError as error:
-                number = boundary.error_number(error)
-            except Exception:
-                stats.bugs += 1
-                number = errno.EIO
-                log.exception("read failed")
-        self._count(stats, start, number)
-        self._reply(unique, number, body)
+        try:
+            body = os.pread(fd, size, offset)
+        except OSError as error:
+            number = boundary.error_number(error)
+        except Exception:
+            number = errno.EIO
+            log.exception("read failed")
+        self._send(unique, number, body)
+        assert self._loop is not None
+        try:
+            self._loop.run_sync_soon(self._count, boundary.operation("read"), start, number)
+        except trio.RunFinishedError:
+            pass  # unmounted meanwhile
+
+    def close(self) -> None:
+        """Wait for the reads under way; after the end of the connection, before the descriptor is closed."""
+        self._readers.shutdown()
 
     def _write(self, node_id: int, size: int, caller: Caller) -> bytes:
         fh, offset, length = wire.READ_IN.unpack_from(self._buffer, wire.BODY)

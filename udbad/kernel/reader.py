@@ -160,7 +160,6 @@ def install(fd: int, pyfuse3s: socket.socket, fast: FastPath, on_end: Callable[[
     @asynccontextmanager
     async def open_nursery() -> AsyncIterator[_Nursery]:
         async with trio.open_nursery() as nursery:
-            fast.spawn = nursery.start_soon
             relaying = trio.CancelScope()
             nursery.start_soon(reader.relay, relaying)
             yield _Nursery(nursery, relaying.cancel)

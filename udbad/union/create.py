@@ -75,7 +75,7 @@ def _appear(tree: Tree, parent: Dir, name: bytes, branch: Branch, st: os.stat_re
         parent.view[name] = branch.index
     kind = st_mod.S_IFMT(st.st_mode)
     node, _ = lookup.intern(tree, parent, name, lookup.Found(kind, branch, st, None))
-    tree.hooks.own_change(parent, name)
+    tree.hooks.own_change(parent, name, st)
     return node
 
 

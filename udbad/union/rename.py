@@ -134,7 +134,7 @@ def _move(
             remove.bury(tree, dst_node)
         else:
             remove.gone(tree, dst_dir, dst, found.st, found.branch is not branch)
-    _moved(tree, src_node, src_dir, src, dst_dir, dst)
+    _moved(tree, src_node, src_dir, src, dst_dir, dst, branch, dst_fd)
 
 
 def _make_opaque(tree: Tree, node: Dir, branch: Branch, undo: ExitStack) -> None:
@@ -146,24 +146,43 @@ def _make_opaque(tree: Tree, node: Dir, branch: Branch, undo: ExitStack) -> None
         undo.callback(syscalls.unlink_at, fd, whiteout.OPAQUE)
 
 
-def _moved(tree: Tree, node: Node, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes) -> None:
+def _moved(
+    tree: Tree, node: Node, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, branch: Branch, dst_fd: int
+) -> None:
     """Bring nodes and views up to date after the branch was changed."""
-    if type(node) is not Dir:
-        tree.table.detach(node, src_dir, src)
+    if type(node) is Dir:
+        tree.table.attach(node, dst_dir, dst)
+        _resettle(tree, src_dir, src)
+        _resettle(tree, dst_dir, dst)
+        return
+    tree.table.detach(node, src_dir, src)
     tree.table.attach(node, dst_dir, dst)
-    _resettle(tree, src_dir, src)
-    _resettle(tree, dst_dir, dst)
+    # A file is on one branch, and what was below its old name has been hidden: no need to ask every branch again.
+    lookup.remember(src_dir, src, None)
+    tree.hooks.own_change(src_dir, src)
+    try:
+        st = syscalls.stat_at(dst_fd, dst)
+    except FileNotFoundError:
+        st = None
+    if st is not None and (st.st_dev, st.st_ino) == node.identity:
+        _settle(tree, dst_dir, dst, Found(node.kind, branch, st, None))
+    else:
+        _resettle(tree, dst_dir, dst)  # taken away or replaced directly, just now
 
 
 def _resettle(tree: Tree, parent: Dir, name: bytes) -> None:
     """Resolve a name again and put the result into node, table and view."""
-    found = lookup.resolve(tree, parent, name)
+    _settle(tree, parent, name, lookup.resolve(tree, parent, name))
+
+
+def _settle(tree: Tree, parent: Dir, name: bytes, found: Found | None) -> None:
     lookup.remember(parent, name, found)
+    st = None
     if found is None:
         lookup.forget_name(tree, parent, name)
     else:
-        lookup.intern(tree, parent, name, found)
-    tree.hooks.own_change(parent, name)
+        st = lookup.intern(tree, parent, name, found)[1]
+    tree.hooks.own_change(parent, name, st)
 
 
 def _exchange(

@@ -60,8 +60,11 @@ class Hooks(Protocol):
     def dropped(self, node: Node) -> None:
         """The node left the table."""
 
-    def own_change(self, node: Dir, name: bytes) -> None:
-        """An operation through the mount changed this name; the view is up to date already."""
+    def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None) -> None:
+        """An operation through the mount changed this name; the view is up to date already.
+
+        st: attributes of what the name stands for now, if they are known.
+        """
 
     def own_mtime(self, node: Node) -> None:
         """An operation through the mount set the modification time of this node."""
@@ -69,8 +72,11 @@ class Hooks(Protocol):
     def before_own(self, node: Node) -> None:
         """An operation through the mount is about to change content or times of this node."""
 
-    def own_data(self, node: Node, content: bool = False) -> None:
-        """An operation through the mount changed attributes of this node; content: or content, or times."""
+    def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None) -> None:
+        """An operation through the mount changed attributes of this node; content: or content, or times.
+
+        st: its attributes now, if they are known.
+        """
 
     def parted(self, node: Dir, name: bytes) -> None:
         """This name stands for another object than before, or for none, without an operation on it.
