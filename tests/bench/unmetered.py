@@ -12,27 +12,23 @@ from typing import Any
 import pyfuse3
 
 from udbad.cli import main
-from udbad.kernel import boundary, fast
+from udbad.kernel import boundary
 
 
 def handler(function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     @functools.wraps(function)
     async def wrapper(self: object, *args: Any) -> Any:
-        # Not a metric: kernel/reader.py goes by it.
-        boundary._under_way += 1
         try:
             return await function(self, *args)
         except pyfuse3.FUSEError:
             raise
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
-        finally:
-            boundary._under_way -= 1
 
     return wrapper
 
 
 if __name__ == "__main__":
-    fast.FastPath._count = staticmethod(lambda stats, start, number: None)  # type: ignore[method-assign]
+    boundary.OpStats.count = lambda self, taken, number: None  # type: ignore[method-assign]
     boundary.handler = handler  # type: ignore[assignment]  # the type variable of the real one
     main()

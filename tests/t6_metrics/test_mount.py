@@ -14,7 +14,7 @@ from tests.helpers.mount import Mount, MountFailed, UnionFactory
 from tests.t2_core.fake_notifier import HeldWrite, Message
 from tests.t6_metrics.daemon import small_tmpfs
 from tests.t6_metrics.scrape import Page, scrape, stir, wait_for
-from udbad.kernel.boundary import OPERATIONS
+from udbad.kernel.boundary import operations
 from udbad.kernel.invalidator import Invalidator
 from udbad.metrics import METRICS
 
@@ -54,7 +54,7 @@ def check_consistent(page: Page) -> None:
             assert list(buckets) == sorted(buckets)
             assert list(buckets.values()) == sorted(buckets.values())
             assert buckets.get(float("inf"), 0) == page.sum(f"{metric.name}_count")
-    for operation in OPERATIONS:
+    for operation in operations():
         answered = page.one("udbad_request_duration_seconds_count", op=operation)
         assert page.sum("udbad_requests_total", op=operation) == answered
     assert page.sum("udbad_requests_total", result="bug") == 0

@@ -24,7 +24,7 @@ from udbad.daemon.control import Command, Request, path_of
 from udbad.daemon.logs import set_level
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.table import Dir, Node
-from udbad.kernel.boundary import OPERATIONS
+from udbad.kernel.boundary import operations
 from udbad.union import explain, reconfigure
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Commands:
             "uptime": time.time() - process.started,
             "udba": process.coherence.name,
             "branches": [branch.describe() for branch in process.tree.branches.branches],
-            "requests": sum(stats.requests for stats in OPERATIONS.values()),
+            "requests": sum(stats.requests for stats in operations().values()),
             "open_handles": len(process.tree.handles),
             "connection": process.session.connection,
             "coherence": asdict(process.coherence.statistics()),
@@ -97,10 +97,10 @@ class Commands:
     async def stats(self, request: Request) -> dict[str, Any]:
         process = self.process
         return {
-            "requests": {name: stats.requests for name, stats in OPERATIONS.items()},
-            "seconds": {name: stats.seconds for name, stats in OPERATIONS.items()},
-            "errors": sum(stats.errors for stats in OPERATIONS.values()),
-            "bugs": sum(stats.bugs for stats in OPERATIONS.values()),
+            "requests": {name: stats.requests for name, stats in operations().items()},
+            "seconds": {name: stats.seconds for name, stats in operations().items()},
+            "errors": sum(stats.errors for stats in operations().values()),
+            "bugs": sum(stats.bugs for stats in operations().values()),
             "table": asdict(process.tree.table.statistics()),
             "coherence": asdict(process.coherence.statistics()),
             "invalidator": asdict(process.invalidator.statistics()),

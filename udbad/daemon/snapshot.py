@@ -19,7 +19,7 @@ import trio
 from udbad import __version__
 from udbad.branch.branches import Branch
 from udbad.coherence import watcher
-from udbad.kernel.boundary import OPERATIONS
+from udbad.kernel.boundary import operations
 from udbad.metrics import COHERENCE_STATES, COPYUP_BUCKETS, DEPTH_BUCKETS, EVENT_KINDS, Counts, Samples
 from udbad.types import Trigger
 from udbad.union.copyup import Job
@@ -95,7 +95,7 @@ class Snapshot:
     def _requests(self) -> Samples:
         requests = []
         durations = []
-        for name, stats in OPERATIONS.items():
+        for name, stats in operations().items():
             answered = sum(stats.buckets)
             requests += [
                 ((name, "ok"), answered - stats.errors),

@@ -11,6 +11,7 @@ import errno
 import functools
 import logging
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import Any, TypeVar, cast
@@ -41,27 +42,45 @@ class OpStats:
         self.seconds += taken
         self.buckets[bisect_left(BUCKETS, taken)] += 1
 
+    def count(self, taken: float, number: int) -> None:
+        """One request was answered after `taken` seconds, with errno `number` (0: success)."""
+        self.requests += 1
+        if number:
+            self.errors += 1
+        self.observe(taken)
 
-OPERATIONS: dict[str, OpStats] = {}
+
+_operations: dict[str, OpStats] = {}
+_uncounted: deque[tuple[OpStats, float, int]] = deque()
 
 
 def operation(name: str) -> OpStats:
     """The counters of an operation, made when they are first asked for."""
-    return OPERATIONS.setdefault(name, OpStats())
+    return _operations.setdefault(name, OpStats())
+
+
+def operations() -> dict[str, OpStats]:
+    """The counters of every operation by name. Event loop only."""
+    settle()
+    return _operations
+
+
+def count_in_thread(stats: OpStats, taken: float, number: int) -> None:
+    """As `OpStats.count`, from any thread: two that count at the same time would lose one."""
+    _uncounted.append((stats, taken, number))
+
+
+def settle() -> None:
+    """Count what threads have answered. Event loop only; called at its turns, so that not much gathers."""
+    while _uncounted:
+        stats, taken, number = _uncounted.popleft()
+        stats.count(taken, number)
 
 
 def error_number(error: OSError) -> int:
     """What the kernel is told. Never ENOSYS by accident: it then stops sending that operation for good."""
     number = error.errno
     return errno.EIO if not number or number == errno.ENOSYS else number
-
-
-_under_way = 0
-
-
-def waiting() -> int:
-    """How many handlers have begun and not ended: asked between requests, those that wait for something."""
-    return _under_way
 
 
 def handler(function: Handler) -> Handler:
@@ -71,10 +90,8 @@ def handler(function: Handler) -> Handler:
 
     @functools.wraps(function)
     async def wrapper(self: object, *args: Any) -> Any:
-        global _under_way
         start = perf_counter()
         stats.requests += 1
-        _under_way += 1
         try:
             return await function(self, *args)
         except pyfuse3.FUSEError:
@@ -89,7 +106,6 @@ def handler(function: Handler) -> Handler:
             log.exception("%s%r failed", name, tuple(a for a in args if isinstance(a, int | bytes))[:4])
             raise pyfuse3.FUSEError(errno.EIO) from None
         finally:
-            _under_way -= 1
             stats.observe(perf_counter() - start)
 
     return cast("Handler", wrapper)

@@ -23,8 +23,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
-import trio
-
 from udbad.branch import syscalls
 from udbad.coherence.base import Coherence
 from udbad.inodes.table import Dir, Node
@@ -65,7 +63,6 @@ class FastPath:
         self._fd = fd
         self._pyfuse3s = pyfuse3s
         self._readers = ThreadPoolExecutor(_READ_THREADS, "read")
-        self._loop: trio.lowlevel.TrioToken | None = None
         self.fs = fs
         self.coherence = coherence
         self._buffer = bytearray(protocol.MAX_REQUEST + 4096)
@@ -99,9 +96,7 @@ class FastPath:
         except NeedCopyUp:
             return self._hand_over(unique, size)
         except _Later as later:
-            if self._loop is None:
-                self._loop = trio.lowlevel.current_trio_token()
-            self._readers.submit(self._finish_read, unique, start, *later.args)
+            self._readers.submit(self._finish_read, unique, stats, start, *later.args)
             return True
         except OSError as error:
             if error.errno == errno.ESTALE:
@@ -111,7 +106,7 @@ class FastPath:
             stats.bugs += 1
             number = errno.EIO
             log.exception("%s of node %d failed", HANDLERS[opcode], node_id)
-        self._count(stats, start, number)
+        stats.count(perf_counter() - start, number)
         self._reply(unique, number, body)
         return True
 
@@ -156,13 +151,6 @@ class FastPath:
                         log.error("cannot answer a request: %s", error.strerror)
         except BlockingIOError:
             return
-
-    @staticmethod
-    def _count(stats: boundary.OpStats, start: float, number: int) -> None:
-        stats.requests += 1
-        if number:
-            stats.errors += 1
-        stats.observe(perf_counter() - start)
 
     def _reply(self, unique: int, number: int, body: bytes | bytearray) -> None:
         undo, self._undo = self._undo, None
@@ -273,7 +261,7 @@ class FastPath:
             raise _Later(handle.fd, wanted, offset)
         return data
 
-    def _finish_read(self, unique: int, start: float, fd: int, size: int, offset: int) -> None:
+    def _finish_read(self, unique: int, stats: boundary.OpStats, start: float, fd: int, size: int, offset: int) -> None:
         """In a thread, which answers by itself: two turns of the event loop would take as long as the disk.
 
         There is nothing to check after the wait. The kernel sends RELEASE only after the last READ was answered, and
@@ -288,11 +276,7 @@ class FastPath:
             number = errno.EIO
             log.exception("read failed")
         self._send(unique, number, body)
-        assert self._loop is not None
-        try:
-            self._loop.run_sync_soon(self._count, boundary.operation("read"), start, number)
-        except trio.RunFinishedError:
-            pass  # unmounted meanwhile
+        boundary.count_in_thread(stats, perf_counter() - start, number)
 
     def close(self) -> None:
         """Wait for the reads under way; after the end of the connection, before the descriptor is closed."""

@@ -3,9 +3,9 @@
 pyfuse3 takes what it needs of trio from its module attribute `trio`, which pyfuse3.asyncio replaces to
 run on asyncio; `install` puts this module's objects there. What differs from trio's own:
 
-- `wait_readable` waits on /dev/fuse itself, for at most BLOCK_SECONDS, and goes through trio only when nothing
-  came, when handlers wait for something, or when the rest of the event loop has not had a turn for TURN_SECONDS.
-  A round through trio costs more than a whole lookup.
+- `wait_readable` waits on /dev/fuse itself and on what trio waits for, and goes through trio only when that has
+  something to do, or when nothing came for a while. A round through trio costs more than a whole lookup. While
+  requests keep coming, trio's turn comes every TURN_SECONDS at most, so that what gathers is done in one go.
 - It serves what fast.py can serve, and returns only when libfuse has something to read: a request that was handed
   over on its socket, or the end.
 - The lock around it lets the task that just read a request take it again without a turn of the loop.
@@ -21,7 +21,7 @@ import ctypes
 import logging
 import select
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sized
 from contextlib import asynccontextmanager
 from time import perf_counter
 from types import SimpleNamespace, TracebackType
@@ -35,7 +35,12 @@ from udbad.kernel.fast import Ended, FastPath
 log = logging.getLogger(__name__)
 
 BLOCK_SECONDS = 0.0001
+"""Without a request for so long, trio's turn may come earlier."""
+LINGER_SECONDS = 0.001
+"""Without a request for so long, trio waits for the next one."""
 TURN_SECONDS = 0.0005
+TIMER_SECONDS = 0.02
+"""How late trio's timers may be while requests keep coming."""
 
 
 class _PollFd(ctypes.Structure):
@@ -49,7 +54,21 @@ class _Timespec(ctypes.Structure):
 # ppoll(2): select.poll knows milliseconds only, select.select no descriptor above 1023.
 _ppoll = ctypes.CDLL(None).ppoll
 _BLOCK = ctypes.byref(_Timespec(0, int(BLOCK_SECONDS * 1e9)))
-_LOOK = ctypes.byref(_Timespec(0, 0))
+_LINGER = ctypes.byref(_Timespec(0, int(LINGER_SECONDS * 1e9)))
+
+
+def trios() -> tuple[Sized, int]:
+    """Trio's queue of tasks that can go on, and the descriptor that is readable when something else can.
+
+    Neither is public. Without them (an empty queue, -1) trio has its turn when it is due, needed or not.
+    """
+    try:
+        from trio._core._run import GLOBAL_RUN_CONTEXT
+
+        runner = GLOBAL_RUN_CONTEXT.runner
+        return runner.runq, runner.io_manager._epoll.fileno()
+    except (ImportError, AttributeError):
+        return (), -1
 
 
 class Reader:
@@ -62,7 +81,10 @@ class Reader:
         self._on_end = on_end
         self._begun = False
         self._turn = 0.0
-        self._polls = (_PollFd * 2)(_PollFd(fd, select.POLLIN, 0), _PollFd(pyfuse3s, select.POLLIN, 0))
+        self._tasks, others = trios()
+        self._most, self._linger = (TIMER_SECONDS, _LINGER) if others >= 0 else (TURN_SECONDS, _BLOCK)
+        # poll(2) leaves a negative descriptor out.
+        self._polls = (_PollFd * 3)(*(_PollFd(each, select.POLLIN, 0) for each in (fd, pyfuse3s, others)))
 
     async def wait_readable(self, fd: int) -> None:
         """In the place of trio.lowlevel.wait_readable: returns when there is something for pyfuse3 to read.
@@ -72,19 +94,25 @@ class Reader:
         if not self._begun:  # INIT is waiting
             self._begun = True
             return
-        requests, answers = self._polls
+        requests, answers, others = self._polls
         while True:
-            if perf_counter() - self._turn < TURN_SECONDS:
-                patience = _BLOCK if not boundary.waiting() else _LOOK
-                # 0 or -1 (EINTR): trio waits.
-                if _ppoll(self._polls, 2, patience, None) > 0:
-                    if answers.revents:
-                        self._fast.relay()
-                    if requests.revents and not self._take():
-                        return
-                    continue
-            await trio.lowlevel.wait_readable(self._fd)
-            self._turn = perf_counter()
+            since = perf_counter() - self._turn
+            others.revents = 0
+            ready = 0
+            if not self._tasks and since < self._most:
+                if since < TURN_SECONDS:
+                    ready = _ppoll(self._polls, 2, _BLOCK, None)
+                if ready == 0:
+                    ready = _ppoll(self._polls, 3, self._linger, None)
+            if ready <= 0 or others.revents:  # -1: EINTR
+                await trio.lowlevel.wait_readable(self._fd)
+                boundary.settle()
+                self._turn = perf_counter()
+                continue
+            if answers.revents:
+                self._fast.relay()
+            if requests.revents and not self._take():
+                return
 
     def _take(self) -> bool:
         try:
