@@ -239,6 +239,13 @@ class InodeTable:
         if len(self.nodes) > _MANY and len(self.nodes) > 4 * self._trim_below:
             self._trim_below = len(self.nodes) // 4
 
+    def add_file(self, node: Node, parent: Dir, name: bytes) -> Node:
+        """Add a new node that is no directory, under a name that no node had."""
+        node.parent, node.name = parent, name
+        parent.children[name] = node
+        self.add(node)
+        return node
+
     def attach(self, node: Node, parent: Dir, name: bytes) -> None:
         """Record that (parent, name) is this node; an earlier node of that name lets go of it."""
         old = parent.children.get(name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
+from functools import lru_cache
 
 from udbad.inodes.table import Node
 
@@ -45,6 +46,7 @@ _U32 = (1 << 32) - 1
 _U64 = (1 << 64) - 1
 
 
+@lru_cache(64)  # of the few there are
 def _seconds(timeout: float) -> tuple[int, int]:
     whole = int(timeout)
     return whole, int((timeout - whole) * _BILLION)
@@ -87,8 +89,9 @@ def negative(timeout: float) -> bytes:
 def dirent(number: int, kind: int, name: bytes, after: int) -> bytes:
     """fuse_dirent. kind: S_IFMT bits. after: offset of the entry that follows."""
     size = len(name)
-    return _DIRENT.pack(number, after, size, kind >> 12) + name + b"\0" * (-size & 7)
+    return _DIRENT.pack(number, after, size, kind >> 12) + name + _PADDING[size & 7]
 
 
+_PADDING = [b"\0" * (-size & 7) for size in range(8)]
 NO_ENTRY = bytes(ENTRY_SIZE)
 """Before "." and ".." of a READDIRPLUS: nothing is looked up by them."""

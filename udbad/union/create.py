@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat as st_mod
 from dataclasses import dataclass
 
 from udbad.branch import syscalls
@@ -73,8 +72,7 @@ def _appear(tree: Tree, parent: Dir, name: bytes, branch: Branch, st: os.stat_re
         tree.inomap.fresh(*identity)
     if parent.view is not None:
         parent.view[name] = branch.index
-    kind = st_mod.S_IFMT(st.st_mode)
-    node, _ = lookup.intern(tree, parent, name, lookup.Found(kind, branch, st, None))
+    node, _ = lookup.intern_file(tree, parent, name, branch, st)
     tree.hooks.own_change(parent, name, st)
     return node
 

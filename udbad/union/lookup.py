@@ -194,44 +194,55 @@ def intern(tree: Tree, parent: Dir, name: bytes, found: Found) -> tuple[Node, os
         directory = _intern_dir(tree, parent, name, found)
         # Asked again after the strategy has put its watches, so that no change falls between.
         return directory, os.fstat(tree.layer_fd(directory, directory.layers[0]))
-    st = found.st
-    node = parent.children.get(name)
+    return intern_file(tree, parent, name, found.branch, found.st)
+
+
+def intern_file(
+    tree: Tree, parent: Dir, name: bytes, branch: Branch, st: os.stat_result
+) -> tuple[Node, os.stat_result]:
+    """`intern` for what is no directory: found on `branch` with the attributes `st`."""
+    kind = st.st_mode & _S_IFMT
+    dev, ino = st.st_dev, st.st_ino
+    known = parent.children.get(name)
     if (
-        node is not None
-        and node.ino == st.st_ino
-        and node.dev == st.st_dev
-        and node.branch is found.branch
-        and node.kind == found.kind
-        and not node.dead
+        known is not None
+        and known.ino == ino
+        and known.dev == dev
+        and known.branch is branch
+        and known.kind == kind
+        and not known.dead
     ):
-        return node, st
+        return known, st
     table = tree.table
-    number = tree.inomap.number(st.st_dev, st.st_ino)
+    number = tree.inomap.number(dev, ino)
     node = table.nodes.get(number)
     plink = tree.plinks.get(number)
-    if plink is not None and plink.pending == 0 and plink.counted and found.branch is not plink.branch:
+    if known is None and node is None and plink is None:
+        return table.add_file(Node(number, kind, branch, dev, ino), parent, name), st
+    if plink is not None and plink.pending == 0 and plink.counted and branch is not plink.branch:
         plink = None  # no name is left there: the branch has given the inode number to another file
-    if plink is not None and (node is None or node.plink is plink) and found.branch.index >= plink.branch.index:
+    if plink is not None and (node is None or node.plink is plink) and branch.index >= plink.branch.index:
         # Another name of a hard link that was copied up: its data is where the pseudo-link is.
+        below = st
         st = _stat(plink.name, dir_fd=plink.dirfd, follow_symlinks=False)
         if node is None:
             node = Node(number, st.st_mode & _S_IFMT, plink.branch, st.st_dev, st.st_ino)
             node.plink = plink
             table.add(node)
-        if not plink.counted and found.branch is not plink.branch:
+        if not plink.counted and branch is not plink.branch:
             # Each name of the home but the one in .wh..wh.plnk took the place of one on the lower branch.
-            plink.pending = max(found.st.st_nlink - (st.st_nlink - 1), 1)
+            plink.pending = max(below.st_nlink - (st.st_nlink - 1), 1)
         set_plink_count(node)
         _attach(tree, node, parent, name)
         return node, st
-    if node is not None and (node.identity != (st.st_dev, st.st_ino) or node.kind != found.kind or node.dead):
+    if node is not None and (node.identity != (dev, ino) or node.kind != kind or node.dead):
         # The number belongs to an object that is still in use: this one gets a number of its own.
-        number = tree.inomap.fresh(st.st_dev, st.st_ino)
+        number = tree.inomap.fresh(dev, ino)
         node = None
     if node is None:
-        node = Node(number, found.kind, found.branch, st.st_dev, st.st_ino)
+        node = Node(number, kind, branch, dev, ino)
         table.add(node)
-    node.branch = found.branch
+    node.branch = branch
     _attach(tree, node, parent, name)
     return node, st
 
@@ -344,7 +355,6 @@ def lookup(tree: Tree, parent: Dir, name: bytes) -> tuple[Node, os.stat_result] 
             tree.whited = None
             return None
         if type(hit) is int:
-            node = parent.children.get(name)
             layer = parent.layer(hit)
             if layer is not None:
                 fd = layer.fd if layer.fd >= 0 else tree.layer_fd(parent, layer)
@@ -353,20 +363,10 @@ def lookup(tree: Tree, parent: Dir, name: bytes) -> tuple[Node, os.stat_result] 
                 except FileNotFoundError:
                     pass
                 else:
-                    kind = st.st_mode & _S_IFMT
-                    if kind != _S_IFDIR:
+                    if st.st_mode & _S_IFMT != _S_IFDIR:
                         tree.examined = 1
                         tree.whited = None
-                        if (
-                            node is not None
-                            and node.ino == st.st_ino
-                            and node.dev == st.st_dev
-                            and node.branch is layer.branch
-                            and node.kind == kind
-                            and not node.dead
-                        ):
-                            return node, st
-                        return intern(tree, parent, name, Found(kind, layer.branch, st, None))
+                        return intern_file(tree, parent, name, layer.branch, st)
     found = resolve(tree, parent, name)
     if view is not None:
         remember(parent, name, found)

@@ -109,9 +109,8 @@ def by_hit(tree: Tree, parent: Dir, name: bytes, hit: Hit | None) -> tuple[Node,
             except FileNotFoundError:
                 pass
             else:
-                kind = st.st_mode & 0o170000
-                if kind != st_mod.S_IFDIR:
-                    return lookup.intern(tree, parent, name, lookup.Found(kind, layer.branch, st, None))
+                if not st_mod.S_ISDIR(st.st_mode):
+                    return lookup.intern_file(tree, parent, name, layer.branch, st)
     found = lookup.resolve(tree, parent, name)
     if found is None:
         lookup.forget_name(tree, parent, name)
@@ -126,8 +125,7 @@ def show_whiteout(tree: Tree, parent: Dir, name: bytes) -> tuple[Node, os.stat_r
             st = os.stat(name, dir_fd=tree.layer_fd(parent, layer), follow_symlinks=False)
         except FileNotFoundError:
             continue
-        kind = st.st_mode & 0o170000
-        return lookup.intern(tree, parent, name, lookup.Found(kind, layer.branch, st, None))
+        return lookup.intern_file(tree, parent, name, layer.branch, st)
     raise enoent()
 
 
