@@ -32,6 +32,10 @@ _MANY = 20_000
 """Nodes; about 10 MiB."""
 
 
+LOAD_AT_LEAST = 16
+"""Questions about a directory's names, times its branches, that are never worth reading it."""
+
+
 class Plink:
     """A pseudo-link: the copied-up home of a file whose other names are still on lower branches.
 
@@ -133,12 +137,13 @@ class Dir(Node):
     index at which something created here would be visible (opaque marks and whiteouts of this
     directory and its ancestors). trusted: layers and view may be used without asking the branches,
     decided by the coherence strategy; ttl: how long the kernel may keep entries of this directory.
-    view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again. negatives: names
-    that the kernel was told not to exist, and may remember. times, version, resolved: of a directory that is
-    not trusted, the times its branch directories had when it was last asked (None: they tell nothing), a
-    number that is raised when they differ, and its parent's number when its own layers were found. listed: the
-    kernel may have a listing; cached_opens: handles that may be answered from it; listing: number and names of
-    the snapshot that it was made from; nudge: nanoseconds added to mtime so that the kernel looks again.
+    probes: branches asked for single names since the view was lost; load_at: how many cost less than loading it.
+    view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again. negatives: names that
+    the kernel was told not to exist, and may remember. times, version, resolved: of a directory that is not
+    trusted, the times its branch directories had when it was last asked (None: they tell nothing), a number that is
+    raised when they differ, and its parent's number when its own layers were found. listed: the kernel may have a
+    listing; cached_opens: handles that may be answered from it; listing: number and names of the snapshot that it
+    was made from; nudge: nanoseconds added to mtime so that the kernel looks again.
     """
 
     __slots__ = (
@@ -149,6 +154,7 @@ class Dir(Node):
         "layers",
         "listed",
         "listing",
+        "load_at",
         "negatives",
         "nudge",
         "opaque",
@@ -173,6 +179,7 @@ class Dir(Node):
         self.trusted = False
         self.ttl = 0.0
         self.probes = 0
+        self.load_at = LOAD_AT_LEAST
         self.hot = True
         self.listed = False
         self.nudge = 0
@@ -193,9 +200,13 @@ class Dir(Node):
 
     def layer(self, index: int) -> Layer | None:
         """The layer on the branch with this index, if the directory exists there."""
-        for layer in self.layers:
-            if layer.branch.index == index:
-                return layer
+        layers = self.layers
+        position = min(index, len(layers) - 1)  # sorted by branch: there, or above when some lack the directory
+        while position >= 0:
+            layer = layers[position]
+            if layer.branch.index <= index:
+                return layer if layer.branch.index == index else None
+            position -= 1
         return None
 
 
