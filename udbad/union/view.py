@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 from udbad.branch import syscalls
 from udbad.inodes.table import Dir, Hit
@@ -17,6 +18,8 @@ from udbad.union import whiteout
 from udbad.union.tree import Tree
 
 log = logging.getLogger(__name__)
+
+_AS_BYTES = (sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())  # os.fsencode() asks each time
 
 UNKNOWN = None
 """In a view: the name has to be resolved before anything is said about it."""
@@ -40,7 +43,7 @@ def scan(tree: Tree, node: Dir) -> View:
         try:
             with os.scandir(fd) as entries:
                 for entry in entries:
-                    name = os.fsencode(entry.name)
+                    name = entry.name.encode(*_AS_BYTES)
                     if name.startswith(prefix) and len(name) > 4:
                         if branch.whable and not name.startswith(whiteout.RESERVED):
                             here.append(name[4:])
