@@ -28,26 +28,25 @@ Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 class OpStats:
     """Counters of one operation, bound once; read at scrape time."""
 
-    __slots__ = ("buckets", "bugs", "errors", "requests", "seconds")
+    __slots__ = ("buckets", "bugs", "errors", "seconds")
 
     def __init__(self) -> None:
-        self.requests = 0
         self.errors = 0
         self.bugs = 0
         self.seconds = 0.0
         self.buckets = [0] * (len(BUCKETS) + 1)
 
-    def observe(self, taken: float) -> None:
-        """One request took so many seconds."""
-        self.seconds += taken
-        self.buckets[bisect_left(BUCKETS, taken)] += 1
+    @property
+    def requests(self) -> int:
+        """How many were answered."""
+        return sum(self.buckets)
 
     def count(self, taken: float, number: int) -> None:
         """One request was answered after `taken` seconds, with errno `number` (0: success)."""
-        self.requests += 1
         if number:
             self.errors += 1
-        self.observe(taken)
+        self.seconds += taken
+        self.buckets[bisect_left(BUCKETS, taken)] += 1
 
 
 _operations: dict[str, OpStats] = {}
@@ -91,21 +90,21 @@ def handler(function: Handler) -> Handler:
     @functools.wraps(function)
     async def wrapper(self: object, *args: Any) -> Any:
         start = perf_counter()
-        stats.requests += 1
+        number = 0
         try:
             return await function(self, *args)
-        except pyfuse3.FUSEError:
-            stats.errors += 1
+        except pyfuse3.FUSEError as error:
+            number = error.errno
             raise
         except OSError as error:
-            stats.errors += 1
-            raise pyfuse3.FUSEError(error_number(error)) from None
+            number = error_number(error)
+            raise pyfuse3.FUSEError(number) from None
         except Exception:
-            stats.errors += 1
+            number = errno.EIO
             stats.bugs += 1
             log.exception("%s%r failed", name, tuple(a for a in args if isinstance(a, int | bytes))[:4])
             raise pyfuse3.FUSEError(errno.EIO) from None
         finally:
-            stats.observe(perf_counter() - start)
+            stats.count(perf_counter() - start, number)
 
     return cast("Handler", wrapper)
