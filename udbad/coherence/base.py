@@ -71,6 +71,8 @@ class Coherence:
     """Base of all strategies: promises nothing by itself."""
 
     name = "?"
+    events = -1
+    """Descriptor that is readable when `take_events` has something to do; -1: none."""
     by_times = False
     """Whether a directory that is not trusted stays so; else it is resolved at each use, and perhaps trusted again."""
 
@@ -90,6 +92,9 @@ class Coherence:
 
     async def run(self) -> None:
         """Work in the background until cancelled (child of the mount's nursery)."""
+
+    def take_events(self) -> None:
+        """Take notice of some of what can be read from `events`, without a turn of the event loop."""
 
     def drain(self) -> None:
         """Take notice of every direct change that has happened up to now; the notifier then has the rest."""

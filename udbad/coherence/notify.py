@@ -97,6 +97,7 @@ class NotifyCoherence(Coherence):
     def start(self) -> None:
         try:
             self._watcher = Watcher(self._on_changes, self._on_overflow)
+            self.events = self._watcher.fd
         except OSError as error:
             self._set_state("degraded", f"no inotify instance to be had ({error.strerror}); served as reval")
         for branch in self.tree.branches.branches:
@@ -110,12 +111,17 @@ class NotifyCoherence(Coherence):
             await self._watcher.run()
 
     def stop(self) -> None:
+        self.events = -1
         if self._watcher is not None:
             self._watcher.close()
             self._watcher = None
         self._watched.clear()
         self._files.clear()
         self._told.clear()
+
+    def take_events(self) -> None:
+        if self._watcher is not None:
+            self._watcher.take()
 
     def drain(self) -> None:
         if self._watcher is not None:

@@ -102,6 +102,10 @@ class Watcher:
     def __len__(self) -> int:
         return len(self._handles)
 
+    @property
+    def fd(self) -> int:
+        return self._inotify.fd
+
     def watch_directory(self, fd: int, handle: object) -> Watch:
         """Watch the directory behind an O_PATH descriptor. Raises WatchLimit, OSError."""
         return self._add(fd, _DIRECTORY, handle)
@@ -140,13 +144,14 @@ class Watcher:
     async def run(self) -> None:
         """Hand on events until cancelled.
 
-        The asyncio loop only tells us that there is something to read, so that `drain` can read it, too.
+        The asyncio loop only tells us that there is something to read, so that others can read it, too: `drain`, and
+        kernel/reader.py while requests keep coming.
         """
         async with trio_asyncio.open_loop() as loop:
             if self._closed:
                 return  # while the loop was opened
             self._loop = loop
-            loop.add_reader(self._inotify.fd, self._readable)
+            loop.add_reader(self._inotify.fd, self.take)
             try:
                 await trio.sleep_forever()
             finally:
@@ -158,11 +163,11 @@ class Watcher:
         if loop is not None:
             loop.remove_reader(self._inotify.fd)
 
-    def _readable(self) -> None:
-        if self._loop is None:
+    def take(self) -> None:
+        """Hand on one burst; there may be more. Under a storm, all else must not wait for its end."""
+        if self._closed:
             return
         try:
-            # One burst, and the loop comes back when there is more: under a storm, all else must not wait for its end.
             self._hand_on()
         except Exception:
             # Whatever went wrong, events may be lost: doubt widens.

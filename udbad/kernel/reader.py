@@ -4,8 +4,9 @@ pyfuse3 takes what it needs of trio from its module attribute `trio`, which pyfu
 run on asyncio; `install` puts this module's objects there. What differs from trio's own:
 
 - `wait_readable` waits on /dev/fuse itself and on what trio waits for, and goes through trio only when that has
-  something to do, or when nothing came for a while. A round through trio costs more than a whole lookup. While
-  requests keep coming, trio's turn comes every TURN_SECONDS at most, so that what gathers is done in one go.
+  something to do, or when nothing came for a while. A round through trio costs more than a whole lookup. Branch events
+  are taken here too, without one. While requests keep coming, both are looked at every TURN_SECONDS at most, so that
+  what gathers is done in one go.
 - While requests follow one another at once, the next one is looked for without sleeping, for SPIN_SECONDS: to be
   put to sleep and woken takes a third of what a client waits for a lookup. The first one that does not come in that
   time ends it. Not on a machine with one processor.
@@ -86,14 +87,15 @@ class Reader:
         self._fast = fast
         self._on_end = on_end
         self._begun = False
-        self._turn = 0.0
+        self._turn = self._looked = 0.0
+        """When trio last had its turn; when somebody last looked for what is no request."""
         self._may_spin = len(os.sched_getaffinity(0)) > 1
         self._at_once = False
         """Whether the last request came within SPIN_SECONDS."""
         self._tasks, others = trios()
         self._most, self._linger = (TIMER_SECONDS, _LINGER) if others >= 0 else (TURN_SECONDS, _BLOCK)
         # poll(2) leaves a negative descriptor out.
-        self._polls = (_PollFd * 3)(*(_PollFd(each, select.POLLIN, 0) for each in (fd, pyfuse3s, others)))
+        self._polls = (_PollFd * 4)(*(_PollFd(each, select.POLLIN, 0) for each in (fd, pyfuse3s, others, -1)))
 
     async def wait_readable(self, fd: int) -> None:
         """In the place of trio.lowlevel.wait_readable: returns when there is something for pyfuse3 to read.
@@ -103,26 +105,33 @@ class Reader:
         if not self._begun:  # INIT is waiting
             self._begun = True
             return
-        requests, answers, others = self._polls
+        requests, answers, others, events = self._polls
+        coherence = self._fast.coherence
+        events.fd = coherence.events
         while True:
             now = perf_counter()
-            since = now - self._turn
-            others.revents = 0
+            others.revents = events.revents = 0
             ready = 0
-            if not self._tasks and since < self._most:
+            if not self._tasks and now - self._turn < self._most:
                 while self._at_once and not ready:
                     ready = _ppoll(self._polls, 2, _LOOK, None)
                     self._at_once = perf_counter() - now < SPIN_SECONDS
                 if not ready:
-                    if since < TURN_SECONDS:
+                    if now - self._looked < TURN_SECONDS:
                         ready = _ppoll(self._polls, 2, _BLOCK, None)
                     if not ready:
-                        ready = _ppoll(self._polls, 3, self._linger, None)
+                        ready = _ppoll(self._polls, 4, self._linger, None)
                     self._at_once = self._may_spin and perf_counter() - now < SPIN_SECONDS
+            if events.revents:
+                coherence.take_events()
+                self._looked = perf_counter()
+                continue
             if ready <= 0 or others.revents:  # -1: EINTR
                 await trio.lowlevel.wait_readable(self._fd)
                 boundary.settle()
-                self._turn = perf_counter()
+                coherence = self._fast.coherence  # another one since the mode was changed
+                events.fd = coherence.events
+                self._turn = self._looked = perf_counter()
                 continue
             if answers.revents:
                 self._fast.relay()
