@@ -203,7 +203,8 @@ class Commands:
         if edits:
             self.carrying.check_idle()
             async with self._changing:
-                await rebranch.change_branches(self.process, [(key, value) for key, value in edits])
+                pairs = [(key, value) for key, value in edits]
+                await rebranch.change_branches(self.process, pairs, self.carrying.check_idle)
                 self._note_branches()
         branches = self.process.tree.branches
         return {
@@ -263,7 +264,7 @@ class Commands:
         if "branches" in live:
             self.carrying.check_idle()
             # The only step that can be refused, so it is the first.
-            await rebranch.set_branches(process, new.branches)
+            await rebranch.set_branches(process, new.branches, self.carrying.check_idle)
         process.options = process.options.model_copy(update={key: getattr(new, key) for key in live})
         process.apply_union_options()
         if "udba" in live:

@@ -26,6 +26,7 @@ from udbad.branch.accept import open_branches, permission_warnings, prepare_writ
 from udbad.branch.branches import BranchSet
 from udbad.branch.credentials import Credentials
 from udbad.branch.policy import parse_copyup, parse_create
+from udbad.branch.writelock import WriteLocks
 from udbad.coherence.base import Coherence
 from udbad.coherence.none import NoneCoherence
 from udbad.coherence.notify import NotifyCoherence
@@ -96,6 +97,9 @@ class MountProcess:
             for line in permission_warnings(self.branches):
                 log.info("%s", line)
         creds = Credentials()
+        self.write_locks = WriteLocks()
+        if not options.ro:
+            self.write_locks.take(self.branches.branches)
         _prepare(self.branches, options)
         self.tree = Tree(self.branches, _union_options(options), max_fds)
         plink.load(self.tree)
@@ -277,6 +281,8 @@ class MountProcess:
             for branch in self.branches.branches:
                 if branch.writable:
                     fsck.mark_clean(branch.root_fd)
+        # Only now: the next to write to a branch must not find the mark, nor lose its own to us.
+        self.write_locks.close()
         self.branches.close()
         try:
             if self._registration is not None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import trio
 
+from udbad.branch import writelock
 from udbad.branch.accept import open_branches, prepare_writable
 from udbad.branch.branches import BranchSet, BranchSpec
 from udbad.config import edit_branches
@@ -25,40 +26,53 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_PAUSE = 0.05
+
 
 def current_specs(branches: BranchSet) -> list[BranchSpec]:
     """The branch list as the user could have written it."""
     return [BranchSpec(branch.path, branch.perm, branch.attrs, branch.udba) for branch in branches.branches]
 
 
-async def change_branches(process: MountProcess, edits: Sequence[tuple[str, str]]) -> BranchSet:
+async def change_branches(
+    process: MountProcess, edits: Sequence[tuple[str, str]], check: Callable[[], None]
+) -> BranchSet:
     """Apply (option, value) pairs of add, append, prepend, del and mod, in order; else as `set_branches`.
 
     Raises UserError: OPTION for bad edits.
     """
-    return await set_branches(process, edit_branches(current_specs(process.tree.branches), edits))
+    return await set_branches(process, edit_branches(current_specs(process.tree.branches), edits), check)
 
 
-async def set_branches(process: MountProcess, specs: Sequence[BranchSpec]) -> BranchSet:
-    """Make these the branches, top first; returns the new set.
+async def set_branches(process: MountProcess, specs: Sequence[BranchSpec], check: Callable[[], None]) -> BranchSet:
+    """Make these the branches, top first; returns the new set. One such change at a time.
 
+    check: called when all waiting is over, to raise UserError for what forbids it now.
     When this returns, every access sees the new union. Raises UserError: BRANCH for a branch that is
-    refused or in use (the message names who uses it).
+    refused, in use (the message names who uses it) or to be written to while another mount does so.
     """
     tree = process.tree
-    while process.operations.copyups:
-        # After this: another request may have started a copy-up or changed the branches; look again.
-        busy = next(iter(process.operations.copyups.values())).node.busy
-        if busy is not None:
-            await busy.wait()
     old = tree.branches
     fresh = open_branches(specs, process.options.ro, process.mount_point)
+    try:
+        await _lock(process, fresh)
+        while process.operations.copyups:
+            # After this: another request may have started a copy-up; look again.
+            busy = next(iter(process.operations.copyups.values())).node.busy
+            if busy is not None:
+                await busy.wait()
+        check()
+    except BaseException:
+        process.write_locks.keep(old.branches)
+        fresh.close()
+        raise
     new = reconfigure.carry_over(old, fresh)
     gone = reconfigure.removed(old, new)
     try:
         _check_unused(process, gone)
         _prepare_new(process, old, new)
     except BaseException:
+        process.write_locks.keep(old.branches)
         for branch in reconfigure.removed(new, old):
             branch.close()
         raise
@@ -67,12 +81,29 @@ async def set_branches(process: MountProcess, specs: Sequence[BranchSpec]) -> Br
     process.branches = new
     process.restart_coherence()
     _retire(old, new)
+    process.write_locks.keep(new.branches)
     for branch in gone:
         branch.close()
     log.info("branches are now %s", ":".join(branch.describe() for branch in new.branches))
     # After this: nothing is used any more; requests meanwhile were served from the new branches.
     await trio.to_thread.run_sync(process.invalidator.flush)
     return new
+
+
+async def _lock(process: MountProcess, fresh: BranchSet) -> None:
+    """Lock what is to be written to; what was locked before stays so. Raises UserError when another mount has it."""
+    if process.options.ro:
+        return
+    end = trio.current_time() + writelock.PATIENCE
+    while True:
+        try:
+            process.write_locks.take(fresh.branches, 0.0)
+            return
+        except UserError:
+            if trio.current_time() >= end:
+                raise
+        # After this: requests were served; the branches are the same.
+        await trio.sleep(_PAUSE)
 
 
 def _check_unused(process: MountProcess, gone: Sequence[object]) -> None:

@@ -19,13 +19,14 @@ import logging
 import os
 import re
 import stat as st_mod
+import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from udbad.branch import syscalls
+from udbad.branch import syscalls, writelock
 from udbad.errors import ExitCode, UserError
 from udbad.union import whiteout
 
@@ -503,11 +504,15 @@ def run_fsck(path: bytes, ask: Callable[[Defect], bool], echo: Callable[[str], N
 
     Returns OK when nothing is wrong any more, FSCK_DEFECTS when something is; pseudo-links of files with
     other names are told, and are no defect. UserError(BRANCH) for a path that is no directory,
-    UserError(NOT_ROOT) without CAP_SYS_ADMIN.
+    UserError(NOT_ROOT) without CAP_SYS_ADMIN. UserError(BRANCH) while a mount writes to the branch, whose
+    temporary names would be taken for stale ones; none can begin to before this returns.
     """
     root_fd = open_branch(path)
+    lock_fd = -1
     found = repaired = 0
     try:
+        end = time.monotonic() + writelock.PATIENCE
+        lock_fd = writelock.lock(root_fd, path, "is written to by a mount{holder}; unmount it first", end)
         if was_dirty(root_fd):
             echo(f"{printable(path)}: was not unmounted cleanly, or is mounted now; check only what is not in use")
         with closing(find_defects(root_fd)) as defects:
@@ -519,6 +524,8 @@ def run_fsck(path: bytes, ask: Callable[[Defect], bool], echo: Callable[[str], N
                 if defect.remedy and ask(defect) and _repaired(root_fd, defect, echo):
                     repaired += 1
     finally:
+        if lock_fd >= 0:
+            os.close(lock_fd)
         os.close(root_fd)
     echo(f"{printable(path)}: " + (f"{found} defects, {repaired} repaired" if found else "clean"))
     return ExitCode.OK if repaired == found else ExitCode.FSCK_DEFECTS

@@ -1,0 +1,122 @@
+"""One writer for a branch: an exclusive flock(2) on its root, for as long as somebody writes to it.
+
+Two mounts that write to one branch would sweep each other's temporary names, take each other's mark of an
+unclean end away and copy up over one another. Paths do not show that two mounts share a directory (links, bind
+mounts, another mount namespace), and no list of mounts knows those of another run directory. The lock belongs
+to the inode, and it ends with the process that holds it, however that ends.
+
+A file system without such locks on directories (NFS: EBADF) is used without one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterable
+from typing import Final
+
+from udbad.branch import syscalls
+from udbad.branch.branches import Branch
+from udbad.branch.spec import shown
+from udbad.errors import ExitCode, UserError
+
+log = logging.getLogger(__name__)
+
+PATIENCE: Final = 3.0
+"""Seconds to wait for the mount process that wrote last: `umount` returns before that has ended."""
+_PAUSE: Final = 0.02
+_SHARED: Final = "is written to by another mount{holder}; two mounts may not write to one branch"
+
+_Identity = tuple[int, int]
+
+
+class WriteLocks:
+    """What one process has locked, by the identity of the directory."""
+
+    def __init__(self) -> None:
+        self._fds: dict[_Identity, int] = {}
+
+    def take(self, branches: Iterable[Branch], patience: float = PATIENCE) -> None:
+        """Lock all that are writable; those locked already stay so. All or none.
+
+        patience: seconds to wait for somebody else's lock, for all branches together. Raises UserError (BRANCH)
+        that names the branch and who writes to it.
+        """
+        end = time.monotonic() + patience
+        taken: list[_Identity] = []
+        try:
+            for branch in branches:
+                identity = _identity(branch.root_fd)
+                if branch.writable and identity not in self._fds:
+                    self._fds[identity] = lock(branch.root_fd, branch.path, _SHARED, end)
+                    taken.append(identity)
+        except BaseException:
+            for identity in taken:
+                self._release(identity)
+            raise
+
+    def keep(self, branches: Iterable[Branch]) -> None:
+        """Release all but those of the writable ones among `branches`."""
+        wanted = {_identity(branch.root_fd) for branch in branches if branch.writable}
+        for identity in self._fds.keys() - wanted:
+            self._release(identity)
+
+    def close(self) -> None:
+        """Release all."""
+        self.keep(())
+
+    def _release(self, identity: _Identity) -> None:
+        fd = self._fds.pop(identity)
+        if fd >= 0:
+            os.close(fd)
+
+
+def lock(root_fd: int, path: bytes, refusal: str, end: float = 0.0) -> int:
+    """A descriptor that holds the lock of a branch until it is closed; -1 where there are no such locks.
+
+    root_fd: the root of the branch. end: time.monotonic() until which to wait. Raises UserError (BRANCH) when
+    somebody else has it: "branch", the path, and `refusal`, with `{holder}` for the process.
+    """
+    fd = -1
+    try:
+        fd = syscalls.open_listing(root_fd)
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    text = refusal.format(holder=_holder(fd))
+                    raise UserError(f"branch {shown(path)} {text}", ExitCode.BRANCH) from None
+            time.sleep(_PAUSE)
+    except OSError as error:
+        # Not this module's to judge: a directory that cannot even be opened shows when it is written to.
+        log.debug("branch %s cannot be locked: %s", shown(path), error.strerror)
+        if fd >= 0:
+            os.close(fd)
+        return -1
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _identity(fd: int) -> _Identity:
+    st = os.fstat(fd)
+    return st.st_dev, st.st_ino
+
+
+def _holder(fd: int) -> str:
+    """` (process 123)` where /proc/locks shows it: not for another pid namespace, and not on btrfs."""
+    st = os.fstat(fd)
+    place = f"{os.major(st.st_dev):02x}:{os.minor(st.st_dev):02x}:{st.st_ino}"
+    try:
+        with open("/proc/locks") as file:
+            for line in file:
+                _, kind, _, _, pid, where, *_ = line.split()
+                if kind == "FLOCK" and where == place and int(pid) > 0:
+                    return f" (process {pid})"
+    except (OSError, ValueError):  # a line of another form, such as that of somebody who waits
+        return ""
+    return ""
