@@ -30,14 +30,23 @@ finish() {
 }
 trap finish EXIT
 
-branches() { cat "$UDBAD_RUN_DIR"/"$(findmnt -nro SOURCE mnt | sed 's/.*si=/si_/')"/br[0-9]* | sed "s|$work/||"; }
+branches() { cat "$UDBAD_RUN_DIR"/"$(findmnt -nro SOURCE "$work/mnt" | sed 's/.*si=/si_/')"/br[0-9]* | sed "s|$work/||"; }
 
 mount -t udba -o br="top=rw:$work/base=ro",udba=notify none "$work/mnt"
 echo "mounted: $(cat mnt/file) $(findmnt -nro FSTYPE mnt) $(branches | xargs)"
-mount -t udba -o remount,udba=none,append="$work/extra=ro" none "$work/mnt"
+mount -t udba -o remount,udba=none,append=extra=ro none "$work/mnt"
 echo "remounted: $(cat mnt/other) $(branches | xargs) $("$PYTHON" -m udbad status --json | grep -c '"udba": "none"')"
 mount -o remount,del="$work/extra" "$work/mnt"
 echo "deleted: $(ls mnt | xargs) $(branches | xargs)"
+mkdir 'od,d=dir'
+cd top # relative paths are the caller's, whose directory is not the daemon's
+mount -o 'remount,add=1:../od\,d\=dir=ro,prepend:../extra=rw' "$work/mnt"
+echo "added: $(branches | xargs)"
+mount -o 'remount,mod=../extra=ro,del=../od\,d\=dir' "$work/mnt"
+echo "changed: $(branches | xargs)"
+mount -o remount,del=../extra "$work/mnt"
+mount -o remount,append= "$work/mnt" 2>&1 | sed 's/^/empty: /' || true
+cd ..
 mount -o remount,noplink "$work/mnt" 2>&1 | sed 's/^/refused: /' || true
 exec 9>mnt/open
 mount -o remount,udba=reval,mod="$work/top=ro" "$work/mnt" 2>&1 | sed 's/^/mod: /' || true

@@ -317,7 +317,7 @@ def test_branches_come_and_go_with_the_file(daemon: Daemon) -> None:
         # Nothing is half applied: the key that could have been was not either.
         assert "mounts.a.dirwh: rejected" in output
         assert f"{os.getpid()}" in daemon.command("busy", "a", str(extra), code=1)
-    until(lambda: not daemon.command("busy", "a", str(extra), code=None), "released")
+    until(lambda: not daemon.command("busy", "a", str(extra)[1:], code=None), "released")
     assert reload(daemon) == {"mounts.a.branches": "applied", "mounts.a.dirwh": "applied"}
     assert not (point / "more").exists()
     daemon.stop()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import click
 
+from udbad.branch.spec import escape, split_escaped, unescape
 from udbad.daemon import client
 from udbad.daemon.protocol import Message
 from udbad.daemon.registry import DEFAULT_RUN_DIR
@@ -44,3 +45,12 @@ def ask_mount(run_dir: str, where: str, request: Message) -> Message:
 def need_root() -> None:
     if os.geteuid() != 0:
         raise UserError("this needs root", ExitCode.NOT_ROOT)
+
+
+def absolute_branch(branch: str) -> str:
+    """PATH[=PERM...] for a mount process, which is in another directory than its caller; escapes stay right.
+
+    An empty path stays as it is, for the mount process to refuse.
+    """
+    path = split_escaped(branch, "=")[0]
+    return escape(os.path.abspath(unescape(path))) + branch[len(path) :] if path else branch

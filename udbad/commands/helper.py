@@ -8,6 +8,7 @@ daemon looks after the mount; without one it gets a mount process of its own.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pathlib import Path
 import click
 
 from udbad.branch.spec import split_escaped
+from udbad.commands.common import absolute_branch
 from udbad.commands.mounting import start_in_background
 from udbad.config import MountOptions, format_options, parse_mount_options
 from udbad.daemon import client, registry
@@ -23,6 +25,9 @@ from udbad.errors import ExitCode, UserError
 
 _OF_THE_KERNEL = frozenset({"user_id", "group_id", "rootmode", "fd", "max_read", "blksize"})
 """What FUSE shows in mountinfo, where mount(8) takes the options of a remount from."""
+
+_EDIT = re.compile(r"((?:(?:add|ins)[=:][0-9]+:)|(?:append|prepend|del|mod)[=:])(.*)", re.DOTALL)
+"""An option that edits the branch list: what stands before the branch, and the branch."""
 
 # mount(8), "EXIT STATUS".
 _USAGE = 1
@@ -77,7 +82,8 @@ def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: b
         parsed = parsed.model_copy(update={"fsname": source})
     # The daemon is in another directory than whoever calls us.
     branches = tuple(replace(spec, path=os.path.abspath(spec.path)) for spec in parsed.branches)
-    parsed = parsed.model_copy(update={"branches": branches})
+    control = parsed.control and os.path.abspath(parsed.control)
+    parsed = parsed.model_copy(update={"branches": branches, "control": control})
     if fake:
         return
     if os.geteuid() != 0:
@@ -120,7 +126,13 @@ def _remount(run_dir: str, directory: Path, words: list[str], fake: bool) -> Non
     if entry is None:
         raise UserError(f"no union that {run_dir} knows is mounted on {directory}", ExitCode.NOT_MOUNTED)
     if not fake:
-        client.ask_mount(entry, {"op": "remount", "options": ",".join(words)})
+        client.ask_mount(entry, {"op": "remount", "options": ",".join(map(_absolute_edit, words))})
+
+
+def _absolute_edit(word: str) -> str:
+    """An option with the path of its branch, if it edits the list, as whoever calls us means it."""
+    match = _EDIT.fullmatch(word)
+    return word if match is None else match[1] + absolute_branch(match[2])
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from udbad.branch.spec import escape, split_escaped, unescape
-from udbad.commands.common import ask_mount, run_dir_option, user_errors
+from udbad.commands.common import absolute_branch, ask_mount, run_dir_option, user_errors
 from udbad.daemon import client
 from udbad.errors import ExitCode, UserError
 
@@ -122,7 +121,7 @@ def udba(run_dir: str, mount: str, mode: str, save: bool) -> None:
 def busy(run_dir: str, as_json: bool, mount: str, branch: str) -> None:
     """Who uses BRANCH of MOUNT, which keeps it from being removed. Exit code 1 when somebody does."""
     with user_errors():
-        users = ask_mount(run_dir, mount, {"op": "busy", "branch": branch})["users"]
+        users = ask_mount(run_dir, mount, {"op": "busy", "branch": os.path.abspath(branch)})["users"]
     if as_json:
         click.echo(json.dumps(users, indent=2))
     else:
@@ -142,18 +141,6 @@ def _edit(run_dir: str, mount: str, edits: list[list[str]], save: bool = False) 
         _change(run_dir, mount, {"op": "branches", "edits": edits}, save)
 
 
-def _absolute(branch: str) -> str:
-    """PATH[=PERM...] for the mount process, which is in another directory."""
-    path, equals, rest = branch, "", ""
-    for index, part in enumerate(split_escaped(branch, "=")):
-        if index == 0:
-            path = part
-        else:
-            equals, rest = "=", branch[len(path) + 1 :]
-            break
-    return path if not path else escape(os.path.abspath(unescape(path))) + equals + rest
-
-
 @branch.command("list")
 @run_dir_option
 @click.argument("mount")
@@ -170,7 +157,7 @@ def branch_list(run_dir: str, mount: str) -> None:
 @save_option
 def branch_add(run_dir: str, index: int | None, mount: str, branch: str, save: bool) -> None:
     """Add a branch to MOUNT."""
-    branch = _absolute(branch)
+    branch = absolute_branch(branch)
     _edit(run_dir, mount, [["append", branch] if index is None else ["add", f"{index}:{branch}"]], save)
 
 
@@ -181,7 +168,7 @@ def branch_add(run_dir: str, index: int | None, mount: str, branch: str, save: b
 @save_option
 def branch_del(run_dir: str, mount: str, path: str, save: bool) -> None:
     """Remove a branch from MOUNT; refused while it is in use (udbad busy says by whom)."""
-    _edit(run_dir, mount, [["del", _absolute(path)]], save)
+    _edit(run_dir, mount, [["del", absolute_branch(path)]], save)
 
 
 @branch.command("mod")
@@ -193,4 +180,4 @@ def branch_mod(run_dir: str, mount: str, branch: str, save: bool) -> None:
     """Change permission and attributes of a branch of MOUNT."""
     if "=" not in branch:
         raise click.UsageError(str(UserError("say which permission: PATH=PERM[+ATTR...]")))
-    _edit(run_dir, mount, [["mod", _absolute(branch)]], save)
+    _edit(run_dir, mount, [["mod", absolute_branch(branch)]], save)
