@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,8 @@ OPAQUE = b".wh..wh..opq"
 PLINKS = b".wh..wh.plnk"
 MAX_NAME = 242
 """Longest name the union knows, bytes (spec section 1)."""
+
+_TEMPORARY = re.compile(rb"\.wh\.\.wh\..+\.[0-9a-f]{4,}", re.DOTALL)
 
 
 class InconsistentBranch(Exception):
@@ -194,3 +197,13 @@ def diff(a: Tree, b: Tree, ignore: Iterable[str] = ()) -> list[str]:
             if left != right:
                 lines.append(f"{path!r}: {name} {left!r} != {right!r}")
     return lines
+
+
+def temporary_names(top: Path) -> list[bytes]:
+    """Paths below `top` that are temporary names of copy-ups and removals: what nothing may leave behind."""
+    return [
+        os.path.join(directory, name)
+        for directory, subdirectories, files in os.walk(os.fsencode(top))
+        for name in (*subdirectories, *files)
+        if _TEMPORARY.fullmatch(name)
+    ]

@@ -72,6 +72,7 @@ def branch(tmp_path: Path) -> Path:
     (root / "name.beef").touch()
     (root / ".wh.name.dead").touch()  # a whiteout, no temporary
     (root / ".wh..wh.short.abc").touch()  # three digits
+    (root / ".wh..wh.long.0123456789a").touch()  # eleven
     (root / ".wh..wh.word.wxyz").touch()  # no hexadecimal digits
     (root / os.fsdecode(b"bytes \xff\n")).touch()
     os.mkfifo(root / "fifo")
@@ -204,6 +205,11 @@ CASES = {
     ),
     "temporary tree": Case(
         DefectKind.TEMPORARY, b"dir/sub/.wh..wh.d.beef", lambda r: _tree(r / "dir" / "sub" / ".wh..wh.d.beef")
+    ),
+    "temporary of ours": Case(
+        DefectKind.TEMPORARY,
+        b"dir/.wh..wh.file.0123456789ab",
+        lambda r: (r / "dir" / ".wh..wh.file.0123456789ab").write_text("half"),
     ),
     "temporary with a newline and the longest name": Case(
         DefectKind.TEMPORARY,

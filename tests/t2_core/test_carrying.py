@@ -16,7 +16,7 @@ import pytest
 
 from tests.helpers import carry_tree
 from tests.helpers.carry_tree import LAYERS, listing
-from tests.helpers.merge import MAX_NAME, diff, merge
+from tests.helpers.merge import MAX_NAME, diff, merge, temporary_names
 from tests.helpers.merge import Tree as Snapshot
 from tests.t2_core.core import Core, core
 from udbad.branch import syscalls
@@ -552,7 +552,7 @@ def test_an_error_ends_it_with_the_path_and_nothing_is_left(tmp_path: Path, monk
         assert job.progress.current == b"mixed/sparse"
         monkeypatch.undo()
         _same(before, merged(tmp_path), "after the error")
-        assert not [path for path in tmp_path.rglob(".wh..wh.*.????") if path.parent.name != ".wh..wh.plnk"]
+        assert not temporary_names(tmp_path)
 
 
 def test_stopped_amid(tmp_path: Path) -> None:
@@ -570,7 +570,7 @@ def test_stopped_amid(tmp_path: Path) -> None:
             with pytest.raises(OSError, match="cancel"):
                 run(job.steps(), stop)
             _same(before, merged(tmp_path), f"stopped at {stop_at}")
-        assert not [path for path in tmp_path.rglob(".wh..wh.*.????") if path.parent.name != ".wh..wh.plnk"]
+        assert not temporary_names(tmp_path)
         sync(union, True)
         assert listing(tmp_path / "src") == []
 

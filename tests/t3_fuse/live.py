@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +12,14 @@ from typing import Final
 
 import pytest
 
+from tests.helpers.merge import temporary_names
+
 MODES: Final = ("none", "reval", "notify")
 modes: Final = pytest.mark.parametrize("udba", MODES)
 
 PAST: Final = 1_000_000_000_123_456_789
 """Time stamp of everything made before the mount, ns."""
 
-_TEMPORARY: Final = re.compile(rb"\.wh\.\.wh\..+\.[0-9a-f]{4}", re.DOTALL)
 _ADMINISTRATION: Final = (b".wh..wh.aufs", b".wh..wh.plnk", b".wh..wh.orph", b".wh..wh.udbad")
 
 
@@ -40,12 +40,10 @@ def names(branch: Path) -> list[str]:
 
 def debris(branch: Path) -> list[bytes]:
     """Temporary names anywhere on a branch, and what lies in its orphan directory."""
-    found = []
+    found = temporary_names(branch)
     for directory, subdirectories, files in os.walk(os.fsencode(branch)):
-        inside = os.path.basename(directory) == b".wh..wh.orph"
-        found += [
-            os.path.join(directory, name) for name in (*subdirectories, *files) if inside or _TEMPORARY.match(name)
-        ]
+        if os.path.basename(directory) == b".wh..wh.orph":
+            found += [os.path.join(directory, name) for name in (*subdirectories, *files)]
     return found
 
 

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from tests.helpers import model as m
 from tests.helpers import model_ops as ops
-from tests.helpers.merge import Tree, diff, merge, snapshot
+from tests.helpers.merge import Tree, diff, merge, snapshot, temporary_names
 from tests.helpers.model import Model, Node, PathT
 from tests.helpers.model_ops import Op
 from tests.helpers.mount import Mount, mounted
@@ -151,7 +151,7 @@ class Union(RuleBasedStateMachine):
         for branch, tree in self.read_only.items():
             assert diff(tree, snapshot(branch)) == []
         for branch in self.branches:
-            assert not list(branch.rglob(".wh..wh.*.????")), "temporary names left"
+            assert not temporary_names(branch), "temporary names left"
 
     def merged(self) -> Tree:
         return merge([(branch, layer.whable) for branch, layer in zip(self.branches, self.model.layers, strict=True)])

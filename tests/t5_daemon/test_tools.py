@@ -17,7 +17,7 @@ import pytest
 
 from tests.helpers import carry_tree
 from tests.helpers.carry_tree import LAYERS, listing
-from tests.helpers.merge import diff, snapshot
+from tests.helpers.merge import diff, snapshot, temporary_names
 from tests.t5_daemon.daemon import COMMAND, DEADLINE, Daemon, until
 from udbad.daemon import registry
 from udbad.daemon.protocol import ask
@@ -254,8 +254,7 @@ def test_unmounted_amid_a_move(daemon: Daemon) -> None:
     assert listing(daemon.branch("a", "src"))
     assert diff(before, snapshot(mount)) == []
     for name in ("src", "dst"):
-        temporary = list(daemon.branch("a", name).rglob(".wh..wh.*.????"))
-        assert not temporary
+        assert not temporary_names(daemon.branch("a", name))
     daemon.stop()
     assert "Traceback" not in daemon.log()
 
@@ -291,7 +290,7 @@ def test_to_another_file_system_that_is_full_at_first(daemon: Daemon) -> None:
     said = sync(daemon, "move", ExitCode.FAILURE)
     assert said == "udbad: sync: mixed/big: No space left on device; running it again does the rest\n"
     assert diff(before, snapshot(mount)) == []
-    assert not list(dst.rglob(".wh..wh.*.????"))
+    assert not temporary_names(dst)
     subprocess.run(["mount", "-o", "remount,size=64m", dst], check=True, timeout=DEADLINE)
     sync(daemon, "move")
     assert diff(before, snapshot(mount)) == []

@@ -93,7 +93,7 @@ def transfer(
     st = copy.st = _settled(copy)
     if _is_equal(copy):
         return st
-    tmp = free_temporary(copy.dst_dirfd, copy.name)
+    tmp = whiteout.temporary_name(copy.name)
     if not st_mod.S_ISREG(st.st_mode):
         copydata.copy_special(st, copy.src_dirfd, copy.name, copy.dst_dirfd, tmp, copy.attrs)
         copy.tmp = tmp
@@ -168,13 +168,6 @@ def publish(copy: Copy) -> tuple[int, bytes] | None:
         discard(copy)
 
 
-def free_temporary(dirfd: int, name: bytes) -> bytes:
-    """A temporary name that nothing has: renaming onto one that is in use would be the end of that."""
-    while syscalls.exists_at(dirfd, tmp := whiteout.temporary_name(name)):
-        pass
-    return tmp
-
-
 def _stat(dirfd: int, name: bytes) -> os.stat_result:
     try:
         return syscalls.stat_at(dirfd, name)
@@ -189,7 +182,7 @@ def displace_directory(dirfd: int, name: bytes) -> tuple[int, bytes] | None:
             return None
     except FileNotFoundError:
         return None
-    tmp = free_temporary(dirfd, name)
+    tmp = whiteout.temporary_name(name)
     syscalls.rename_at(dirfd, name, dirfd, tmp)
     return dirfd, tmp
 
@@ -249,7 +242,7 @@ def _hide(copy: Copy) -> None:
     assert copy.st is not None
     before = os.fstat(copy.src_dirfd)
     whiteout.remove(copy.src_dirfd, copy.name)  # beside the object it hides nothing; without it, the copy
-    tmp = free_temporary(copy.src_dirfd, copy.name)
+    tmp = whiteout.temporary_name(copy.name)
     syscalls.rename_at(copy.src_dirfd, copy.name, copy.src_dirfd, tmp)
     try:
         now = syscalls.stat_at(copy.src_dirfd, tmp)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import stat as st_mod
 import time
 from collections.abc import Callable, Generator
@@ -35,7 +34,6 @@ DIRTY_MARK: Final = whiteout.RESERVED + b"udbad"
 
 _WINDOW: Final = 100  # open directories of a walk; deeper ones are reached again name by name
 _READ_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_TEMPORARY: Final = re.compile(rb"\.wh\.\.wh\..+\.[0-9a-fA-F]{4}", re.DOTALL)
 _ADMINISTRATIVE: Final = {
     whiteout.BASE: st_mod.S_IFREG,
     whiteout.PLINK_DIR: st_mod.S_IFDIR,
@@ -288,7 +286,7 @@ def _classify(directory: bytes, dirfd: int, name: bytes, names: Entries) -> Defe
     if not name.startswith(whiteout.PREFIX):
         return None
     path = _join(directory, name)
-    temporary = _TEMPORARY.fullmatch(name)
+    temporary = whiteout.TEMPORARY.fullmatch(name)
     if not temporary and not _is_whiteout(name):
         return None
     st = _stat_or_none(dirfd, name)
@@ -452,7 +450,7 @@ def sweep_temporaries(root_fd: int) -> int:
             os.close(orphans)
     with closing(walk(root_fd, on_error)) as directories:
         for directory, fd, entries in directories:
-            removed += sum(remove(directory, fd, name) for name in entries if _TEMPORARY.fullmatch(name))
+            removed += sum(remove(directory, fd, name) for name in entries if whiteout.TEMPORARY.fullmatch(name))
     return removed
 
 

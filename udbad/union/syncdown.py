@@ -326,7 +326,7 @@ class Sync:
             if _identity_at(copy.dst_dirfd, copy.name) == links.made:
                 return
             carry.discard(copy)
-            tmp = carry.free_temporary(copy.dst_dirfd, copy.name)
+            tmp = whiteout.temporary_name(copy.name)
             syscalls.link_at(dirfd, name, copy.dst_dirfd, tmp)
             copy.tmp = tmp
         except FileNotFoundError:
@@ -417,7 +417,7 @@ class Sync:
 
     def _place_directory(self, level: _Level, name: bytes, src_fd: int, opaque: bool) -> None:
         """Put a new directory with the attributes of the upper one where nobody sees it, in the place of anything."""
-        tmp = carry.free_temporary(level.dst_fd, name)
+        tmp = whiteout.temporary_name(name)
         syscalls.mkdir_at(level.dst_fd, tmp, 0o700)
         fd = syscalls.open_dir_at(level.dst_fd, tmp)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import stat as st_mod
 
@@ -23,7 +24,12 @@ ORPHAN_DIR = b".wh..wh.orph"
 OPAQUE = b".wh..wh..opq"
 RESERVED = b".wh..wh."
 MAX_NAME = 242
-"""255 less the room that `.wh..wh.NAME.xxxx` needs (spec section 1)."""
+"""255 less the room that `.wh..wh.NAME.xxxx` needs, as aufs has it (spec section 1)."""
+TEMPORARY = re.compile(rb"\.wh\.\.wh\..+\.(?:[0-9a-fA-F]{4}|[0-9a-f]{12})", re.DOTALL)
+"""A temporary name: one of ours, or one of aufs and of earlier versions, which had four digits."""
+
+_TEMPORARY_BYTES = 6  # two digits each
+_TEMPORARY_ROOM = 255 - len(RESERVED) - 1 - 2 * _TEMPORARY_BYTES
 
 _stat = os.stat
 _ISREG = st_mod.S_ISREG
@@ -104,5 +110,13 @@ def remove(dirfd: int, name: bytes) -> bool:
 
 
 def temporary_name(name: bytes) -> bytes:
-    """`.wh..wh.NAME.xxxx`: invisible in the union, swept at the next mount if a crash leaves it."""
-    return b"%s%s.%s" % (RESERVED, name, secrets.token_hex(2).encode())
+    """`.wh..wh.NAME.xxxxxxxxxxxx`: invisible in the union, swept at the next mount if a crash leaves it.
+
+    The digits are so many that no name comes twice, whatever else is in the directory. A NAME that leaves no
+    room for them is cut; it is there for people to read only.
+    """
+    if len(name) > _TEMPORARY_ROOM:
+        # Some file systems take UTF-8 only, so not within a character; what is none is cut anywhere.
+        ends = range(_TEMPORARY_ROOM, _TEMPORARY_ROOM - 4, -1)
+        name = name[: next((end for end in ends if name[end] & 0xC0 != 0x80), _TEMPORARY_ROOM)]
+    return b"%s%s.%s" % (RESERVED, name, secrets.token_hex(_TEMPORARY_BYTES).encode())
