@@ -513,3 +513,41 @@ def test_a_removed_directory_can_be_listed_by_who_is_in_it(tmp_path: Path, udba:
         handle = made.fs.opendir(node.id)
         assert [name for name, *_ in made.fs.readdir(handle.fh, 0)] == [b".", b".."]
         made.fs.releasedir(handle.fh)
+
+
+@pytest.mark.parametrize("other", ["file", "directory", "nothing"])
+def test_a_directory_that_is_gone_between_lookup_and_open(tmp_path: Path, other: str) -> None:
+    """Whether another object has its name or none: what was looked up can be opened, and is empty, as natively."""
+    (tmp_path / "base/d").mkdir(parents=True)
+    with core(tmp_path) as made:
+        node = made.find("d")
+        directory = made["base"] / "d"
+        directory.rename(made["base"] / "was")
+        if other == "file":
+            directory.write_text("new")
+        elif other == "directory":
+            (directory / "sub").mkdir(parents=True)
+        (made["base"] / "was").rmdir()
+        assert made.fs.getattr(node.id)[1].st_nlink == 0
+        handle = made.fs.opendir(node.id)
+        assert error_of(lambda: list(made.fs.readdir(handle.fh, 0))) == "ENOENT"  # as of any that is removed
+        assert error_of(lambda: made.fs.lookup(node.id, b"sub")) == "ENOENT"
+        made.fs.releasedir(handle.fh)
+        assert made.exists("d") == (other != "nothing")
+
+
+def test_a_directory_that_is_gone_and_has_no_descriptor(tmp_path: Path) -> None:
+    """Then the kernel is to look the name up again."""
+    (tmp_path / "base/d").mkdir(parents=True)
+    with core(tmp_path) as made:
+        node = made.find("d")
+        assert isinstance(node, Dir)
+        (layer,) = node.layers
+        os.close(layer.fd)
+        layer.fd = -1
+        made.tree.table.open_fds -= 1
+        (made["base"] / "d").rmdir()
+        (made["base"] / "d").write_text("new")
+        assert error_of(lambda: made.fs.getattr(node.id)) == "ESTALE"
+        assert error_of(lambda: made.fs.opendir(node.id)) == "ESTALE"
+        assert made.content("d") == b"new"

@@ -121,8 +121,21 @@ class UnionFs:
     def getattr(self, node_id: int) -> Attributes:
         node = self.table.node(node_id)
         if type(node) is Dir and not node.trusted and not node.dead:
-            lookup.refresh(self.tree, node)
+            self._refresh_if_there(node)
         return node, self.tree.stat(node)
+
+    def _refresh_if_there(self, node: Dir) -> None:
+        """Bring an untrusted directory up to date, unless it is gone: then the descriptor serves, as natively.
+
+        A name that was a directory a moment ago, when the kernel looked it up, may be another object by now, but
+        it need not have been missing in between: ENOENT would be wrong. Raises ESTALE without a descriptor, which
+        has the kernel look the path up again.
+        """
+        try:
+            lookup.refresh(self.tree, node)
+        except FileNotFoundError:
+            if node.layers[0].fd < 0:
+                raise estale() from None
 
     def setattr(self, node_id: int, changes: SetAttr, fh: int | None, caller: Caller) -> Attributes:
         """chmod, chown, truncate, utimens in one. Raises NeedCopyUp on a branch that is not writable."""
@@ -362,7 +375,7 @@ class UnionFs:
             # after the open, has the kernel look the path up again.
             self.tree.layer_fd(node, node.layers[0])
         elif not node.trusted:
-            lookup.refresh(self.tree, node)
+            self._refresh_if_there(node)
         branch = node.branch
         if "coo_all" in branch.attrs and node.parent is not None and self.tree.branches.writable_above(branch.index):
             raise NeedCopyUp(node, Trigger.OPEN)
