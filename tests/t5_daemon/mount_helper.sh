@@ -10,6 +10,7 @@ mkdir -p "$work"/{sbin,orig,top,base,extra,mnt}
 sbin=$(readlink -f /sbin)
 mount --bind "$sbin" "$work/orig"
 cp -rs "$work/orig/." "$work/sbin/" 2>/dev/null
+rm -f "$work"/sbin/mount.{,fuse.}udba # links to installed ones, through which cp would write
 cp "$helper" "$work/sbin/mount.udba"
 ln -s mount.udba "$work/sbin/mount.fuse.udba"
 mount --bind "$work/sbin" "$sbin"
