@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.mount import UnionFactory
+from tests.helpers.mount import DEADLINE, UnionFactory
 
 pytestmark = pytest.mark.fuse
 
@@ -65,3 +68,47 @@ def test_mount_goes_on_when_there_is_nothing_to_read(
     assert not trigger.exists()
     assert not (mount.path / "a third name").exists()
     assert (mount.path / "made").is_dir()
+
+
+def test_what_is_not_in_memory_is_read_from_the_disk(union: UnionFactory, tmp_path: Path) -> None:
+    """By a thread, which answers and counts by itself."""
+    content = os.urandom(1 << 20)
+    lower = tmp_path / "base" / "file"
+    lower.parent.mkdir()
+    lower.write_bytes(content)
+    mount = union({"top": "rw", "base": "ro"}, "notify")
+    with lower.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = mount.control({"op": "stats"})
+    assert (mount.path / "file").read_bytes() == content
+    after = mount.control({"op": "stats"})
+    assert after["requests"]["read"] > before["requests"].get("read", 0)
+    assert after["seconds"]["read"] > before["seconds"].get("read", 0)
+
+
+_BUSY = """
+import os, sys
+os.chdir(sys.argv[1])
+while True:
+    os.close(os.open("own", os.O_CREAT | os.O_WRONLY, 0o644))
+    os.unlink("own")
+"""
+
+
+def test_everything_else_has_its_turn_while_requests_keep_coming(union: UnionFactory, tmp_path: Path) -> None:
+    """The event loop, which answers on the control socket, and the events of direct changes, own ones amid them."""
+    mount = union({"top": "rw", "base": "ro"}, "notify")
+    client = subprocess.Popen([sys.executable, "-c", _BUSY, mount.path])
+    try:
+        for number in range(50):
+            name = f"direct{number}"
+            assert not (mount.path / name).exists()
+            (tmp_path / "base" / name).touch()
+            end = time.monotonic() + DEADLINE
+            while not (mount.path / name).exists():
+                assert time.monotonic() < end, f"{name} is not seen"
+            mount.flush()
+    finally:
+        client.kill()
+        client.wait()
