@@ -551,3 +551,26 @@ def test_a_directory_that_is_gone_and_has_no_descriptor(tmp_path: Path) -> None:
         assert error_of(lambda: made.fs.getattr(node.id)) == "ESTALE"
         assert error_of(lambda: made.fs.opendir(node.id)) == "ESTALE"
         assert made.content("d") == b"new"
+
+
+@modes
+def test_a_directory_keeps_its_number_when_its_upper_part_is_gone(tmp_path: Path, udba: str) -> None:
+    """What was its inode number on the upper branch comes round again for a new directory, which is another one."""
+    for name in ("top", "base"):
+        (tmp_path / name / "d").mkdir(parents=True)
+    with core(tmp_path, {"top": "rw", "base": "rw"}, udba) as made:
+        node = made.find("d")
+        number = (made["top"] / "d").stat().st_ino
+        (made["top"] / "d").rmdir()
+        if udba == "none":
+            made.fs.recover(node.id)
+        made.fs.getattr(node.id)
+        # The file system gives the number away again at once, or soon.
+        for attempt in range(50):
+            other = made.mkdir(f"other{attempt}")
+            assert (other is node, node.dead) == (False, False)
+            if (made["top"] / f"other{attempt}").stat().st_ino == number:
+                break
+        assert other.id != node.id
+        made.create("d/file", b"")
+        assert made.names("d") == ["file"]

@@ -163,7 +163,9 @@ def mkdir(
     top = found.layers[0]
     old = tree.table.nodes.get(tree.inomap.number(top.dev, top.ino))
     if old is not None and old is not parent.children.get(name):
-        old.dead = True
+        # A directory that has lost its upper part has the number still, and is alive.
+        if old.identity == top.identity:
+            old.dead = True
         tree.inomap.fresh(top.dev, top.ino)
     lookup.remember(parent, name, found)
     node, st = lookup.intern(tree, parent, name, found)
