@@ -45,7 +45,10 @@ def locks(pid: int) -> list[str]:
     """Descriptors of a process that hold a flock, proc_pid_fdinfo(5). No child may inherit them."""
     found = []
     for info in Path(f"/proc/{pid}/fdinfo").iterdir():
-        text = info.read_text()
+        try:
+            text = info.read_text()
+        except FileNotFoundError:  # closed meanwhile
+            continue
         if re.search(r"^lock:.*FLOCK", text, re.MULTILINE):
             flags = re.search(r"^flags:\s*([0-7]+)", text, re.MULTILINE)
             assert flags is not None

@@ -264,7 +264,11 @@ def test_ctrl_c_stops_it_and_running_it_again_does_the_rest(daemon: Daemon) -> N
     mount = mounted(daemon, build=False)
     before = snapshot(mount)
     words = ["sync", "move", "a", str(daemon.branch("a", "src")), str(daemon.branch("a", "dst"))]
-    client = subprocess.Popen([*COMMAND, *words], stderr=subprocess.PIPE, text=True, cwd="/", env=daemon.environment)
+    # Whoever runs the tests in the background may have us ignore SIGINT, and what we start with us.
+    client = subprocess.Popen(
+        ["env", "--default-signal=INT", *COMMAND, *words],
+        stderr=subprocess.PIPE, text=True, cwd="/", env=daemon.environment,
+    )  # fmt: skip
     until_moving(daemon)
     client.send_signal(signal.SIGINT)
     _, said = client.communicate(timeout=DEADLINE)

@@ -310,8 +310,10 @@ class InodeTable:
                 self._give_back()
 
     def _give_back(self) -> None:
-        """Return freed memory to the system, after most of what was known has been forgotten."""
-        self._trim_below = 0
+        """Return freed memory to the system, after most of what was known has been forgotten, and of the rest again."""
+        self._trim_below //= 8
+        self.nodes = dict(self.nodes)  # a dictionary never shrinks by itself
+        self._fd_dirs = dict(self._fd_dirs)
         _libc.malloc_trim(0)
 
     def _release_untold(self, node: Dir) -> None:
