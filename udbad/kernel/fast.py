@@ -273,6 +273,7 @@ class FastPath:
         except OSError as error:
             number = boundary.error_number(error)
         except Exception:
+            stats.bugs += 1
             number = errno.EIO
             log.exception("read failed")
         self._send(unique, number, body)
@@ -316,13 +317,13 @@ class FastPath:
             if room < 0:
                 break
             if name in _DOTS:
-                parts.append(wire.NO_ENTRY + wire.dirent(node.id, node.kind, name, after))
-                continue
-            parent = node.parent
-            ttl = 0.0 if parent is None else parent.ttl
-            parts.append(wire.entry_of_listing(node, st, ttl, attr_ttl(node, st), name, after))
-            node.nlookup += 1
-            referred.append(node.id)
+                parts.append(wire.NO_ENTRY)
+            else:
+                parent = node.parent
+                parts.append(wire.entry(node, st, 0.0 if parent is None else parent.ttl, attr_ttl(node, st)))
+                node.nlookup += 1
+                referred.append(node.id)
+            parts.append(wire.dirent(node.id, node.kind, name, after))
 
         def undo() -> None:
             for number in referred:

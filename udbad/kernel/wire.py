@@ -36,7 +36,6 @@ OPENED = struct.Struct("<QII")
 _ATTR_OUT = struct.Struct("<QIIQQQQQQIIIIIIIIII")
 _ENTRY_OUT = struct.Struct("<QQQQIIQQQQQQIIIIIIIIII")
 _DIRENT = struct.Struct("<QQII")
-_DIRENTPLUS = struct.Struct(_ENTRY_OUT.format + _DIRENT.format[1:])
 ENTRY_SIZE = _ENTRY_OUT.size
 DIRENT_SIZE = _DIRENT.size
 
@@ -79,25 +78,6 @@ def entry(node: Node, st: os.stat_result, entry_timeout: float, attr_timeout: fl
         atime % _BILLION, mtime % _BILLION, ctime % _BILLION,
         st.st_mode, st.st_nlink + node.nlink_extra, st.st_uid, st.st_gid, st.st_rdev & _U32, st.st_blksize, 0,
     )  # fmt: skip
-
-
-def entry_of_listing(
-    node: Node, st: os.stat_result, entry_timeout: float, attr_timeout: float, name: bytes, after: int
-) -> bytes:
-    """fuse_direntplus: `entry` and `dirent` in one, for there are many."""
-    entry_valid, entry_nsec = _seconds(entry_timeout)
-    attr_valid, attr_nsec = _seconds(attr_timeout)
-    atime, mtime, ctime = st.st_atime_ns, st.st_mtime_ns + node.nudge, st.st_ctime_ns
-    number = node.id
-    size = len(name)
-    return _DIRENTPLUS.pack(
-        number, 0, entry_valid, attr_valid, entry_nsec, attr_nsec,
-        number, st.st_size, st.st_blocks,
-        atime // _BILLION & _U64, mtime // _BILLION & _U64, ctime // _BILLION & _U64,
-        atime % _BILLION, mtime % _BILLION, ctime % _BILLION,
-        st.st_mode, st.st_nlink + node.nlink_extra, st.st_uid, st.st_gid, st.st_rdev & _U32, st.st_blksize, 0,
-        number, after, size, node.kind >> 12,
-    ) + name + _PADDING[size & 7]  # fmt: skip
 
 
 def negative(timeout: float) -> bytes:
