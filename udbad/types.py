@@ -15,6 +15,9 @@ Fh = NewType("Fh", int)
 ROOT_ID = NodeId(1)
 """FUSE_ROOT_ID (linux/fuse.h)."""
 
+MOVED_FROM, MOVED_TO, MADE, REMOVED = 0x40, 0x80, 0x100, 0x200
+"""What one system call did to one name in one branch directory; inotify's numbers for the event (inotify(7))."""
+
 
 class Caller(NamedTuple):
     """Who asks: ids and umask of the calling process, pid for messages (0: the kernel itself).

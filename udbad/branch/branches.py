@@ -82,6 +82,11 @@ class BranchSet:
 
     branches: tuple[Branch, ...]
     generation: int = 0
+    writable: tuple[bool, ...] = field(init=False)
+    """Of each branch, for the policies."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "writable", tuple(branch.writable for branch in self.branches))
 
     def __len__(self) -> int:
         return len(self.branches)

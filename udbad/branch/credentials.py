@@ -86,21 +86,21 @@ class Credentials:
         _libc.capset(self._header, ctypes.byref(data))
         self._creating_ref = ctypes.byref(self._creating)
 
-    @contextmanager
-    def creating(self, caller: Caller) -> Iterator[None]:
+    def creating(self, caller: Caller) -> _Creating:
         """Create objects as `caller`, with the caller's umask (ignored by the kernel under a default ACL)."""
+        return _Creating(self, caller)
+
+    def become(self, caller: Caller) -> None:
         os.umask(caller.umask)
-        switch = self.privileged and (caller.uid != 0 or caller.gid != 0)
-        if switch:
+        if self.privileged and (caller.uid != 0 or caller.gid != 0):
             syscalls.set_fs_ids(caller.uid, caller.gid)
             if caller.uid != 0:
                 _libc.capset(self._header, self._creating_ref)
-        try:
-            yield
-        finally:
-            if switch:
-                syscalls.set_fs_ids(0, 0)
-            os.umask(0)
+
+    def become_ourselves(self, caller: Caller) -> None:
+        if self.privileged and (caller.uid != 0 or caller.gid != 0):
+            syscalls.set_fs_ids(0, 0)
+        os.umask(0)
 
     @contextmanager
     def writing(self, uid: int, gid: int, group: int | None = None) -> Iterator[None]:
@@ -120,6 +120,22 @@ class Credentials:
             syscalls.set_fs_ids(0, 0)
             if group is not None:
                 syscalls.set_groups(self._groups)
+
+
+class _Creating:
+    """The `with` of `Credentials.creating`; a generator in its place would take several times as long."""
+
+    __slots__ = ("_caller", "_creds")
+
+    def __init__(self, creds: Credentials, caller: Caller) -> None:
+        self._creds = creds
+        self._caller = caller
+
+    def __enter__(self) -> None:
+        self._creds.become(self._caller)
+
+    def __exit__(self, *_: object) -> None:
+        self._creds.become_ourselves(self._caller)
 
 
 def sgid_group(caller: Caller, st: os.stat_result) -> int | None:

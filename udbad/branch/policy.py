@@ -1,6 +1,6 @@
 """Which branch receives a new object (create=) or a copy-up (cpup=); spec section 7, aufs(5) "Policies to Select One".
 
-Pure functions over a frozen `Snapshot` of what is known about NAME and its parent: no I/O, no
+Pure functions over a `Snapshot` of what is known about NAME and its parent: no I/O, no
 clock, no branch objects; the caller answers free space through a (caching) callable. The only state
 is the position of a round robin.
 
@@ -31,9 +31,11 @@ DEFAULT_CACHE_SECONDS: Final = 30
 MAX_CACHE_SECONDS: Final = 3600
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Snapshot:
     """What a policy may know about NAME in directory D; every index is a branch index, 0 on top.
+
+    Nobody changes one; a frozen dataclass would take as long to make as the file itself.
 
     writable: per branch. Clear it as well for a branch that cannot take the object for another
     reason, e.g. because a non-directory has the name of D there.
@@ -66,8 +68,11 @@ class Snapshot:
     @property
     def limit(self) -> int:
         """The largest index where an object called NAME would be seen."""
-        bounds = (self.whiteout, self.opaque, self.name_top)
-        return min(self.floor, len(self.writable) - 1, *(bound for bound in bounds if bound is not None))
+        limit = min(self.floor, len(self.writable) - 1)
+        for bound in (self.whiteout, self.opaque, self.name_top):
+            if bound is not None and bound < limit:
+                limit = bound
+        return limit
 
     def usable(self) -> list[int]:
         """Every branch that may be chosen, top first."""

@@ -120,6 +120,9 @@ class Coherence:
         if node.negatives is not None:
             node.negatives.discard(name)
 
+    def own_event(self, node: Dir, branch: Branch, name: bytes, event: int) -> None:
+        pass
+
     def own_mtime(self, node: Node) -> None:
         """An operation through the mount set the times of a node: they are shown as they are."""
         if type(node) is Dir and node.nudge:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat as st_mod
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ class NotifyCoherence(Coherence):
 
     def start(self) -> None:
         try:
-            self._watcher = Watcher(self._on_changes, self._on_overflow)
+            self._watcher = Watcher(self._on_changes, self._on_echo, self._on_overflow)
             self.events = self._watcher.fd
         except OSError as error:
             self._set_state("degraded", f"no inotify instance to be had ({error.strerror}); served as reval")
@@ -342,7 +343,21 @@ class NotifyCoherence(Coherence):
         if child is not None:
             self.own_data(child, False, st)
 
+    def own_event(self, node: Dir, branch: Branch, name: bytes, event: int) -> None:
+        entry = self._watched.get(node.id)
+        held = None if entry is None or entry.node is not node else entry.watches.get(branch.index)
+        if held is not None and self._watcher is not None:
+            self._watcher.expect(held[0], event, name)
+
     # -- events -------------------------------------------------------------------------------
+
+    def _on_echo(self, handle: object, kinds: int) -> None:
+        """An event that own_event announced."""
+        self._events += 1
+        self._echoes += 1
+        if isinstance(handle, _Place):
+            key = (handle.index, kinds)
+            self.branch_events[key] = self.branch_events.get(key, 0) + 1
 
     def _on_changes(self, changes: list[Change]) -> None:
         """One burst: each name once, however often it is mentioned."""
@@ -415,6 +430,8 @@ class NotifyCoherence(Coherence):
         if not node.trusted:
             return  # nothing is cached of it
         child = node.children.get(name)
+        if child is not None and not kinds & NAMES and self._content_changed(node, name, child, kinds):
+            return
         known_layers = [layer.identity for layer in child.layers] if type(child) is Dir else None
         try:
             found = lookup.resolve(self.tree, node, name)
@@ -476,6 +493,22 @@ class NotifyCoherence(Coherence):
         self.tree.table.detach(child, node, name)
         self._tell_entry(node, name)
         self._tell_object(child)
+
+    def _content_changed(self, node: Dir, name: bytes, child: Node, kinds: int) -> bool:
+        """Compare a file that keeps its name, without asking every branch; False when it may be another one by now."""
+        if type(child) is Dir or child.dead or child.plink is not None:
+            return False
+        layer = node.layer(child.branch.index)
+        if layer is None or layer.fd < 0:
+            return False
+        try:
+            st = syscalls.stat_at(layer.fd, name)
+        except OSError:
+            return False
+        if st.st_ino != child.ino or st.st_dev != child.dev or st_mod.S_IFMT(st.st_mode) != child.kind:
+            return False
+        self._compare(child, st, kinds)
+        return True
 
     def _compare(self, node: Node, st: os.stat_result, kinds: int) -> None:
         """Attributes of a node that is what it was: tell the kernel only when they differ from what it was told."""

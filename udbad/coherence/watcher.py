@@ -42,6 +42,8 @@ _EVENT = struct.Struct("iIII")
 """struct inotify_event (inotify(7)): watch descriptor, mask, cookie, length of the name that follows."""
 _READ_BYTES = 16 << 10
 """What one read(2) may bring: some hundred events, a few milliseconds of work."""
+_LONGEST = _EVENT.size + 256
+"""Bytes of an event with the longest name. When that had found room in a read(2), there were no more events."""
 
 NAMES, CONTENT, ATTRIBUTES, GONE = 1, 2, 4, 8
 """What a change concerns, as bits."""
@@ -83,18 +85,26 @@ class _Inotify(Inotify):
 class Watcher:
     """Watches for one mount. Event loop only.
 
-    on_changes: called with each burst; read_at: when its first event was read (time.monotonic). on_overflow:
-    events were lost (IN_Q_OVERFLOW).
+    on_changes: called with each burst; read_at: when its first event was read (time.monotonic). on_echo: called
+    with the handle and the kind bits of an event that was expected. on_overflow: events were lost (IN_Q_OVERFLOW).
     """
 
-    def __init__(self, on_changes: Callable[[list[Change]], None], on_overflow: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        on_changes: Callable[[list[Change]], None],
+        on_echo: Callable[[object, int], None],
+        on_overflow: Callable[[], None],
+    ) -> None:
         """Raises OSError (EMFILE) when no inotify instance can be had."""
         self._inotify = _Inotify()
         os.set_blocking(self._inotify.fd, False)  # asyncinotify's NONBLOCK is O_CLOEXEC
         self._handles: dict[int, list[object]] = {}
         """By watch descriptor; no number comes twice (inotify(7))."""
+        self._expected: dict[tuple[int, int, bytes], int] = {}
+        """Own events on their way to us, by watch descriptor, mask and name: how many."""
         self.read_at = 0.0
         self._on_changes = on_changes
+        self._on_echo = on_echo
         self._on_overflow = on_overflow
         self._closed = False
         self._loop: trio_asyncio.BaseTrioEventLoop | None = None
@@ -140,6 +150,16 @@ class Watcher:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
+
+    def expect(self, watch: Watch, mask: int, name: bytes) -> None:
+        """A system call of ours has sent this event, which tells nothing new. mask: one that says how a name changed.
+
+        Sent, so it is in the queue already. Another one that looks like it may be ahead of it, but not be merged with
+        it, as a name cannot come twice without going in between: of the two, one is looked at, and after both it
+        does not matter which.
+        """
+        key = (watch.wd, mask, name)
+        self._expected[key] = self._expected.get(key, 0) + 1
 
     async def run(self) -> None:
         """Hand on events until cancelled.
@@ -187,6 +207,7 @@ class Watcher:
         """One burst of events; how many there were."""
         data = self._inotify.read()
         self.read_at = monotonic()
+        expected = self._expected
         changes: list[Change] = []
         handled = at = 0
         while at < len(data):
@@ -198,14 +219,24 @@ class Watcher:
                 changes.clear()
                 self._on_overflow()
                 continue
+            name = data[at - length : at].rstrip(b"\0")
             handles = self._handles.get(wd)
             if handles is not None:
-                name = data[at - length : at].rstrip(b"\0")
+                key = (wd, mask, name)
+                if expected and key in expected:
+                    expected[key] -= 1
+                    if not expected[key]:
+                        del expected[key]
+                    for handle in handles:
+                        self._on_echo(handle, NAMES)
+                    continue
                 kinds = _kinds(mask)
                 changes += [Change(handle, name, kinds) for handle in handles]
             if mask & _IGNORED:
                 self._handles.pop(wd, None)
                 self._inotify.ignored(wd)
+        if len(data) <= _READ_BYTES - _LONGEST:
+            expected.clear()  # everything sent was read: what has not come was lost, and must not stand for another
         if changes:
             self._on_changes(changes)
         return handled

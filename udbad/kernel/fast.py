@@ -51,8 +51,8 @@ class _Later(Exception):
     """The reply comes from a thread: pread of (descriptor, size, offset)."""
 
 
-Handler = Callable[[int, int, Caller], bytes | bytearray]
-"""(node id, length of the request, who asks) to the body of the reply."""
+Handler = Callable[[int, int], bytes | bytearray]
+"""(node id, length of the request) to the body of the reply."""
 
 
 class FastPath:
@@ -83,7 +83,7 @@ class FastPath:
             if error.errno in _GONE:  # taken back while it was read
                 return True
             raise Ended from None
-        _, opcode, unique, node_id, uid, gid, pid, _, _ = wire.REQUEST.unpack_from(self._buffer)
+        opcode, unique, node_id = wire.REQUEST.unpack_from(self._buffer)
         row = self._handlers.get(opcode)
         if row is None:
             return not self._silent(opcode, node_id) and self._hand_over(unique, size)
@@ -92,7 +92,7 @@ class FastPath:
         number = 0
         body: bytes | bytearray = b""
         try:
-            body = handler(node_id, size, Caller(uid, gid, pid, 0))
+            body = handler(node_id, size)
         except NeedCopyUp:
             return self._hand_over(unique, size)
         except _Later as later:
@@ -106,8 +106,10 @@ class FastPath:
             stats.bugs += 1
             number = errno.EIO
             log.exception("%s of node %d failed", HANDLERS[opcode], node_id)
+        undo, self._undo = self._undo, None
         stats.count(perf_counter() - start, number)
-        self._reply(unique, number, body)
+        if not self._send(unique, number, body) and undo is not None:
+            undo()
         return True
 
     def _silent(self, opcode: int, node_id: int) -> bool:
@@ -133,7 +135,7 @@ class FastPath:
             self._pyfuse3s.send(self._view[:size])
         except OSError as error:
             log.error("cannot hand over a request: %s", error.strerror)
-            self._reply(unique, errno.EIO, b"")
+            self._send(unique, errno.EIO, b"")
             return True
         return False
 
@@ -152,11 +154,6 @@ class FastPath:
         except BlockingIOError:
             return
 
-    def _reply(self, unique: int, number: int, body: bytes | bytearray) -> None:
-        undo, self._undo = self._undo, None
-        if not self._send(unique, number, body) and undo is not None:
-            undo()
-
     def _send(self, unique: int, number: int, body: bytes | bytearray) -> bool:
         """Any thread. False when the kernel has not taken the answer, because whoever asked was killed meanwhile."""
         try:
@@ -172,6 +169,10 @@ class FastPath:
             return False
         return True
 
+    def _caller(self, umask: int = 0) -> Caller:
+        uid, gid, pid = wire.CALLER.unpack_from(self._buffer, wire.CALLER_AT)
+        return Caller(uid, gid, pid, umask)
+
     def _name(self, start: int, size: int) -> bytes:
         return bytes(self._view[start : size - 1])
 
@@ -183,7 +184,7 @@ class FastPath:
         node.nlookup += 1
         return wire.entry(node, st, 0.0 if parent is None else parent.ttl, self.coherence.attr_ttl(node, st))
 
-    def _lookup(self, parent: int, size: int, caller: Caller) -> bytes:
+    def _lookup(self, parent: int, size: int) -> bytes:
         fs = self.fs
         name = self._name(wire.BODY, size)
         found = fs.lookup(parent, name)
@@ -197,27 +198,27 @@ class FastPath:
         self._undo = lambda: fs.forget(node.id, 1)
         return self._entry(node, found[1])
 
-    def _unlink(self, parent: int, size: int, caller: Caller) -> bytes:
+    def _unlink(self, parent: int, size: int) -> bytes:
         self.fs.unlink(parent, self._name(wire.BODY, size))
         return b""
 
-    def _rename(self, src_dir: int, size: int, caller: Caller) -> bytes:
+    def _rename(self, src_dir: int, size: int) -> bytes:
         (dst_dir,) = wire.QWORD.unpack_from(self._buffer, wire.BODY)
         src, dst = self._name(wire.BODY + 8, size).split(b"\0")
         self.fs.rename(src_dir, src, dst_dir, dst, 0)
         return b""
 
-    def _rename2(self, src_dir: int, size: int, caller: Caller) -> bytes:
+    def _rename2(self, src_dir: int, size: int) -> bytes:
         (dst_dir,) = wire.QWORD.unpack_from(self._buffer, wire.BODY)
         flags, _ = wire.TWO_WORDS.unpack_from(self._buffer, wire.BODY + 8)
         src, dst = self._name(wire.BODY + 16, size).split(b"\0")
         self.fs.rename(src_dir, src, dst_dir, dst, flags)
         return b""
 
-    def _create(self, parent: int, size: int, caller: Caller) -> bytes:
+    def _create(self, parent: int, size: int) -> bytes:
         flags, mode, umask, _ = wire.FOUR_WORDS.unpack_from(self._buffer, wire.BODY)
         name = self._name(wire.BODY + 16, size)
-        handle, st = self.fs.create(parent, name, flags, mode & 0o7777, caller._replace(umask=umask))
+        handle, st = self.fs.create(parent, name, flags, mode & 0o7777, self._caller(umask))
         node = handle.node
         self.coherence.keep_cache(node, st)
 
@@ -230,13 +231,13 @@ class FastPath:
 
     # -- attributes ---------------------------------------------------------------------------
 
-    def _getattr(self, node_id: int, size: int, caller: Caller) -> bytes:
+    def _getattr(self, node_id: int, size: int) -> bytes:
         node, st = self.fs.getattr(node_id)
         if type(node) is Dir and node.cached_opens and not node.trusted:
             node.nudge += 1  # somebody who has it open from better times must not be shown a listing of then
         return wire.attributes(node, st, self.coherence.attr_ttl(node, st))
 
-    def _getxattr(self, node_id: int, size: int, caller: Caller) -> bytes:
+    def _getxattr(self, node_id: int, size: int) -> bytes:
         room, _ = wire.TWO_WORDS.unpack_from(self._buffer, wire.BODY)
         value = self.fs.getxattr(node_id, self._name(wire.BODY + 8, size))
         if room == 0:
@@ -247,13 +248,13 @@ class FastPath:
 
     # -- files --------------------------------------------------------------------------------
 
-    def _open(self, node_id: int, size: int, caller: Caller) -> bytes:
+    def _open(self, node_id: int, size: int) -> bytes:
         flags, _ = wire.TWO_WORDS.unpack_from(self._buffer, wire.BODY)
-        handle, st = self.fs.open(node_id, flags, caller)
+        handle, st = self.fs.open(node_id, flags, self._caller())
         self._undo = lambda: self.fs.release(handle.fh)
         return wire.OPENED.pack(handle.fh, wire.KEEP_CACHE if self.coherence.keep_cache(handle.node, st) else 0, 0)
 
-    def _read(self, node_id: int, size: int, caller: Caller) -> bytearray:
+    def _read(self, node_id: int, size: int) -> bytearray:
         fh, offset, wanted = wire.READ_IN.unpack_from(self._buffer, wire.BODY)
         handle = self.fs.ready(fh)
         data = syscalls.read_cached(handle.fd, wanted, offset)
@@ -283,19 +284,19 @@ class FastPath:
         """Wait for the reads under way; after the end of the connection, before the descriptor is closed."""
         self._readers.shutdown()
 
-    def _write(self, node_id: int, size: int, caller: Caller) -> bytes:
+    def _write(self, node_id: int, size: int) -> bytes:
         fh, offset, length = wire.READ_IN.unpack_from(self._buffer, wire.BODY)
         data = self._view[wire.WRITE_DATA : wire.WRITE_DATA + length]
         return wire.TWO_WORDS.pack(self.fs.write(fh, offset, data), 0)
 
-    def _release(self, node_id: int, size: int, caller: Caller) -> bytes:
+    def _release(self, node_id: int, size: int) -> bytes:
         self.fs.release(wire.QWORD.unpack_from(self._buffer, wire.BODY)[0])
         return b""
 
     # -- directories --------------------------------------------------------------------------
 
-    def _opendir(self, node_id: int, size: int, caller: Caller) -> bytes:
-        handle = self.fs.opendir(node_id, caller.pid)
+    def _opendir(self, node_id: int, size: int) -> bytes:
+        handle = self.fs.opendir(node_id, self._caller().pid)
         node = handle.node
         flags = 0
         if node.ttl and not self.fs.tree.options.show_whiteouts:
@@ -305,7 +306,7 @@ class FastPath:
         self._undo = lambda: self.fs.releasedir(handle.fh)
         return wire.OPENED.pack(handle.fh, flags, 0)
 
-    def _readdir(self, node_id: int, size: int, caller: Caller) -> bytes:
+    def _readdir(self, node_id: int, size: int) -> bytes:
         """READDIRPLUS: each entry but "." and ".." is a reference that the kernel takes."""
         fh, start, room = wire.READ_IN.unpack_from(self._buffer, wire.BODY)
         coherence = self.coherence
@@ -335,7 +336,7 @@ class FastPath:
             table.trim()
         return b"".join(parts)
 
-    def _releasedir(self, node_id: int, size: int, caller: Caller) -> bytes:
+    def _releasedir(self, node_id: int, size: int) -> bytes:
         self.fs.releasedir(wire.QWORD.unpack_from(self._buffer, wire.BODY)[0])
         return b""
 

@@ -60,7 +60,6 @@ class _Timespec(ctypes.Structure):
 # ppoll(2): select.poll knows milliseconds only, select.select no descriptor above 1023.
 _ppoll = ctypes.CDLL(None).ppoll
 _BLOCK = ctypes.byref(_Timespec(0, int(BLOCK_SECONDS * 1e9)))
-_LOOK = ctypes.byref(_Timespec(0, 0))
 _LINGER = ctypes.byref(_Timespec(0, int(LINGER_SECONDS * 1e9)))
 
 
@@ -94,6 +93,10 @@ class Reader:
         """Whether the last request came within SPIN_SECONDS."""
         self._tasks, others = trios()
         self._most, self._linger = (TIMER_SECONDS, _LINGER) if others >= 0 else (TURN_SECONDS, _BLOCK)
+        look = select.poll()  # half the time of _ppoll, for what need not wait
+        look.register(fd, select.POLLIN)
+        look.register(pyfuse3s, select.POLLIN)
+        self._look = look.poll
         # poll(2) leaves a negative descriptor out.
         self._polls = (_PollFd * 4)(*(_PollFd(each, select.POLLIN, 0) for each in (fd, pyfuse3s, others, -1)))
 
@@ -108,42 +111,51 @@ class Reader:
         requests, answers, others, events = self._polls
         coherence = self._fast.coherence
         events.fd = coherence.events
+        look = self._look
+        take = self._fast.take
         while True:
             now = perf_counter()
-            others.revents = events.revents = 0
+            asked = answered = False
             ready = 0
             if not self._tasks and now - self._turn < self._most:
                 while self._at_once and not ready:
-                    ready = _ppoll(self._polls, 2, _LOOK, None)
+                    for number, _ in look(0):
+                        ready = 1
+                        if number == self._fd:
+                            asked = True
+                        else:
+                            answered = True
                     self._at_once = perf_counter() - now < SPIN_SECONDS
                 if not ready:
+                    others.revents = events.revents = 0
                     if now - self._looked < TURN_SECONDS:
                         ready = _ppoll(self._polls, 2, _BLOCK, None)
                     if not ready:
                         ready = _ppoll(self._polls, 4, self._linger, None)
                     self._at_once = self._may_spin and perf_counter() - now < SPIN_SECONDS
-            if events.revents:
-                coherence.take_events()
-                self._looked = perf_counter()
-                continue
-            if ready <= 0 or others.revents:  # -1: EINTR
+                    if events.revents:
+                        coherence.take_events()
+                        self._looked = perf_counter()
+                        continue
+                    if others.revents:
+                        ready = 0
+                    asked, answered = requests.revents != 0, answers.revents != 0
+            if ready <= 0:  # -1: EINTR
                 await trio.lowlevel.wait_readable(self._fd)
                 boundary.settle()
                 coherence = self._fast.coherence  # another one since the mode was changed
                 events.fd = coherence.events
                 self._turn = self._looked = perf_counter()
                 continue
-            if answers.revents:
+            if answered:
                 self._fast.relay()
-            if requests.revents and not self._take():
-                return
-
-    def _take(self) -> bool:
-        try:
-            return self._fast.take()
-        except Ended:
-            self._on_end()
-            return False
+            if asked:
+                try:
+                    if not take():
+                        return
+                except Ended:
+                    self._on_end()
+                    return
 
     async def relay(self, scope: trio.CancelScope) -> None:
         """Pass on answers that come while nobody waits for a request, until the scope is cancelled."""

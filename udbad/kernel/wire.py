@@ -11,9 +11,11 @@ from functools import lru_cache
 
 from udbad.inodes.table import Node
 
-REQUEST = struct.Struct("<IIQQIIIHH")
-"""fuse_in_header: length, opcode, unique, node id, uid, gid, pid, length of extensions, padding."""
-BODY = REQUEST.size
+REQUEST = struct.Struct("<4xIQQ")
+"""Of fuse_in_header: opcode, unique, node id; the length before them is known."""
+CALLER, CALLER_AT = struct.Struct("<III"), REQUEST.size
+"""uid, gid, pid; after them the length of extensions, and padding."""
+BODY = 40
 REPLY = struct.Struct("<IiQ")
 """fuse_out_header: length, error, unique."""
 

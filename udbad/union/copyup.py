@@ -64,15 +64,15 @@ def snapshot(
 ) -> Snapshot:
     """What a policy may know about a name in `parent`."""
     return Snapshot(
-        writable=tuple(branch.writable for branch in tree.branches.branches),
-        parent=frozenset(layer.branch.index for layer in parent.layers),
-        parent_top=parent.layers[0].branch.index,
-        name_top=name_top,
-        whiteout=whited,
-        opaque=parent.opaque,
-        floor=parent.floor,
-        free=tree.free_reader(max_age),
-        is_dir=is_dir,
+        tree.branches.writable,
+        {layer.branch.index for layer in parent.layers},
+        parent.layers[0].branch.index,
+        name_top,
+        whited,
+        parent.opaque,
+        parent.floor,
+        tree.free_reader(max_age),
+        is_dir,
     )
 
 

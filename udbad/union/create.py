@@ -17,7 +17,7 @@ from udbad.branch.branches import Branch
 from udbad.branch.credentials import Credentials
 from udbad.errors import enoent, erofs, os_error
 from udbad.inodes.table import Dir, Node
-from udbad.types import Caller, Trigger
+from udbad.types import MADE, Caller, Trigger
 from udbad.union import copyup, lookup, whiteout
 from udbad.union.tree import NeedCopyUp, Tree
 
@@ -35,10 +35,12 @@ def prepare(tree: Tree, parent: Dir, name: bytes, is_dir: bool = False) -> Targe
     """Check the name and choose the branch. Raises EEXIST, EROFS, EPERM (.wh.*), ENAMETOOLONG, ENOENT."""
     check_free(tree, parent, name)
     policy = tree.options.create
-    shot = copyup.snapshot(tree, parent, None, tree.whited, is_dir, policy.cache_seconds)
+    whited = tree.whited
+    shot = copyup.snapshot(tree, parent, None, whited, is_dir, policy.cache_seconds)
     branch = tree.branches[policy.select(shot)]
+    asked = lookup.asked_for_whiteout(parent, branch, whited)
     dirfd = copyup.ensure_dir(tree, parent, branch)
-    return Target(branch, dirfd, whiteout.present(dirfd, name))
+    return Target(branch, dirfd, not asked and whiteout.present(dirfd, name))
 
 
 def check_free(tree: Tree, parent: Dir, name: bytes) -> None:
@@ -84,6 +86,7 @@ def create_file(
     target = prepare(tree, parent, name)
     with creds.creating(caller):
         fd = syscalls.create_file_at(target.dirfd, name, flags, mode)
+    tree.hooks.own_event(parent, target.branch, name, MADE)
     try:
         _finish(tree, parent, name, target)
         st = os.fstat(fd)

@@ -77,6 +77,14 @@ def resolve(tree: Tree, parent: Dir, name: bytes, below: int = -1) -> Found | No
         tree.examined = examined
 
 
+def asked_for_whiteout(parent: Dir, branch: Branch, whited: int | None) -> bool:
+    """Whether a search that found nothing has shown that there is no whiteout on `branch` either.
+
+    whited: tree.whited as `resolve` left it. It asks every layer for one, but for the last, where it hides nothing.
+    """
+    return whited is None and branch.index < parent.layers[-1].branch.index and parent.layer(branch.index) is not None
+
+
 def _merge(tree: Tree, parent: Dir, name: bytes, first: int, st: os.stat_result) -> Found | None:
     """Collect the layers of a directory whose topmost copy is at position `first` of the parent.
 

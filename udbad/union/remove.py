@@ -14,6 +14,7 @@ from udbad.branch import syscalls
 from udbad.branch.branches import Branch
 from udbad.errors import enoent, erofs, os_error
 from udbad.inodes.table import Dir, Node
+from udbad.types import REMOVED
 from udbad.union import copyup, lookup, plink, readdir, whiteout
 from udbad.union.lookup import Found
 from udbad.union.tree import Tree
@@ -40,14 +41,14 @@ def find(tree: Tree, parent: Dir, name: bytes) -> Found:
 
 def covered_below(tree: Tree, parent: Dir, name: bytes, branch: Branch) -> bool:
     """Whether removing `name` from `branch` would let a lower object appear."""
-    layer = parent.layer(branch.index)
-    if layer is not None and branch.whable and whiteout.present(tree.layer_fd(parent, layer), name):
+    if branch.index >= parent.layers[-1].branch.index:
         return False
     found = lookup.resolve(tree, parent, name, below=branch.index)
     if found is None:
         return False
     lookup.discard(tree, parent, name, found)
-    return True
+    layer = parent.layer(branch.index)
+    return layer is None or not branch.whable or not whiteout.present(tree.layer_fd(parent, layer), name)
 
 
 def choose(tree: Tree, parent: Dir, found: Found) -> Branch:
@@ -76,6 +77,8 @@ def unlink(tree: Tree, parent: Dir, name: bytes) -> None:
             if made:
                 whiteout.remove(dirfd, name)
             raise
+        else:
+            tree.hooks.own_event(parent, branch, name, REMOVED)
     gone(tree, parent, name, found.st, branch is not top)
     lookup.remember(parent, name, None)
     tree.hooks.own_change(parent, name)

@@ -16,7 +16,7 @@ from udbad.branch import syscalls
 from udbad.branch.branches import Branch
 from udbad.errors import enoent, os_error
 from udbad.inodes.table import Dir, Node
-from udbad.types import Trigger
+from udbad.types import MOVED_FROM, MOVED_TO, Trigger
 from udbad.union import copyup, lookup, readdir, remove, whiteout
 from udbad.union.lookup import Found
 from udbad.union.tree import NeedCopyUp, Tree
@@ -63,7 +63,8 @@ def rename(tree: Tree, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, flags
     limit = dst_dir.floor if whited is None else min(dst_dir.floor, whited)
     limit = limit if found is None else min(limit, found.branch.index)
     branch = _target(tree, src_dir, src, source, src_node, limit)
-    _move(tree, src_dir, src, src_node, dst_dir, dst, dst_node, found, branch)
+    bare = found is None and lookup.asked_for_whiteout(dst_dir, branch, whited)
+    _move(tree, src_dir, src, src_node, dst_dir, dst, dst_node, found, branch, bare)
     if known[0] not in (None, src_node) or not src_node.nlookup:
         # Replaced directly just before. The kernel has moved what it knew under the old name.
         tree.hooks.parted(dst_dir, dst)
@@ -101,27 +102,32 @@ def _target(tree: Tree, parent: Dir, name: bytes, found: Found, node: Node, limi
 
 def _move(
     tree: Tree, src_dir: Dir, src: bytes, src_node: Node, dst_dir: Dir, dst: bytes,
-    dst_node: Node | None, found: Found | None, branch: Branch,
+    dst_node: Node | None, found: Found | None, branch: Branch, bare: bool,
 ) -> None:  # fmt: skip
+    """bare: nothing has the new name in any layer, and no whiteout on `branch` hides it."""
     src_fd = copyup.ensure_dir(tree, src_dir, branch)
     dst_fd = copyup.ensure_dir(tree, dst_dir, branch)
-    had_whiteout = whiteout.present(dst_fd, dst)
-    lower_dst = not had_whiteout and remove.covered_below(tree, dst_dir, dst, branch)
-    dst_here = found is not None and found.branch is branch
-    with ExitStack() as undo:
-        if remove.covered_below(tree, src_dir, src, branch) and whiteout.create(branch, src_fd, src):
-            undo.callback(whiteout.remove, src_fd, src)
+    had_whiteout = not bare and whiteout.present(dst_fd, dst)
+    lower_dst = not bare and not had_whiteout and remove.covered_below(tree, dst_dir, dst, branch)
+    hidden = remove.covered_below(tree, src_dir, src, branch) and whiteout.create(branch, src_fd, src)
+    marked = False
+    try:
         if type(src_node) is Dir:
             if had_whiteout or lower_dst or tree.options.opaque_always:
-                _make_opaque(tree, src_node, branch, undo)
-            if dst_here:
+                marked = _make_opaque(tree, src_node, branch)
+            if found is not None and found.branch is branch:
                 # Only an empty directory can be replaced: hide what its marks hid, then take them out. The
                 # whiteout stays also when the rename fails, as the marks do not come back.
                 if lower_dst and whiteout.create(branch, dst_fd, dst):
                     had_whiteout = True
                 remove.purge(dst_fd, dst)
         syscalls.rename_at(src_fd, src, dst_fd, dst)
-        undo.pop_all()
+    except BaseException:
+        if marked:
+            _unmark(tree, src_node, branch)
+        if hidden:
+            whiteout.remove(src_fd, src)
+        raise
     # The rename is done and cannot be taken back: what follows only tidies up.
     if had_whiteout:
         try:
@@ -137,13 +143,20 @@ def _move(
     _moved(tree, src_node, src_dir, src, dst_dir, dst, branch, dst_fd)
 
 
-def _make_opaque(tree: Tree, node: Dir, branch: Branch, undo: ExitStack) -> None:
+def _make_opaque(tree: Tree, node: Node, branch: Branch) -> bool:
     """Mark a directory that is about to move, while it is under its old name: what is below it there is
-    whited out already, so the mark changes nothing visible yet."""
+    whited out already, so the mark changes nothing visible yet. False when it had a mark."""
+    assert type(node) is Dir
     fd = tree.branch_fd(node, branch)
-    if not whiteout.opaque(fd):
-        whiteout.make_opaque(branch, fd)
-        undo.callback(syscalls.unlink_at, fd, whiteout.OPAQUE)
+    if whiteout.opaque(fd):
+        return False
+    whiteout.make_opaque(branch, fd)
+    return True
+
+
+def _unmark(tree: Tree, node: Node, branch: Branch) -> None:
+    assert type(node) is Dir
+    syscalls.unlink_at(tree.branch_fd(node, branch), whiteout.OPAQUE)
 
 
 def _moved(
@@ -155,6 +168,8 @@ def _moved(
         _resettle(tree, src_dir, src)
         _resettle(tree, dst_dir, dst)
         return
+    tree.hooks.own_event(src_dir, branch, src, MOVED_FROM)
+    tree.hooks.own_event(dst_dir, branch, dst, MOVED_TO)
     tree.table.detach(node, src_dir, src)
     tree.table.attach(node, dst_dir, dst)
     # A file is on one branch, and what was below its old name has been hidden: no need to ask every branch again.
@@ -199,10 +214,10 @@ def _exchange(
     src_fd = copyup.ensure_dir(tree, src_dir, branch)
     dst_fd = copyup.ensure_dir(tree, dst_dir, branch)
     with ExitStack() as undo:
-        if type(src_node) is Dir and remove.covered_below(tree, dst_dir, dst, branch):
-            _make_opaque(tree, src_node, branch, undo)
-        if type(dst_node) is Dir and remove.covered_below(tree, src_dir, src, branch):
-            _make_opaque(tree, dst_node, branch, undo)
+        for node, parent, name in ((src_node, dst_dir, dst), (dst_node, src_dir, src)):
+            covers = type(node) is Dir and remove.covered_below(tree, parent, name, branch)
+            if covers and _make_opaque(tree, node, branch):
+                undo.callback(_unmark, tree, node, branch)
         syscalls.rename_at(src_fd, src, dst_fd, dst, syscalls.RENAME_EXCHANGE)
         undo.pop_all()
     tree.table.detach(src_node, src_dir, src)

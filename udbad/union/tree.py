@@ -66,6 +66,13 @@ class Hooks(Protocol):
         st: attributes of what the name stands for now, if they are known.
         """
 
+    def own_event(self, node: Dir, branch: Branch, name: bytes, event: int) -> None:
+        """A system call of ours has just changed the name of what is no directory, in one branch directory.
+
+        It succeeded, so that it has sent exactly one event, `event` (types.MADE and the like). What the name stands
+        for now is told by `own_change`.
+        """
+
     def own_mtime(self, node: Node) -> None:
         """An operation through the mount set the modification time of this node."""
 
