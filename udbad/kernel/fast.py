@@ -86,7 +86,7 @@ class FastPath:
         opcode, unique, node_id = wire.REQUEST.unpack_from(self._buffer)
         row = self._handlers.get(opcode)
         if row is None:
-            return not self._silent(opcode, node_id) and self._hand_over(unique, size)
+            return self._silent(opcode, node_id) or self._hand_over(unique, size)
         handler, stats = row
         start = perf_counter()
         number = 0
