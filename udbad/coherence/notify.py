@@ -429,6 +429,8 @@ class NotifyCoherence(Coherence):
             return
         if not node.trusted:
             return  # nothing is cached of it
+        if kinds & NAMES:
+            node.muddle(name)
         child = node.children.get(name)
         if child is not None and not kinds & NAMES and self._content_changed(node, name, child, kinds):
             return

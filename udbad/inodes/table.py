@@ -36,6 +36,10 @@ LOAD_AT_LEAST = 16
 """Questions about a directory's names, times its branches, that are never worth reading it."""
 
 
+MOST_UNCLEAR = 10_000
+"""Names of one directory; with more, every question about one is asked of the branches."""
+
+
 class Plink:
     """A pseudo-link: the copied-up home of a file whose other names are still on lower branches.
 
@@ -138,7 +142,9 @@ class Dir(Node):
     directory and its ancestors). trusted: layers and view may be used without asking the branches,
     decided by the coherence strategy; ttl: how long the kernel may keep entries of this directory.
     probes: branches asked for single names since the view was lost; load_at: how many cost less than loading it.
-    view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again. negatives: names that
+    view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again. unclear: what else is in
+    the layers: names that have a whiteout, or that are in several layers, or had or were since the view was loaded
+    (None: it could be any). negatives: names that
     the kernel was told not to exist, and may remember. times, version, resolved: of a directory that is not
     trusted, the times its branch directories had when it was last asked (None: they tell nothing), a number that is
     raised when they differ, and its parent's number when its own layers were found. listed: the kernel may have a
@@ -163,6 +169,7 @@ class Dir(Node):
         "times",
         "trusted",
         "ttl",
+        "unclear",
         "version",
         "view",
     )
@@ -175,6 +182,7 @@ class Dir(Node):
         self.floor = 0
         self.children: dict[bytes, Node] = {}
         self.view: dict[bytes, Hit | None] | None = None
+        self.unclear: set[bytes] | None = None
         self.negatives: set[bytes] | None = None
         self.trusted = False
         self.ttl = 0.0
@@ -197,6 +205,14 @@ class Dir(Node):
         self.ttl = 0.0
         self.times = None
         self.resolved = -1
+
+    def muddle(self, name: bytes) -> None:
+        """A name got a whiteout, or came to be in several layers, or may have."""
+        unclear = self.unclear
+        if unclear is not None:
+            unclear.add(name)
+            if len(unclear) > MOST_UNCLEAR:
+                self.unclear = None
 
     def layer(self, index: int) -> Layer | None:
         """The layer on the branch with this index, if the directory exists there."""

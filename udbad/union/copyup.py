@@ -141,6 +141,7 @@ def _copy_dir(tree: Tree, node: Dir, branch: Branch, parent_fd: int) -> int:
     tree.table.note_fds(node)
     parent = node.parent
     assert parent is not None
+    parent.muddle(node.name)
     node.layers = layers
     if position == 0:
         node.branch, node.dev, node.ino = branch, made.st_dev, made.st_ino
@@ -422,6 +423,7 @@ def _settle(
 ) -> None:  # fmt: skip
     """The copy has its name: from now on the node's data is there, under the number it always had."""
     old = node.identity
+    parent.muddle(name)
     names = src.st_nlink + node.nlink_extra  # less those that were removed
     node.nlink_extra = 0
     node.branch, node.dev, node.ino = branch, made.st_dev, made.st_ino
@@ -477,6 +479,7 @@ def _link_plink(tree: Tree, node: Node, parent: Dir, name: bytes) -> None:
         syscalls.unlink_at(dirfd, tmp)
         raise
     plink.name_arrived(node)
+    parent.muddle(name)
     if parent.view is not None:
         parent.view[name] = home.branch.index
     _restore_times(dirfd, (before.st_atime_ns, before.st_mtime_ns))

@@ -33,18 +33,21 @@ class Target:
 
 def prepare(tree: Tree, parent: Dir, name: bytes, is_dir: bool = False) -> Target:
     """Check the name and choose the branch. Raises EEXIST, EROFS, EPERM (.wh.*), ENAMETOOLONG, ENOENT."""
-    check_free(tree, parent, name)
+    nowhere = check_free(tree, parent, name)
     policy = tree.options.create
     whited = tree.whited
     shot = copyup.snapshot(tree, parent, None, whited, is_dir, policy.cache_seconds)
     branch = tree.branches[policy.select(shot)]
-    asked = lookup.asked_for_whiteout(parent, branch, whited)
+    asked = nowhere or lookup.asked_for_whiteout(parent, branch, whited)
     dirfd = copyup.ensure_dir(tree, parent, branch)
     return Target(branch, dirfd, not asked and whiteout.present(dirfd, name))
 
 
-def check_free(tree: Tree, parent: Dir, name: bytes) -> None:
-    """Raises EEXIST when the union has the name; leaves tree.whited as the search for it did."""
+def check_free(tree: Tree, parent: Dir, name: bytes) -> bool:
+    """Raises EEXIST when the union has the name; leaves tree.whited as the search for it did.
+
+    True when no branch has it, nor a whiteout for it.
+    """
     whiteout.check_name(name)
     if tree.options.read_only:
         raise erofs()
@@ -52,10 +55,14 @@ def check_free(tree: Tree, parent: Dir, name: bytes) -> None:
         raise enoent()
     if not parent.trusted:
         lookup.refresh(tree, parent)
+    if lookup.only_on(tree, parent, name) == lookup.NOWHERE:
+        tree.whited = None
+        return True
     found = lookup.resolve(tree, parent, name)
     if found is not None:
         lookup.discard(tree, parent, name, found)
         raise os_error(errno.EEXIST)
+    return False
 
 
 def _finish(tree: Tree, parent: Dir, name: bytes, target: Target) -> None:

@@ -77,6 +77,22 @@ def resolve(tree: Tree, parent: Dir, name: bytes, below: int = -1) -> Found | No
         tree.examined = examined
 
 
+UNCLEAR, NOWHERE = -2, -1
+
+
+def only_on(tree: Tree, parent: Dir, name: bytes) -> int:
+    """The branch that alone has a name, as an object and without any whiteout, according to the directory's view.
+
+    NOWHERE when no branch has either; UNCLEAR when they have to be asked, for a directory always.
+    """
+    unclear = parent.unclear
+    view = parent.view
+    if unclear is None or view is None or name in unclear or not parent.trusted or tree.in_doubt:
+        return UNCLEAR
+    hit = view.get(name, NOWHERE)
+    return hit if type(hit) is int else UNCLEAR
+
+
 def asked_for_whiteout(parent: Dir, branch: Branch, whited: int | None) -> bool:
     """Whether a search that found nothing has shown that there is no whiteout on `branch` either.
 

@@ -53,6 +53,13 @@ def steps(tree: Tree, parts: Sequence[bytes], options: Options, halt: Halt) -> G
 
     Returns the paths of the two branches and the size in bytes. Raises UserError: REFUSED, with the rule; OSError.
     """
+    with tree.carrying():
+        return (yield from _attempts(tree, parts, options, halt))
+
+
+def _attempts(
+    tree: Tree, parts: Sequence[bytes], options: Options, halt: Halt
+) -> Generator[Work, None, dict[str, Any]]:
     for attempt in range(_ATTEMPTS):
         plan = _check(tree, parts, options)
         copy = _begin(tree, parts, plan)

@@ -43,6 +43,8 @@ def covered_below(tree: Tree, parent: Dir, name: bytes, branch: Branch) -> bool:
     """Whether removing `name` from `branch` would let a lower object appear."""
     if branch.index >= parent.layers[-1].branch.index:
         return False
+    if lookup.UNCLEAR < lookup.only_on(tree, parent, name) <= branch.index:
+        return False
     found = lookup.resolve(tree, parent, name, below=branch.index)
     if found is None:
         return False
@@ -79,6 +81,8 @@ def unlink(tree: Tree, parent: Dir, name: bytes) -> None:
             raise
         else:
             tree.hooks.own_event(parent, branch, name, REMOVED)
+    if made:
+        parent.muddle(name)
     gone(tree, parent, name, found.st, branch is not top)
     lookup.remember(parent, name, None)
     tree.hooks.own_change(parent, name)
@@ -137,6 +141,8 @@ def rmdir(tree: Tree, parent: Dir, name: bytes) -> None:
             if made:
                 whiteout.remove(dirfd, name)
             raise
+    if made:
+        parent.muddle(name)
     tree.table.detach(node, parent, name)
     bury(tree, node)
     lookup.remember(parent, name, None)

@@ -41,8 +41,9 @@ def rename(tree: Tree, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, flags
         raise enoent()
     if not dst_dir.trusted:
         lookup.refresh(tree, dst_dir)
-    found = lookup.resolve(tree, dst_dir, dst)
-    whited = tree.whited
+    nowhere = lookup.only_on(tree, dst_dir, dst) == lookup.NOWHERE
+    found = None if nowhere else lookup.resolve(tree, dst_dir, dst)
+    whited = None if nowhere else tree.whited
     dst_node = None
     if found is not None:
         dst_node, _ = lookup.intern(tree, dst_dir, dst, found)
@@ -63,7 +64,7 @@ def rename(tree: Tree, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, flags
     limit = dst_dir.floor if whited is None else min(dst_dir.floor, whited)
     limit = limit if found is None else min(limit, found.branch.index)
     branch = _target(tree, src_dir, src, source, src_node, limit)
-    bare = found is None and lookup.asked_for_whiteout(dst_dir, branch, whited)
+    bare = nowhere or (found is None and lookup.asked_for_whiteout(dst_dir, branch, whited))
     _move(tree, src_dir, src, src_node, dst_dir, dst, dst_node, found, branch, bare)
     if known[0] not in (None, src_node) or not src_node.nlookup:
         # Replaced directly just before. The kernel has moved what it knew under the old name.
@@ -129,6 +130,8 @@ def _move(
             whiteout.remove(src_fd, src)
         raise
     # The rename is done and cannot be taken back: what follows only tidies up.
+    if not bare:
+        dst_dir.muddle(dst)
     if had_whiteout:
         try:
             whiteout.remove(dst_fd, dst)

@@ -111,6 +111,10 @@ class Sync:
 
     def steps(self) -> Steps:
         """All of it. Raises OSError, about `progress.current`: ECANCELED when halted, what the branches said else."""
+        with self.tree.carrying():
+            yield from self._all()
+
+    def _all(self) -> Steps:
         try:
             yield self._measure
             for _ in range(_PASSES if self.move else 1):

@@ -10,7 +10,8 @@ import errno
 import os
 import stat as st_mod
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -142,6 +143,8 @@ class Tree:
         self.whited: int | None = None
         self.trash: list[tuple[int, bytes]] = []
         """Branch directories out of sight that the background has to remove: (parent descriptor, name)."""
+        self.in_doubt = 0
+        """How many `carrying` are under way."""
         self._free: dict[int, tuple[float, int]] = {}
         self._version = 0
         layers = []
@@ -252,6 +255,20 @@ class Tree:
         if node.handles:
             return os.fstat(node.handles[-1].fd)
         raise estale()
+
+    # -- what is carried between branches ----------------------------------------------------------
+
+    @contextmanager
+    def carrying(self) -> Iterator[None]:
+        """While objects are moved down behind the union's names, `Dir.unclear` is not kept, and not believed."""
+        self.in_doubt += 1
+        try:
+            yield
+        finally:
+            self.in_doubt -= 1
+            for node in self.table.nodes.values():
+                if type(node) is Dir:
+                    node.unclear = None
 
     # -- space --------------------------------------------------------------------------------
 

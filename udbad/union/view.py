@@ -13,7 +13,7 @@ import os
 import sys
 
 from udbad.branch import syscalls
-from udbad.inodes.table import Dir, Hit
+from udbad.inodes.table import MOST_UNCLEAR, Dir, Hit
 from udbad.union import whiteout
 from udbad.union.tree import Tree
 
@@ -27,10 +27,11 @@ UNKNOWN = None
 View = dict[bytes, Hit | None]
 
 
-def scan(tree: Tree, node: Dir) -> View:
+def scan(tree: Tree, node: Dir, unclear: set[bytes] | None = None) -> View:
     """Merge the branch directories of a node as they are now: top branch's order first, then what lower ones add.
 
-    Raises OSError when a branch directory cannot be read (EACCES, EIO, ESTALE).
+    unclear: gets the names that have a whiteout, or are in more than one branch directory. Raises OSError when a
+    branch directory cannot be read (EACCES, EIO, ESTALE).
     """
     names: View = {}
     whited: set[bytes] = set()
@@ -55,6 +56,8 @@ def scan(tree: Tree, node: Dir) -> View:
                     if name not in names:
                         names[name] = (index,) if entry.is_dir(follow_symlinks=False) else index
                         continue
+                    if unclear is not None:
+                        unclear.add(name)
                     upper = names[name]
                     if type(upper) is tuple and entry.is_dir(follow_symlinks=False):
                         names[name] = (*upper, index)
@@ -65,13 +68,17 @@ def scan(tree: Tree, node: Dir) -> View:
             if hit is not None and (hit == index or (type(hit) is tuple and hit[-1] == index)):
                 _warn_pair(tree, node, name, branch.describe())
         whited.update(here)
+    if unclear is not None:
+        unclear |= whited
     return names
 
 
 def load_view(tree: Tree, node: Dir) -> View:
     """Scan and keep the view of a directory that is trusted."""
-    view = scan(tree, node)
+    unclear: set[bytes] = set()
+    view = scan(tree, node, unclear)
     node.view = view
+    node.unclear = unclear if len(unclear) <= MOST_UNCLEAR else None
     node.probes = 0
     return view
 
