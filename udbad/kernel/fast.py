@@ -313,18 +313,19 @@ class FastPath:
         attr_ttl = coherence.attr_ttl
         parts = []
         referred = []
+        directory = self.fs.handles.directory(fh).node
+        entry, dirent, least = wire.entry, wire.dirent, wire.ENTRY_SIZE + wire.DIRENT_SIZE
         for name, node, st, after in self.fs.readdir(fh, start):
-            room -= wire.ENTRY_SIZE + wire.DIRENT_SIZE + (len(name) + 7 & ~7)
+            room -= least + (len(name) + 7 & ~7)
             if room < 0:
                 break
             if name in _DOTS:
                 parts.append(wire.NO_ENTRY)
             else:
-                parent = node.parent
-                parts.append(wire.entry(node, st, 0.0 if parent is None else parent.ttl, attr_ttl(node, st)))
+                parts.append(entry(node, st, directory.ttl, attr_ttl(node, st)))
                 node.nlookup += 1
                 referred.append(node.id)
-            parts.append(wire.dirent(node.id, node.kind, name, after))
+            parts.append(dirent(node.id, node.kind, name, after))
 
         def undo() -> None:
             for number in referred:

@@ -35,8 +35,10 @@ READ_IN = struct.Struct("<QQI")
 WRITE_DATA = BODY + 40
 OPENED = struct.Struct("<QII")
 
-_ATTR_OUT = struct.Struct("<QIIQQQQQQIIIIIIIIII")
-_ENTRY_OUT = struct.Struct("<QQQQIIQQQQQQIIIIIIIIII")
+_ATTR_OUT = struct.Struct("<QIIQQQqqqIIIIIIIIII")
+_ENTRY_OUT = struct.Struct("<QQQQIIQQQqqqIIIIIIIIII")
+_ATIME, _MTIME, _CTIME = 7, 8, 9
+"""Of a stat_result: whole seconds. The named ones are fractions, and take longer than all the rest."""
 _DIRENT = struct.Struct("<QQII")
 ENTRY_SIZE = _ENTRY_OUT.size
 DIRENT_SIZE = _DIRENT.size
@@ -45,7 +47,6 @@ _BILLION = 1_000_000_000
 
 
 _U32 = (1 << 32) - 1
-_U64 = (1 << 64) - 1
 
 
 @lru_cache(64)  # of the few there are
@@ -57,12 +58,13 @@ def _seconds(timeout: float) -> tuple[int, int]:
 def attributes(node: Node, st: os.stat_result, timeout: float) -> bytes:
     """fuse_attr_out."""
     valid, nsec = _seconds(timeout)
-    atime, mtime, ctime = st.st_atime_ns, st.st_mtime_ns + node.nudge, st.st_ctime_ns
+    mtime, mtime_nsec = st[_MTIME], st.st_mtime_ns % _BILLION
+    if node.nudge:
+        mtime, mtime_nsec = divmod(st.st_mtime_ns + node.nudge, _BILLION)
     return _ATTR_OUT.pack(
         valid, nsec, 0,
-        node.id, st.st_size, st.st_blocks,
-        atime // _BILLION & _U64, mtime // _BILLION & _U64, ctime // _BILLION & _U64,
-        atime % _BILLION, mtime % _BILLION, ctime % _BILLION,
+        node.id, st.st_size, st.st_blocks, st[_ATIME], mtime, st[_CTIME],
+        st.st_atime_ns % _BILLION, mtime_nsec, st.st_ctime_ns % _BILLION,
         st.st_mode, st.st_nlink + node.nlink_extra, st.st_uid, st.st_gid, st.st_rdev & _U32, st.st_blksize, 0,
     )  # fmt: skip
 
@@ -71,13 +73,14 @@ def entry(node: Node, st: os.stat_result, entry_timeout: float, attr_timeout: fl
     """fuse_entry_out."""
     entry_valid, entry_nsec = _seconds(entry_timeout)
     attr_valid, attr_nsec = _seconds(attr_timeout)
-    atime, mtime, ctime = st.st_atime_ns, st.st_mtime_ns + node.nudge, st.st_ctime_ns
+    mtime, mtime_nsec = st[_MTIME], st.st_mtime_ns % _BILLION
+    if node.nudge:
+        mtime, mtime_nsec = divmod(st.st_mtime_ns + node.nudge, _BILLION)
     number = node.id
     return _ENTRY_OUT.pack(
         number, 0, entry_valid, attr_valid, entry_nsec, attr_nsec,
-        number, st.st_size, st.st_blocks,
-        atime // _BILLION & _U64, mtime // _BILLION & _U64, ctime // _BILLION & _U64,
-        atime % _BILLION, mtime % _BILLION, ctime % _BILLION,
+        number, st.st_size, st.st_blocks, st[_ATIME], mtime, st[_CTIME],
+        st.st_atime_ns % _BILLION, mtime_nsec, st.st_ctime_ns % _BILLION,
         st.st_mode, st.st_nlink + node.nlink_extra, st.st_uid, st.st_gid, st.st_rdev & _U32, st.st_blksize, 0,
     )  # fmt: skip
 

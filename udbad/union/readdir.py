@@ -18,7 +18,7 @@ from itertools import count
 
 from udbad.errors import enoent
 from udbad.inodes.handles import OpenDir
-from udbad.inodes.table import Dir, Hit, Node
+from udbad.inodes.table import Dir, Hit, Layer, Node
 from udbad.union import lookup, view, whiteout
 from udbad.union.tree import Tree
 
@@ -26,6 +26,8 @@ Entry = tuple[bytes, Node, os.stat_result, int]
 """name, node, attributes, offset of the entry after it."""
 
 DOTS = 2
+_S_IFMT, _S_IFDIR = 0o170000, st_mod.S_IFDIR
+_stat = os.stat
 _POSITION = (1 << 32) - 1
 _numbers = count(1)
 
@@ -78,18 +80,20 @@ def entries(tree: Tree, handle: OpenDir, start: int) -> Iterator[Entry]:
     assert names is not None
     hits = handle.hits
     trusted = node.trusted
+    layers = {layer.branch.index: layer for layer in node.layers}
+    prefix = whiteout.PREFIX
     for position in range(max(start - DOTS, 0), len(names)):
         name = names[position]
-        if len(name) > whiteout.MAX_NAME or name == whiteout.PREFIX:
+        if len(name) > whiteout.MAX_NAME or name == prefix:
             continue  # cannot be looked up, so it must not be promised
         try:
             found: tuple[Node, os.stat_result] | None
-            if name.startswith(whiteout.PREFIX):
+            if name.startswith(prefix):
                 found = show_whiteout(tree, node, name)
             else:
                 # A trusted view may have changed since the snapshot: believe the newer one.
                 current = node.view.get(name, -1) if trusted and node.view is not None else hits.get(name)
-                found = None if current == -1 else by_hit(tree, node, name, current)
+                found = None if current == -1 else _by_hit(tree, node, layers, name, current)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EIO):
                 raise
@@ -98,18 +102,20 @@ def entries(tree: Tree, handle: OpenDir, start: int) -> Iterator[Entry]:
             yield name, found[0], found[1], base + position + DOTS + 1
 
 
-def by_hit(tree: Tree, parent: Dir, name: bytes, hit: Hit | None) -> tuple[Node, os.stat_result] | None:
-    """The node of a listed name; `hit` says where the listing saw it."""
+def _by_hit(
+    tree: Tree, parent: Dir, layers: dict[int, Layer], name: bytes, hit: Hit | None
+) -> tuple[Node, os.stat_result] | None:
+    """The node of a listed name; `hit` says where the listing saw it. layers: the directory's, by branch index."""
     if type(hit) is int:
-        layer = parent.layer(hit)
+        layer = layers.get(hit)
         if layer is not None:
             fd = layer.fd if layer.fd >= 0 else tree.layer_fd(parent, layer)
             try:
-                st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                st = _stat(name, dir_fd=fd, follow_symlinks=False)
             except FileNotFoundError:
                 pass
             else:
-                if not st_mod.S_ISDIR(st.st_mode):
+                if st.st_mode & _S_IFMT != _S_IFDIR:
                     return lookup.intern_file(tree, parent, name, layer.branch, st)
     found = lookup.resolve(tree, parent, name)
     if found is None:
