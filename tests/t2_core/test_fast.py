@@ -1,0 +1,91 @@
+"""What kernel/fast.py answers by itself, and what it hands over; a socket pair is /dev/fuse."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.inprocess import Union, notify_union
+from udbad.kernel import wire
+from udbad.kernel.fast import FastPath
+from udbad.types import ROOT_ID, Perm
+
+MKDIR = 9
+
+
+class Kernel:
+    """The other ends: of /dev/fuse, and of where pyfuse3 reads."""
+
+    def __init__(self, union: Union) -> None:
+        self.device, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pyfuse3s, handed = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sockets = [self.device, ours, self.pyfuse3s, handed]
+        for each in self.sockets:
+            each.setblocking(False)
+        self.fast = FastPath(ours.fileno(), handed, union.fs, union.coherence)
+
+    def ask(self, opcode: int, node: int, body: bytes) -> bool:
+        """What `take` says: whether the request is done with, for pyfuse3 has nothing to read."""
+        self.device.send(struct.pack("<IIQQIIIHH", 40 + len(body), opcode, 7, node, 0, 0, 1, 0, 0) + body)
+        return self.fast.take()
+
+    def answer(self) -> tuple[int, bytes]:
+        """(errno, body) of the answer. Raises BlockingIOError when there is none."""
+        reply = self.device.recv(1 << 17)
+        _, error, unique = wire.REPLY.unpack_from(reply)
+        assert unique == 7
+        return -error, reply[wire.REPLY.size :]
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Iterator[Kernel]:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/file").write_bytes(b"content")
+    with notify_union([(tmp_path / "base", Perm.RO)], tmp_path / "mnt") as union:
+        made = Kernel(union)
+        try:
+            yield made
+        finally:
+            made.fast.close()
+            for each in made.sockets:
+                each.close()
+
+
+def look_up(kernel: Kernel) -> int:
+    assert kernel.ask(wire.LOOKUP, ROOT_ID, b"file\0")
+    error, body = kernel.answer()
+    assert error == 0
+    (node,) = wire.QWORD.unpack_from(body)
+    assert isinstance(node, int)
+    return node
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_forget_is_neither_answered_nor_handed_over(kernel: Kernel, batch: bool) -> None:
+    """To hand it over, or to say so, costs a round through pyfuse3 that is longer than an unlink."""
+    node = look_up(kernel)
+    assert node in kernel.fast.fs.table.nodes
+    if batch:
+        assert kernel.ask(wire.BATCH_FORGET, 0, struct.pack("<II", 1, 0) + wire.FORGET_ONE.pack(node, 1))
+    else:
+        assert kernel.ask(wire.FORGET, node, wire.QWORD.pack(1))
+    assert node not in kernel.fast.fs.table.nodes
+    for silent in (kernel.device, kernel.pyfuse3s):
+        with pytest.raises(BlockingIOError):
+            silent.recv(1)
+
+
+def test_what_is_not_served_is_handed_over_as_it_came(kernel: Kernel) -> None:
+    assert not kernel.ask(MKDIR, ROOT_ID, struct.pack("<II", 0o755, 0) + b"made\0")
+    request = kernel.pyfuse3s.recv(1 << 17)
+    assert wire.REQUEST.unpack_from(request) == (MKDIR, 7, ROOT_ID)
+    assert request.endswith(b"made\0")
+
+
+def test_the_answer_to_an_error(kernel: Kernel) -> None:
+    assert kernel.ask(wire.GETXATTR, ROOT_ID, struct.pack("<II", 100, 0) + b"user.none\0")
+    assert kernel.answer() == (61, b"")  # ENODATA
