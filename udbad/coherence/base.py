@@ -129,10 +129,10 @@ class Coherence:
             node.nudge = 0
             self.notifier.data(node.id)
 
-    def before_own(self, node: Node) -> None:
+    def before_own(self, node: Node, fd: int = -1) -> None:
         pass
 
-    def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None) -> None:
+    def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1) -> None:
         pass
 
     def parted(self, node: Dir, name: bytes) -> None:

@@ -308,26 +308,30 @@ class NotifyCoherence(Coherence):
         if node.id in self._told:
             self._told[node.id] = None
 
-    def before_own(self, node: Node) -> None:
+    def before_own(self, node: Node, fd: int = -1) -> None:
         """Before an own change that will be recorded as told: a foreign one not handled yet must not hide in it."""
         told = self._told.get(node.id)
         if told is None:
             return
         try:
-            now = stamp(node, self.tree.stat(node))
+            now = stamp(node, self._stat(node, fd))
         except OSError:
             return
         if now != told:
             self.notifier.data(node.id)
 
-    def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None) -> None:
+    def _stat(self, node: Node, fd: int) -> os.stat_result:
+        """By descriptor where there is one: for each write of a big file, the name would have to be looked for."""
+        return os.fstat(fd) if fd >= 0 else self.tree.stat(node)
+
+    def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1) -> None:
         told = self._told.get(node.id)
         if told is None:
             return
         now = None
         if not node.dead or node.handles:
             try:
-                now = stamp(node, self.tree.stat(node) if st is None else st)
+                now = stamp(node, self._stat(node, fd) if st is None else st)
             except OSError:
                 pass
         if now is not None and not content and now[1:3] != told[1:3] and type(node) is not Dir:

@@ -353,13 +353,13 @@ class UnionFs:
             self.need_writable(handle.node, Trigger.WRITE)
             copyup.follow(self.tree, handle)
         hooks = self.tree.hooks
-        hooks.before_own(handle.node)
+        hooks.before_own(handle.node, handle.fd)
         if handle.uid:
             with self.creds.writing(handle.uid, handle.gid, handle.group):
                 count = os.pwrite(handle.fd, data, offset)
         else:
             count = os.pwrite(handle.fd, data, offset)
-        hooks.own_data(handle.node, True)
+        hooks.own_data(handle.node, True, None, handle.fd)
         return count
 
     def release(self, fh: int) -> None:

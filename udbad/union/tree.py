@@ -77,13 +77,16 @@ class Hooks(Protocol):
     def own_mtime(self, node: Node) -> None:
         """An operation through the mount set the modification time of this node."""
 
-    def before_own(self, node: Node) -> None:
-        """An operation through the mount is about to change content or times of this node."""
+    def before_own(self, node: Node, fd: int = -1) -> None:
+        """An operation through the mount is about to change content or times of this node.
 
-    def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None) -> None:
+        fd: a descriptor of it, if there is one.
+        """
+
+    def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1) -> None:
         """An operation through the mount changed attributes of this node; content: or content, or times.
 
-        st: its attributes now, if they are known.
+        st: its attributes now, if they are known. fd: a descriptor of it, if there is one.
         """
 
     def parted(self, node: Dir, name: bytes) -> None:
