@@ -70,7 +70,8 @@ class FastPath:
         self._into = [self._buffer]
         self._undo: Callable[[], None] | None = None
         self._handlers: dict[int, tuple[Handler, boundary.OpStats]] = {
-            opcode: (getattr(self, "_" + name), boundary.operation(name)) for opcode, name in HANDLERS.items()
+            opcode: (getattr(self, "_" + name), boundary.operation(name.rstrip("2")))
+            for opcode, name in HANDLERS.items()
         }
 
     def take(self) -> bool:
@@ -358,4 +359,4 @@ HANDLERS = {
     wire.READDIRPLUS: "readdir",
     wire.RELEASEDIR: "releasedir",
 }
-"""Opcodes and the method that answers them, which is counted under its name."""
+"""Opcodes and the method that answers them, which is counted under its name; a second form of one with the first."""
