@@ -21,14 +21,14 @@ import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from time import perf_counter
+from time import perf_counter, time_ns
 
 from udbad.branch import syscalls
 from udbad.coherence.base import Coherence
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import boundary, protocol, wire
 from udbad.types import Caller
-from udbad.union.fs import UnionFs
+from udbad.union.fs import SetAttr, UnionFs
 from udbad.union.tree import NeedCopyUp
 
 log = logging.getLogger(__name__)
@@ -238,6 +238,23 @@ class FastPath:
             node.nudge += 1  # somebody who has it open from better times must not be shown a listing of then
         return wire.attributes(node, st, self.coherence.attr_ttl(node, st))
 
+    def _setattr(self, node_id: int, size: int) -> bytes:
+        valid, fh, length, atime, mtime, _, atime_nsec, mtime_nsec, _, mode, uid, gid = wire.SETATTR_IN.unpack_from(
+            self._buffer, wire.BODY
+        )
+        atime_ns = time_ns() if valid & wire.SET_ATIME_NOW else atime * wire.BILLION + atime_nsec
+        mtime_ns = time_ns() if valid & wire.SET_MTIME_NOW else mtime * wire.BILLION + mtime_nsec
+        changes = SetAttr(
+            mode=mode if valid & wire.SET_MODE else None,
+            uid=uid if valid & wire.SET_UID else None,
+            gid=gid if valid & wire.SET_GID else None,
+            size=length if valid & wire.SET_SIZE else None,
+            atime_ns=atime_ns if valid & wire.SET_ATIME else None,
+            mtime_ns=mtime_ns if valid & wire.SET_MTIME else None,
+        )
+        node, st = self.fs.setattr(node_id, changes, fh if valid & wire.SET_FH else None, self._caller())
+        return wire.attributes(node, st, self.coherence.attr_ttl(node, st))
+
     def _getxattr(self, node_id: int, size: int) -> bytes:
         room, _ = wire.TWO_WORDS.unpack_from(self._buffer, wire.BODY)
         value = self.fs.getxattr(node_id, self._name(wire.BODY + 8, size))
@@ -346,6 +363,7 @@ class FastPath:
 HANDLERS = {
     wire.LOOKUP: "lookup",
     wire.GETATTR: "getattr",
+    wire.SETATTR: "setattr",
     wire.GETXATTR: "getxattr",
     wire.UNLINK: "unlink",
     wire.RENAME: "rename",

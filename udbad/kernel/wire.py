@@ -19,7 +19,7 @@ BODY = 40
 REPLY = struct.Struct("<IiQ")
 """fuse_out_header: length, error, unique."""
 
-LOOKUP, FORGET, GETATTR, UNLINK, RENAME, OPEN, READ, WRITE = 1, 2, 3, 10, 12, 14, 15, 16
+LOOKUP, FORGET, GETATTR, SETATTR, UNLINK, RENAME, OPEN, READ, WRITE = 1, 2, 3, 4, 10, 12, 14, 15, 16
 RELEASE, GETXATTR, OPENDIR, RELEASEDIR, CREATE, INTERRUPT, BATCH_FORGET = 18, 22, 27, 29, 35, 36, 42
 READDIRPLUS, RENAME2 = 44, 45
 
@@ -32,6 +32,11 @@ QWORD = struct.Struct("<Q")
 FORGET_ONE = struct.Struct("<QQ")
 READ_IN = struct.Struct("<QQI")
 """READ, WRITE, READDIR: handle, offset, size in bytes."""
+SETATTR_IN = struct.Struct("<I4xQQ8xqqqIIII4xII")
+"""fuse_setattr_in: valid, handle, size, atime, mtime, ctime (seconds), their nanoseconds, mode, uid, gid."""
+SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME, SET_FH = 1, 2, 4, 8, 16, 32, 64
+SET_ATIME_NOW, SET_MTIME_NOW = 128, 256
+"""FATTR_*: what of it is meant."""
 WRITE_DATA = BODY + 40
 OPENED = struct.Struct("<QII")
 
@@ -43,7 +48,7 @@ _DIRENT = struct.Struct("<QQII")
 ENTRY_SIZE = _ENTRY_OUT.size
 DIRENT_SIZE = _DIRENT.size
 
-_BILLION = 1_000_000_000
+BILLION = 1_000_000_000
 
 
 _U32 = (1 << 32) - 1
@@ -52,19 +57,19 @@ _U32 = (1 << 32) - 1
 @lru_cache(64)  # of the few there are
 def _seconds(timeout: float) -> tuple[int, int]:
     whole = int(timeout)
-    return whole, int((timeout - whole) * _BILLION)
+    return whole, int((timeout - whole) * BILLION)
 
 
 def attributes(node: Node, st: os.stat_result, timeout: float) -> bytes:
     """fuse_attr_out."""
     valid, nsec = _seconds(timeout)
-    mtime, mtime_nsec = st[_MTIME], st.st_mtime_ns % _BILLION
+    mtime, mtime_nsec = st[_MTIME], st.st_mtime_ns % BILLION
     if node.nudge:
-        mtime, mtime_nsec = divmod(st.st_mtime_ns + node.nudge, _BILLION)
+        mtime, mtime_nsec = divmod(st.st_mtime_ns + node.nudge, BILLION)
     return _ATTR_OUT.pack(
         valid, nsec, 0,
         node.id, st.st_size, st.st_blocks, st[_ATIME], mtime, st[_CTIME],
-        st.st_atime_ns % _BILLION, mtime_nsec, st.st_ctime_ns % _BILLION,
+        st.st_atime_ns % BILLION, mtime_nsec, st.st_ctime_ns % BILLION,
         st.st_mode, st.st_nlink + node.nlink_extra, st.st_uid, st.st_gid, st.st_rdev & _U32, st.st_blksize, 0,
     )  # fmt: skip
 
@@ -73,14 +78,14 @@ def entry(node: Node, st: os.stat_result, entry_timeout: float, attr_timeout: fl
     """fuse_entry_out."""
     entry_valid, entry_nsec = _seconds(entry_timeout)
     attr_valid, attr_nsec = _seconds(attr_timeout)
-    mtime, mtime_nsec = st[_MTIME], st.st_mtime_ns % _BILLION
+    mtime, mtime_nsec = st[_MTIME], st.st_mtime_ns % BILLION
     if node.nudge:
-        mtime, mtime_nsec = divmod(st.st_mtime_ns + node.nudge, _BILLION)
+        mtime, mtime_nsec = divmod(st.st_mtime_ns + node.nudge, BILLION)
     number = node.id
     return _ENTRY_OUT.pack(
         number, 0, entry_valid, attr_valid, entry_nsec, attr_nsec,
         number, st.st_size, st.st_blocks, st[_ATIME], mtime, st[_CTIME],
-        st.st_atime_ns % _BILLION, mtime_nsec, st.st_ctime_ns % _BILLION,
+        st.st_atime_ns % BILLION, mtime_nsec, st.st_ctime_ns % BILLION,
         st.st_mode, st.st_nlink + node.nlink_extra, st.st_uid, st.st_gid, st.st_rdev & _U32, st.st_blksize, 0,
     )  # fmt: skip
 
