@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +35,17 @@ class Kernel:
         self.device.send(struct.pack("<IIQQIIIHH", 40 + len(body), opcode, 7, node, 0, 0, 1, 0, 0) + body)
         return self.fast.take()
 
+    def forget_all(self) -> None:
+        table = self.fast.fs.table
+        for node in list(table.nodes.values()):
+            if node.id != ROOT_ID:
+                table.forget(node.id, node.nlookup)
+
+    def close(self) -> None:
+        self.fast.close()
+        for each in self.sockets:
+            each.close()
+
     def answer(self) -> tuple[int, bytes]:
         """(errno, body) of the answer. Raises BlockingIOError when there is none."""
         reply = self.device.recv(1 << 17)
@@ -50,9 +63,7 @@ def kernel(tmp_path: Path) -> Iterator[Kernel]:
         try:
             yield made
         finally:
-            made.fast.close()
-            for each in made.sockets:
-                each.close()
+            made.close()
 
 
 def look_up(kernel: Kernel) -> int:
@@ -89,3 +100,33 @@ def test_what_is_not_served_is_handed_over_as_it_came(kernel: Kernel) -> None:
 def test_the_answer_to_an_error(kernel: Kernel) -> None:
     assert kernel.ask(wire.GETXATTR, ROOT_ID, struct.pack("<II", 100, 0) + b"user.none\0")
     assert kernel.answer() == (61, b"")  # ENODATA
+
+
+def test_attributes_are_set_as_they_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top/file").write_bytes(b"content")
+    with notify_union([(tmp_path / "top", Perm.RW)], tmp_path / "mnt") as union:
+        kernel = Kernel(union)
+        node = look_up(kernel)
+
+        def change(valid: int, size: int = 0, times: tuple[int, int] = (0, 0), mode: int = 0) -> os.stat_result:
+            body = struct.pack("<IIQQQqqqIIIIIIII", valid, 0, 9, size, 0, *times, 0, 5, 6, 0, mode, 0, 12, 34, 0)
+            assert kernel.ask(wire.SETATTR, node, body)
+            assert kernel.answer()[0] == 0
+            return (tmp_path / "top/file").stat()
+
+        st = change(wire.SET_MTIME | wire.SET_SIZE, size=3, times=(1, -7))
+        assert (st.st_size, st.st_mtime_ns) == (3, -7 * 10**9 + 6), "before 1970"
+        assert st.st_atime_ns != 10**9 + 5, "was not asked for"
+        st = change(wire.SET_MODE | wire.SET_ATIME, times=(1, -7), mode=0o100640)
+        assert (st.st_mode & 0o7777, st.st_atime_ns, st.st_size) == (0o640, 10**9 + 5, 3)
+        st = change(wire.SET_UID | wire.SET_GID)
+        assert (st.st_uid, st.st_gid) == (12, 34)
+        before = time.time_ns()
+        st = change(wire.SET_ATIME | wire.SET_MTIME | wire.SET_ATIME_NOW | wire.SET_MTIME_NOW)
+        assert before <= st.st_mtime_ns <= time.time_ns()
+        assert before <= st.st_atime_ns <= time.time_ns()
+        with pytest.raises(BlockingIOError):
+            kernel.pyfuse3s.recv(1)
+        kernel.forget_all()
+        kernel.close()
