@@ -148,12 +148,7 @@ def test_own_and_direct_changes(tmp_path: Path) -> None:
 
 
 def directly(rng: random.Random, *branches: Path) -> None:
-    path = rng.choice(branches) / rng.choice(["", "d"]) / rng.choice(["", ".wh."])
-    path = (
-        path.with_name(path.name + rng.choice(NAMES).decode())
-        if path.name == ".wh."
-        else path / rng.choice(NAMES).decode()
-    )
+    path = rng.choice(branches) / rng.choice(["", "d"]) / (rng.choice(["", ".wh."]) + rng.choice(NAMES).decode())
     try:
         if path.exists():
             path.unlink()

@@ -356,12 +356,16 @@ class NotifyCoherence(Coherence):
     # -- events -------------------------------------------------------------------------------
 
     def _on_echo(self, handle: object, kinds: int) -> None:
-        """An event that own_event announced."""
-        self._events += 1
+        """An event that own_event announced, so that of a directory watch."""
+        assert isinstance(handle, _Place)
+        self._count(handle.index, kinds)
         self._echoes += 1
-        if isinstance(handle, _Place):
-            key = (handle.index, kinds)
-            self.branch_events[key] = self.branch_events.get(key, 0) + 1
+
+    def _count(self, index: int, kinds: int) -> None:
+        """One event on the branch with this index."""
+        self._events += 1
+        key = (index, kinds)
+        self.branch_events[key] = self.branch_events.get(key, 0) + 1
 
     def _on_changes(self, changes: list[Change]) -> None:
         """One burst: each name once, however often it is mentioned."""
@@ -373,18 +377,14 @@ class NotifyCoherence(Coherence):
             self.notifier.since = None
 
     def _handle(self, changes: list[Change]) -> None:
-        counts = self.branch_events
         names: dict[tuple[Dir, bytes], int] = {}
         for change in changes:
-            self._events += 1
             handle = change.handle
             if isinstance(handle, _Place):
-                key = (handle.index, change.kinds)
-                counts[key] = counts.get(key, 0) + 1
+                self._count(handle.index, change.kinds)
                 self._sort(handle, change, names)
             elif isinstance(handle, Node):
-                key = (handle.branch.index, change.kinds)
-                counts[key] = counts.get(key, 0) + 1
+                self._count(handle.branch.index, change.kinds)
                 self._file_changed(handle, change)
         for (node, name), kinds in names.items():
             if self.tree.table.nodes.get(node.id) is node:
