@@ -66,6 +66,48 @@ def test_junk_is_answered_and_harms_nobody(sockets: list[str]) -> None:
         assert talk(path, b'{"op": "ping"}\n')["ok"]
 
 
+OPERATIONS = [
+    {
+        *("ping", "status", "reload", "restart", "change", "mount", "log-level"),
+    },
+    {
+        *("ping", "status", "stats", "metrics", "flush", "udba", "where", "why", "invalidate", "busy", "branches"),
+        *("reconfigure", "configured", "remount", "log-level", "mvdown", "sync", "sync-status", "sync-stop"),
+    },
+]  # all but "stop", of the supervisor and of a mount process
+FIELDS = {
+    *("mount", "force", "request", "mount_point", "options", "level", "keep_mounts", "mode", "path", "branch", "edits"),
+    *("configured", "overwrite_lower", "keep_upper", "source", "target"),
+}
+NONSENSE: list[object] = [
+    *(None, True, 3, -1.5, 10**400, "", "/", "..", "\0", "a\0b", "\ud800", "/\udfff/x", "\udcff", "x" * 3000),
+    *([], [3], [None], [[]], [["add", 3]], [["del", "a\0"]], [["mod", "\ud800=ro"]], [["append", "x" * 9000]]),
+    *({}, {"op": None}, {"op": []}, {"op": "udba"}, {"op": "udba", "mode": "\ud800"}, {"op": "branches", "edits": 3}),
+]
+
+
+def test_no_value_of_a_field_is_an_internal_error(sockets: list[str], daemon: Daemon) -> None:
+    """NUL, surrogates that no path has, wrong types, and fields that are not there."""
+    before = [daemon.state("a")["process"][key] for key in ("udba", "branches")]
+    for path, operations in zip(sockets, OPERATIONS, strict=True):
+        known = talk(path, b'{"op": "?"}\n')["error"].partition("known are ")[2].split(", ")
+        assert {*operations, "stop"} == set(known), "an operation that is not tried here"
+        for operation in sorted(operations):
+            requests = [{"op": operation, field: "work"} for field in FIELDS]
+            requests += [{"op": operation, **dict.fromkeys(FIELDS - {"mount"}, value), "mount": "a"}
+                         for value in NONSENSE]  # fmt: skip
+            requests += [{"op": operation, **dict.fromkeys(FIELDS, value)} for value in NONSENSE]
+            requests += [{"op": operation, "mount": "a", field: "x" * 60000} for field in FIELDS]
+            for request in requests:
+                answer = talk(path, json.dumps(request).encode() + b"\n")
+                assert "internal error" not in str(answer.get("error")), (request, answer)
+    for force in (None, 3, "yes", []):
+        for path in sockets:
+            answer = talk(path, json.dumps({"op": "stop", "force": force, "keep_mounts": force}).encode() + b"\n")
+            assert not answer["ok"], answer
+    assert [daemon.state("a")["process"][key] for key in ("udba", "branches")] == before
+
+
 def test_a_line_without_end_and_a_connection_without_a_word(sockets: list[str]) -> None:
     for path in sockets:
         for data in (b"", b'{"op": "ping"', b"x" * 1000):

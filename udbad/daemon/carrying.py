@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from udbad.daemon.control import Request, path_of
+from udbad.daemon.protocol import flag_of, text_of
 from udbad.errors import ExitCode, UserError
 from udbad.union import mvdown, syncdown
 from udbad.union.carry import Halt, Work
@@ -97,7 +98,7 @@ class Carrying:
         """Move one file down; answers when it is done. Words as in mvdown.Options."""
         flags = ("overwrite_lower", "keep_upper", "read_only_upper", "read_only_lower")
         options = mvdown.Options(
-            **{flag: bool(request.get(flag)) for flag in flags}, source=_branch(request.get("source", ""))
+            **{flag: flag_of(request, flag) for flag in flags}, source=_branch(text_of(request, "source", ""))
         )
         parts = path_of(request)
         halt = Halt()
@@ -115,10 +116,11 @@ class Carrying:
 
     async def sync(self, request: Request) -> dict[str, Any]:
         """Begin to merge branch `source` into `target`, or do nothing when that is under way."""
-        source, target = _branch(request.get("source")), _branch(request.get("target"))
-        if request.get("mode") not in ("copy", "move"):
+        source, target = _branch(text_of(request, "source")), _branch(text_of(request, "target"))
+        mode = text_of(request, "mode")
+        if mode not in ("copy", "move"):
             raise UserError("mode must be copy or move", ExitCode.OPTION)
-        move = request["mode"] == "move"
+        move = mode == "move"
         if self._running and self._sync is not None:
             now = self._sync
             if (now.src.path, now.dst.path, now.move) == (source, target, move):
@@ -183,5 +185,5 @@ class Carrying:
         return {}
 
 
-def _branch(path: object) -> bytes:
-    return os.fsencode(str(path)).rstrip(b"/") or (b"/" if path else b"")
+def _branch(path: str) -> bytes:
+    return os.fsencode(path).rstrip(b"/") or (b"/" if path else b"")

@@ -25,6 +25,7 @@ from udbad.daemon.protocol import (
     encode,
     may_ask,
     refusal,
+    text_of,
 )
 from udbad.errors import ExitCode, UserError
 
@@ -36,7 +37,7 @@ Command = Callable[[Request], Awaitable[Message]]
 
 def path_of(request: Request) -> Sequence[bytes]:
     """The names of the path in the mount that a request is about. Raises UserError."""
-    parts = os.fsencode(str(request.get("path", ""))).split(b"/")
+    parts = os.fsencode(text_of(request, "path", "")).split(b"/")
     parts = [part for part in parts if part not in (b"", b".")]
     if b".." in parts:
         raise UserError("a path with '..' is not looked up here", ExitCode.OPTION)

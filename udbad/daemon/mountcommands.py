@@ -22,6 +22,7 @@ from udbad.daemon import rebranch
 from udbad.daemon.carrying import Carrying
 from udbad.daemon.control import Command, Request, path_of
 from udbad.daemon.logs import set_level
+from udbad.daemon.protocol import edits_of, flag_of, text_of
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.table import Dir, Node
 from udbad.kernel.boundary import operations
@@ -132,7 +133,7 @@ class Commands:
 
     async def busy(self, request: Request) -> dict[str, Any]:
         """What keeps a branch from being removed."""
-        wanted = os.fsencode(str(request.get("branch"))).rstrip(b"/") or b"/"
+        wanted = os.fsencode(text_of(request, "branch")).rstrip(b"/") or b"/"
         tree = self.process.tree
         for branch in tree.branches.branches:
             if branch.path == wanted:
@@ -152,7 +153,7 @@ class Commands:
     async def udba(self, request: Request) -> dict[str, Any]:
         try:
             async with self._changing:
-                await self.process.set_mode(str(request.get("mode")))
+                await self.process.set_mode(text_of(request, "mode"))
         except ValueError as error:
             raise UserError(str(error), ExitCode.OPTION) from None
         self.process.options = self.process.options.model_copy(update={"udba": self.process.coherence.name})
@@ -195,16 +196,11 @@ class Commands:
 
     async def branches(self, request: Request) -> dict[str, Any]:
         """Apply (option, value) pairs of add, ins, append, prepend, del and mod; without any, list the branches."""
-        edits = request.get("edits", [])
-        if not isinstance(edits, list) or not all(
-            isinstance(edit, list) and len(edit) == 2 and all(isinstance(word, str) for word in edit) for edit in edits
-        ):
-            raise UserError("edits must be a list of [option, value]", ExitCode.OPTION)
+        edits = edits_of(request)
         if edits:
             self.carrying.check_idle()
             async with self._changing:
-                pairs = [(key, value) for key, value in edits]
-                await rebranch.change_branches(self.process, pairs, self.carrying.check_idle)
+                await rebranch.change_branches(self.process, edits, self.carrying.check_idle)
                 self._note_branches()
         branches = self.process.tree.branches
         return {
@@ -229,17 +225,18 @@ class Commands:
         configured: what the configuration says, to be remembered. Returns the keys applied, and those that
         need a new mount. Either every live key is applied or, with an error, none.
         """
-        new = parse_mount_options(str(request.get("options")))
+        new = parse_mount_options(text_of(request, "options"))
+        configured = _options_text(request, "configured") if "configured" in request else None
         async with self._changing:
             answer = await self._become(new)
-            if "configured" in request:
-                self.process.configured = str(request["configured"])
+            if configured is not None:
+                self.process.configured = configured
                 self._write_entry()
             return answer
 
     async def configured(self, request: Request) -> dict[str, Any]:
         """Remember what the configuration says, after it was made to follow the mount."""
-        self.process.configured = str(request.get("options"))
+        self.process.configured = _options_text(request, "options")
         self._write_entry()
         return {}
 
@@ -249,7 +246,7 @@ class Commands:
         All or nothing: an option that cannot change while mounted is an error and nothing is done.
         """
         async with self._changing:
-            new = parse_remount(str(request.get("options")), self.process.options)
+            new = parse_remount(text_of(request, "options"), self.process.options)
             fixed = sorted(_changed(self.process.options, new) - LIVE)
             if fixed:
                 raise UserError(
@@ -276,15 +273,16 @@ class Commands:
 
     async def log_level(self, request: Request) -> dict[str, Any]:
         try:
-            set_level(str(request.get("level")))
+            set_level(text_of(request, "level"))
         except ValueError as error:
             raise UserError(str(error), ExitCode.OPTION) from None
         return {}
 
     async def stop(self, request: Request) -> dict[str, Any]:
         """Unmount; with "force" also what is in use. EBUSY is answered with who uses it."""
+        force = flag_of(request, "force")
         try:
-            await self.process.unmount(force=bool(request.get("force")))
+            await self.process.unmount(force)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
@@ -302,6 +300,13 @@ class Commands:
         what, node, pid = opened[0]
         more = f" and {len(opened) - 1} more" if len(opened) > 1 else ""
         return f"{what} {os.fsdecode(reconfigure.path_of(node))} of process {pid}{more}"
+
+
+def _options_text(request: Request, key: str) -> str:
+    """Options that others will parse: whoever takes this mount over must not stumble over them. Raises UserError."""
+    text = text_of(request, key)
+    parse_mount_options(text)
+    return text
 
 
 def _changed(old: MountOptions, new: MountOptions) -> set[str]:

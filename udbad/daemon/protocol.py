@@ -99,6 +99,42 @@ def decode_request(line: bytes, operations: object) -> Message:
     return request
 
 
+def text_of(request: Message, key: str, default: str | None = None) -> str:
+    """The string `key` of a request, fit for a path: without NUL, and os.fsencode() takes it.
+
+    default: when the request has no such key, None: it must have. Raises UserError (OPTION).
+    """
+    return checked_text(request.get(key, default), key)
+
+
+def checked_text(value: object, key: str) -> str:
+    """`text_of` for a value that is not a field itself, such as an element of a list."""
+    if not isinstance(value, str):
+        raise UserError(f"{key} must be a string", ExitCode.OPTION)
+    try:
+        if b"\0" not in os.fsencode(value):
+            return value
+    except UnicodeEncodeError:  # a surrogate that os.fsdecode() does not make
+        pass
+    raise UserError(f"{key} has characters that no path can have", ExitCode.OPTION)
+
+
+def flag_of(request: Message, key: str) -> bool:
+    """The boolean `key` of a request, false when it has none. Raises UserError (OPTION)."""
+    value = request.get(key, False)
+    if not isinstance(value, bool):
+        raise UserError(f"{key} must be true or false", ExitCode.OPTION)
+    return value
+
+
+def edits_of(request: Message) -> list[tuple[str, str]]:
+    """The (option, value) pairs in "edits" of a request, none when it has no such key. Raises UserError (OPTION)."""
+    edits = request.get("edits", [])
+    if not isinstance(edits, list) or not all(isinstance(edit, list) and len(edit) == 2 for edit in edits):
+        raise UserError("edits must be a list of [option, value]", ExitCode.OPTION)
+    return [(checked_text(key, "edits"), checked_text(value, "edits")) for key, value in edits]
+
+
 def _decode_answer(line: bytes, path: str) -> Message:
     try:
         answer = json.loads(line)

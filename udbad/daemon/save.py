@@ -17,7 +17,7 @@ from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import format_branch, parse_branch, parse_path
 from udbad.config import edit_branches
 from udbad.configedit import Change, DropBranch, Edited, PutBranch, SetKey
-from udbad.daemon.protocol import Message
+from udbad.daemon.protocol import Message, edits_of, text_of
 from udbad.daemon.runner import Runner
 from udbad.errors import ExitCode, UserError
 from udbad.types import Perm
@@ -60,14 +60,9 @@ async def change_and_save(path: Path, runner: Runner, request: Message) -> tuple
 
 def _edits(request: Message) -> list[tuple[str, str]]:
     """Raises UserError (OPTION) unless the request is one that can be saved."""
-    edits = request.get("edits")
-    if request.get("op") == "udba" and edits is None:
-        return []
-    try:
-        if request.get("op") == "branches" and edits:
-            return [(str(key), str(value)) for key, value in edits]
-    except (TypeError, ValueError):
-        pass
+    edits = edits_of(request)
+    if request.get("op") == ("branches" if edits else "udba"):
+        return edits
     raise UserError("only a mode or edits of the branches can be saved", ExitCode.OPTION)
 
 
@@ -75,7 +70,7 @@ def _edited(path: Path, runner: Runner, request: Message, specs: Sequence[Branch
     """specs: the branches of the mount after the change."""
     live: Mapping[bytes, Perm] = {os.path.normpath(spec.path): spec.perm for spec in specs if spec.perm is not None}
     if request["op"] == "udba":
-        changes: list[Change] = [SetKey("udba", str(request.get("mode")))]
+        changes: list[Change] = [SetKey("udba", text_of(request, "mode"))]
     else:
         changes = [_change(key, value, specs) for key, value in _edits(request)]
     return configedit.edited(path, runner.settings.name, changes, live)

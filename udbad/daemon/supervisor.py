@@ -25,7 +25,7 @@ from udbad.config import format_options, parse_mount_options
 from udbad.configfile import Config, ConfigError, DaemonSettings, MountSettings, config_files, load, shared_trees
 from udbad.daemon import exporter, logs, registry, save, sdnotify
 from udbad.daemon.configwatch import ConfigWatch, Signature, signature
-from udbad.daemon.protocol import Message, ask_async, bind
+from udbad.daemon.protocol import Message, ask_async, bind, flag_of, text_of
 from udbad.daemon.reload import OWN_KEYS, Outcome, Verdict, changed_keys, changed_options, judge_daemon, judge_metrics
 from udbad.daemon.runner import Runner, Shared, State
 from udbad.daemon.server import Command, Server
@@ -371,14 +371,14 @@ class Supervisor:
         return {"verdicts": [verdict.to_json() for verdict in await self.reload()]}
 
     def _find(self, request: Message) -> Runner:
-        wanted = str(request.get("mount"))
+        wanted = text_of(request, "mount")
         for runner in self.runners.values():
             if wanted == runner.label or (wanted.rstrip("/") or "/") == runner.settings.mount_point:
                 return runner
         raise UserError(f"no mount {wanted!r}; there are {', '.join(self.runners) or 'none'}", ExitCode.NOT_MOUNTED)
 
     async def _restart(self, request: Message) -> Message:
-        problem = await self._find(request).restart(bool(request.get("force")))
+        problem = await self._find(request).restart(flag_of(request, "force"))
         if problem is not None:
             raise UserError(problem, ExitCode.FAILURE)
         return {}
@@ -409,8 +409,10 @@ class Supervisor:
 
     async def _mount(self, request: Message) -> Message:
         """For mount.udba: a mount that is not in the configuration but looked after all the same."""
-        options = parse_mount_options(str(request.get("options")))
-        mount_point = str(request.get("mount_point"))
+        options = parse_mount_options(text_of(request, "options"))
+        mount_point = text_of(request, "mount_point")
+        if not mount_point.startswith("/"):
+            raise UserError("mount_point must be an absolute path", ExitCode.OPTION)
         end = time.monotonic() + _UNMOUNT_SECONDS
         self._forget_finished()
         while any(runner.settings.mount_point == mount_point for runner in self.runners.values()):
@@ -443,7 +445,7 @@ class Supervisor:
 
     async def _log_level(self, request: Message) -> Message:
         try:
-            await self._set_log_level(str(request.get("level")))
+            await self._set_log_level(text_of(request, "level"))
         except ValueError as error:
             raise UserError(str(error), ExitCode.OPTION) from None
         return {}
@@ -456,7 +458,7 @@ class Supervisor:
         await asyncio.gather(*asked, return_exceptions=True)
 
     async def _stop(self, request: Message) -> Message:
-        self._keep_mounts = bool(request.get("keep_mounts"))
+        self._keep_mounts = flag_of(request, "keep_mounts")
         log.info("asked to stop%s", ", mounts stay" if self._keep_mounts else "")
         asyncio.get_running_loop().call_soon(self._end.set)
         return {}
