@@ -179,7 +179,7 @@ def test_the_run_directory_is_full_from_the_start(daemon: Daemon) -> None:
         assert (point / "file").read_text() == "served"
         state = daemon.state("a")
         assert state["state"] == "serving"
-        assert "does not answer" in state["reason"]
+        assert "cannot be asked" in state["reason"]
         shutil.rmtree(filler)
         # With room again the next process is known like any other.
         os.kill(state["pid"], signal.SIGKILL)

@@ -128,6 +128,34 @@ def test_a_wedged_mount_process_is_found_and_aborted(daemon: Daemon) -> None:
     daemon.stop()
 
 
+def test_a_stopped_process_is_not_serving(daemon: Daemon) -> None:
+    """Nor does `top` stop at it; into a pipe it prints plain lines. One mount of the daemon, one by hand."""
+    daemon.add("a")
+    hand = daemon.add("hand", ["top=rw"])
+    daemon.mounts.pop("hand")
+    daemon.start()
+    daemon.command("mount", "-o", f"br={daemon.branch('hand', 'top')}", "none", str(hand))
+    pids = [mount["pid"] for mount in json.loads(daemon.command("status", "--json"))["mounts"]]
+    assert len(pids) == 2
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        mounts = json.loads(daemon.command("status", "--json", code=1))["mounts"]
+        assert [(mount["state"], "has not answered" in mount["reason"]) for mount in mounts] == [
+            ("not answering", True)
+        ] * 2
+        assert "serving" not in daemon.command("status", code=1)
+        lines = daemon.command("top", "-n", "2", "-d", "0.1").splitlines()
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    assert sorted(line.split()[0] for line in lines) == sorted(["MOUNT", "a", str(hand)] * 2)
+    assert all(line.endswith("not answering") for line in lines if not line.startswith("MOUNT"))
+    daemon.command("status")
+    daemon.command("umount", str(hand))
+    daemon.stop()
+
+
 def test_an_aborted_connection_is_mounted_anew(daemon: Daemon) -> None:
     point = daemon.add("a")
     daemon.start()

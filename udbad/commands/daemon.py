@@ -15,6 +15,7 @@ from rich.table import Table
 from udbad.commands.common import need_root, run_dir_option, user_errors
 from udbad.configfile import LOG_LEVELS, load
 from udbad.daemon import client, registry
+from udbad.daemon.protocol import NOT_ANSWERING
 from udbad.errors import ExitCode, UserError
 
 DEFAULT_CONFIG = "/etc/udbad/udbad.toml"
@@ -131,6 +132,8 @@ def collect_status(run_dir: str) -> dict[str, Any]:
         }  # fmt: skip
         try:
             mount["process"] = client.ask_mount(entry, {"op": "status"}, timeout=2.0)
+        except client.NoAnswer as error:
+            mount["state"], mount["reason"] = NOT_ANSWERING, error.message
         except UserError as error:
             mount["state"], mount["reason"] = "dead", error.message
         answer["mounts"].append(mount)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from rich.text import Text
 
 from udbad.commands.common import run_dir_option
 from udbad.daemon import client, registry
+from udbad.daemon.protocol import NOT_ANSWERING
 from udbad.errors import UserError
 
 _ASK_SECONDS = 1.0
@@ -72,8 +75,8 @@ def _depths(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[float]:
     return result
 
 
-def render(labels: Mapping[str, str], stats: Mapping[str, Any], shown: Mapping[str, Rates]) -> Group:
-    """labels: key to what a mount is called; stats: its last answer, None when it gave none."""
+def render(labels: Mapping[str, str], stats: Mapping[str, Any], shown: Mapping[str, Rates], bars: bool = True) -> Group:
+    """labels: key to what a mount is called; stats: its last answer, None when it gave none. bars: for a terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("MOUNT", overflow="fold")
     for column in ("OPS/S", "LATENCY", "DEPTH", "EVENTS/S", "INVAL/S", "NODES", "OPEN", "STATE"):
@@ -82,7 +85,7 @@ def render(labels: Mapping[str, str], stats: Mapping[str, Any], shown: Mapping[s
     for key, label in labels.items():
         answer = stats.get(key)
         if answer is None:
-            table.add_row(label, *["-"] * 7, Text("silent", style="red"))
+            table.add_row(label, *["-"] * 7, Text(NOT_ANSWERING, style="red"))
             continue
         rate = shown.get(key, Rates(0, 0, 0, 0, 0))
         table.add_row(
@@ -93,8 +96,8 @@ def render(labels: Mapping[str, str], stats: Mapping[str, Any], shown: Mapping[s
         for copy in answer["copyups"]:
             line = Table.grid(padding=(0, 1))
             percent = 100 * copy["done"] // copy["size"] if copy["size"] else 100
-            line.add_row(f"copy-up {label}{copy['path']}", ProgressBar(copy["size"] or 1, copy["done"], 30),
-                         f"{percent} %")  # fmt: skip
+            bar = [ProgressBar(copy["size"] or 1, copy["done"], 30)] if bars else []
+            line.add_row(Text(f"copy-up {label}{copy['path']}"), *bar, f"{percent} %")
             copies.append(line)
     return Group(table, *copies)
 
@@ -104,12 +107,16 @@ def render(labels: Mapping[str, str], stats: Mapping[str, Any], shown: Mapping[s
 @click.option("-d", "--delay", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, help="Seconds.")
 @click.option("-n", "--count", type=click.IntRange(min=1), help="Look so many times, then end.")
 def top(run_dir: str, delay: float, count: int | None) -> None:
-    """Operations, latency, lookup depth, copy-ups and invalidations of every mount, live. Ctrl-C ends it."""
-    console = Console()
+    """Operations, latency, lookup depth, copy-ups and invalidations of every mount, live. Ctrl-C ends it.
+
+    Into a pipe or a file goes one table after the other.
+    """
+    console = Console(width=None if os.isatty(1) else 200)
     before: dict[str, tuple[float, Any]] = {}
     looked = 0
     try:
-        with Live(console=console, auto_refresh=False, transient=False) as live:
+        with ExitStack() as stack:
+            live = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
             while True:
                 entries = registry.entries(run_dir)
                 labels = {entry.id: entry.label for entry in entries}
@@ -125,7 +132,10 @@ def top(run_dir: str, delay: float, count: int | None) -> None:
                     if entry.id in before:
                         shown[entry.id] = rates(before[entry.id][1], answer, now - before[entry.id][0])
                     before[entry.id] = now, answer
-                live.update(render(labels, stats, shown), refresh=True)
+                if live is None:
+                    console.print(render(labels, stats, shown, bars=False))
+                else:
+                    live.update(render(labels, stats, shown), refresh=True)
                 looked += 1
                 if count is not None and looked >= count:
                     return

@@ -13,6 +13,10 @@ SECONDS = 60.0
 """For an answer to a command; unmounting and changing branches take a while."""
 
 
+class NoAnswer(UserError):
+    """Somebody is there and does not answer."""
+
+
 def _checked(answer: Message) -> Message:
     if answer.get("ok"):
         return answer
@@ -37,14 +41,15 @@ def ask_supervisor(run_dir: str, request: Message, timeout: float = SECONDS) -> 
 
 
 def ask_mount(entry: Entry, request: Message, timeout: float = SECONDS) -> Message:
-    """Raises UserError: NO_DAEMON when the mount process is gone or silent; what it refuses."""
+    """Raises UserError: NO_DAEMON when the mount process is gone or silent (then NoAnswer); what it refuses."""
     try:
         return _checked(ask(entry.control, request, timeout))
     except TimeoutError:
-        text = f"process {entry.pid} has not answered for {timeout:g} s"
+        text = f"{entry.label}: process {entry.pid} has not answered for {timeout:g} s"
+        raise NoAnswer(text, ExitCode.NO_DAEMON) from None
     except OSError as error:
-        text = f"{entry.control}: {error.strerror or error}"
-    raise UserError(f"{entry.label}: {text}", ExitCode.NO_DAEMON)
+        text = f"{entry.label}: {entry.control}: {error.strerror or error}"
+        raise UserError(text, ExitCode.NO_DAEMON) from None
 
 
 def locate(run_dir: str, where: str) -> tuple[Entry, str]:

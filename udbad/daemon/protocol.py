@@ -33,6 +33,9 @@ BACKLOG: Final = 1024
 IDLE_SECONDS: Final = 60.0
 SEND_SECONDS: Final = 10.0
 
+NOT_ANSWERING: Final = "not answering"
+"""State of a mount whose process is there and gives no answer: stopped, or its event loop hangs."""
+
 Message = dict[str, Any]
 
 

@@ -25,7 +25,7 @@ from udbad.config import format_options, parse_mount_options
 from udbad.configfile import Config, ConfigError, DaemonSettings, MountSettings, config_files, load, shared_trees
 from udbad.daemon import exporter, logs, registry, save, sdnotify
 from udbad.daemon.configwatch import ConfigWatch, Signature, signature
-from udbad.daemon.protocol import Message, ask_async, bind, flag_of, text_of
+from udbad.daemon.protocol import NOT_ANSWERING, Message, ask_async, bind, flag_of, text_of
 from udbad.daemon.reload import OWN_KEYS, Outcome, Verdict, changed_keys, changed_options, judge_daemon, judge_metrics
 from udbad.daemon.runner import Runner, Shared, State
 from udbad.daemon.server import Command, Server
@@ -36,7 +36,7 @@ from udbad.metrics import Samples
 log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 2.0
-"""For what a mount process says about itself; one that is slower is shown without."""
+"""For what a mount process says about itself."""
 _ADOPT_SECONDS = 5.0
 _UNMOUNT_SECONDS = 3.0
 
@@ -477,11 +477,14 @@ async def _describe(runner: Runner) -> Message:
         "connection": runner.connection,
         "pending": sorted(runner.pending),
     }
-    if runner.state is State.SERVING:
+    if runner.state is State.SERVING and runner.control is None:
+        words["reason"] = "cannot be asked: it has no control socket"
+    elif runner.state is State.SERVING:
         try:
             words["process"] = await runner.request({"op": "status"}, STATUS_SECONDS)
         except OSError as error:
-            words["reason"] = f"does not answer: {error}" if str(error) else "does not answer"
+            words["state"] = NOT_ANSWERING
+            words["reason"] = str(error) or f"process {words['pid']} has not answered for {STATUS_SECONDS:g} s"
     return words
 
 
