@@ -167,15 +167,15 @@ def test_the_run_directory_is_full_from_the_start(daemon: Daemon) -> None:
     """No room for what is known about mounts: they serve, the supervisor watches them, others cannot ask them."""
     point = daemon.add("a")
     (daemon.branch("a", "base") / "file").write_text("served")
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=8", "none", daemon.run_dir]
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=9", "none", daemon.run_dir]
     subprocess.run(command, check=True, timeout=DEADLINE)
     try:
         filler = Path(daemon.run_dir) / "filler"
         filler.mkdir()
-        for number in range(4):  # the root, the directory, these, and two left for the lock and the socket
+        for number in range(5):  # the root, the directory, these, and two left for the lock and the socket
             (filler / str(number)).touch()
         daemon.start()
-        assert f"cannot write to {daemon.run_dir}: No space left on device" in daemon.log()
+        assert f"not registered in {daemon.run_dir}: No space left on device" in daemon.log()
         assert (point / "file").read_text() == "served"
         state = daemon.state("a")
         assert state["state"] == "serving"

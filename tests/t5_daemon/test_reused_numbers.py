@@ -2,55 +2,139 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from tests.t5_daemon.daemon import Daemon
+from tests.helpers.mount import REPOSITORY
+from tests.t5_daemon.daemon import DEADLINE, Daemon
+from udbad import __version__
 from udbad.config import parse_mount_options
-from udbad.configfile import DaemonSettings, MountSettings
+from udbad.configfile import DaemonSettings, MountSettings, load
 from udbad.daemon import kernelside, registry
+from udbad.daemon.configwatch import signature
+from udbad.daemon.protocol import bind, server_pid
 from udbad.daemon.registry import Claim, Entry, Registration
 from udbad.daemon.runner import Runner, Shared
+from udbad.daemon.supervisor import Supervisor
 from udbad.daemon.workers import Worker
 
 NO_PROCESS = 1 << 30
 """Above any pid_max."""
 
 
-def entry(run_dir: Path, place: str, connection: int, pid: int = NO_PROCESS) -> Entry:
-    """What a mount process has written, with a directory in `run_dir`."""
+def living(run_dir: Path, place: str, connection: int, pid: int = NO_PROCESS, namespace: int = 0) -> Registration:
+    """What a mount process has written, with a directory in `run_dir`, and holds on to."""
     registration = Registration(str(run_dir), place.encode())
-    written = Entry(
-        name="", mount_point=place, asked=place, options="br=/x", configured="br=/x", pid=pid, connection=connection,
-        supervised=True, version="0", started=0.0, directory=str(registration.path),
+    registration.write(
+        Entry(
+            name="", mount_point=place, asked=place, options="br=/x=ro", configured="br=/x=ro", pid=pid,
+            connection=connection, supervised=True, version=__version__, started=0.0, directory=str(registration.path),
+            namespace=namespace,
+        )
     )  # fmt: skip
-    registration.write(written)
+    return registration
+
+
+def entry(run_dir: Path, place: str, connection: int, pid: int = NO_PROCESS) -> Entry:
+    """What a mount process has left that was killed."""
+    registration = living(run_dir, place, connection, pid)
+    registration.release()
+    written = registry.read(registration.path)
+    assert written is not None
     return written
 
 
 def test_sweep_goes_by_mount_point_and_number(tmp_path: Path) -> None:
     entry(tmp_path, "/gone", 7)
     entry(tmp_path, "/dead", 8)
-    entry(tmp_path, "/alive", 9, pid=1)
+    entry(tmp_path, "/number used again", 9, pid=1)
+    alive = living(tmp_path, "/alive", 10)
     registry.sweep(str(tmp_path), {("/other", 7), ("/dead", 8)})
     assert {one.mount_point for one in registry.entries(str(tmp_path))} == {"/dead", "/alive"}
+    alive.release()
+
+
+def test_sweep_of_what_a_version_left_that_locked_nothing(tmp_path: Path) -> None:
+    for place, pid in (("/gone", NO_PROCESS), ("/alive", 1)):
+        (Path(entry(tmp_path, place, 7, pid).directory) / registry.ALIVE).unlink()
+    registry.sweep(str(tmp_path), set())
+    assert [one.mount_point for one in registry.entries(str(tmp_path))] == ["/alive"]
+
+
+def test_sweep_leaves_whoever_is_just_being_started(tmp_path: Path) -> None:
+    entry(tmp_path, "/mnt", 7)
+    claim = Claim(str(tmp_path), b"/mnt")
+    registry.sweep(str(tmp_path), set())
+    assert len(registry.entries(str(tmp_path))) == 1
+    claim.release()
+    registry.sweep(str(tmp_path), set())
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_union_of_other_namespaces_that_shares_the_run_directory(tmp_path: Path) -> None:
+    """There, our mount is in no mountinfo, and the number of its process is that of nobody."""
+    mine, gone = living(tmp_path, "/mnt", 7), entry(tmp_path, "/gone", 8)
+    code = f"from udbad.daemon import registry; registry.sweep({str(tmp_path)!r}, set())"
+    namespaces = ["unshare", "-m", "-p", "-f", "--mount-proc", "--propagation", "private"]
+    subprocess.run([*namespaces, sys.executable, "-c", code], check=True, timeout=DEADLINE, cwd=REPOSITORY)
+    assert mine.path.exists()
+    assert not Path(gone.directory).exists()
+    mine.remove()
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_same_mount_point_in_another_mount_namespace(tmp_path: Path) -> None:
+    """The one that came first stays registered; the other one serves without."""
+    there = living(tmp_path, "/mnt", 7, namespace=registry.mount_namespace() + 1)
+    with pytest.raises(OSError, match="another mount namespace") as caught:
+        Registration(str(tmp_path), b"/mnt")
+    assert caught.value.errno == errno.EBUSY
+    there.release()
+    Registration(str(tmp_path), b"/mnt").remove()  # it is dead: the directory is used again
+    assert os.listdir(tmp_path) == []
 
 
 def test_who_ends_late_leaves_the_entry_of_the_next_process(tmp_path: Path) -> None:
     """After umount(8) the next mount may be there before the process of the last one has ended."""
     mine = Registration(str(tmp_path), b"/mnt")
-    entry(tmp_path, "/mnt", 7)
+    # Even with the same number, as processes of two containers have.
+    other = living(tmp_path, "/mnt", 7, pid=os.getpid())
     mine.remove()
     assert [one.connection for one in registry.entries(str(tmp_path))] == [7]
-    entry(tmp_path, "/mnt", 7, pid=os.getpid())
-    mine.remove()
+    other.remove()
     assert os.listdir(tmp_path) == []
+    other = Registration(str(tmp_path), b"/mnt")
+    shutil.rmtree(other.path)
+    other.remove()  # somebody has cleared the run directory
+
+
+@pytest.mark.asyncio
+async def test_only_who_listens_is_adopted(tmp_path: Path) -> None:
+    """A process of another pid namespace may have written a number that here is somebody else's."""
+    run_dir = tmp_path / "run"
+    configuration = tmp_path / "udbad.toml"
+    configuration.write_text(f'[daemon]\nrun_dir = "{run_dir}"\n')
+    supervisor = Supervisor(configuration, load(configuration), signature(configuration))
+    written = entry(run_dir, "/mnt", 7, pid=os.getppid())
+    with bind(written.control):
+        assert server_pid(written.control) == os.getpid()
+        assert supervisor._adopt() == {}
+        written = entry(run_dir, "/mnt", 7, pid=os.getpid())
+        adopted = supervisor._adopt()["/mnt"].worker
+        assert adopted is not None
+        assert adopted.pid == os.getpid()
+        adopted.forget()
+    assert supervisor._adopt() == {}
 
 
 def test_a_mount_point_is_claimed_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,9 +121,10 @@ def collect_status(run_dir: str) -> dict[str, Any]:
         if error.code is not ExitCode.NO_DAEMON:
             raise
         answer = {"pid": None, "udbad": None, "config": [], "mounts": []}
-    known = {mount["pid"] for mount in answer["mounts"]}
+    # A process of another pid namespace may have the number of one of the daemon's.
+    known = {(mount["pid"], mount["connection"]) for mount in answer["mounts"]}
     for entry in registry.entries(run_dir):
-        if entry.pid in known or (entry.supervised and answer["pid"] is not None):
+        if (entry.pid, entry.connection) in known or (entry.supervised and answer["pid"] is not None):
             continue
         mount: dict[str, Any] = {
             "name": entry.name, "label": entry.label, "mount_point": entry.mount_point, "state": "serving",

@@ -162,7 +162,7 @@ class MountProcess:
             self._registration = registry.Registration(self.identity.run_dir, self.mount_point)
             self.write_entry()
         except OSError as error:
-            log.warning("cannot write to %s: %s", self.identity.run_dir, error.strerror)
+            log.warning("not registered in %s: %s", self.identity.run_dir, error.strerror)
         if self.options.control:
             return self.options.control
         return None if self._registration is None else str(self._registration.path / "control")
@@ -185,6 +185,7 @@ class MountProcess:
                 version=__version__,
                 started=self.started,
                 directory=str(self._registration.path),
+                namespace=registry.mount_namespace(),
             )
         )
 

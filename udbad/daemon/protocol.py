@@ -73,8 +73,23 @@ def bind(path: str) -> socket.socket:
 
 def may_ask(getsockopt: Callable[[int, int, int], bytes]) -> bool:
     """Whether the process at the other end (unix(7), SO_PEERCRED) is root's or of our own user."""
-    uid: int = struct.unpack("3i", getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[1]
-    return uid in (0, os.getuid())
+    return _peer(getsockopt)[1] in (0, os.getuid())
+
+
+def _peer(getsockopt: Callable[[int, int, int], bytes]) -> tuple[int, int, int]:
+    """pid, uid and gid at the other end, in our own namespaces; pid 0 for a process that ours does not show."""
+    pid, uid, gid = struct.unpack("3i", getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return pid, uid, gid
+
+
+def server_pid(path: str) -> int:
+    """Who listens on a socket, as the kernel has it: that process need not answer, and may be in another pid namespace.
+
+    0 when ours does not show it. Raises OSError when nobody listens.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as client:
+        client.connect(path)
+        return _peer(client.getsockopt)[0]
 
 
 def encode(message: Message) -> bytes:

@@ -3,9 +3,14 @@
     RUN_DIR/si_<id>/mount.json   who serves the mount, and how to start it again
     RUN_DIR/si_<id>/control      socket of the mount process
     RUN_DIR/si_<id>/br0 ...      one line each, path=perm+attr, as aufs has them in /sys/fs/aufs
+    RUN_DIR/si_<id>/alive        locked by the mount process while it lives
 
 Written by the mount process only; everybody else reads. The id follows from the mount point, so a mount
 keeps it over restarts, and a directory that a killed process left is used again. Never touches a mount point.
+
+The run directory may be shared by several mount and pid namespaces (containers that bind /run): a mount that is in
+no mountinfo here, of a process whose number means nothing here, may be served all the same. So only the lock says
+who lives: flock(2) belongs to the open file, which no namespace hides, and ends with the process.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from pathlib import Path
 
 DEFAULT_RUN_DIR = "/run/udbad"
 SOCKET_NAME = "udbad.sock"  # of the supervisor, in the run directory
+ALIVE = "alive"
 CLAIM_SECONDS = 10.0
 _CLAIM_PAUSE = 0.05
 _MAX_LINKS = 40  # MAXSYMLINKS (linux/namei.h)
@@ -34,7 +40,8 @@ class Entry:
 
     mount_point: as the kernel has it; asked: as somebody wrote it, with symbolic links perhaps.
     options: as after -o, as they are now; configured: as the configuration had them. connection: number under
-    /sys/fs/fuse/connections. started: seconds since 1970.
+    /sys/fs/fuse/connections. started: seconds since 1970. pid: in the pid namespace of the mount process;
+    namespace: number of its mount namespace, namespaces(7), 0 if not known.
     """
 
     name: str
@@ -48,6 +55,7 @@ class Entry:
     version: str
     started: float
     directory: str
+    namespace: int = 0
 
     @property
     def id(self) -> str:
@@ -73,6 +81,14 @@ def real_mount_point(path: bytes) -> bytes:
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)) if path != b"/" else path
 
 
+def mount_namespace() -> int:
+    """The number of our mount namespace (namespaces(7)); 0 without /proc."""
+    try:
+        return os.stat("/proc/self/ns/mnt").st_ino
+    except OSError:
+        return 0
+
+
 def directory(run_dir: str, mount_point: bytes) -> Path:
     return Path(run_dir) / f"si_{mount_id(mount_point)}"
 
@@ -84,10 +100,11 @@ class Claim:
     of the mount, flock(2): there is no file that could be left.
     """
 
-    def __init__(self, run_dir: str, mount_point: bytes) -> None:
-        """mount_point: from real_mount_point(). Raises OSError: EBUSY when somebody has it for CLAIM_SECONDS."""
+    def __init__(self, run_dir: str, mount_point: bytes, seconds: float | None = None) -> None:
+        """mount_point: from real_mount_point(). Raises OSError: EBUSY when somebody has it for so many seconds
+        (None: CLAIM_SECONDS)."""
         path = directory(run_dir, mount_point)
-        end = time.monotonic() + CLAIM_SECONDS
+        end = time.monotonic() + (CLAIM_SECONDS if seconds is None else seconds)
         while True:
             path.mkdir(mode=0o755, parents=True, exist_ok=True)
             try:
@@ -117,9 +134,28 @@ class Registration:
     """The directory of one mount, from its beginning to its orderly end; every method raises OSError."""
 
     def __init__(self, run_dir: str, mount_point: bytes) -> None:
-        """mount_point: from real_mount_point()."""
+        """mount_point: from real_mount_point(). Precondition: it is claimed, so nobody else does the same, or sweeps.
+
+        Raises OSError: EBUSY when the directory belongs to a living mount on the same path of another mount namespace.
+        """
         self.path = directory(run_dir, mount_point)
         self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        other = read(self.path)
+        if other is not None and other.namespace not in (0, mount_namespace()) and is_alive(other):
+            raise OSError(errno.EBUSY, "the mount on this path of another mount namespace is registered there")
+        self._life = self._begin_life()
+
+    def _begin_life(self) -> int:
+        """A locked file of our own, in the place of an earlier one: its process may still be ending."""
+        temporary = self.path / ".alive.new"
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.replace(self.path / ALIVE)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def write(self, entry: Entry) -> None:
         """Say who serves the mount."""
@@ -144,12 +180,40 @@ class Registration:
 
     def remove(self) -> None:
         """The mount has ended in order: nothing of it is left to know, unless another process is there already."""
-        entry = read(self.path)
-        if entry is not None and entry.pid != os.getpid():
-            return
-        for name in os.listdir(self.path):
-            (self.path / name).unlink()
-        self.path.rmdir()
+        try:
+            if self._is_ours():
+                for name in os.listdir(self.path):
+                    (self.path / name).unlink()
+                self.path.rmdir()
+        finally:
+            self.release()
+
+    def _is_ours(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._life), os.stat(self.path / ALIVE))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """As the end of the process would: what is registered stays, and is that of a dead mount."""
+        if self._life >= 0:
+            os.close(self._life)
+            self._life = -1
+
+
+def is_alive(entry: Entry) -> bool:
+    """Whether the process of an entry lives, in whatever namespace."""
+    try:
+        fd = os.open(os.path.join(entry.directory, ALIVE), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # of a version that had no such file
+        return os.path.exists(f"/proc/{entry.pid}")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def read(path: Path) -> Entry | None:
@@ -184,13 +248,23 @@ def entries(run_dir: str) -> list[Entry]:
 def sweep(run_dir: str, mounted: Collection[tuple[str, int]]) -> None:
     """Remove what killed processes have left about mounts that are gone, too.
 
-    mounted: mount point and connection number of every union there is; the kernel gives a number to the next
+    mounted: mount point and connection number of every union there is here; the kernel gives a number to the next
     mount as soon as it is free, so it says nothing alone. A dead mount that is still there keeps its entry: the
-    next process on that mount point needs it.
+    next process on that mount point needs it. Whoever is just being started there, or is swept by another, is left.
     """
     for entry in entries(run_dir):
-        if (entry.mount_point, entry.connection) not in mounted and not os.path.exists(f"/proc/{entry.pid}"):
-            shutil.rmtree(entry.directory, ignore_errors=True)
+        if (entry.mount_point, entry.connection) in mounted or is_alive(entry):
+            continue
+        try:
+            claim = Claim(run_dir, os.fsencode(entry.mount_point), 0)
+        except OSError:
+            continue
+        try:
+            # Since it was read, another process may have begun there, and have given up its claim.
+            if not is_alive(entry):
+                shutil.rmtree(entry.directory, ignore_errors=True)
+        finally:
+            claim.release()
 
 
 def find(run_dir: str, path: str) -> tuple[Entry, str] | None:

@@ -25,7 +25,7 @@ from udbad.config import format_options, parse_mount_options
 from udbad.configfile import Config, ConfigError, DaemonSettings, MountSettings, config_files, load, shared_trees
 from udbad.daemon import exporter, logs, registry, save, sdnotify
 from udbad.daemon.configwatch import ConfigWatch, Signature, signature
-from udbad.daemon.protocol import NOT_ANSWERING, Message, ask_async, bind, flag_of, text_of
+from udbad.daemon.protocol import NOT_ANSWERING, Message, bind, flag_of, server_pid, text_of
 from udbad.daemon.reload import OWN_KEYS, Outcome, Verdict, changed_keys, changed_options, judge_daemon, judge_metrics
 from udbad.daemon.runner import Runner, Shared, State
 from udbad.daemon.server import Command, Server
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 STATUS_SECONDS = 2.0
 """For what a mount process says about itself."""
-_ADOPT_SECONDS = 5.0
 _UNMOUNT_SECONDS = 3.0
 
 
@@ -71,7 +70,7 @@ class Supervisor:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._stop_soon, number)
             loop.add_signal_handler(signal.SIGHUP, self._reload_soon, "SIGHUP")
-            adopted = await self._adopt()
+            adopted = self._adopt()
             for settings in self.config.mounts.values():
                 if settings.enabled and settings.name not in self.runners:
                     self._add(Runner(settings, self.shared))
@@ -180,26 +179,24 @@ class Supervisor:
 
     # -- mounts that run already ------------------------------------------------------------------
 
-    async def _adopt(self) -> dict[str, Runner]:
+    def _adopt(self) -> dict[str, Runner]:
         """Runners for the mount processes that an earlier supervisor has left."""
         found = [entry for entry in registry.entries(self.config.daemon.run_dir) if entry.supervised]
         adopted = {}
-        for runner in await asyncio.gather(*map(self._adopt_one, found)):
+        for runner in map(self._adopt_one, found):
             if runner is not None:
                 self.runners[runner.label] = adopted[runner.label] = runner
         return adopted
 
-    async def _adopt_one(self, entry: registry.Entry) -> Runner | None:
+    def _adopt_one(self, entry: registry.Entry) -> Runner | None:
         try:
             worker = Worker(entry.pid, os.pidfd_open(entry.pid))
         except OSError:
             return None
         try:
-            # The pidfd was taken first: whoever answers now as this pid is the process it means.
-            answer = await ask_async(entry.control, {"op": "status"}, _ADOPT_SECONDS)
-            same = answer.get("pid") == entry.pid
-        except TimeoutError:
-            same = b"mount-server" in _command_line(entry.pid)  # wedged: the heartbeat will see to it
+            # The pidfd was taken first, so it means the process that listens now, if that has the number here: the
+            # one in the entry may be of another pid namespace. A wedged one is adopted, too; the heartbeat sees to it.
+            same = server_pid(entry.control) == entry.pid
         except OSError:
             same = False
         if not same:
@@ -502,13 +499,6 @@ def _take_run_dir(run_dir: str, stack: ExitStack) -> Any:
         raise UserError(f"{run_dir}: {error.strerror or error}", ExitCode.FAILURE) from None
     stack.callback(sock.close)
     return sock
-
-
-def _command_line(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def _log_verdicts(verdicts: Iterable[Verdict]) -> None:
