@@ -8,8 +8,8 @@ worker thread that reads meanwhile never sees a closed descriptor.
 from __future__ import annotations
 
 import errno
-import os
 
+from udbad.branch import syscalls
 from udbad.errors import os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Fh
@@ -96,14 +96,15 @@ class HandleTable:
             raise os_error(errno.EBADF) from None
 
     def remove_file(self, fh: int) -> OpenFile:
+        """Close an open file; what it was is returned. An error of close(2) goes nowhere here, FLUSH has told it."""
         handle = self.file(fh)
         del self.files[fh]
-        os.close(handle.fd)
         handles = handle.node.handles
         if handles is not None:
             handles.remove(handle)
             if not handles:
                 handle.node.handles = None
+        syscalls.close_quietly(handle.fd)
         return handle
 
     def remove_dir(self, fh: int) -> None:

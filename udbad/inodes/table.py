@@ -18,6 +18,7 @@ from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from udbad.branch import syscalls
 from udbad.branch.branches import Branch
 from udbad.errors import estale
 from udbad.inodes.inomap import Identity
@@ -359,7 +360,7 @@ class InodeTable:
             del self.nodes[node.id]
             self.on_drop(node)
             if node.orphan_fd >= 0:
-                os.close(node.orphan_fd)
+                syscalls.close_quietly(node.orphan_fd)
                 node.orphan_fd = -1
             parents = {parent for parent, _ in node.names()}
             for parent, name in node.names():

@@ -413,7 +413,7 @@ def abort(job: Job) -> None:
         job.tmp = b""
         for fd in (job.src_fd, job.dst_fd, job.dirfd):
             if fd >= 0:
-                os.close(fd)
+                syscalls.close_quietly(fd)  # `transfer` has asked for what closing the copy would tell
         job.src_fd = job.dst_fd = job.dirfd = -1
 
 
@@ -500,7 +500,11 @@ def run(tree: Tree, need: NeedCopyUp) -> None:
 
 
 def follow(tree: Tree, handle: OpenFile) -> None:
-    """Bring an open file to where its node's data is now (readers too, spec section 6.8)."""
+    """Bring an open file to where its node's data is now (readers too, spec section 6.8).
+
+    dup2 closes the old descriptor, and tells nothing. There is nothing to tell: it was open for reading, or its file
+    was copied since, with all that had been written through it, and how that copy fared `transfer` has asked.
+    """
     node = handle.node
     flags = handle.flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC)
     writable = node.branch.writable
@@ -513,7 +517,7 @@ def follow(tree: Tree, handle: OpenFile) -> None:
             dirfd, name = tree.locate(node)
             fd, st = syscalls.open_file_at(dirfd, name, flags)
             if (st.st_dev, st.st_ino) != node.identity:
-                os.close(fd)
+                syscalls.close_quietly(fd)
                 raise estale()
         except OSError as error:
             other = next((h for h in node.handles or () if h.gen == node.gen), None)
@@ -521,6 +525,6 @@ def follow(tree: Tree, handle: OpenFile) -> None:
                 raise
             fd = syscalls.reopen(other.fd, flags)
     os.dup2(fd, handle.fd, inheritable=False)
-    os.close(fd)
+    syscalls.close_quietly(fd)  # the other descriptor of it tells, when that is closed
     handle.gen = node.gen
     handle.writable = writable and flags & os.O_ACCMODE != os.O_RDONLY

@@ -99,7 +99,7 @@ def create_file(
         st = os.fstat(fd)
         return _appear(tree, parent, name, target.branch, st), st, fd
     except BaseException:
-        os.close(fd)
+        syscalls.close_quietly(fd)
         _undo(target.dirfd, name)
         raise
 
