@@ -304,6 +304,32 @@ def is_being_written(dirfd: int, name: bytes) -> bool:
     return False
 
 
+def sync_file(fd: int, data_only: bool) -> None:
+    """fsync(2) or fdatasync(2). EINVAL is success: a file system without fsync (squashfs, erofs, iso9660) has nothing
+    to write."""
+    try:
+        (os.fdatasync if data_only else os.fsync)(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def flush(fd: int) -> None:
+    """What close(2) of a file would report now (filp_flush), without closing it: ENOSPC, EDQUOT, EIO, … of file
+    systems that write only then, as NFS, CIFS and FUSE do. May wait for a server. Raises OSError."""
+    os.close(os.dup(fd))
+
+
+def close_quietly(fd: int) -> None:
+    """close(2) where nobody is left to hear of its error. The descriptor is free all the same (close(2), "Dealing with
+    error returns"): to keep its number would be to use somebody else's file under it soon."""
+    try:
+        os.close(fd)
+    except OSError as error:
+        if error.errno == errno.EBADF:  # not an error of the file, but a bug
+            raise
+
+
 # -- mounts and credentials -------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TypeVar
 
 import pyfuse3
@@ -301,11 +302,11 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def fsync(self, fh: int, datasync: bool) -> None:
+        # Whatever the descriptor was opened for, as fsync(2) is about the file: `sync FILE` opens it for reading. On
+        # a read-only branch too, where others write.
         handle = self.fs.ready(fh)
-        if handle.writable:
-            call = os.fdatasync if datasync else os.fsync
-            # After this: nothing is used any more.
-            await trio.to_thread.run_sync(call, handle.fd, limiter=self._io_limit)
+        # After this: nothing is used any more. As for a read, the descriptor stays while this is not answered.
+        await trio.to_thread.run_sync(syscalls.sync_file, handle.fd, datasync, limiter=self._io_limit)
 
     # -- directories --------------------------------------------------------------------------
 
@@ -334,12 +335,13 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        for fd in self.fs.directory_fds(fh):
-            try:
+        with ExitStack() as opened:
+            fds = self.fs.directory_fds(fh)
+            for fd in fds:
+                opened.callback(os.close, fd)
+            for fd in fds:
                 # After this: nothing is used but the descriptors taken before.
-                await trio.to_thread.run_sync(os.fsync, fd, limiter=self._io_limit)
-            finally:
-                os.close(fd)
+                await trio.to_thread.run_sync(syscalls.sync_file, fd, datasync, limiter=self._io_limit)
 
     @handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:

@@ -310,7 +310,7 @@ class UnionFs:
                 handle.group = sgid_group(caller, st)
             return handle, st
         except BaseException:
-            os.close(fd)
+            syscalls.close_quietly(fd)
             raise
 
     def _copy_on_open(self, node: Node) -> None:
@@ -331,7 +331,7 @@ class UnionFs:
         else:
             if st.st_ino == node.ino and st.st_dev == node.dev:
                 return fd, st
-            os.close(fd)
+            syscalls.close_quietly(fd)
         if node.handles:
             fd = syscalls.reopen(node.handles[-1].fd, flags)
             return fd, os.fstat(fd)
@@ -390,9 +390,16 @@ class UnionFs:
     def directory_fds(self, fh: int) -> list[int]:
         """Readable descriptors, to be closed by the caller, of the writable branch directories (fsyncdir)."""
         node = self.handles.directory(fh).node
-        return [
-            syscalls.open_listing(self.tree.layer_fd(node, layer)) for layer in node.layers if layer.branch.writable
-        ]
+        fds: list[int] = []
+        try:
+            for layer in node.layers:
+                if layer.branch.writable:
+                    fds.append(syscalls.open_listing(self.tree.layer_fd(node, layer)))
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return fds
 
     # -- the whole ----------------------------------------------------------------------------
 

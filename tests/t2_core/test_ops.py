@@ -1,0 +1,119 @@
+"""Handlers of kernel/ops.py without a kernel: what they do in threads, and what they leave when that fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyfuse3
+import pytest
+import trio
+
+from tests.t2_core.core import STRATEGIES, Core, core
+from udbad.branch import syscalls
+from udbad.coherence.base import Coherence
+from udbad.kernel.ops import Operations
+
+
+def operations(union: Core) -> Operations:
+    assert isinstance(union.tree.hooks, Coherence)
+    return Operations(union.fs, union.tree.hooks)
+
+
+@pytest.fixture(params=list(STRATEGIES))
+def union(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Core]:
+    for name in ("top/d", "middle/d", "base/d"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "top/f").write_bytes(b"top")
+    (tmp_path / "base/lower").write_bytes(b"lower")
+    with core(tmp_path, {"top": "rw", "middle": "rw", "base": "ro"}, udba=request.param) as made:
+        yield made
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
+    """(call, path) of every fsync and fdatasync from now on."""
+    calls: list[tuple[str, Path]] = []
+
+    def record(name: str) -> Callable[[int], None]:
+        return lambda fd: calls.append((name, Path(os.readlink(f"/proc/self/fd/{fd}"))))
+
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, record(name))
+    return calls
+
+
+# -- fsync ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("data_only", "call"), [(False, "fsync"), (True, "fdatasync")])
+def test_fsync_is_about_the_file_not_about_the_descriptor(
+    union: Core, synced: list[tuple[str, Path]], data_only: bool, call: str
+) -> None:
+    """`sync FILE` opens for reading; of a lower file too, which others may have written to."""
+    ops = operations(union)
+    for name in ("f", "lower"):
+        for flags in (os.O_RDONLY, os.O_RDWR):
+            handle = union.open(name, flags)
+            synced.clear()
+            trio.run(ops.fsync, handle.fh, data_only)
+            assert [(done, path.name) for done, path in synced] == [(call, name)]
+
+
+def test_fsync_follows_a_copy_up(union: Core, synced: list[tuple[str, Path]]) -> None:
+    reader, writer = union.open("lower"), union.open("lower", os.O_RDWR)
+    union.write(writer, b"LOW")
+    synced.clear()
+    trio.run(operations(union).fsync, reader.fh, False)
+    assert len(synced) == 1
+    assert os.fstat(reader.fd).st_ino == (union["top"] / "lower").stat().st_ino
+
+
+@pytest.mark.parametrize(("number", "seen"), [(errno.EIO, errno.EIO), (errno.EINVAL, 0)])
+def test_what_fsync_says_is_told(union: Core, monkeypatch: pytest.MonkeyPatch, number: int, seen: int) -> None:
+    """EINVAL: the file system has no fsync, as squashfs."""
+
+    def fail(_fd: int) -> None:
+        raise OSError(number, "injected")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    told = 0
+    try:
+        trio.run(operations(union).fsync, union.open("f").fh, False)
+    except pyfuse3.FUSEError as error:
+        told = error.errno
+    assert told == seen
+
+
+def test_fsync_of_a_directory_is_of_every_writable_branch(union: Core, synced: list[tuple[str, Path]]) -> None:
+    handle = union.fs.opendir(union.find("d").id)
+    trio.run(operations(union).fsyncdir, handle.fh, False)
+    assert [(call, path.name) for call, path in synced] == [("fsync", "d")] * 2
+
+
+@pytest.mark.parametrize("failing", ["fsync", "open_listing"])
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_failing_fsync_of_a_directory_leaves_no_descriptor(
+    union: Core, monkeypatch: pytest.MonkeyPatch, failing: str, after: int
+) -> None:
+    """The fixture that every test has counts them, too; here they are named."""
+    handle = union.fs.opendir(union.find("d").id)
+    module = os if failing == "fsync" else syscalls
+    original = getattr(module, failing)
+    left = after
+
+    def fail(fd: int) -> object:
+        nonlocal left
+        if left == 0:
+            raise OSError(errno.EIO, "injected")
+        left -= 1
+        return original(fd)
+
+    before = set(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(module, failing, fail)
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        trio.run(operations(union).fsyncdir, handle.fh, False)
+    assert caught.value.errno == errno.EIO
+    assert set(os.listdir("/proc/self/fd")) == before
