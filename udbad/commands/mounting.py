@@ -92,12 +92,12 @@ def start_in_background(options: tuple[str, ...], verbose: bool, run_dir: str, s
 @click.argument("mount_point", type=click.Path(path_type=Path))
 def umount(lazy: bool, mount_point: Path) -> None:
     """Unmount a union."""
-    from udbad.kernel.mounts import find_mount, unmount
+    from udbad.kernel.mounts import find_mount, unmount_top
 
     with user_errors():
         path = find_mount(os.fsencode(mount_point.absolute()))
         try:
-            unmount(path, lazy)
+            unmount_top(path, lazy)
         except OSError as error:
             code = ExitCode.NOT_ROOT if error.errno == errno.EPERM else ExitCode.FAILURE
             raise UserError(f"{mount_point}: {error.strerror}", code) from error

@@ -284,10 +284,10 @@ class Commands:
         try:
             await self.process.unmount(force)
         except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            text = f"{os.fsdecode(self.process.mount_point)} is busy: {self._who()}"
-            raise UserError(text, ExitCode.FAILURE) from None
+            place = os.fsdecode(self.process.mount_point)
+            if error.errno == errno.EBUSY and error.strerror == os.strerror(errno.EBUSY):
+                raise UserError(f"{place} is busy: {self._who()}", ExitCode.FAILURE) from None
+            raise UserError(f"{place}: {error.strerror}", ExitCode.FAILURE) from None
         return {}
 
     def _who(self) -> str:

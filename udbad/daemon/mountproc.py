@@ -39,7 +39,7 @@ from udbad.daemon.snapshot import Snapshot, text
 from udbad.errors import ExitCode, UserError
 from udbad.kernel.fast import FastPath
 from udbad.kernel.invalidator import Invalidator
-from udbad.kernel.mounts import mounts_inside, unions
+from udbad.kernel.mounts import lying, mounts_inside, unions
 from udbad.kernel.ops import Operations
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import Samples, Server
@@ -109,7 +109,8 @@ class MountProcess:
             flags.add("ro")
         self.control_path = ""  # of the socket that is served, once there is one
         self._endpoint = self._export()
-        self.session = Session(self.mount_point, self._source(), frozenset(flags), options.acl, dead)
+        self.session = Session(self.mount_point, self._source(), frozenset(flags), options.acl)
+        self.session.mount(dead)
         self.invalidator = Invalidator(
             self.session.notify, self.session.has_epochs, lambda: mounts_inside(self.session.connection)
         )
@@ -135,15 +136,21 @@ class MountProcess:
             return None  # no room in the run directory is no reason not to mount; _register says so
 
     def _dead_mounts(self) -> int:
-        """How many dead unions lie on the mount point. Raises UserError when a living one does."""
-        lying = [mount for mount in unions() if mount.path == self.mount_point]
-        if not lying or self.identity.run_dir is None:
+        """How many dead unions lie on the mount point. Raises UserError when a living one does, or what is no union
+        lies over them, which is nobody's to take away."""
+        if self.identity.run_dir is None:
+            return 0
+        try:
+            there = lying(self.mount_point)
+        except OSError as error:
+            raise UserError(f"{os.fsdecode(self.mount_point)}: {error.strerror}", ExitCode.MOUNT_POINT) from None
+        if not there:
             return 0
         entry = registry.read(registry.directory(self.identity.run_dir, self.mount_point))
         if entry is not None and _is_served(entry):
             raise UserError(f"{entry.mount_point} is mounted already, by process {entry.pid}", ExitCode.MOUNT_POINT)
-        known = entry is not None and entry.connection == lying[-1].connection
-        return len(lying) if known or self.identity.supervised else 0
+        known = entry is not None and entry.connection == there[0].connection
+        return len(there) if known or self.identity.supervised else 0
 
     def _source(self) -> str:
         """What /proc/mounts shows as source; with the id that leads to the branches, as aufs has it in the options."""
@@ -248,18 +255,25 @@ class MountProcess:
             await self.unmount(force=True)
 
     async def unmount(self, force: bool) -> None:
-        """Unmount, after which `serve` returns. Raises OSError: EBUSY without force.
+        """Unmount, after which `serve` returns.
 
-        force: what is in use is detached, its users get errors.
+        Raises OSError without force: EBUSY when it is in use or something else is mounted over it, EINVAL when it was
+        detached already (umount -l) and its last users keep it. force: it ends all the same, its users get errors.
         """
         try:
-            # After this: the mount is gone and main() returns, or it is busy and stays.
+            # After this: the mount is gone and main() returns, or it stays.
             await trio.to_thread.run_sync(self.session.unmount)
         except OSError as error:
-            if error.errno != errno.EBUSY or not force:
+            if not force:
                 raise
-            log.warning("%s is in use; detached, users get errors", os.fsdecode(self.mount_point))
-            await trio.to_thread.run_sync(self.session.unmount, True)
+            if error.errno == errno.EBUSY:
+                try:
+                    await trio.to_thread.run_sync(self.session.unmount, True)
+                    log.warning("%s is in use; detached, users get errors", text(self.mount_point))
+                except OSError as other:
+                    error = other
+            if self.session.mounted:
+                log.warning("%s: %s; the session ends all the same", text(self.mount_point), error.strerror)
             self.session.terminate()
             return
         # Normally the loop has ended with the mount. It has not where a copy of the mount is left in

@@ -1,37 +1,74 @@
-"""Finding and taking away our mounts by what /proc/self/mountinfo says, never by asking the mount itself."""
+"""Finding, changing and taking away our mounts: which one is meant follows from mountinfo and its id, never from
+asking the mount itself, and never from the path alone, over which something else may be mounted by now.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 from udbad.errors import ExitCode, UserError
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_MNT_DETACH = 2
-FS_TYPE = b"fuse.udba"
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_MNT_DETACH: Final = 2
+_MS_REMOUNT: Final = 32
+_MS_BIND: Final = 4096
+FS_TYPE: Final = b"fuse.udba"
+
+MOUNT_FLAGS: Final = {
+    "ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1024, "nodiratime": 2048, "relatime": 1 << 21,
+    "strictatime": 1 << 24,
+}  # fmt: skip
+"""Flags of a mount, by their names in mount(8): MS_* of mount(2)."""
 
 
 @dataclass(frozen=True, slots=True)
 class MountEntry:
-    """One mounted union: where, and its number under /sys/fs/fuse/connections."""
+    """One mounted union: where, its number under /sys/fs/fuse/connections, and its ids as in mountinfo."""
 
     path: bytes
     connection: int
+    id: int
+    parent: int
 
 
-def unions() -> list[MountEntry]:
-    """Every udbad mount of this mount namespace, oldest first."""
+def _entries() -> list[tuple[MountEntry, bytes]]:
+    """Every mount of this mount namespace, oldest first, with its file system type; proc_pid_mountinfo(5)."""
     found = []
     with open("/proc/self/mountinfo", "rb") as lines:
         for line in lines:
             fields, _, rest = line.partition(b" - ")
-            if rest.split(b" ")[0] != FS_TYPE:
-                continue
             parts = fields.split(b" ")
             path = parts[4].decode("unicode_escape").encode("latin-1")
-            found.append(MountEntry(path, int(parts[2].split(b":")[1])))
+            entry = MountEntry(path, int(parts[2].split(b":")[1]), int(parts[0]), int(parts[1]))
+            found.append((entry, rest.split(b" ")[0]))
+    return found
+
+
+def unions() -> list[MountEntry]:
+    """Every udbad mount of this mount namespace, oldest first."""
+    return [entry for entry, fs_type in _entries() if fs_type == FS_TYPE]
+
+
+def lying(path: bytes) -> list[MountEntry]:
+    """The unions that whoever follows `path` meets, topmost first; none where they are out of reach, below a mount
+    on a directory above. Raises OSError (EBUSY) when something else lies over them."""
+    there = {entry.id: (entry, fs_type) for entry, fs_type in _entries() if entry.path == path}
+    if not any(fs_type == FS_TYPE for _, fs_type in there.values()):
+        return []
+    with _top(path) as fd:
+        top = mount_id(fd)
+    found = []
+    while top in there and there[top][1] == FS_TYPE:
+        found.append(there[top][0])
+        top = found[-1].parent
+    if not found and top in there:
+        raise _covered(path)
     return found
 
 
@@ -71,8 +108,92 @@ def find_mount(path: bytes) -> bytes:
     raise UserError(f"no union is mounted on {os.fsdecode(path)}", ExitCode.NOT_MOUNTED)
 
 
-def unmount(path: bytes, lazy: bool = False) -> None:
-    """umount2(2). May wait for the file system's own requests: never on the event loop."""
-    if _libc.umount2(path, _MNT_DETACH if lazy else 0) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), os.fsdecode(path))
+# -- one mount, by its id --------------------------------------------------------------------------
+
+
+def mount_id(fd: int) -> int:
+    """The id in mountinfo of the mount that a descriptor leads to (proc_pid_fdinfo(5)); asks the mount nothing."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        for line in file:
+            if line.startswith(b"mnt_id:"):
+                return int(line[7:])
+    raise OSError(errno.ENOSYS, "no mnt_id in /proc/self/fdinfo")
+
+
+@contextmanager
+def opened(path: bytes, wanted: int) -> Iterator[int]:
+    """The root of the mount with the id `wanted` on `path`, as an O_PATH descriptor: for as short as can be,
+    since the mount is busy by it.
+
+    Raises OSError: EINVAL when it is not mounted any more, EBUSY when something else is mounted over it.
+    """
+    if not any(entry.id == wanted for entry in unions()):
+        raise _gone(path)
+    with _top(path) as fd:
+        if mount_id(fd) != wanted:
+            raise _covered(path)
+        yield fd
+
+
+@contextmanager
+def _top(path: bytes) -> Iterator[int]:
+    # O_PATH sends no request to the file system that is mounted there, not even to a dead one.
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _gone(path: bytes) -> OSError:
+    return OSError(errno.EINVAL, "the union is not mounted there any more", os.fsdecode(path))
+
+
+def _covered(path: bytes) -> OSError:
+    return OSError(errno.EBUSY, "something else is mounted over the union there", os.fsdecode(path))
+
+
+def set_flags(fd: int, flags: Iterable[str]) -> None:
+    """Make these the flags of a mount (names in MOUNT_FLAGS), all others are off; without one for access times those
+    stay as they are.
+
+    fd: O_PATH, of its root (`opened`). Of this mount only: copies of it in other mount namespaces stay as they are.
+    Raises OSError: EBUSY for ro while a file is open for writing.
+    """
+    bits = _MS_REMOUNT | _MS_BIND
+    for flag in flags:
+        bits |= MOUNT_FLAGS[flag]
+    if _libc.mount(None, b"/proc/self/fd/%d" % fd, None, ctypes.c_ulong(bits), None) != 0:
+        raise _error(b"")
+
+
+def unmount(path: bytes, wanted: int, lazy: bool = False) -> None:
+    """Take away the mount with the id `wanted`, and nothing that lies over it: umount2(2).
+
+    May wait for the file system's own requests: never on the event loop. Raises OSError as `opened`; EBUSY when it
+    is in use, unless lazy.
+    """
+    with opened(path, wanted) as fd:
+        if lazy:
+            _umount(b"/proc/self/fd/%d" % fd, _MNT_DETACH)
+            return
+    # By path now: a descriptor of the mount would be its user.
+    _umount(path, 0)
+
+
+def unmount_top(path: bytes, lazy: bool = False) -> None:
+    """Take away the union that is topmost on `path`; as `unmount`."""
+    there = lying(path)
+    if not there:
+        raise _gone(path)
+    unmount(path, there[0].id, lazy)
+
+
+def _umount(path: bytes, flags: int) -> None:
+    if _libc.umount2(path, flags) != 0:
+        raise _error(path)
+
+
+def _error(path: bytes) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number), os.fsdecode(path) or None)

@@ -63,14 +63,14 @@ class InitRequest:
         self.unique: int = fields[2]
         self.major, self.minor, self.max_readahead, self.flags = _INIT_IN.unpack_from(raw, _IN_HEADER.size)
 
-    def reply(self, acl: bool) -> bytes:
-        """Our answer; acl: let the kernel enforce POSIX ACLs."""
+    def reply(self, acl: bool, most: int = MAX_REQUEST) -> bytes:
+        """Our answer; acl: let the kernel enforce POSIX ACLs. most: bytes of data in a request, whole pages."""
         wanted = _WANTED | (_POSIX_ACL if acl else 0)
         wanted |= _HANDLE_KILLPRIV_V2 if self.flags & _HANDLE_KILLPRIV_V2 else _HANDLE_KILLPRIV
         body = _INIT_OUT.pack(
             7, min(self.minor, _MAX_MINOR), self.max_readahead, self.flags & wanted,
             64, 48,  # max_background, congestion_threshold
-            MAX_REQUEST, 1, MAX_REQUEST // 4096, 0, 0, 0, 0,
+            most, 1, most // 4096, 0, 0, 0, 0,
         )  # fmt: skip
         return _OUT_HEADER.pack(_OUT_HEADER.size + len(body), 0, self.unique) + body
 

@@ -1,9 +1,10 @@
 """One FUSE session: our own /dev/fuse descriptor, the mount, INIT, and the fixed order of the end.
 
-pyfuse3 keeps one global session per process, so a process serves one mount. We open /dev/fuse and call
-mount(2) ourselves: the descriptor is then ours to write notifications to, and the mount ours to take
+pyfuse3 keeps one global session per process, so a process serves one mount. We open /dev/fuse and make the
+mount ourselves: the descriptor is then ours to write notifications to, and the mount ours to take
 away. The kernel's INIT is answered by us (protocol.py); libfuse is given a copy of it over a socket
-pair, through which it later gets every request that kernel/fast.py leaves to pyfuse3.
+pair, through which it later gets every request that kernel/fast.py leaves to pyfuse3. Only a session that is
+complete is put where others can see it (`mount`): one that could not begin leaves nothing.
 
 A session that did not end cleanly leaves the mount point dead (ENOTCONN): it must never look like an
 empty directory that a mirror job takes for the truth.
@@ -11,75 +12,97 @@ empty directory that a mirror job takes for the truth.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import os
 import socket
 import stat as st_mod
+from contextlib import ExitStack
 
 import pyfuse3
 
 from udbad.errors import ExitCode, UserError
-from udbad.kernel import reader
+from udbad.kernel import mounts, newmount, reader
 from udbad.kernel.fast import FastPath
-from udbad.kernel.mounts import FS_TYPE, unions, unmount
-from udbad.kernel.protocol import EPOCH_MINOR, InitRequest
-from udbad.kernel.replace import replace_mount
-
-_libc = ctypes.CDLL(None, use_errno=True)
+from udbad.kernel.protocol import EPOCH_MINOR, MAX_REQUEST, InitRequest
 
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 _SOCKET_BUFFER = 8 << 20
 """Bytes: the largest request, or many answers that wait for their turn."""
-
-MOUNT_FLAGS = {
-    "ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024,
-    "nodiratime": 2048, "relatime": 1 << 21, "strictatime": 1 << 24, "lazytime": 1 << 25,
-}  # fmt: skip
-"""Names of mount options to MS_* of mount(2)."""
+_PAGE = 4096
 
 
 class Session:
-    """The mount from mount(2) to its end. `connection` is the number under /sys/fs/fuse/connections.
+    """A mount from its beginning to its end. `connection` is the number under /sys/fs/fuse/connections.
 
-    aborted: somebody has ended the connection there; the mount point is dead.
+    mounted: whether it is on its mount point, as far as we know. aborted: somebody has ended the connection in
+    fusectl; the mount point is dead.
     """
 
-    def __init__(self, mount_point: bytes, fsname: str, flags: frozenset[str], acl: bool, dead: int = 0) -> None:
-        """Mount and answer INIT. dead: number of dead mounts on the mount point, which this one replaces.
+    def __init__(self, mount_point: bytes, fsname: str, flags: frozenset[str], acl: bool) -> None:
+        """Begin a connection and answer INIT; nobody can see it yet. flags: names as in mount(8).
 
         Raises UserError without /dev/fuse or permission.
         """
         self.mount_point = mount_point
-        try:
-            self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(f"cannot open /dev/fuse: {error.strerror}", ExitCode.NO_FUSE) from error
-        options = f"fd={self.fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
-        try:
-            _mount(os.fsencode(fsname), mount_point, flags, options, dead)
-        except OSError as error:
-            os.close(self.fd)
-            code = ExitCode.NOT_ROOT if error.errno == errno.EPERM else ExitCode.MOUNT_POINT
-            raise UserError(f"cannot mount on {os.fsdecode(mount_point)}: {error.strerror}", code) from error
-        self.mounted = True
+        self.mounted = False
         self.aborted = False
-        request = InitRequest(os.read(self.fd, 1 << 16 | 1 << 20))
-        os.write(self.fd, request.reply(acl))
-        self.has_epochs = request.minor >= EPOCH_MINOR
-        self.connection = next((m.connection for m in reversed(unions()) if m.path == mount_point), 0)
-        os.set_blocking(self.fd, False)
-        self.pyfuse3s, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (self.pyfuse3s, self._theirs):
-            end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BUFFER)
-            end.setblocking(False)
-        self.pyfuse3s.send(request.for_libfuse())
+        self.connection = 0
+        self.flags = flags
+        self._attached = False
+        self._id = 0
+        with ExitStack() as undo:
+            try:
+                self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+            except OSError as error:
+                raise UserError(f"cannot open /dev/fuse: {error.strerror}", ExitCode.NO_FUSE) from error
+            undo.callback(os.close, self.fd)
+            options = f"fd={self.fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
+            try:
+                self._mount_fd = newmount.create(os.fsencode(fsname), options, flags)
+            except OSError as error:
+                raise self._refused(error) from error
+            undo.callback(os.close, self._mount_fd)
+            self.pyfuse3s, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.enter_context(self.pyfuse3s)
+            undo.enter_context(self._theirs)
+            room = min(map(_enlarge, (self.pyfuse3s, self._theirs)))
+            request = InitRequest(os.read(self.fd, 1 << 16 | 1 << 20))
+            # A quarter: a message may have to wait for some others.
+            os.write(self.fd, request.reply(acl, min(MAX_REQUEST, room // 4 // _PAGE * _PAGE)))
+            self.has_epochs = request.minor >= EPOCH_MINOR
+            os.set_blocking(self.fd, False)
+            self.pyfuse3s.send(request.for_libfuse())
+            undo.pop_all()
 
     def attach(self, operations: pyfuse3.Operations) -> None:
         """Give the session to pyfuse3."""
         logging.getLogger("pyfuse3").addFilter(_worth_telling)
         pyfuse3.init(operations, f"/dev/fd/{self._theirs.fileno()}", set())
+        self._attached = True
+
+    def mount(self, dead: int = 0) -> None:
+        """Let everybody see it. dead: number of dead unions that lie on the mount point, which this one replaces.
+
+        Raises UserError.
+        """
+        self._id = mounts.mount_id(self._mount_fd)
+        try:
+            newmount.attach(self._mount_fd, self.mount_point, dead)
+        except OSError as error:
+            raise self._refused(error) from error
+        self.mounted = True
+        self._close_mount_fd()  # it would keep the mount busy
+        self.connection = next((entry.connection for entry in mounts.unions() if entry.id == self._id), 0)
+
+    def _refused(self, error: OSError) -> UserError:
+        code = ExitCode.NOT_ROOT if error.errno == errno.EPERM else ExitCode.MOUNT_POINT
+        return UserError(f"cannot mount on {os.fsdecode(self.mount_point)}: {error.strerror}", code)
+
+    def _close_mount_fd(self) -> None:
+        if self._mount_fd >= 0:
+            os.close(self._mount_fd)
+            self._mount_fd = -1
 
     def _end(self) -> None:
         """Have pyfuse3 meet the end of the connection itself: it knows what that means."""
@@ -91,9 +114,22 @@ class Session:
         os.write(self.fd, message)
 
     def unmount(self, lazy: bool = False) -> None:
-        """Take the mount away. In a thread: it may wait for requests that the event loop has to serve."""
-        unmount(self.mount_point, lazy)
+        """Take the mount away. In a thread: it may wait for requests that the event loop has to serve.
+
+        Raises OSError: EBUSY when it is in use (unless lazy) or something else is mounted over it, EINVAL when
+        somebody has taken it away already.
+        """
+        mounts.unmount(self.mount_point, self._id, lazy)
         self.mounted = False
+
+    def set_flags(self, flags: frozenset[str]) -> None:
+        """Change the flags of the mount (names in mounts.MOUNT_FLAGS). In a thread: the way there may be slow.
+
+        Raises OSError as `mounts.opened` and `mounts.set_flags`.
+        """
+        with mounts.opened(self.mount_point, self._id) as fd:
+            mounts.set_flags(fd, flags & mounts.MOUNT_FLAGS.keys())
+        self.flags = flags
 
     async def serve(self, fast: FastPath) -> None:
         """pyfuse3's loop: returns when the mount is gone, `terminate` was called, or the connection was aborted."""
@@ -108,34 +144,31 @@ class Session:
         pyfuse3.terminate()
 
     def close(self) -> None:
-        """After pyfuse3.main() has returned and every notifying thread was joined."""
-        pyfuse3.close(unmount=False)
-        self._theirs.detach()
+        """After pyfuse3.main() has returned, or was never called, and every notifying thread was joined."""
+        self._close_mount_fd()
+        if self._attached:
+            pyfuse3.close(unmount=False)
+            self._theirs.detach()
+        else:
+            self._theirs.close()
         self.pyfuse3s.close()
         os.close(self.fd)
+
+
+def _enlarge(end: socket.socket) -> int:
+    """Give a socket a large buffer and have it never block; the size it got, in bytes."""
+    end.setblocking(False)
+    try:
+        end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BUFFER)
+    except PermissionError:  # no CAP_NET_ADMIN: as much as net.core.wmem_max allows
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+    return end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
 
 
 def _worth_telling(record: logging.LogRecord) -> bool:
     """False for a reply that met ENOENT: the request was taken back meanwhile, by a signal to the caller or by
     the unmount (RELEASE is sent in the background, fuse_dev_do_write()). That is nobody's error."""
     return not record.getMessage().endswith(f"fuse_reply_* failed with {os.strerror(errno.ENOENT)}")
-
-
-def _mount(source: bytes, mount_point: bytes, flags: frozenset[str], options: str, dead: int) -> None:
-    """Raises OSError."""
-    while dead > 1:
-        unmount(mount_point, lazy=True)
-        dead -= 1
-    if dead:
-        if replace_mount(source, options, flags, mount_point):
-            return
-        unmount(mount_point, lazy=True)
-    bits = 0
-    for flag in flags:
-        bits |= MOUNT_FLAGS[flag]
-    if _libc.mount(source, mount_point, FS_TYPE, ctypes.c_ulong(bits), options.encode()) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 def check_mount_point(path: bytes) -> bool:

@@ -1,9 +1,12 @@
-"""A new mount in the place of a dead one, with no instant in between at which the bare directory shows.
+"""Making a union's mount: complete before anybody can see it, and with no gap where a dead one was.
 
-A mirror job that lists the mount point at that instant would take "empty" for the truth. Linux 6.5 can put a
-mount beneath another (move_mount(2), MOVE_MOUNT_BENEATH): ours goes beneath the dead one, which then is taken
-off. Older kernels cannot; there the two calls follow each other as closely as they can. Nothing here asks the
-dead mount for anything.
+With fsopen(2), fsmount(2) and move_mount(2) the connection and its mount exist before they are anywhere in the
+tree, so whatever fails until then leaves nothing behind: closing the descriptor of such a mount ends it.
+
+A dead mount is replaced without an instant in between at which the bare directory shows: a mirror job that lists
+the mount point then would take "empty" for the truth. Linux 6.5 can put a mount beneath another
+(MOVE_MOUNT_BENEATH): ours goes beneath the dead one, which then is taken off. Older kernels cannot; there the two
+calls follow each other as closely as they can. Nothing here asks a mount for anything.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import errno
 import os
 from typing import Final
 
-from udbad.kernel.mounts import FS_TYPE, unmount
+from udbad.kernel.mounts import FS_TYPE, unmount_top
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -29,6 +32,7 @@ _FSCONFIG_SET_STRING: Final = 1
 _FSCONFIG_CMD_CREATE: Final = 6
 _FSMOUNT_CLOEXEC: Final = 1
 _MOVE_MOUNT_F_EMPTY_PATH: Final = 4
+_MOVE_MOUNT_T_SYMLINKS: Final = 0x10
 _MOVE_MOUNT_BENEATH: Final = 0x200
 _AT_FDCWD: Final = -100
 
@@ -48,36 +52,17 @@ def _call(number: int, *arguments: int | bytes | None) -> int:
     return result
 
 
-def replace_mount(source: bytes, options: str, flags: frozenset[str], path: bytes) -> bool:
-    """Mount a union where a dead mount lies on `path`, and take that away; False where this kernel cannot.
+def create(source: bytes, options: str, flags: frozenset[str]) -> int:
+    """A union's mount that is nowhere yet, as a descriptor; its connection has begun (INIT is waiting).
 
     options: as for mount(2), KEY=VALUE and words. flags: names of mount flags. Raises OSError.
     """
-    try:
-        context = _call(_SYS_FSOPEN, b"fuse", _FSOPEN_CLOEXEC)
-    except OSError as error:
-        if error.errno != errno.ENOSYS:
-            raise
-        return False
+    context = _call(_SYS_FSOPEN, b"fuse", _FSOPEN_CLOEXEC)
     try:
         _configure(context, source, options, flags)
-        mount = _call(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, sum(_ATTRIBUTES.get(flag, 0) for flag in flags))
+        return _call(_SYS_FSMOUNT, context, _FSMOUNT_CLOEXEC, sum(_ATTRIBUTES.get(flag, 0) for flag in flags))
     finally:
         os.close(context)
-    try:
-        try:
-            _call(_SYS_MOVE_MOUNT, mount, b"", _AT_FDCWD, path, _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_BENEATH)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            # Linux before 6.5, or a place where it may not: the bare directory shows for an instant.
-            unmount(path, lazy=True)
-            _call(_SYS_MOVE_MOUNT, mount, b"", _AT_FDCWD, path, _MOVE_MOUNT_F_EMPTY_PATH)
-        else:
-            unmount(path, lazy=True)
-    finally:
-        os.close(mount)
-    return True
 
 
 def _configure(context: int, source: bytes, options: str, flags: frozenset[str]) -> None:
@@ -94,3 +79,26 @@ def _configure(context: int, source: bytes, options: str, flags: frozenset[str])
     for key in words:
         _call(_SYS_FSCONFIG, context, _FSCONFIG_SET_FLAG, key.encode(), None, 0)
     _call(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+
+
+def attach(mount: int, path: bytes, dead: int = 0) -> None:
+    """Put a mount from `create` on `path`; dead: how many dead unions lie on top there, which it replaces.
+
+    Raises OSError: EBUSY when what lies on top is none of them any more.
+    """
+    while dead > 1:
+        unmount_top(path, lazy=True)
+        dead -= 1
+    follow = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_SYMLINKS
+    if dead:
+        try:
+            _call(_SYS_MOVE_MOUNT, mount, b"", _AT_FDCWD, path, follow | _MOVE_MOUNT_BENEATH)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Linux before 6.5, or a place where it may not: the bare directory shows for an instant.
+        else:
+            unmount_top(path, lazy=True)
+            return
+        unmount_top(path, lazy=True)
+    _call(_SYS_MOVE_MOUNT, mount, b"", _AT_FDCWD, path, follow)
