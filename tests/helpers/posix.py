@@ -47,6 +47,13 @@ def renameat2(src: bytes, dst: bytes, flags: int = 0) -> None:
     _check(_libc.renameat2(AT_FDCWD, src, AT_FDCWD, dst, flags))
 
 
+def cached_mode(path: str) -> str:
+    """Mode bits as `stat -c %a` asks for them: statx(2) for the mode alone, which the kernel may have cached."""
+    buffer = ctypes.create_string_buffer(256)
+    _check(_libc.statx(AT_FDCWD, os.fsencode(path), 0, 2, buffer))  # STATX_MODE
+    return oct(int.from_bytes(buffer.raw[28:30], "little"))  # stx_mode
+
+
 @dataclass(frozen=True)
 class Identity:
     """Who runs a scenario: ids, supplementary groups, umask."""

@@ -13,7 +13,7 @@ import stat
 import struct
 from pathlib import Path
 
-from tests.helpers.posix import EXCHANGE, NOREPLACE, Identity, Probe, Scenario, renameat2
+from tests.helpers.posix import EXCHANGE, NOREPLACE, Identity, Probe, Scenario, cached_mode, renameat2
 
 ALICE, BOB, TEAM = 1001, 1002, 2000
 
@@ -261,6 +261,13 @@ def open_trunc_drops_privileges(p: Probe) -> None:
         p.do(xattrs, f"open/{name}")
 
 
+def open_trunc_for_reading(p: Probe) -> None:
+    """O_TRUNC empties a file whatever it is opened for (may_open, handle_truncate in fs/namei.c)."""
+    for name in ("file", "suid", "sgid", "both", "lock", "cap", "team", "teamread", "none", "dir"):
+        p.fd(f"open/{name}", os.O_RDONLY | os.O_TRUNC, read)
+        p.stat(f"open/{name}")
+
+
 def ftruncate_drops_privileges(p: Probe) -> None:
     for name in ("suid", "sgid", "both", "lock", "cap"):
         p.fd(f"open/{name}", os.O_WRONLY, os.ftruncate, 2)
@@ -470,6 +477,8 @@ def truncate_rights(p: Probe) -> None:
         "own/file",
         "own/readonly",
         "open/none",
+        "open/team",
+        "acl/file",
         "open/dir",
         "own/fifo",
         "links/soft",
@@ -504,7 +513,9 @@ def user_xattrs(p: Probe) -> None:
     ):
         p.do(os.setxattr, path, "user.k", b"value", follow_symlinks=False)
         p.do(os.setxattr, path, "user.k", b"again", os.XATTR_CREATE, follow_symlinks=False)
+        p.do(os.setxattr, path, "user.k", b"another", os.XATTR_REPLACE, follow_symlinks=False)
         p.do(os.setxattr, path, "user.new", b"x", os.XATTR_REPLACE, follow_symlinks=False)
+        p.do(os.setxattr, path, "user.made", b"x", os.XATTR_CREATE, follow_symlinks=False)
         p.do(os.setxattr, path, "user.empty", b"", follow_symlinks=False)
         p.do(os.setxattr, path, "user.huge", b"x" * 70000, follow_symlinks=False)
         p.do(os.setxattr, path, "nospace.k", b"v", follow_symlinks=False)
@@ -552,6 +563,22 @@ def acl_checks(p: Probe) -> None:
     p.stat("open/file")
 
 
+def acl_costs_setgid(p: Probe) -> None:
+    """Who is not in the file's group loses setgid with an access ACL (posix_acl_update_mode in fs/posix_acl.c)."""
+    p.do(create, "group/mine", 0o666)
+    p.do(os.chmod, "group/mine", 0o2775)
+    for path in ("open/sgid", "open/both", "open/lock", "open/team", "group/mine"):
+        for kind in ("default", "access"):
+            p.do(os.setxattr, path, f"system.posix_acl_{kind}", ACL)
+            p.do(cached_mode, path)
+            p.do(os.removexattr, path, f"system.posix_acl_{kind}")
+            p.do(cached_mode, path)
+    p.do(os.mkdir, "group/dir", 0o777)
+    for kind in ("default", "access"):
+        p.do(os.setxattr, "group/dir", f"system.posix_acl_{kind}", ACL)
+        p.do(cached_mode, "group/dir")
+
+
 def symlinks(p: Probe) -> None:
     for directory in ("own", "open", "closed", "sticky"):
         p.do(os.symlink, "target", f"{directory}/s")
@@ -577,6 +604,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     append_drops_privileges,
     truncate_drops_privileges,
     open_trunc_drops_privileges,
+    open_trunc_for_reading,
     ftruncate_drops_privileges,
     chown_drops_privileges,
     chown_rights,
@@ -595,5 +623,6 @@ SCENARIOS: tuple[Scenario, ...] = (
     user_xattrs,
     read_xattrs,
     acl_checks,
+    acl_costs_setgid,
     symlinks,
 )

@@ -574,3 +574,31 @@ def test_a_directory_keeps_its_number_when_its_upper_part_is_gone(tmp_path: Path
         assert other.id != node.id
         made.create("d/file", b"")
         assert made.names("d") == ["file"]
+
+
+def test_truncating_without_writing(union: Core) -> None:
+    """O_RDONLY | O_TRUNC: where its kin fail, it fails; of a deleted file nothing but what is open changes."""
+    flags = os.O_RDONLY | os.O_TRUNC
+    lower = union.open("f")
+    node = lower.node
+    union.unlink("f")
+    again = union.run(lambda: union.fs.open(node.id, flags, union.caller))[0]
+    assert (union.read(again), union.read(lower)) == (b"", b"")
+    assert (union["base"] / "f").read_text() == "f"
+    assert not union.exists("f")
+    assert not temporaries(union["top"])
+    reader = union.open("d/f", flags)
+    assert not reader.writable
+    assert (union["top"] / "d/f").read_bytes() == b""
+    assert error_of(lambda: union.write(reader, b"x")) == "EBADF"
+
+
+@pytest.mark.parametrize(("permission", "options"), [("ro", {}), ("rw", {"read_only": True})])
+def test_nothing_is_truncated_where_nothing_may_be_written(
+    tmp_path: Path, permission: str, options: dict[str, bool]
+) -> None:
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only/f").write_text("f")
+    with core(tmp_path, {"only": permission}, **options) as union:
+        assert error_of(lambda: union.open("f", os.O_RDONLY | os.O_TRUNC)) == "EROFS"
+    assert (tmp_path / "only/f").read_text() == "f"

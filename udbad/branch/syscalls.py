@@ -17,7 +17,7 @@ import stat as st_mod
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Literal
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -28,6 +28,8 @@ RENAME_WHITEOUT: Final = 4
 _AT_EMPTY_PATH: Final = 0x1000
 _AT_FDCWD: Final = -100
 _AT_SYMLINK_FOLLOW: Final = 0x400
+_UTIME_NOW: Final = (1 << 30) - 1
+_UTIME_OMIT: Final = (1 << 30) - 2
 _OPEN_TREE_CLONE: Final = 1
 _SYS_OPEN_TREE: Final = 428  # one number on every architecture (linux/unistd.h, generic table)
 _FICLONE: Final = 0x40049409
@@ -39,6 +41,16 @@ _RWF_NOWAIT: Final = os.RWF_NOWAIT
 
 _O_DIR: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _O_PIN: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+def _timespec(time: int | Literal["now"] | None) -> _Timespec:
+    if time is None:
+        return _Timespec(0, _UTIME_OMIT)
+    return _Timespec(0, _UTIME_NOW) if time == "now" else _Timespec(*divmod(time, 1_000_000_000))
 
 
 def _check(result: int) -> int:
@@ -194,21 +206,23 @@ def chmod_fd(fd: int, mode: int) -> None:
     os.chmod(proc_path(fd), mode)
 
 
-def utime_fd(fd: int, atime_ns: int, mtime_ns: int) -> None:
-    """utimensat through any descriptor."""
-    os.utime(proc_path(fd), ns=(atime_ns, mtime_ns))
+def utime_fd(fd: int, atime_ns: int | Literal["now"] | None, mtime_ns: int | Literal["now"] | None) -> None:
+    """utimensat(2) through any descriptor. None leaves a time as it is, "now" is the file system's own idea of it."""
+    times = (_Timespec * 2)(_timespec(atime_ns), _timespec(mtime_ns))
+    _check(_libc.utimensat(_AT_FDCWD, proc_path(fd), times, 0))
 
 
-def truncate_fd(fd: int, size: int) -> None:
-    """ftruncate; an O_PATH descriptor is opened for writing first."""
-    if fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_PATH | os.O_ACCMODE) not in (os.O_WRONLY, os.O_RDWR):
-        writable = os.open(proc_path(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        try:
-            os.ftruncate(writable, size)
-        finally:
-            os.close(writable)
-    else:
-        os.ftruncate(fd, size)
+@contextmanager
+def writable(fd: int) -> Iterator[int]:
+    """A descriptor of the file behind `fd` that may be written: `fd` itself, or one opened for the occasion."""
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_PATH | os.O_ACCMODE) in (os.O_WRONLY, os.O_RDWR):
+        yield fd
+        return
+    opened = os.open(proc_path(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        yield opened
+    finally:
+        os.close(opened)
 
 
 def utime_at(dirfd: int, name: bytes, atime_ns: int, mtime_ns: int) -> None:
@@ -233,8 +247,8 @@ def listxattr(target: tuple[bytes, bool]) -> list[bytes]:
     return [os.fsencode(key) for key in os.listxattr(target[0], follow_symlinks=target[1])]
 
 
-def setxattr(target: tuple[bytes, bool], key: bytes, value: bytes) -> None:
-    os.setxattr(target[0], key, value, follow_symlinks=target[1])
+def setxattr(target: tuple[bytes, bool], key: bytes, value: bytes, flags: int = 0) -> None:
+    os.setxattr(target[0], key, value, flags, follow_symlinks=target[1])
 
 
 def removexattr(target: tuple[bytes, bool], key: bytes) -> None:

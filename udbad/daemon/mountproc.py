@@ -117,7 +117,10 @@ class MountProcess:
         self.coherence = STRATEGIES[options.udba](self.tree, self.invalidator)
         self.coherence.start()
         self.operations = Operations(self.fs, self.coherence)
-        self.fast = FastPath(self.session.fd, self.session.pyfuse3s, self.fs, self.coherence)
+        self.fast = FastPath(
+            self.session.fd, self.session.pyfuse3s, self.fs, self.coherence, self.operations.perform,
+            self.session.setxattr_ext,
+        )  # fmt: skip
         self.snapshot = Snapshot(self)
         self.background: trio.Nursery  # of serve(): what ends with the mount
         self._commands = Commands(self)

@@ -4,7 +4,8 @@ What pyfuse3 spends on a request (a coroutine, objects for attributes) is more t
 `take` reads from /dev/fuse, and whatever has a row in `HANDLERS` and needs no await is answered here. All
 else, and what turns out to need an await (a copy-up, a branch that changed underneath), is handed over to
 libfuse through a socket pair, where it begins from the start: an operation of union/fs.py that raises
-NeedCopyUp or ESTALE has changed nothing.
+NeedCopyUp or ESTALE has changed nothing. Requests of which libfuse or pyfuse3 would lose a part (`_KEPT`) are begun
+again here instead, in a task that awaits the copy-up.
 
 It also knows two flags that pyfuse3 does not: the kernel may keep the listing of a directory that is trusted
 (FOPEN_CACHE_DIR), until the coherence strategy tells it that a name has come or gone.
@@ -19,21 +20,27 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from time import perf_counter, time_ns
+from time import perf_counter
+from typing import Protocol, TypeVar
+
+import trio
 
 from udbad.branch import syscalls
 from udbad.coherence.base import Coherence
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import boundary, protocol, wire
 from udbad.types import Caller
-from udbad.union.fs import SetAttr, UnionFs
+from udbad.union.fs import NOW, SetAttr, Time, UnionFs
 from udbad.union.tree import NeedCopyUp
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _DOTS = (b".", b"..")
+_KEPT = frozenset({wire.SETATTR, wire.SETXATTR})
 _GONE = (errno.ENOENT, errno.EINTR)
 _TAKEN_BACK = (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED)
 """Errors of an answer that nobody waits for any more."""
@@ -55,11 +62,28 @@ Handler = Callable[[int, int], bytes | bytearray]
 """(node id, length of the request) to the body of the reply."""
 
 
+class Perform(Protocol):
+    """Run an operation with the copy-ups it needs first (Operations.perform)."""
+
+    def __call__(self, operation: Callable[[], T]) -> Awaitable[T]: ...
+
+
 class FastPath:
     """Reads the requests of one mount and answers those it can."""
 
-    def __init__(self, fd: int, pyfuse3s: socket.socket, fs: UnionFs, coherence: Coherence) -> None:
-        """fd: /dev/fuse, non-blocking. pyfuse3s: where libfuse reads what is sent, and its answers come back."""
+    def __init__(
+        self,
+        fd: int,
+        pyfuse3s: socket.socket,
+        fs: UnionFs,
+        coherence: Coherence,
+        perform: Perform,
+        setxattr_ext: bool = True,
+    ) -> None:
+        """fd: /dev/fuse, non-blocking. pyfuse3s: where libfuse reads what is sent, and its answers come back.
+
+        setxattr_ext: FUSE_SETXATTR_EXT was agreed on.
+        """
         self._fd = fd
         self._pyfuse3s = pyfuse3s
         self._readers = ThreadPoolExecutor(_READ_THREADS, "read")
@@ -68,6 +92,8 @@ class FastPath:
         self._buffer = bytearray(protocol.MAX_REQUEST + 4096)
         self._view = memoryview(self._buffer)
         self._into = [self._buffer]
+        self._perform = perform
+        self._setxattr_ext = setxattr_ext
         self._undo: Callable[[], None] | None = None
         self._handlers: dict[int, tuple[Handler, boundary.OpStats]] = {
             opcode: (getattr(self, "_" + name), boundary.operation(name.rstrip("2")))
@@ -95,12 +121,16 @@ class FastPath:
         try:
             body = handler(node_id, size)
         except NeedCopyUp:
-            return self._hand_over(unique, size)
+            if opcode not in _KEPT:
+                return self._hand_over(unique, size)
+            again = self._again(handler, node_id, size)
+            trio.lowlevel.spawn_system_task(self._finish_after_copyup, again, unique, stats, start)
+            return True
         except _Later as later:
             self._readers.submit(self._finish_read, unique, stats, start, *later.args)
             return True
         except OSError as error:
-            if error.errno == errno.ESTALE:
+            if error.errno == errno.ESTALE and opcode not in _KEPT:
                 return self._hand_over(unique, size)  # to look again, or to say so
             number = boundary.error_number(error)
         except Exception:
@@ -139,6 +169,37 @@ class FastPath:
             self._send(unique, errno.EIO, b"")
             return True
         return False
+
+    def _again(self, handler: Handler, node_id: int, size: int) -> Callable[[], bytes | bytearray]:
+        """The request in the buffer, to be performed once more when the buffer has long held others."""
+        request = bytearray(self._view[:size])
+
+        def perform() -> bytes | bytearray:
+            held = self._buffer, self._view
+            self._buffer, self._view = request, memoryview(request)
+            try:
+                return handler(node_id, size)
+            finally:
+                self._buffer, self._view = held
+
+        return perform
+
+    async def _finish_after_copyup(
+        self, again: Callable[[], bytes | bytearray], unique: int, stats: boundary.OpStats, start: float
+    ) -> None:
+        number = 0
+        body: bytes | bytearray = b""
+        try:
+            # After this: the request is done, from the start and on what there was at its end.
+            body = await self._perform(again)
+        except OSError as error:
+            number = boundary.error_number(error)
+        except Exception:
+            stats.bugs += 1
+            number = errno.EIO
+            log.exception("a request that needed a copy-up failed")
+        stats.count(perf_counter() - start, number)
+        self._send(unique, number, body)
 
     def relay(self) -> None:
         """Pass on what pyfuse3 has answered. That to INIT, which was ours to answer, the kernel does not know."""
@@ -242,8 +303,8 @@ class FastPath:
         valid, fh, length, atime, mtime, _, atime_nsec, mtime_nsec, _, mode, uid, gid = wire.SETATTR_IN.unpack_from(
             self._buffer, wire.BODY
         )
-        atime_ns = time_ns() if valid & wire.SET_ATIME_NOW else atime * wire.BILLION + atime_nsec
-        mtime_ns = time_ns() if valid & wire.SET_MTIME_NOW else mtime * wire.BILLION + mtime_nsec
+        atime_ns: Time = NOW if valid & wire.SET_ATIME_NOW else atime * wire.BILLION + atime_nsec
+        mtime_ns: Time = NOW if valid & wire.SET_MTIME_NOW else mtime * wire.BILLION + mtime_nsec
         changes = SetAttr(
             mode=mode if valid & wire.SET_MODE else None,
             uid=uid if valid & wire.SET_UID else None,
@@ -263,6 +324,18 @@ class FastPath:
         if len(value) > room:
             raise OSError(errno.ERANGE, "")
         return value
+
+    def _setxattr(self, node_id: int, size: int) -> bytes:
+        length, flags = wire.TWO_WORDS.unpack_from(self._buffer, wire.BODY)
+        start = wire.BODY + wire.TWO_WORDS.size
+        more = 0
+        if self._setxattr_ext:
+            (more,) = wire.SETXATTR_FLAGS.unpack_from(self._buffer, start)
+            start += wire.SETXATTR_FLAGS.size
+        key = bytes(self._view[start : size - length - 1])
+        value = bytes(self._view[size - length : size])
+        self.fs.setxattr(node_id, key, value, flags, more & wire.ACL_KILL_SGID != 0)
+        return b""
 
     # -- files --------------------------------------------------------------------------------
 
@@ -365,6 +438,7 @@ HANDLERS = {
     wire.GETATTR: "getattr",
     wire.SETATTR: "setattr",
     wire.GETXATTR: "getxattr",
+    wire.SETXATTR: "setxattr",
     wire.UNLINK: "unlink",
     wire.RENAME: "rename",
     wire.RENAME2: "rename2",

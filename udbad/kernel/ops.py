@@ -1,6 +1,7 @@
 """pyfuse3's handlers: conversion of types, and the decision what may run on the event loop.
 
-The frequent operations come here only when they need an await (kernel/fast.py has the others).
+The frequent operations come here only when they need an await (kernel/fast.py has the others). Those of which
+pyfuse3 would lose a part (SETATTR: "now" as a time, SETXATTR: its flags) do not come here at all.
 
 Everything that only asks for names and attributes runs inline: a thread costs more than the work. In a
 thread go data that is not in the page cache, fsync, and the bytes of a copy-up. Only descriptors,
@@ -24,7 +25,7 @@ from udbad.inodes.table import Dir, Node
 from udbad.kernel.boundary import handler
 from udbad.types import Caller, Trigger
 from udbad.union import copyup, create, remove
-from udbad.union.fs import SetAttr, UnionFs
+from udbad.union.fs import UnionFs
 from udbad.union.tree import NeedCopyUp
 
 T = TypeVar("T")
@@ -80,6 +81,10 @@ class Operations(pyfuse3.Operations):
         return entry
 
     # -- retrying -----------------------------------------------------------------------------
+
+    async def perform(self, operation: Callable[[], T]) -> T:
+        """Run an operation with the copy-ups it needs first. It starts from scratch after each await."""
+        return await self._perform(operation)
 
     async def _perform(self, operation: Callable[[], T], *dirs: int) -> T:
         """Run an operation, with the copy-ups it needs first, and once more when a branch changed underneath.
@@ -220,36 +225,12 @@ class Operations(pyfuse3.Operations):
         return self._attributes(*self.fs.getattr(node))
 
     @handler
-    async def setattr(
-        self,
-        node: int,
-        attr: pyfuse3.EntryAttributes,
-        fields: pyfuse3.SetattrFields,
-        fh: int | None,
-        ctx: pyfuse3.RequestContext,
-    ) -> pyfuse3.EntryAttributes:
-        caller = _caller(ctx)
-        changes = SetAttr(
-            mode=attr.st_mode if fields.update_mode else None,
-            uid=attr.st_uid if fields.update_uid else None,
-            gid=attr.st_gid if fields.update_gid else None,
-            size=attr.st_size if fields.update_size else None,
-            atime_ns=attr.st_atime_ns if fields.update_atime else None,
-            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
-        )
-        return self._attributes(*await self._perform(lambda: self.fs.setattr(node, changes, fh, caller)))
-
-    @handler
     async def getxattr(self, node: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         return self.fs.getxattr(node, name)
 
     @handler
     async def listxattr(self, node: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
         return self.fs.listxattr(node, _caller(ctx))
-
-    @handler
-    async def setxattr(self, node: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
-        await self._perform(lambda: self.fs.setxattr(node, name, value))
 
     @handler
     async def removexattr(self, node: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:

@@ -1,7 +1,8 @@
 """The parts of the FUSE wire format that udbad speaks itself (linux/fuse.h, protocol 7.x).
 
 INIT is answered here and not by libfuse, because pyfuse3 cannot ask for what a union needs: DONT_MASK
-(the umask is ignored under a default ACL) and HANDLE_KILLPRIV_V2 (one request less per write).
+(the umask is ignored under a default ACL), HANDLE_KILLPRIV_V2 (one request less per write) and SETXATTR_EXT
+(setting an ACL clears setgid).
 Notifications are written raw because pyfuse3 has no call for some of them. Pure packing and
 unpacking, no I/O.
 """
@@ -35,10 +36,11 @@ _POSIX_ACL = 1 << 20
 _ABORT_ERROR = 1 << 21
 _MAX_PAGES = 1 << 22
 _HANDLE_KILLPRIV_V2 = 1 << 28
+_SETXATTR_EXT = 1 << 29
 
 _WANTED = (
     _ASYNC_READ | _ATOMIC_O_TRUNC | _BIG_WRITES | _DONT_MASK | _AUTO_INVAL_DATA | _DO_READDIRPLUS
-    | _ASYNC_DIO | _PARALLEL_DIROPS | _ABORT_ERROR | _MAX_PAGES
+    | _ASYNC_DIO | _PARALLEL_DIROPS | _ABORT_ERROR | _MAX_PAGES | _SETXATTR_EXT
 )  # fmt: skip
 
 _MAX_MINOR = 38  # the newest protocol whose requests libfuse 3.14 knows how to take apart
@@ -62,6 +64,8 @@ class InitRequest:
         self.raw = raw
         self.unique: int = fields[2]
         self.major, self.minor, self.max_readahead, self.flags = _INIT_IN.unpack_from(raw, _IN_HEADER.size)
+        self.setxattr_ext = self.flags & _SETXATTR_EXT != 0
+        """Whether SETXATTR has the longer form (Linux 5.13), which libfuse does not expect: it must not get one."""
 
     def reply(self, acl: bool, most: int = MAX_REQUEST) -> bytes:
         """Our answer; acl: let the kernel enforce POSIX ACLs. most: bytes of data in a request, whole pages."""

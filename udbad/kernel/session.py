@@ -71,6 +71,7 @@ class Session:
             # A quarter: a message may have to wait for some others.
             os.write(self.fd, request.reply(acl, min(MAX_REQUEST, room // 4 // _PAGE * _PAGE)))
             self.has_epochs = request.minor >= EPOCH_MINOR
+            self.setxattr_ext = request.setxattr_ext
             os.set_blocking(self.fd, False)
             self.pyfuse3s.send(request.for_libfuse())
             undo.pop_all()

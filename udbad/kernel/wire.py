@@ -20,7 +20,7 @@ REPLY = struct.Struct("<IiQ")
 """fuse_out_header: length, error, unique."""
 
 LOOKUP, FORGET, GETATTR, SETATTR, UNLINK, RENAME, OPEN, READ, WRITE = 1, 2, 3, 4, 10, 12, 14, 15, 16
-RELEASE, GETXATTR, OPENDIR, RELEASEDIR, CREATE, INTERRUPT, BATCH_FORGET = 18, 22, 27, 29, 35, 36, 42
+RELEASE, SETXATTR, GETXATTR, OPENDIR, RELEASEDIR, CREATE, INTERRUPT, BATCH_FORGET = 18, 21, 22, 27, 29, 35, 36, 42
 READDIRPLUS, RENAME2 = 44, 45
 
 KEEP_CACHE, CACHE_DIR = 1 << 1, 1 << 3
@@ -37,6 +37,10 @@ SETATTR_IN = struct.Struct("<I4xQQ8xqqqIIII4xII")
 SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME, SET_FH = 1, 2, 4, 8, 16, 32, 64
 SET_ATIME_NOW, SET_MTIME_NOW = 128, 256
 """FATTR_*: what of it is meant."""
+SETXATTR_FLAGS = struct.Struct("<I4x")
+"""What fuse_setxattr_in has after size and flags where FUSE_SETXATTR_EXT was agreed on."""
+ACL_KILL_SGID = 1
+"""FUSE_SETXATTR_ACL_KILL_SGID: the caller is not in the file's group, so that an ACL costs the setgid bit."""
 WRITE_DATA = BODY + 40
 OPENED = struct.Struct("<QII")
 

@@ -15,7 +15,7 @@ import os
 import stat as st_mod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, Literal, TypeVar
 
 from udbad.branch import syscalls
 from udbad.branch.credentials import Credentials, sgid_group
@@ -31,18 +31,24 @@ Attributes = tuple[Node, os.stat_result]
 
 _OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 _ACL_PREFIX = b"system.posix_acl_"
+_ACL_ACCESS = b"system.posix_acl_access"
+
+NOW: Final = "now"
+"""As a time: what the branch's own clock says, as UTIME_NOW of utimensat(2). Ours may be ahead of it, so that a file
+stamped with it looks newer than one that is written to afterwards."""
+Time = int | Literal["now"]
 
 
 @dataclass(frozen=True, slots=True)
 class SetAttr:
-    """What setattr changes; None leaves it. Times in nanoseconds, size in bytes."""
+    """What setattr changes; None leaves it. Times in nanoseconds or NOW, size in bytes."""
 
     mode: int | None = None
     uid: int | None = None
     gid: int | None = None
     size: int | None = None
-    atime_ns: int | None = None
-    mtime_ns: int | None = None
+    atime_ns: Time | None = None
+    mtime_ns: Time | None = None
 
 
 class UnionFs:
@@ -155,12 +161,7 @@ class UnionFs:
             if changes.mode is not None:
                 syscalls.chmod_fd(fd, st_mod.S_IMODE(changes.mode))
             if changes.atime_ns is not None or changes.mtime_ns is not None:
-                now = os.fstat(fd)
-                syscalls.utime_fd(
-                    fd,
-                    now.st_atime_ns if changes.atime_ns is None else changes.atime_ns,
-                    now.st_mtime_ns if changes.mtime_ns is None else changes.mtime_ns,
-                )
+                syscalls.utime_fd(fd, changes.atime_ns, changes.mtime_ns)
             self.tree.hooks.own_data(node, content)
             if changes.mtime_ns is not None:
                 self.tree.hooks.own_mtime(node)
@@ -186,8 +187,15 @@ class UnionFs:
                 copyup.follow(self.tree, handle)
             if handle.writable:
                 fd = handle.fd
-        with self.creds.writing(caller.uid, caller.gid, sgid_group(caller, os.fstat(fd))):
-            syscalls.truncate_fd(fd, size)
+        self._cut(fd, size, caller, os.fstat(fd))
+
+    def _cut(self, fd: int, size: int, caller: Caller, st: os.stat_result) -> None:
+        """ftruncate(2) as the caller, so that suid and sgid go as they do natively.
+
+        Opened by ourselves: that the caller may write was decided by the kernel, who knows all of the caller's groups.
+        """
+        with syscalls.writable(fd) as target, self.creds.writing(caller.uid, caller.gid, sgid_group(caller, st)):
+            os.ftruncate(target, size)
 
     def need_writable(self, node: Node, trigger: Trigger, length: int | None = None) -> None:
         """Raises NeedCopyUp unless the node's data is on a writable branch (or in an unnamed copy)."""
@@ -256,11 +264,25 @@ class UnionFs:
             names = [key for key in names if not key.startswith(b"trusted.")]  # xattr(7)
         return names if self.tree.options.acl else [key for key in names if not key.startswith(_ACL_PREFIX)]
 
-    def setxattr(self, node_id: int, key: bytes, value: bytes) -> None:
+    def setxattr(self, node_id: int, key: bytes, value: bytes, flags: int = 0, kill_sgid: bool = False) -> None:
+        """flags: XATTR_CREATE (EEXIST), XATTR_REPLACE (ENODATA). kill_sgid: the caller is neither in the file's group
+        nor privileged, so that an ACL costs the setgid bit (posix_acl_update_mode)."""
         self._check_xattr(key)
         node = self._changing_xattr(node_id)
-        syscalls.setxattr(self._xattr_target(node), key, value)
+        syscalls.setxattr(self._xattr_target(node), key, value, flags)
+        if kill_sgid and key == _ACL_ACCESS:
+            self._drop_sgid(node)
         self.tree.hooks.own_data(node)
+
+    def _drop_sgid(self, node: Node) -> None:
+        fd, owned = self._object_fd(node)
+        try:
+            mode = os.fstat(fd).st_mode
+            if mode & st_mod.S_ISGID:
+                syscalls.chmod_fd(fd, st_mod.S_IMODE(mode) & ~st_mod.S_ISGID)
+        finally:
+            if owned:
+                os.close(fd)
 
     def removexattr(self, node_id: int, key: bytes) -> None:
         self._check_xattr(key)
@@ -283,15 +305,16 @@ class UnionFs:
         if flags & os.O_DIRECT and not self.tree.options.direct_io:
             raise os_error(errno.EINVAL)
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        if writing and self.tree.options.read_only:
+        truncating = flags & os.O_TRUNC != 0  # with O_RDONLY, too: the kernel asks for permission to write then
+        if (writing or truncating) and self.tree.options.read_only:
             raise erofs()
         branch = node.branch
         if branch.attrs and not node.dead:
             self._copy_on_open(node)
         wanted = flags & _OPEN_FLAGS
         writable = writing
-        if not branch.writable and writing and node.orphan_fd < 0:
-            if flags & os.O_TRUNC:
+        if not branch.writable and (writing or truncating) and node.orphan_fd < 0:
+            if truncating:
                 raise NeedCopyUp(node, Trigger.TRUNCATE, 0)
             if not self.tree.branches.writable_above(branch.index):
                 raise erofs()
@@ -299,10 +322,9 @@ class UnionFs:
             writable = False
         fd, st = self._open_fd(node, wanted)
         try:
-            if flags & os.O_TRUNC and writing:
+            if truncating:
                 self.tree.hooks.before_own(node)
-                with self.creds.writing(caller.uid, caller.gid, sgid_group(caller, st)):
-                    syscalls.truncate_fd(fd, 0)
+                self._cut(fd, 0, caller, st)
                 self.tree.hooks.own_data(node, True)
                 st = os.fstat(fd)
             handle = self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable)
