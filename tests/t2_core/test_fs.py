@@ -593,12 +593,10 @@ def test_truncating_without_writing(union: Core) -> None:
     assert error_of(lambda: union.write(reader, b"x")) == "EBADF"
 
 
-@pytest.mark.parametrize(("permission", "options"), [("ro", {}), ("rw", {"read_only": True})])
-def test_nothing_is_truncated_where_nothing_may_be_written(
-    tmp_path: Path, permission: str, options: dict[str, bool]
-) -> None:
+@pytest.mark.parametrize(("permission", "read_only"), [("ro", False), ("rw", True)])
+def test_nothing_is_truncated_where_nothing_may_be_written(tmp_path: Path, permission: str, read_only: bool) -> None:
     (tmp_path / "only").mkdir()
     (tmp_path / "only/f").write_text("f")
-    with core(tmp_path, {"only": permission}, **options) as union:
+    with core(tmp_path, {"only": permission}, read_only=read_only) as union:
         assert error_of(lambda: union.open("f", os.O_RDONLY | os.O_TRUNC)) == "EROFS"
     assert (tmp_path / "only/f").read_text() == "f"
