@@ -31,7 +31,7 @@ finish() {
 }
 trap finish EXIT
 
-branches() { cat "$UDBAD_RUN_DIR"/"$(findmnt -nro SOURCE "$work/mnt" | sed 's/.*si=/si_/')"/br[0-9]* | sed "s|$work/||"; }
+branches() { cat "$UDBAD_RUN_DIR"/si_*/br[0-9]* | sed "s|$work/||"; }
 
 mount -t udba -o br="top=rw:$work/base=ro",udba=notify none "$work/mnt"
 echo "mounted: $(cat mnt/file) $(findmnt -nro FSTYPE mnt) $(branches | xargs)"
@@ -57,10 +57,11 @@ echo "unmounted: $(ls mnt | wc -l)"
 
 echo "pool $work/mnt udba br=$work/top=rw:$work/base=ro,udba=reval,noauto,x-systemd.automount 0 0" >fstab
 mount -T fstab "$work/mnt"
-echo "fstab: $(cat mnt/file) $(findmnt -nro SOURCE mnt | sed 's/si=.*/si/')"
+echo "fstab: $(cat mnt/file) $(findmnt -nro SOURCE mnt) $(findmnt -nro TARGET -S pool | sed "s|$work/||")"
 sed -i s/noauto,// fstab
 mount -T fstab -a && echo "again: $(findmnt -nro TARGET mnt | wc -l)"
 mount -t udba -o br="$work/extra" none "$work/mnt" 2>&1 | sed "s|$work/||; s/^/other: /" || true
-umount mnt
+umount pool
+echo "by name: $(ls mnt | wc -l)"
 mount -t udba -o br="$work/nowhere" none "$work/mnt" 2>&1 | sed "s|$work/||; s/^[a-z.]*:/missing:/" || true
 mount -t udba -o br="$work/top",udba=sometimes none "$work/mnt" 2>&1 | sed 's/^[a-z.]*:/option:/' || true

@@ -42,13 +42,21 @@ def test_three_mounts_from_start_to_stop(daemon: Daemon) -> None:
     assert os.listdir(points["a"]) == []
 
 
-def test_proc_mounts_leads_to_the_branches(daemon: Daemon) -> None:
-    point = daemon.add("a", ["top=rw", "base=ro+wh"])
+def findmnt(column: str, *words: str) -> str:
+    command = ["findmnt", "-nro", column, *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=DEADLINE).stdout.strip()
+
+
+def test_the_names_of_a_mount(daemon: Daemon) -> None:
+    """In /proc/mounts the one it was given, for findmnt -S and umount; under the run directory its si."""
+    named, point = daemon.add("b", fsname="given name"), daemon.add("a", ["top=rw", "base=ro+wh"])
     daemon.start()
-    source = subprocess.run(
-        ["findmnt", "-nro", "SOURCE", str(point)], check=True, capture_output=True, text=True, timeout=DEADLINE
-    ).stdout.strip()
-    directory = Path(daemon.run_dir) / source.replace("si=", "si_")
+    assert findmnt("SOURCE", str(named)) == "given\\x20name"
+    assert findmnt("TARGET", "-S", "given name") == str(named)
+    assert findmnt("SOURCE", str(point)) == "a"
+    assert findmnt("TARGET", "-S", "a") == str(point)
+    (si,) = (mount["si"] for mount in json.loads(daemon.command("status", "--json"))["mounts"] if mount["name"] == "a")
+    directory = Path(daemon.run_dir) / f"si_{si}"
     lines = [(directory / name).read_text() for name in ("br0", "br1")]
     assert lines == [f"{daemon.branch('a', 'top')}=rw\n", f"{daemon.branch('a', 'base')}=ro+wh\n"]
     assert oct((directory / "control").stat().st_mode & 0o777) == "0o600"
@@ -59,8 +67,10 @@ def test_proc_mounts_leads_to_the_branches(daemon: Daemon) -> None:
     assert sorted(path.name for path in directory.glob("br*")) == ["br0", "br1", "br2"]
     daemon.command("branch", "del", "a", str(extra))
     assert sorted(path.name for path in directory.glob("br*")) == ["br0", "br1"]
+    for name in ("a", "given name"):
+        subprocess.run(["umount", name], check=True, cwd="/", timeout=DEADLINE)
+    until(lambda: not directory.exists(), "the end of the process")
     daemon.stop()
-    assert not directory.exists()
 
 
 def test_a_killed_mount_process_is_replaced_and_the_others_go_on(daemon: Daemon) -> None:

@@ -52,9 +52,10 @@ def test_mount_8(tmp_path: Path, mode: str) -> None:
         "empty: mount.udba: append needs a value: PATH[=PERM[+ATTR...]]",
         "refused: mount.udba: plink cannot change while mounted: umount, and mount again",
         "unmounted: 0",
-        "fstab: base pool,si",
+        "fstab: base pool mnt",
         "again: 1",
         "other: mount.udba: mnt is mounted already, with other options (-o remount changes them)",
+        "by name: 0",
         "missing: branch nowhere does not exist",
         "option: udba=sometimes: must be none, reval or notify",
     ], log.read_text()

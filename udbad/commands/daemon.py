@@ -129,7 +129,7 @@ def collect_status(run_dir: str) -> dict[str, Any]:
         mount: dict[str, Any] = {
             "name": entry.name, "label": entry.label, "mount_point": entry.mount_point, "state": "serving",
             "reason": "", "since": entry.started, "restarts": 0, "pid": entry.pid, "connection": entry.connection,
-            "pending": [],
+            "si": entry.id, "pending": [],
         }  # fmt: skip
         try:
             mount["process"] = client.ask_mount(entry, {"op": "status"}, timeout=2.0)

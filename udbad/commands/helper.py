@@ -78,7 +78,7 @@ def command(
 
 def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: bool, verbose: bool) -> None:
     parsed = parse_mount_options(",".join(words))
-    if parsed.fsname == "none" and source != "none" and not source.startswith("si="):
+    if parsed.fsname == "none" and source != "none":
         parsed = parsed.model_copy(update={"fsname": source})
     # The daemon is in another directory than whoever calls us.
     branches = tuple(replace(spec, path=os.path.abspath(spec.path)) for spec in parsed.branches)
@@ -104,7 +104,7 @@ def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: b
 
 
 def _serves_already(run_dir: str, mount_point: str, wanted: MountOptions) -> bool:
-    """`mount -a` compares sources, and ours has the si in it: so it asks for what is there already."""
+    """Whether that is mounted, for a second `mount`; `mount -a` does not ask again when it finds the source."""
     entry = registry.read(registry.directory(run_dir, os.fsencode(mount_point)))
     if entry is None:
         return False

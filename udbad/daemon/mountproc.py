@@ -156,11 +156,8 @@ class MountProcess:
         return len(there) if known or self.identity.supervised else 0
 
     def _source(self) -> str:
-        """What /proc/mounts shows as source; with the id that leads to the branches, as aufs has it in the options."""
-        if self.identity.run_dir is None:
-            return self.options.fsname
-        si = f"si={registry.mount_id(self.mount_point)}"
-        return si if self.options.fsname == "none" else f"{self.options.fsname},{si}"
+        """What /proc/mounts shows as source, and nothing beside it: umount(8) and findmnt(8) look for this word."""
+        return self.options.fsname if self.options.fsname != "none" else self.identity.name or "none"
 
     def _register(self) -> str | None:
         """Say where we are; returns the path of the control socket. Without room for that the mount still serves."""

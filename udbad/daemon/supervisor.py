@@ -472,6 +472,7 @@ async def _describe(runner: Runner) -> Message:
         "restarts": runner.restarts,
         "pid": runner.worker.pid if runner.worker is not None else None,
         "connection": runner.connection,
+        "si": registry.mount_id(os.fsencode(runner.place)) if runner.place else None,
         "pending": sorted(runner.pending),
     }
     if runner.state is State.SERVING and runner.control is None:
