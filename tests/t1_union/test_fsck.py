@@ -16,7 +16,10 @@ from pathlib import Path
 import pytest
 
 from udbad.branch import syscalls
+from udbad.branch.accept import open_branches
+from udbad.branch.branches import BranchSpec
 from udbad.errors import ExitCode, UserError
+from udbad.types import Perm
 from udbad.union import fsck
 from udbad.union.fsck import Defect, DefectKind
 
@@ -562,6 +565,47 @@ def test_dirty_mark(branch: Path, root_fd: int) -> None:
     fsck.mark_clean(root_fd)
     fsck.mark_clean(root_fd)
     assert not fsck.was_dirty(root_fd)
+
+
+KINDS: dict[str, Callable[[Path], object]] = {
+    "directory": os.mkdir,
+    "full-directory": lambda path: (path / "sub").mkdir(parents=True),
+    "link": lambda path: path.symlink_to("dir"),
+    "fifo": os.mkfifo,
+    "socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+    "device": lambda path: os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_something_else_has_the_name_of_the_dirty_mark(
+    branch: Path, root_fd: int, kind: str, expect_log: Callable[[str], None]
+) -> None:
+    """Refused to whoever wants to write, told to fsck; come while it was written to, it is one line."""
+    mark = branch / ".wh..wh.udbad"
+    (opened,) = open_branches([BranchSpec(os.fsencode(branch), Perm.RW)], False, b"/proc").branches
+    try:
+        assert not fsck.begin_writing(opened)
+        mark.unlink()
+        KINDS[kind](mark)
+        is_directory = stat.S_ISDIR(mark.lstat().st_mode)
+        if is_directory:
+            expect_log(f"branch {branch}: .wh..wh.udbad cannot be removed: Is a directory")
+        fsck.end_writing(opened)
+        assert mark.is_symlink() or mark.exists() == is_directory
+        if not is_directory:
+            KINDS[kind](mark)
+        with pytest.raises(UserError) as caught:
+            fsck.begin_writing(opened)
+        assert caught.value.message.endswith(
+            "/branch cannot be made writable: .wh..wh.udbad exists and is not a regular file"
+        )
+        assert find(branch) == [(DefectKind.BAD_BASE, b".wh..wh.udbad")]
+        assert fsck.run_fsck(os.fsencode(branch), lambda defect: True, lambda line: None) is ExitCode.OK
+        assert not fsck.begin_writing(opened)
+        assert fsck.begin_writing(opened)
+    finally:
+        opened.close()
 
 
 def test_dirty_mark_is_durable(root_fd: int, monkeypatch: pytest.MonkeyPatch) -> None:

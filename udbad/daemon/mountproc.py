@@ -295,7 +295,7 @@ class MountProcess:
         if not self.options.ro:
             for branch in self.branches.branches:
                 if branch.writable:
-                    fsck.mark_clean(branch.root_fd)
+                    fsck.end_writing(branch)
         # Only now: the next to write to a branch must not find the mark, nor lose its own to us.
         self.write_locks.close()
         self.branches.close()
@@ -366,10 +366,9 @@ def _prepare(branches: BranchSet, options: MountOptions) -> None:
     for branch in branches.branches:
         if not branch.writable:
             continue
-        if fsck.was_dirty(branch.root_fd):
+        if fsck.begin_writing(branch):
             swept = fsck.sweep_temporaries(branch.root_fd)
             log.info("branch %s was not unmounted cleanly; swept %d temporary names", branch.describe(), swept)
-        fsck.mark_dirty(branch.root_fd)
         prepare_writable(branch, options.plink)
 
 

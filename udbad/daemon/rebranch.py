@@ -125,9 +125,8 @@ def _prepare_new(process: MountProcess, old: BranchSet, new: BranchSet) -> None:
     was_writable = {branch.id for branch in old.branches if branch.writable}
     for branch in new.branches:
         if branch.writable and branch.id not in was_writable and not process.options.ro:
-            if fsck.was_dirty(branch.root_fd):
+            if fsck.begin_writing(branch):
                 fsck.sweep_temporaries(branch.root_fd)
-            fsck.mark_dirty(branch.root_fd)
             prepare_writable(branch, process.options.plink)
 
 
@@ -136,4 +135,4 @@ def _retire(old: BranchSet, new: BranchSet) -> None:
     writable = {branch.id for branch in new.branches if branch.writable}
     for branch in old.branches:
         if branch.writable and branch.id not in writable:
-            fsck.mark_clean(branch.root_fd)
+            fsck.end_writing(branch)

@@ -26,6 +26,8 @@ from enum import Enum
 from typing import Final
 
 from udbad.branch import syscalls, writelock
+from udbad.branch.branches import Branch
+from udbad.branch.spec import shown
 from udbad.errors import ExitCode, UserError
 from udbad.union import whiteout
 
@@ -38,6 +40,7 @@ _ADMINISTRATIVE: Final = {
     whiteout.BASE: st_mod.S_IFREG,
     whiteout.PLINK_DIR: st_mod.S_IFDIR,
     whiteout.ORPHAN_DIR: st_mod.S_IFDIR,
+    DIRTY_MARK: st_mod.S_IFREG,
 }
 
 _log = logging.getLogger(__name__)
@@ -243,7 +246,7 @@ def find_defects(root_fd: int) -> Generator[Defect, None, None]:
 
 
 def _administrative(root_fd: int) -> Generator[Defect, None, None]:
-    """The three names aufs keeps in a branch root, when they are not what they should be (spec section 3)."""
+    """The names that aufs and we keep in a branch root, when they are not what they should be (spec section 3)."""
     for name, right_type in _ADMINISTRATIVE.items():
         st = _stat_or_none(root_fd, name)
         if st is not None and st_mod.S_IFMT(st.st_mode) != right_type:
@@ -454,12 +457,40 @@ def sweep_temporaries(root_fd: int) -> int:
     return removed
 
 
+def begin_writing(branch: Branch) -> bool:
+    """Mark a branch dirty; True when it was so already, and is to be swept.
+
+    Raises UserError (BRANCH): the mark cannot be made, or its name is taken by something else.
+    """
+    try:
+        left = was_dirty(branch.root_fd)
+        mark_dirty(branch.root_fd)
+    except OSError as error:
+        text = f"branch {shown(branch.path)} cannot be made writable: {error.strerror}"
+        raise UserError(text, ExitCode.BRANCH) from None
+    return left
+
+
+def end_writing(branch: Branch) -> None:
+    """Mark a branch clean. One that cannot be, read-only by now for instance, is swept by the next mount: one line."""
+    try:
+        mark_clean(branch.root_fd)
+    except OSError as error:
+        _log.warning("branch %s: %s cannot be removed: %s", shown(branch.path), os.fsdecode(DIRTY_MARK), error.strerror)
+
+
 def mark_dirty(root_fd: int) -> None:
-    """Note durably that the branch is being written to; to be called before the first change."""
+    """Note durably that the branch is being written to; to be called before the first change.
+
+    Raises OSError; EEXIST when the mark's name is taken by something that is no regular file.
+    """
     try:
         fd = syscalls.create_file_at(root_fd, DIRTY_MARK, os.O_WRONLY, 0o444)
-    except FileExistsError:
-        pass  # left by a mount that was killed, perhaps before it was durable
+    except FileExistsError as error:
+        # Left by a mount that was killed, perhaps before it was durable; or not ours: mark_clean could not remove it.
+        if not st_mod.S_ISREG(syscalls.stat_at(root_fd, DIRTY_MARK).st_mode):
+            error.strerror = f"{os.fsdecode(DIRTY_MARK)} exists and is not a regular file"
+            raise
     else:
         try:
             os.fsync(fd)
