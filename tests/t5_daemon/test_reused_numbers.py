@@ -143,8 +143,8 @@ def test_a_mount_point_is_claimed_by_one_process_at_a_time(tmp_path: Path, monke
     first, other = Claim(run_dir, b"/mnt"), Claim(run_dir, b"/other")
     with pytest.raises(OSError, match="busy"):
         Claim(run_dir, b"/mnt")
-    # The directory that is locked may be removed by whoever unmounts; then the lock is on nothing.
-    registry.directory(run_dir, b"/mnt").rmdir()
+    # What is locked may be removed by whoever unmounts; then the lock is on nothing.
+    shutil.rmtree(registry.directory(run_dir, b"/mnt"))
     second = Claim(run_dir, b"/mnt")
     with pytest.raises(OSError, match="busy"):
         Claim(run_dir, b"/mnt")

@@ -4,8 +4,10 @@
     RUN_DIR/si_<id>/control      socket of the mount process
     RUN_DIR/si_<id>/br0 ...      one line each, path=perm+attr, as aufs has them in /sys/fs/aufs
     RUN_DIR/si_<id>/alive        locked by the mount process while it lives
+    RUN_DIR/si_<id>/claim        locked by whoever is mounting there or taking the entry away
 
-Written by the mount process only; everybody else reads. The id follows from the mount point, so a mount
+Written by the mount process only; everybody else reads, and passes over what somebody else than root may have
+written (private.py): a supervisor mounts what is said here. The id follows from the mount point, so a mount
 keeps it over restarts, and a directory that a killed process left is used again. Never touches a mount point.
 
 The run directory may be shared by several mount and pid namespaces (containers that bind /run): a mount that is in
@@ -19,16 +21,24 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from udbad.daemon import private
+
+log = logging.getLogger(__name__)
+
 DEFAULT_RUN_DIR = "/run/udbad"
 SOCKET_NAME = "udbad.sock"  # of the supervisor, in the run directory
+ENTRY = "mount.json"
 ALIVE = "alive"
+CLAIM = "claim"
 CLAIM_SECONDS = 10.0
 _CLAIM_PAUSE = 0.05
 _MAX_LINKS = 40  # MAXSYMLINKS (linux/namei.h)
@@ -96,8 +106,8 @@ def directory(run_dir: str, mount_point: bytes) -> Path:
 class Claim:
     """Keeps others from mounting on the same mount point until it is released; ends with the process, too.
 
-    Two processes that start at the same time would both find nothing mounted there. A lock on the directory
-    of the mount, flock(2): there is no file that could be left.
+    Two processes that start at the same time would both find nothing mounted there. The lock, flock(2), is on a file
+    that only root can open. One that is left keeps nobody out.
     """
 
     def __init__(self, run_dir: str, mount_point: bytes, seconds: float | None = None) -> None:
@@ -105,29 +115,37 @@ class Claim:
         (None: CLAIM_SECONDS)."""
         path = directory(run_dir, mount_point)
         end = time.monotonic() + (CLAIM_SECONDS if seconds is None else seconds)
-        while True:
-            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        while not self._take(path):
+            if time.monotonic() > end:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+            time.sleep(_CLAIM_PAUSE)
+
+    def _take(self, path: Path) -> bool:
+        with _entered(path, make=True) as dirfd:
+            fd = private.open_lock(dirfd, CLAIM)
             try:
-                self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue  # whoever has just unmounted has removed it
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(self._fd), os.stat(path)):
-                    return
-            except FileNotFoundError:
-                pass
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    self.release()
-                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY)) from None
-                time.sleep(_CLAIM_PAUSE)
-            self.release()
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(fd), os.stat(CLAIM, dir_fd=dirfd)):
+                    self._fd, fd = fd, -1
+                    return True
+            except (BlockingIOError, FileNotFoundError):
+                pass  # somebody has it, or whoever has just unmounted has removed it
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+        return False
 
     def release(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+@contextmanager
+def _entered(path: Path, make: bool = False) -> Iterator[int]:
+    """A descriptor of the directory of a mount, checked with the run directory; make: both, if missing."""
+    with private.directory(path.parent, make), private.directory(path, make) as dirfd:
+        yield dirfd
 
 
 class Registration:
@@ -139,7 +157,9 @@ class Registration:
         Raises OSError: EBUSY when the directory belongs to a living mount on the same path of another mount namespace.
         """
         self.path = directory(run_dir, mount_point)
-        self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self._mount_point = mount_point
+        with _entered(self.path, make=True):
+            pass
         other = read(self.path)
         if other is not None and other.namespace not in (0, mount_namespace()) and is_alive(other):
             raise OSError(errno.EBUSY, "the mount on this path of another mount namespace is registered there")
@@ -161,7 +181,7 @@ class Registration:
         """Say who serves the mount."""
         words = asdict(entry)
         del words["directory"]
-        self._replace("mount.json", json.dumps(words) + "\n")
+        self._replace(ENTRY, json.dumps(words) + "\n")
 
     def write_branches(self, lines: Iterable[str]) -> None:
         """Make br0, br1 ... say what the branches are now."""
@@ -174,17 +194,22 @@ class Registration:
                 (self.path / name).unlink()
 
     def _replace(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.new"
-        temporary.write_bytes(os.fsencode(text))
-        temporary.replace(self.path / name)
+        with _entered(self.path) as dirfd:
+            private.write(dirfd, name, os.fsencode(text))
 
     def remove(self) -> None:
         """The mount has ended in order: nothing of it is left to know, unless another process is there already."""
         try:
             if self._is_ours():
-                for name in os.listdir(self.path):
-                    (self.path / name).unlink()
-                self.path.rmdir()
+                claim = Claim(str(self.path.parent), self._mount_point, 0)
+                try:
+                    if self._is_ours():
+                        shutil.rmtree(self.path)
+                finally:
+                    claim.release()
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # somebody begins there, who will say what is so then
+                raise
         finally:
             self.release()
 
@@ -223,8 +248,12 @@ def read(path: Path) -> Entry | None:
     """
     known = {field.name for field in fields(Entry)}
     try:
-        words = json.loads((path / "mount.json").read_bytes())
+        with _entered(path) as dirfd:
+            words = json.loads(private.read(dirfd, ENTRY))
         entry = Entry(**{**{key: words[key] for key in words if key in known}, "directory": str(path)})
+    except private.NotPrivate as error:
+        log.warning("%s is passed over: %s %s", path, error.filename, error.strerror)
+        return None
     except (OSError, ValueError, TypeError):
         return None
     types = {

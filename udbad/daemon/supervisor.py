@@ -23,7 +23,7 @@ from typing import Any
 from udbad import __version__
 from udbad.config import format_options, parse_mount_options
 from udbad.configfile import Config, ConfigError, DaemonSettings, MountSettings, config_files, load, shared_trees
-from udbad.daemon import exporter, logs, registry, save, sdnotify
+from udbad.daemon import exporter, logs, private, registry, save, sdnotify
 from udbad.daemon.configwatch import ConfigWatch, Signature, signature
 from udbad.daemon.protocol import NOT_ANSWERING, Message, bind, flag_of, server_pid, text_of
 from udbad.daemon.reload import OWN_KEYS, Outcome, Verdict, changed_keys, changed_options, judge_daemon, judge_metrics
@@ -489,8 +489,8 @@ async def _describe(runner: Runner) -> Message:
 def _take_run_dir(run_dir: str, stack: ExitStack) -> Any:
     """The listening socket, with the run directory locked for as long as the stack lasts."""
     try:
-        os.makedirs(run_dir, mode=0o755, exist_ok=True)
-        lock = os.open(os.path.join(run_dir, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with private.directory(Path(run_dir), make=True) as dirfd:
+            lock = private.open_lock(dirfd, "lock")
         stack.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         sock = bind(os.path.join(run_dir, registry.SOCKET_NAME))
