@@ -600,3 +600,17 @@ def test_nothing_is_truncated_where_nothing_may_be_written(tmp_path: Path, permi
     with core(tmp_path, {"only": permission}, read_only=read_only) as union:
         assert error_of(lambda: union.open("f", os.O_RDONLY | os.O_TRUNC)) == "EROFS"
     assert (tmp_path / "only/f").read_text() == "f"
+
+
+def test_a_name_that_has_just_appeared(union: Core) -> None:
+    """Only O_EXCL makes an error of it; else the kernel is to look again, and then it has to be there."""
+    for number, flags in enumerate((0, os.O_EXCL)):
+        name = f"new{number}"
+        assert not union.exists(name)
+        union.create("other")  # loads the view, and with it what the strategy believes
+        union.unlink("other")
+        (union["top"] / name).write_text("direct")
+        parent, raw = union.parent(name)
+        made = lambda: union.fs.create(parent, raw, os.O_WRONLY | os.O_CREAT | flags, 0o644, union.caller)  # noqa: B023, E731  # called at once
+        assert error_of(made) == ("EEXIST" if flags else "ESTALE")
+        assert union.content(name) == b"direct"

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.mount import UnionFactory
-from tests.helpers.posix import EXCHANGE, renameat2
-from tests.t3_fuse.live import modes
+from tests.helpers.posix import EXCHANGE, Identity, Probe, renameat2, run_as
+from tests.t3_fuse.live import errno_of, modes
 
 pytestmark = pytest.mark.fuse
 
@@ -246,3 +246,49 @@ def test_file_and_something_else(union: UnionFactory, tmp_path: Path, udba: str,
     for name in ("f", "g"):
         assert (tmp_path / "canary" / name).read_bytes() == SECRET
     assert mount.control({"op": "stats"})["bugs"] == 0
+
+
+# -- names that appear between the kernel's look and its CREATE ------------------------------------
+
+
+def appear(path: Path) -> None:
+    """In front of each name a program has just been told that it does not exist."""
+    for name in ("file", "cut", "excl", "dir", "link", "dangling", "secret", "lower"):
+        assert not (path / "mnt" / name).exists()
+    for name in ("file", "cut", "excl", "secret", "target"):
+        (path / "top" / name).write_text("direct")
+        (path / "top" / name).chmod(0o666)
+    (path / "top/secret").chmod(0o600)
+    (path / "base/lower").write_text("direct")
+    (path / "top/dir").mkdir()
+    (path / "top/link").symlink_to("target")
+    (path / "top/dangling").symlink_to("made")
+
+
+@modes
+def test_open_with_creat_opens_what_has_appeared(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """As open(2) says: EEXIST only with O_EXCL, otherwise what would be opened without O_CREAT, if the caller may."""
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top").chmod(0o777)
+    mount = union({"top": "rw", "base": "ro"}, udba)
+    appear(tmp_path)
+
+    def opens(name: str, flags: int = 0) -> str:
+        return errno_of(lambda: os.close(os.open(mount.path / name, os.O_WRONLY | os.O_CREAT | flags)))
+
+    assert (opens("excl", os.O_EXCL), opens("excl")) == ("EEXIST", "")
+    assert (opens("file"), (mount["top"] / "file").read_text()) == ("", "direct")
+    assert (opens("cut", os.O_TRUNC), (mount["top"] / "cut").read_text()) == ("", "")
+    assert (opens("lower", os.O_TRUNC), (mount["top"] / "lower").read_text()) == ("", "")
+    assert opens("dir") == "EISDIR"
+    assert (opens("link", os.O_NOFOLLOW), opens("link"), (mount["top"] / "target").read_text()) == (
+        "ELOOP",
+        "",
+        "direct",
+    )
+    assert (opens("dangling"), (mount["top"] / "made").read_text()) == ("", "")
+
+    def as_alice(probe: Probe) -> None:
+        probe.do(os.open, "secret", os.O_WRONLY | os.O_CREAT)
+
+    assert run_as(Identity("alice", 1001, 1001), mount.path, as_alice)[0][1] == "EACCES"

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch
@@ -20,6 +22,10 @@ from udbad.inodes.table import Dir, Node
 from udbad.types import MADE, Caller, Trigger
 from udbad.union import copyup, lookup, whiteout
 from udbad.union.tree import NeedCopyUp, Tree
+from udbad.union.view import UNKNOWN
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -61,8 +67,24 @@ def check_free(tree: Tree, parent: Dir, name: bytes) -> bool:
     found = lookup.resolve(tree, parent, name)
     if found is not None:
         lookup.discard(tree, parent, name, found)
+        _ask_again(parent, name)
         raise os_error(errno.EEXIST)
     return False
+
+
+def _ask_again(parent: Dir, name: bytes) -> None:
+    """A name has appeared directly: whoever asks for it next, as the kernel will, must not be told what was before."""
+    if parent.view is not None:
+        parent.view[name] = UNKNOWN
+        parent.muddle(name)
+
+
+def _make(parent: Dir, name: bytes, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    try:
+        return call(*args, **kwargs)
+    except FileExistsError:
+        _ask_again(parent, name)
+        raise
 
 
 def _finish(tree: Tree, parent: Dir, name: bytes, target: Target) -> None:
@@ -92,7 +114,7 @@ def create_file(
     """open(2) with O_CREAT|O_EXCL; returns node, attributes and the open descriptor."""
     target = prepare(tree, parent, name)
     with creds.creating(caller):
-        fd = syscalls.create_file_at(target.dirfd, name, flags, mode)
+        fd = _make(parent, name, syscalls.create_file_at, target.dirfd, name, flags, mode)
     tree.hooks.own_event(parent, target.branch, name, MADE)
     try:
         _finish(tree, parent, name, target)
@@ -116,7 +138,7 @@ def mknod(
 ) -> tuple[Node, os.stat_result]:
     target = prepare(tree, parent, name)
     with creds.creating(caller):
-        syscalls.mknod_at(target.dirfd, name, mode, rdev)
+        _make(parent, name, syscalls.mknod_at, target.dirfd, name, mode, rdev)
     return _made(tree, parent, name, target)
 
 
@@ -125,7 +147,7 @@ def symlink(
 ) -> tuple[Node, os.stat_result]:
     target = prepare(tree, parent, name)
     with creds.creating(caller):
-        syscalls.symlink_at(link_target, target.dirfd, name)
+        _make(parent, name, syscalls.symlink_at, link_target, target.dirfd, name)
     return _made(tree, parent, name, target)
 
 
@@ -145,7 +167,7 @@ def mkdir(
     """A directory that replaces a whiteout is made opaque before the whiteout goes (spec section 6.5)."""
     target = prepare(tree, parent, name, is_dir=True)
     with creds.creating(caller):
-        syscalls.mkdir_at(target.dirfd, name, mode)
+        _make(parent, name, syscalls.mkdir_at, target.dirfd, name, mode)
     fd = -1
     found = None
     try:
@@ -205,7 +227,7 @@ def link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
         raise NeedCopyUp(node, Trigger.LINK, None, None, limit)
     dirfd = copyup.ensure_dir(tree, parent, branch)
     src_dirfd, src_name = tree.locate(node)
-    syscalls.link_at(src_dirfd, src_name, dirfd, name)
+    _make(parent, name, syscalls.link_at, src_dirfd, src_name, dirfd, name)
     try:
         whiteout.remove(dirfd, name)
     except BaseException:

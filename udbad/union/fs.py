@@ -88,9 +88,19 @@ class UnionFs:
     def create(
         self, parent_id: int, name: bytes, flags: int, mode: int, caller: Caller
     ) -> tuple[OpenFile, os.stat_result]:
+        """Make a file and open it; EEXIST with O_EXCL.
+
+        Without, what has appeared under the name is to be opened by the same rules, permissions among them, as anything
+        else: by the kernel, which looks it up again after ESTALE (LOOKUP_REVAL, do_filp_open in fs/namei.c).
+        """
         parent = self._changing(parent_id)
         wanted = (flags & _OPEN_FLAGS) | (os.O_TRUNC & flags)
-        node, st, fd = create.create_file(self.tree, self.creds, parent, name, wanted, mode, caller)
+        try:
+            node, st, fd = create.create_file(self.tree, self.creds, parent, name, wanted, mode, caller)
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+            raise estale() from None
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         return self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable), st
 
