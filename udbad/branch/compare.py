@@ -57,10 +57,9 @@ def differences(dirfd: int, name: bytes, other_dirfd: int, other_name: bytes) ->
 
 
 def _xattrs(dirfd: int, name: bytes) -> dict[str, bytes]:
-    path, follow = syscalls.xattr_path(dirfd, name)
+    path = syscalls.xattr_path(dirfd, name)
     return {
-        key: os.getxattr(path, key, follow_symlinks=follow)
-        for key in copydata.copied_names(path, follow_symlinks=follow)
+        key: os.getxattr(path, key, follow_symlinks=False) for key in copydata.copied_names(path, follow_symlinks=False)
     }
 
 

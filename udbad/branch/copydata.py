@@ -305,8 +305,8 @@ def copy_special(
     try:
         copy_metadata(
             src,
-            syscalls.xattr_path(src_dirfd, src_name)[0],
-            syscalls.xattr_path(dst_dirfd, dst_name)[0],
+            syscalls.xattr_path(src_dirfd, src_name),
+            syscalls.xattr_path(dst_dirfd, dst_name),
             ignore,
             follow_symlinks=False,
         )

@@ -132,6 +132,11 @@ def readlink_at(dirfd: int, name: bytes) -> bytes:
     return os.readlink(name, dir_fd=dirfd)
 
 
+def readlink_fd(fd: int) -> bytes:
+    """Target of the symlink that an O_PATH descriptor names (readlinkat(2), empty path)."""
+    return os.readlink(b"", dir_fd=fd)
+
+
 # -- making and removing ----------------------------------------------------------------------
 
 
@@ -229,30 +234,36 @@ def utime_at(dirfd: int, name: bytes, atime_ns: int, mtime_ns: int) -> None:
     os.utime(name, ns=(atime_ns, mtime_ns), dir_fd=dirfd, follow_symlinks=False)
 
 
-def _xattr_path(dirfd: int, name: bytes) -> bytes:
-    # The last component is not followed (l*xattr); the one before it is a magic link to our dirfd.
+def xattr_path(dirfd: int, name: bytes) -> bytes:
+    """Where l*xattr calls find the entry `name` of a directory: only the last component is not followed."""
     return b"/proc/self/fd/%d/%s" % (dirfd, name)
 
 
-def xattr_path(fd: int, name: bytes | None) -> tuple[bytes, bool]:
-    """(path, follow_symlinks) for *xattr calls on entry `name` of directory `fd`, or on `fd` itself."""
-    return (proc_path(fd), True) if name is None else (_xattr_path(fd, name), False)
+Object = bytes | int
+"""What a call is about: a descriptor; or the proc_path() of an O_PATH one, which *xattr calls do not take.
+
+That leads to the object itself, a symlink too (proc_pid_fd(5)).
+"""
 
 
-def getxattr(target: tuple[bytes, bool], key: bytes) -> bytes:
-    return os.getxattr(target[0], key, follow_symlinks=target[1])
+def getxattr(target: Object, key: bytes) -> bytes:
+    return os.getxattr(target, key)
 
 
-def listxattr(target: tuple[bytes, bool]) -> list[bytes]:
-    return [os.fsencode(key) for key in os.listxattr(target[0], follow_symlinks=target[1])]
+def listxattr(target: Object) -> list[bytes]:
+    return [os.fsencode(key) for key in os.listxattr(target)]
 
 
-def setxattr(target: tuple[bytes, bool], key: bytes, value: bytes, flags: int = 0) -> None:
-    os.setxattr(target[0], key, value, flags, follow_symlinks=target[1])
+def setxattr(target: Object, key: bytes, value: bytes, flags: int = 0) -> None:
+    os.setxattr(target, key, value, flags)
 
 
-def removexattr(target: tuple[bytes, bool], key: bytes) -> None:
-    os.removexattr(target[0], key, follow_symlinks=target[1])
+def chmod(target: Object, mode: int) -> None:
+    os.chmod(target, mode)
+
+
+def removexattr(target: Object, key: bytes) -> None:
+    os.removexattr(target, key)
 
 
 # -- data -------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """Open files and directories of the mount, by file handle number.
 
-An `OpenFile` follows its node: when the node's data moves to another branch (copy-up), the next
-operation re-opens it there and puts the new descriptor under the old number with dup2, so that a
-worker thread that reads meanwhile never sees a closed descriptor.
+The descriptor of an `OpenFile` always is of the object that holds its node's data: whoever moves the data to another
+object (copy-up, carrying down) moves every open file in the same step (`OpenFile.reopen`). So it stays usable
+whatever becomes of the object's names afterwards.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 
 from udbad.branch import syscalls
 from udbad.errors import os_error
@@ -19,10 +20,10 @@ class OpenFile:
     """One open(2) of a regular file. flags: as given by the caller; uid, gid, pid: who opened it.
 
     group: of the opener's supplementary groups the one that keeps the setgid bit, if any.
-    writable: whether `fd` may be written. gen: generation of the node's data that `fd` belongs to.
+    writable: whether `fd` may be written.
     """
 
-    __slots__ = ("fd", "fh", "flags", "gen", "gid", "group", "node", "pid", "uid", "writable")
+    __slots__ = ("fd", "fh", "flags", "gid", "group", "node", "pid", "uid", "writable")
 
     def __init__(self, fh: Fh, node: Node, fd: int, flags: int, caller: Caller, writable: bool) -> None:
         self.fh = fh
@@ -33,8 +34,29 @@ class OpenFile:
         self.gid = caller.gid
         self.pid = caller.pid
         self.group: int | None = None
-        self.gen = node.gen
         self.writable = writable
+
+    def reopen(self, fd: int, writable: bool) -> None:
+        """Have the handle lead to the object behind the descriptor `fd`, which stays the caller's.
+
+        writable: whether that may be written to. The new descriptor gets the old number with dup2(2), so that a thread
+        that reads meanwhile never sees a closed one. Where no new one is to be had (EMFILE, ENFILE, ENOMEM), `fd`
+        itself is duplicated: its O_APPEND and O_SYNC count then, but nobody loses an open file. Raises OSError when
+        `fd` is our own descriptor.
+        """
+        flags = self.flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC)
+        if not writable:
+            flags = flags & ~os.O_ACCMODE | os.O_RDONLY
+        try:
+            opened = syscalls.reopen(fd, flags)
+        except OSError:
+            if fd == self.fd:
+                raise
+            os.dup2(fd, self.fd, inheritable=False)
+        else:
+            os.dup2(opened, self.fd, inheritable=False)
+            syscalls.close_quietly(opened)  # the other descriptor of it tells, when that is closed
+        self.writable = writable and flags & os.O_ACCMODE != os.O_RDONLY
 
 
 class OpenDir:

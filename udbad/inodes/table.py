@@ -69,12 +69,12 @@ class Node:
     """One inode of the mount that is not a directory, or the common part of a directory.
 
     id: node id and st_ino. branch, dev, ino: where its data is and who it is there. parent, name: the
-    name it was last reached by; aliases: further names of a hard link. gen: raised whenever the data
-    moves, so that open files follow. dead: no name is left; only descriptors reach it.
+    name it was last reached by; aliases: further names of a hard link. dead: no name is left; only
+    descriptors reach it.
     """
 
     __slots__ = (
-        "aliases", "branch", "busy", "dead", "dev", "gen", "handles", "id", "ino", "kind",
+        "aliases", "branch", "busy", "dead", "dev", "handles", "id", "ino", "kind",
         "name", "nlink_extra", "nlookup", "orphan_fd", "parent", "plink", "seen",
     )  # fmt: skip
 
@@ -90,7 +90,6 @@ class Node:
         self.name = b""
         self.nlookup = 0
         self.nlink_extra = 0
-        self.gen = 0
         self.dead = False
         self.aliases: set[tuple[Dir, bytes]] | None = None
         self.handles: list[OpenFile] | None = None

@@ -209,16 +209,24 @@ def uncover_names(tree: Tree, names: Sequence[tuple[Dir | None, Copy]], target: 
     if node is not None:
         if node.busy is not None:
             raise InUse("is being copied up")
-        if any(handle.writable and handle.gen == node.gen for handle in node.handles or ()):
+        if any(handle.writable for handle in node.handles or ()):
             raise InUse("is open for writing")
     rest = [copy for _, copy in names]
-    if st_mod.S_ISREG(first.st.st_mode):
-        _hide(first)  # whoever opens a file directly from now on gets the lower one
-        del rest[0]
-    for copy in rest:
-        _remove(copy)
-    st = syscalls.stat_at(first.dst_dirfd, first.name)
-    _settle(tree, node, [(parent, copy.name) for parent, copy in names if parent is not None], first.st, st, target)
+    fd = -1
+    try:
+        if st_mod.S_ISREG(first.st.st_mode):
+            if node is not None and node.handles:
+                fd, _ = syscalls.open_file_at(first.dst_dirfd, first.name, os.O_RDONLY)
+            _hide(first)  # whoever opens a file directly from now on gets the lower one
+            del rest[0]
+        for copy in rest:
+            _remove(copy)
+        st = syscalls.stat_at(first.dst_dirfd, first.name)
+        places = [(parent, copy.name) for parent, copy in names if parent is not None]
+        _settle(tree, node, places, first.st, st, target, fd)
+    finally:
+        if fd >= 0:
+            os.close(fd)
 
 
 def _check(copy: Copy) -> None:
@@ -271,9 +279,12 @@ def _restore(dirfd: int, before: os.stat_result) -> None:
 
 def _settle(
     tree: Tree, node: Node | None, names: Iterable[tuple[Dir, bytes]], old: os.stat_result, new: os.stat_result,
-    branch: Branch,
+    branch: Branch, fd: int,
 ) -> None:  # fmt: skip
-    """The lower copy shows: from now on the node's data is there, under the number it always had."""
+    """The lower copy shows: from now on the node's data is there, under the number it always had.
+
+    fd: a descriptor of it, where the node has open files.
+    """
     number = tree.inomap.number(old.st_dev, old.st_ino)
     other = _known(tree, (new.st_dev, new.st_ino))
     tree.inomap.drop(old.st_dev, old.st_ino)
@@ -291,8 +302,7 @@ def _settle(
         tree.hooks.side_effect(parent)
     if node is None or other is not None:
         return
-    node.branch, node.dev, node.ino = branch, new.st_dev, new.st_ino
-    node.gen += 1  # open files follow
+    tree.move_data(node, branch, new, fd)
     tree.hooks.own_data(node)
     tree.hooks.side_effect(node)
 

@@ -23,7 +23,6 @@ from udbad.branch import copydata, syscalls
 from udbad.branch.branches import Branch
 from udbad.branch.policy import Snapshot
 from udbad.errors import erofs, estale, os_error
-from udbad.inodes.handles import OpenFile
 from udbad.inodes.table import Dir, Layer, Node
 from udbad.types import CopyMethod, Trigger
 from udbad.union import lookup, plink, whiteout
@@ -362,14 +361,12 @@ def commit(tree: Tree, job: Job) -> None:
     if not job.tmp:
         node.orphan_fd, job.dst_fd = job.dst_fd, -1
         node.nlink_extra = 0
-        node.dev, node.ino, node.branch = made.st_dev, made.st_ino, job.branch
-        node.gen += 1
+        tree.move_data(node, job.branch, made, node.orphan_fd)
         return
     if job.parent is None:
         _publish(job.dirfd, job.tmp, job.dirfd, job.name)
         job.tmp = b""
-        node.branch, node.dev, node.ino = job.branch, made.st_dev, made.st_ino
-        node.gen += 1
+        tree.move_data(node, job.branch, made, job.dst_fd)
         tree.inomap.alias(made.st_dev, made.st_ino, node.id)
         plink.adopt_home(tree, node, job.branch, job.name, job.st.st_nlink + node.nlink_extra)
         return
@@ -378,7 +375,7 @@ def commit(tree: Tree, job: Job) -> None:
     source = node.branch
     _publish(job.dirfd, job.tmp, job.dirfd, job.name)
     job.tmp = b""
-    _settle(tree, node, job.parent, job.name, job.branch, job.dirfd, job.st, made, job.as_link)
+    _settle(tree, node, job.parent, job.name, job.branch, job.dirfd, job.st, made, job.as_link, job.dst_fd)
     _restore_times(job.dirfd, job.parent_times)
     if job.trigger is Trigger.OPEN and "moo" in source.attrs and source.writable:
         layer = job.parent.layer(source.index)
@@ -419,15 +416,17 @@ def abort(job: Job) -> None:
 
 def _settle(
     tree: Tree, node: Node, parent: Dir, name: bytes, branch: Branch, dirfd: int,
-    src: os.stat_result, made: os.stat_result, as_link: bool,
+    src: os.stat_result, made: os.stat_result, as_link: bool, fd: int = -1,
 ) -> None:  # fmt: skip
-    """The copy has its name: from now on the node's data is there, under the number it always had."""
+    """The copy has its name: from now on the node's data is there, under the number it always had.
+
+    fd: a descriptor of the copy of a regular file.
+    """
     old = node.identity
     parent.muddle(name)
     names = src.st_nlink + node.nlink_extra  # less those that were removed
     node.nlink_extra = 0
-    node.branch, node.dev, node.ino = branch, made.st_dev, made.st_ino
-    node.gen += 1
+    tree.move_data(node, branch, made, fd)
     tree.inomap.alias(made.st_dev, made.st_ino, node.id)
     if as_link or (src.st_nlink > 1 and tree.options.plink):
         plink.make(tree, node, branch, dirfd, name, old[1], names - (0 if as_link else 1))
@@ -497,34 +496,3 @@ def run(tree: Tree, need: NeedCopyUp) -> None:
         commit(tree, job)
     finally:
         abort(job)
-
-
-def follow(tree: Tree, handle: OpenFile) -> None:
-    """Bring an open file to where its node's data is now (readers too, spec section 6.8).
-
-    dup2 closes the old descriptor, and tells nothing. There is nothing to tell: it was open for reading, or its file
-    was copied since, with all that had been written through it, and how that copy fared `transfer` has asked.
-    """
-    node = handle.node
-    flags = handle.flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC)
-    writable = node.branch.writable
-    if not writable:
-        flags = flags & ~os.O_ACCMODE | os.O_RDONLY
-    if node.orphan_fd >= 0:
-        fd = syscalls.reopen(node.orphan_fd, flags)
-    else:
-        try:
-            dirfd, name = tree.locate(node)
-            fd, st = syscalls.open_file_at(dirfd, name, flags)
-            if (st.st_dev, st.st_ino) != node.identity:
-                syscalls.close_quietly(fd)
-                raise estale()
-        except OSError as error:
-            other = next((h for h in node.handles or () if h.gen == node.gen), None)
-            if other is None or error.errno not in (errno.ENOENT, errno.ESTALE, errno.ENOTDIR):
-                raise
-            fd = syscalls.reopen(other.fd, flags)
-    os.dup2(fd, handle.fd, inheritable=False)
-    syscalls.close_quietly(fd)  # the other descriptor of it tells, when that is closed
-    handle.gen = node.gen
-    handle.writable = writable and flags & os.O_ACCMODE != os.O_RDONLY

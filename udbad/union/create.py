@@ -214,11 +214,13 @@ def link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
     """
     check_free(tree, parent, name)
     whited = tree.whited
-    if node.dead or node.parent is None:
+    if node.dead or (node.parent is None and not node.handles):
         raise enoent()
     branch = node.branch
     limit = parent.floor if whited is None else min(parent.floor, whited)
     if not branch.writable or branch.index > limit:
+        if node.parent is None:
+            raise enoent()
         if node.plink is not None:
             # The home is on a branch that cannot show the new name.
             raise os_error(errno.EXDEV)
@@ -226,8 +228,12 @@ def link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
             raise NeedCopyUp(node, Trigger.LINK, None, (parent, name), limit)
         raise NeedCopyUp(node, Trigger.LINK, None, None, limit)
     dirfd = copyup.ensure_dir(tree, parent, branch)
-    src_dirfd, src_name = tree.locate(node)
-    _make(parent, name, syscalls.link_at, src_dirfd, src_name, dirfd, name)
+    fd, owned = tree.open_object(node)
+    try:
+        _make(parent, name, syscalls.link_fd, fd, dirfd, name)
+    finally:
+        if owned:
+            os.close(fd)
     try:
         whiteout.remove(dirfd, name)
     except BaseException:

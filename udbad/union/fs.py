@@ -24,7 +24,7 @@ from udbad.inodes.handles import OpenDir, OpenFile
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Trigger
 from udbad.union import copyup, create, lookup, readdir, remove, rename, whiteout
-from udbad.union.tree import LAST_DEPTH, NeedCopyUp, Tree
+from udbad.union.tree import LAST_DEPTH, NeedCopyUp, Tree, is_object
 
 T = TypeVar("T")
 Attributes = tuple[Node, os.stat_result]
@@ -159,7 +159,7 @@ class UnionFs:
         if self.tree.options.read_only:
             raise erofs()
         self.need_writable(node, Trigger.ATTR if changes.size is None else Trigger.TRUNCATE, changes.size)
-        fd, owned = self._object_fd(node)
+        fd, owned = self.tree.open_object(node)
         try:
             content = changes.size is not None or changes.atime_ns is not None or changes.mtime_ns is not None
             if content:
@@ -192,11 +192,8 @@ class UnionFs:
 
     def _truncate(self, node: Node, fd: int, size: int, fh: int | None, caller: Caller) -> None:
         handle = None if fh is None else self.handles.files.get(fh)
-        if handle is not None:
-            if handle.gen != node.gen:
-                copyup.follow(self.tree, handle)
-            if handle.writable:
-                fd = handle.fd
+        if handle is not None and handle.writable:
+            fd = handle.fd
         self._cut(fd, size, caller, os.fstat(fd))
 
     def _cut(self, fd: int, size: int, caller: Caller, st: os.stat_result) -> None:
@@ -217,30 +214,17 @@ class UnionFs:
         elif not node.branch.writable:
             raise NeedCopyUp(node, trigger, length)
 
-    def _object_fd(self, node: Node) -> tuple[int, bool]:
-        """A descriptor (perhaps O_PATH) of the object behind a node, and whether the caller closes it."""
-        if type(node) is Dir:
-            return self.tree.layer_fd(node, node.layers[0]), False
-        if node.orphan_fd >= 0:
-            return node.orphan_fd, False
-        try:
-            dirfd, name = self.tree.locate(node)
-            fd = syscalls.pin_at(dirfd, name)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE, errno.ENOTDIR):
-                raise
-        else:
-            st = os.fstat(fd)
-            if (st.st_dev, st.st_ino) == node.identity and st_mod.S_IFMT(st.st_mode) == node.kind:
-                return fd, True
-            os.close(fd)
-        if node.handles:
-            return node.handles[-1].fd, False
-        raise estale()
-
     def readlink(self, node_id: int) -> bytes:
-        dirfd, name = self.tree.locate(self.table.node(node_id))
-        return syscalls.readlink_at(dirfd, name)
+        """Target of a symbolic link. Raises EINVAL for anything else (readlink(2) says ENOENT of a descriptor)."""
+        node = self.table.node(node_id)
+        if node.kind != st_mod.S_IFLNK:
+            raise os_error(errno.EINVAL)
+        fd, owned = self.tree.open_object(node)
+        try:
+            return syscalls.readlink_fd(fd)
+        finally:
+            if owned:
+                os.close(fd)
 
     # -- extended attributes ------------------------------------------------------------------
 
@@ -248,28 +232,12 @@ class UnionFs:
         if not self.tree.options.acl and key.startswith(_ACL_PREFIX):
             raise os_error(errno.EOPNOTSUPP)
 
-    def _xattr_target(self, node: Node) -> tuple[bytes, bool]:
-        """Where the *xattr calls of branch/syscalls.py find the object itself."""
-        if type(node) is Dir:
-            return syscalls.xattr_path(self.tree.layer_fd(node, node.layers[0]), b".")
-        if node.orphan_fd < 0 and not node.dead:
-            try:
-                return syscalls.xattr_path(*self.tree.locate(node))
-            except OSError as error:
-                if error.errno != errno.ESTALE:
-                    raise
-        if node.orphan_fd >= 0:
-            return syscalls.xattr_path(node.orphan_fd, None)
-        if node.handles:
-            return syscalls.xattr_path(node.handles[-1].fd, None)
-        raise estale()
-
     def getxattr(self, node_id: int, key: bytes) -> bytes:
         self._check_xattr(key)
-        return syscalls.getxattr(self._xattr_target(self.table.node(node_id)), key)
+        return self._on_object(self.table.node(node_id), lambda object_: syscalls.getxattr(object_, key))
 
     def listxattr(self, node_id: int, caller: Caller) -> list[bytes]:
-        names = syscalls.listxattr(self._xattr_target(self.table.node(node_id)))
+        names = self._on_object(self.table.node(node_id), syscalls.listxattr)
         if caller.uid != 0:
             names = [key for key in names if not key.startswith(b"trusted.")]  # xattr(7)
         return names if self.tree.options.acl else [key for key in names if not key.startswith(_ACL_PREFIX)]
@@ -279,26 +247,31 @@ class UnionFs:
         nor privileged, so that an ACL costs the setgid bit (posix_acl_update_mode)."""
         self._check_xattr(key)
         node = self._changing_xattr(node_id)
-        syscalls.setxattr(self._xattr_target(node), key, value, flags)
-        if kill_sgid and key == _ACL_ACCESS:
-            self._drop_sgid(node)
-        self.tree.hooks.own_data(node)
 
-    def _drop_sgid(self, node: Node) -> None:
-        fd, owned = self._object_fd(node)
-        try:
-            mode = os.fstat(fd).st_mode
-            if mode & st_mod.S_ISGID:
-                syscalls.chmod_fd(fd, st_mod.S_IMODE(mode) & ~st_mod.S_ISGID)
-        finally:
-            if owned:
-                os.close(fd)
+        def change(target: syscalls.Object) -> None:
+            syscalls.setxattr(target, key, value, flags)
+            if kill_sgid and key == _ACL_ACCESS:
+                mode = os.stat(target).st_mode
+                if mode & st_mod.S_ISGID:
+                    syscalls.chmod(target, st_mod.S_IMODE(mode) & ~st_mod.S_ISGID)
+
+        self._on_object(node, change)
+        self.tree.hooks.own_data(node)
 
     def removexattr(self, node_id: int, key: bytes) -> None:
         self._check_xattr(key)
         node = self._changing_xattr(node_id)
-        syscalls.removexattr(self._xattr_target(node), key)
+        self._on_object(node, lambda object_: syscalls.removexattr(object_, key))
         self.tree.hooks.own_data(node)
+
+    def _on_object(self, node: Node, call: Callable[[syscalls.Object], T]) -> T:
+        """`call` on the object itself: capabilities must not go to whatever has its name now."""
+        fd, owned = self.tree.open_object(node)
+        try:
+            return call(syscalls.proc_path(fd) if owned or type(node) is Dir else fd)
+        finally:
+            if owned:
+                os.close(fd)
 
     def _changing_xattr(self, node_id: int) -> Node:
         node = self.table.node(node_id)
@@ -354,27 +327,25 @@ class UnionFs:
         if node.orphan_fd >= 0:
             fd = syscalls.reopen(node.orphan_fd, flags)
             return fd, os.fstat(fd)
-        try:
-            dirfd, name = self.tree.locate(node)
-            fd, st = syscalls.open_file_at(dirfd, name, flags)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE, errno.ELOOP):
-                raise
-        else:
-            if st.st_ino == node.ino and st.st_dev == node.dev:
-                return fd, st
-            syscalls.close_quietly(fd)
-        if node.handles:
-            fd = syscalls.reopen(node.handles[-1].fd, flags)
-            return fd, os.fstat(fd)
-        raise estale()
+        while True:
+            try:
+                dirfd, name = self.tree.locate(node)
+                fd, st = syscalls.open_file_at(dirfd, name, flags)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP):
+                    raise
+            else:
+                if is_object(node, st):
+                    return fd, st
+                syscalls.close_quietly(fd)
+            if node.handles:
+                fd = syscalls.reopen(node.handles[-1].fd, flags)
+                return fd, os.fstat(fd)
+            self.tree.lost_name(node)
 
     def ready(self, fh: int) -> OpenFile:
-        """An open file, moved to where its data is now."""
-        handle = self.handles.file(fh)
-        if handle.gen != handle.node.gen:
-            copyup.follow(self.tree, handle)
-        return handle
+        """An open file by its number. Raises EBADF."""
+        return self.handles.file(fh)
 
     def write(self, fh: int, offset: int, data: bytes | memoryview) -> int:
         """Bytes written. Raises NeedCopyUp at the first write to a lower file."""
@@ -383,7 +354,7 @@ class UnionFs:
             if handle.flags & os.O_ACCMODE == os.O_RDONLY:
                 raise os_error(errno.EBADF)
             self.need_writable(handle.node, Trigger.WRITE)
-            copyup.follow(self.tree, handle)
+            handle.reopen(handle.fd, True)  # its branch was not writable when it was opened
         hooks = self.tree.hooks
         hooks.before_own(handle.node, handle.fd)
         if handle.uid:

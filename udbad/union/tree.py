@@ -129,6 +129,17 @@ class Counters:
     depth_whiteout: list[int] = field(default_factory=lambda: [0] * (LAST_DEPTH + 1))
 
 
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE})
+
+
+def is_object(node: Node, st: os.stat_result) -> bool:
+    """Whether `st` is the status of the object behind a node that is no directory.
+
+    A number may have come round as an object of another type, which would spoil the kernel's inode.
+    """
+    return st.st_ino == node.ino and st.st_dev == node.dev and st_mod.S_IFMT(st.st_mode) == node.kind
+
+
 class Tree:
     """One mounted union. Event loop only; see union/fs.py for the locking rule."""
 
@@ -229,35 +240,68 @@ class Tree:
     def stat(self, node: Node) -> os.stat_result:
         """Attributes of the object behind a node, not of whatever has its name now.
 
-        Raises ESTALE when neither a name nor an open descriptor leads there; the kernel then looks
-        the path up again.
+        Raises ESTALE when neither a descriptor nor a name leads there; the kernel then looks the path up again.
         """
-        if type(node) is Dir:
-            layer = node.layers[0]
-            return os.fstat(self.layer_fd(node, layer))
-        for _ in range(len(node.aliases) + 1 if node.aliases else 1):
+        fd = self._held(node)
+        if fd >= 0:
+            return os.fstat(fd)
+        while True:
             try:
                 dirfd, name = self.locate(node)
                 st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-            except FileNotFoundError:
-                pass
             except OSError as error:
-                if error.errno != errno.ESTALE:
+                if error.errno not in _NOT_THERE:
                     raise
             else:
-                # A number may have come round as an object of another type, which would spoil the kernel's inode.
-                if st.st_ino == node.ino and st.st_dev == node.dev and st_mod.S_IFMT(st.st_mode) == node.kind:
+                if is_object(node, st):
                     return st
-            if node.parent is None or not node.aliases:
-                break
-            lost = node.parent, node.name
-            self.table.detach(node, *lost)
-            self.hooks.parted(*lost)
+            self.lost_name(node)
+
+    def open_object(self, node: Node) -> tuple[int, bool]:
+        """A descriptor (O_PATH perhaps) of the object behind a node, never of whatever has its name now.
+
+        Also whether it is the caller's to close. Raises ESTALE as `stat`.
+        """
+        fd = self._held(node)
+        if fd >= 0:
+            return fd, False
+        while True:
+            try:
+                fd = syscalls.pin_at(*self.locate(node))
+            except OSError as error:
+                if error.errno not in _NOT_THERE:
+                    raise
+            else:
+                if is_object(node, os.fstat(fd)):
+                    return fd, True
+                os.close(fd)
+            self.lost_name(node)
+
+    def _held(self, node: Node) -> int:
+        """A descriptor of the object that is open anyway; -1 without one."""
+        if type(node) is Dir:
+            return self.layer_fd(node, node.layers[0])
         if node.orphan_fd >= 0:
-            return os.fstat(node.orphan_fd)
-        if node.handles:
-            return os.fstat(node.handles[-1].fd)
-        raise estale()
+            return node.orphan_fd
+        return node.handles[-1].fd if node.handles else -1
+
+    def lost_name(self, node: Node) -> None:
+        """The node's name stands for another object or for none: go on with another one. Raises ESTALE without one."""
+        if node.parent is None or not node.aliases:
+            raise estale()
+        lost = node.parent, node.name
+        self.table.detach(node, *lost)
+        self.hooks.parted(*lost)
+
+    def move_data(self, node: Node, branch: Branch, st: os.stat_result, fd: int) -> None:
+        """From now on the data of a node that is no directory is another object, and its open files go there with it.
+
+        At once, while that object can be reached for certain: its name may be the next thing to go, and natively
+        open files and mappings outlive that. st: the object's status. fd: a descriptor of it, of a regular file.
+        """
+        node.branch, node.dev, node.ino = branch, st.st_dev, st.st_ino
+        for handle in node.handles or ():
+            handle.reopen(fd, branch.writable)
 
     # -- what is carried between branches ----------------------------------------------------------
 
