@@ -169,7 +169,7 @@ def merge(branches: Iterable[tuple[Path, bool]]) -> Tree:
         relative, directories = todo.pop()
         names = {name for directory, _ in directories for name in os.listdir(directory)}
         for name in names:
-            if name.startswith(WH_PREFIX) or len(name) > MAX_NAME:
+            if name.startswith(WH_PREFIX):
                 continue
             hits = resolve(directories, name)
             if not hits:

@@ -21,7 +21,7 @@ from udbad.branch import syscalls
 from udbad.branch.branches import BranchSet
 from udbad.inodes.table import Dir
 from udbad.types import ROOT_ID, Trigger
-from udbad.union import copyup, reconfigure
+from udbad.union import copyup, lookup, reconfigure
 from udbad.union.fs import SetAttr
 from udbad.union.tree import NeedCopyUp
 
@@ -614,3 +614,22 @@ def test_a_name_that_has_just_appeared(union: Core) -> None:
         made = lambda: union.fs.create(parent, raw, os.O_WRONLY | os.O_CREAT | flags, 0o644, union.caller)  # noqa: B023, E731  # called at once
         assert error_of(made) == ("EEXIST" if flags else "ESTALE")
         assert union.content(name) == b"direct"
+
+
+@modes
+def test_a_branch_with_shorter_names_than_others(tmp_path: Path, udba: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """eCryptfs: 143 bytes. What it cannot have it does not have; only what no branch can have is too long."""
+    with core(tmp_path, udba=udba) as union:
+        base = union.tree.branches[1].root_fd
+        real = os.stat
+
+        def stat(path: bytes, *, dir_fd: int, follow_symlinks: bool) -> os.stat_result:
+            if dir_fd == base and len(path) > 143:
+                raise OSError(errno.ENAMETOOLONG, "")
+            return real(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+
+        monkeypatch.setattr(lookup, "_stat", stat)
+        assert not union.exists("n" * 200)
+        union.create("n" * 200, b"content")
+        assert union.content("n" * 200) == b"content"
+        assert error_of(lambda: union.find("n" * 256)) == "ENAMETOOLONG"

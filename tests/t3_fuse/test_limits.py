@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.mount import Mount, UnionFactory, mounted
 from tests.helpers.posix import EXCHANGE, renameat2
-from tests.t3_fuse.live import errno_of, file_system, modes, names
+from tests.t3_fuse.live import debris, errno_of, file_system, modes, names
 
 pytestmark = pytest.mark.fuse
 
@@ -138,10 +138,13 @@ def small(union: UnionFactory, tmp_path: Path, udba: str) -> Mount:
     return union(None, udba)
 
 
+GIVES_A_NAME = {"create", "mkdir", "mkfifo", "mknod", "symlink", "link to", "rename to", "rename dir to"}
+
+
 @modes
-@pytest.mark.parametrize("length", [MAX_NAME, MAX_NAME + 1, 255, 256])
+@pytest.mark.parametrize("length", [MAX_NAME, MAX_NAME + 1, 255, 256, 1000])
 def test_long_names(small: Mount, length: int) -> None:
-    """242 bytes are fine; more is ENAMETOOLONG, 243 to 255 by us, above by the kernel; never listed either."""
+    """242 bytes are fine; more cannot be given to anything, and 256 are more than any branch has."""
     name = "n" * length
     if length <= MAX_NAME:
         with (small.path / name).open("w") as stream:
@@ -151,13 +154,50 @@ def test_long_names(small: Mount, length: int) -> None:
         (small.path / name).mkdir()
         return
     failed = {what: errno_of(call) for what, call in every_operation(small.path, name).items()}
-    assert failed == dict.fromkeys(failed, "ENAMETOOLONG")
-    if length <= 255:
-        (small["base"] / name).touch()
-        small.control({"op": "udba", "mode": small.udba})
-        assert name not in os.listdir(small.path)
-        assert errno_of(lambda: os.stat(small.path / name)) == "ENAMETOOLONG"
+    for what, error in failed.items():
+        assert error == ("ENAMETOOLONG" if what in GIVES_A_NAME or length > 255 else "ENOENT"), what
     assert names(small["top"]) == [".wh.", ".wh.gone", "dir", "file"]
+
+
+@modes
+def test_long_names_on_a_branch(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """They are shown, read, changed and removed; not where a whiteout would need more than 255 bytes."""
+    lengths = (MAX_NAME + 1, 251, 252, 255)
+    for branch in ("top", "base"):
+        for length in lengths:
+            (tmp_path / branch / "d").mkdir(parents=True, exist_ok=True)
+            (tmp_path / branch / "d" / (branch[0] * length)).write_text(branch)
+    (tmp_path / "base" / ("e" * 252)).mkdir()
+    (tmp_path / "base" / ("e" * 252) / "x").touch()
+    (tmp_path / "top" / ("e" * 251)).mkdir()
+    mount = union(None, udba)
+    d = mount.path / "d"
+    lower = {length: d / ("b" * length) for length in lengths}
+    upper = {length: d / ("t" * length) for length in lengths}
+    assert {path.name for path in d.iterdir()} == {path.name for path in (*lower.values(), *upper.values())}
+    for length in lengths:
+        assert lower[length].read_text() == "base"
+        with lower[length].open("a") as stream:
+            stream.write(", changed")
+        assert (mount["top"] / "d" / lower[length].name).read_text() == "base, changed"
+        lower[length].chmod(0o600)
+        assert stat.S_IMODE(lower[length].stat().st_mode) == 0o600
+        assert errno_of(lambda: upper[length].rename(d / ("n" * length))) == "ENAMETOOLONG"  # noqa: B023  # called at once
+        (d / "f").symlink_to("x")
+        assert errno_of(lambda: (d / "f").rename(lower[length])) == "ENAMETOOLONG"  # noqa: B023  # called at once
+        (d / "f").unlink()
+        upper[length].rename(d / "short")
+        (d / "short").unlink()
+        hidden = errno_of(lower[length].unlink)
+        assert hidden == ("" if length <= 251 else "ENAMETOOLONG")
+        assert lower[length].exists() == (length > 251)
+    assert sorted(len(path.name) for path in d.iterdir()) == [252, 255]
+    assert errno_of(d.rmdir) == "ENOTEMPTY"
+    (mount.path / ("e" * 251)).rmdir()
+    (mount.path / ("e" * 252) / "x").unlink()
+    assert errno_of((mount.path / ("e" * 252)).rmdir) == "ENAMETOOLONG"
+    assert (mount.path / ("e" * 252)).is_dir()
+    assert debris(mount["top"]) == []
 
 
 @modes

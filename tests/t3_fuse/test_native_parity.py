@@ -114,14 +114,14 @@ def test_names_of_the_union(union: UnionFactory, udba: str) -> None:
     assert os.listdir(mount.path) == [longest.name]
     for length in (243, 255, 256):
         name = mount.path / ("n" * length)
-        for call in (name.touch, name.mkdir, name.lstat, lambda: longest.rename(name), lambda: name.symlink_to("x")):  # noqa: B023  # called at once
+        for call in (name.touch, name.mkdir, lambda: longest.rename(name), lambda: name.symlink_to("x")):  # noqa: B023  # called at once
             with pytest.raises(OSError, match=r".") as caught:
                 call()
             assert caught.value.errno == errno.ENAMETOOLONG
     for hidden in (".wh.x", ".wh..wh..opq", ".wh..wh.plnk", ".wh."):
         name = mount.path / hidden
-        for call in (name.touch, name.mkdir, name.lstat, lambda: longest.rename(name), lambda: name.symlink_to("x")):  # noqa: B023  # called at once
+        for refuse in (name.touch, name.mkdir, name.lstat, lambda: longest.rename(name), lambda: name.symlink_to("x")):  # noqa: B023  # called at once
             with pytest.raises(PermissionError) as refused:
-                call()
+                refuse()
             assert refused.value.errno == errno.EPERM
     assert os.statvfs(mount.path).f_namemax == 242

@@ -24,7 +24,7 @@ from udbad.coherence.base import Coherence
 from udbad.inodes.table import Dir, Node
 from udbad.kernel.boundary import handler
 from udbad.types import Caller, Trigger
-from udbad.union import copyup, create, remove
+from udbad.union import copyup, create, remove, whiteout
 from udbad.union.fs import UnionFs
 from udbad.union.tree import NeedCopyUp
 
@@ -338,7 +338,7 @@ class Operations(pyfuse3.Operations):
         reply.f_files = sum(part.f_files for part in parts)
         reply.f_ffree = sum(part.f_ffree for part in parts)
         reply.f_favail = sum(part.f_favail for part in parts)
-        reply.f_namemax = 242
+        reply.f_namemax = whiteout.MAX_NAME
         return reply
 
 

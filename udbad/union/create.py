@@ -54,7 +54,7 @@ def check_free(tree: Tree, parent: Dir, name: bytes) -> bool:
 
     True when no branch has it, nor a whiteout for it.
     """
-    whiteout.check_name(name)
+    whiteout.check_new_name(name)
     if tree.options.read_only:
         raise erofs()
     if parent.dead:

@@ -67,8 +67,6 @@ class UnionFs:
         parent = self.table.nodes.get(parent_id)
         if type(parent) is not Dir:
             raise estale()
-        if len(name) > whiteout.MAX_NAME:
-            raise os_error(errno.ENAMETOOLONG)
         if name.startswith(b".wh."):
             if not self.tree.options.show_whiteouts:
                 raise os_error(errno.EPERM)
@@ -81,6 +79,8 @@ class UnionFs:
         if found is not None:
             depths = counters.depth_found
         else:
+            if len(name) > whiteout.NAME_MAX:  # some file systems have such names, and the kernel lets them pass
+                raise os_error(errno.ENAMETOOLONG)
             depths = counters.depth_negative if tree.whited is None else counters.depth_whiteout
         depths[tree.examined if tree.examined < LAST_DEPTH else LAST_DEPTH] += 1
         return found

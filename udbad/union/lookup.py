@@ -9,6 +9,7 @@ coherence strategy allows that.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat as st_mod
 
@@ -23,6 +24,8 @@ from udbad.union.view import load_view
 _S_IFDIR = st_mod.S_IFDIR
 _S_IFMT = 0o170000
 _stat = os.stat
+_ABSENT = (errno.ENOENT, errno.ENAMETOOLONG)
+"""What a branch says of a name it does not have; the second one where its file system has shorter names than others."""
 
 
 class Found:
@@ -61,7 +64,9 @@ def resolve(tree: Tree, parent: Dir, name: bytes, below: int = -1) -> Found | No
             examined += 1
             try:
                 st = _stat(name, dir_fd=fd, follow_symlinks=False)
-            except FileNotFoundError:
+            except OSError as error:
+                if error.errno not in _ABSENT:
+                    raise
                 if branch.whable and pos < last and whiteout.present(fd, name):
                     tree.whited = branch.index
                     return None
@@ -121,7 +126,9 @@ def _merge(tree: Tree, parent: Dir, name: bytes, first: int, st: os.stat_result)
             if pos > first:
                 try:
                     st = _stat(name, dir_fd=fd, follow_symlinks=False)
-                except FileNotFoundError:
+                except OSError as error:
+                    if error.errno not in _ABSENT:
+                        raise
                     if branch.whable and pos < last and whiteout.present(fd, name):
                         whited = branch.index
                         break

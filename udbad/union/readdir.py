@@ -84,7 +84,7 @@ def entries(tree: Tree, handle: OpenDir, start: int) -> Iterator[Entry]:
     prefix = whiteout.PREFIX
     for position in range(max(start - DOTS, 0), len(names)):
         name = names[position]
-        if len(name) > whiteout.MAX_NAME or name == prefix:
+        if name == prefix:
             continue  # cannot be looked up, so it must not be promised
         try:
             found: tuple[Node, os.stat_result] | None

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def find(tree: Tree, parent: Dir, name: bytes) -> Found:
     """What a name that is going to change stands for. Raises ENOENT, EROFS, EPERM (.wh.*)."""
-    whiteout.check_name(name)
+    whiteout.check_not_reserved(name)
     if tree.options.read_only:
         raise erofs()
     if parent.dead:

@@ -29,11 +29,12 @@ _KNOWN = syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE
 def rename(tree: Tree, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, flags: int) -> None:
     """Raises NeedCopyUp for a file that has to come up first; the caller then starts again.
 
-    Errors: EINVAL (RENAME_WHITEOUT), EEXIST, ENOENT, EXDEV, ENOTEMPTY, ENOTDIR, EISDIR, EROFS.
+    Errors: EINVAL (RENAME_WHITEOUT), EEXIST, ENOENT, EXDEV, ENOTEMPTY, ENOTDIR, EISDIR, EROFS,
+    ENAMETOOLONG.
     """
     if flags & ~_KNOWN or flags == _KNOWN:
         raise os_error(errno.EINVAL)
-    whiteout.check_name(dst)
+    whiteout.check_new_name(dst)
     source = remove.find(tree, src_dir, src)
     known = src_dir.children.get(src), dst_dir.children.get(dst)
     src_node, _ = lookup.intern(tree, src_dir, src, source)

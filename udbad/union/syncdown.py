@@ -208,12 +208,8 @@ class Sync:
                 continue
             if name.startswith(whiteout.PREFIX):
                 hidden = name[len(whiteout.PREFIX) :]
-                # A longer name is not to be seen in a union, so there is nothing to hide.
-                if self.src.whable and 0 < len(hidden) <= whiteout.MAX_NAME:
+                if self.src.whable and hidden:
                     yield from self._apply_whiteout(level, hidden)
-                continue
-            if len(name) > whiteout.MAX_NAME:
-                self._leave(level.parts, name, "has a longer name than a union can show", again=False)
                 continue
             try:
                 st = syscalls.stat_at(level.src_fd, name)

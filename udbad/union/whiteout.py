@@ -24,7 +24,13 @@ ORPHAN_DIR = b".wh..wh.orph"
 OPAQUE = b".wh..wh..opq"
 RESERVED = b".wh..wh."
 MAX_NAME = 242
-"""255 less the room that `.wh..wh.NAME.xxxx` needs, as aufs has it (spec section 1)."""
+"""Bytes of a name that can be given: 255 less the room that `.wh..wh.NAME.xxxx` needs, as aufs has it (spec section 1).
+
+Longer ones that are on a branch are shown. They can be read, changed and removed; not where that takes a whiteout of
+more than 255 bytes, which is ENAMETOOLONG.
+"""
+NAME_MAX = 255
+"""Bytes of a name that any file system may have (limits.h)."""
 TEMPORARY = re.compile(rb"\.wh\.\.wh\..+\.(?:[0-9a-fA-F]{4}|[0-9a-f]{12})", re.DOTALL)
 """A temporary name: one of ours, or one of aufs and of earlier versions, which had four digits."""
 
@@ -35,10 +41,15 @@ _stat = os.stat
 _ISREG = st_mod.S_ISREG
 
 
-def check_name(name: bytes) -> None:
-    """Refuse names that no object of the union may have: EPERM for .wh.*, ENAMETOOLONG above 242 bytes."""
+def check_new_name(name: bytes) -> None:
+    """Refuse names that no object of the union may be given: EPERM for .wh.*, ENAMETOOLONG above 242 bytes."""
     if len(name) > MAX_NAME:
         raise os_error(errno.ENAMETOOLONG)
+    check_not_reserved(name)
+
+
+def check_not_reserved(name: bytes) -> None:
+    """Raises EPERM for .wh.*."""
     if name.startswith(PREFIX):
         raise os_error(errno.EPERM)
 
@@ -105,6 +116,10 @@ def remove(dirfd: int, name: bytes) -> bool:
     try:
         syscalls.unlink_at(dirfd, PREFIX + name)
     except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
         return False
     return True
 
