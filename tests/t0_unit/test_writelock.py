@@ -6,19 +6,22 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from udbad.branch import writelock
+from udbad.branch import syscalls, writelock
 from udbad.branch.accept import open_branches
 from udbad.branch.branches import BranchSet
 from udbad.branch.spec import parse_branches
 from udbad.branch.writelock import WriteLocks
 from udbad.errors import ExitCode, UserError
+from udbad.union import whiteout
 
 
 @pytest.fixture
@@ -83,3 +86,102 @@ def test_file_systems_without_locks(
     assert {record.levelno for record in caplog.records} == {logging.DEBUG}
     one.close()
     two.close()
+
+
+STRANGER = 65534
+
+
+@pytest.fixture
+def top(branches: BranchSet) -> Path:
+    """The first branch's root."""
+    return Path(os.fsdecode(branches[0].path))
+
+
+@contextmanager
+def locked_by_a_stranger(path: Path) -> Iterator[None]:
+    fd = os.open(path, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def one_writer(branches: BranchSet) -> None:
+    """The first branch can be locked at once, by one."""
+    one, two = WriteLocks(), WriteLocks()
+    one.take([branches[0]], 0.0)
+    with pytest.raises(UserError, match="written to by another mount"):
+        two.take([branches[0]], 0.0)
+    one.close()
+    two.take([branches[0]], 0.0)
+    two.close()
+
+
+def test_a_lock_on_the_root_is_no_obstacle(branches: BranchSet, top: Path) -> None:
+    with locked_by_a_stranger(top):
+        one_writer(branches)
+    st = (top / ".wh..wh.orph").stat()
+    assert (st.st_uid, stat.S_IMODE(st.st_mode)) == (os.geteuid(), 0o700)
+
+
+@pytest.mark.parametrize("content", [False, True])
+@pytest.mark.parametrize(("uid", "mode"), [(STRANGER, 0o700), (0, 0o755), (0, 0o770)])
+def test_what_others_can_open_is_replaced(branches: BranchSet, top: Path, uid: int, mode: int, content: bool) -> None:
+    """Who owns the branch puts a directory of his own there, and locks it; or a careless copy has changed the mode."""
+    orphans = top / ".wh..wh.orph"
+    orphans.mkdir()
+    os.chown(orphans, uid, 0)
+    orphans.chmod(mode)
+    if content:
+        (orphans / "file").touch()
+    with locked_by_a_stranger(orphans):
+        one_writer(branches)
+    st = orphans.stat()
+    assert (st.st_uid, stat.S_IMODE(st.st_mode)) == (0, 0o700)
+    left = [name for name in os.listdir(top) if name != ".wh..wh.orph"]
+    # With content it stays, under a name that is invisible and swept.
+    assert all(whiteout.TEMPORARY.fullmatch(os.fsencode(name)) for name in left)
+    assert len(left) == content
+
+
+def test_a_replacement_that_comes_second_is_taken_back(
+    branches: BranchSet, top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another mount has replaced the same directory, and locked its own, since we found it to be open to others."""
+    orphans = top / ".wh..wh.orph"
+    orphans.mkdir()
+    orphans.chmod(0o755)
+    first, second = WriteLocks(), WriteLocks()
+    replace = writelock._replace
+
+    def late(root_fd: int, bad_fd: int) -> bool:
+        monkeypatch.setattr(writelock, "_replace", replace)
+        first.take([branches[0]], 0.0)
+        return replace(root_fd, bad_fd)
+
+    monkeypatch.setattr(writelock, "_replace", late)
+    with pytest.raises(UserError, match="written to by another mount"):
+        second.take([branches[0]], 0.0)
+    first.close()
+    second.take([branches[0]], 0.0)
+    second.close()
+    assert os.listdir(top) == [".wh..wh.orph"]
+
+
+def test_where_nothing_can_be_replaced_there_is_no_lock(
+    branches: BranchSet, top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system without RENAME_EXCHANGE: a stranger's lock does not count."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(syscalls, "rename_at", refuse)
+    (top / ".wh..wh.orph").mkdir()
+    (top / ".wh..wh.orph").chmod(0o755)
+    with locked_by_a_stranger(top / ".wh..wh.orph"):
+        one = WriteLocks()
+        one.take([branches[0]], 0.0)
+        one.close()
+    assert os.listdir(top) == [".wh..wh.orph"]

@@ -42,14 +42,15 @@ def refusal(path: Path, pid: int) -> str:
 
 
 def locks(pid: int) -> list[str]:
-    """Descriptors of a process that hold a flock, proc_pid_fdinfo(5). No child may inherit them."""
+    """Descriptors of a process that hold the flock of a branch, proc_pid_fdinfo(5). No child may inherit them."""
     found = []
     for info in Path(f"/proc/{pid}/fdinfo").iterdir():
         try:
             text = info.read_text()
         except FileNotFoundError:  # closed meanwhile
             continue
-        if re.search(r"^lock:.*FLOCK", text, re.MULTILINE):
+        place = os.readlink(f"/proc/{pid}/fd/{info.name}")
+        if re.search(r"^lock:.*FLOCK", text, re.MULTILINE) and os.path.basename(place) == ".wh..wh.orph":
             flags = re.search(r"^flags:\s*([0-7]+)", text, re.MULTILINE)
             assert flags is not None
             assert int(flags[1], 8) & os.O_CLOEXEC, text

@@ -91,6 +91,11 @@ def open_listing(dirfd: int) -> int:
     return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dirfd)
 
 
+def open_listing_at(dirfd: int, name: bytes) -> int:
+    """A readable descriptor of a directory by name; ENOTDIR for anything else."""
+    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
+
+
 def open_file_at(dirfd: int, name: bytes, flags: int) -> tuple[int, os.stat_result]:
     """Open an existing regular file, with its status; ESTALE when the name turned into something else.
 

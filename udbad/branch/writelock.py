@@ -1,9 +1,14 @@
-"""One writer for a branch: an exclusive flock(2) on its root, for as long as somebody writes to it.
+"""One writer for a branch: an exclusive flock(2) on a directory in its root, for as long as somebody writes to it.
 
 Two mounts that write to one branch would sweep each other's temporary names, take each other's mark of an
 unclean end away and copy up over one another. Paths do not show that two mounts share a directory (links, bind
 mounts, another mount namespace), and no list of mounts knows those of another run directory. The lock belongs
-to the inode, and it ends with the process that holds it, however that ends.
+to an inode of the branch, and it ends with the process that holds it, however that ends.
+
+Whoever can open something can lock it, so it is not the branch's root, which others may read: it is `.wh..wh.orph`,
+which aufs has in every writable branch with mode 0700. Who owns the branch's root can put something of his own in
+its place, but his lock on that keeps nobody out: what others can open is replaced. (Ours he cannot bring to another
+branch: to move a directory takes permission to write to it, vfs_rename() in fs/namei.c.)
 
 A file system without such locks on directories (NFS: EBADF) is used without one.
 """
@@ -13,11 +18,14 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final
 
 from udbad.branch import syscalls
+from udbad.branch.accept import ORPHAN_DIR
 from udbad.branch.branches import Branch
 from udbad.branch.spec import shown
 from udbad.errors import ExitCode, UserError
@@ -76,30 +84,79 @@ class WriteLocks:
 def lock(root_fd: int, path: bytes, refusal: str, end: float = 0.0) -> int:
     """A descriptor that holds the lock of a branch until it is closed; -1 where there are no such locks.
 
-    root_fd: the root of the branch. end: time.monotonic() until which to wait. Raises UserError (BRANCH) when
-    somebody else has it: "branch", the path, and `refusal`, with `{holder}` for the process.
+    root_fd: the root of the branch, which gets the directory that is locked. end: time.monotonic() until which to
+    wait. Raises UserError (BRANCH) when somebody else has it: "branch", the path, and `refusal`, with `{holder}` for
+    the process.
     """
-    fd = -1
+    made = False
     try:
-        fd = syscalls.open_listing(root_fd)
         while True:
+            made = _make(root_fd) or made
+            fd = syscalls.open_listing_at(root_fd, ORPHAN_DIR)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return fd
-            except BlockingIOError:
-                if time.monotonic() >= end:
+                locked = _try_lock(fd)
+                if not _is_private(os.fstat(fd)) and _replace(root_fd, fd):
+                    log.info("branch %s: %s could be opened by others; replaced", shown(path), shown(ORPHAN_DIR))
+                    continue
+                if locked and os.path.samestat(os.fstat(fd), syscalls.stat_at(root_fd, ORPHAN_DIR)):
+                    held, fd = fd, -1
+                    return held
+                if not locked and time.monotonic() >= end:
                     text = refusal.format(holder=_holder(fd))
-                    raise UserError(f"branch {shown(path)} {text}", ExitCode.BRANCH) from None
+                    raise UserError(f"branch {shown(path)} {text}", ExitCode.BRANCH)
+            finally:
+                if fd >= 0:
+                    os.close(fd)
             time.sleep(_PAUSE)
     except OSError as error:
         # Not this module's to judge: a directory that cannot even be opened shows when it is written to.
         log.debug("branch %s cannot be locked: %s", shown(path), error.strerror)
-        if fd >= 0:
-            os.close(fd)
+        if made:
+            with suppress(OSError):
+                syscalls.rmdir_at(root_fd, ORPHAN_DIR)
         return -1
-    except BaseException:
-        os.close(fd)
-        raise
+
+
+def _make(root_fd: int) -> bool:
+    """Whether the directory to be locked had to be made."""
+    try:
+        syscalls.mkdir_at(root_fd, ORPHAN_DIR, 0o700)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_private(st: os.stat_result) -> bool:
+    """Whether nobody but us and root can open a directory, and so lock it."""
+    return st.st_uid in (0, os.geteuid()) and not st.st_mode & 0o066
+
+
+def _replace(root_fd: int, bad_fd: int) -> bool:
+    """Put a directory that only we can open in the place of one that others can; False where that is not possible.
+
+    Two mounts may do that at the same time: who finds that it has replaced another one's good directory puts it back.
+    """
+    # A temporary name as in union/whiteout.py: what is left under it is invisible, and swept.
+    name = ORPHAN_DIR + b"." + secrets.token_hex(6).encode()
+    syscalls.mkdir_at(root_fd, name, 0o700)
+    try:
+        if not _is_private(syscalls.stat_at(root_fd, name)):  # a file system that keeps no owners
+            return False
+        syscalls.rename_at(root_fd, name, root_fd, ORPHAN_DIR, syscalls.RENAME_EXCHANGE)
+        if not os.path.samestat(os.fstat(bad_fd), syscalls.stat_at(root_fd, name)):
+            syscalls.rename_at(root_fd, name, root_fd, ORPHAN_DIR, syscalls.RENAME_EXCHANGE)
+        return True
+    finally:
+        with suppress(OSError):  # not empty
+            syscalls.rmdir_at(root_fd, name)
 
 
 def _identity(fd: int) -> _Identity:

@@ -540,6 +540,8 @@ def run_fsck(path: bytes, ask: Callable[[Defect], bool], echo: Callable[[str], N
     lock_fd = -1
     found = repaired = 0
     try:
+        before = os.fstat(root_fd)
+        bare = not syscalls.exists_at(root_fd, whiteout.ORPHAN_DIR)  # what is locked is made for that, and not left
         end = time.monotonic() + writelock.PATIENCE
         lock_fd = writelock.lock(root_fd, path, "is written to by a mount{holder}; unmount it first", end)
         if was_dirty(root_fd):
@@ -554,6 +556,9 @@ def run_fsck(path: bytes, ask: Callable[[Defect], bool], echo: Callable[[str], N
                     repaired += 1
     finally:
         if lock_fd >= 0:
+            if bare:
+                syscalls.rmdir_at(root_fd, whiteout.ORPHAN_DIR)
+                syscalls.utime_at(root_fd, b".", before.st_atime_ns, before.st_mtime_ns)
             os.close(lock_fd)
         os.close(root_fd)
     echo(f"{printable(path)}: " + (f"{found} defects, {repaired} repaired" if found else "clean"))
