@@ -6,7 +6,10 @@ and gives them back. The coherence strategy tells a FakeNotifier what the kernel
 
 from __future__ import annotations
 
+import itertools
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -157,8 +160,28 @@ class Core:
 
 
 @contextmanager
+def few_descriptors(spare: int) -> Iterator[None]:
+    """This process can open no more than so many descriptors beyond those it has (RLIMIT_NOFILE goes by number)."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first = os.open("/", os.O_PATH)  # the lowest free number
+    os.close(first)
+    taken = {int(name) for name in os.listdir("/proc/self/fd")} - {first}  # which was the listing's own
+    limit = next(number for number in itertools.count(first) if sum(n not in taken for n in range(number)) >= spare)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@contextmanager
 def core(
-    directory: Path, layers: Mapping[str, str] | None = None, udba: str = "reval", max_fds: int = 1000, **options: Any
+    directory: Path,
+    layers: Mapping[str, str] | None = None,
+    udba: str = "reval",
+    max_fds: int = 1000,
+    all_fds: int = sys.maxsize,
+    **options: Any,
 ) -> Iterator[Core]:
     """A union of directories below `directory` (name → permission, top first), which are made if missing.
 
@@ -175,7 +198,7 @@ def core(
             if branch.writable:
                 prepare_writable(branch, options.get("plink", True))
         chosen = {"create": parse_create("tdp"), "copyup": parse_copyup("tdp"), **options}
-        tree = Tree(branches, UnionOptions(**chosen), max_fds)
+        tree = Tree(branches, UnionOptions(**chosen), max_fds, all_fds)
         plink.load(tree)
         notifier = FakeNotifier()
         strategy = STRATEGIES[udba](tree, notifier)

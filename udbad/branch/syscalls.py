@@ -81,6 +81,20 @@ def exists_at(dirfd: int, name: bytes) -> bool:
     return True
 
 
+def is_entry(dirfd: int, name: bytes, parent: tuple[int, int]) -> bool:
+    """Whether the directory behind `dirfd` is the entry `name` of the directory `parent` (device, inode) now.
+
+    Only looked at: a directory that was moved out of the branch leads out of it here.
+    """
+    above = os.stat(b"..", dir_fd=dirfd)
+    if (above.st_dev, above.st_ino) != parent:
+        return False
+    try:
+        return os.path.samestat(os.fstat(dirfd), os.stat(b"../" + name, dir_fd=dirfd, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
 def open_dir_at(dirfd: int, name: bytes) -> int:
     """A search-only (O_PATH) descriptor of a directory; ENOTDIR for anything else."""
     return os.open(name, _O_DIR, dir_fd=dirfd)

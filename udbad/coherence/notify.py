@@ -386,9 +386,12 @@ class NotifyCoherence(Coherence):
             elif isinstance(handle, Node):
                 self._count(handle.branch.index, change.kinds)
                 self._file_changed(handle, change)
+        table = self.tree.table
         for (node, name), kinds in names.items():
-            if self.tree.table.nodes.get(node.id) is node:
+            if table.nodes.get(node.id) is node:
                 self._name_changed(node, name, kinds)
+            if table.over_budget():  # events come without requests, too
+                table.trim()
 
     def _sort(self, place: _Place, change: Change, names: dict[tuple[Dir, bytes], int]) -> None:
         node, name = place.node, change.name

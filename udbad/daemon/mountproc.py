@@ -55,7 +55,8 @@ STRATEGIES: dict[str, type[Coherence]] = {
     "notify": NotifyCoherence,
 }
 
-_RESERVED_FDS = 1024
+_OTHER_FDS = 1024
+"""Descriptors that are neither of directories nor of open files: branches, sockets, copy-ups, one operation's own."""
 _SWITCH_SECONDS = 0.0005
 _LINGER_SECONDS = 2
 _MAX_DIRECTORY_FDS = 100_000
@@ -87,7 +88,7 @@ class MountProcess:
         self.started = time.time()
         for notice in options.notices:
             log.info("%s", notice)
-        max_fds = _raise_fd_limit()
+        max_fds, all_fds = _raise_fd_limit()
         self._claim = self._claim_mount_point()
         dead = self._dead_mounts()
         if not dead and check_mount_point(self.mount_point):
@@ -101,7 +102,7 @@ class MountProcess:
         if not options.ro:
             self.write_locks.take(self.branches.branches)
         _prepare(self.branches, options)
-        self.tree = Tree(self.branches, _union_options(options), max_fds)
+        self.tree = Tree(self.branches, _union_options(options), max_fds, all_fds)
         plink.load(self.tree)
         self.fs = UnionFs(self.tree, creds)
         flags: set[str] = set(options.kernel_flags)
@@ -352,12 +353,14 @@ def _is_served(entry: registry.Entry) -> bool:
     return True
 
 
-def _raise_fd_limit() -> int:
-    """Allow as many descriptors as the hard limit permits; how many may be directories is returned."""
+def _raise_fd_limit() -> tuple[int, int]:
+    """Allow as many descriptors as the hard limit permits; returned is how many directories may have, and how many
+    directories and open files together."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return min(max(hard // 2, hard - 8 * _RESERVED_FDS), _MAX_DIRECTORY_FDS)
+    most = hard - min(_OTHER_FDS, hard // 4)
+    return min(most, _MAX_DIRECTORY_FDS), most
 
 
 def _prepare(branches: BranchSet, options: MountOptions) -> None:

@@ -14,7 +14,9 @@ from __future__ import annotations
 import ctypes
 import os
 import stat as st_mod
-from collections.abc import Awaitable
+import sys
+from collections import OrderedDict
+from collections.abc import Awaitable, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,6 +37,10 @@ _MANY = 20_000
 
 LOAD_AT_LEAST = 16
 """Questions about a directory's names, times its branches, that are never worth reading it."""
+
+
+LEAST_FDS = 64
+"""Descriptors that directories may have however many files are open: with fewer, each question would open its path."""
 
 
 MOST_UNCLEAR = 10_000
@@ -238,15 +244,20 @@ class TableStatistics:
 class InodeTable:
     """Node ids to nodes, and the references the kernel holds on them."""
 
-    def __init__(self, root: Dir, max_fds: int) -> None:
-        """max_fds: how many directory descriptors may be held before `trim` closes cold ones."""
+    def __init__(self, root: Dir, max_fds: int, files: Sized = (), all_fds: int = sys.maxsize) -> None:
+        """max_fds: how many directory descriptors may be held before `trim` closes cold ones; all_fds: how many
+        together with those of the open `files`."""
         self.root = root
         self.nodes: dict[int, Node] = {ROOT_ID: root}
         self.open_fds = len(root.layers)
         self._max_fds = max_fds
+        self._files = files
+        self._all_fds = all_fds
         self._trim_below = 0
         """Number of nodes below which memory is given back; raised with the number there was."""
-        self._fd_dirs: dict[int, Dir] = {}  # directories with open descriptors, oldest first
+        self._fd_dirs: OrderedDict[int, Dir] = OrderedDict()
+        """Directories whose descriptors may be closed, oldest first. (A dict would look for the first one through
+        the places of all that were taken out before it.)"""
 
     def node(self, node_id: int) -> Node:
         """The node of an id the kernel gave us. Raises ESTALE for one it should not know any more."""
@@ -329,7 +340,7 @@ class InodeTable:
         """Return freed memory to the system, after most of what was known has been forgotten, and of the rest again."""
         self._trim_below //= 8
         self.nodes = dict(self.nodes)  # a dictionary never shrinks by itself
-        self._fd_dirs = dict(self._fd_dirs)
+        self._fd_dirs = OrderedDict(self._fd_dirs)
         _libc.malloc_trim(0)
 
     def _release_untold(self, node: Dir) -> None:
@@ -387,26 +398,59 @@ class InodeTable:
         self._fd_dirs.pop(node.id, None)
         for layer in node.layers:
             if layer.fd >= 0:
-                os.close(layer.fd)
-                layer.fd = -1
-                self.open_fds -= 1
+                self.close_layer(layer)
+
+    def close_layer(self, layer: Layer) -> None:
+        """Close the descriptor of one branch directory; `Tree.layer_fd` opens it again."""
+        os.close(layer.fd)
+        layer.fd = -1
+        self.open_fds -= 1
+
+    def over_budget(self) -> bool:
+        """Whether `trim` is due. Asked before each request, so that it does not matter which operation opened them."""
+        return self.open_fds > self._max_fds or self.open_fds + len(self._files) > self._all_fds
 
     def trim(self) -> None:
         """Close descriptors of directories not used lately (second chance), the root's never.
 
         Precondition: no operation is under way that took a descriptor from a node.
         """
-        while self.open_fds > self._max_fds and self._fd_dirs:
-            node_id = next(iter(self._fd_dirs))
-            node = self._fd_dirs.pop(node_id)
+        self._close_cold(min(self._max_fds, max(self._all_fds - len(self._files), LEAST_FDS)))
+
+    def shed(self) -> bool:
+        """Close all that can be opened again, because no descriptor was to be had (EMFILE); False when there was none.
+
+        Precondition as for `trim`.
+        """
+        before = self.open_fds
+        self._close_cold(0)
+        return self.open_fds < before
+
+    def _close_cold(self, most: int) -> None:
+        while self.open_fds > most and self._fd_dirs:
+            node_id, node = self._fd_dirs.popitem(last=False)
             if node.hot:
                 node.hot = False
                 self._fd_dirs[node_id] = node
             else:
-                self.close_layers(node)
+                self.close_idle(node)
 
-    def over_budget(self) -> bool:
-        return self.open_fds > self._max_fds
+    def close_idle(self, node: Dir) -> None:
+        """Close the descriptors of a directory that can be opened again.
+
+        Any other is all that is left of a directory that was removed or taken away, but is somebody's current one. It
+        stays until the directory is forgotten, and is not looked at again, unless descriptors are opened for it.
+        """
+        self._fd_dirs.pop(node.id, None)
+        if node.dead or node.parent is None:
+            return
+        for layer in node.layers:
+            if layer.fd >= 0 and self.leads_back(node, layer):
+                self.close_layer(layer)
+
+    def leads_back(self, node: Dir, layer: Layer) -> bool:
+        """Whether the name of a directory still leads to this branch directory; replaced by the tree, which can ask."""
+        return True
 
     def statistics(self) -> TableStatistics:
         dirs = [node for node in self.nodes.values() if type(node) is Dir]

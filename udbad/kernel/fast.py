@@ -4,8 +4,8 @@ What pyfuse3 spends on a request (a coroutine, objects for attributes) is more t
 `take` reads from /dev/fuse, and whatever has a row in `HANDLERS` and needs no await is answered here. All
 else, and what turns out to need an await (a copy-up, a branch that changed underneath), is handed over to
 libfuse through a socket pair, where it begins from the start: an operation of union/fs.py that raises
-NeedCopyUp or ESTALE has changed nothing. Requests of which libfuse or pyfuse3 would lose a part (`_KEPT`) are begun
-again here instead, in a task that awaits the copy-up.
+NeedCopyUp, ESTALE or EMFILE has changed nothing. Requests of which libfuse or pyfuse3 would lose a part
+(`_KEPT`) are begun again here instead, in a task that awaits the copy-up.
 
 It also knows two flags that pyfuse3 does not: the kernel may keep the listing of a directory that is trusted
 (FOPEN_CACHE_DIR), until the coherence strategy tells it that a name has come or gone.
@@ -44,6 +44,7 @@ _KEPT = frozenset({wire.SETATTR, wire.SETXATTR})
 _GONE = (errno.ENOENT, errno.EINTR)
 _TAKEN_BACK = (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED)
 """Errors of an answer that nobody waits for any more."""
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 _READ_THREADS = 16
 """Reads from the disk at the same time: as many keep an array of disks busy."""
 _BIG_REPLY = 4096
@@ -110,6 +111,9 @@ class FastPath:
             if error.errno in _GONE:  # taken back while it was read
                 return True
             raise Ended from None
+        table = self.fs.table
+        if table.over_budget():  # between operations, none of which has a descriptor of a directory
+            table.trim()
         opcode, unique, node_id = wire.REQUEST.unpack_from(self._buffer)
         row = self._handlers.get(opcode)
         if row is None:
@@ -119,7 +123,12 @@ class FastPath:
         number = 0
         body: bytes | bytearray = b""
         try:
-            body = handler(node_id, size)
+            try:
+                body = handler(node_id, size)
+            except OSError as error:
+                if error.errno not in _NO_DESCRIPTOR or not table.shed():
+                    raise
+                body = handler(node_id, size)  # the first time, it has changed nothing
         except NeedCopyUp:
             if opcode not in _KEPT:
                 return self._hand_over(unique, size)
@@ -423,9 +432,6 @@ class FastPath:
                 self.fs.forget(number, 1)
 
         self._undo = undo
-        table = self.fs.table
-        if table.over_budget():
-            table.trim()
         return b"".join(parts)
 
     def _releasedir(self, node_id: int, size: int) -> bytes:

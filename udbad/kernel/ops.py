@@ -101,6 +101,8 @@ class Operations(pyfuse3.Operations):
                     st = create.finish_link(self.fs.tree, need.node, parent, name)
                     return (need.node, st)  # type: ignore[return-value]  # the result of link, the one that asks so
             except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE) and not attempt and self.fs.table.shed():
+                    continue
                 if error.errno != errno.ESTALE or not dirs or attempt:
                     raise
                 for node_id in dirs:
@@ -307,8 +309,6 @@ class Operations(pyfuse3.Operations):
                 break
             if name not in _DOTS:
                 node.nlookup += 1
-        if self.fs.table.over_budget():
-            self.fs.table.trim()
 
     @handler
     async def releasedir(self, fh: int) -> None:

@@ -337,6 +337,10 @@ def refresh(tree: Tree, node: Dir) -> None:
         times.unchanged(tree, current)
     for entry in reversed(chain):
         parent = entry.parent
+        above = None if parent is None else parent.parent
+        if above is not None and tree.table.over_budget():
+            # A path may be deeper than there are descriptors. Who asks for a refresh holds none yet.
+            tree.table.close_idle(above)
         if parent is not None and not entry.dead:
             if by_times and times.unchanged(tree, entry) and entry.resolved == parent.version:
                 continue

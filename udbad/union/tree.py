@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat as st_mod
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,7 +144,8 @@ def is_object(node: Node, st: os.stat_result) -> bool:
 class Tree:
     """One mounted union. Event loop only; see union/fs.py for the locking rule."""
 
-    def __init__(self, branches: BranchSet, options: UnionOptions, max_fds: int) -> None:
+    def __init__(self, branches: BranchSet, options: UnionOptions, max_fds: int, all_fds: int = sys.maxsize) -> None:
+        """max_fds: how many descriptors of directories may be held; all_fds: with those of open files."""
         self.branches = branches
         self.options = options
         self.inomap = InoMap()
@@ -172,7 +174,8 @@ class Tree:
         self.root = root
         for layer in layers:
             self.inomap.alias(layer.dev, layer.ino, ROOT_ID)
-        self.table = InodeTable(root, max_fds)
+        self.table = InodeTable(root, max_fds, self.handles.files, all_fds)
+        self.table.leads_back = self._leads_back  # type: ignore[method-assign]  # so that the table asks no branch
         self.hooks: Hooks
 
     def next_version(self) -> int:
@@ -208,6 +211,7 @@ class Tree:
             missing.append((parent, above))
             parent = parent.parent
         fd = above.fd
+        passed: Layer | None = None
         for child, child_layer in reversed(missing):
             try:
                 fd = syscalls.open_dir_at(fd, child.name)
@@ -220,7 +224,20 @@ class Tree:
             child_layer.fd = fd
             self.table.open_fds += 1
             self.table.note_fds(child)
+            if passed is not None and self.table.over_budget():
+                self.table.close_layer(passed)  # the way down must not cost more than there are; nobody has it yet
+            passed = child_layer
         return fd
+
+    @staticmethod
+    def _leads_back(node: Dir, layer: Layer) -> bool:
+        """Whether `layer_fd` would find a branch directory again. Goes by its own "..", as its parent's descriptor may
+        be closed already; that has been looked at when it was."""
+        above = None if node.parent is None else node.parent.layer(layer.branch.index)
+        try:
+            return above is not None and syscalls.is_entry(layer.fd, node.name, above.identity)
+        except OSError:
+            return False
 
     def branch_fd(self, node: Dir, branch: Branch) -> int:
         """The descriptor of a directory on a branch where it exists; ESTALE where it does not."""
