@@ -18,6 +18,7 @@ from tests.helpers.leaks import abort_connection
 from tests.helpers.merge import diff, snapshot
 from tests.helpers.mount import DEADLINE, REPOSITORY, Mount, UnionFactory
 from tests.t3_fuse.live import debris, errno_of, modes, names
+from tests.t5_daemon.daemon import until
 from udbad.errors import ExitCode
 
 pytestmark = pytest.mark.fuse
@@ -259,15 +260,25 @@ def test_aborted_connection(union: UnionFactory, tmp_path: Path, udba: str) -> N
     """What a supervisor does to a wedged mount: the daemon ends by itself, and says why in its own way."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base/lower").write_text("lower")
-    living = union(None, udba, allow_log="reading device: Software caused connection abort")  # libfuse's word
-    abort_connection(living.connection)
+    with (tmp_path / "base/big").open("wb") as big:
+        for _ in range(256):
+            big.write(bytes(1 << 20))
+    living = union(None, udba)
+    # Many requests are under way when it happens: all wait for one copy-up.
+    command = ["sh", "-c", "for i in $(seq 20); do echo x >>big & done; wait"]
+    with subprocess.Popen(command, cwd=living.path, stderr=subprocess.DEVNULL) as writers:
+        until(lambda: living.control({"op": "stats"})["copyups"], "a copy-up")
+        abort_connection(living.connection)
+        writers.wait(DEADLINE)
     assert living.process.wait(DEADLINE) == ExitCode.FAILURE
-    assert f"udbad: {living.path}: the connection was aborted" in living.log()
+    said = [line for line in living.log().splitlines() if "INFO" not in line]
+    assert len(said) == 1, said
+    assert said[0].startswith(f"udbad: {living.path}: the connection was aborted")
     assert living.is_mounted
     dead_everywhere(living.path)
     living.kill()
     living.remount()
-    assert os.listdir(living.path) == ["lower"]
+    assert names(living.path) == ["big", "lower"]
 
 
 @modes

@@ -54,6 +54,10 @@ _BIG_REPLY = 4096
 class Ended(Exception):
     """There is no connection any more: unmounted, or aborted."""
 
+    def __init__(self, aborted: bool) -> None:
+        super().__init__()
+        self.aborted = aborted
+
 
 class _Later(Exception):
     """The reply comes from a thread: pread of (descriptor, size, offset)."""
@@ -110,7 +114,7 @@ class FastPath:
         except OSError as error:
             if error.errno in _GONE:  # taken back while it was read
                 return True
-            raise Ended from None
+            raise Ended(error.errno == errno.ECONNABORTED) from None  # FUSE_ABORT_ERROR; unmounted: ENODEV
         table = self.fs.table
         if table.over_budget():  # between operations, none of which has a descriptor of a directory
             table.trim()

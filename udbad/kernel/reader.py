@@ -80,8 +80,9 @@ def trios() -> tuple[Sized, int]:
 class Reader:
     """Waits for the requests of the one mount a process serves, and serves what needs no pyfuse3."""
 
-    def __init__(self, fd: int, pyfuse3s: int, fast: FastPath, on_end: Callable[[], None]) -> None:
-        """fd: /dev/fuse. pyfuse3s: of our end of its socket pair. on_end: called when the connection has ended."""
+    def __init__(self, fd: int, pyfuse3s: int, fast: FastPath, on_end: Callable[[bool], None]) -> None:
+        """fd: /dev/fuse. pyfuse3s: of our end of its socket pair. on_end: called when the connection has ended, with
+        whether it was aborted; it is to make pyfuse3 end."""
         self._fd = fd
         self._fast = fast
         self._on_end = on_end
@@ -153,9 +154,9 @@ class Reader:
                 try:
                     if not take():
                         return
-                except Ended:
-                    self._on_end()
-                    return
+                except Ended as end:
+                    self._on_end(end.aborted)
+                    raise trio.ClosedResourceError from None
 
     async def relay(self, scope: trio.CancelScope) -> None:
         """Pass on answers that come while nobody waits for a request, until the scope is cancelled."""
@@ -217,7 +218,7 @@ class _Nursery:
                 self._on_last()
 
 
-def install(fd: int, pyfuse3s: socket.socket, fast: FastPath, on_end: Callable[[], None]) -> None:
+def install(fd: int, pyfuse3s: socket.socket, fast: FastPath, on_end: Callable[[bool], None]) -> None:
     """Have pyfuse3 wait our way. Call before pyfuse3.main(); arguments as for `Reader`."""
     reader = Reader(fd, pyfuse3s.fileno(), fast, on_end)
 

@@ -105,9 +105,13 @@ class Session:
             os.close(self._mount_fd)
             self._mount_fd = -1
 
-    def _end(self) -> None:
-        """Have pyfuse3 meet the end of the connection itself: it knows what that means."""
-        os.dup2(self.fd, self._theirs.fileno(), inheritable=False)
+    def _end(self, aborted: bool) -> None:
+        """The connection has ended: unmounted, or aborted through fusectl.
+
+        pyfuse3 does not read it itself: each of its tasks would tell the world on stderr that it was aborted.
+        """
+        self.aborted = aborted
+        pyfuse3.terminate()
 
     def notify(self, message: bytes) -> None:
         """Write a notification. May block while a request it concerns is being served: never on the event
@@ -135,10 +139,7 @@ class Session:
     async def serve(self, fast: FastPath) -> None:
         """pyfuse3's loop: returns when the mount is gone, `terminate` was called, or the connection was aborted."""
         reader.install(self.fd, self.pyfuse3s, fast, self._end)
-        try:
-            await pyfuse3.main()
-        except* ConnectionAbortedError:  # FUSE_ABORT_ERROR
-            self.aborted = True
+        await pyfuse3.main()
 
     def terminate(self) -> None:
         """End `serve` after the requests under way; event loop only."""
