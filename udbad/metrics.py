@@ -193,12 +193,14 @@ class Server:
         self._thread.join()
 
 
+PATH: Final = "/metrics"
+"""Of the page; there is no other."""
 CLIENT_SECONDS: Final = 10.0
 """How long a client may keep a thread by being silent."""
 
 
 def serve(host: str, port: int, source: Source, tls: Mapping[str, str] | None = None) -> Server:
-    """Serve http://host:port/metrics, text or OpenMetrics, gzip when the client takes it.
+    """Serve http://host:port/metrics, text or OpenMetrics, gzip when the client takes it; 404 elsewhere.
 
     port: 0 takes a free one. tls: certfile, keyfile, and for client certificates client_cafile or client_capath;
     clients must then have one. Raises OSError when it cannot listen or the certificate cannot be read.
@@ -217,6 +219,15 @@ def serve(host: str, port: int, source: Source, tls: Mapping[str, str] | None = 
     if isinstance(server.socket, ssl.SSLSocket):
         # Else accept() would wait for the handshake of a silent client, and everybody with it.
         server.socket.do_handshake_on_connect = False  # type: ignore[attr-defined]  # typeshed leaves it out
+    metrics: Callable[..., Iterable[bytes]] = server.get_app()  # type: ignore[assignment]  # it has one by now
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == PATH:
+            return metrics(environ, start_response)
+        start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"metrics are at {PATH}\n".encode()]
+
+    server.set_app(app)
     plain = server.RequestHandlerClass
 
     class Handler(plain):  # type: ignore[misc, valid-type]  # the library's class is private

@@ -414,6 +414,13 @@ def test_model_takes_typed_keys() -> None:
     assert MountOptions.model_validate({"branches": "/a:/b"}).branches == (A, B)
 
 
+@pytest.mark.parametrize("word", ["bogus", "frobnicate", "x", "\udcff"])
+def test_what_is_not_near_is_not_suggested(word: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_mount_options(f"br=/a,{word}")
+    assert caught.value.message == f"unknown option {word!r}"
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [

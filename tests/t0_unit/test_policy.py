@@ -344,7 +344,14 @@ def test_bad_create(text: str, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "closest"), [("botom-up", "bottom-up"), ("tpd", "tdp"), ("bup:1", "bup"), ("mfs", "'"), ("", "'")]
+    ("text", "closest"),
+    [
+        ("botom-up", "bottom-up"),
+        ("tpd", "tdp"),
+        ("bup:1", "bup"),
+        ("mfs", "known are 'bottom-up', "),
+        ("", "known are "),
+    ],
 )
 def test_bad_copyup(text: str, closest: str) -> None:
     with pytest.raises(UserError) as caught:

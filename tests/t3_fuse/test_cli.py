@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -70,13 +71,20 @@ def tree(tmp_path: Path) -> Path:
 
 @contextmanager
 def foreground(tree: Path, branches: str) -> Iterator[None]:
-    """`udbad mount -f`: waits until it serves; Ctrl-C at the end, after which the mount must be gone."""
+    """`udbad mount -f`: waits until it serves; Ctrl-C at the end, after which the mount must be gone.
+
+    It is a service, too (udbad@.service): by then the service manager has been told.
+    """
     read_end, write_end = os.pipe()
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    manager.bind(f"\0udbad-cli-{os.getpid()}")
+    environment = {**ENVIRONMENT, "NOTIFY_SOCKET": f"@udbad-cli-{os.getpid()}"}
     words = ["mount", "-f", "--ready-fd", str(write_end), "-o", f"br={branches}", "none", "./mnt"]
-    with subprocess.Popen([*UDBAD, *words], cwd=tree, env=ENVIRONMENT, pass_fds=[write_end]) as process:
+    with manager, subprocess.Popen([*UDBAD, *words], cwd=tree, env=environment, pass_fds=[write_end]) as process:
         os.close(write_end)
         with os.fdopen(read_end, "rb") as ready:
             assert ready.read(6) == b"READY\n"
+        assert manager.recv(4096) == f"READY=1\nSTATUS=serves {tree}/mnt".encode()
         yield
         process.send_signal(signal.SIGINT)
         assert process.wait(DEADLINE) == 0

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
@@ -233,6 +234,17 @@ def test_ipv6() -> None:
     server = exporter.start("::1", 0, dict)
     with closing(server), urllib.request.urlopen(f"http://[::1]:{server.port}/metrics", timeout=30) as response:
         assert response.status == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/metric", "/metrics/", "/favicon.ico", "/%00"])
+def test_other_paths_are_not_found(fakes: Fakes, path: str) -> None:
+    """And nobody is asked for them. With a query it is the same page."""
+    fakes.add("m", answer(SAMPLES))
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"http://127.0.0.1:{fakes.server.port}{path}", timeout=30)
+    with caught.value as response:
+        assert (response.code, response.read()) == (404, b"metrics are at /metrics\n")
+    assert fakes.mounts["m"].requests == []
 
 
 def test_tls(tmp_path: Path) -> None:

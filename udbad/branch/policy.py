@@ -18,13 +18,13 @@ Differs from fs/aufs/wbr_policy.c on purpose:
 
 from __future__ import annotations
 
-import difflib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Final, TypeVar
 
+from udbad.branch.spec import suggestion
 from udbad.errors import ExitCode, UserError, erofs
 
 DEFAULT_CACHE_SECONDS: Final = 30
@@ -313,7 +313,7 @@ def parse_create(text: str) -> CreatePolicy:
     """The policy object for the value of create=, e.g. "mfsrr:10G:60" (spec section 7.2).
 
     Arguments: LOW in bytes with an optional suffix K, M, G, T (powers of 1024), SEC in seconds,
-    0 to 3600. UserError(OPTION) names the offender and, for an unknown policy, the closest name.
+    0 to 3600. UserError(OPTION) names the offender and, for an unknown policy, the closest name or all of them.
     """
     policy, arguments = _split("create", text, CREATE_POLICIES)
     low = _low(text, arguments.pop(0)) if policy.takes_low else 0
@@ -331,8 +331,7 @@ def _split(option: str, text: str, table: dict[str, type[_P]]) -> tuple[type[_P]
     name, *arguments = text.split(":")
     policy = table.get(name)
     if policy is None:
-        closest = difflib.get_close_matches(name, table, n=1, cutoff=0.0)[0]
-        raise _bad(f"{option}={text}", f"unknown policy {name!r}, the closest known one is {closest!r}")
+        raise _bad(f"{option}={text}", f"unknown policy {name!r}{suggestion(name, table)}")
     least, most = int(policy.takes_low), policy.takes_low + policy.takes_seconds
     if not least <= len(arguments) <= most:
         usage = name + ":LOW" * policy.takes_low + "[:SEC]" * policy.takes_seconds

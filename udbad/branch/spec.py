@@ -47,6 +47,11 @@ _TOKEN: Final = re.compile(r"\\.|.", re.DOTALL)
 _ESCAPE: Final = re.compile(r"\\([\\:,=])")
 
 
+_NEAR: Final = 0.65
+"""Similarity (difflib) from which on a word was probably meant: one letter of three may be wrong."""
+_FEW: Final = 24
+
+
 def split_escaped(text: str, separator: str) -> list[str]:
     """Split at every `separator` that is not escaped; the escapes stay in the parts."""
     parts = [""]
@@ -69,8 +74,15 @@ def escape(text: str, special: str = "\\:,=") -> str:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """`, the closest known one is 'X'`, for messages about unknown words."""
-    return f", the closest known one is {difflib.get_close_matches(word, sorted(known), 1, cutoff=0.0)[0]!r}"
+    """`, the closest known one is 'X'`, for messages about unknown words.
+
+    When none is near: all of them, when they are few, or nothing.
+    """
+    words = sorted(known)
+    near = difflib.get_close_matches(word, words, 1, cutoff=_NEAR)
+    if near:
+        return f", the closest known one is {near[0]!r}"
+    return f", known are {', '.join(map(repr, words))}" if len(words) <= _FEW else ""
 
 
 def shown(text: str | bytes) -> str:

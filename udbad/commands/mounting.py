@@ -12,7 +12,7 @@ import click
 
 from udbad.commands.common import run_dir_option, user_errors
 from udbad.config import parse_mount_options
-from udbad.daemon import logs
+from udbad.daemon import logs, sdnotify
 from udbad.errors import ExitCode, UserError
 
 
@@ -56,6 +56,8 @@ def mount(
                 os.dup2(null, 1)
                 os.dup2(null, 2)
                 os.close(null)
+            else:
+                sdnotify.notify("READY=1", f"STATUS=serves {os.fsdecode(process.mount_point)}")
             if ready_fd >= 0:
                 os.write(ready_fd, b"READY\n")
                 os.close(ready_fd)
