@@ -354,6 +354,13 @@ class InodeTable:
                     self._release_untold(child)
                 self._release(child)
 
+    def not_told(self, node: Node) -> None:
+        """The kernel does not get the entry that a node was made for: so it will never forget it."""
+        if node.nlookup <= 0:
+            if type(node) is Dir:
+                self._release_untold(node)
+            self._release(node)
+
     def release_handles(self, node: Node) -> None:
         """Called after the last open file of a node is gone."""
         if node.nlookup <= 0:

@@ -100,6 +100,9 @@ class FastPath:
         self._perform = perform
         self._setxattr_ext = setxattr_ext
         self._undo: Callable[[], None] | None = None
+        """Takes back what the answer would give to the kernel, if it is an error after all, or is not taken."""
+        self._handed_over: dict[int, int] = {}
+        """Of requests that pyfuse3 has: unique to opcode, where the answer gives the kernel something."""
         self._handlers: dict[int, tuple[Handler, boundary.OpStats]] = {
             opcode: (getattr(self, "_" + name), boundary.operation(name.rstrip("2")))
             for opcode, name in HANDLERS.items()
@@ -152,7 +155,7 @@ class FastPath:
             log.exception("%s of node %d failed", HANDLERS[opcode], node_id)
         undo, self._undo = self._undo, None
         stats.count(perf_counter() - start, number)
-        if not self._send(unique, number, body) and undo is not None:
+        if (not self._send(unique, number, body) or number) and undo is not None:
             undo()
         return True
 
@@ -174,7 +177,12 @@ class FastPath:
         return True
 
     def _hand_over(self, unique: int, size: int) -> bool:
-        self._undo = None
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
+        opcode = wire.REQUEST.unpack_from(self._buffer)[0]
+        if opcode in wire.REFERRING:
+            self._handed_over[unique] = opcode
         try:
             self._pyfuse3s.send(self._view[:size])
         except OSError as error:
@@ -221,13 +229,26 @@ class FastPath:
                 answer = self._pyfuse3s.recv(protocol.MAX_REQUEST + 4096, socket.MSG_DONTWAIT)
                 if not answer:
                     return
+                _, number, unique = wire.REPLY.unpack_from(answer)
+                opcode = self._handed_over.pop(unique, 0)
                 try:
                     os.write(self._fd, answer)
                 except OSError as error:
                     if error.errno not in _TAKEN_BACK:
                         log.error("cannot answer a request: %s", error.strerror)
+                    if opcode and not number:
+                        self._take_back(opcode, answer[wire.REPLY.size :])
         except BlockingIOError:
             return
+
+    def _take_back(self, opcode: int, body: bytes) -> None:
+        """The kernel did not take this answer, which would have given it references and an open file or directory."""
+        fs = self.fs
+        nodes, fh = wire.references(opcode, body)
+        if fh is not None:
+            (fs.releasedir if opcode == wire.OPENDIR else fs.release)(fh)
+        for number in nodes:
+            fs.forget(number, 1)
 
     def _send(self, unique: int, number: int, body: bytes | bytearray) -> bool:
         """Any thread. False when the kernel has not taken the answer, because whoever asked was killed meanwhile."""
@@ -415,27 +436,33 @@ class FastPath:
         fh, start, room = wire.READ_IN.unpack_from(self._buffer, wire.BODY)
         coherence = self.coherence
         attr_ttl = coherence.attr_ttl
-        parts = []
-        referred = []
+        parts: list[bytes] = []
+        referred: list[int] = []
         directory = self.fs.handles.directory(fh).node
-        entry, dirent, least = wire.entry, wire.dirent, wire.ENTRY_SIZE + wire.DIRENT_SIZE
-        for name, node, st, after in self.fs.readdir(fh, start):
-            room -= least + (len(name) + 7 & ~7)
-            if room < 0:
-                break
-            if name in _DOTS:
-                parts.append(wire.NO_ENTRY)
-            else:
-                parts.append(entry(node, st, directory.ttl, attr_ttl(node, st)))
-                node.nlookup += 1
-                referred.append(node.id)
-            parts.append(dirent(node.id, node.kind, name, after))
 
         def undo() -> None:
             for number in referred:
                 self.fs.forget(number, 1)
 
         self._undo = undo
+        entry, dirent, least = wire.entry, wire.dirent, wire.ENTRY_SIZE + wire.DIRENT_SIZE
+        try:
+            for name, node, st, after in self.fs.readdir(fh, start):
+                room -= least + (len(name) + 7 & ~7)
+                if room < 0:
+                    self.fs.table.not_told(node)
+                    break
+                if name in _DOTS:
+                    parts.append(wire.NO_ENTRY)
+                else:
+                    parts.append(entry(node, st, directory.ttl, attr_ttl(node, st)))
+                    node.nlookup += 1
+                    referred.append(node.id)
+                parts.append(dirent(node.id, node.kind, name, after))
+        except OSError:
+            if not parts:
+                raise
+            # As getdents64(2): first what there is, and the error when it is met again at the start of a reply.
         return b"".join(parts)
 
     def _releasedir(self, node_id: int, size: int) -> bytes:

@@ -300,15 +300,29 @@ class Operations(pyfuse3.Operations):
     @handler
     async def readdir(self, fh: int, start: int, token: pyfuse3.ReaddirToken) -> None:
         reply = pyfuse3.readdir_reply
-        for name, node, st, after in self.fs.readdir(fh, start):
-            entry = self._attributes(node, st)
-            parent = node.parent
-            entry.entry_timeout = 0.0 if parent is None else parent.ttl
-            if not reply(token, name, entry, after):
-                self.coherence.not_told(node)
-                break
-            if name not in _DOTS:
-                node.nlookup += 1
+        told: list[Node] = []
+        begun = False
+        try:
+            for name, node, st, after in self.fs.readdir(fh, start):
+                entry = self._attributes(node, st)
+                parent = node.parent
+                entry.entry_timeout = 0.0 if parent is None else parent.ttl
+                if not reply(token, name, entry, after):
+                    self.coherence.not_told(node)
+                    self.fs.table.not_told(node)
+                    break
+                begun = True
+                if name not in _DOTS:
+                    node.nlookup += 1
+                    told.append(node)
+        except OSError:
+            if not begun:
+                raise
+            # As getdents64(2): first what there is, and the error when it is met again at the start of a reply.
+        except Exception:
+            for node in told:
+                self.fs.forget(node.id, 1)
+            raise
 
     @handler
     async def releasedir(self, fh: int) -> None:

@@ -22,6 +22,9 @@ REPLY = struct.Struct("<IiQ")
 LOOKUP, FORGET, GETATTR, SETATTR, UNLINK, RENAME, OPEN, READ, WRITE = 1, 2, 3, 4, 10, 12, 14, 15, 16
 RELEASE, SETXATTR, GETXATTR, OPENDIR, RELEASEDIR, CREATE, INTERRUPT, BATCH_FORGET = 18, 21, 22, 27, 29, 35, 36, 42
 READDIRPLUS, RENAME2 = 44, 45
+SYMLINK, MKNOD, MKDIR, LINK = 6, 8, 9, 13
+REFERRING = frozenset({LOOKUP, SYMLINK, MKNOD, MKDIR, LINK, OPEN, OPENDIR, CREATE, READDIRPLUS})
+"""Their answers give the kernel a reference on a node, or a handle."""
 
 KEEP_CACHE, CACHE_DIR = 1 << 1, 1 << 3
 """FOPEN_*: flags of the replies to OPEN and OPENDIR."""
@@ -109,3 +112,23 @@ def dirent(number: int, kind: int, name: bytes, after: int) -> bytes:
 _PADDING = [b"\0" * (-size & 7) for size in range(8)]
 NO_ENTRY = bytes(ENTRY_SIZE)
 """Before "." and ".." of a READDIRPLUS: nothing is looked up by them."""
+
+
+def references(opcode: int, body: bytes) -> tuple[list[int], int | None]:
+    """What the answer to one of `REFERRING` gives the kernel: nodes, once for each reference, and a handle."""
+    if opcode in (OPEN, OPENDIR):
+        return [], OPENED.unpack_from(body)[0]
+    if opcode != READDIRPLUS:
+        (node,) = QWORD.unpack_from(body)
+        return [node] if node else [], OPENED.unpack_from(body, ENTRY_SIZE)[0] if opcode == CREATE else None
+    nodes = []
+    at = 0
+    while at < len(body):
+        (node,) = QWORD.unpack_from(body, at)
+        at += ENTRY_SIZE
+        size = _DIRENT.unpack_from(body, at)[2]
+        at += DIRENT_SIZE
+        if node and body[at : at + size] not in (b".", b".."):  # which are no look-up (fuse_direntplus_link())
+            nodes.append(node)
+        at += size + 7 & ~7
+    return nodes, None

@@ -222,9 +222,15 @@ def adopt(tree: Tree, node: Dir, found: Found, floor: int) -> None:
 def intern(tree: Tree, parent: Dir, name: bytes, found: Found) -> tuple[Node, os.stat_result]:
     """The node for something `resolve` found, made if it is new, with the attributes to report."""
     if found.layers is not None:
-        directory = _intern_dir(tree, parent, name, found)
-        # Asked again after the strategy has put its watches, so that no change falls between.
-        return directory, os.fstat(tree.layer_fd(directory, directory.layers[0]))
+        try:
+            directory = _intern_dir(tree, parent, name, found)
+            # Asked again after the strategy has put its watches, so that no change falls between.
+            return directory, os.fstat(tree.layer_fd(directory, directory.layers[0]))
+        except BaseException:
+            made = parent.children.get(name)
+            if made is not None:
+                tree.table.not_told(made)
+            raise
     return intern_file(tree, parent, name, found.branch, found.st)
 
 

@@ -1,0 +1,188 @@
+"""What is counted as known to the kernel is what it was told: no more after errors, nothing that it did not take."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.inprocess import notify_union
+from tests.t2_core.test_fast import Kernel
+from udbad.inodes.table import Dir, Node
+from udbad.kernel import wire
+from udbad.types import ROOT_CALLER, ROOT_ID, Perm
+from udbad.union import readdir
+from udbad.union.tree import Tree
+
+NAMES = [b"d%d" % i for i in range(8)]
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Iterator[Kernel]:
+    for name in NAMES:
+        (tmp_path / "top/dir" / name.decode()).mkdir(parents=True)
+    with notify_union([(tmp_path / "top", Perm.RW)], tmp_path / "mnt") as union:
+        made = Kernel(union)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def in_table(kernel: Kernel) -> set[int]:
+    return set(kernel.fast.fs.table.nodes)
+
+
+def read_directory(kernel: Kernel, fh: int, start: int = 0, room: int = 1 << 16) -> tuple[int, list[int], int]:
+    """READDIRPLUS: (errno, nodes that the kernel takes a reference of, offset after the last entry)."""
+    assert kernel.ask(wire.READDIRPLUS, ROOT_ID, wire.READ_IN.pack(fh, start, room) + bytes(20))
+    error, body = kernel.answer()
+    assert len(body) <= room
+    nodes, _ = wire.references(wire.READDIRPLUS, body)
+    at, after = 0, start
+    while at < len(body):
+        _, after, size, _ = struct.unpack_from("<QQII", body, at + wire.ENTRY_SIZE)
+        at += wire.ENTRY_SIZE + wire.DIRENT_SIZE + (size + 7 & ~7)
+    return error, nodes, after
+
+
+def forget(kernel: Kernel, nodes: list[int]) -> None:
+    for node in nodes:
+        assert kernel.ask(wire.FORGET, node, wire.QWORD.pack(1))
+
+
+@pytest.fixture
+def opened(kernel: Kernel) -> Iterator[int]:
+    """Handle of the directory, which the kernel knows; afterwards it has forgotten everything."""
+    assert kernel.ask(wire.LOOKUP, ROOT_ID, b"dir\0")
+    (node,) = wire.QWORD.unpack_from(kernel.answer()[1])
+    assert kernel.ask(wire.OPENDIR, node, bytes(8))
+    (fh, *_) = wire.OPENED.unpack(kernel.answer()[1])
+    yield fh
+    assert kernel.ask(wire.RELEASEDIR, node, wire.QWORD.pack(fh))
+    forget(kernel, [node])
+    assert in_table(kernel) == {ROOT_ID}
+
+
+def watches(kernel: Kernel) -> int:
+    return kernel.fast.coherence.statistics().watches
+
+
+def test_an_entry_that_does_not_fit_is_not_kept(kernel: Kernel, opened: int) -> None:
+    before, watched = in_table(kernel), watches(kernel)
+    known: list[int] = []
+    after = 0
+    while True:
+        error, nodes, after = read_directory(kernel, opened, after, room=3 * (wire.ENTRY_SIZE + wire.DIRENT_SIZE + 8))
+        assert error == 0
+        if not nodes and len(known) == len(NAMES):
+            break
+        known += nodes
+        assert in_table(kernel) == before | set(known)
+        assert watches(kernel) == watched + len(known)
+    forget(kernel, known)
+    assert (in_table(kernel), watches(kernel)) == (before, watched)
+
+
+@pytest.mark.parametrize("position", [0, 3])
+def test_an_error_comes_after_what_there_is(
+    kernel: Kernel, opened: int, position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """getdents64(2): entries, and the error when there are none before it."""
+    before = in_table(kernel)
+    hit = readdir._by_hit
+
+    def fails(tree: Tree, parent: Dir, layers: Any, name: bytes, current: Any) -> Any:
+        if list(parent.view or ()).index(name) == position:
+            raise OSError(errno.EACCES, "")
+        return hit(tree, parent, layers, name, current)
+
+    monkeypatch.setattr(readdir, "_by_hit", fails)
+    error, nodes, after = read_directory(kernel, opened)
+    assert (error, len(nodes)) == (0, position)
+    assert in_table(kernel) == before | set(nodes)
+    assert read_directory(kernel, opened, after) == (errno.EACCES, [], after)
+    assert in_table(kernel) == before | set(nodes)
+    assert all(kernel.fast.fs.table.nodes[node].nlookup == 1 for node in nodes)
+    forget(kernel, nodes)
+
+
+def test_an_answer_that_becomes_an_error_counts_nothing(
+    kernel: Kernel, opened: int, monkeypatch: pytest.MonkeyPatch, expect_log: Any
+) -> None:
+    before = in_table(kernel)
+    told = []
+
+    def attr_ttl(node: Node, st: os.stat_result) -> float:
+        told.append(node)
+        if len(told) > 3:
+            raise ZeroDivisionError
+        return 0.0
+
+    monkeypatch.setattr(kernel.fast.coherence, "attr_ttl", attr_ttl)
+    expect_log("readdir of node 1 failed")
+    assert read_directory(kernel, opened)[:2] == (errno.EIO, [])
+    assert in_table(kernel) - before == {told[-1].id}, "where the bug struck"
+    kernel.fast.fs.table.not_told(told[-1])
+
+
+def test_what_could_not_be_interned_is_not_kept(kernel: Kernel, opened: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory is there, and its watch cannot be had: EIO, and nothing is left of it."""
+    before, watched = in_table(kernel), watches(kernel)
+    descriptors = kernel.fast.fs.table.open_fds
+    coherence = kernel.fast.coherence
+
+    def fails(node: Dir, changed: bool) -> None:
+        raise OSError(errno.EIO, "")
+
+    directory = next(node for node in before if node != ROOT_ID)
+    with monkeypatch.context() as patch:
+        patch.setattr(coherence, "adopt", fails)
+        assert kernel.ask(wire.LOOKUP, directory, b"d0\0")
+        assert kernel.answer() == (errno.EIO, b"")
+    assert (in_table(kernel), watches(kernel), kernel.fast.fs.table.open_fds) == (before, watched, descriptors)
+
+
+def entry_of(union_node: Node, st: os.stat_result) -> bytes:
+    union_node.nlookup += 1
+    return wire.entry(union_node, st, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("opcode", [wire.MKDIR, wire.CREATE, wire.OPENDIR, wire.READDIRPLUS])
+def test_an_answer_of_pyfuse3_that_the_kernel_does_not_take(
+    kernel: Kernel, opened: int, opcode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked was killed meanwhile, or the connection aborted: write(2) says ENOENT."""
+    fs = kernel.fast.fs
+    before, handles = in_table(kernel), len(fs.handles)
+    monkeypatch.delitem(kernel.fast._handlers, opcode, raising=False)
+    assert not kernel.ask(opcode, ROOT_ID, bytes(24) + b"new\0"), "handed over"
+    if opcode == wire.MKDIR:
+        body = entry_of(*fs.mkdir(ROOT_ID, b"new", 0o755, ROOT_CALLER))
+    elif opcode == wire.CREATE:
+        handle, st = fs.create(ROOT_ID, b"new", os.O_RDWR, 0o644, ROOT_CALLER)
+        body = entry_of(handle.node, st) + wire.OPENED.pack(handle.fh, 0, 0)
+    elif opcode == wire.OPENDIR:
+        body = wire.OPENED.pack(fs.opendir(ROOT_ID).fh, 0, 0)
+    else:
+        body = b""
+        for name, node, st, after in fs.readdir(opened, 0):
+            dots = name in (b".", b"..")
+            body += wire.entry(node, st, 0.0, 0.0) if dots else entry_of(node, st)
+            body += wire.dirent(node.id, node.kind, name, after)
+    assert opcode == wire.OPENDIR or in_table(kernel) > before
+    kernel.pyfuse3s.send(wire.REPLY.pack(16 + len(body), 0, 7) + body)
+
+    def gone(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOENT, "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("udbad.kernel.fast.os.write", gone)
+        kernel.fast.relay()
+    assert (in_table(kernel), len(fs.handles)) == (before, handles)
+    assert not kernel.fast._handed_over
