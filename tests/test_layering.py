@@ -24,6 +24,8 @@ LEVELS: list[list[str]] = [
     [
         "udbad.union.whiteout",
         "udbad.union.tree",
+        "udbad.union.origin",
+        "udbad.union.homes",
         "udbad.union.times",
         "udbad.union.view",
         "udbad.union.lookup",

@@ -27,7 +27,7 @@ from udbad.coherence.reval import RevalCoherence
 from udbad.inodes.handles import OpenFile
 from udbad.inodes.table import Dir, Node
 from udbad.types import ROOT_CALLER, ROOT_ID, Caller
-from udbad.union import plink
+from udbad.union import homes
 from udbad.union.fs import UnionFs
 from udbad.union.tree import Tree, UnionOptions
 
@@ -199,7 +199,7 @@ def core(
                 prepare_writable(branch, options.get("plink", True))
         chosen = {"create": parse_create("tdp"), "copyup": parse_copyup("tdp"), **options}
         tree = Tree(branches, UnionOptions(**chosen), max_fds, all_fds)
-        plink.load(tree)
+        homes.load(tree)
         notifier = FakeNotifier()
         strategy = STRATEGIES[udba](tree, notifier)
         strategy.start()
@@ -215,7 +215,7 @@ def core(
                     tree.table.close_layers(node)
                 if node.orphan_fd >= 0:
                     os.close(node.orphan_fd)
-            plink.close(tree)
+            homes.close(tree)
     finally:
         os.umask(umask)
         branches.close()

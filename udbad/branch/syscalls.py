@@ -17,7 +17,7 @@ import stat as st_mod
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -30,6 +30,8 @@ _AT_FDCWD: Final = -100
 _AT_SYMLINK_FOLLOW: Final = 0x400
 _UTIME_NOW: Final = (1 << 30) - 1
 _UTIME_OMIT: Final = (1 << 30) - 2
+_AT_SYMLINK_NOFOLLOW: Final = 0x100
+_STATX_BTIME: Final = 0x800
 _OPEN_TREE_CLONE: Final = 1
 _SYS_OPEN_TREE: Final = 428  # one number on every architecture (linux/unistd.h, generic table)
 _FICLONE: Final = 0x40049409
@@ -93,6 +95,34 @@ def is_entry(dirfd: int, name: bytes, parent: tuple[int, int]) -> bool:
         return os.path.samestat(os.fstat(dirfd), os.stat(b"../" + name, dir_fd=dirfd, follow_symlinks=False))
     except FileNotFoundError:
         return False
+
+
+class _Statx(ctypes.Structure):
+    """struct statx (statx(2)), as far as its birth time is asked for."""
+
+    _fields_: ClassVar = [
+        ("mask", ctypes.c_uint32),
+        ("_to_ino", ctypes.c_uint8 * 28),
+        ("ino", ctypes.c_uint64),
+        ("_to_btime", ctypes.c_uint8 * 40),
+        ("seconds", ctypes.c_int64),
+        ("nanoseconds", ctypes.c_uint32),
+        ("_rest", ctypes.c_uint8 * 164),
+    ]
+
+
+def birth_ns(dirfd: int, name: bytes, ino: int) -> int:
+    """When the object was made, ns since the epoch; name b"": the object behind `dirfd` itself.
+
+    0 where the file system does not tell, and when the name is gone, or has another inode number than `ino`, by now.
+    Python 3.11's os.stat has no birth time.
+    """
+    buffer = _Statx()
+    flags = _AT_SYMLINK_NOFOLLOW if name else _AT_EMPTY_PATH
+    failed = _libc.statx(dirfd, name, flags, _STATX_BTIME, ctypes.byref(buffer))
+    if failed or not buffer.mask & _STATX_BTIME or buffer.ino != ino:
+        return 0
+    return int(buffer.seconds) * 10**9 + int(buffer.nanoseconds)
 
 
 def open_dir_at(dirfd: int, name: bytes) -> int:

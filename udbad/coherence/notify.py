@@ -32,7 +32,7 @@ from udbad.coherence.base import FOREVER, Coherence, CoherenceStatistics, Kernel
 from udbad.coherence.watcher import CONTENT, GONE, NAMES, Change, Watcher, WatchLimit, watch_limit
 from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
-from udbad.union import lookup, times, whiteout
+from udbad.union import homes, lookup, times, whiteout
 from udbad.union.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -495,7 +495,7 @@ class NotifyCoherence(Coherence):
             return
         st = found.st
         same = child.kind == found.kind and not child.dead
-        home = child.plink is not None and found.branch.index >= child.plink.branch.index
+        home = child.plink is not None and homes.leads(self.tree, node, name, found.branch, st, child.plink)
         if same and (child.identity == (st.st_dev, st.st_ino) or home):
             self._compare(child, self.tree.stat(child) if home else st, kinds)
             return

@@ -43,7 +43,7 @@ from udbad.kernel.mounts import lying, mounts_inside, unions
 from udbad.kernel.ops import Operations
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import Samples, Server
-from udbad.union import fsck, plink
+from udbad.union import fsck, homes
 from udbad.union.fs import UnionFs
 from udbad.union.tree import Tree, UnionOptions
 
@@ -103,7 +103,7 @@ class MountProcess:
             self.write_locks.take(self.branches.branches)
         _prepare(self.branches, options)
         self.tree = Tree(self.branches, _union_options(options), max_fds, all_fds)
-        plink.load(self.tree)
+        homes.load(self.tree)
         self.fs = UnionFs(self.tree, creds)
         flags: set[str] = set(options.kernel_flags)
         if options.ro:
@@ -292,7 +292,7 @@ class MountProcess:
         if not self.invalidator.stop():
             log.warning("some notifications are still in the kernel")
         self.session.close()
-        plink.close(self.tree)
+        homes.close(self.tree)
         if not self.options.ro:
             for branch in self.branches.branches:
                 if branch.writable:

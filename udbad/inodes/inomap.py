@@ -21,6 +21,11 @@ Identity = tuple[int, int]
 """(st_dev, st_ino): who a branch object is, valid while something keeps the inode from being reused."""
 
 
+def branch_ino(number: int) -> int:
+    """The branch's own inode number that a number of the mount was computed from; 0 for one out of the table."""
+    return number & (_INO_LIMIT - 1) if number < _SPILL else 0
+
+
 class InoMap:
     """Numbers for branch objects. No I/O, no locking: used from the event loop only."""
 

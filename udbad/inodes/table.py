@@ -50,19 +50,27 @@ MOST_UNCLEAR = 10_000
 class Plink:
     """A pseudo-link: the copied-up home of a file whose other names are still on lower branches.
 
-    dirfd, name: where the home is kept (the branch's .wh..wh.plnk directory). pending: how many
-    names still live on lower branches only (spec section 10.3); counted is False while that is a guess,
-    because an earlier mount made the pseudo-link.
+    dirfd, name: where the home is kept (the branch's .wh..wh.plnk directory); identity: who it is. source_dev,
+    source_ino: the lower file it was copied from, whose device is None until it is recognised. pending: how many names
+    still live on lower branches only (spec section 10.3); counted is False while that is a guess, because an earlier
+    mount made the pseudo-link. links: the most names that the lower file was seen to have.
     """
 
-    __slots__ = ("branch", "counted", "dirfd", "name", "pending")
+    __slots__ = ("branch", "counted", "dirfd", "identity", "links", "name", "pending", "source_dev", "source_ino")
 
-    def __init__(self, branch: Branch, dirfd: int, name: bytes, pending: int, counted: bool = True) -> None:
-        self.counted = counted
+    def __init__(
+        self, branch: Branch, dirfd: int, name: bytes, identity: Identity, source_dev: int | None, source_ino: int,
+        pending: int, links: int = 0, counted: bool = True,
+    ) -> None:  # fmt: skip
         self.branch = branch
         self.dirfd = dirfd
         self.name = name
+        self.identity = identity
+        self.source_dev = source_dev
+        self.source_ino = source_ino
         self.pending = pending
+        self.links = links
+        self.counted = counted
 
 
 class Waiting(Protocol):

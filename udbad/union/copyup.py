@@ -26,6 +26,7 @@ from udbad.errors import erofs, estale, os_error
 from udbad.inodes.table import Dir, Layer, Node
 from udbad.types import CopyMethod, Trigger
 from udbad.union import lookup, plink, whiteout
+from udbad.union.origin import Place
 from udbad.union.tree import NeedCopyUp, Tree
 
 _RETRIES = 3
@@ -209,17 +210,18 @@ def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
     if parent is None or node.dead or (need.name is None and not _still_there(tree, node)):
         return _begin_orphan(tree, need)
     source = node.branch.index if need.limit is None else min(node.branch.index, need.limit + 1)
-    if node.plink is not None and need.limit is not None and node.plink.branch.index > need.limit:
-        raise os_error(errno.EXDEV)  # its one copy is where the new name would be hidden
-    if node.plink is not None and not as_link:
-        _link_plink(tree, node, parent, name)
-        return None
+    if node.plink is not None and node.plink.branch.writable:  # else it is copied up like any other file
+        if need.limit is not None and node.plink.branch.index > need.limit:
+            raise os_error(errno.EXDEV)  # its one copy is where the new name would be hidden
+        if not as_link:
+            _link_plink(tree, node, parent, name)
+            return None
     if need.trigger is Trigger.OPEN:  # coo_*, moo: the nearest one, whatever cpup= says (spec section 3)
         branch = tree.branches.writable_above(source)[0]
     else:
         branch = target_branch(tree, parent, source)
     src_dirfd, src_name = tree.locate(node)
-    if tree.options.plink and (as_link or syscalls.stat_at(src_dirfd, src_name).st_nlink > 1):
+    if _has_names(tree, node, as_link, syscalls.stat_at(src_dirfd, src_name)):
         plink.directory(tree, branch)  # while nothing has been changed: it may fail
     dirfd = ensure_dir(tree, parent, branch)
     before = os.fstat(dirfd)
@@ -246,6 +248,11 @@ def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
         node, need.trigger, parent, name, branch, dirfd, tmp, src_fd, dst_fd, st, need.length,
         tree.options.fsync_copyup, times, as_link,
     )  # fmt: skip
+
+
+def _has_names(tree: Tree, node: Node, as_link: bool, st: os.stat_result) -> bool:
+    """Whether the copy needs a pseudo-link, as a file with attributes `st` that has further names."""
+    return tree.options.plink and (as_link or st.st_nlink > 1 or node.plink is not None)
 
 
 def _still_there(tree: Tree, node: Node) -> bool:
@@ -277,7 +284,6 @@ def _begin_orphan(tree: Tree, need: NeedCopyUp) -> Job:
     node = need.node
     if node.orphan_fd >= 0 or not node.handles:
         raise estale()
-    home = not node.dead and tree.options.plink  # it has names left that we do not know, on a lower branch
     above = tree.branches.writable_above(node.branch.index)
     if tree.options.read_only or not above:
         raise erofs()
@@ -285,7 +291,7 @@ def _begin_orphan(tree: Tree, need: NeedCopyUp) -> Job:
     src_fd = os.dup(node.handles[-1].fd)
     try:
         st = os.fstat(src_fd)
-        if home and st.st_nlink > 1:
+        if not node.dead and _has_names(tree, node, False, st):  # that we do not know, on a lower branch
             return _begin_home(tree, need, branch, src_fd, st)
         dst_fd = _unnamed_file(branch)
     except BaseException:
@@ -307,7 +313,7 @@ def _begin_home(tree: Tree, need: NeedCopyUp, branch: Branch, src_fd: int, st: o
     except BaseException:
         os.close(dirfd)
         raise
-    name = plink.home_name(node, st.st_ino)
+    name = plink.home_name(node, Place(src_fd, b"", st))
     return Job(node, need.trigger, None, name, branch, dirfd, tmp, src_fd, dst_fd, st, need.length, False, None)
 
 
@@ -368,14 +374,15 @@ def commit(tree: Tree, job: Job) -> None:
         job.tmp = b""
         tree.move_data(node, job.branch, made, job.dst_fd)
         tree.inomap.alias(made.st_dev, made.st_ino, node.id)
-        plink.adopt_home(tree, node, job.branch, job.name, job.st.st_nlink + node.nlink_extra)
+        plink.adopt_home(tree, node, job.branch, job.name, job.st, job.st.st_nlink + node.nlink_extra)
         return
     assert job.parent_times is not None
     _check_unmoved(tree, job)
     source = node.branch
     _publish(job.dirfd, job.tmp, job.dirfd, job.name)
     job.tmp = b""
-    _settle(tree, node, job.parent, job.name, job.branch, job.dirfd, job.st, made, job.as_link, job.dst_fd)
+    copied = Place(job.src_fd, b"", job.st)
+    _settle(tree, node, job.parent, job.name, job.branch, job.dirfd, copied, made, job.as_link, job.dst_fd)
     _restore_times(job.dirfd, job.parent_times)
     if job.trigger is Trigger.OPEN and "moo" in source.attrs and source.writable:
         layer = job.parent.layer(source.index)
@@ -387,7 +394,9 @@ def _check_unmoved(tree: Tree, job: Job) -> None:
     """The world went on while the bytes travelled: ESTALE, and a new start, unless the name still is the source."""
     parent, node = job.parent, job.node
     assert parent is not None
-    if node.dead or (not job.as_link and (node.plink is not None or parent.children.get(job.name) is not node)):
+    if node.dead or (not job.as_link and parent.children.get(job.name) is not node):
+        raise estale()
+    if node.identity != (job.st.st_dev, job.st.st_ino):  # another of its names was faster
         raise estale()
     found = lookup.resolve(tree, parent, job.name)
     if found is None:
@@ -397,7 +406,9 @@ def _check_unmoved(tree: Tree, job: Job) -> None:
     lookup.discard(tree, parent, job.name, found)
     if job.as_link:
         raise os_error(errno.EEXIST)
-    if (found.st.st_dev, found.st.st_ino) != (job.st.st_dev, job.st.st_ino):
+    if (found.st.st_dev, found.st.st_ino) == node.identity:
+        return
+    if node.plink is None or found.layers is not None or lookup.intern(tree, parent, job.name, found)[0] is not node:
         raise estale()
 
 
@@ -416,21 +427,24 @@ def abort(job: Job) -> None:
 
 def _settle(
     tree: Tree, node: Node, parent: Dir, name: bytes, branch: Branch, dirfd: int,
-    src: os.stat_result, made: os.stat_result, as_link: bool, fd: int = -1,
+    source: Place, made: os.stat_result, as_link: bool, fd: int = -1,
 ) -> None:  # fmt: skip
     """The copy has its name: from now on the node's data is there, under the number it always had.
 
     fd: a descriptor of the copy of a regular file.
     """
-    old = node.identity
     parent.muddle(name)
+    src = source.st
     names = src.st_nlink + node.nlink_extra  # less those that were removed
+    linked = _has_names(tree, node, as_link, src)
+    several = src.st_nlink > 1 or node.plink is not None
     node.nlink_extra = 0
+    node.plink = None
     tree.move_data(node, branch, made, fd)
     tree.inomap.alias(made.st_dev, made.st_ino, node.id)
-    if as_link or (src.st_nlink > 1 and tree.options.plink):
-        plink.make(tree, node, branch, dirfd, name, old[1], names - (0 if as_link else 1))
-    if src.st_nlink > 1 and node.plink is None:
+    if linked:
+        plink.make(tree, node, branch, dirfd, name, source, names - (0 if as_link else 1))
+    if several and node.plink is None:
         # Without a pseudo-link the other names stay behind, as the lower file that they are (spec section 10.2).
         for other in node.names():
             if other != (parent, name):
@@ -460,7 +474,7 @@ def _copy_special(
     except BaseException:
         syscalls.unlink_at(dirfd, tmp)
         raise
-    _settle(tree, node, parent, name, branch, dirfd, st, made, as_link)
+    _settle(tree, node, parent, name, branch, dirfd, Place(src_dirfd, src_name, st), made, as_link)
     _restore_times(dirfd, times)
 
 

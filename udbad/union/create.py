@@ -221,7 +221,7 @@ def link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
     if not branch.writable or branch.index > limit:
         if node.parent is None:
             raise enoent()
-        if node.plink is not None:
+        if node.plink is not None and node.plink.branch.writable:
             # The home is on a branch that cannot show the new name.
             raise os_error(errno.EXDEV)
         if tree.options.plink:
@@ -244,9 +244,7 @@ def link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
     tree.table.attach(node, parent, name)
     tree.hooks.own_change(parent, name)
     tree.hooks.own_data(node)
-    st = syscalls.stat_at(dirfd, name)
-    lookup.set_plink_count(node)
-    return st
+    return syscalls.stat_at(dirfd, name)
 
 
 def finish_link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:

@@ -17,7 +17,7 @@ from udbad.branch import syscalls
 from udbad.branch.branches import Branch
 from udbad.errors import enoent
 from udbad.inodes.table import LOAD_AT_LEAST, Dir, Layer, Node
-from udbad.union import times, whiteout
+from udbad.union import homes, times, whiteout
 from udbad.union.tree import Tree
 from udbad.union.view import load_view
 
@@ -253,25 +253,15 @@ def intern_file(
     table = tree.table
     number = tree.inomap.number(dev, ino)
     node = table.nodes.get(number)
-    plink = tree.plinks.get(number)
-    if known is None and node is None and plink is None:
+    plinked = ino in tree.plinks
+    if known is None and node is None and not plinked:
         return table.add_file(Node(number, kind, branch, dev, ino), parent, name), st
-    if plink is not None and plink.pending == 0 and plink.counted and branch is not plink.branch:
-        plink = None  # no name is left there: the branch has given the inode number to another file
-    if plink is not None and (node is None or node.plink is plink) and branch.index >= plink.branch.index:
-        # Another name of a hard link that was copied up: its data is where the pseudo-link is.
-        below = st
-        st = _stat(plink.name, dir_fd=plink.dirfd, follow_symlinks=False)
-        if node is None:
-            node = Node(number, st.st_mode & _S_IFMT, plink.branch, st.st_dev, st.st_ino)
-            node.plink = plink
-            table.add(node)
-        if not plink.counted and branch is not plink.branch:
-            # Each name of the home but the one in .wh..wh.plnk took the place of one on the lower branch.
-            plink.pending = max(below.st_nlink - (st.st_nlink - 1), 1)
-        set_plink_count(node)
-        _attach(tree, node, parent, name)
-        return node, st
+    if plinked:
+        home = homes.find(tree, parent, name, branch, st)
+        if home is not None:
+            return _intern_home(tree, parent, name, st, home), home.st
+        number = homes.own_number(tree, st)
+        node = table.nodes.get(number)
     if node is not None and (node.identity != (dev, ino) or node.kind != kind or node.dead):
         # The number belongs to an object that is still in use: this one gets a number of its own.
         number = tree.inomap.fresh(dev, ino)
@@ -284,17 +274,31 @@ def intern_file(
     return node, st
 
 
+def _intern_home(tree: Tree, parent: Dir, name: bytes, st: os.stat_result, home: homes.Home) -> Node:
+    """`intern_file` for a name, of an object with attributes `st`, that leads to a pseudo-link's home."""
+    branch = home.plink.branch
+    dev, ino = identity = home.plink.identity
+    number = tree.inomap.number(dev, ino)
+    node = tree.table.nodes.get(number)
+    if node is not None and (node.identity != identity or node.dead):
+        number = tree.inomap.fresh(dev, ino)
+        node = None
+    if node is None:
+        node = Node(number, home.st.st_mode & _S_IFMT, branch, dev, ino)
+        tree.table.add(node)
+    node.plink = home.plink
+    node.branch = branch
+    tree.inomap.alias(st.st_dev, st.st_ino, number)
+    homes.name_found(node, home)
+    _attach(tree, node, parent, name)
+    return node
+
+
 def _attach(tree: Tree, node: Node, parent: Dir, name: bytes) -> None:
     old = parent.children.get(name)
     tree.table.attach(node, parent, name)
     if old is not None and old is not node:
         tree.hooks.parted(parent, name)
-
-
-def set_plink_count(node: Node) -> None:
-    """Names a user can find: links of the home less the one in .wh..wh.plnk, plus those still below."""
-    if node.plink is not None:
-        node.nlink_extra = node.plink.pending - 1
 
 
 def _intern_dir(tree: Tree, parent: Dir, name: bytes, found: Found) -> Dir:

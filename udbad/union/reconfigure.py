@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from udbad.branch.branches import Branch, BranchSet
 from udbad.inodes.table import Dir, Layer, Node
+from udbad.union import homes
 from udbad.union.tree import Tree
 
 
@@ -84,13 +85,7 @@ def apply(tree: Tree, new: BranchSet) -> None:
     nothing uses what is removed (`users`). The caller closes the removed branches afterwards."""
     by_id = {branch.id: branch for branch in new.branches}
     tree.branches = new
-    for number, home in list(tree.plinks.items()):
-        if home.branch.id in by_id:
-            home.branch = by_id[home.branch.id]
-        else:
-            del tree.plinks[number]
-    for branch_id in [branch_id for branch_id in tree.plink_fds if branch_id not in by_id]:
-        os.close(tree.plink_fds.pop(branch_id))
+    homes.keep(tree)
     _rebuild_root(tree, new)
     for node in list(tree.table.nodes.values()):
         if node is tree.root:
@@ -99,6 +94,8 @@ def apply(tree: Tree, new: BranchSet) -> None:
             _rebuild_directory(tree, node, by_id)
         elif node.branch.id in by_id:
             node.branch = by_id[node.branch.id]
+            if node.ino in tree.plinks and node.plink is None:
+                homes.part(tree, node)  # whether a home that has come is its own is for the next lookup to say
         elif node.orphan_fd < 0:
             _remove(tree, node)
     for handle in tree.handles.files.values():

@@ -68,6 +68,8 @@ def unlink(tree: Tree, parent: Dir, name: bytes) -> None:
     top = found.branch
     branch = choose(tree, parent, found)
     dirfd = copyup.ensure_dir(tree, parent, branch)
+    if found.st.st_ino in tree.plinks:
+        lookup.intern(tree, parent, name, found)  # whether a pseudo-link has lost a name cannot be seen afterwards
     whited = branch is not top or covered_below(tree, parent, name, branch)
     made = whited and whiteout.create(branch, dirfd, name)
     if branch is top:
@@ -92,14 +94,7 @@ def gone(tree: Tree, parent: Dir, name: bytes, st: os.stat_result, was_lower: bo
     """The name is removed: let its node go, and mark it dead with its last name."""
     node = parent.children.get(name)
     if node is None:
-        number = tree.inomap.number(st.st_dev, st.st_ino)
-        node = tree.table.nodes.get(number)
-        home = tree.plinks.get(number)
-        if node is None and home is not None:
-            node = Node(number, st.st_mode & 0o170000, home.branch, st.st_dev, st.st_ino)
-            node.plink = home
-            plink.name_removed(tree, node, st)
-            return
+        node = tree.table.nodes.get(tree.inomap.number(st.st_dev, st.st_ino))
         if node is None:
             if st.st_nlink <= 1 and not was_lower:
                 tree.inomap.drop(st.st_dev, st.st_ino)

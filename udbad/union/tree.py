@@ -151,7 +151,8 @@ class Tree:
         self.inomap = InoMap()
         self.handles = HandleTable()
         self.counters = Counters()
-        self.plinks: dict[int, Plink] = {}
+        self.plinks: dict[int, list[Plink]] = {}
+        """By the inode number, on its own file system, of the home, and of the lower file that it was copied from."""
         self.plink_fds: dict[int, int] = {}
         """Branch id to the descriptor of its .wh..wh.plnk directory."""
         self.warned: set[tuple[int, bytes]] = set()
