@@ -23,8 +23,12 @@ def main() -> None:
 @click.option("-y", "--yes", is_flag=True, help="Repair everything without asking.")
 @click.option("-n", "--no", is_flag=True, help="Repair nothing, only report.")
 @click.argument("branch", type=click.Path(path_type=Path))
-def fsck(yes: bool, no: bool, branch: Path) -> None:
-    """Check a branch that is not mounted for what crashes and hands leave behind, and repair it."""
+@click.argument("lowers", metavar="[LOWER]...", type=click.Path(path_type=Path), nargs=-1)
+def fsck(yes: bool, no: bool, branch: Path, lowers: tuple[Path, ...]) -> None:
+    """Check a branch that is not mounted for what crashes and hands leave behind, and repair it.
+
+    With all branches below it as LOWER, pseudo-links that no name leads to any more are leftovers, too.
+    """
     from udbad.union.fsck import Defect, run_fsck
 
     if yes and no:
@@ -36,7 +40,7 @@ def fsck(yes: bool, no: bool, branch: Path) -> None:
         return click.confirm(f"{defect.remedy}?", default=False)
 
     with user_errors():
-        sys.exit(int(run_fsck(os.fsencode(branch), ask, click.echo)))
+        sys.exit(int(run_fsck(os.fsencode(branch), ask, click.echo, [*map(os.fsencode, lowers)])))
 
 
 for _command in (

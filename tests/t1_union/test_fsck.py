@@ -193,8 +193,8 @@ CASES = {
     "orphan directory is a symlink": Case(
         DefectKind.BAD_BASE, b".wh..wh.orph", lambda r: _replace(r / ".wh..wh.orph", lambda p: p.symlink_to("dir"))
     ),
-    "pseudo-link without another name": Case(
-        DefectKind.PLINK_LEFTOVER, b".wh..wh.plnk/12.345", lambda r: (r / ".wh..wh.plnk" / "12.345").write_text("x")
+    "among the pseudo-links, without another name, and none itself": Case(
+        DefectKind.PLINK_LEFTOVER, b".wh..wh.plnk/12.x", lambda r: (r / ".wh..wh.plnk" / "12.x").write_text("x")
     ),
     "directory among the pseudo-links": Case(
         DefectKind.PLINK_LEFTOVER, b".wh..wh.plnk/odd", lambda r: _tree(r / ".wh..wh.plnk" / "odd")
@@ -205,6 +205,11 @@ CASES = {
     "orphaned directory": Case(DefectKind.ORPHAN, b".wh..wh.orph/d", lambda r: _tree(r / ".wh..wh.orph" / "d")),
     "temporary file": Case(
         DefectKind.TEMPORARY, b"dir/.wh..wh.file.0aF9", lambda r: (r / "dir" / ".wh..wh.file.0aF9").write_text("half")
+    ),
+    "temporary among the pseudo-links": Case(
+        DefectKind.TEMPORARY,
+        b".wh..wh.plnk/.wh..wh.plink.0123456789ab",
+        lambda r: (r / ".wh..wh.plnk" / ".wh..wh.plink.0123456789ab").write_text("half"),
     ),
     "temporary tree": Case(
         DefectKind.TEMPORARY, b"dir/sub/.wh..wh.d.beef", lambda r: _tree(r / "dir" / "sub" / ".wh..wh.d.beef")
@@ -245,7 +250,7 @@ def test_each_defect_is_found_and_repaired_and_nothing_else_changes(branch: Path
 def test_every_defect_at_once_each_is_asked_for(branch: Path) -> None:
     (branch / "dir" / ".wh.file").touch()
     (branch / ".wh.odd").symlink_to("dir")
-    (branch / ".wh..wh.plnk" / "1.2").touch()
+    (branch / ".wh..wh.plnk" / "1.odd").touch()
     (branch / ".wh..wh.orph" / "3").touch()
     (branch / "dir" / ".wh..wh.t.1234").touch()
     asked: list[DefectKind] = []
@@ -293,9 +298,93 @@ def test_pseudo_links_that_are_each_others_only_names_are_kept(branch: Path) -> 
     assert len(list(plinks.iterdir())) == 2
 
 
+@pytest.fixture
+def lower(tmp_path: Path) -> Path:
+    """A branch below, with a file of two names that is not the one with the name `else`."""
+    root = tmp_path / "lower"
+    (root / "dir").mkdir(parents=True)
+    (root / "dir" / "one").write_text("old")
+    os.link(root / "dir" / "one", root / "two")
+    (root / "else").write_text("old")
+    return root
+
+
+def home(branch: Path, source: Path, life: str = "") -> Path:
+    """The only name of what was copied up from `source`; life: "" its own, else what its name says, if anything."""
+    st = source.stat()
+    fd = os.open(source, os.O_PATH)
+    birth = syscalls.birth_ns(fd, b"", st.st_ino)
+    os.close(fd)
+    assert birth
+    path = branch / ".wh..wh.plnk" / (f"{st.st_ino}.{st.st_ino}" + (life or f".{birth}").removesuffix("-"))
+    path.write_text("precious")
+    return path
+
+
+def test_a_pseudo_link_alone_is_told_and_kept(branch: Path, lower: Path) -> None:
+    """What lies in other branches may show its data: one branch alone does not tell (spec section 10.3)."""
+    alone = home(branch, lower / "two")
+    age(branch)
+    before = snapshot(branch)
+    assert find(branch) == [(DefectKind.PLINK_ALONE, b".wh..wh.plnk/" + os.fsencode(alone.name))]
+    lines: list[str] = []
+    assert fsck.run_fsck(os.fsencode(branch), never, lines.append) is ExitCode.OK
+    assert "8 bytes, shown by names on lower branches, if there are any" in lines[0]
+    assert snapshot(branch) == before
+
+
+SHOWN = "two names", "one name whited out", "earlier version", "changed since", "from a branch between"
+
+
+@pytest.mark.parametrize("case", SHOWN)
+def test_a_pseudo_link_that_a_lower_branch_shows_is_kept(branch: Path, lower: Path, tmp_path: Path, case: str) -> None:
+    between = tmp_path / "between"
+    (between / ".wh..wh.plnk").mkdir(parents=True)
+    match case:
+        case "two names" | "one name whited out":
+            alone = home(branch, lower / "two")
+            if case == "one name whited out":
+                (branch / ".wh.two").touch()
+        case "earlier version":
+            alone = home(branch, lower / "two", "-")
+        case "changed since":
+            alone = home(branch, lower / "two", ".5-3")
+        case _:  # whose own home, without a name there either, it was copied from
+            alone = home(branch, home(between, lower / "two"))
+    lines: list[str] = []
+    lowers = [os.fsencode(between), os.fsencode(lower)]
+    assert fsck.run_fsck(os.fsencode(branch), never, lines.append, lowers) is ExitCode.OK
+    assert "of a lower branch" in lines[0]
+    assert alone.read_text() == "precious"
+
+
+GONE = "another life of the number", "all names hidden", "all names covered", "below an opaque directory", "no number"
+
+
+@pytest.mark.parametrize("case", GONE)
+def test_a_pseudo_link_that_no_lower_branch_shows_is_a_leftover(branch: Path, lower: Path, case: str) -> None:
+    alone = home(branch, lower / "two", ".1234567890123456789" if case == "another life of the number" else "")
+    match case:
+        case "all names hidden":
+            (branch / ".wh.two").touch()
+            (branch / "dir" / ".wh.one").touch()
+        case "all names covered":
+            (branch / "two").touch()
+            (branch / "dir" / "one").mkdir()
+        case "below an opaque directory":
+            (branch / ".wh.two").touch()
+            (branch / "dir" / ".wh..wh..opq").touch()
+        case "no number":
+            alone = alone.rename(alone.with_name(f"1.{(1 << 60) + 7}.1234567890123456789"))
+    lines: list[str] = []
+    assert fsck.run_fsck(os.fsencode(branch), yes, lines.append, [os.fsencode(lower)]) is ExitCode.OK
+    assert "lost with it" in lines[0]
+    assert not alone.exists()
+
+
 def test_a_pseudo_link_that_got_another_name_is_not_removed(branch: Path, root_fd: int) -> None:
     (branch / ".wh..wh.plnk" / "1.9").touch()
-    (defect,) = fsck.find_defects(root_fd)
+    (defect,) = fsck.find_defects(root_fd, [root_fd])
     os.link(branch / ".wh..wh.plnk" / "1.9", branch / "new")
     fsck.repair(root_fd, defect)
     assert (branch / ".wh..wh.plnk" / "1.9").exists()
@@ -516,9 +605,10 @@ def test_sweep_removes_temporaries_and_orphans_only(branch: Path, root_fd: int) 
     (branch / "dir" / "sub" / ".wh..wh.t.cdef").symlink_to("/")
     _tree(branch / "dir" / "sub" / "stays" / "a" / ".wh..wh.t.0000")
     (branch / ".wh..wh.orph" / "5").touch()
+    (branch / ".wh..wh.plnk" / ".wh..wh.plink.0123456789ab").touch()
     _tree(branch / ".wh..wh.orph" / "6")
     age(branch)
-    assert fsck.sweep_temporaries(root_fd) == 5
+    assert fsck.sweep_temporaries(root_fd) == 6
     assert snapshot(branch) == before
     assert fsck.sweep_temporaries(root_fd) == 0
 

@@ -14,8 +14,10 @@ from tests.t3_fuse.live import file_system
 from udbad.branch import syscalls
 from udbad.branch.accept import open_branches
 from udbad.branch.spec import parse_branches
+from udbad.errors import UserError
 from udbad.kernel import wire
-from udbad.union import reconfigure
+from udbad.union import mvdown, reconfigure, syncdown
+from udbad.union.carry import Halt
 
 pytestmark = pytest.mark.fuse  # it mounts file systems
 
@@ -485,3 +487,45 @@ def test_branches_come_and_go(tmp_path: Path, low: Path) -> None:
         assert union.tree.plink_fds.keys() <= {union.tree.branches[0].id}
     new, half = [b"NEW", b"NEW"], [b"NEW", b"old"]
     assert seen == [[b"old", b"old"], new, new, half, new, [b"old", b"old"]]
+
+
+# -- branches that are merged down ------------------------------------------------------------------------
+
+
+def move_down(union: Core, source: str, target: str) -> dict[bytes, str]:
+    """`udbad sync move`; returns what had to stay, and why."""
+    src, dst = syncdown.check(union.tree, os.fsencode(union[source]), os.fsencode(union[target]), True)
+    job = syncdown.Sync(union.tree, src, dst, True, Halt())
+    for work in job.steps():
+        if work is not None:
+            work()
+    return job.progress.left
+
+
+@BOTH
+def test_the_source_of_a_home_stays_when_its_branch_is_merged_down(tmp_path: Path, low: Path, udba: str) -> None:
+    """Its names lead to the home as long as they are its names."""
+    (tmp_path / "base").mkdir()
+    linked(low, "a", "b", "c")
+    linked(low, "single")
+    with core(tmp_path, {"top": "rw", "low": "ro", "base": "ro"}, udba) as union:
+        copied_up(union, ("a", "b", "c"))
+    with core(tmp_path, {"top": "rw", "low": "rw", "base": "rw"}, udba) as union:
+        left = move_down(union, "low", "base")
+        assert [union.content(name) for name in ("a", "b", "c", "single")] == [b"NEW", b"NEW", b"NEW", b"old"]
+        assert set(left) == {b"a", b"b", b"c"}
+        with pytest.raises(UserError, match="pseudo-link"):
+            for _ in mvdown.steps(union.tree, [b"b"], mvdown.Options(), Halt()):
+                pass
+    assert (tmp_path / "base" / "single").exists()
+
+
+def test_a_home_without_names_is_told_when_its_branch_is_merged_down(tmp_path: Path, low: Path) -> None:
+    linked(low, "a", "b")
+    with core(tmp_path, UPPER) as union:
+        copied_up(union, ("a", "b"))
+        union.unlink("a")
+        (home,) = homes(union)
+    with core(tmp_path, {"top": "rw", "low": "rw"}) as union:
+        assert list(move_down(union, "top", "low")) == [os.fsencode(f"{PLNK}/{home}")]
+        assert union.content("b") == b"NEW"

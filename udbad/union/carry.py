@@ -28,7 +28,8 @@ from udbad.branch import compare, copydata, syscalls
 from udbad.branch.branches import Branch
 from udbad.errors import estale
 from udbad.inodes.table import Dir, Node
-from udbad.union import lookup, whiteout
+from udbad.union import homes, lookup, whiteout
+from udbad.union.origin import Place
 from udbad.union.times import settled
 from udbad.union.tree import Tree
 
@@ -205,6 +206,8 @@ def uncover_names(tree: Tree, names: Sequence[tuple[Dir | None, Copy]], target: 
     assert first.st is not None
     for _, copy in names:
         _check(copy)
+    if homes.is_copied(tree, Place(first.src_dirfd, first.name, first.st), first.source):
+        raise InUse("leads to a pseudo-link on a branch above, as long as it is here")
     node = _known(tree, (first.st.st_dev, first.st.st_ino))
     if node is not None:
         if node.busy is not None:

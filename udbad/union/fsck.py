@@ -6,10 +6,6 @@ that is not mounted, or not yet: on a live one the temporary names belong to run
 May not: follow a symbolic link, leave the branch through "..", or touch anything but the defect it was
 told to repair. The times of the directory that held the defect are put back, so that the merged tree
 looks the same afterwards.
-
-Invariants: depth is not limited by PATH_MAX (every step is one name from an open directory), by the
-number of descriptors (`_WINDOW` of them at most), or by Python's stack (nothing recurses). Directories
-whose name starts with `.wh.` are no part of the merged tree and are never descended into.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ import logging
 import os
 import stat as st_mod
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
@@ -29,13 +25,13 @@ from udbad.branch import syscalls, writelock
 from udbad.branch.branches import Branch
 from udbad.branch.spec import shown
 from udbad.errors import ExitCode, UserError
-from udbad.union import whiteout
+from udbad.union import origin, whiteout
+from udbad.union.homecheck import shown_by
+from udbad.union.walk import READ_DIR, Entries, descend, entries_of, join, objects_in, stat_or_none, walk
 
 DIRTY_MARK: Final = whiteout.RESERVED + b"udbad"
 """Exists in the root of a writable branch from mount to clean unmount; the prefix hides it."""
 
-_WINDOW: Final = 100  # open directories of a walk; deeper ones are reached again name by name
-_READ_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ADMINISTRATIVE: Final = {
     whiteout.BASE: st_mod.S_IFREG,
     whiteout.PLINK_DIR: st_mod.S_IFDIR,
@@ -53,6 +49,7 @@ class DefectKind(Enum):
     BAD_WHITEOUT = "whiteout of a wrong type"
     BAD_BASE = "administrative name of a wrong type"
     PLINK_LEFTOVER = "leftover pseudo-link, the file's only name"
+    PLINK_ALONE = "pseudo-link, the file's only name here"
     PLINK_SHARED = "pseudo-link"
     ORPHAN = "leftover of a deleted file"
     TEMPORARY = "stale temporary name"
@@ -78,131 +75,15 @@ def printable(path: bytes) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-# -- walking ----------------------------------------------------------------------------------
-
-Entries = dict[bytes, os.DirEntry[str]]
-
-
-@dataclass(slots=True)
-class _Level:
-    """A directory on the way to the current one. fd is -1 while closed; todo: children still to visit."""
-
-    name: bytes
-    fd: int
-    todo: list[bytes]
-
-
-def _list(dirfd: int) -> Entries:
-    """All entries by name; their methods need `dirfd` open."""
-    with os.scandir(dirfd) as entries:
-        # scandir(fd) gives str, in the file system encoding with surrogateescape.
-        return {os.fsencode(entry.name): entry for entry in entries}
-
-
-def walk(root_fd: int, on_error: Callable[[bytes, OSError], None]) -> Generator[tuple[bytes, int, Entries], None, None]:
-    """Every directory of the merged part of a branch, parents first: (path, descriptor, entries).
-
-    The descriptor is valid until the generator is resumed. A directory that vanishes meanwhile is
-    left out; one that cannot be read is reported to `on_error`.
-    """
-    levels: list[_Level] = []
-    path = b""
-
-    def enter(parent_fd: int, name: bytes) -> Entries | None:
-        try:
-            fd = os.open(name, _READ_DIR, dir_fd=parent_fd)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            on_error(_join(path, name), error)
-            return None
-        levels.append(_Level(name, fd, []))
-        try:
-            return _list(fd)
-        except OSError as error:
-            on_error(_join(path, name), error)
-            return {}
-
-    try:
-        entries = enter(root_fd, b".")
-        while levels:
-            level = levels[-1]
-            if entries is not None:
-                yield path, level.fd, entries
-                level.todo = [name for name, entry in entries.items() if _merged_directory(name, entry)]
-            if not level.todo:
-                _leave(levels.pop())
-                path = path[: -len(level.name) - 1] if len(levels) > 1 else b""
-                entries = None
-                continue
-            if level.fd < 0:
-                try:
-                    _reopen(root_fd, levels)
-                except OSError as error:
-                    on_error(path, error)
-                    level.todo.clear()
-                    entries = None
-                    continue
-            name = level.todo.pop()
-            entries = enter(level.fd, name)
-            if entries is not None:
-                path = _join(path, name)
-                if not level.todo:
-                    _leave(level)
-                if len(levels) > _WINDOW:
-                    _leave(levels[-1 - _WINDOW])
-    finally:
-        for level in levels:
-            _leave(level)
-
-
-def _leave(level: _Level) -> None:
-    if level.fd >= 0:
-        os.close(level.fd)
-        level.fd = -1
-
-
-def _merged_directory(name: bytes, entry: os.DirEntry[str]) -> bool:
-    try:
-        return not name.startswith(whiteout.PREFIX) and entry.is_dir(follow_symlinks=False)
-    except OSError:
-        return True  # a file system that tells no types, and an object that cannot be read: opening it reports that
-
-
-def _reopen(root_fd: int, levels: list[_Level]) -> None:
-    """Open the deepest of `levels` again, and half a window above it.
-
-    Goes down by name from the root: ".." of a directory somebody moved would lead elsewhere.
-    """
-    keep = len(levels) - _WINDOW // 2
-    parent_fd = root_fd
-    try:
-        for depth, level in enumerate(levels):
-            fd = os.open(level.name, _READ_DIR, dir_fd=parent_fd)
-            if depth and levels[depth - 1].fd != parent_fd:
-                os.close(parent_fd)
-            parent_fd = fd
-            if depth >= keep:
-                _leave(level)
-                level.fd = fd
-    except OSError:
-        if parent_fd != root_fd and all(level.fd != parent_fd for level in levels):
-            os.close(parent_fd)
-        raise
-
-
-def _join(parent: bytes, name: bytes) -> bytes:
-    return parent + b"/" + name if parent else name
-
-
 # -- finding ----------------------------------------------------------------------------------
 
 
-def find_defects(root_fd: int) -> Generator[Defect, None, None]:
+def find_defects(root_fd: int, lower_fds: Sequence[int] = ()) -> Generator[Defect, None, None]:
     """All defects of the branch whose root directory is `root_fd` (O_PATH will do).
 
-    A defect may be repaired while the generator is suspended. What cannot be read is a defect too, not
-    an OSError. Source: spec section 12, row auchk, and section 6.4 for the temporary names.
+    lower_fds: the root directories of all branches below it in the union, where they are known. A defect may be
+    repaired while the generator is suspended. What cannot be read is a defect too, not an OSError. Source: spec
+    section 12, row auchk, and section 6.4 for the temporary names.
     """
     unreadable: list[Defect] = []
 
@@ -212,16 +93,19 @@ def find_defects(root_fd: int) -> Generator[Defect, None, None]:
     shared: dict[tuple[int, int], list[bytes]] = {}  # (st_dev, st_ino) -> names of the file outside .wh..wh.plnk
     plinks: list[tuple[bytes, os.stat_result]] = []
     yield from _administrative(root_fd)
-    for name, st in _leftovers(root_fd, whiteout.PLINK_DIR, on_error):
-        path = _join(whiteout.PLINK_DIR, name)
-        if _only_name(st):
-            detail = f"{st.st_size} bytes, lost with it"
-            yield Defect(DefectKind.PLINK_LEFTOVER, path, detail, _removal(st))
+    alone: list[tuple[bytes, os.stat_result]] = []
+    for name, st in objects_in(root_fd, whiteout.PLINK_DIR, on_error):
+        path = join(whiteout.PLINK_DIR, name)
+        if whiteout.TEMPORARY.fullmatch(name):
+            yield Defect(DefectKind.TEMPORARY, path, "", _removal(st))
+        elif _only_name(st):
+            alone.append((name, st))
         else:
             plinks.append((path, st))
             shared[st.st_dev, st.st_ino] = []
-    for name, st in _leftovers(root_fd, whiteout.ORPHAN_DIR, on_error):
-        yield Defect(DefectKind.ORPHAN, _join(whiteout.ORPHAN_DIR, name), "", _removal(st))
+    yield from _only_homes(root_fd, alone, lower_fds, on_error)
+    for name, st in objects_in(root_fd, whiteout.ORPHAN_DIR, on_error):
+        yield Defect(DefectKind.ORPHAN, join(whiteout.ORPHAN_DIR, name), "", _removal(st))
 
     inodes = {ino for _, ino in shared}
     with closing(walk(root_fd, on_error)) as directories:
@@ -232,7 +116,7 @@ def find_defects(root_fd: int) -> Generator[Defect, None, None]:
                         _note_name(shared, fd, directory, name)
                     defect = _classify(directory, fd, name, entries)
                 except OSError as error:
-                    on_error(_join(directory, name), error)
+                    on_error(join(directory, name), error)
                     continue
                 if defect is not None:
                     yield defect
@@ -248,28 +132,32 @@ def find_defects(root_fd: int) -> Generator[Defect, None, None]:
 def _administrative(root_fd: int) -> Generator[Defect, None, None]:
     """The names that aufs and we keep in a branch root, when they are not what they should be (spec section 3)."""
     for name, right_type in _ADMINISTRATIVE.items():
-        st = _stat_or_none(root_fd, name)
+        st = stat_or_none(root_fd, name)
         if st is not None and st_mod.S_IFMT(st.st_mode) != right_type:
             what = "a directory" if right_type == st_mod.S_IFDIR else "a regular file"
             yield Defect(DefectKind.BAD_BASE, name, f"should be {what}", _removal(st))
 
 
-def _leftovers(
-    root_fd: int, directory: bytes, on_error: Callable[[bytes, OSError], None]
-) -> list[tuple[bytes, os.stat_result]]:
-    """What one of the two administrative directories holds; nothing if it is absent or no directory."""
-    try:
-        fd = os.open(directory, _READ_DIR, dir_fd=root_fd)
-        try:
-            found = [(name, _stat_or_none(fd, name)) for name in sorted(_list(fd))]
-        finally:
-            os.close(fd)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        on_error(directory, error)
-        return []
-    return [(name, st) for name, st in found if st is not None]
+def _only_homes(
+    root_fd: int, homes: Sequence[tuple[bytes, os.stat_result]], lower_fds: Sequence[int],
+    on_error: Callable[[bytes, OSError], None],
+) -> Iterator[Defect]:  # fmt: skip
+    """What has no other name than the one in .wh..wh.plnk: a leftover, unless names on lower branches show it."""
+    origins = {name: origin.parse(name) for name, _ in homes}
+    shown = shown_by(root_fd, homes, lower_fds, on_error) if lower_fds else {}
+    for name, st in homes:
+        path = join(whiteout.PLINK_DIR, name)
+        size = f"{st.st_size} bytes"
+        if origins[name] is None or st_mod.S_ISDIR(st.st_mode):
+            yield Defect(DefectKind.PLINK_LEFTOVER, path, f"{size}, lost with it", _removal(st))
+        elif not lower_fds:
+            detail = f"{size}, shown by names on lower branches, if there are any; name those branches to know"
+            yield Defect(DefectKind.PLINK_ALONE, path, detail, "")
+        elif name in shown:
+            detail = f"{size}, shown by {printable(shown[name])} of a lower branch"
+            yield Defect(DefectKind.PLINK_ALONE, path, detail, "")
+        else:
+            yield Defect(DefectKind.PLINK_LEFTOVER, path, f"{size}, lost with it", _removal(st))
 
 
 def _only_name(st: os.stat_result) -> bool:
@@ -279,20 +167,20 @@ def _only_name(st: os.stat_result) -> bool:
 
 def _note_name(shared: dict[tuple[int, int], list[bytes]], dirfd: int, directory: bytes, name: bytes) -> None:
     """Remember a name of a pseudo-linked file. The number in a directory entry knows no device: ask."""
-    st = _stat_or_none(dirfd, name)
+    st = stat_or_none(dirfd, name)
     if st is not None and (st.st_dev, st.st_ino) in shared:
-        shared[st.st_dev, st.st_ino].append(_join(directory, name))
+        shared[st.st_dev, st.st_ino].append(join(directory, name))
 
 
 def _classify(directory: bytes, dirfd: int, name: bytes, names: Entries) -> Defect | None:
     """The defect that this entry is, if any."""
     if not name.startswith(whiteout.PREFIX):
         return None
-    path = _join(directory, name)
+    path = join(directory, name)
     temporary = whiteout.TEMPORARY.fullmatch(name)
     if not temporary and not _is_whiteout(name):
         return None
-    st = _stat_or_none(dirfd, name)
+    st = stat_or_none(dirfd, name)
     if st is None:
         return None
     if temporary:
@@ -301,7 +189,7 @@ def _classify(directory: bytes, dirfd: int, name: bytes, names: Entries) -> Defe
         return Defect(DefectKind.BAD_WHITEOUT, path, "should be a regular file", _removal(st))
     hidden = name[len(whiteout.PREFIX) :]
     if name != whiteout.OPAQUE and hidden in names:
-        detail = f"{printable(_join(directory, hidden))} exists"
+        detail = f"{printable(join(directory, hidden))} exists"
         return Defect(DefectKind.WHITEOUT_PAIR, path, detail, "remove the whiteout")
     return None
 
@@ -315,13 +203,6 @@ def _is_whiteout(name: bytes) -> bool:
     if name.startswith(whiteout.RESERVED):
         return name == whiteout.OPAQUE
     return len(name) > len(whiteout.PREFIX)
-
-
-def _stat_or_none(dirfd: int, name: bytes) -> os.stat_result | None:
-    try:
-        return syscalls.stat_at(dirfd, name)
-    except FileNotFoundError:
-        return None
 
 
 # -- repairing --------------------------------------------------------------------------------
@@ -340,23 +221,11 @@ def repair(root_fd: int, defect: Defect) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     try:
-        st = _stat_or_none(dirfd, name)
+        st = stat_or_none(dirfd, name)
         if st is not None and _still(dirfd, name, st, defect.kind):
             _remove(dirfd, name)
     finally:
         os.close(dirfd)
-
-
-def descend(root_fd: int, names: list[bytes]) -> int:
-    """A descriptor of the directory reached from the root by `names`, one at a time, following nothing."""
-    fd = syscalls.open_dir_at(root_fd, b".")
-    for name in names:
-        try:
-            child = syscalls.open_dir_at(fd, name)
-        finally:
-            os.close(fd)
-        fd = child
-    return fd
 
 
 def _still(dirfd: int, name: bytes, st: os.stat_result, kind: DefectKind) -> bool:
@@ -389,14 +258,14 @@ def remove_tree(dirfd: int, name: bytes) -> None:
 
     A crash in between leaves a smaller tree of the same name, for the next run.
     """
-    top = os.open(name, _READ_DIR, dir_fd=dirfd)
+    top = os.open(name, READ_DIR, dir_fd=dirfd)
     try:
         fresh = 0
-        while entries := _list(top):
+        while entries := entries_of(top):
             for child in _unlink_files(top, entries):
-                fd = os.open(child, _READ_DIR, dir_fd=top)
+                fd = os.open(child, READ_DIR, dir_fd=top)
                 try:
-                    for grandchild in _unlink_files(fd, _list(fd)):
+                    for grandchild in _unlink_files(fd, entries_of(fd)):
                         while syscalls.exists_at(top, b"%d" % fresh):
                             fresh += 1
                         syscalls.rename_at(fd, grandchild, top, b"%d" % fresh)
@@ -440,17 +309,22 @@ def sweep_temporaries(root_fd: int) -> int:
         except FileNotFoundError:
             return 0
         except OSError as error:
-            on_error(_join(directory, name), error)
+            on_error(join(directory, name), error)
             return 0
         return 1
 
-    leftovers = _leftovers(root_fd, whiteout.ORPHAN_DIR, on_error)
-    if leftovers:
-        orphans = descend(root_fd, [whiteout.ORPHAN_DIR])
-        try:
-            removed += sum(remove(whiteout.ORPHAN_DIR, orphans, name) for name, _ in leftovers)
-        finally:
-            os.close(orphans)
+    for directory in (whiteout.ORPHAN_DIR, whiteout.PLINK_DIR):
+        doomed = [
+            name
+            for name, _ in objects_in(root_fd, directory, on_error)
+            if directory == whiteout.ORPHAN_DIR or whiteout.TEMPORARY.fullmatch(name)
+        ]
+        if doomed:
+            fd = descend(root_fd, [directory])
+            try:
+                removed += sum(remove(directory, fd, name) for name in doomed)
+            finally:
+                os.close(fd)
     with closing(walk(root_fd, on_error)) as directories:
         for directory, fd, entries in directories:
             removed += sum(remove(directory, fd, name) for name in entries if whiteout.TEMPORARY.fullmatch(name))
@@ -528,16 +402,19 @@ def _sync_directory(dirfd: int) -> None:
 # -- the command ------------------------------------------------------------------------------
 
 
-def run_fsck(path: bytes, ask: Callable[[Defect], bool], echo: Callable[[str], None]) -> ExitCode:
+def run_fsck(
+    path: bytes, ask: Callable[[Defect], bool], echo: Callable[[str], None], lowers: Sequence[bytes] = ()
+) -> ExitCode:
     """Check the branch at `path`: `echo` each defect, and repair it where `ask` says yes.
 
-    Returns OK when nothing is wrong any more, FSCK_DEFECTS when something is; pseudo-links of files with
-    other names are told, and are no defect. UserError(BRANCH) for a path that is no directory,
-    UserError(NOT_ROOT) without CAP_SYS_ADMIN. UserError(BRANCH) while a mount writes to the branch, whose
-    temporary names would be taken for stale ones; none can begin to before this returns.
+    lowers: paths of all branches below it. Returns OK when nothing is wrong any more, FSCK_DEFECTS when something is;
+    pseudo-links of files that have other names, or may have, are told, and are no defect. UserError(BRANCH) for a path
+    that is no directory, UserError(NOT_ROOT) without CAP_SYS_ADMIN. UserError(BRANCH) while a mount writes to the
+    branch, whose temporary names would be taken for stale ones; none can begin to before this returns.
     """
     root_fd = open_branch(path)
     lock_fd = -1
+    lower_fds: list[int] = []
     found = repaired = 0
     try:
         before = os.fstat(root_fd)
@@ -546,10 +423,11 @@ def run_fsck(path: bytes, ask: Callable[[Defect], bool], echo: Callable[[str], N
         lock_fd = writelock.lock(root_fd, path, "is written to by a mount{holder}; unmount it first", end)
         if was_dirty(root_fd):
             echo(f"{printable(path)}: was not unmounted cleanly, or is mounted now; check only what is not in use")
-        with closing(find_defects(root_fd)) as defects:
+        lower_fds.extend(map(open_branch, lowers))
+        with closing(find_defects(root_fd, lower_fds)) as defects:
             for defect in defects:
                 echo(str(defect))
-                if defect.kind is DefectKind.PLINK_SHARED:
+                if defect.kind in (DefectKind.PLINK_SHARED, DefectKind.PLINK_ALONE):
                     continue  # only worth knowing
                 found += 1
                 if defect.remedy and ask(defect) and _repaired(root_fd, defect, echo):
@@ -560,7 +438,8 @@ def run_fsck(path: bytes, ask: Callable[[Defect], bool], echo: Callable[[str], N
                 syscalls.rmdir_at(root_fd, whiteout.ORPHAN_DIR)
                 syscalls.utime_at(root_fd, b".", before.st_atime_ns, before.st_mtime_ns)
             os.close(lock_fd)
-        os.close(root_fd)
+        for fd in (root_fd, *lower_fds):
+            os.close(fd)
     echo(f"{printable(path)}: " + (f"{found} defects, {repaired} repaired" if found else "clean"))
     return ExitCode.OK if repaired == found else ExitCode.FSCK_DEFECTS
 

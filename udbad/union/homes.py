@@ -58,6 +58,11 @@ def find(tree: Tree, parent: Dir, name: bytes, branch: Branch, st: os.stat_resul
         index = home.branch.index
 
 
+def is_copied(tree: Tree, place: Place, branch: Branch) -> bool:
+    """Whether a home on a branch above was copied from this file, whose names lead there while they are its names."""
+    return _copied_to(tree, place, branch.index) is not None
+
+
 def leads(tree: Tree, parent: Dir, name: bytes, branch: Branch, st: os.stat_result, to: Plink) -> bool:
     """Whether a name that was found on `branch` leads to this home."""
     if st.st_ino not in tree.plinks:

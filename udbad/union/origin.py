@@ -83,6 +83,13 @@ def _life(place: Place, birth: int) -> bytes:
     return b"%d-%d" % (place.st.st_mtime_ns, place.st.st_size)
 
 
+def cannot_be(origin: Origin, home: os.stat_result, found: Place) -> bool:
+    """Whether it is certain that a home was not copied from this file, in any mount."""
+    if found.st.st_ino != origin.ino or st_mod.S_IFMT(found.st.st_mode) != st_mod.S_IFMT(home.st_mode):
+        return True
+    return origin.life.isdigit() and found.birth_ns() not in (0, int(origin.life))
+
+
 def is_source(origin: Origin, home: Place, found: Place, in_order: bool) -> bool:
     """Whether the file `found` on a lower branch is the one that `home` was copied from.
 

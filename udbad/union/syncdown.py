@@ -25,7 +25,7 @@ from udbad.branch import copydata, syscalls
 from udbad.branch.branches import Branch
 from udbad.errors import ExitCode, UserError, os_error
 from udbad.inodes.table import Dir
-from udbad.union import carry, copyup, fsck, whiteout
+from udbad.union import carry, copyup, fsck, walk, whiteout
 from udbad.union.carry import Changed, Copy, Halt, Work
 from udbad.union.takeaway import (
     VANISHED,
@@ -134,7 +134,7 @@ class Sync:
         def ignore(path: bytes, error: OSError) -> None:
             pass  # met again, and told, when its turn comes
 
-        for _, fd, entries in fsck.walk(self.src.root_fd, ignore):
+        for _, fd, entries in walk.walk(self.src.root_fd, ignore):
             self._check_halt()
             for name in entries:
                 if name.startswith(whiteout.RESERVED):
@@ -233,7 +233,7 @@ class Sync:
         """Whether the directories still are what the path leads to; somebody may have moved one."""
         for branch, fd in ((self.src, level.src_fd), (self.dst, level.dst_fd)):
             try:
-                now = fsck.descend(branch.root_fd, list(level.parts))
+                now = walk.descend(branch.root_fd, list(level.parts))
             except OSError as error:
                 if error.errno not in VANISHED:
                     raise
@@ -316,7 +316,7 @@ class Sync:
             raise Changed("changed while it was copied")
         parts, name = links.names[0]
         try:
-            dirfd = fsck.descend(self.dst.root_fd, list(parts))
+            dirfd = walk.descend(self.dst.root_fd, list(parts))
         except OSError:
             raise Changed("its directory was moved") from None
         try:
@@ -335,7 +335,10 @@ class Sync:
             os.close(dirfd)
 
     def _finish_links(self) -> None:
-        """Files with several names go at once, when all of the names were found."""
+        """Files with several names go at once, when all of the names were found. Homes of pseudo-links never do."""
+        for name, st in walk.objects_in(self.src.root_fd, whiteout.PLINK_DIR, lambda path, error: None):
+            if st.st_nlink == 1:  # else it is told by its names
+                self._leave((whiteout.PLINK_DIR,), name, "holds what other names, on lower branches, show", again=False)
         for links in self._links.values():
             if len(links.names) < links.st.st_nlink:
                 for parts, name in links.names:

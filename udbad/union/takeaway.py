@@ -16,7 +16,7 @@ from udbad.branch import syscalls
 from udbad.branch.branches import Branch
 from udbad.errors import os_error
 from udbad.inodes.table import Dir
-from udbad.union import carry, fsck, remove, whiteout
+from udbad.union import carry, remove, walk, whiteout
 from udbad.union.carry import Changed, Copy, Halt, InUse, Work
 from udbad.union.tree import Tree
 
@@ -159,9 +159,9 @@ class TakeAway:
             # else removed or moved through the mount: there is nothing to do, or the next pass finds it.
 
     def _open(self, parts: Parts) -> tuple[int, int]:
-        src_fd = fsck.descend(self.src.root_fd, list(parts))
+        src_fd = walk.descend(self.src.root_fd, list(parts))
         try:
-            return src_fd, fsck.descend(self.dst.root_fd, list(parts))
+            return src_fd, walk.descend(self.dst.root_fd, list(parts))
         except BaseException:
             os.close(src_fd)
             raise
