@@ -32,7 +32,9 @@ class Kernel:
         self.sockets = [self.device, ours, self.pyfuse3s, handed]
         for each in self.sockets:
             each.setblocking(False)
-        self.fast = FastPath(ours.fileno(), handed, union.fs, union.coherence, self._perform, setxattr_ext)
+        self.fast = FastPath(
+            ours.fileno(), handed, union.fs, union.coherence, self._perform, union.fs.walks.stale, setxattr_ext
+        )
 
     async def _perform(self, operation: Callable[[], T]) -> T:
         return self.fast.fs.run(operation)

@@ -120,7 +120,7 @@ class MountProcess:
         self.operations = Operations(self.fs, self.coherence)
         self.fast = FastPath(
             self.session.fd, self.session.pyfuse3s, self.fs, self.coherence, self.operations.perform,
-            self.session.setxattr_ext,
+            self.operations.stale, self.session.setxattr_ext,
         )  # fmt: skip
         self.snapshot = Snapshot(self)
         self.background: trio.Nursery  # of serve(): what ends with the mount
@@ -292,6 +292,7 @@ class MountProcess:
         if not self.invalidator.stop():
             log.warning("some notifications are still in the kernel")
         self.session.close()
+        self.fs.walks.close()
         homes.close(self.tree)
         if not self.options.ro:
             for branch in self.branches.branches:

@@ -82,6 +82,13 @@ def error_number(error: OSError) -> int:
     return errno.EIO if not number or number == errno.ENOSYS else number
 
 
+def _stale(operations: Any, args: tuple[Any, ...]) -> int:
+    """What is answered where a handler met ESTALE; `operations` (kernel/ops.py) remembers who did."""
+    pid = next((arg.pid for arg in args if isinstance(arg, pyfuse3.RequestContext)), 0)
+    number: int = operations.stale(pid, *(arg for arg in args if isinstance(arg, int)))
+    return number
+
+
 def handler(function: Handler) -> Handler:
     """Wrap a handler of kernel/ops.py."""
     name = function.__name__
@@ -98,6 +105,8 @@ def handler(function: Handler) -> Handler:
             raise
         except OSError as error:
             number = error_number(error)
+            if number == errno.ESTALE:
+                number = _stale(self, args)
             raise pyfuse3.FUSEError(number) from None
         except Exception:
             number = errno.EIO

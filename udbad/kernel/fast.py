@@ -73,6 +73,12 @@ class Perform(Protocol):
     def __call__(self, operation: Callable[[], T]) -> Awaitable[T]: ...
 
 
+class Stale(Protocol):
+    """What to answer a process whose request about these nodes met ESTALE (Operations.stale)."""
+
+    def __call__(self, pid: int, *nodes: int) -> int: ...
+
+
 class FastPath:
     """Reads the requests of one mount and answers those it can."""
 
@@ -83,6 +89,7 @@ class FastPath:
         fs: UnionFs,
         coherence: Coherence,
         perform: Perform,
+        stale: Stale,
         setxattr_ext: bool = True,
     ) -> None:
         """fd: /dev/fuse, non-blocking. pyfuse3s: where libfuse reads what is sent, and its answers come back.
@@ -98,6 +105,7 @@ class FastPath:
         self._view = memoryview(self._buffer)
         self._into = [self._buffer]
         self._perform = perform
+        self._stale = stale
         self._setxattr_ext = setxattr_ext
         self._undo: Callable[[], None] | None = None
         """Takes back what the answer would give to the kernel, if it is an error after all, or is not taken."""
@@ -140,7 +148,8 @@ class FastPath:
             if opcode not in _KEPT:
                 return self._hand_over(unique, size)
             again = self._again(handler, node_id, size)
-            trio.lowlevel.spawn_system_task(self._finish_after_copyup, again, unique, stats, start)
+            who = self._caller().pid, node_id
+            trio.lowlevel.spawn_system_task(self._finish_after_copyup, again, who, unique, stats, start)
             return True
         except _Later as later:
             self._readers.submit(self._finish_read, unique, stats, start, *later.args)
@@ -149,6 +158,8 @@ class FastPath:
             if error.errno == errno.ESTALE and opcode not in _KEPT:
                 return self._hand_over(unique, size)  # to look again, or to say so
             number = boundary.error_number(error)
+            if number == errno.ESTALE:
+                number = self._stale(self._caller().pid, node_id)
         except Exception:
             stats.bugs += 1
             number = errno.EIO
@@ -206,8 +217,14 @@ class FastPath:
         return perform
 
     async def _finish_after_copyup(
-        self, again: Callable[[], bytes | bytearray], unique: int, stats: boundary.OpStats, start: float
+        self,
+        again: Callable[[], bytes | bytearray],
+        who: tuple[int, int],
+        unique: int,
+        stats: boundary.OpStats,
+        start: float,
     ) -> None:
+        """who: process and node of the request."""
         number = 0
         body: bytes | bytearray = b""
         try:
@@ -215,6 +232,8 @@ class FastPath:
             body = await self._perform(again)
         except OSError as error:
             number = boundary.error_number(error)
+            if number == errno.ESTALE:
+                number = self._stale(*who)
         except Exception:
             stats.bugs += 1
             number = errno.EIO
@@ -284,6 +303,8 @@ class FastPath:
         fs = self.fs
         name = self._name(wire.BODY, size)
         found = fs.lookup(parent, name)
+        if fs.walks.callers:
+            found = fs.look_again(self._caller().pid, parent, name, found)
         if found is None:
             directory = fs.table.nodes[parent]
             if type(directory) is Dir and directory.ttl:

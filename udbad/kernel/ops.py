@@ -22,10 +22,12 @@ import trio
 from udbad.branch import syscalls
 from udbad.coherence.base import Coherence
 from udbad.inodes.table import Dir, Node
+from udbad.kernel import wire
 from udbad.kernel.boundary import handler
 from udbad.types import Caller, Trigger
 from udbad.union import copyup, create, remove, whiteout
 from udbad.union.fs import UnionFs
+from udbad.union.held import HOLD_SECONDS
 from udbad.union.tree import NeedCopyUp
 
 T = TypeVar("T")
@@ -49,6 +51,7 @@ class Operations(pyfuse3.Operations):
         self.coherence = coherence
         self._copy_limit = trio.CapacityLimiter(4)
         self._io_limit = trio.CapacityLimiter(32)
+        self._holding = False
         self.copyups: dict[int, copyup.Job] = {}
         self.on_copyup: Callable[[copyup.Job, float], None] | None = None
         self.on_copyup_failed: Callable[[Trigger, int], None] | None = None
@@ -59,7 +62,7 @@ class Operations(pyfuse3.Operations):
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = node.id
         entry.st_mode = st.st_mode
-        entry.st_nlink = st.st_nlink + node.nlink_extra
+        entry.st_nlink = wire.links(node, st)
         entry.st_uid = st.st_uid
         entry.st_gid = st.st_gid
         entry.st_rdev = st.st_rdev
@@ -149,6 +152,22 @@ class Operations(pyfuse3.Operations):
             self.on_copyup(job, trio.current_time() - started)
         return True
 
+    def stale(self, pid: int, *nodes: int) -> int:
+        """What to answer a request of a process about these nodes that met ESTALE (union/held.py)."""
+        walks = self.fs.walks
+        number = walks.stale(pid, *nodes)
+        if not self._holding:
+            self._holding = True
+            trio.lowlevel.spawn_system_task(self._let_go)
+        return number
+
+    async def _let_go(self) -> None:
+        try:
+            while not self.fs.walks.expire():  # noqa: ASYNC110  # not waiting for anybody: what was held longer is to go
+                await trio.sleep(HOLD_SECONDS)
+        finally:
+            self._holding = False
+
     # -- names --------------------------------------------------------------------------------
 
     @handler
@@ -161,6 +180,8 @@ class Operations(pyfuse3.Operations):
                 raise
             fs.recover(parent)
             found = fs.lookup(parent, name)
+        if fs.walks.callers:
+            found = fs.look_again(ctx.pid, parent, name, found)
         if found is None:
             directory = fs.table.nodes[parent]
             if type(directory) is Dir and directory.ttl:

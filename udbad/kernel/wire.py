@@ -67,6 +67,14 @@ def _seconds(timeout: float) -> tuple[int, int]:
     return whole, int((timeout - whole) * BILLION)
 
 
+def links(node: Node, st: os.stat_result) -> int:
+    """st_nlink of a node some of whose names are on other branches, or removed from the union only.
+
+    Direct changes of the branches' link counts are not ours to follow name by name: at least what is there.
+    """
+    return max(st.st_nlink + node.nlink_extra, 0 if node.dead or not st.st_nlink else 1)
+
+
 def attributes(node: Node, st: os.stat_result, timeout: float) -> bytes:
     """fuse_attr_out."""
     valid, nsec = _seconds(timeout)
@@ -77,7 +85,8 @@ def attributes(node: Node, st: os.stat_result, timeout: float) -> bytes:
         valid, nsec, 0,
         node.id, st.st_size, st.st_blocks, st[_ATIME], mtime, st[_CTIME],
         st.st_atime_ns % BILLION, mtime_nsec, st.st_ctime_ns % BILLION,
-        st.st_mode, st.st_nlink + node.nlink_extra, st.st_uid, st.st_gid, st.st_rdev & _U32, st.st_blksize, 0,
+        st.st_mode, links(node, st) if node.nlink_extra else st.st_nlink, st.st_uid, st.st_gid,
+        st.st_rdev & _U32, st.st_blksize, 0,
     )  # fmt: skip
 
 
@@ -93,7 +102,8 @@ def entry(node: Node, st: os.stat_result, entry_timeout: float, attr_timeout: fl
         number, 0, entry_valid, attr_valid, entry_nsec, attr_nsec,
         number, st.st_size, st.st_blocks, st[_ATIME], mtime, st[_CTIME],
         st.st_atime_ns % BILLION, mtime_nsec, st.st_ctime_ns % BILLION,
-        st.st_mode, st.st_nlink + node.nlink_extra, st.st_uid, st.st_gid, st.st_rdev & _U32, st.st_blksize, 0,
+        st.st_mode, links(node, st) if node.nlink_extra else st.st_nlink, st.st_uid, st.st_gid,
+        st.st_rdev & _U32, st.st_blksize, 0,
     )  # fmt: skip
 
 

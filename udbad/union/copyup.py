@@ -223,7 +223,12 @@ def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
     src_dirfd, src_name = tree.locate(node)
     if _has_names(tree, node, as_link, syscalls.stat_at(src_dirfd, src_name)):
         plink.directory(tree, branch)  # while nothing has been changed: it may fail
-    dirfd = ensure_dir(tree, parent, branch)
+    try:
+        dirfd = ensure_dir(tree, parent, branch)
+    except OSError as error:
+        if as_link or error.errno not in (errno.ENOENT, errno.ESTALE) or tree.held_fd(node) < 0:
+            raise
+        return _begin_orphan(tree, need)  # its directory is gone
     before = os.fstat(dirfd)
     times = (before.st_atime_ns, before.st_mtime_ns)
     if node.kind != st_mod.S_IFREG:
@@ -282,13 +287,14 @@ def _still_there(tree: Tree, node: Node) -> bool:
 def _begin_orphan(tree: Tree, need: NeedCopyUp) -> Job:
     """A deleted file that is still open: its copy lives without a name, while it is open (spec section 6.8)."""
     node = need.node
-    if node.orphan_fd >= 0 or not node.handles:
+    source = tree.held_fd(node)
+    if node.orphan_fd >= 0 or source < 0 or node.kind != st_mod.S_IFREG:
         raise estale()
     above = tree.branches.writable_above(node.branch.index)
     if tree.options.read_only or not above:
         raise erofs()
     branch = above[0]
-    src_fd = os.dup(node.handles[-1].fd)
+    src_fd = syscalls.reopen(source, os.O_RDONLY)
     try:
         st = os.fstat(src_fd)
         if not node.dead and _has_names(tree, node, False, st):  # that we do not know, on a lower branch

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat as st_mod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -139,7 +140,7 @@ def mknod(
     target = prepare(tree, parent, name)
     with creds.creating(caller):
         _make(parent, name, syscalls.mknod_at, target.dirfd, name, mode, rdev)
-    return _made(tree, parent, name, target)
+    return _made(tree, parent, name, target, st_mod.S_IFMT(mode))
 
 
 def symlink(
@@ -148,16 +149,23 @@ def symlink(
     target = prepare(tree, parent, name)
     with creds.creating(caller):
         _make(parent, name, syscalls.symlink_at, link_target, target.dirfd, name)
-    return _made(tree, parent, name, target)
+    return _made(tree, parent, name, target, st_mod.S_IFLNK)
 
 
-def _made(tree: Tree, parent: Dir, name: bytes, target: Target) -> tuple[Node, os.stat_result]:
+def _made(tree: Tree, parent: Dir, name: bytes, target: Target, kind: int) -> tuple[Node, os.stat_result]:
+    """The node of what was just made. EEXIST when it is another object by now, as if that had been there first."""
     try:
         _finish(tree, parent, name, target)
-        st = syscalls.stat_at(target.dirfd, name)
     except BaseException:
         _undo(target.dirfd, name)
         raise
+    try:
+        st = syscalls.stat_at(target.dirfd, name)
+    except FileNotFoundError:
+        st = None
+    if st is None or st_mod.S_IFMT(st.st_mode) != kind:
+        _ask_again(parent, name)
+        raise os_error(errno.EEXIST)
     return _appear(tree, parent, name, target.branch, st), st
 
 

@@ -24,12 +24,15 @@ from udbad.inodes.handles import OpenDir, OpenFile
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Trigger
 from udbad.union import copyup, create, lookup, readdir, remove, rename, whiteout
+from udbad.union.held import HeldWalks
 from udbad.union.tree import LAST_DEPTH, NeedCopyUp, Tree, is_object
 
 T = TypeVar("T")
 Attributes = tuple[Node, os.stat_result]
 
 _OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
+_ATTEMPTS = 8
+"""To hold what a name stands for, while somebody replaces it all the time."""
 _ACL_PREFIX = b"system.posix_acl_"
 _ACL_ACCESS = b"system.posix_acl_access"
 
@@ -59,6 +62,7 @@ class UnionFs:
         self.creds = creds
         self.table = tree.table
         self.handles = tree.handles
+        self.walks = HeldWalks(tree)
 
     # -- names --------------------------------------------------------------------------------
 
@@ -83,6 +87,14 @@ class UnionFs:
                 raise os_error(errno.ENAMETOOLONG)
             depths = counters.depth_negative if tree.whited is None else counters.depth_whiteout
         depths[tree.examined if tree.examined < LAST_DEPTH else LAST_DEPTH] += 1
+        return found
+
+    def look_again(self, pid: int, parent_id: int, name: bytes, found: Attributes | None) -> Attributes | None:
+        """`lookup` for a process that may be walking a path again (held.py); found: what it has just found."""
+        for _ in range(_ATTEMPTS):
+            if found is None or self.walks.found(pid, found[0]):
+                break
+            found = self.lookup(parent_id, name)
         return found
 
     def create(
@@ -268,7 +280,8 @@ class UnionFs:
         """`call` on the object itself: capabilities must not go to whatever has its name now."""
         fd, owned = self.tree.open_object(node)
         try:
-            return call(syscalls.proc_path(fd) if owned or type(node) is Dir else fd)
+            opened = node.handles or node.orphan_fd >= 0
+            return call(fd if opened else syscalls.proc_path(fd))
         finally:
             if owned:
                 os.close(fd)
@@ -338,8 +351,9 @@ class UnionFs:
                 if is_object(node, st):
                     return fd, st
                 syscalls.close_quietly(fd)
-            if node.handles:
-                fd = syscalls.reopen(node.handles[-1].fd, flags)
+            held = self.tree.held_fd(node)
+            if held >= 0:
+                fd = syscalls.reopen(held, flags)
                 return fd, os.fstat(fd)
             self.tree.lost_name(node)
 

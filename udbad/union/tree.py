@@ -160,6 +160,8 @@ class Tree:
         self.whited: int | None = None
         self.trash: list[tuple[int, bytes]] = []
         """Branch directories out of sight that the background has to remove: (parent descriptor, name)."""
+        self.held: dict[Node, tuple[int, float]] = {}
+        """Objects that somebody is about to ask for, by an O_PATH descriptor of each (held.py), and until when."""
         self.in_doubt = 0
         """How many `carrying` are under way."""
         self._free: dict[int, tuple[float, int]] = {}
@@ -260,7 +262,7 @@ class Tree:
 
         Raises ESTALE when neither a descriptor nor a name leads there; the kernel then looks the path up again.
         """
-        fd = self._held(node)
+        fd = self.held_fd(node)
         if fd >= 0:
             return os.fstat(fd)
         while True:
@@ -280,7 +282,7 @@ class Tree:
 
         Also whether it is the caller's to close. Raises ESTALE as `stat`.
         """
-        fd = self._held(node)
+        fd = self.held_fd(node)
         if fd >= 0:
             return fd, False
         while True:
@@ -295,13 +297,20 @@ class Tree:
                 os.close(fd)
             self.lost_name(node)
 
-    def _held(self, node: Node) -> int:
+    def held_fd(self, node: Node) -> int:
         """A descriptor of the object that is open anyway; -1 without one."""
         if type(node) is Dir:
             return self.layer_fd(node, node.layers[0])
         if node.orphan_fd >= 0:
             return node.orphan_fd
-        return node.handles[-1].fd if node.handles else -1
+        if node.handles:
+            return node.handles[-1].fd
+        return self.held[node][0] if self.held and node in self.held else -1
+
+    def let_go(self, node: Node) -> None:
+        """Close what is held of a node, if anything is."""
+        if node in self.held:
+            os.close(self.held.pop(node)[0])
 
     def lost_name(self, node: Node) -> None:
         """The node's name stands for another object or for none: go on with another one. Raises ESTALE without one."""
@@ -317,6 +326,7 @@ class Tree:
         At once, while that object can be reached for certain: its name may be the next thing to go, and natively
         open files and mappings outlive that. st: the object's status. fd: a descriptor of it, of a regular file.
         """
+        self.let_go(node)
         node.branch, node.dev, node.ino = branch, st.st_dev, st.st_ino
         for handle in node.handles or ():
             handle.reopen(fd, branch.writable)

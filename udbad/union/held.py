@@ -1,0 +1,81 @@
+"""A path walk that the kernel repeats finds its objects held, as a native one has them held all along.
+
+Between LOOKUP and the request that follows, a name may be replaced directly. Natively the walk has a reference on what
+it found and goes on with that; here nothing may lead to it any more, which is ESTALE. The kernel then walks the path
+once more, asking for every name (LOOKUP_REVAL, retry_estale()), and a second ESTALE would be the program's. So what
+a process finds shortly after it met ESTALE is held by a descriptor for HOLD_SECONDS, and a directory that goes in
+that time has no names in it, ENOENT, as natively. Costs nothing while nobody meets ESTALE. Event loop only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from time import monotonic
+from typing import Final
+
+from udbad.branch import syscalls
+from udbad.inodes.table import Dir, Node
+from udbad.union.tree import Tree, is_object
+
+HOLD_SECONDS: Final = 1.0
+_MOST: Final = 256
+"""Objects held, and processes and directories remembered, at a time."""
+
+
+class HeldWalks:
+    """Who walks a path again, and what was found on the way."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self.callers: dict[int, float] = {}
+        """Process (thread) id that met ESTALE, to the time.monotonic() until which it walks again."""
+        self._directories: dict[int, float] = {}
+        """Node id of a directory that such a walk found, to the time until which that counts."""
+
+    def stale(self, pid: int, *nodes: int) -> int:
+        """The errno for a process whose request about these nodes met ESTALE. pid 0: the kernel; it walks no path."""
+        now = monotonic()
+        if any(self._directories.get(node, 0.0) > now for node in nodes):
+            return errno.ENOENT
+        if pid and len(self.callers) < _MOST:
+            self.callers[pid] = now + HOLD_SECONDS
+        return errno.ESTALE
+
+    def found(self, pid: int, node: Node) -> bool:
+        """Somebody has looked up a node: hold it for who walks again. False when it has been replaced just now."""
+        now = monotonic()
+        if self.callers.get(pid, 0.0) <= now:
+            return True
+        if type(node) is Dir:  # its layers are open
+            if len(self._directories) < _MOST:
+                self._directories[node.id] = now + HOLD_SECONDS
+            return True
+        held = self._tree.held
+        if node.orphan_fd >= 0 or node.handles or node in held or len(held) >= _MOST:
+            return True
+        try:
+            fd = syscalls.pin_at(*self._tree.locate(node))
+        except OSError:
+            return False
+        if not is_object(node, os.fstat(fd)):
+            os.close(fd)
+            return False
+        held[node] = fd, now + HOLD_SECONDS
+        return True
+
+    def expire(self) -> bool:
+        """Let go of what was held long enough; True when there is nothing left."""
+        now = monotonic()
+        held = self._tree.held
+        for node in [node for node, (_, until) in held.items() if until <= now]:
+            self._tree.let_go(node)
+        for table in (self.callers, self._directories):
+            for number in [number for number, until in table.items() if until <= now]:
+                del table[number]
+        return not held and not self.callers and not self._directories
+
+    def close(self) -> None:
+        """Let go of everything, at the end of the mount."""
+        for node in list(self._tree.held):
+            self._tree.let_go(node)
