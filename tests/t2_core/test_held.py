@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
@@ -100,7 +101,7 @@ def test_held_for_a_short_time_only(union: Core, monkeypatch: pytest.MonkeyPatch
     walk(union, "d")
     assert node in union.tree.held
     assert not union.fs.walks.expire()
-    now = held.monotonic()
+    now = monotonic()
     monkeypatch.setattr(held, "monotonic", lambda: now + held.HOLD_SECONDS)
     assert union.fs.walks.expire()
     assert not union.tree.held
