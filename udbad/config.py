@@ -47,7 +47,7 @@ def _branches(value: object) -> object:
     return value
 
 
-def _alias(names: Mapping[str, str]) -> BeforeValidator:
+def _alias(names: Mapping[str, object]) -> BeforeValidator:
     return BeforeValidator(lambda value: names.get(value, value) if isinstance(value, str) else value)
 
 
@@ -103,7 +103,9 @@ class MountOptions(BaseModel):
     )
     fsname: str = Field(default="none", min_length=1, description="a name that is not empty")
     allow_other: Literal[True] = Field(default=True, description="true: others may always enter, as in any file system")
-    fsync_copyup: bool = _switch(False)
+    fsync_copyup: Annotated[bool, _alias({"on": True, "off": False})] = Field(
+        default=True, description="on or off (true or false in a file)"
+    )
     metrics: str | None = Field(default=None, description="HOST:PORT, PORT from 0 to 65535, an IPv6 HOST in []")
     control: str | None = Field(default=None, min_length=1, description="the path of a socket")
     notices: tuple[str, ...] = ()
@@ -155,6 +157,7 @@ _VALUES: Final = {
     **{name: name for name in ("udba", "dirwh", "diropq", "rdcache", "fsname", "metrics", "control")},
     **dict.fromkeys(("create", "create_policy"), "create"),
     **dict.fromkeys(("cpup", "copyup", "copyup_policy"), "cpup"),
+    "copyup_fsync": "fsync_copyup",  # without a value: on
 }
 """Words with a value, and the field it goes to."""
 
@@ -251,7 +254,7 @@ class _Reader:
             self.values["xino"] = True
         elif key in _LISTS:
             self._take_branches(_needs_value(key, raw), raw)
-        elif key in _VALUES:
+        elif key in _VALUES and (equals or key not in _FLAGS):
             self._set(_VALUES[key], _needs_value(key, raw), _typed(_VALUES[key], unescape(raw)))
         elif key in _IGNORED or key.startswith(("x-", "X-")):
             self.ignored.append(f"{key} (directories are renamed by the EXDEV rule)" if key == "dirren" else key)
@@ -382,9 +385,10 @@ def format_options(options: MountOptions) -> str:
         value = getattr(options, name)
         if value == field.default or name in ("branches", "ro", "kernel_flags", "notices"):
             continue
-        option = "copyup_fsync" if name == "fsync_copyup" else name
-        if isinstance(value, bool):
-            words.append(option if value else "no" + option)
+        if name == "fsync_copyup":
+            words.append("copyup_fsync=off")
+        elif isinstance(value, bool):
+            words.append(name if value else "no" + name)
         else:
-            words.append(f"{option}={escape(str(value), _ITEM_SPECIAL)}")
+            words.append(f"{name}={escape(str(value), _ITEM_SPECIAL)}")
     return ",".join(words)

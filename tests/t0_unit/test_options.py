@@ -213,7 +213,7 @@ def test_defaults() -> None:
         "kernel_flags": frozenset(),
         "fsname": "none",
         "allow_other": True,
-        "fsync_copyup": False,
+        "fsync_copyup": True,
         "metrics": None,
         "control": None,
         "notices": (),
@@ -264,6 +264,9 @@ def test_defaults() -> None:
         (r"fsname=a\,b\\c:d", "fsname", r"a,b\c:d"),
         ("copyup_fsync", "fsync_copyup", True),
         ("copyup_fsync,nocopyup_fsync", "fsync_copyup", False),
+        ("copyup_fsync=off", "fsync_copyup", False),
+        ("copyup_fsync=off,copyup_fsync", "fsync_copyup", True),
+        ("copyup_fsync=off,copyup_fsync=on", "fsync_copyup", True),
         ("metrics=127.0.0.1:9100", "metrics", "127.0.0.1:9100"),
         ("metrics=[::1]:0", "metrics", "[::1]:0"),
         ("metrics=localhost:65535", "metrics", "localhost:65535"),
@@ -337,6 +340,8 @@ def test_dirren_is_answered_with_the_rule_that_holds() -> None:
         ("br=/a,metrics=localhost:65536", ["metrics=localhost:65536", "HOST:PORT"]),
         ("br=/a,plink=yes", ["plink=yes", "takes no value"]),
         ("br=/a,nosuid=1", ["nosuid=1", "takes no value"]),
+        ("br=/a,copyup_fsync=maybe", ["copyup_fsync=maybe", "on or off"]),
+        ("br=/a,copyup_fsync=", ["copyup_fsync needs a value", "on or off"]),
         ("br=/a,dirwh", ["dirwh needs a value", "whole number"]),
         ("br=/a,control=", ["control needs a value", "socket"]),
         ("br=", ["br needs a value", "PATH"]),
@@ -451,9 +456,9 @@ def test_format_shows_what_differs() -> None:
     assert format_options(options("")) == "rw,br=/a:/b"
     assert (
         format_options(
-            options(r"ro,nosuid,noatime,udba=none,noplink,create=rr,dirwh=1,copyup_fsync,fsname=a\,b,xino=/x")
+            options(r"ro,nosuid,noatime,udba=none,noplink,create=rr,dirwh=1,copyup_fsync=off,fsname=a\,b,xino=/x")
         )
-        == r"ro,noatime,nosuid,br=/a:/b,udba=none,create=rr,noplink,dirwh=1,fsname=a\,b,copyup_fsync"
+        == r"ro,noatime,nosuid,br=/a:/b,udba=none,create=rr,noplink,dirwh=1,fsname=a\,b,copyup_fsync=off"
     )
 
 

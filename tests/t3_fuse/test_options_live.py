@@ -361,7 +361,8 @@ def test_options_without_meaning_get_one_notice(union: UnionFactory, tmp_path: P
 
 @pytest.mark.parametrize(
     "options", ["verbose", "quiet", "noxino", "xino", "dirperm1", "nodirperm1", "rdcache=0", "rdcache=3600", "acl",
-                "copyup_fsync", "warn_perm", "nowarn", "nosum", "plink", "dio", "nodirren", "allow_other"],
+                "copyup_fsync", "copyup_fsync=off", "warn_perm", "nowarn", "nosum", "plink", "dio", "nodirren",
+                "allow_other"],
 )  # fmt: skip
 def test_accepted_option_leaves_a_working_union(union: UnionFactory, tmp_path: Path, options: str) -> None:
     fill(tmp_path)

@@ -22,6 +22,7 @@ def _is_multigrain(release: str) -> bool:
 MULTIGRAIN_KERNEL = _is_multigrain(os.uname().release)
 _MULTIGRAIN_FS = frozenset({"ext4", "xfs", "btrfs", "tmpfs"})
 """FS_MGTIME in the kernel's sources."""
+_IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Branch:
     descriptor of a private clone of the mount, so that nothing mounted below is entered.
     anchor_fd: a descriptor through the visible mount, so that umount of the branch says EBUSY.
     exact_times: a directory or file that has changed after a stat always shows another ctime.
+    in_memory: nothing of it outlives the power, so there is nothing to sync.
     """
 
     id: int
@@ -60,12 +62,14 @@ class Branch:
     writable: bool = field(init=False)
     whable: bool = field(init=False)
     exact_times: bool = field(init=False)
+    in_memory: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "writable", self.perm is Perm.RW)
         object.__setattr__(self, "whable", self.perm is Perm.RW or "wh" in self.attrs)
         exact = self.perm is Perm.RR or (MULTIGRAIN_KERNEL and self.fs_type in _MULTIGRAIN_FS)
         object.__setattr__(self, "exact_times", exact)
+        object.__setattr__(self, "in_memory", self.fs_type in _IN_MEMORY)
 
     def describe(self) -> str:
         """`path=perm+attr`, as aufs shows a branch in sysfs."""

@@ -83,14 +83,16 @@ def _same_content(
     try:
         other_fd = _open(other_dirfd, other_name, other)
         try:
-            return _same_bytes(fd, other_fd, st.st_size)
+            return same_bytes(fd, other_fd, st.st_size)
         finally:
             os.close(other_fd)
     finally:
         os.close(fd)
 
 
-def _same_bytes(fd: int, other: int, size: int) -> bool:
+def same_bytes(fd: int, other: int, size: int) -> bool:
+    """Whether the first `size` bytes of two files are the same. `fd`: a file of at least that size; the offsets of both
+    descriptors move. False when the other one is shorter. Raises OSError."""
     offset = 0
     while offset < size:
         # What is a hole in both need not be read.

@@ -33,7 +33,7 @@ from udbad.union.tree import NeedCopyUp
 T = TypeVar("T")
 
 INLINE_COPY = 64 * 1024
-"""Bytes up to which a copy-up is done on the event loop: a thread would take longer."""
+"""Bytes up to which a copy-up that is not synced is done on the event loop: a thread would take longer."""
 
 _ATTEMPTS = 8
 
@@ -126,7 +126,7 @@ class Operations(pyfuse3.Operations):
             job = copyup.begin(self.fs.tree, need)
             if job is None:
                 return True
-            if job.st.st_size <= INLINE_COPY or need.length == 0:
+            if not job.fsync and (job.st.st_size <= INLINE_COPY or job.length == 0):
                 copyup.transfer(job)
             else:
                 event = node.busy = trio.Event()
@@ -139,6 +139,10 @@ class Operations(pyfuse3.Operations):
                     node.busy = None
                     event.set()
             copyup.commit(self.fs.tree, job)
+            if copyup.takes_away(job):
+                # After this: the source may be another file, or in use; it is looked at again.
+                await trio.to_thread.run_sync(copyup.settle_names, self.fs.tree, job, limiter=self._copy_limit)
+                copyup.take_away(self.fs.tree, job)
         except OSError as error:
             if self.on_copyup_failed is not None:
                 self.on_copyup_failed(need.trigger, error.errno or errno.EIO)

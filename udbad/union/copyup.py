@@ -9,6 +9,10 @@ Three steps, so that the bytes can travel in a worker thread while the mount is 
 Everything but regular files is small enough to be done inside `begin`. A failure leaves the lower
 object untouched and visible and no temporary behind. While a copy-up is under way node.busy is set,
 and operations on that node wait (kernel/ops.py).
+
+The data is on disk before the name is (as in overlayfs, ovl_copy_up_file): else a power failure could leave an empty
+file that hides the whole lower one. Names, directories and attributes need no sync for that: file systems keep them in
+order, and a rename that is lost with the power leaves the lower file visible.
 """
 
 from __future__ import annotations
@@ -17,9 +21,9 @@ import errno
 import os
 import stat as st_mod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from udbad.branch import copydata, syscalls
+from udbad.branch import compare, copydata, syscalls
 from udbad.branch.branches import Branch
 from udbad.branch.policy import Snapshot
 from udbad.errors import erofs, estale, os_error
@@ -27,20 +31,23 @@ from udbad.inodes.table import Dir, Layer, Node
 from udbad.types import CopyMethod, Trigger
 from udbad.union import lookup, plink, whiteout
 from udbad.union.origin import Place
+from udbad.union.times import settled
 from udbad.union.tree import NeedCopyUp, Tree
 
-_RETRIES = 3
+_ATTEMPTS = 3
 
 
 @dataclass(slots=True)
 class Job:
     """One copy-up of a regular file under way. tmp is b"" for a file that has no name (orphan).
 
+    length: bytes of the content that are wanted, None for all. fsync: there is content that has to be on disk.
     parent_times: (atime_ns, mtime_ns) of the target directory, put back after the rename.
     """
 
     node: Node
     trigger: Trigger
+    source: Branch
     parent: Dir | None
     name: bytes
     branch: Branch
@@ -56,7 +63,6 @@ class Job:
     method: CopyMethod = CopyMethod.NONE
     copied: int = 0
     progress: int = 0
-    fds: list[int] = field(default_factory=list)
 
 
 def snapshot(
@@ -249,15 +255,23 @@ def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
         os.close(src_fd)
         os.close(dirfd)
         raise
+    length, fsync = _extent(tree, branch, st, need.length)
     return Job(
-        node, need.trigger, parent, name, branch, dirfd, tmp, src_fd, dst_fd, st, need.length,
-        tree.options.fsync_copyup, times, as_link,
+        node, need.trigger, node.branch, parent, name, branch, dirfd, tmp, src_fd, dst_fd, st, length, fsync, times,
+        as_link,
     )  # fmt: skip
 
 
 def _has_names(tree: Tree, node: Node, as_link: bool, st: os.stat_result) -> bool:
     """Whether the copy needs a pseudo-link, as a file with attributes `st` that has further names."""
     return tree.options.plink and (as_link or st.st_nlink > 1 or node.plink is not None)
+
+
+def _extent(tree: Tree, branch: Branch, st: os.stat_result, length: int | None) -> tuple[int | None, bool]:
+    """(Job.length, Job.fsync). A file that is empty now is copied so, for whether to sync decides about the thread."""
+    if st.st_size == 0 or length == 0:
+        return 0, False
+    return length, tree.options.fsync_copyup and not branch.in_memory
 
 
 def _still_there(tree: Tree, node: Node) -> bool:
@@ -304,7 +318,7 @@ def _begin_orphan(tree: Tree, need: NeedCopyUp) -> Job:
         os.close(src_fd)
         raise
     return Job(
-        node, need.trigger, None, b"", branch, -1, b"", src_fd, dst_fd, st, need.length, False, None
+        node, need.trigger, node.branch, None, b"", branch, -1, b"", src_fd, dst_fd, st, need.length, False, None
     )  # fmt: skip
 
 
@@ -320,7 +334,8 @@ def _begin_home(tree: Tree, need: NeedCopyUp, branch: Branch, src_fd: int, st: o
         os.close(dirfd)
         raise
     name = plink.home_name(node, Place(src_fd, b"", st))
-    return Job(node, need.trigger, None, name, branch, dirfd, tmp, src_fd, dst_fd, st, need.length, False, None)
+    length, fsync = _extent(tree, branch, st, need.length)
+    return Job(node, need.trigger, node.branch, None, name, branch, dirfd, tmp, src_fd, dst_fd, st, length, fsync, None)
 
 
 def _unnamed_file(branch: Branch) -> int:
@@ -336,25 +351,42 @@ def _unnamed_file(branch: Branch) -> int:
 
 
 def transfer(job: Job, cancelled: Callable[[], bool] | None = None) -> None:
-    """Copy content and metadata. Any thread; touches only descriptors of the job. Raises OSError.
+    """Copy content and metadata, and have them on disk. Any thread; touches only descriptors of the job.
 
-    A source that somebody writes to directly meanwhile is copied again, a few times at most.
+    What is published is a state that the source had, however others write to it meanwhile. It is copied again when
+    its ctime says that it has changed, or cannot tell yet, unless nothing that was copied has: what is the same in the
+    copy and, afterwards, in the source was all there at one moment, the one in between. So a log that is appended to
+    without a pause is copied as it was at the beginning. A reflink is one state by itself (FICLONE locks the file).
+
+    Raises OSError: EBUSY when it was overwritten during each attempt; what the branches said, close(2) included.
     """
 
     def report(offset: int) -> None:
-        job.progress = offset
+        job.progress = max(job.progress, offset)
 
-    for attempt in range(_RETRIES):
+    for attempt in range(_ATTEMPTS):
         if attempt:
             os.ftruncate(job.dst_fd, 0)
-            os.lseek(job.src_fd, 0, os.SEEK_SET)
+        st = job.st = os.fstat(job.src_fd)
         result = copydata.copy_contents(job.src_fd, job.dst_fd, job.length, report, cancelled)
         job.method = result.method
         job.copied = result.bytes_copied
+        _copy_attributes(job)
+        if not job.fsync or result.method is CopyMethod.REFLINK:  # blocks that are shared are on disk already
+            syscalls.flush(job.dst_fd)
+        else:
+            os.fsync(job.dst_fd)
         now = os.fstat(job.src_fd)
-        if (now.st_mtime_ns, now.st_size) == (job.st.st_mtime_ns, job.st.st_size):
-            break
-        job.st = now
+        if settled(job.source, st) and _stamp(now) == _stamp(st):
+            return
+        if result.method is CopyMethod.REFLINK or compare.same_bytes(job.dst_fd, job.src_fd, result.size):
+            job.st = now
+            _copy_attributes(job)
+            return
+    raise os_error(errno.EBUSY)
+
+
+def _copy_attributes(job: Job) -> None:
     copydata.copy_metadata(
         job.st,
         syscalls.proc_path(job.src_fd),
@@ -362,8 +394,10 @@ def transfer(job: Job, cancelled: Callable[[], bool] | None = None) -> None:
         job.branch.attrs,
         follow_symlinks=True,
     )
-    if job.fsync:
-        os.fsync(job.dst_fd)
+
+
+def _stamp(st: os.stat_result) -> tuple[int, int, int]:
+    return (st.st_ctime_ns, st.st_mtime_ns, st.st_size)
 
 
 def commit(tree: Tree, job: Job) -> None:
@@ -384,16 +418,40 @@ def commit(tree: Tree, job: Job) -> None:
         return
     assert job.parent_times is not None
     _check_unmoved(tree, job)
-    source = node.branch
     _publish(job.dirfd, job.tmp, job.dirfd, job.name)
     job.tmp = b""
     copied = Place(job.src_fd, b"", job.st)
     _settle(tree, node, job.parent, job.name, job.branch, job.dirfd, copied, made, job.as_link, job.dst_fd)
     _restore_times(job.dirfd, job.parent_times)
-    if job.trigger is Trigger.OPEN and "moo" in source.attrs and source.writable:
-        layer = job.parent.layer(source.index)
-        if layer is not None:
-            syscalls.unlink_at(tree.layer_fd(job.parent, layer), job.name)
+
+
+def takes_away(job: Job) -> bool:
+    """Whether the source of a committed copy-up has to go (moo): `settle_names`, then `take_away`."""
+    return job.trigger is Trigger.OPEN and "moo" in job.source.attrs and job.source.writable
+
+
+def settle_names(tree: Tree, job: Job) -> None:
+    """Have the name of the copy on disk, and the directories made for it, before the source goes. Any thread."""
+    if tree.options.fsync_copyup and not job.branch.in_memory:
+        syscalls.sync_fs(job.branch.root_fd)
+
+
+def take_away(tree: Tree, job: Job) -> None:
+    """Remove the source, unless somebody has changed it since it was copied or is about to: then it stays, covered."""
+    parent = job.parent
+    layer = None if parent is None else parent.layer(job.source.index)
+    if parent is None or layer is None:
+        return
+    try:
+        dirfd = tree.layer_fd(parent, layer)
+        st = syscalls.stat_at(dirfd, job.name)
+        if (st.st_dev, st.st_ino, *_stamp(st)) != (job.st.st_dev, job.st.st_ino, *_stamp(job.st)):
+            return
+        if not syscalls.is_being_written(dirfd, job.name):
+            syscalls.unlink_at(dirfd, job.name)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
 
 
 def _check_unmoved(tree: Tree, job: Job) -> None:
@@ -514,5 +572,8 @@ def run(tree: Tree, need: NeedCopyUp) -> None:
     try:
         transfer(job)
         commit(tree, job)
+        if takes_away(job):
+            settle_names(tree, job)
+            take_away(tree, job)
     finally:
         abort(job)

@@ -114,7 +114,7 @@ class UnionOptions:
     sum_space: bool = False
     acl: bool = True
     direct_io: bool = True
-    fsync_copyup: bool = False
+    fsync_copyup: bool = True
 
 
 LAST_DEPTH = 63
