@@ -110,6 +110,11 @@ class MountOptions(BaseModel):
     control: str | None = Field(default=None, min_length=1, description="the path of a socket")
     notices: tuple[str, ...] = ()
 
+    @property
+    def mount_flags(self) -> frozenset[str]:
+        """All of mount(2), under the names of mount(8)."""
+        return self.kernel_flags | {"ro"} if self.ro else frozenset(self.kernel_flags)
+
     @field_validator("create")
     @classmethod
     def _check_create(cls, value: str) -> str:

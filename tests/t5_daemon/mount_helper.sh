@@ -49,7 +49,12 @@ mount -o remount,del=../extra "$work/mnt"
 mount -o remount,append= "$work/mnt" 2>&1 | sed 's/^/empty: /' || true
 cd ..
 mount -o remount,noplink "$work/mnt" 2>&1 | sed 's/^/refused: /' || true
+mount -o remount,ro "$work/mnt"
+echo "ro: $(touch mnt/new 2>&1 | sed 's/.*: //') $(findmnt -nro OPTIONS mnt | cut -d, -f1)"
+mount -o remount,rw,noexec "$work/mnt"
+touch mnt/new && echo "rw: $(findmnt -nro OPTIONS mnt | cut -d, -f1,2)"
 exec 9>mnt/open
+mount -o remount,ro "$work/mnt" 2>&1 | sed "s|$work/||; s/process.*/process/; s/^/busy: /" || true
 mount -o remount,udba=reval,mod="$work/top=ro" "$work/mnt" 2>&1 | sed 's/^/mod: /' || true
 exec 9>&-
 umount mnt

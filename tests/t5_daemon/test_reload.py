@@ -28,11 +28,12 @@ pytestmark = pytest.mark.fuse
 
 LIVE_VALUES: dict[str, object] = {
     "udba": "none", "create": "rr", "cpup": "bu", "dirwh": 7, "diropq": "always", "sum": True,
-    "fsync_copyup": False, "verbose": True, "warn_perm": False, "rdcache": 3,
+    "fsync_copyup": False, "verbose": True, "warn_perm": False, "rdcache": 3, "ro": True,
+    "kernel_flags": ["noexec"],
 }  # fmt: skip
 FIXED_VALUES: dict[str, object] = {
-    "plink": False, "xino": False, "shwh": True, "dirperm1": True, "acl": False, "dio": False, "ro": True,
-    "kernel_flags": ["noexec"], "fsname": "other",
+    "plink": False, "xino": False, "shwh": True, "dirperm1": True, "acl": False, "dio": False,
+    "fsname": "other",
 }  # fmt: skip
 DAEMON_VALUES: dict[str, object] = {
     "log_level": "debug", "log_format": "json", "heartbeat": 1, "wedged_after": 50, "start_timeout": 200,

@@ -67,8 +67,7 @@ def command(
             raise UserError("-N is not possible: the mount process is in the mount namespace of its caller",
                             ExitCode.OPTION)  # fmt: skip
         if "remount" in words:
-            # relatime is what the kernel says when nothing was asked for.
-            _remount(run_dir, directory, [word for word in words if word not in ("remount", "relatime")], fake)
+            _remount(run_dir, directory, _changes(words), fake)
         else:
             _mount(run_dir, source, directory, words, fake, verbose)
     except UserError as error:
@@ -118,6 +117,15 @@ def _serves_already(run_dir: str, mount_point: str, wanted: MountOptions) -> boo
         return True
     raise UserError(f"{mount_point} is mounted already, with other options (-o remount changes them)",
                     ExitCode.MOUNT_POINT)  # fmt: skip
+
+
+def _changes(words: list[str]) -> list[str]:
+    """The words of a remount, without what the kernel alone says: relatime, where nothing else was asked for before."""
+    return [
+        word
+        for index, word in enumerate(words)
+        if word != "remount" and (word != "relatime" or {"noatime", "strictatime"} & set(words[:index]))
+    ]
 
 
 def _remount(run_dir: str, directory: Path, words: list[str], fake: bool) -> None:

@@ -10,12 +10,14 @@ import errno
 import logging
 import os
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import trio
 
 from udbad import __version__
+from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import format_branch
 from udbad.config import MountOptions, parse_mount_options, parse_remount
 from udbad.daemon import rebranch
@@ -26,6 +28,7 @@ from udbad.daemon.protocol import edits_of, flag_of, text_of
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.table import Dir, Node
 from udbad.kernel.boundary import operations
+from udbad.types import Perm
 from udbad.union import explain, reconfigure
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ log = logging.getLogger(__name__)
 LIVE = frozenset(
     {
         *("branches", "udba", "create", "cpup", "dirwh", "diropq", "sum", "fsync_copyup"),
-        *("verbose", "warn_perm", "rdcache"),
+        *("verbose", "warn_perm", "rdcache", "ro", "kernel_flags"),
     }
 )
 """Mount options that can change while mounted; the others are agreed with the kernel at the mount."""
@@ -247,7 +250,8 @@ class Commands:
         """
         async with self._changing:
             new = parse_remount(text_of(request, "options"), self.process.options)
-            fixed = sorted(_changed(self.process.options, new) - LIVE)
+            fixed = sorted(_changed(self.process.options, new) - _live(self.process.options, new))
+            fixed = ["dirsync" if key == "kernel_flags" else key for key in fixed]
             if fixed:
                 raise UserError(
                     f"{', '.join(fixed)} cannot change while mounted: umount, and mount again", ExitCode.OPTION
@@ -257,12 +261,11 @@ class Commands:
     async def _become(self, new: MountOptions) -> dict[str, Any]:
         process = self.process
         changed = _changed(process.options, new)
-        live = changed & LIVE
-        if "branches" in live:
-            self.carrying.check_idle()
-            # The only step that can be refused, so it is the first.
-            await rebranch.set_branches(process, new.branches, self.carrying.check_idle)
-        process.options = process.options.model_copy(update={key: getattr(new, key) for key in live})
+        live = _live(process.options, new)
+        target = process.options.model_copy(update={key: getattr(new, key) for key in live})
+        # What can be refused comes first.
+        await self._change_access(target, "branches" in live)
+        process.options = target
         process.apply_union_options()
         if "udba" in live:
             await process.set_mode(new.udba)
@@ -270,6 +273,59 @@ class Commands:
             log.info("changed while mounted: %s", ", ".join(sorted(live)))
             self._write_entry()
         return {"applied": sorted(live), "needs_remount": sorted(changed - LIVE)}
+
+    async def _change_access(self, target: MountOptions, branches: bool) -> None:
+        """Change branches, if they do, what the kernel permits on the mount, and whether we write to branches: all or
+        nothing. Raises UserError.
+
+        Read-only begins with the kernel, which knows who may still write and then lets nobody begin to; writable
+        ends with it.
+        """
+        process = self.process
+        old = process.options
+        before, after = process.session.flags, target.mount_flags
+        first = after if target.ro else before
+        try:
+            await self._set_flags(first)
+            await self._change_branches(target, branches)
+            try:
+                await self._set_flags(after)
+            except UserError:
+                await self._change_branches(old, branches)
+                raise
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._set_flags(before)
+            raise
+
+    async def _set_flags(self, flags: frozenset[str]) -> None:
+        session = self.process.session
+        if flags == session.flags:
+            return
+        try:
+            # After this: the mount may be another one only in what was asked for; `_changing` is held.
+            await trio.to_thread.run_sync(session.set_flags, flags)
+        except OSError as error:
+            place = os.fsdecode(self.process.mount_point)
+            if error.errno == errno.EBUSY and error.strerror == os.strerror(errno.EBUSY):
+                raise UserError(f"{place} is busy: {self._who(writing=True)}", ExitCode.FAILURE) from None
+            raise UserError(f"{place}: {error.strerror}", ExitCode.FAILURE) from None
+
+    async def _change_branches(self, target: MountOptions, branches: bool) -> None:
+        process, check = self.process, self.carrying.check_idle
+        if not branches and target.ro == process.options.ro:
+            return
+        check()
+        top = process.tree.branches[0]
+        specs: Sequence[BranchSpec] = target.branches
+        if not branches:
+            specs = rebranch.current_specs(process.tree.branches)
+            if target.ro or target.branches[0].perm is not None or top.perm is not Perm.RO:
+                await rebranch.set_read_only(process, target.ro, check)
+                return
+            # It was given no permission, and has that of a read-only mount.
+            specs = [replace(specs[0], perm=None), *specs[1:]]
+        await rebranch.set_branches(process, specs, check, target.ro)
 
     async def log_level(self, request: Request) -> dict[str, Any]:
         try:
@@ -290,16 +346,24 @@ class Commands:
             raise UserError(f"{place}: {error.strerror}", ExitCode.FAILURE) from None
         return {}
 
-    def _who(self) -> str:
-        """Who keeps the mount from being unmounted, as far as it is known here."""
+    def _who(self, writing: bool = False) -> str:
+        """Who keeps the mount from being unmounted, or from being made read-only, as far as it is known here."""
         handles = self.process.tree.handles
-        opened = [("open file", one.node, one.pid) for one in handles.files.values()]
-        opened += [("open directory", one.node, one.pid) for one in handles.dirs.values()]
+        opened = [
+            ("open file", one.node, one.pid)
+            for one in handles.files.values()
+            if not writing or one.flags & os.O_ACCMODE != os.O_RDONLY or one.node.parent is None
+        ]
+        if writing and not opened:
+            return "somebody writes to it"
+        opened += [("open directory", one.node, one.pid) for one in handles.dirs.values() if not writing]
         if not opened:
             return "somebody is in it, or something is mounted in it"
         what, node, pid = opened[0]
         more = f" and {len(opened) - 1} more" if len(opened) > 1 else ""
-        return f"{what} {os.fsdecode(reconfigure.path_of(node))} of process {pid}{more}"
+        removed = node.parent is None and node is not self.process.tree.root
+        path = "(removed)" if removed else os.fsdecode(reconfigure.path_of(node))
+        return f"{what} {path} of process {pid}{more}"
 
 
 def _options_text(request: Request, key: str) -> str:
@@ -307,6 +371,12 @@ def _options_text(request: Request, key: str) -> str:
     text = text_of(request, key)
     parse_mount_options(text)
     return text
+
+
+def _live(old: MountOptions, new: MountOptions) -> set[str]:
+    """The options that differ and can change while mounted; dirsync cannot (MS_RMT_MASK of the kernel)."""
+    live = _changed(old, new) & LIVE
+    return live - {"kernel_flags"} if "dirsync" in old.kernel_flags ^ new.kernel_flags else live
 
 
 def _changed(old: MountOptions, new: MountOptions) -> set[str]:

@@ -105,12 +105,9 @@ class MountProcess:
         self.tree = Tree(self.branches, _union_options(options), max_fds, all_fds)
         homes.load(self.tree)
         self.fs = UnionFs(self.tree, creds)
-        flags: set[str] = set(options.kernel_flags)
-        if options.ro:
-            flags.add("ro")
         self.control_path = ""  # of the socket that is served, once there is one
         self._endpoint = self._export()
-        self.session = Session(self.mount_point, self._source(), frozenset(flags), options.acl)
+        self.session = Session(self.mount_point, self._source(), options.mount_flags, options.acl)
         self.session.mount(dead)
         self.invalidator = Invalidator(
             self.session.notify, self.session.has_epochs, lambda: mounts_inside(self.session.connection)
@@ -329,6 +326,11 @@ class MountProcess:
         self.restart_coherence(mode)
         # After this: nothing is used any more; requests meanwhile were served in the new mode.
         await trio.to_thread.run_sync(self.invalidator.flush)
+
+    def set_read_only(self, ro: bool) -> None:
+        """Have the union refuse every change, or none; what that means for the branches is the caller's."""
+        self.options = self.options.model_copy(update={"ro": ro})
+        self.apply_union_options()
 
     def apply_union_options(self) -> None:
         """Have the union follow `options`, which have changed."""

@@ -16,7 +16,7 @@ import trio
 
 from udbad.branch import writelock
 from udbad.branch.accept import open_branches, prepare_writable
-from udbad.branch.branches import BranchSet, BranchSpec
+from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.config import edit_branches
 from udbad.errors import ExitCode, UserError
 from udbad.union import fsck, reconfigure
@@ -44,44 +44,47 @@ async def change_branches(
     return await set_branches(process, edit_branches(current_specs(process.tree.branches), edits), check)
 
 
-async def set_branches(process: MountProcess, specs: Sequence[BranchSpec], check: Callable[[], None]) -> BranchSet:
+async def set_branches(
+    process: MountProcess, specs: Sequence[BranchSpec], check: Callable[[], None], ro: bool | None = None
+) -> BranchSet:
     """Make these the branches, top first; returns the new set. One such change at a time.
 
-    check: called when all waiting is over, to raise UserError for what forbids it now.
+    check: called when all waiting is over, to raise UserError for what forbids it now. ro: whether the mount is to be
+    read-only, None: as it is.
     When this returns, every access sees the new union. Raises UserError: BRANCH for a branch that is
     refused, in use (the message names who uses it) or to be written to while another mount does so.
     """
     tree = process.tree
     old = tree.branches
-    fresh = open_branches(specs, process.options.ro, process.mount_point)
+    before = _written(old, process.options.ro)
+    ro = process.options.ro if ro is None else ro
+    fresh = open_branches(specs, ro, process.mount_point)
     try:
-        await _lock(process, fresh)
-        while process.operations.copyups:
-            # After this: another request may have started a copy-up; look again.
-            busy = next(iter(process.operations.copyups.values())).node.busy
-            if busy is not None:
-                await busy.wait()
+        await _lock(process, _written(fresh, ro))
+        await _no_copyups(process)
         check()
     except BaseException:
-        process.write_locks.keep(old.branches)
+        process.write_locks.keep(before)
         fresh.close()
         raise
     new = reconfigure.carry_over(old, fresh)
+    after = _written(new, ro)
     gone = reconfigure.removed(old, new)
     try:
         _check_unused(process, gone)
-        _prepare_new(process, old, new)
+        _prepare_new(process, before, after)
     except BaseException:
-        process.write_locks.keep(old.branches)
+        process.write_locks.keep(before)
         for branch in reconfigure.removed(new, old):
             branch.close()
         raise
     process.coherence.stop()
     reconfigure.apply(tree, new)
     process.branches = new
+    process.set_read_only(ro)
     process.restart_coherence()
-    _retire(old, new)
-    process.write_locks.keep(new.branches)
+    _retire(before, after)
+    process.write_locks.keep(after)
     for branch in gone:
         branch.close()
     log.info("branches are now %s", ":".join(branch.describe() for branch in new.branches))
@@ -90,14 +93,59 @@ async def set_branches(process: MountProcess, specs: Sequence[BranchSpec], check
     return new
 
 
-async def _lock(process: MountProcess, fresh: BranchSet) -> None:
+async def set_read_only(process: MountProcess, ro: bool, check: Callable[[], None]) -> None:
+    """Write to the branches no more (the kernel lets nobody begin to by now), or write to them from now on.
+
+    check: as for `set_branches`. Raises UserError (BRANCH), and then nothing has changed: in use, written to by another
+    mount, or cannot be written to.
+    """
+    branches = process.tree.branches
+    before, after = _written(branches, process.options.ro), _written(branches, ro)
+    try:
+        await _lock(process, after)
+        await _no_copyups(process)
+        if ro:
+            await _no_writers(process)
+        check()
+        _prepare_new(process, before, after)
+    except BaseException:
+        process.write_locks.keep(before)
+        raise
+    process.set_read_only(ro)
+    _retire(before, after)
+    process.write_locks.keep(after)
+
+
+def _written(branches: BranchSet, ro: bool) -> list[Branch]:
+    """The branches that a mount writes to; ro: one that is read-only has none, whatever their permissions are."""
+    return [] if ro else [branch for branch in branches.branches if branch.writable]
+
+
+async def _no_copyups(process: MountProcess) -> None:
+    while process.operations.copyups:
+        # After this: another request may have started a copy-up; look again.
+        busy = next(iter(process.operations.copyups.values())).node.busy
+        if busy is not None:
+            await busy.wait()
+
+
+async def _no_writers(process: MountProcess) -> None:
+    """The kernel tells of the close of a file after the fact (RELEASE). Raises UserError when that does not come."""
+    end = trio.current_time() + writelock.PATIENCE
+    while writers := [handle for handle in process.tree.handles.files.values() if handle.writable]:
+        if trio.current_time() >= end:
+            path = os.fsdecode(reconfigure.path_of(writers[0].node))
+            raise UserError(f"{path} is open for writing by process {writers[0].pid}", ExitCode.BRANCH)
+        # After this: requests were served.
+        await trio.sleep(_PAUSE)
+
+
+async def _lock(process: MountProcess, written: Sequence[Branch]) -> None:
     """Lock what is to be written to; what was locked before stays so. Raises UserError when another mount has it."""
-    if process.options.ro:
-        return
     end = trio.current_time() + writelock.PATIENCE
     while True:
         try:
-            process.write_locks.take(fresh.branches, 0.0)
+            process.write_locks.take(written, 0.0)
             return
         except UserError:
             if trio.current_time() >= end:
@@ -120,19 +168,19 @@ def _check_unused(process: MountProcess, gone: Sequence[object]) -> None:
             )
 
 
-def _prepare_new(process: MountProcess, old: BranchSet, new: BranchSet) -> None:
+def _prepare_new(process: MountProcess, before: Sequence[Branch], after: Sequence[Branch]) -> None:
     """Make branches that become writable ready for it."""
-    was_writable = {branch.id for branch in old.branches if branch.writable}
-    for branch in new.branches:
-        if branch.writable and branch.id not in was_writable and not process.options.ro:
+    known = {branch.id for branch in before}
+    for branch in after:
+        if branch.id not in known:
             if fsck.begin_writing(branch):
                 fsck.sweep_temporaries(branch.root_fd)
             prepare_writable(branch, process.options.plink)
 
 
-def _retire(old: BranchSet, new: BranchSet) -> None:
-    """Branches that were writable and are no more, or are gone, were left in order."""
-    writable = {branch.id for branch in new.branches if branch.writable}
-    for branch in old.branches:
-        if branch.writable and branch.id not in writable:
+def _retire(before: Sequence[Branch], after: Sequence[Branch]) -> None:
+    """Branches that were written to and are no more, or are gone, were left in order."""
+    written = {branch.id for branch in after}
+    for branch in before:
+        if branch.id not in written:
             fsck.end_writing(branch)

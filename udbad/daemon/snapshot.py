@@ -160,10 +160,11 @@ class Snapshot:
 
     def _branches(self, spaces: dict[int, Space | None]) -> Samples:
         branches = [branch for branch in self._process.tree.branches.branches if branch.id in spaces]
+        ro = self._process.options.ro
         known = [(text(branch.path), space) for branch in branches if (space := spaces[branch.id]) is not None]
         return {
             "udbad_branch_up": [((text(branch.path),), int(spaces[branch.id] is not None)) for branch in branches],
-            "udbad_branch_writable": [((text(branch.path),), int(branch.writable)) for branch in branches],
+            "udbad_branch_writable": [((text(branch.path),), int(branch.writable and not ro)) for branch in branches],
             "udbad_branch_free_bytes": [((path,), free) for path, (free, _) in known],
             "udbad_branch_size_bytes": [((path,), size) for path, (_, size) in known],
         }

@@ -18,6 +18,8 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 _MNT_DETACH: Final = 2
 _MS_REMOUNT: Final = 32
 _MS_BIND: Final = 4096
+_SUPERBLOCK_FLAGS: Final = {"ro": 1, "sync": 16, "lazytime": 1 << 25}
+"""Those of the superblock that a remount can change (MS_RMT_MASK); `ro` is one of the mount, too."""
 FS_TYPE: Final = b"fuse.udba"
 
 MOUNT_FLAGS: Final = {
@@ -160,9 +162,22 @@ def set_flags(fd: int, flags: Iterable[str]) -> None:
     fd: O_PATH, of its root (`opened`). Of this mount only: copies of it in other mount namespaces stay as they are.
     Raises OSError: EBUSY for ro while a file is open for writing.
     """
-    bits = _MS_REMOUNT | _MS_BIND
-    for flag in flags:
-        bits |= MOUNT_FLAGS[flag]
+    _remount(fd, _MS_BIND | sum(MOUNT_FLAGS[flag] for flag in flags))
+
+
+def set_all_flags(fd: int, flags: frozenset[str]) -> None:
+    """As `set_flags` and those of the superblock in the same step, which hold in other mount namespaces, too.
+
+    Without a flag for access times it is relatime. Writes back what is dirty: never on the event loop. Raises OSError:
+    EBUSY for ro while a file is open for writing, or open and removed, wherever the union is mounted.
+    """
+    known = MOUNT_FLAGS | _SUPERBLOCK_FLAGS
+    times = {"noatime", "strictatime", "relatime"}
+    _remount(fd, sum(known[flag] for flag in (flags if flags & times else flags | {"relatime"}) & known.keys()))
+
+
+def _remount(fd: int, bits: int) -> None:
+    bits |= _MS_REMOUNT
     if _libc.mount(None, b"/proc/self/fd/%d" % fd, None, ctypes.c_ulong(bits), None) != 0:
         raise _error(b"")
 

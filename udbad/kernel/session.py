@@ -128,12 +128,12 @@ class Session:
         self.mounted = False
 
     def set_flags(self, flags: frozenset[str]) -> None:
-        """Change the flags of the mount (names in mounts.MOUNT_FLAGS). In a thread: the way there may be slow.
+        """Change the flags of the mount and its superblock, all but dirsync. In a thread: the way there may be slow.
 
-        Raises OSError as `mounts.opened` and `mounts.set_flags`.
+        Raises OSError as `mounts.opened` and `mounts.set_all_flags`.
         """
         with mounts.opened(self.mount_point, self._id) as fd:
-            mounts.set_flags(fd, flags & mounts.MOUNT_FLAGS.keys())
+            mounts.set_all_flags(fd, flags)
         self.flags = flags
 
     async def serve(self, fast: FastPath) -> None:
