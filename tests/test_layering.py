@@ -202,3 +202,32 @@ def test_the_checker_finds(module: str, source: str) -> None:
 )
 def test_the_checker_allows(module: str, source: str) -> None:
     assert violations(source, module) == []
+
+
+TRUST = {"trusted", "ttl"}
+"""Of inodes.table.Dir: what lets the kernel keep what it was told."""
+GIVES_TRUST = ("udbad.coherence.base",)
+
+
+def assignments(source: str, names: set[str]) -> list[int]:
+    """Lines on which an attribute with one of these names is set, on anything but self."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del)) and node.attr in names:
+            if not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+                found.append(node.lineno)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_trust_is_given_and_lost_in_one_place(module: str) -> None:
+    """Which has the kernel forget in the same step (coherence/base.py)."""
+    found = assignments(MODULES[module].read_text(), TRUST)
+    assert bool(found) == (module in GIVES_TRUST), f"{module}: lines {found}"
+
+
+@pytest.mark.parametrize("source", ["node.trusted = False", "a.b.ttl = 0.0", "setattr(node, 'x', 1)", "del node.ttl"])
+def test_the_checker_finds_assignments(source: str) -> None:
+    assert assignments(source, TRUST) == [1]

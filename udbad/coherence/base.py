@@ -5,11 +5,16 @@ foreign, and decides two things: whether a directory's layers and view may be us
 branches (`Dir.trusted`), and how long the kernel may keep its entries and attributes (`Dir.ttl`,
 seconds). Nothing else in udbad looks at the mode. Trust is inherited: a directory is trusted only
 below a trusted one, since a branch directory may appear in any branch its parent is on.
+
+Of a directory that is not trusted the kernel holds nothing: no name, positive or negative, no listing, and no
+attributes, of it or of what is in it. Nobody would tell it when they are old. So trust is given and lost in this
+module alone, and whatever takes it away has the kernel forget in the same step.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,11 +88,8 @@ class Coherence:
         """(branch index, kind bits of coherence/watcher.py) to number of events."""
 
     def start(self) -> None:
-        """Take over a tree, freshly mounted or from another strategy: every known directory is judged anew."""
+        """Take over a tree, freshly mounted or handed over by another strategy: nothing in it is trusted yet."""
         self.tree.attach_hooks(self)
-        for node in list(self.tree.table.nodes.values()):
-            if type(node) is Dir:
-                node.believe_nothing()
         self.adopt(self.tree.root, False)
 
     async def run(self) -> None:
@@ -100,7 +102,12 @@ class Coherence:
         """Take notice of every direct change that has happened up to now; the notifier then has the rest."""
 
     def stop(self) -> None:
-        """Let go of everything held for the tree."""
+        """Let go of everything held for the tree, which is not used any more; else `hand_over`."""
+
+    def hand_over(self) -> None:
+        """Let go of a tree that goes on being used: nothing in it is trusted until another strategy has started."""
+        self._distrust_all()
+        self.stop()
 
     def mode_of(self, branch: Branch) -> str:
         """The mode that applies to a branch: its own, none for media that cannot change, else the mount's."""
@@ -110,6 +117,96 @@ class Coherence:
 
     def adopt(self, node: Dir, changed: bool) -> None:
         raise NotImplementedError
+
+    def judge(self, node: Dir, trusted: bool) -> None:
+        """Trust a directory from now on, or do not."""
+        if trusted:
+            node.trusted = True
+            node.ttl = FOREVER
+        elif node.trusted:
+            self.distrust(node)
+
+    def distrust(self, top: Dir) -> None:
+        """Have a directory, and every one below it, asked at its next use, which makes it trusted where it can be.
+
+        What the kernel has of those that were trusted it forgets; name by name, not by dropping the directory itself:
+        that may still be the same, and somebody may have mounted something below it.
+        """
+        waiting = [top]
+        while waiting:
+            node = waiting.pop()
+            was_trusted = node.trusted
+            self._lose(node)
+            if was_trusted:
+                self.expire_names(node)
+            for child in node.children.values():
+                if type(child) is Dir:
+                    waiting.append(child)
+                elif was_trusted:
+                    self._drop_file(child)
+        if top is self.tree.root:
+            self.adopt(top, False)  # nobody looks it up
+
+    def invalidate(self, path: Sequence[bytes]) -> int:
+        """Ask again about a path (names from the root down) and all below it; returns how many nodes that were."""
+        node: Node | None = self.tree.root
+        parent: Dir | None = None
+        for name in path:
+            parent = node if type(node) is Dir else None
+            node = None if parent is None else parent.children.get(name)
+        if parent is not None:
+            self._doubt(parent, path[-1])
+        if node is None:
+            return 0
+        if type(node) is Dir:
+            self.distrust(node)
+        waiting, count = [node], 0
+        while waiting:
+            node = waiting.pop()
+            count += 1
+            if type(node) is Dir:
+                waiting += node.children.values()
+            else:
+                self.notifier.data(node.id)
+        return count
+
+    def _doubt(self, node: Dir, name: bytes) -> None:
+        """A name may stand for something else than we and the kernel think."""
+        node.forget_names()
+        if node.trusted:
+            if node.negatives is not None:
+                node.negatives.discard(name)
+            self.notifier.expire(node.id, name)
+            self.tell_names(node)
+
+    def _distrust_all(self) -> None:
+        """`distrust` for everything there is, what has lost its name included; by an epoch, where there is one."""
+        epoch = self.notifier.everything()
+        for node in list(self.tree.table.nodes.values()):
+            if type(node) is not Dir:
+                self._drop_file(node)
+                continue
+            was_trusted = node.trusted
+            self._lose(node)
+            if epoch:
+                node.negatives = None
+            elif was_trusted:
+                self.expire_names(node)
+
+    def _lose(self, node: Dir) -> None:
+        """A directory is not trusted; the caller has its names dropped, if it was."""
+        node.forget_names()
+        if node.trusted:
+            node.trusted = False
+            node.ttl = 0.0
+            self.tell_names(node)
+
+    def _drop_file(self, node: Node) -> None:
+        """Have the kernel ask for the attributes of what is no directory, and for its pages when they are in use."""
+        if node.handles:
+            self.notifier.data(node.id)
+        elif node.nlookup:
+            self.notifier.attributes(node.id)
 
     def dropped(self, node: Node) -> None:
         pass
@@ -135,10 +232,12 @@ class Coherence:
     def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1) -> None:
         pass
 
-    def parted(self, node: Dir, name: bytes) -> None:
+    def parted(self, node: Dir, name: bytes, lost: Node | None = None) -> None:
         if node.ttl:
             self.notifier.entry(node.id, name)
             self.tell_names(node)
+            if lost is not None and lost.nlookup:
+                self.notifier.attributes(lost.id)
 
     def tell_names(self, node: Dir) -> None:
         """Have the kernel forget a directory's attributes, and its listing if it may have one.
@@ -150,6 +249,14 @@ class Coherence:
             node.nudge += 1
             node.listed = False  # until it is read anew
         self.notifier.attributes(node.id)
+
+    def moved_in(self, node: Dir, name: bytes) -> None:
+        # The kernel moves its dentry with the time-out that it had in another directory, which may have been trusted
+        # when the rename began (d_move()), and asks for no attribute but ctime (fuse_rename_common()).
+        self.notifier.expire(node.id, name)
+        child = node.children.get(name)
+        if child is not None and type(child) is not Dir:  # a directory was adopted in its new place
+            self._drop_file(child)
 
     def side_effect(self, node: Node) -> None:
         if node.nlookup and (node.parent is None or node.parent.ttl):
@@ -186,19 +293,7 @@ class Coherence:
 
         Every directory is asked again at its next use, which makes it trusted again where it can be.
         """
-        epoch = self.notifier.everything()
-        for node in list(self.tree.table.nodes.values()):
-            if type(node) is Dir:
-                node.believe_nothing()
-                if epoch:
-                    node.negatives = None
-                else:
-                    self.expire_names(node)
-                self.tell_names(node)
-            elif node.handles:
-                self.notifier.data(node.id)
-            else:
-                self.notifier.attributes(node.id)
+        self._distrust_all()
         self.adopt(self.tree.root, False)
 
     def attr_ttl(self, node: Node, st: os.stat_result) -> float:

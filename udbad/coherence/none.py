@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from udbad.coherence.base import FOREVER, Coherence
+from udbad.coherence.base import Coherence
 from udbad.inodes.table import Dir, Node
 
 
@@ -18,10 +18,8 @@ class NoneCoherence(Coherence):
 
     def adopt(self, node: Dir, changed: bool) -> None:
         parent = node.parent
-        node.trusted = (parent is None or parent.trusted) and all(
-            self.mode_of(layer.branch) == "none" for layer in node.layers
-        )
-        node.ttl = FOREVER if node.trusted else 0.0
+        above = parent is None or parent.trusted
+        self.judge(node, above and all(self.mode_of(layer.branch) == "none" for layer in node.layers))
 
     def keep_cache(self, node: Node, st: os.stat_result) -> bool:
         trusted = node.parent is not None and node.parent.trusted

@@ -21,7 +21,6 @@ import logging
 import os
 import stat as st_mod
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -30,6 +29,7 @@ from udbad.branch import syscalls
 from udbad.branch.branches import Branch
 from udbad.coherence.base import FOREVER, Coherence, CoherenceStatistics, KernelNotifier
 from udbad.coherence.watcher import CONTENT, GONE, NAMES, Change, Watcher, WatchLimit, watch_limit
+from udbad.inodes.handles import note_id_bits
 from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
 from udbad.union import homes, lookup, times, whiteout
@@ -142,15 +142,10 @@ class NotifyCoherence(Coherence):
     def adopt(self, node: Dir, changed: bool) -> None:
         parent = node.parent
         was = node.trusted
-        trusted = self._watcher is not None and (parent is None or parent.trusted)
-        if trusted:
-            trusted = self._watch(node)
-        node.trusted = trusted
-        node.ttl = FOREVER if trusted else 0.0
-        if was and not trusted:
-            self._distrust_below(node)
-        if changed:
-            self._drop_subtree(node)
+        trusted = self._watcher is not None and (parent is None or parent.trusted) and self._watch(node)
+        self.judge(node, trusted)
+        if changed and was and trusted and node.nlookup:
+            self._compare_below(node)  # merged from other branch directories now
 
     def _watch(self, node: Dir) -> bool:
         """Have every layer of a directory watched that needs it; False when that cannot be, or is not enough yet."""
@@ -227,7 +222,7 @@ class NotifyCoherence(Coherence):
                 continue
             self._unwatch(node_id)
             self._without.add(node_id)
-            self._lose(node)
+            self.distrust(node)
             evicted += 1
             if evicted >= _EVICT:
                 break
@@ -241,16 +236,6 @@ class NotifyCoherence(Coherence):
                 return True
             current = current.parent
         return False
-
-    def _lose(self, node: Dir) -> None:
-        """A directory lost its watch: from now on it is asked, and the kernel has to ask, too."""
-        node.believe_nothing()
-        self._distrust_below(node)
-        self._drop_subtree(node)
-
-    def _distrust_below(self, node: Dir) -> None:
-        for child in _directories_below(node):
-            child.believe_nothing()
 
     def _unwatch(self, node_id: int) -> None:
         entry = self._watched.pop(node_id, None)
@@ -400,7 +385,7 @@ class NotifyCoherence(Coherence):
             if entry is not None and entry.node is node:
                 entry.watches.pop(place.index, None)
                 if node.layer(place.index) is not None and not node.dead:
-                    self._lose(node)
+                    self.distrust(node)
             return
         if name.startswith(whiteout.RESERVED):
             if name != whiteout.OPAQUE:
@@ -429,6 +414,14 @@ class NotifyCoherence(Coherence):
 
     def _name_changed(self, node: Dir, name: bytes, kinds: int) -> None:
         """Compare a name with what was recorded; update the view, then tell the kernel what it must forget."""
+        try:
+            self._compare_name(node, name, kinds)
+        except OSError as error:
+            # ESTALE, EIO: believe nothing of it any more.
+            log.debug("cannot resolve %r: %s", name, error)
+            self.distrust(node)
+
+    def _compare_name(self, node: Dir, name: bytes, kinds: int) -> None:
         if node.dead:
             return  # removed through the mount: nothing is in it, and the kernel knows
         if not name:
@@ -438,17 +431,13 @@ class NotifyCoherence(Coherence):
             return  # nothing is cached of it
         if kinds & NAMES:
             node.muddle(name)
+            if len(node.layers) > 1 and lookup.count_links(self.tree, node):
+                self.notifier.attributes(node.id)
         child = node.children.get(name)
         if child is not None and not kinds & NAMES and self._content_changed(node, name, child, kinds):
             return
         known_layers = [layer.identity for layer in child.layers] if type(child) is Dir else None
-        try:
-            found = lookup.resolve(self.tree, node, name)
-        except OSError as error:
-            # ESTALE, EIO: believe nothing of it any more.
-            log.debug("cannot resolve %r: %s", name, error)
-            self._lose(node)
-            return
+        found = lookup.resolve(self.tree, node, name)
         if child is not None and kinds & NAMES and node.negatives is not None and name in node.negatives:
             # A listing came across the name before its event, and it did not fit into a reply.
             node.negatives.discard(name)
@@ -529,6 +518,8 @@ class NotifyCoherence(Coherence):
             self._echoes += 1
             return
         self._told[node.id] = now
+        if node.handles:
+            note_id_bits(node, st)
         if node.handles and (told is None or now is None or kinds & CONTENT or now[1:3] != told[1:3]):
             self.notifier.data(node.id)
         else:
@@ -552,22 +543,6 @@ class NotifyCoherence(Coherence):
             self._told[child.id] = None
         self.notifier.attributes(child.id)
 
-    def _drop_subtree(self, node: Dir) -> None:
-        """A directory is merged from other branch directories now, or is not trusted any more."""
-        if node.trusted:
-            if node.nlookup:  # else the kernel has never heard of it
-                self._compare_below(node)
-            return
-        # Name by name, not by dropping the directory itself: it may still be the same, and somebody may have
-        # mounted something below it. Own knowledge is asked again from the branches.
-        if node.parent is not None:
-            self.notifier.expire(node.parent.id, node.name)
-        self.tell_names(node)
-        self.expire_names(node)
-        for child in list(node.children.values()):
-            if type(child) is Dir and not child.trusted:
-                self._drop_subtree(child)
-
     def _compare_below(self, node: Dir) -> None:
         """Drop every name of a directory that its new layers have changed.
 
@@ -588,9 +563,9 @@ class NotifyCoherence(Coherence):
         log.warning("lost branch events (overflow %d); all caches dropped", self._overflows)
         self.drop_everything()
 
-    def drop_everything(self) -> None:
-        self._told.clear()
-        super().drop_everything()
+    def _drop_file(self, node: Node) -> None:
+        super()._drop_file(node)
+        self._told.pop(node.id, None)
 
     # -- reporting ----------------------------------------------------------------------------
 
@@ -616,13 +591,3 @@ class NotifyCoherence(Coherence):
             echoes=self._echoes,
             overflows=self._overflows,
         )
-
-
-def _directories_below(node: Dir) -> Iterator[Dir]:
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        for child in current.children.values():
-            if type(child) is Dir:
-                yield child
-                stack.append(child)

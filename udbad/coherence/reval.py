@@ -20,5 +20,7 @@ class RevalCoherence(Coherence):
     by_times = True
 
     def adopt(self, node: Dir, changed: bool) -> None:
-        node.trusted = False
-        node.ttl = 0.0
+        self.judge(node, False)
+
+    def moved_in(self, node: Dir, name: bytes) -> None:
+        pass  # out of another one that was never trusted

@@ -185,14 +185,8 @@ class Watcher:
 
     def take(self) -> None:
         """Hand on one burst; there may be more. Under a storm, all else must not wait for its end."""
-        if self._closed:
-            return
-        try:
+        if not self._closed:
             self._hand_on()
-        except Exception:
-            # Whatever went wrong, events may be lost: doubt widens.
-            log.exception("handling branch events failed")
-            self._on_overflow()
 
     def drain(self) -> None:
         """Hand on everything that has happened up to now, without waiting for the loop."""
@@ -204,9 +198,19 @@ class Watcher:
             remaining -= handled
 
     def _hand_on(self) -> int:
-        """One burst of events; how many there were."""
+        """One burst of events; 0 when there is none to read."""
         data = self._inotify.read()
         self.read_at = monotonic()
+        try:
+            return self._take_apart(data)
+        except Exception:
+            # Whatever went wrong, the rest of the burst is lost with it: doubt widens.
+            log.exception("handling branch events failed")
+            self._on_overflow()
+            return 1
+
+    def _take_apart(self, data: bytes) -> int:
+        """Hand on what read(2) brought; how many events that is."""
         expected = self._expected
         changes: list[Change] = []
         handled = at = 0

@@ -26,7 +26,6 @@ from udbad.daemon.control import Command, Request, path_of
 from udbad.daemon.logs import set_level
 from udbad.daemon.protocol import edits_of, flag_of, text_of
 from udbad.errors import ExitCode, UserError
-from udbad.inodes.table import Dir, Node
 from udbad.kernel.boundary import operations
 from udbad.types import Perm
 from udbad.union import explain, reconfigure
@@ -165,37 +164,9 @@ class Commands:
 
     async def invalidate(self, request: Request) -> dict[str, Any]:
         """Believe nothing that is cached about a path and what is below it; returns how many nodes that were."""
-        tree = self.process.tree
-        parts = path_of(request)
-        node: Node | None = tree.root
-        parent: Dir | None = None
-        for part in parts:
-            parent = node if type(node) is Dir else None
-            node = parent.children.get(part) if parent is not None else None
-        if parent is not None and parts:
-            parent.believe_nothing()
-            self.process.coherence.forget_negatives(parent)
-            self.process.invalidator.expire(parent.id, parts[-1])
-        count = 0 if node is None else self._invalidate(node)
+        count = self.process.coherence.invalidate(path_of(request))
         await trio.to_thread.run_sync(self.process.invalidator.flush)
         return {"nodes": count}
-
-    def _invalidate(self, top: Node) -> int:
-        notifier = self.process.invalidator
-        todo, count = [top], 0
-        while todo:
-            node = todo.pop()
-            count += 1
-            if type(node) is Dir:
-                node.believe_nothing()
-                self.process.coherence.expire_names(node)
-                todo += node.children.values()
-                self.process.coherence.tell_names(node)
-            else:
-                notifier.data(node.id)
-        if top is self.process.tree.root:
-            self.process.coherence.adopt(self.process.tree.root, False)
-        return count
 
     async def branches(self, request: Request) -> dict[str, Any]:
         """Apply (option, value) pairs of add, ins, append, prepend, del and mod; without any, list the branches."""

@@ -322,7 +322,7 @@ class MountProcess:
         if mode not in STRATEGIES:
             raise ValueError(f"unknown mode {mode!r}; known are {', '.join(STRATEGIES)}")
         log.info("coherence mode changes from %s to %s", self.coherence.name, mode)
-        self.coherence.stop()
+        self.coherence.hand_over()
         self.restart_coherence(mode)
         # After this: nothing is used any more; requests meanwhile were served in the new mode.
         await trio.to_thread.run_sync(self.invalidator.flush)
@@ -337,11 +337,10 @@ class MountProcess:
         self.tree.options = _union_options(self.options)
 
     def restart_coherence(self, mode: str | None = None) -> None:
-        """Begin anew with a strategy (None: the same one) that was stopped; nothing cached so far is believed."""
+        """Begin anew with a strategy (None: the same one) after one that has handed over."""
         strategy = STRATEGIES[mode or self.coherence.name]
         self.coherence = self.operations.coherence = self.fast.coherence = strategy(self.tree, self.invalidator)
         self.coherence.start()
-        self.coherence.drop_everything()
         self._changing_mode.cancel()
 
 

@@ -78,7 +78,7 @@ async def set_branches(
         for branch in reconfigure.removed(new, old):
             branch.close()
         raise
-    process.coherence.stop()
+    process.coherence.hand_over()
     reconfigure.apply(tree, new)
     process.branches = new
     process.set_read_only(ro)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat as st_mod
 
 from udbad.branch import syscalls
 from udbad.errors import os_error
@@ -20,10 +21,11 @@ class OpenFile:
     """One open(2) of a regular file. flags: as given by the caller; uid, gid, pid: who opened it.
 
     group: of the opener's supplementary groups the one that keeps the setgid bit, if any.
-    writable: whether `fd` may be written.
+    writable: whether `fd` may be written. id_bits: setuid and setgid bits that the file had when the kernel was told of
+    them; a write may take them away.
     """
 
-    __slots__ = ("fd", "fh", "flags", "gid", "group", "node", "pid", "uid", "writable")
+    __slots__ = ("fd", "fh", "flags", "gid", "group", "id_bits", "node", "pid", "uid", "writable")
 
     def __init__(self, fh: Fh, node: Node, fd: int, flags: int, caller: Caller, writable: bool) -> None:
         self.fh = fh
@@ -34,6 +36,7 @@ class OpenFile:
         self.gid = caller.gid
         self.pid = caller.pid
         self.group: int | None = None
+        self.id_bits = 0
         self.writable = writable
 
     def reopen(self, fd: int, writable: bool) -> None:
@@ -57,6 +60,15 @@ class OpenFile:
             os.dup2(opened, self.fd, inheritable=False)
             syscalls.close_quietly(opened)  # the other descriptor of it tells, when that is closed
         self.writable = writable and flags & os.O_ACCMODE != os.O_RDONLY
+
+
+ID_BITS = st_mod.S_ISUID | st_mod.S_ISGID
+
+
+def note_id_bits(node: Node, st: os.stat_result) -> None:
+    """The kernel asks for attributes of an open file anew, and will see these setuid and setgid bits."""
+    for handle in node.handles or ():
+        handle.id_bits = st.st_mode & ID_BITS
 
 
 class OpenDir:

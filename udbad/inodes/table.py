@@ -153,8 +153,8 @@ class Dir(Node):
 
     layers: branch directories in visible range, top first (spec section 4.1). floor: the lowest branch
     index at which something created here would be visible (opaque marks and whiteouts of this
-    directory and its ancestors). trusted: layers and view may be used without asking the branches,
-    decided by the coherence strategy; ttl: how long the kernel may keep entries of this directory.
+    directory and its ancestors). trusted: layers and view may be used without asking the branches;
+    ttl: how long the kernel may keep entries of this directory. Both are set by coherence/base.py alone.
     probes: branches asked for single names since the view was lost; load_at: how many cost less than loading it.
     view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again. unclear: what else is in
     the layers: names that have a whiteout, or that are in several layers, or had or were since the view was loaded
@@ -211,12 +211,10 @@ class Dir(Node):
         self.version = 0
         self.resolved = -1
 
-    def believe_nothing(self) -> None:
-        """Have the directory asked again at its next use, which makes it trusted where it can be."""
+    def forget_names(self) -> None:
+        """Drop what is known of the names in it. Whether its layers are trusted is another question."""
         self.view = None
         self.listing = None
-        self.trusted = False
-        self.ttl = 0.0
         self.times = None
         self.resolved = -1
 

@@ -293,11 +293,11 @@ class FastPath:
 
     # -- names --------------------------------------------------------------------------------
 
-    def _entry(self, node: Node, st: os.stat_result) -> bytes:
-        """An entry that the kernel takes a reference with."""
-        parent = node.parent
+    def _entry(self, parent: int, node: Node, st: os.stat_result) -> bytes:
+        """An entry of the directory `parent`, which need not be the node's: one of several links; with a reference."""
         node.nlookup += 1
-        return wire.entry(node, st, 0.0 if parent is None else parent.ttl, self.coherence.attr_ttl(node, st))
+        directory = self.fs.table.directory(parent)
+        return wire.entry(node, st, directory.ttl, self.coherence.attr_ttl(node, st))
 
     def _lookup(self, parent: int, size: int) -> bytes:
         fs = self.fs
@@ -313,7 +313,7 @@ class FastPath:
             raise OSError(errno.ENOENT, "")
         node = found[0]
         self._undo = lambda: fs.forget(node.id, 1)
-        return self._entry(node, found[1])
+        return self._entry(parent, node, found[1])
 
     def _unlink(self, parent: int, size: int) -> bytes:
         self.fs.unlink(parent, self._name(wire.BODY, size))
@@ -344,7 +344,7 @@ class FastPath:
             self.fs.forget(node.id, 1)
 
         self._undo = undo
-        return self._entry(node, st) + wire.OPENED.pack(handle.fh, 0, 0)
+        return self._entry(parent, node, st) + wire.OPENED.pack(handle.fh, 0, 0)
 
     # -- attributes ---------------------------------------------------------------------------
 

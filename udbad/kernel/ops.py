@@ -75,11 +75,10 @@ class Operations(pyfuse3.Operations):
         entry.attr_timeout = self.coherence.attr_ttl(node, st)
         return entry
 
-    def _entry(self, node: Node, st: os.stat_result) -> pyfuse3.EntryAttributes:
-        """An entry that the kernel takes a reference with."""
+    def _entry(self, parent: int, node: Node, st: os.stat_result) -> pyfuse3.EntryAttributes:
+        """An entry of the directory `parent`, which need not be the node's: one of several links; with a reference."""
         entry = self._attributes(node, st)
-        parent = node.parent
-        entry.entry_timeout = 0.0 if parent is None else parent.ttl
+        entry.entry_timeout = self.fs.table.directory(parent).ttl
         node.nlookup += 1
         return entry
 
@@ -195,7 +194,7 @@ class Operations(pyfuse3.Operations):
                 negative.entry_timeout = directory.ttl
                 return negative
             raise pyfuse3.FUSEError(errno.ENOENT)
-        return self._entry(found[0], found[1])
+        return self._entry(parent, found[0], found[1])
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for node_id, count in inode_list:
@@ -206,23 +205,27 @@ class Operations(pyfuse3.Operations):
         self, parent: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         caller = _caller(ctx)
-        return self._entry(*await self._perform(lambda: self.fs.mknod(parent, name, mode, rdev, caller), parent))
+        return self._entry(
+            parent, *await self._perform(lambda: self.fs.mknod(parent, name, mode, rdev, caller), parent)
+        )
 
     @handler
     async def mkdir(self, parent: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         caller = _caller(ctx)
-        return self._entry(*await self._perform(lambda: self.fs.mkdir(parent, name, mode & 0o7777, caller), parent))
+        return self._entry(
+            parent, *await self._perform(lambda: self.fs.mkdir(parent, name, mode & 0o7777, caller), parent)
+        )
 
     @handler
     async def symlink(
         self, parent: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         caller = _caller(ctx)
-        return self._entry(*await self._perform(lambda: self.fs.symlink(parent, name, target, caller), parent))
+        return self._entry(parent, *await self._perform(lambda: self.fs.symlink(parent, name, target, caller), parent))
 
     @handler
     async def link(self, node: int, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._entry(*await self._perform(lambda: self.fs.link(node, parent, name), parent))
+        return self._entry(parent, *await self._perform(lambda: self.fs.link(node, parent, name), parent))
 
     @handler
     async def unlink(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -233,7 +236,12 @@ class Operations(pyfuse3.Operations):
         await self._perform(lambda: self.fs.rmdir(parent, name), parent)
         if self.fs.tree.trash:
             trash, self.fs.tree.trash = self.fs.tree.trash, []
-            trio.lowlevel.spawn_system_task(_empty_trash, trash)
+            trio.lowlevel.spawn_system_task(self._empty_trash, trash, parent)
+
+    async def _empty_trash(self, trash: list[tuple[int, bytes]], parent: int) -> None:
+        # After this: nothing is used but the number, which may be that of another directory by now; it is asked again.
+        await trio.to_thread.run_sync(remove.empty_trash, trash)
+        self.fs.removed_later(parent)
 
     @handler
     async def rename(
@@ -278,7 +286,7 @@ class Operations(pyfuse3.Operations):
         caller = _caller(ctx)
         handle, st = await self._perform(lambda: self.fs.create(parent, name, flags, mode & 0o7777, caller), parent)
         self.coherence.keep_cache(handle.node, st)
-        return pyfuse3.FileInfo(fh=handle.fh), self._entry(handle.node, st)
+        return pyfuse3.FileInfo(fh=handle.fh), self._entry(parent, handle.node, st)
 
     @handler
     async def read(  # type: ignore[override]  # any buffer will do, and a copy into bytes costs
@@ -327,11 +335,11 @@ class Operations(pyfuse3.Operations):
         reply = pyfuse3.readdir_reply
         told: list[Node] = []
         begun = False
+        directory = self.fs.handles.directory(fh).node
         try:
             for name, node, st, after in self.fs.readdir(fh, start):
                 entry = self._attributes(node, st)
-                parent = node.parent
-                entry.entry_timeout = 0.0 if parent is None else parent.ttl
+                entry.entry_timeout = directory.ttl
                 if not reply(token, name, entry, after):
                     self.coherence.not_told(node)
                     self.fs.table.not_told(node)
@@ -382,10 +390,6 @@ class Operations(pyfuse3.Operations):
 
 
 _DOTS = (b".", b"..")
-
-
-async def _empty_trash(trash: list[tuple[int, bytes]]) -> None:
-    await trio.to_thread.run_sync(remove.empty_trash, trash)
 
 
 def _caller(ctx: pyfuse3.RequestContext) -> Caller:

@@ -300,7 +300,7 @@ def _settle(
             # The copy is a further name of a file that is known already: who asks next is led to that one, who has
             # the old one open keeps it.
             tree.table.detach(node, parent, name)
-            tree.hooks.parted(parent, name)
+            tree.hooks.parted(parent, name, node)
         tree.hooks.own_data(parent, True)
         tree.hooks.side_effect(parent)
     if node is None or other is not None:

@@ -155,6 +155,8 @@ def _copy_dir(tree: Tree, node: Dir, branch: Branch, parent_fd: int) -> int:
     _restore_times(parent_fd, (before.st_atime_ns, before.st_mtime_ns))
     if parent.view is not None:
         parent.view[node.name] = tuple(entry.branch.index for entry in layers)
+    lookup.count_links(tree, node)
+    lookup.count_links(tree, parent)
     tree.hooks.adopt(node, False)
     tree.hooks.side_effect(node)
     tree.hooks.side_effect(parent)
@@ -513,7 +515,7 @@ def _settle(
         for other in node.names():
             if other != (parent, name):
                 tree.table.detach(node, *other)
-                tree.hooks.parted(*other)
+                tree.hooks.parted(*other, node)
     if parent.view is not None:
         parent.view[name] = branch.index
     if as_link:

@@ -210,6 +210,7 @@ def mkdir(
     lookup.remember(parent, name, found)
     node, st = lookup.intern(tree, parent, name, found)
     assert type(node) is Dir
+    lookup.count_links(tree, parent)
     tree.hooks.own_change(parent, name)
     return node, st
 

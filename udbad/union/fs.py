@@ -20,7 +20,7 @@ from typing import Final, Literal, TypeVar
 from udbad.branch import syscalls
 from udbad.branch.credentials import Credentials, sgid_group
 from udbad.errors import erofs, estale, os_error
-from udbad.inodes.handles import OpenDir, OpenFile
+from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, note_id_bits
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Trigger
 from udbad.union import copyup, create, lookup, readdir, remove, rename, whiteout
@@ -114,7 +114,9 @@ class UnionFs:
                 raise
             raise estale() from None
         writable = flags & os.O_ACCMODE != os.O_RDONLY
-        return self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable), st
+        handle = self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable)
+        handle.id_bits = st.st_mode & ID_BITS
+        return handle, st
 
     def mknod(self, parent_id: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attributes:
         return create.mknod(self.tree, self.creds, self._changing(parent_id), name, mode, rdev, caller)
@@ -136,8 +138,20 @@ class UnionFs:
     def rmdir(self, parent_id: int, name: bytes) -> None:
         remove.rmdir(self.tree, self._changing(parent_id), name)
 
+    def removed_later(self, parent_id: int) -> None:
+        """What a removal in this directory had left for the background is done: the directory has changed again."""
+        node = self.table.nodes.get(parent_id)
+        if type(node) is Dir and not node.dead:
+            lookup.count_links(self.tree, node)
+            self.tree.hooks.side_effect(node)
+
     def rename(self, src_id: int, src: bytes, dst_id: int, dst: bytes, flags: int) -> None:
-        rename.rename(self.tree, self._changing(src_id), src, self._changing(dst_id), dst, flags)
+        src_dir, dst_dir = self._changing(src_id), self._changing(dst_id)
+        rename.rename(self.tree, src_dir, src, dst_dir, dst, flags)
+        if not dst_dir.trusted:
+            self.tree.hooks.moved_in(dst_dir, dst)
+        if flags & syscalls.RENAME_EXCHANGE and not src_dir.trusted:
+            self.tree.hooks.moved_in(src_dir, src)
 
     def _changing(self, parent_id: int) -> Dir:
         if self.tree.options.read_only:
@@ -187,7 +201,10 @@ class UnionFs:
             self.tree.hooks.own_data(node, content)
             if changes.mtime_ns is not None:
                 self.tree.hooks.own_mtime(node)
-            return node, os.fstat(fd)
+            st = os.fstat(fd)
+            if node.handles:
+                note_id_bits(node, st)
+            return node, st
         finally:
             if owned:
                 os.close(fd)
@@ -322,10 +339,13 @@ class UnionFs:
                 self.tree.hooks.before_own(node)
                 self._cut(fd, 0, caller, st)
                 self.tree.hooks.own_data(node, True)
-                st = os.fstat(fd)
+                before, st = st, os.fstat(fd)
+                if (before.st_mode ^ st.st_mode) & ID_BITS:
+                    self._id_bits_went(node, st)
             handle = self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable)
             if writing:
                 handle.group = sgid_group(caller, st)
+                handle.id_bits = st.st_mode & ID_BITS
             return handle, st
         except BaseException:
             syscalls.close_quietly(fd)
@@ -377,7 +397,20 @@ class UnionFs:
         else:
             count = os.pwrite(handle.fd, data, offset)
         hooks.own_data(handle.node, True, None, handle.fd)
+        if handle.id_bits:
+            st = os.fstat(handle.fd)
+            if st.st_mode & ID_BITS != handle.id_bits:
+                self._id_bits_went(handle.node, st)
         return count
+
+    def _id_bits_went(self, node: Node, st: os.stat_result) -> None:
+        """The branch took setuid or setgid away with new content (file_remove_privs()).
+
+        The kernel does not ask for the mode after a WRITE or an OPEN that truncates (fuse_write_update_attr(),
+        fuse_truncate_update_attr()), as it leaves taking the bits away to us (FUSE_HANDLE_KILLPRIV).
+        """
+        note_id_bits(node, st)
+        self.tree.hooks.side_effect(node)
 
     def release(self, fh: int) -> None:
         handle = self.handles.remove_file(fh)
@@ -432,24 +465,14 @@ class UnionFs:
         self.table.forget(node_id, count)
 
     def recover(self, node_id: int) -> None:
-        """A branch changed underneath: forget what is believed about a directory and its ancestors, ask again.
+        """A branch changed underneath: ask the branches about a directory and its ancestors, trusted or not.
 
         Raises OSError: ESTALE when the directory is dead, ENOENT when it is gone.
         """
         node = self.table.directory(node_id)
         if node.dead:
             raise estale()  # no name to ask by; the kernel looks the path up again, which may lead elsewhere by now
-        chain: list[Dir] = []
-        current: Dir | None = node
-        while current is not None:
-            chain.append(current)
-            current = current.parent
-        trusted = [entry for entry in chain if entry.trusted]
-        for entry in chain:
-            entry.believe_nothing()
-        lookup.refresh(self.tree, node)
-        for entry in reversed(trusted):
-            self.tree.hooks.adopt(entry, True)
+        lookup.ask_again(self.tree, node)
 
     def run(self, operation: Callable[[], T]) -> T:
         """Perform an operation with the copy-ups it needs, all in this thread (for tests)."""

@@ -18,7 +18,7 @@ from udbad.branch.branches import Branch
 from udbad.errors import enoent
 from udbad.inodes.table import LOAD_AT_LEAST, Dir, Layer, Node
 from udbad.union import homes, times, whiteout
-from udbad.union.tree import Tree
+from udbad.union.tree import Tree, lower_links
 from udbad.union.view import load_view
 
 _S_IFDIR = st_mod.S_IFDIR
@@ -214,9 +214,24 @@ def adopt(tree: Tree, node: Dir, found: Found, floor: int) -> None:
     if lowest != node.floor:
         node.floor = lowest
         node.version = tree.next_version()  # the children's floors follow from it
-    node.nlink_extra = sum(max(layer.nlink - 2, 0) for layer in new[1:]) if len(new) > 1 else 0
+    if len(new) > 1 or node.nlink_extra:
+        node.nlink_extra = lower_links(new)
     tree.inomap.alias(top.dev, top.ino, node.id)
     tree.hooks.adopt(node, changed)
+
+
+def count_links(tree: Tree, node: Dir) -> bool:
+    """A branch directory of this one got or lost a subdirectory: see how many there are now. True when it shows."""
+    layers = node.layers
+    if len(layers) == 1:
+        return False
+    for layer in layers[1:]:
+        try:
+            layer.nlink = os.fstat(layer.fd if layer.fd >= 0 else tree.layer_fd(node, layer)).st_nlink
+        except OSError:
+            pass  # gone from where it was; as it was last seen, then
+    before, node.nlink_extra = node.nlink_extra, lower_links(layers)
+    return node.nlink_extra != before
 
 
 def intern(tree: Tree, parent: Dir, name: bytes, found: Found) -> tuple[Node, os.stat_result]:
@@ -296,9 +311,12 @@ def _intern_home(tree: Tree, parent: Dir, name: bytes, st: os.stat_result, home:
 
 def _attach(tree: Tree, node: Node, parent: Dir, name: bytes) -> None:
     old = parent.children.get(name)
+    above, before = node.parent, node.name
     tree.table.attach(node, parent, name)
     if old is not None and old is not node:
-        tree.hooks.parted(parent, name)
+        tree.hooks.parted(parent, name, old)
+    if type(node) is Dir and above is not None and (above is not parent or before != name):
+        tree.hooks.parted(above, before)  # moved directly; its event will find nothing to tell
 
 
 def _intern_dir(tree: Tree, parent: Dir, name: bytes, found: Found) -> Dir:
@@ -342,9 +360,36 @@ def refresh(tree: Tree, node: Dir) -> None:
     while current is not None and not current.trusted and current is not tree.root:
         chain.append(current)
         current = current.parent
+    root = tree.root
+    if current is root and not root.trusted:  # nobody looks it up
+        if not tree.hooks.by_times:
+            tree.hooks.adopt(root, False)
+            count_links(tree, root)
+        elif not times.unchanged(tree, root):
+            count_links(tree, root)
+    _resolve_chain(tree, chain)
+
+
+def ask_again(tree: Tree, node: Dir) -> None:
+    """Resolve a directory and every one above it anew, whether they are trusted or not. Raises ENOENT when it is gone.
+
+    Whether they are trusted stays as it is, unless the strategy judges otherwise by what is found. What the kernel
+    has of them is for it to know, too.
+    """
+    chain: list[Dir] = []
+    current: Dir | None = node
+    while current is not None:
+        current.forget_names()
+        if current is not tree.root:
+            chain.append(current)
+        current = current.parent
+    count_links(tree, tree.root)
+    _resolve_chain(tree, chain)
+
+
+def _resolve_chain(tree: Tree, chain: list[Dir]) -> None:
+    """Find the layers of directories, each in the next one of `chain`, from the last to the first."""
     by_times = tree.hooks.by_times
-    if by_times and current is not None:
-        times.unchanged(tree, current)
     for entry in reversed(chain):
         parent = entry.parent
         above = None if parent is None else parent.parent
@@ -451,4 +496,4 @@ def forget_name(tree: Tree, parent: Dir, name: bytes) -> None:
     node = parent.children.get(name)
     if node is not None:
         tree.table.detach(node, parent, name)
-        tree.hooks.parted(parent, name)
+        tree.hooks.parted(parent, name, node)

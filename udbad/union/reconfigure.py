@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from udbad.branch.branches import Branch, BranchSet
 from udbad.inodes.table import Dir, Layer, Node
 from udbad.union import homes
-from udbad.union.tree import Tree
+from udbad.union.tree import Tree, lower_links
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,7 @@ def _rebuild_root(tree: Tree, new: BranchSet) -> None:
     root.layers = layers
     root.branch, root.dev, root.ino = layers[0].branch, layers[0].dev, layers[0].ino
     root.floor = len(new) - 1
+    root.nlink_extra = lower_links(layers)
 
 
 def _rebuild_directory(tree: Tree, node: Dir, by_id: dict[int, Branch]) -> None:

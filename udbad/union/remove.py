@@ -141,6 +141,7 @@ def rmdir(tree: Tree, parent: Dir, name: bytes) -> None:
     tree.table.detach(node, parent, name)
     bury(tree, node)
     lookup.remember(parent, name, None)
+    lookup.count_links(tree, parent)
     tree.hooks.own_change(parent, name)
 
 

@@ -55,9 +55,9 @@ def rename(tree: Tree, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, flags
             raise enoent()
         _exchange(tree, src_dir, src, source, src_node, dst_dir, dst, found, dst_node)
         if known[1] not in (None, dst_node):
-            tree.hooks.parted(src_dir, src)
+            tree.hooks.parted(src_dir, src, known[1])
         if known[0] not in (None, src_node):
-            tree.hooks.parted(dst_dir, dst)
+            tree.hooks.parted(dst_dir, dst, known[0])
         return
     _check_types(tree, src_node, dst_node)
     if src_node is dst_node:
@@ -171,6 +171,8 @@ def _moved(
         tree.table.attach(node, dst_dir, dst)
         _resettle(tree, src_dir, src)
         _resettle(tree, dst_dir, dst)
+        lookup.count_links(tree, src_dir)
+        lookup.count_links(tree, dst_dir)
         return
     tree.hooks.own_event(src_dir, branch, src, MOVED_FROM)
     tree.hooks.own_event(dst_dir, branch, dst, MOVED_TO)
@@ -230,6 +232,8 @@ def _exchange(
     tree.table.attach(dst_node, src_dir, src)
     _resettle(tree, src_dir, src)
     _resettle(tree, dst_dir, dst)
+    lookup.count_links(tree, src_dir)
+    lookup.count_links(tree, dst_dir)
 
 
 def lookup_again(tree: Tree, parent: Dir, name: bytes) -> Found:

@@ -90,11 +90,15 @@ class Hooks(Protocol):
         st: its attributes now, if they are known. fd: a descriptor of it, if there is one.
         """
 
-    def parted(self, node: Dir, name: bytes) -> None:
+    def parted(self, node: Dir, name: bytes, lost: Node | None = None) -> None:
         """This name stands for another object than before, or for none, without an operation on it.
 
         A link left behind; or a direct change that was found before its event came, which then finds nothing to tell.
+        lost: what had the name, and may be open still.
         """
+
+    def moved_in(self, node: Dir, name: bytes) -> None:
+        """An operation through the mount gave an object this name, in a directory that is not trusted."""
 
     def side_effect(self, node: Node) -> None:
         """Attributes of this node changed without the kernel knowing (a directory during a copy-up)."""
@@ -141,6 +145,11 @@ def is_object(node: Node, st: os.stat_result) -> bool:
     return st.st_ino == node.ino and st.st_dev == node.dev and st_mod.S_IFMT(st.st_mode) == node.kind
 
 
+def lower_links(layers: list[Layer]) -> int:
+    """What the layers below the top one add to st_nlink: one for each subdirectory (spec section 4.3)."""
+    return sum(max(layer.nlink - 2, 0) for layer in layers[1:])
+
+
 class Tree:
     """One mounted union. Event loop only; see union/fs.py for the locking rule."""
 
@@ -172,6 +181,7 @@ class Tree:
             self.inomap.number(st.st_dev, st.st_ino)  # file systems are numbered in branch order
             layers.append(Layer(branch, st.st_dev, st.st_ino, st.st_nlink, branch.root_fd))
         root = Dir(ROOT_ID, layers)
+        root.nlink_extra = lower_links(layers)
         root.floor = len(branches) - 1
         root.nlookup = 1
         self.root = root
@@ -318,7 +328,7 @@ class Tree:
             raise estale()
         lost = node.parent, node.name
         self.table.detach(node, *lost)
-        self.hooks.parted(*lost)
+        self.hooks.parted(*lost, node)
 
     def move_data(self, node: Node, branch: Branch, st: os.stat_result, fd: int) -> None:
         """From now on the data of a node that is no directory is another object, and its open files go there with it.
