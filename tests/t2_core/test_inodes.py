@@ -375,9 +375,13 @@ def test_an_orphan_lets_its_descriptor_go() -> None:
 # -- inode numbers --------------------------------------------------------------------------------
 
 LIMIT = 1 << 48
+SHORT = 1 << 32
+SPARE = SHORT - (1 << 24)
+EDGES = [LIMIT, SHORT, SPARE, *(1 << bits for bits in (24, 30, 31)), *((1 << bits) - (1 << 24) for bits in (30, 31))]
 INODES = st.one_of(
-    st.integers(0, 20), st.integers(LIMIT - 3, LIMIT + 3), st.sampled_from([1 << 63, (1 << 64) - 1]), st.integers(2)
-)
+    st.integers(0, 20), st.builds(int.__add__, st.sampled_from(EDGES), st.integers(-3, 3)),
+    st.sampled_from([1 << 63, (1 << 64) - 1]), st.integers(2),
+)  # fmt: skip
 IDENTITIES = st.tuples(st.integers(0, 4), INODES.filter(lambda ino: ino < 1 << 64))
 SETS = st.lists(IDENTITIES, unique=True, min_size=1, max_size=30)
 
@@ -386,12 +390,13 @@ def is_number(number: int) -> bool:
     return 1 < number < 1 << 64
 
 
-@given(SETS, st.randoms(use_true_random=False))
-def test_numbers_are_unique_and_stable(identities: list[Identity], random: Any) -> None:
-    numbers = InoMap()
+@given(SETS, st.integers(1, 100), st.randoms(use_true_random=False))
+def test_numbers_are_unique_and_stable(identities: list[Identity], file_systems: int, random: Any) -> None:
+    numbers = InoMap(file_systems)
     first = {identity: numbers.number(*identity) for identity in identities}
     assert all(map(is_number, first.values()))
     assert len(set(first.values())) == len(first)
+    assert all(numbers.branch_ino(first[dev, ino]) == (ino if 1 < ino < LIMIT else 0) for dev, ino in identities)
     random.shuffle(identities)
     assert {identity: numbers.number(*identity) for identity in identities} == first
 
@@ -404,10 +409,31 @@ def test_only_what_does_not_fit_costs_memory(identities: list[Identity]) -> None
     assert len(numbers) == sum(not 1 < ino < LIMIT for _, ino in identities)
 
 
-@given(st.lists(st.integers(2, LIMIT - 1), min_size=1))
+@given(st.lists(st.integers(2, LIMIT - 1) | st.integers(SPARE - 3, SPARE) | st.integers(SHORT, SHORT + 3), min_size=1))
 def test_one_file_system_keeps_its_own_numbers(inodes: list[int]) -> None:
+    """But for the last ones below 2**32, which are the spare ones."""
     numbers = InoMap()
+    inodes = [ino for ino in inodes if not SPARE <= ino < SHORT]
     assert [numbers.number(7, ino) for ino in inodes] == inodes
+
+
+@given(st.integers(1, 64), st.data())
+def test_short_numbers_stay_short_and_as_they_are_when_file_systems_are_added(few: int, data: st.DataObject) -> None:
+    """Below 2**32 with as many bits for each file system as there are file systems for."""
+    for file_systems, size in ((few, (1 << 32 - (few - 1).bit_length()) - (1 << 24)), (64, (1 << 26) - (1 << 24))):
+        inodes = data.draw(st.lists(st.integers(2, size - 1), min_size=1, max_size=5))
+        less, more = InoMap(few), InoMap(file_systems)
+        for ino in inodes:
+            numbers = [less.number(dev, ino) for dev in range(few)]
+            assert numbers == [more.number(dev, ino) for dev in range(few)]
+            assert max(numbers) < SHORT
+
+
+def test_spare_numbers_are_short_until_they_are_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = InoMap(2)
+    assert numbers.fresh(1, 2) == SPARE
+    monkeypatch.setattr(numbers, "_next_spare", SHORT - 3)
+    assert [numbers.fresh(1, ino) for ino in range(3, 7)] == [SHORT - 3, SHORT - 2, 1 << 63, (1 << 63) + 1]
 
 
 @given(SETS, st.data())

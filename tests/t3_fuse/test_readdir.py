@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.mount import Mount, UnionFactory
-from tests.t3_fuse.live import errno_of, modes
+from tests.t3_fuse.live import errno_of, file_system, modes
 
 pytestmark = pytest.mark.fuse
 
@@ -96,6 +96,35 @@ def test_d_ino_is_st_ino(union: UnionFactory, tmp_path: Path, udba: str) -> None
     with opened(mount.path / "dir-both") as fd:
         dots = {name: inode for name, inode, _, _ in read_all(fd)}
     assert dots == {b".": before["dir-both"], b"..": os.stat(mount.path).st_ino}
+
+
+@modes
+def test_numbers_for_programs_without_large_files(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """An inode number or a position of more than 32 bits is EOVERFLOW for them, and the directory cannot be listed.
+
+    Two file systems that number from the same start: no number comes twice.
+    """
+    with file_system(tmp_path / "top", "tmpfs"), file_system(tmp_path / "base", "tmpfs"):
+        for branch in ("top", "base"):
+            for number in range(100):
+                (tmp_path / branch / f"{branch}{number}").mkdir()
+                (tmp_path / branch / f"{branch}{number}" / "f").touch()
+        mount = union(None, udba)
+        found = set()
+        for _ in range(3):
+            with opened(mount.path) as fd:
+                records = list(read_all(fd))
+            assert max(offset for *_, offset in records) < 1 << 31
+            assert len({offset for *_, offset in records}) == len(records) == 202
+        for name in os.listdir(mount.path):
+            found |= {(mount.path / name).stat().st_ino, (mount.path / name / "f").stat().st_ino}
+        assert len(found) == 400
+        assert max(found) < 1 << 32
+        (mount.path / "base0/f").write_text("copied up")
+        (mount.path / "new").touch()
+        assert {(mount.path / name).stat().st_ino for name in ("base0/f", "new")} - found
+        assert (mount.path / "new").stat().st_ino < 1 << 32
+        assert (mount.path / "base0/f").stat().st_ino in found
 
 
 @modes
@@ -198,6 +227,7 @@ def test_positions_hold_in_a_huge_changing_directory(union: UnionFactory, tmp_pa
             assert len(stable) == MANY
             assert {name for name, *_ in stable} == wanted
             assert len({offset for *_, offset in records}) == len(records)
+            assert max(offset for *_, offset in records) < 1 << 31, "for an off_t of 32 bits"
             rng = random.Random(0)
             for _ in range(1000):
                 place = rng.randrange(len(records) - 1)

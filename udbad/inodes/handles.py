@@ -74,17 +74,17 @@ def note_id_bits(node: Node, st: os.stat_result) -> None:
 class OpenDir:
     """One opendir(3): a private snapshot of names, taken at the first read (spec section 5).
 
-    number: of the snapshot, part of every offset in it. cached: the kernel may answer from a listing of its own.
+    base: the position at which the snapshot begins. cached: the kernel may answer from a listing of its own.
     """
 
-    __slots__ = ("cached", "fh", "hits", "names", "node", "number", "pid")
+    __slots__ = ("base", "cached", "fh", "hits", "names", "node", "pid")
 
     def __init__(self, fh: Fh, node: Dir, pid: int) -> None:
         self.fh = fh
         self.pid = pid
         self.node = node
         self.names: list[bytes] | None = None
-        self.number = 0
+        self.base = 0
         self.cached = False
         self.hits: dict[bytes, int | tuple[int, ...] | None] = {}
 

@@ -1,40 +1,48 @@
-"""Inode numbers of the mount: (st_dev, st_ino) of a branch object to one stable 64 bit number.
+"""Inode numbers of the mount: (st_dev, st_ino) of a branch object to one stable number.
 
-Layout, the same idea as gocryptfs' inomap: bits 48 to 62 are a small index of the branch file system
-in order of appearance, bits 0 to 47 its own inode number. So numbers cost no memory, hold for the
-life of the mount, and on a union of one file system are the numbers people know. What does not fit
-(an inode above 2**48, a clash) gets a number with the spill bit 63 set and an entry in a table, and
-so does every object that inherits another one's number: a copied-up file keeps the number that its
-lower copy had (spec section 10.1).
+They are below 2**32 as long as those of the branches are, because stat(2) of a program without large files knows no
+others (EOVERFLOW): the 32 bits are divided into as many equal areas as there are file systems at the mount (a power of
+two of them). An object has its own number in the area of its file system. Areas are taken in bit-reversed order (none,
+the upper half, the second quarter, the fourth, …), so that a number that fits stays the same when a file system more
+divides them again. What does not fit gets `[file system index + 1 | its number]`, from bit 48 on. So numbers cost no
+memory, are never given twice, hold in the next mount, and on a union of one file system are the numbers people know.
+
+What fits nowhere (an inode above 2**48), and an object whose number is still another one's, gets a spare number and an
+entry in a table, and so does every object that inherits another one's number: a copied-up file keeps the number that
+its lower copy had (spec section 10.1). Spare ones are the last 2**24 below 2**32, then those from 2**63 on.
 
 Invariant: 0 and 1 are never handed out; 1 is the root of the mount.
 """
 
 from __future__ import annotations
 
+_SHORT_BITS = 32
+_SHORT = 1 << _SHORT_BITS
+_SPARE = _SHORT - (1 << 24)
+_MIN_AREA_BITS = 26
 _INO_BITS = 48
 _INO_LIMIT = 1 << _INO_BITS
-_MAX_FS = 1 << 15
+_MAX_FS = (1 << 15) - 1
 _SPILL = 1 << 63
 
 Identity = tuple[int, int]
 """(st_dev, st_ino): who a branch object is, valid while something keeps the inode from being reused."""
 
 
-def branch_ino(number: int) -> int:
-    """The branch's own inode number that a number of the mount was computed from; 0 for one out of the table."""
-    return number & (_INO_LIMIT - 1) if number < _SPILL else 0
-
-
 class InoMap:
     """Numbers for branch objects. No I/O, no locking: used from the event loop only."""
 
-    __slots__ = ("_base", "_exceptions", "_next_spill")
+    __slots__ = ("_area_bits", "_base", "_exceptions", "_index", "_limit", "_next_spare")
 
-    def __init__(self) -> None:
+    def __init__(self, file_systems: int = 1) -> None:
+        """file_systems: how many the branches of the mount are on at its start; more may come."""
+        self._area_bits = max(_SHORT_BITS - (file_systems - 1).bit_length(), _MIN_AREA_BITS)
+        self._limit = (1 << self._area_bits) - (_SHORT - _SPARE)
+        """From here on a branch's number does not fit into an area; less than its size, for the last has the spares."""
         self._base: dict[int, int] = {}
+        self._index: dict[int, int] = {}
         self._exceptions: dict[Identity, int] = {}
-        self._next_spill = _SPILL + 2
+        self._next_spare = _SPARE
 
     def number(self, dev: int, ino: int) -> int:
         """The mount's inode number of a branch object; the same until `drop` or `alias` says otherwise."""
@@ -46,10 +54,26 @@ class InoMap:
         if base is None:
             if len(self._base) >= _MAX_FS:
                 return self.fresh(dev, ino)
-            base = self._base[dev] = len(self._base) << _INO_BITS
-        if 1 < ino < _INO_LIMIT:
+            base = self._add(dev)
+        if 1 < ino < self._limit:
             return base + ino
-        return self.fresh(dev, ino)
+        if not 1 < ino < _INO_LIMIT:
+            return self.fresh(dev, ino)
+        index = self._index[dev]
+        return ino if index == 0 and ino >= _SHORT else index + 1 << _INO_BITS | ino
+
+    def _add(self, dev: int) -> int:
+        """Where the numbers of one more file system begin."""
+        index = self._index[dev] = len(self._index)
+        area = int(f"{index:0{_SHORT_BITS}b}"[::-1], 2)
+        base = self._base[dev] = area if index < 1 << _SHORT_BITS - self._area_bits else index + 1 << _INO_BITS
+        return base
+
+    def branch_ino(self, number: int) -> int:
+        """The branch's own inode number that a number of the mount is computed from; 0 for a spare one."""
+        if number >= _SPILL or _SPARE <= number < _SHORT:
+            return 0
+        return number & ((1 << (self._area_bits if number < _SHORT else _INO_BITS)) - 1)
 
     def alias(self, dev: int, ino: int, number: int) -> None:
         """Let this object answer with a number that already exists (copy-up, a new upper directory)."""
@@ -58,8 +82,8 @@ class InoMap:
 
     def fresh(self, dev: int, ino: int) -> int:
         """A number nobody had before, because the computed one is taken by an object still in use."""
-        number = self._exceptions[(dev, ino)] = self._next_spill
-        self._next_spill += 1
+        number = self._exceptions[(dev, ino)] = self._next_spare
+        self._next_spare = _SPILL if number == _SHORT - 2 else number + 1  # 2**32 - 1 is -1 to some
         return number
 
     def drop(self, dev: int, ino: int) -> None:

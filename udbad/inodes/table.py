@@ -148,6 +148,13 @@ Hit = int | tuple[int, ...]
 """What a view knows of a name: branch index of a non-directory, all branch indices of a directory."""
 
 
+Listing = tuple[int, int, list[bytes] | None]
+"""A snapshot of a directory: the position it begins at, how many names it has, and these unless they were let go."""
+
+POSITIONS = (0, 1 << 31)
+"""Within these are the positions in listings: more, and programs with an off_t of 32 bits get EOVERFLOW."""
+
+
 class Dir(Node):
     """A directory of the mount.
 
@@ -162,8 +169,9 @@ class Dir(Node):
     the kernel was told not to exist, and may remember. times, version, resolved: of a directory that is not
     trusted, the times its branch directories had when it was last asked (None: they tell nothing), a number that is
     raised when they differ, and its parent's number when its own layers were found. listed: the kernel may have a
-    listing; cached_opens: handles that may be answered from it; listing: number and names of the snapshot that it
-    was made from; nudge: nanoseconds added to mtime so that the kernel looks again.
+    listing; cached_opens: handles that may be answered from it; listings: snapshots that a position may belong to,
+    newest last; room: where positions of the next one may lie; nudge: nanoseconds added to mtime so that the kernel
+    looks again.
     """
 
     __slots__ = (
@@ -173,13 +181,14 @@ class Dir(Node):
         "hot",
         "layers",
         "listed",
-        "listing",
+        "listings",
         "load_at",
         "negatives",
         "nudge",
         "opaque",
         "probes",
         "resolved",
+        "room",
         "times",
         "trusted",
         "ttl",
@@ -205,7 +214,8 @@ class Dir(Node):
         self.hot = True
         self.listed = False
         self.nudge = 0
-        self.listing: tuple[int, list[bytes]] | None = None
+        self.listings: tuple[Listing, ...] = ()
+        self.room = POSITIONS
         self.cached_opens = 0
         self.times: list[int] | None = None
         self.version = 0
@@ -214,7 +224,6 @@ class Dir(Node):
     def forget_names(self) -> None:
         """Drop what is known of the names in it. Whether its layers are trusted is another question."""
         self.view = None
-        self.listing = None
         self.times = None
         self.resolved = -1
 

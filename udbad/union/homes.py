@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch
-from udbad.inodes.inomap import branch_ino
 from udbad.inodes.table import Dir, Node, Plink
 from udbad.union import origin, whiteout
 from udbad.union.origin import Place
@@ -116,21 +115,21 @@ def own_number(tree: Tree, st: os.stat_result) -> int:
 # -- homes that come and go -------------------------------------------------------------------------
 
 
-def _inos(plink: Plink) -> set[int]:
+def _inos(tree: Tree, plink: Plink) -> set[int]:
     """Of the home and its source, and of the file that its number in the mount comes from, that nobody else gets it."""
     said = origin.parse(plink.name)
-    return {plink.source_ino, plink.identity[1], *([branch_ino(said.number)] if said else [])}
+    return {plink.source_ino, plink.identity[1], *([tree.inomap.branch_ino(said.number)] if said else [])}
 
 
 def remember(tree: Tree, plink: Plink) -> None:
     """Let what is found later lead to this home."""
-    for ino in _inos(plink):
+    for ino in _inos(tree, plink):
         tree.plinks.setdefault(ino, []).append(plink)
 
 
 def forget(tree: Tree, plink: Plink) -> None:
     """The home leads nowhere any more."""
-    for ino in _inos(plink):
+    for ino in _inos(tree, plink):
         known = tree.plinks.get(ino, [])
         if plink in known:
             known.remove(plink)
@@ -198,7 +197,7 @@ def _load(tree: Tree, branch: Branch, dirfd: int, name: bytes) -> None:
         st = syscalls.stat_at(dirfd, name)
     except FileNotFoundError:
         return  # somebody has just removed it
-    computed = branch_ino(said.number)
+    computed = tree.inomap.branch_ino(said.number)
     if computed > 1 and (said.life or computed == said.ino):  # else one of aufs, or of our table
         tree.inomap.alias(st.st_dev, st.st_ino, said.number)
     remember(tree, Plink(branch, dirfd, name, (st.st_dev, st.st_ino), None, said.ino, 1, counted=False))

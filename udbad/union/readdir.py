@@ -1,11 +1,15 @@
 """Listing a directory (spec section 5).
 
-Each open directory has a private snapshot of names, taken at the first read and again at a rewind.
-Offsets are the number of the snapshot and a position in it ("." and ".." first), so telldir and seekdir hold
-whatever is created or removed meanwhile; names that are gone when their turn comes are left out. The kernel may
-put the entries of one snapshot into a listing of its own and answer for other handles from it, until it is told
-to forget that; a handle that then goes on here takes over the snapshot. No two have the same number, so the
-kernel never joins parts of different ones.
+Each open directory has a private snapshot of names, taken at the first read and again at a rewind. Every snapshot of a
+directory has a range of positions of its own ("." and ".." first), so telldir and seekdir hold whatever is created or
+removed meanwhile; names that are gone when their turn comes are left out. The kernel may put the entries of one
+snapshot into a listing of its own and answer for other handles from it, until it is told to forget that; a handle that
+then goes on here takes over the snapshot. It puts an entry behind another one when the positions say so
+(fuse_add_dirent_to_cache()), so parts of different snapshots are never joined. While the names are the same, handles
+share one, and any of them can complete what another one began.
+
+Positions stay below 2**31. A directory of 100,000 names has used them up when it has changed and was listed 21,000
+times; then those that nobody can have any more are given out again.
 """
 
 from __future__ import annotations
@@ -14,30 +18,29 @@ import errno
 import os
 import stat as st_mod
 from collections.abc import Iterator
-from itertools import count
 
 from udbad.errors import enoent
 from udbad.inodes.handles import OpenDir
-from udbad.inodes.table import Dir, Hit, Layer, Node
+from udbad.inodes.table import POSITIONS, Dir, Hit, Layer, Node
 from udbad.union import lookup, view, whiteout
 from udbad.union.tree import Tree
 
 Entry = tuple[bytes, Node, os.stat_result, int]
-"""name, node, attributes, offset of the entry after it."""
+"""name, node, attributes, position of the entry after it."""
 
 DOTS = 2
 _S_IFMT, _S_IFDIR = 0o170000, st_mod.S_IFDIR
 _stat = os.stat
-_POSITION = (1 << 32) - 1
-_numbers = count(1)
+_KEPT = 4
+"""Snapshots of one directory whose names are kept while somebody may be reading them from the kernel's listing."""
 
 
 def snapshot(tree: Tree, handle: OpenDir) -> None:
     """Take the names of the directory as they are now. Raises ENOENT when the directory is gone."""
     node = handle.node
-    handle.number = next(_numbers) & 0x7FFFFFFF
     if node.dead:
         handle.names, handle.hits = [], {}
+        _place(tree, handle)
         return
     if not node.trusted:
         lookup.refresh(tree, node)
@@ -48,29 +51,82 @@ def snapshot(tree: Tree, handle: OpenDir) -> None:
         handle.hits = dict(loaded)
     handle.names = list(handle.hits)
     if handle.cached:
-        node.listing = handle.number, handle.names
         node.listed = True
     if tree.options.show_whiteouts:
         handle.names += view.whiteout_names(tree, node)
+    _place(tree, handle)
+
+
+def _place(tree: Tree, handle: OpenDir) -> None:
+    """Give the snapshot of a handle its positions."""
+    node, names = handle.node, handle.names
+    assert names is not None
+    listings = node.listings
+    if handle.cached and listings and listings[-1][2] == names:
+        handle.base, _, handle.names = listings[-1]
+        return
+    size = _size(len(names))
+    first, end = node.room
+    if end - first < size:
+        first, end = _gap(tree, node, size)
+    node.room = first + size, end
+    handle.base = first
+    others = node.cached_opens > (1 if handle.cached else 0)
+    kept = [listing for listing in listings[1 - _KEPT :] if listing[2] is not None] if others else ()
+    node.listings = (*kept, (first, len(names), names if handle.cached else None))
+
+
+def _size(names: int) -> int:
+    """How many positions a snapshot takes: before each entry and after the last."""
+    return names + DOTS + 1
+
+
+def _gap(tree: Tree, node: Dir, size: int) -> tuple[int, int]:
+    """Positions that are in use no more, once all have been given out: (first, end)."""
+    used = [(first, first + _size(count)) for first, count, _ in node.listings]
+    used += [
+        (handle.base, handle.base + _size(len(handle.names)))
+        for handle in tree.handles.dirs.values()
+        if handle.node is node and handle.names is not None
+    ]
+    at, end = POSITIONS
+    for first, after in sorted(used):
+        if first - at >= size:
+            return at, first
+        at = max(at, after)
+    return at, end
+
+
+def _go_on(tree: Tree, handle: OpenDir, start: int) -> int:
+    """Find the snapshot that a position belongs to which is not in the handle's own; the position in it.
+
+    Of one whose names were let go the place is what counts: in a new snapshot, what nobody has changed is where it was.
+    """
+    place = DOTS
+    for first, count, names in reversed(handle.node.listings):
+        if first < start < first + _size(count):
+            if names is not None:
+                handle.base, handle.names, handle.hits = first, names, {}
+                return start - first
+            place = start - first
+            break
+    snapshot(tree, handle)
+    return place
 
 
 def entries(tree: Tree, handle: OpenDir, start: int) -> Iterator[Entry]:
-    """Entries from offset `start` (0 takes a new snapshot).
+    """Entries from position `start` (0 takes a new snapshot).
 
     "." and ".." come with the nodes' own attributes and must not be counted as looked up.
     """
     node = handle.node
     if start == 0:
         snapshot(tree, handle)
-    elif start >> 32 != handle.number or handle.names is None:
-        listing = node.listing
-        if listing is not None and listing[0] == start >> 32:
-            handle.number, handle.names = listing
-            handle.hits = {}
-        elif handle.names is None:
-            snapshot(tree, handle)
-    base = handle.number << 32
-    start &= _POSITION
+    elif handle.names is None or not handle.base < start < handle.base + _size(len(handle.names)):
+        start = _go_on(tree, handle, start)
+    else:
+        start -= handle.base
+    base = handle.base
     if start == 0:
         yield b".", node, tree.stat(node), base + 1
     if start <= 1:

@@ -157,7 +157,7 @@ class Tree:
         """max_fds: how many descriptors of directories may be held; all_fds: with those of open files."""
         self.branches = branches
         self.options = options
-        self.inomap = InoMap()
+        self.inomap = InoMap(len({branch.dev for branch in branches.branches}))
         self.handles = HandleTable()
         self.counters = Counters()
         self.plinks: dict[int, list[Plink]] = {}
