@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -59,7 +60,8 @@ def mount(
             else:
                 sdnotify.notify("READY=1", f"STATUS=serves {os.fsdecode(process.mount_point)}")
             if ready_fd >= 0:
-                os.write(ready_fd, b"READY\n")
+                with suppress(BrokenPipeError):  # whoever started us is gone, which is no reason not to serve
+                    os.write(ready_fd, b"READY\n")
                 os.close(ready_fd)
 
         logs.set_up("debug" if verbose else "info", log_format)

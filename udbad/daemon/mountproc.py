@@ -16,14 +16,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
 from udbad import __version__
-from udbad.branch.accept import open_branches, permission_warnings, prepare_writable
-from udbad.branch.branches import BranchSet
+from udbad.branch.accept import open_branches, permission_warnings
 from udbad.branch.credentials import Credentials
 from udbad.branch.policy import parse_copyup, parse_create
 from udbad.branch.writelock import WriteLocks
@@ -36,6 +36,7 @@ from udbad.daemon import control, exporter, registry
 from udbad.daemon.mountcommands import Commands
 from udbad.daemon.protocol import ask
 from udbad.daemon.snapshot import Snapshot, text
+from udbad.daemon.writing import Writing
 from udbad.errors import ExitCode, UserError
 from udbad.kernel.fast import FastPath
 from udbad.kernel.invalidator import Invalidator
@@ -43,7 +44,7 @@ from udbad.kernel.mounts import lying, mounts_inside, unions
 from udbad.kernel.ops import Operations
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import Samples, Server
-from udbad.union import fsck, homes
+from udbad.union import homes
 from udbad.union.fs import UnionFs
 from udbad.union.tree import Tree, UnionOptions
 
@@ -89,40 +90,59 @@ class MountProcess:
         for notice in options.notices:
             log.info("%s", notice)
         max_fds, all_fds = _raise_fd_limit()
-        self._claim = self._claim_mount_point()
-        dead = self._dead_mounts()
-        if not dead and check_mount_point(self.mount_point):
-            log.info("mount point %s is not empty; its content is hidden while mounted", os.fsdecode(mount_point))
-        self.branches = open_branches(options.branches, options.ro, self.mount_point)
-        if options.warn_perm:
-            for line in permission_warnings(self.branches):
-                log.info("%s", line)
-        creds = Credentials()
-        self.write_locks = WriteLocks()
-        if not options.ro:
-            self.write_locks.take(self.branches.branches)
-        _prepare(self.branches, options)
-        self.tree = Tree(self.branches, _union_options(options), max_fds, all_fds)
-        homes.load(self.tree)
-        self.fs = UnionFs(self.tree, creds)
         self.control_path = ""  # of the socket that is served, once there is one
-        self._endpoint = self._export()
-        self.session = Session(self.mount_point, self._source(), options.mount_flags, options.acl)
-        self.session.mount(dead)
-        self.invalidator = Invalidator(
-            self.session.notify, self.session.has_epochs, lambda: mounts_inside(self.session.connection)
-        )
-        self.coherence = STRATEGIES[options.udba](self.tree, self.invalidator)
-        self.coherence.start()
-        self.operations = Operations(self.fs, self.coherence)
-        self.fast = FastPath(
-            self.session.fd, self.session.pyfuse3s, self.fs, self.coherence, self.operations.perform,
-            self.operations.stale, self.session.setxattr_ext,
-        )  # fmt: skip
-        self.snapshot = Snapshot(self)
-        self.background: trio.Nursery  # of serve(): what ends with the mount
-        self._commands = Commands(self)
         self._registration: registry.Registration | None = None
+        with ExitStack() as ending:
+            ending.callback(self._unregister)
+            self._claim = self._claim_mount_point()
+            if self._claim is not None:
+                ending.callback(self._claim.release)
+            self._dead = self._dead_mounts()
+            if not self._dead and check_mount_point(self.mount_point):
+                log.info("mount point %s is not empty; its content is hidden while mounted", text(self.mount_point))
+            self.branches = open_branches(options.branches, options.ro, self.mount_point)
+            ending.callback(lambda: self.branches.close())  # those of then
+            if options.warn_perm:
+                for line in permission_warnings(self.branches):
+                    log.info("%s", line)
+            creds = Credentials()
+            # Released after the marks: the next to write to a branch must not find a mark, nor lose its own to us.
+            self.write_locks = WriteLocks()
+            ending.callback(self.write_locks.close)
+            if not options.ro:
+                self.write_locks.take(self.branches.branches)
+            self.writing = Writing()
+            ending.callback(self.writing.close)
+            if not options.ro:
+                self.writing.begin(self.branches.branches, options.plink)
+            self.tree = Tree(self.branches, _union_options(options), max_fds, all_fds)
+            ending.callback(homes.close, self.tree)
+            homes.load(self.tree)
+            self.fs = UnionFs(self.tree, creds)
+            ending.callback(self.fs.walks.close)
+            endpoint = self._export()
+            if endpoint is not None:
+                ending.callback(endpoint.close)
+            self.session = Session(self.mount_point, self._source(), options.mount_flags, options.acl)
+            ending.callback(self.session.close)
+            self.invalidator = Invalidator(
+                self.session.notify, self.session.has_epochs, lambda: mounts_inside(self.session.connection)
+            )
+            ending.callback(self._stop_invalidator)
+            self.coherence = STRATEGIES[options.udba](self.tree, self.invalidator)
+            ending.callback(lambda: self.coherence.stop())  # the one of then
+            self.coherence.start()
+            self.operations = Operations(self.fs, self.coherence)
+            self.fast = FastPath(
+                self.session.fd, self.session.pyfuse3s, self.fs, self.coherence, self.operations.perform,
+                self.operations.stale, self.session.setxattr_ext,
+            )  # fmt: skip
+            ending.callback(self.fast.close)
+            self.snapshot = Snapshot(self)
+            self.background: trio.Nursery  # of serve(): what ends with the mount
+            self._commands = Commands(self)
+            self.ready = False
+            self._ending = ending.pop_all()
 
     def _claim_mount_point(self) -> registry.Claim | None:
         """Held until others can see that we serve. Raises UserError when another process is at it."""
@@ -158,14 +178,14 @@ class MountProcess:
         return self.options.fsname if self.options.fsname != "none" else self.identity.name or "none"
 
     def _register(self) -> str | None:
-        """Say where we are; returns the path of the control socket. Without room for that the mount still serves."""
+        """Have a place where to be found; returns the path of the control socket. Without room for that the mount
+        still serves."""
         if self.identity.run_dir is None:
             return self.options.control
         try:
             mounted = {(os.fsdecode(mount.path), mount.connection) for mount in unions()}
             registry.sweep(self.identity.run_dir, mounted)
             self._registration = registry.Registration(self.identity.run_dir, self.mount_point)
-            self.write_entry()
         except OSError as error:
             log.warning("not registered in %s: %s", self.identity.run_dir, error.strerror)
         if self.options.control:
@@ -209,7 +229,7 @@ class MountProcess:
             return None
 
     def _export(self) -> Server | None:
-        """Serve metrics of this mount alone, when asked to. Raises UserError; so it comes before the mount."""
+        """Serve metrics of this mount alone, when asked to. The mount matters more: without them the log says so."""
         if self.options.metrics is None:
             return None
         name = self.identity.name or text(self.mount_point)
@@ -220,25 +240,40 @@ class MountProcess:
             "udbad_config_last_reload_timestamp_seconds": [((), self.started)],
         }
         host, port = exporter.parse_address(self.options.metrics)
-        return exporter.start(host, port, lambda: {name: self.control_path}, lambda: {name: kept})
+        try:
+            return exporter.start(host, port, lambda: {name: self.control_path}, lambda: {name: kept})
+        except UserError as error:
+            log.warning("no metrics are served: %s", error.message)
+            return None
 
     async def serve(self, on_ready: Callable[[], None]) -> None:
         """Serve until unmounted or told to stop by SIGINT or SIGTERM; on_ready is called once requests are answered.
 
-        Raises UserError when the connection was aborted through fusectl.
+        Others see the mount only when everything that can be refused has been done; `abandon` undoes what was done so
+        far. Raises UserError, also when the connection was aborted through fusectl.
         """
         listener = self._listen()
-        if self._claim is not None:
-            self._claim.release()
-        self.session.attach(self.operations)
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        with (
+            nullcontext() if listener is None else listener.socket,
+            trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
+        ):
+            self.session.attach(self.operations)
+            self.session.mount(self._dead)
+            try:
+                self.write_entry()
+            except OSError as error:
+                log.warning("not registered in %s: %s", self.identity.run_dir, error.strerror)
+            if self._claim is not None:
+                self._claim.release()
+            on_ready()
+            self.ready = True
             async with trio.open_nursery() as nursery:
                 self.background = nursery
                 nursery.start_soon(self._stop_on_signal, signals)
                 nursery.start_soon(self._run_coherence)
+                self.writing.sweep(nursery)
                 if listener is not None:
                     nursery.start_soon(control.serve, listener, self._commands.table())
-                on_ready()
                 try:
                     await self.session.serve(self.fast)
                 finally:
@@ -281,27 +316,27 @@ class MountProcess:
         self.session.terminate()
 
     def close(self) -> None:
-        """The end after serving: release everything and mark the branches clean."""
-        if self._endpoint is not None:
-            self._endpoint.close()
-        self.fast.close()
-        self.coherence.stop()
+        """The end after serving: release everything, in order, and mark the branches clean."""
+        self._ending.close()
+
+    def abandon(self) -> None:
+        """The end of a start that failed: as if it had not been tried. Nothing has been served."""
+        if self.session.mounted:
+            try:
+                self.session.unmount(lazy=True)
+            except OSError as error:
+                log.warning("%s: %s", text(self.mount_point), error.strerror)
+        self._ending.close()
+
+    def _stop_invalidator(self) -> None:
         if not self.invalidator.stop():
             log.warning("some notifications are still in the kernel")
-        self.session.close()
-        self.fs.walks.close()
-        homes.close(self.tree)
-        if not self.options.ro:
-            for branch in self.branches.branches:
-                if branch.writable:
-                    fsck.end_writing(branch)
-        # Only now: the next to write to a branch must not find the mark, nor lose its own to us.
-        self.write_locks.close()
-        self.branches.close()
+
+    def _unregister(self) -> None:
         try:
             if self._registration is not None:
                 self._registration.remove()
-            if self.options.control:
+            if self.options.control and self.control_path == self.options.control:
                 os.unlink(self.options.control)
         except OSError as error:
             log.warning("cannot remove the control socket: %s", error)
@@ -365,18 +400,6 @@ def _raise_fd_limit() -> tuple[int, int]:
     return min(most, _MAX_DIRECTORY_FDS), most
 
 
-def _prepare(branches: BranchSet, options: MountOptions) -> None:
-    if options.ro:
-        return
-    for branch in branches.branches:
-        if not branch.writable:
-            continue
-        if fsck.begin_writing(branch):
-            swept = fsck.sweep_temporaries(branch.root_fd)
-            log.info("branch %s was not unmounted cleanly; swept %d temporary names", branch.describe(), swept)
-        prepare_writable(branch, options.plink)
-
-
 def _union_options(options: MountOptions) -> UnionOptions:
     """The part of the options that the union itself looks at."""
     return UnionOptions(
@@ -403,17 +426,29 @@ def run(
 ) -> None:
     """Mount and serve in this process until unmounted; configured: the options that the configuration has.
 
-    Raises UserError when it cannot start.
+    Raises UserError when it cannot start; then nothing of it is left. Whatever else ends a mount that has served is
+    raised as it is, and leaves the mount point dead and the branches marked for the next mount.
     """
-    process = MountProcess(options, mount_point, identity)
+    try:
+        process = MountProcess(options, mount_point, identity)
+    except OSError as error:
+        raise _no_start(mount_point, error) from error
     process.configured = configured or process.configured
     gc.freeze()
     # A thread that has to tell the kernel what to forget waits so long for a busy event loop; by default 5 ms.
     sys.setswitchinterval(_SWITCH_SECONDS)
-    clean = False
     try:
         trio.run(process.serve, lambda: on_ready(process))
-        clean = True
-    finally:
-        if clean:
-            process.close()
+    except BaseException as error:
+        if process.ready:
+            raise
+        process.abandon()
+        if isinstance(error, (OSError, RuntimeError)):  # the latter: pyfuse3
+            raise _no_start(mount_point, error) from error
+        raise
+    process.close()
+
+
+def _no_start(mount_point: bytes, error: Exception) -> UserError:
+    reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return UserError(f"cannot mount on {text(mount_point)}: {reason}", ExitCode.FAILURE)

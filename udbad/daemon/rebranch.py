@@ -10,16 +10,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 import trio
 
 from udbad.branch import writelock
-from udbad.branch.accept import open_branches, prepare_writable
+from udbad.branch.accept import open_branches
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.config import edit_branches
 from udbad.errors import ExitCode, UserError
-from udbad.union import fsck, reconfigure
+from udbad.union import reconfigure
 
 if TYPE_CHECKING:
     from udbad.daemon.mountproc import MountProcess
@@ -58,33 +58,30 @@ async def set_branches(
     old = tree.branches
     before = _written(old, process.options.ro)
     ro = process.options.ro if ro is None else ro
-    fresh = open_branches(specs, ro, process.mount_point)
+    # Whatever asks a branch for something does so in a thread, which may wait for it as long as it hangs; abandoned
+    # only with the mount. After each: requests were served; the branches are the same.
+    fresh = await _in_thread(open_branches, specs, ro, process.mount_point)
     try:
         await _lock(process, _written(fresh, ro))
+        await _in_thread(process.writing.begin, _written(fresh, ro), process.options.plink)
         await _no_copyups(process)
         check()
+        _check_unused(process, fresh)
     except BaseException:
-        process.write_locks.keep(before)
+        await _keep(process, before)
         fresh.close()
         raise
     new = reconfigure.carry_over(old, fresh)
     after = _written(new, ro)
     gone = reconfigure.removed(old, new)
-    try:
-        _check_unused(process, gone)
-        _prepare_new(process, before, after)
-    except BaseException:
-        process.write_locks.keep(before)
-        for branch in reconfigure.removed(new, old):
-            branch.close()
-        raise
     process.coherence.hand_over()
     reconfigure.apply(tree, new)
     process.branches = new
     process.set_read_only(ro)
     process.restart_coherence()
-    _retire(before, after)
-    process.write_locks.keep(after)
+    process.writing.sweep(process.background)
+    # After this: requests were served from the new branches.
+    await _keep(process, after)
     for branch in gone:
         branch.close()
     log.info("branches are now %s", ":".join(branch.describe() for branch in new.branches))
@@ -103,17 +100,17 @@ async def set_read_only(process: MountProcess, ro: bool, check: Callable[[], Non
     before, after = _written(branches, process.options.ro), _written(branches, ro)
     try:
         await _lock(process, after)
+        await _in_thread(process.writing.begin, after, process.options.plink)
         await _no_copyups(process)
         if ro:
             await _no_writers(process)
         check()
-        _prepare_new(process, before, after)
     except BaseException:
-        process.write_locks.keep(before)
+        await _keep(process, before)
         raise
     process.set_read_only(ro)
-    _retire(before, after)
-    process.write_locks.keep(after)
+    process.writing.sweep(process.background)
+    await _keep(process, after)
 
 
 def _written(branches: BranchSet, ro: bool) -> list[Branch]:
@@ -140,12 +137,27 @@ async def _no_writers(process: MountProcess) -> None:
         await trio.sleep(_PAUSE)
 
 
+_Arguments = TypeVarTuple("_Arguments")
+_Result = TypeVar("_Result")
+
+
+async def _in_thread(call: Callable[[*_Arguments], _Result], *arguments: *_Arguments) -> _Result:
+    return await trio.to_thread.run_sync(call, *arguments, abandon_on_cancel=True)
+
+
+async def _keep(process: MountProcess, written: Sequence[Branch]) -> None:
+    """Leave all branches but these, and let others write to them."""
+    await _in_thread(process.writing.keep, written)
+    # After this: requests were served; what was left has no mark any more.
+    process.write_locks.keep(written)
+
+
 async def _lock(process: MountProcess, written: Sequence[Branch]) -> None:
     """Lock what is to be written to; what was locked before stays so. Raises UserError when another mount has it."""
     end = trio.current_time() + writelock.PATIENCE
     while True:
         try:
-            process.write_locks.take(written, 0.0)
+            await _in_thread(process.write_locks.take, written, 0.0)
             return
         except UserError:
             if trio.current_time() >= end:
@@ -154,10 +166,8 @@ async def _lock(process: MountProcess, written: Sequence[Branch]) -> None:
         await trio.sleep(_PAUSE)
 
 
-def _check_unused(process: MountProcess, gone: Sequence[object]) -> None:
-    for branch in process.tree.branches.branches:
-        if branch not in gone:
-            continue
+def _check_unused(process: MountProcess, fresh: BranchSet) -> None:
+    for branch in reconfigure.missing(process.tree.branches, fresh):
         users = reconfigure.users(process.tree, branch)
         if users:
             first = users[0]
@@ -166,21 +176,3 @@ def _check_unused(process: MountProcess, gone: Sequence[object]) -> None:
                 f"of process {first.pid}" + (f" and {len(users) - 1} more" if len(users) > 1 else ""),
                 ExitCode.BRANCH,
             )
-
-
-def _prepare_new(process: MountProcess, before: Sequence[Branch], after: Sequence[Branch]) -> None:
-    """Make branches that become writable ready for it."""
-    known = {branch.id for branch in before}
-    for branch in after:
-        if branch.id not in known:
-            if fsck.begin_writing(branch):
-                fsck.sweep_temporaries(branch.root_fd)
-            prepare_writable(branch, process.options.plink)
-
-
-def _retire(before: Sequence[Branch], after: Sequence[Branch]) -> None:
-    """Branches that were written to and are no more, or are gone, were left in order."""
-    written = {branch.id for branch in after}
-    for branch in before:
-        if branch.id not in written:
-            fsck.end_writing(branch)

@@ -258,6 +258,11 @@ def remove_tree(dirfd: int, name: bytes) -> None:
 
     A crash in between leaves a smaller tree of the same name, for the next run.
     """
+    _empty_tree(dirfd, name)
+    syscalls.rmdir_at(dirfd, name)
+
+
+def _empty_tree(dirfd: int, name: bytes) -> None:
     top = os.open(name, READ_DIR, dir_fd=dirfd)
     try:
         fresh = 0
@@ -274,7 +279,6 @@ def remove_tree(dirfd: int, name: bytes) -> None:
                 syscalls.rmdir_at(top, child)
     finally:
         os.close(top)
-    syscalls.rmdir_at(dirfd, name)
 
 
 def _unlink_files(dirfd: int, entries: Entries) -> list[bytes]:
@@ -291,23 +295,32 @@ def _unlink_files(dirfd: int, entries: Entries) -> list[bytes]:
 # -- what a mount does ------------------------------------------------------------------------
 
 
-def sweep_temporaries(root_fd: int) -> int:
+def sweep_temporaries(
+    root_fd: int,
+    stopped: Callable[[], bool] = lambda: False,
+    atomically: Callable[[Callable[[], None]], None] = lambda call: call(),
+) -> int:
     """Remove stale temporary names and the content of the orphan directory; returns how many objects.
 
-    For a writable branch before it is served. Costs a walk through the branch, so the caller asks
-    `was_dirty` first. What cannot be read or removed is logged and left: it is invisible in the
-    union, and no reason to refuse a mount.
+    For a writable branch that was not left in order; it may be in use by this process, whose own temporary names
+    stay. Costs a walk through the branch, so the caller asks `was_dirty` first. What cannot be read or removed is
+    logged and left: it is invisible in the union. stopped: asked after each listing; once it is true, nothing is
+    removed any more. atomically: makes a call while this process changes nothing else, since the times of a
+    directory are put back, which must not undo those of another change.
     """
     removed = 0
 
     def on_error(path: bytes, error: OSError) -> None:
-        _log.warning("sweep: %s: %s", printable(path), error.strerror)
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):  # somebody has moved or removed it
+            _log.warning("sweep: %s: %s", printable(path), error.strerror)
 
     def remove(directory: bytes, dirfd: int, name: bytes) -> int:
-        try:
-            _remove(dirfd, name)
-        except FileNotFoundError:
+        if stopped():
             return 0
+        try:
+            if st_mod.S_ISDIR(syscalls.stat_at(dirfd, name).st_mode):
+                _empty_tree(dirfd, name)
+            atomically(lambda: _remove(dirfd, name))
         except OSError as error:
             on_error(join(directory, name), error)
             return 0
@@ -317,7 +330,7 @@ def sweep_temporaries(root_fd: int) -> int:
         doomed = [
             name
             for name, _ in objects_in(root_fd, directory, on_error)
-            if directory == whiteout.ORPHAN_DIR or whiteout.TEMPORARY.fullmatch(name)
+            if directory == whiteout.ORPHAN_DIR or _is_stale(name)
         ]
         if doomed:
             fd = descend(root_fd, [directory])
@@ -327,8 +340,14 @@ def sweep_temporaries(root_fd: int) -> int:
                 os.close(fd)
     with closing(walk(root_fd, on_error)) as directories:
         for directory, fd, entries in directories:
-            removed += sum(remove(directory, fd, name) for name in entries if whiteout.TEMPORARY.fullmatch(name))
+            removed += sum(remove(directory, fd, name) for name in entries if _is_stale(name))
+            if stopped():
+                break
     return removed
+
+
+def _is_stale(name: bytes) -> bool:
+    return whiteout.TEMPORARY.fullmatch(name) is not None and not whiteout.is_ours(name)
 
 
 def begin_writing(branch: Branch) -> bool:

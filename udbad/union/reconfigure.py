@@ -56,6 +56,12 @@ def removed(old: BranchSet, new: BranchSet) -> list[Branch]:
     return [branch for branch in old.branches if branch.id not in ids]
 
 
+def missing(old: BranchSet, fresh: BranchSet) -> list[Branch]:
+    """Branches of the old set whose directories are not in a fresh one, before `carry_over`."""
+    found = {_identity(branch) for branch in fresh.branches}
+    return [branch for branch in old.branches if _identity(branch) not in found]
+
+
 def path_of(node: Node) -> bytes:
     """A path of the node inside the mount, as it was last known; for messages."""
     parts = []

@@ -8,6 +8,7 @@ the steps of a mutation leaves the old or the new state.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import secrets
@@ -34,8 +35,7 @@ NAME_MAX = 255
 TEMPORARY = re.compile(rb"\.wh\.\.wh\..+\.(?:[0-9a-fA-F]{4}|[0-9a-f]{12})", re.DOTALL)
 """A temporary name: one of ours, or one of aufs and of earlier versions, which had four digits."""
 
-_TEMPORARY_BYTES = 6  # two digits each
-_TEMPORARY_ROOM = 255 - len(RESERVED) - 1 - 2 * _TEMPORARY_BYTES
+_TEMPORARY_ROOM = 255 - len(RESERVED) - 1 - 12
 
 _stat = os.stat
 _ISREG = st_mod.S_ISREG
@@ -124,8 +124,28 @@ def remove(dirfd: int, name: bytes) -> bool:
     return True
 
 
+class _Digits:
+    """The twelve digits of this process's temporary names: six that are its own, and a number."""
+
+    def __init__(self) -> None:
+        self.renew()
+        os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        self.own = secrets.token_hex(3).encode()
+        self.numbers = itertools.count(secrets.randbits(24))
+
+
+_digits = _Digits()
+
+
+def is_ours(name: bytes) -> bool:
+    """Whether a temporary name is one that this process has made, and may be using."""
+    return name[-12:-6] == _digits.own
+
+
 def temporary_name(name: bytes) -> bytes:
-    """`.wh..wh.NAME.xxxxxxxxxxxx`: invisible in the union, swept at the next mount if a crash leaves it.
+    """`.wh..wh.NAME.xxxxxxxxxxxx`: invisible in the union, swept by the next mount if a crash leaves it.
 
     The digits are so many that no name comes twice, whatever else is in the directory. A NAME that leaves no
     room for them is cut; it is there for people to read only.
@@ -134,4 +154,4 @@ def temporary_name(name: bytes) -> bytes:
         # Some file systems take UTF-8 only, so not within a character; what is none is cut anywhere.
         ends = range(_TEMPORARY_ROOM, _TEMPORARY_ROOM - 4, -1)
         name = name[: next((end for end in ends if name[end] & 0xC0 != 0x80), _TEMPORARY_ROOM)]
-    return b"%s%s.%s" % (RESERVED, name, secrets.token_hex(_TEMPORARY_BYTES).encode())
+    return b"%s%s.%s%06x" % (RESERVED, name, _digits.own, next(_digits.numbers) & 0xFFFFFF)
