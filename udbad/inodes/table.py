@@ -235,6 +235,13 @@ class Dir(Node):
             if len(unclear) > MOST_UNCLEAR:
                 self.unclear = None
 
+    def doubt(self, name: bytes) -> None:
+        """A branch has under this name what the view does not know: whoever asks for it next, as the kernel will, must
+        not be told what was before, in whatever mode."""
+        if self.view is not None:
+            self.view[name] = None
+        self.muddle(name)
+
     def layer(self, index: int) -> Layer | None:
         """The layer on the branch with this index, if the directory exists there."""
         layers = self.layers

@@ -109,8 +109,28 @@ def ensure_dir(tree: Tree, node: Dir, branch: Branch) -> int:
         chain.append(current)
         current = current.parent
     for child in reversed(chain):
-        fd = _copy_dir(tree, child, branch, fd)
+        try:
+            fd = _copy_dir(tree, child, branch, fd)
+        except FileExistsError:
+            fd = _made_directly(tree, child, branch)
     return fd
+
+
+def _made_directly(tree: Tree, node: Dir, branch: Branch) -> int:
+    """The descriptor of a directory on `branch` that somebody was faster to make, and that our layers lack.
+
+    Raises ESTALE when the name stands for something else than this directory by now.
+    """
+    parent = node.parent
+    assert parent is not None
+    parent.doubt(node.name)
+    found = lookup.resolve(tree, parent, node.name)
+    if found is not None and found.layers is not None and lookup.same_directory(node, found.layers):
+        lookup.adopt(tree, node, found, parent.floor)
+        return tree.branch_fd(node, branch)
+    if found is not None:
+        lookup.discard(tree, parent, node.name, found)
+    raise estale()
 
 
 def _copy_dir(tree: Tree, node: Dir, branch: Branch, parent_fd: int) -> int:
@@ -130,16 +150,15 @@ def _copy_dir(tree: Tree, node: Dir, branch: Branch, parent_fd: int) -> int:
             copydata.copy_metadata(
                 st, syscalls.proc_path(src_fd), syscalls.proc_path(fd), branch.attrs, follow_symlinks=True
             )
-            _publish(parent_fd, tmp, parent_fd, node.name)
+            made = os.fstat(fd)
+            publish(parent_fd, tmp, parent_fd, node.name)
         except BaseException:
             os.close(fd)
             raise
     except BaseException:
         _remove_tmp_dir(parent_fd, tmp)
         raise
-    if whited:
-        whiteout.remove(parent_fd, node.name)
-    made = os.fstat(fd)
+    # It has its name, and whatever fails from here on, the next to need it must know.
     layer = Layer(branch, made.st_dev, made.st_ino, made.st_nlink, fd)
     position = sum(other.branch.index < branch.index for other in node.layers)
     layers = [*node.layers[:position], layer, *node.layers[position:]]
@@ -152,14 +171,18 @@ def _copy_dir(tree: Tree, node: Dir, branch: Branch, parent_fd: int) -> int:
     if position == 0:
         node.branch, node.dev, node.ino = branch, made.st_dev, made.st_ino
         tree.inomap.alias(made.st_dev, made.st_ino, node.id)
-    _restore_times(parent_fd, (before.st_atime_ns, before.st_mtime_ns))
     if parent.view is not None:
         parent.view[node.name] = tuple(entry.branch.index for entry in layers)
-    lookup.count_links(tree, node)
-    lookup.count_links(tree, parent)
-    tree.hooks.adopt(node, False)
-    tree.hooks.side_effect(node)
-    tree.hooks.side_effect(parent)
+    try:
+        if whited:
+            whiteout.remove(parent_fd, node.name)
+        _restore_times(parent_fd, (before.st_atime_ns, before.st_mtime_ns))
+    finally:
+        lookup.count_links(tree, node)
+        lookup.count_links(tree, parent)
+        tree.hooks.adopt(node, False)
+        tree.hooks.side_effect(node)
+        tree.hooks.side_effect(parent)
     return fd
 
 
@@ -178,7 +201,16 @@ def _remove_tmp_dir(parent_fd: int, tmp: bytes) -> None:
     syscalls.rmdir_at(parent_fd, tmp)
 
 
-def _publish(src_dirfd: int, tmp: bytes, dst_dirfd: int, name: bytes) -> None:
+def _publish_in(parent: Dir, src_dirfd: int, tmp: bytes, dst_dirfd: int, name: bytes) -> None:
+    """`publish` under a name of the union: ESTALE when it stands for something else by now, which is found next."""
+    try:
+        publish(src_dirfd, tmp, dst_dirfd, name)
+    except FileExistsError:
+        parent.doubt(name)
+        raise estale() from None
+
+
+def publish(src_dirfd: int, tmp: bytes, dst_dirfd: int, name: bytes) -> None:
     """Give the finished temporary its name, over nothing: EEXIST when somebody was faster."""
     try:
         syscalls.rename_at(src_dirfd, tmp, dst_dirfd, name, syscalls.RENAME_NOREPLACE)
@@ -294,10 +326,12 @@ def _still_there(tree: Tree, node: Node) -> bool:
         return True
     # Hidden by something newer above it: copying it up there would overwrite that.
     found = lookup.resolve(tree, node.parent, node.name)
-    if found is None:
-        return False
-    lookup.discard(tree, node.parent, node.name, found)
-    return found.st.st_ino == node.ino and found.st.st_dev == node.dev
+    if found is not None:
+        lookup.discard(tree, node.parent, node.name, found)
+        if found.st.st_ino == node.ino and found.st.st_dev == node.dev:
+            return True
+    node.parent.doubt(node.name)
+    return False
 
 
 def _begin_orphan(tree: Tree, need: NeedCopyUp) -> Job:
@@ -412,7 +446,7 @@ def commit(tree: Tree, job: Job) -> None:
         tree.move_data(node, job.branch, made, node.orphan_fd)
         return
     if job.parent is None:
-        _publish(job.dirfd, job.tmp, job.dirfd, job.name)
+        publish(job.dirfd, job.tmp, job.dirfd, job.name)
         job.tmp = b""
         tree.move_data(node, job.branch, made, job.dst_fd)
         tree.inomap.alias(made.st_dev, made.st_ino, node.id)
@@ -420,7 +454,7 @@ def commit(tree: Tree, job: Job) -> None:
         return
     assert job.parent_times is not None
     _check_unmoved(tree, job)
-    _publish(job.dirfd, job.tmp, job.dirfd, job.name)
+    _publish_in(job.parent, job.dirfd, job.tmp, job.dirfd, job.name)
     job.tmp = b""
     copied = Place(job.src_fd, b"", job.st)
     _settle(tree, node, job.parent, job.name, job.branch, job.dirfd, copied, made, job.as_link, job.dst_fd)
@@ -465,17 +499,20 @@ def _check_unmoved(tree: Tree, job: Job) -> None:
     if node.identity != (job.st.st_dev, job.st.st_ino):  # another of its names was faster
         raise estale()
     found = lookup.resolve(tree, parent, job.name)
-    if found is None:
-        if not job.as_link:
-            raise estale()
-        return
-    lookup.discard(tree, parent, job.name, found)
+    if found is not None:
+        lookup.discard(tree, parent, job.name, found)
     if job.as_link:
-        raise os_error(errno.EEXIST)
-    if (found.st.st_dev, found.st.st_ino) == node.identity:
+        if found is not None:
+            parent.doubt(job.name)
+            raise os_error(errno.EEXIST)
         return
-    if node.plink is None or found.layers is not None or lookup.intern(tree, parent, job.name, found)[0] is not node:
-        raise estale()
+    if found is not None:
+        if (found.st.st_dev, found.st.st_ino) == node.identity:
+            return
+        if node.plink is not None and found.layers is None and lookup.intern(tree, parent, job.name, found)[0] is node:
+            return
+    parent.doubt(job.name)
+    raise estale()
 
 
 def abort(job: Job) -> None:
@@ -536,7 +573,7 @@ def _copy_special(
     copydata.copy_special(st, src_dirfd, src_name, dirfd, tmp, branch.attrs)
     try:
         made = syscalls.stat_at(dirfd, tmp)
-        _publish(dirfd, tmp, dirfd, name)
+        _publish_in(parent, dirfd, tmp, dirfd, name)
     except BaseException:
         syscalls.unlink_at(dirfd, tmp)
         raise
@@ -553,7 +590,7 @@ def _link_plink(tree: Tree, node: Node, parent: Dir, name: bytes) -> None:
     tmp = whiteout.temporary_name(name)
     syscalls.link_at(home.dirfd, home.name, dirfd, tmp)
     try:
-        _publish(dirfd, tmp, dirfd, name)
+        _publish_in(parent, dirfd, tmp, dirfd, name)
     except BaseException:
         syscalls.unlink_at(dirfd, tmp)
         raise

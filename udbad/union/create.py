@@ -23,7 +23,6 @@ from udbad.inodes.table import Dir, Node
 from udbad.types import MADE, Caller, Trigger
 from udbad.union import copyup, lookup, whiteout
 from udbad.union.tree import NeedCopyUp, Tree
-from udbad.union.view import UNKNOWN
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -68,23 +67,16 @@ def check_free(tree: Tree, parent: Dir, name: bytes) -> bool:
     found = lookup.resolve(tree, parent, name)
     if found is not None:
         lookup.discard(tree, parent, name, found)
-        _ask_again(parent, name)
+        parent.doubt(name)
         raise os_error(errno.EEXIST)
     return False
-
-
-def _ask_again(parent: Dir, name: bytes) -> None:
-    """A name has appeared directly: whoever asks for it next, as the kernel will, must not be told what was before."""
-    if parent.view is not None:
-        parent.view[name] = UNKNOWN
-        parent.muddle(name)
 
 
 def _make(parent: Dir, name: bytes, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     try:
         return call(*args, **kwargs)
     except FileExistsError:
-        _ask_again(parent, name)
+        parent.doubt(name)
         raise
 
 
@@ -164,7 +156,7 @@ def _made(tree: Tree, parent: Dir, name: bytes, target: Target, kind: int) -> tu
     except FileNotFoundError:
         st = None
     if st is None or st_mod.S_IFMT(st.st_mode) != kind:
-        _ask_again(parent, name)
+        parent.doubt(name)
         raise os_error(errno.EEXIST)
     return _appear(tree, parent, name, target.branch, st), st
 

@@ -15,7 +15,7 @@ import stat as st_mod
 
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch
-from udbad.errors import enoent
+from udbad.errors import enoent, estale
 from udbad.inodes.table import LOAD_AT_LEAST, Dir, Layer, Node
 from udbad.union import homes, times, whiteout
 from udbad.union.tree import Tree, lower_links
@@ -42,12 +42,17 @@ class Found:
         self.opaque: int | None = None
 
 
-def resolve(tree: Tree, parent: Dir, name: bytes, below: int = -1) -> Found | None:
+_TRIES = 16
+"""How often a directory may vanish between stat and open, before the branch is said to change too fast."""
+
+
+def resolve(tree: Tree, parent: Dir, name: bytes, below: int = -1, tries: int = _TRIES) -> Found | None:
     """What `name` is in `parent` according to the branches now; None when nothing is visible.
 
-    below: look only at branches with a larger index. Side values for the caller: tree.examined (branches
-    looked at) and tree.whited (index of the whiteout that ended the search). Order inside a branch: the
-    name first, then its whiteout, because a whiteout hides lower branches only.
+    below: look only at branches with a larger index. Raises ESTALE when somebody changes the name all the time.
+    Side values for the caller: tree.examined (branches looked at) and tree.whited (index of the whiteout that
+    ended the search). Order inside a branch: the name first, then its whiteout, because a whiteout hides lower
+    branches only.
     """
     tree.whited = None
     layers = parent.layers
@@ -74,7 +79,7 @@ def resolve(tree: Tree, parent: Dir, name: bytes, below: int = -1) -> Found | No
             kind = st.st_mode & _S_IFMT
             if kind != _S_IFDIR:
                 return Found(kind, branch, st, None)
-            merged = _merge(tree, parent, name, pos, st)
+            merged = _merge(tree, parent, name, pos, st, below, tries)
             examined += tree.examined
             return merged
         return None
@@ -106,9 +111,12 @@ def asked_for_whiteout(parent: Dir, branch: Branch, whited: int | None) -> bool:
     return whited is None and branch.index < parent.layers[-1].branch.index and parent.layer(branch.index) is not None
 
 
-def _merge(tree: Tree, parent: Dir, name: bytes, first: int, st: os.stat_result) -> Found | None:
+def _merge(
+    tree: Tree, parent: Dir, name: bytes, first: int, st: os.stat_result, below: int, tries: int
+) -> Found | None:
     """Collect the layers of a directory whose topmost copy is at position `first` of the parent.
 
+    below, tries: of `resolve`, for when it has to begin again.
     tree.examined: how many branches below that one were looked at.
     """
     known = parent.children.get(name)
@@ -155,7 +163,9 @@ def _merge(tree: Tree, parent: Dir, name: bytes, first: int, st: os.stat_result)
     except (FileNotFoundError, NotADirectoryError):
         # Somebody changed the branch between stat and open: resolve again, from what is there now.
         _close(opened)
-        return resolve(tree, parent, name)
+        if not tries:
+            raise estale() from None
+        return resolve(tree, parent, name, below, tries - 1)
     except BaseException:
         _close(opened)
         raise

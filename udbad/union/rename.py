@@ -66,7 +66,8 @@ def rename(tree: Tree, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, flags
     limit = limit if found is None else min(limit, found.branch.index)
     branch = _target(tree, src_dir, src, source, src_node, limit)
     bare = nowhere or (found is None and lookup.asked_for_whiteout(dst_dir, branch, whited))
-    _move(tree, src_dir, src, src_node, dst_dir, dst, dst_node, found, branch, bare)
+    replace = not flags & syscalls.RENAME_NOREPLACE
+    _move(tree, src_dir, src, src_node, dst_dir, dst, dst_node, found, branch, bare, replace)
     if known[0] not in (None, src_node) or not src_node.nlookup:
         # Replaced directly just before. The kernel has moved what it knew under the old name.
         tree.hooks.parted(dst_dir, dst)
@@ -104,9 +105,10 @@ def _target(tree: Tree, parent: Dir, name: bytes, found: Found, node: Node, limi
 
 def _move(
     tree: Tree, src_dir: Dir, src: bytes, src_node: Node, dst_dir: Dir, dst: bytes,
-    dst_node: Node | None, found: Found | None, branch: Branch, bare: bool,
+    dst_node: Node | None, found: Found | None, branch: Branch, bare: bool, replace: bool,
 ) -> None:  # fmt: skip
-    """bare: nothing has the new name in any layer, and no whiteout on `branch` hides it."""
+    """bare: nothing has the new name in any layer, and no whiteout on `branch` hides it, as far as is known. replace:
+    what has got it directly meanwhile is replaced, as what was there before."""
     src_fd = copyup.ensure_dir(tree, src_dir, branch)
     dst_fd = copyup.ensure_dir(tree, dst_dir, branch)
     had_whiteout = not bare and whiteout.present(dst_fd, dst)
@@ -123,8 +125,12 @@ def _move(
                 if lower_dst and whiteout.create(branch, dst_fd, dst):
                     had_whiteout = True
                 remove.purge(dst_fd, dst)
-        syscalls.rename_at(src_fd, src, dst_fd, dst)
+        if replace:
+            syscalls.rename_at(src_fd, src, dst_fd, dst)
+        else:
+            copyup.publish(src_fd, src, dst_fd, dst)
     except BaseException:
+        dst_dir.doubt(dst)
         if marked:
             _unmark(tree, src_node, branch)
         if hidden:

@@ -1,0 +1,184 @@
+"""What somebody has made directly under a name that we believe free, or made while we looked: in `none` nobody tells.
+
+The answer may be an error, but never the same one for ever: what was found out is not forgotten.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.posix import NOREPLACE
+from tests.t2_core.core import STRATEGIES, Core, core
+from tests.t2_core.test_fs import error_of
+from udbad.branch import syscalls
+from udbad.branch.policy import parse_create
+from udbad.union import copyup, lookup
+from udbad.union.fs import SetAttr
+
+modes = pytest.mark.parametrize("udba", list(STRATEGIES))
+
+
+def chmod(union: Core, node: int) -> None:
+    union.run(lambda: union.fs.setattr(node, SetAttr(mode=0o640), None, union.caller))
+
+
+def create(union: Core, directory: int, name: bytes) -> None:
+    """As the kernel does, which keeps what it knows of the way there."""
+    handle, _ = union.run(lambda: union.fs.create(directory, name, os.O_RDWR, 0o644, union.caller))
+    union.took(handle.node)
+
+
+@modes
+@pytest.mark.parametrize("change", ["create", "chmod", "chmod of the directory"])
+def test_a_directory_that_a_copy_up_needs(tmp_path: Path, udba: str, change: str) -> None:
+    (tmp_path / "base/d/e").mkdir(parents=True)
+    (tmp_path / "base/d/e/f").write_text("f")
+    with core(tmp_path, udba=udba) as union:
+        assert union.names("d") == ["e"]
+        directory, file = union.find("d/e").id, union.find("d/e/f").id
+        (union["top"] / "d/e").mkdir(parents=True)
+        (union["top"] / "d/e/direct").touch()
+        if change == "create":
+            create(union, directory, b"new")
+        else:
+            chmod(union, file if change == "chmod" else directory)
+        assert (union["top"] / "d/e/direct").exists()
+        assert {"f", "direct"} <= set(union.names("d/e"))
+        assert union.find("d/e").id == directory
+
+
+@modes
+def test_something_else_where_a_copy_up_needs_a_directory(tmp_path: Path, udba: str) -> None:
+    (tmp_path / "base/d").mkdir(parents=True)
+    with core(tmp_path, udba=udba) as union:
+        directory = union.find("d").id
+        (union["top"] / "d").write_text("a file")
+        assert error_of(lambda: union.fs.create(directory, b"new", os.O_RDWR, 0o644, union.caller)) in (
+            "ESTALE",
+            "EEXIST",
+        )
+        assert union.content("d") == b"a file"
+
+
+@modes
+@pytest.mark.parametrize("fails", ["udbad.union.whiteout.remove", "udbad.union.copyup._restore_times"])
+def test_what_fails_after_a_directory_has_its_name(
+    tmp_path: Path, udba: str, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "top/d").mkdir(parents=True)
+    (tmp_path / "mid").mkdir()
+    (tmp_path / "mid/.wh.d").touch()
+    (tmp_path / "base/d/hidden").mkdir(parents=True)
+
+    def fail(*words: object) -> None:
+        raise PermissionError(1, "")
+
+    with core(tmp_path, {"top": "ro", "mid": "rw", "base": "ro"}, udba, create=parse_create("rr")) as union:
+        directory = union.find("d").id
+        with monkeypatch.context() as patch:
+            patch.setattr(fails, fail)
+            assert error_of(lambda: create(union, directory, b"new")) == "EPERM"
+        assert (union["mid"] / "d").is_dir()
+        create(union, directory, b"new")
+        assert union.names("d") == ["new"]
+
+
+@modes
+@pytest.mark.parametrize("kind", ["file", "symlink"])
+def test_the_name_of_what_is_to_be_copied_up(tmp_path: Path, udba: str, kind: str) -> None:
+    (tmp_path / "base").mkdir()
+    if kind == "file":
+        (tmp_path / "base/f").write_text("lower")
+    else:
+        (tmp_path / "base/f").symlink_to("lower")
+    with core(tmp_path, udba=udba) as union:
+        node = union.find("f")
+        union.names()
+        (union["top"] / "f").write_text("direct")
+        change = SetAttr(uid=1234)
+        assert error_of(lambda: union.run(lambda: union.fs.setattr(node.id, change, None, union.caller))) == "ESTALE"
+        assert union.content("f") == b"direct", "which the kernel finds when it looks again"
+        assert union.find("f").id != node.id
+        union.run(lambda: union.fs.setattr(union.find("f").id, change, None, union.caller))
+        assert (union["top"] / "f").stat().st_uid == 1234
+
+
+@modes
+def test_the_name_while_the_bytes_travel(tmp_path: Path, udba: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/f").write_text("lower")
+    check = copyup._check_unmoved
+    with core(tmp_path, udba=udba) as union:
+        union.names()
+        union.find("f")
+
+        def late(*words: object) -> None:
+            check(*words)  # type: ignore[arg-type]  # handed on as they came
+            (union["top"] / "f").write_text("direct")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(copyup, "_check_unmoved", late)
+            assert error_of(lambda: chmod(union, union.find("f").id)) == "ESTALE"
+        assert union.content("f") == b"direct"
+        assert [path.name for path in union["top"].iterdir() if not path.name.startswith(".wh")] == ["f"]
+
+
+@modes
+def test_the_new_name_of_a_link(tmp_path: Path, udba: str) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/f").write_text("lower")
+    with core(tmp_path, udba=udba) as union:
+        assert union.names() == ["f"]
+        (union["top"] / "g").write_text("direct")
+        assert error_of(lambda: union.link("f", "g")) == "EEXIST"
+        assert union.content("g") == b"direct"
+        assert sorted(union.names()) == ["f", "g"]
+
+
+@modes
+def test_the_new_name_of_a_rename(tmp_path: Path, udba: str) -> None:
+    with core(tmp_path, {"top": "rw"}, udba=udba) as union:
+        union.create("f", b"content")
+        union.mkdir("d")
+        assert sorted(union.names()) == ["d", "f"]
+        (union["top"] / "g").write_text("direct")
+        assert error_of(lambda: union.rename("f", "g", NOREPLACE)) == "EEXIST"
+        assert (union.content("f"), union.content("g")) == (b"content", b"direct")
+        (union["top"] / "full/x").mkdir(parents=True)
+        assert error_of(lambda: union.rename("d", "full")) in ("ENOTEMPTY", "EEXIST")
+        assert union.names("full") == ["x"]
+        assert sorted(union.names()) == ["d", "f", "full", "g"]
+
+
+def test_a_directory_that_vanishes_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search begins again where it began: below a branch, if that was asked."""
+    for branch in ("top", "base"):
+        (tmp_path / branch / "d").mkdir(parents=True)
+    opened = syscalls.open_dir_at
+    with core(tmp_path, udba="reval") as union:
+
+        def too_late(dirfd: int, name: bytes) -> int:
+            (union["base"] / "d").rmdir()
+            return opened(dirfd, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(syscalls, "open_dir_at", too_late)
+            assert lookup.resolve(union.tree, union.tree.root, b"d", below=0) is None
+
+
+def test_a_name_that_never_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "top/d").mkdir(parents=True)
+    asked = 0
+
+    def too_late(dirfd: int, name: bytes) -> int:
+        nonlocal asked
+        asked += 1
+        raise FileNotFoundError
+
+    with core(tmp_path, udba="reval") as union, monkeypatch.context() as patch:
+        patch.setattr(syscalls, "open_dir_at", too_late)
+        assert error_of(lambda: lookup.resolve(union.tree, union.tree.root, b"d")) == "ESTALE"
+        assert 1 < asked < 100
