@@ -3,8 +3,8 @@
 An oracle: it shares no code with udbad and may not import it. It follows spec sections 4 and 5 with the
 two decisions in which udbad differs from aufs: NAME beside `.wh.NAME` in one branch is visible (the
 whiteout hides lower branches only), and the topmost opaque directory is the boundary. Pseudo-links (spec
-section 10.3) are followed: the file PLINKS/<number>.<inode> of a branch stands for every name of that inode
-on the branches below, which therefore have to be on one file system.
+section 10.3) are followed: the file PLINKS/<number>.<inode>.<birth> of a branch stands for every name of that inode
+on the branches below if it was born then.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import stat
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -137,15 +138,24 @@ def resolve(directories: Sequence[tuple[bytes, bool]], name: bytes) -> list[tupl
     return hits
 
 
-def _plinks(branch: bytes) -> dict[int, bytes]:
-    """Inode number on a lower branch -> the copy on this one."""
+def _plinks(branch: bytes) -> dict[tuple[int, int], bytes]:
+    """Inode number and birth time (ns) on a lower branch -> the copy on this one."""
     directory = os.path.join(branch, PLINKS)
     if not os.path.isdir(directory):
         return {}
-    return {int(name.partition(b".")[2]): os.path.join(directory, name) for name in os.listdir(directory)}
+    found = {}
+    for name in os.listdir(directory):
+        _, inode, birth = name.split(b".")
+        found[int(inode), int(birth)] = os.path.join(directory, name)
+    return found
 
 
-def _content(path: bytes, branches: Sequence[bytes], plinks: Sequence[dict[int, bytes]]) -> bytes:
+def _birth_ns(path: bytes) -> int:
+    out = subprocess.run([b"stat", b"--format=%.9W", path], check=True, capture_output=True).stdout
+    return int(out.replace(b".", b""))
+
+
+def _content(path: bytes, branches: Sequence[bytes], plinks: Sequence[dict[tuple[int, int], bytes]]) -> bytes:
     """Where the data and attributes of the visible object `path` are: there, or in the copy that has its place."""
     info = os.lstat(path)
     if stat.S_ISDIR(info.st_mode):
@@ -153,8 +163,10 @@ def _content(path: bytes, branches: Sequence[bytes], plinks: Sequence[dict[int, 
     for branch, known in zip(branches, plinks, strict=True):
         if path.startswith(branch + b"/"):
             break
-        if info.st_ino in known:
-            return known[info.st_ino]
+        if any(info.st_ino == inode for inode, _ in known):
+            home = known.get((info.st_ino, _birth_ns(path)))
+            if home is not None:
+                return home
     return path
 
 

@@ -260,3 +260,46 @@ def test_symlinks_and_fifos_have_names_too(union: UnionFactory, tmp_path: Path, 
             info = os.lstat(mount.path / each)
             assert (info.st_ino, info.st_nlink, info.st_uid) == (inode, 2, 7)
     assert os.readlink(mount.path / "link2") == "target"
+
+
+def edit(mount: Mount, *edits: tuple[str, str]) -> None:
+    answer = mount.control({"op": "branches", "edits": list(edits)})
+    assert "error" not in answer, answer
+
+
+@modes
+def test_branches_come_and_go_with_their_pseudo_links(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """What the kernel remembers of a name must not outlive a change of its branches."""
+    lower(tmp_path)
+    mount = union({"old": "rw", "base": "ro"}, udba)
+    inode = os.stat(mount.path / "one").st_ino
+    (mount.path / "one").write_text("changed")
+    mount.unmount()
+    before = {name: os.lstat(tmp_path / "old" / name).st_ctime_ns for name in os.listdir(tmp_path / "old")}
+    mount = union({"top": "rw", "base": "ro"}, udba, mount_point="second")
+    check(mount, set(NAMES), None)
+    old = str(tmp_path / "old")
+    edit(mount, ("add", f"1:{old}=ro+wh"))
+    check(mount, set(NAMES), inode, "changed", guessed=True)
+    (mount.path / "two").write_text("again")
+    check(mount, set(NAMES), inode, "again", guessed=True)
+    assert {name: os.lstat(tmp_path / "old" / name).st_ctime_ns for name in before} == before
+    edit(mount, ("del", old))
+    found = {name: (mount.path / name).read_text() for name in NAMES}
+    assert sorted(found.values()) == ["again", "content", "content"], "without the branch between nothing tells"
+
+
+@pytest.mark.parametrize("udba", ["reval", "notify"])
+def test_a_name_that_is_replaced_directly(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """It led to the copy, and stands for another file now."""
+    lower(tmp_path)
+    mount = union(None, udba)
+    (mount.path / "one").write_text("changed")
+    check(mount, set(NAMES), None, "changed")
+    (tmp_path / "base" / "new").write_text("another")
+    (tmp_path / "base" / "new").rename(tmp_path / "base" / "two")
+    mount.flush()
+    assert (mount.path / "two").read_text() == "another"
+    assert (mount.path / "two").stat().st_ino != (mount.path / "one").stat().st_ino
+    (mount.path / "two").write_text("another, written")
+    assert (mount.path / "sub/three").read_text() == (mount.path / "one").read_text() == "changed"

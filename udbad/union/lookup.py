@@ -302,14 +302,20 @@ def intern_file(
 def _intern_home(tree: Tree, parent: Dir, name: bytes, st: os.stat_result, home: homes.Home) -> Node:
     """`intern_file` for a name, of an object with attributes `st`, that leads to a pseudo-link's home."""
     branch = home.plink.branch
+    kind = home.st.st_mode & _S_IFMT
     dev, ino = identity = home.plink.identity
     number = tree.inomap.number(dev, ino)
     node = tree.table.nodes.get(number)
-    if node is not None and (node.identity != identity or node.dead):
-        number = tree.inomap.fresh(dev, ino)
-        node = None
+    if node is not None and (node.identity != identity or node.kind != kind or node.dead):
+        if node.parent is None and not node.handles and node.kind == kind and not node.dead:
+            # Its file was known before the home's branch was added, and was parted from its names (reconfigure.apply).
+            node.dev, node.ino = identity
+            node.seen = None
+        else:
+            number = tree.inomap.fresh(dev, ino)
+            node = None
     if node is None:
-        node = Node(number, home.st.st_mode & _S_IFMT, branch, dev, ino)
+        node = Node(number, kind, branch, dev, ino)
         tree.table.add(node)
     node.plink = home.plink
     node.branch = branch
