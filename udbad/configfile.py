@@ -316,6 +316,8 @@ class _Loader:
             spec = parse_branch(text)
             if not spec.path.startswith(b"/"):
                 self.note(file, place, f"found {_show(item)}, the path must be absolute")
+            if os.path.normpath(spec.path) in {os.path.normpath(above.path) for above in specs}:
+                self.note(file, place, f"branch {shown(spec.path)} is given twice")
             specs.append(spec)
         # A branch for each that was wrong, so that "too few" is not said as well.
         return tuple(specs) or (BranchSpec(b"/"),)

@@ -42,6 +42,22 @@ def refused(daemon: Daemon, name: str, reason: str) -> None:
     assert state["reason"].count("\n") == 0
 
 
+def test_a_start_that_fails_says_why_once(daemon: Daemon, other: Path) -> None:
+    """However often it is tried; and nothing is said of the processes that try."""
+    daemon.add("a")
+    daemon.branch("a", "base").rmdir()
+    daemon.branch("a", "base").symlink_to(daemon.branch("a", "top"))
+    daemon.settings.update(restart_delay=0.1, restart_delay_max=0.1)
+    daemon.start()
+    reason = f"branch {daemon.branch('a', 'base')} is given twice, it is the same directory as"
+    refused(daemon, "a", reason)
+    assert reason in daemon.command("check-config", "-c", str(daemon.config), code=10)
+    pids = [until(lambda: daemon.state("a")["pid"], "a try")]
+    pids.append(until(lambda: daemon.state("a")["pid"] not in (None, *pids) and daemon.state("a")["pid"], "another"))
+    said = [line for line in daemon.log().splitlines() if "INFO" not in line]
+    assert [reason in line for line in said] == [True], said
+
+
 # -- configuration --------------------------------------------------------------------------------
 
 

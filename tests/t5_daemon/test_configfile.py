@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from udbad.configfile import ConfigError, load
+from udbad.daemon import check
 from udbad.types import Perm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -207,14 +208,67 @@ def test_check_config(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "udbad", "check-config", "-c", str(path)]
         return subprocess.run(command, check=False, capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
 
-    path = write(tmp_path / "c.toml", GOOD)
+    path = write(tmp_path / "c.toml", GOOD.replace("/mnt", str(tmp_path)))
+    absent = check(path)
+    assert (absent.returncode, absent.stderr.splitlines()) == (
+        10, [f"udbad: {path}: mounts.pool.mount_point: mount point {tmp_path}/pool: No such file or directory"],
+    )  # fmt: skip
+    (tmp_path / "pool").mkdir()
     good = check(path)
     assert good.returncode == 0
     assert good.stdout.splitlines() == [
-        "pool: /mnt/pool, 2 branches",
-        "live: /mnt/live, 2 branches (not enabled)",
+        f"pool: {tmp_path}/pool, 2 branches",
+        "pool: branch /disks/a does not exist; it will be waited for",
+        "pool: branch /disks/b:c does not exist; it will be waited for",
+        f"live: {tmp_path}/live, 2 branches (not enabled)",
         f"{path}: good, 2 mounts",
     ]
     bad = check(write(path, "[daemon]\nx = 1\ny = 2\n"))
     assert (bad.returncode, bad.stdout) == (10, "")
     assert [line.split(":")[0] for line in bad.stderr.splitlines()] == ["udbad", "udbad"]
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Path:
+    for name in ("a", "b", "a/inside", "m"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "file").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("branches", "more", "problem"),
+    [
+        ('"{0}/a", "{0}/b/../a=ro"', "", 'branches[1]: branch {0}/b/../a is given twice'),
+        ('"{0}/a", "{0}/link=ro"', "", "branches: branch {0}/link is given twice, it is the same directory as {0}/a"),
+        ('"{0}/a", "{0}/a/inside"', "", "branches: branches overlap: {0}/a/inside is inside {0}/a"),
+        ('"{0}/file"', "", "branches: branch {0}/file is not a directory"),
+        ('"/proc"', "", "branches: branch /proc: file system type proc cannot be a branch"),
+        ('"{0}/b", "{0}/gone"', 'missing_branch = "fail"', "branches: branch {0}/gone does not exist"),
+        ('"{0}/b"', 'mount_point = "{0}/nowhere"', "mount_point: mount point {0}/nowhere: No such file or directory"),
+        ('"{0}/b"', 'mount_point = "{0}/link/inside"', ""),
+        ('"{0}/link"', 'mount_point="{0}/a/inside"', "branches: the mount point {0}/a/inside is inside branch "
+            "{0}/link"),
+        ('"{0}/odd"', "", "branches: branch {0}/odd: .wh..wh.plnk exists and is not a directory"),
+        ('"{0}/odd"', "ro = true", ""),
+        ('"{0}/odd=ro"', "", ""),
+        ('"{0}/gone", "{0}/odd"', "", ""),
+        ('"{0}/odd", "{0}/odd"', "enabled = false", "branches[1]: branch {0}/odd is given twice"),
+        ('"{0}/odd"', "enabled = false", ""),
+    ],
+)  # fmt: skip
+def test_what_a_mount_would_be_refused_for(places: Path, branches: str, more: str, problem: str) -> None:
+    """By the rules of branch/accept.py; that those are applied when it starts is in test_accept.py."""
+    (places / "odd").mkdir()
+    (places / "odd/.wh..wh.plnk").touch()
+    point = "" if "mount_point" in more else f'mount_point = "{places}/m"'
+    text = f"[mounts.x]\nbranches = [{branches}]\n{more}\n{point}\n".replace("{0}", str(places))
+    path = places / "udbad.toml"
+    path.write_text(text)
+    try:
+        found = [str(one) for one in check.problems(load(path))]
+    except ConfigError as error:
+        found = [str(one) for one in error.problems]
+    assert found == ([f"{path}: mounts.x.{problem.format(places)}"] if problem else [])
+    assert sorted(os.listdir(places / "odd")) == [".wh..wh.plnk"], "nothing was made ready"

@@ -36,6 +36,8 @@ ORPHAN_DIR: Final = b".wh..wh.orph"
 FS_TYPE: Final = "fuse.udba"
 """The type a mount of ours has in mountinfo."""
 
+_FILE: Final = (st_mod.S_IFREG, "regular file")
+_DIRECTORY: Final = (st_mod.S_IFDIR, "directory")
 _MIN_NAME_MAX: Final = 255
 _BASE_MODE: Final = 0o444
 
@@ -381,6 +383,14 @@ def _holds(outer: _Candidate, place: _Place, fd: int) -> bool:
 # -- making a branch ready to be written ----------------------------------------------------------
 
 
+def check_names(branch: Branch, plink: bool) -> None:
+    """Raises UserError (BRANCH) when `prepare_writable` would, for a name of the wrong type; changes nothing."""
+    types = {BASE_NAME: _FILE, ORPHAN_DIR: _DIRECTORY} | ({PLINK_DIR: _DIRECTORY} if plink else {})
+    for name, (wanted, word) in types.items():
+        if syscalls.exists_at(branch.root_fd, name):
+            _require_type(branch, name, wanted, word)
+
+
 def prepare_writable(branch: Branch, plink: bool) -> None:
     """What aufs puts into the root of a branch that becomes writable (spec section 3, au_wbr_init).
 
@@ -408,7 +418,7 @@ def prepare_writable(branch: Branch, plink: bool) -> None:
 def _base_exists(branch: Branch) -> bool:
     if not syscalls.exists_at(branch.root_fd, BASE_NAME):
         return False
-    _require_type(branch, BASE_NAME, st_mod.S_IFREG, "regular file")
+    _require_type(branch, BASE_NAME, *_FILE)
     return True
 
 
@@ -445,7 +455,7 @@ def _ensure_dir(branch: Branch, name: bytes, mode: int) -> None:
     try:
         syscalls.mkdir_at(branch.root_fd, name, 0o700)
     except FileExistsError:
-        _require_type(branch, name, st_mod.S_IFDIR, "directory")
+        _require_type(branch, name, *_DIRECTORY)
         return
     if mode != 0o700:
         syscalls.chmod_at(branch.root_fd, name, mode)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from udbad.commands.common import need_root, run_dir_option, user_errors
-from udbad.configfile import LOG_LEVELS, load
+from udbad.configfile import LOG_LEVELS, ConfigError, load
 from udbad.daemon import client, registry
 from udbad.daemon.protocol import NOT_ANSWERING
 from udbad.errors import ExitCode, UserError
@@ -41,12 +41,22 @@ def run(config: Path, log_format: str | None) -> None:
 @click.command("check-config")
 @config_option
 def check_config(config: Path) -> None:
-    """Say everything that is wrong with a configuration; exit code 0 when nothing is."""
+    """Say everything that is wrong with a configuration; exit code 0 when nothing is.
+
+    What the files say, and what of it is there: branches and mount points are looked at as for a mount.
+    """
+    from udbad.daemon import check
+
     with user_errors():
         checked = load(config)
+        found = list(check.problems(checked))
+        if found:
+            raise ConfigError(found)
         for mount in checked.mounts.values():
             state = "" if mount.enabled else " (not enabled)"
             click.echo(f"{mount.name}: {mount.mount_point}, {len(mount.options.branches)} branches{state}")
+            for path in check.missing(mount) if mount.enabled else ():
+                click.echo(f"{mount.name}: branch {path} does not exist; it will be waited for")
         click.echo(f"{config}: good, {len(checked.mounts)} mounts")
 
 

@@ -1,7 +1,8 @@
 """The process that mount processes are forked from: everything is imported once, so a new one is there at once.
 
 Talks to the supervisor over stdin, a SOCK_SEQPACKET socket: each request carries one descriptor, a socket
-over which the new process gets its job and answers; the reply carries a pidfd of that process. Ends when
+over which the new process gets its job and answers; the reply carries a pidfd of that process. A number of a process
+alone says that it will be killed, and is sent back: its end is not worth a word then. Ends when
 the supervisor does; mount processes go on, as children of init. Runs no event loop and no thread: what is
 forked must not be in the middle of anything.
 """
@@ -18,6 +19,8 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 
 _children: set[int] = set()
+_expected: set[int] = set()
+"""Children that the supervisor is about to kill, and says why."""
 
 
 def main(work: Callable[[socket.socket], int]) -> int:
@@ -30,6 +33,13 @@ def main(work: Callable[[socket.socket], int]) -> int:
         request, descriptors, _, _ = socket.recv_fds(supervisor, 16, 1)
         if not request:
             return 0
+        if not descriptors:
+            _expected.add(int(request))
+            try:
+                supervisor.send(request)
+            except OSError:
+                return 0
+            continue
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -54,8 +64,11 @@ def _reap(number: int, frame: object) -> None:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             _children.discard(pid)
+            if pid in _expected:
+                _expected.discard(pid)
+                continue
             code = os.waitstatus_to_exitcode(status)
             if code < 0:
                 log.warning("process %d was killed by %s", pid, signal.Signals(-code).name)
             elif code > 0:
-                log.info("process %d ended with code %d", pid, code)
+                log.debug("process %d ended with code %d", pid, code)  # it has said why, and so does the supervisor

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 CONTROL_SECONDS = 30.0
 """For one answer of a mount process to a request that changes something."""
+_END_SECONDS = 2.0
+"""For a mount process to end after it has said why it could not start."""
 
 
 class State(Enum):
@@ -220,12 +222,24 @@ class Runner:
             self.up.set()
             self.log.info("%s: serving on %s, process %d", self.label, settings.mount_point, worker.pid)
             return None
-        worker.send_signal(signal.SIGKILL)
-        await worker.ended()
+        await self._end(worker)
         self.worker = None
         if answer is None:
             return _Failure(f"process {worker.pid} ended before it was ready", 1)
         return _Failure(str(answer.get("error")), int(answer.get("code", 1)))
+
+    async def _end(self, worker: Worker) -> None:
+        """The end of a process whose start has failed, which it comes to by itself; one that hangs is killed."""
+        try:
+            async with asyncio.timeout(_END_SECONDS):
+                await worker.ended()
+        except TimeoutError:
+            await self._kill(worker)
+
+    async def _kill(self, worker: Worker) -> None:
+        await self.shared.pool.expect_end(worker.pid)
+        worker.send_signal(signal.SIGKILL)
+        await worker.ended()
 
     def _job(self, settings: MountSettings) -> dict[str, Any]:
         daemon = self.shared.daemon
@@ -303,8 +317,7 @@ class Runner:
         problem = kernelside.abort(self.place, self.connection)
         if problem is not None:
             self.log.error("%s: %s", self.label, problem)
-        worker.send_signal(signal.SIGKILL)
-        await worker.ended()
+        await self._kill(worker)
 
     # -- what others want -------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from typing import Any
 COMMAND = (sys.executable, "-m", "udbad")
 _FORK_SECONDS = 60.0
 """For the fork server to answer, the time of its imports included."""
+_EXPECT_SECONDS = 2.0
 
 
 def environment() -> dict[str, str]:
@@ -137,6 +138,21 @@ class Pool:
                 self._end()
         raise OSError(0, "the fork server does not answer")
 
+    async def expect_end(self, pid: int) -> None:
+        """Have the fork server be silent about the end of a process that the caller is going to kill, and tells why."""
+        async with self._turn:
+            if self._sock is None:
+                return
+            try:
+                async with asyncio.timeout(_EXPECT_SECONDS):
+                    self._sock.send(str(pid).encode())
+                    await _readable(self._sock)
+                    self._sock.recv(64)
+            except (OSError, asyncio.CancelledError) as error:
+                self._end()  # its answer would be taken for that to the next request
+                if isinstance(error, asyncio.CancelledError):
+                    raise
+
     def _end(self) -> None:
         if self._sock is not None:
             self._sock.close()
@@ -151,19 +167,23 @@ class Pool:
         self._end()
 
 
+async def _readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(sock, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(sock)
+
+
 async def _fork(sock: socket.socket) -> Worker | None:
     """None when the server has ended."""
     ours, theirs = socket.socketpair()
     try:
         with theirs:
             socket.send_fds(sock, [b"fork"], [theirs.fileno()])
-        loop = asyncio.get_running_loop()
-        readable = asyncio.Event()
-        loop.add_reader(sock, readable.set)
-        try:
-            await readable.wait()
-        finally:
-            loop.remove_reader(sock)
+        await _readable(sock)
         reply, descriptors, _, _ = socket.recv_fds(sock, 64, 1)
         if not reply:
             ours.close()
