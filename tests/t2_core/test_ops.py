@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -117,3 +118,47 @@ def test_a_failing_fsync_of_a_directory_leaves_no_descriptor(
         trio.run(operations(union).fsyncdir, handle.fh, False)
     assert caught.value.errno == errno.EIO
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+# -- close ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_close_is_asked_about_where_it_may_have_an_error(
+    union: Core, monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    """Only of what was written, and in a thread, as a server may be slow."""
+    asked: list[tuple[int, bool]] = []
+
+    def over_quota(fd: int) -> None:
+        asked.append((fd, threading.current_thread() is threading.main_thread()))
+        raise OSError(errno.EDQUOT, "injected")
+
+    for branch in union.tree.branches.branches:
+        object.__setattr__(branch, "local", local)
+    monkeypatch.setattr(syscalls, "flush", over_quota)
+    ops = operations(union)
+    for name, flags in (("f", os.O_RDONLY), ("lower", os.O_RDWR)):  # the second one has not been written to
+        trio.run(ops.flush, union.open(name, flags).fh)
+    assert asked == []
+    writer = union.open("f", os.O_WRONLY)
+    if local:
+        trio.run(ops.flush, writer.fh)
+        assert asked == []
+    else:
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            trio.run(ops.flush, writer.fh)
+        assert caught.value.errno == errno.EDQUOT
+        assert asked == [(writer.fd, False)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "all_local", "elsewhere"),
+    [(os.O_RDONLY, False, False), (os.O_WRONLY, False, True), (os.O_RDWR, True, True)],
+    ids=["read", "write", "both"],
+)
+def test_who_is_asked_about(union: Core, flags: int, all_local: bool, elsewhere: bool) -> None:
+    """A lower file that is going to be copied up counts as what it will be; a shared mapping needs O_RDWR."""
+    for local, expected in ((True, all_local), (False, elsewhere)):
+        object.__setattr__(union.tree.branches, "close_may_fail", not local)
+        assert union.fs.needs_flush(flags | os.O_APPEND) == expected

@@ -22,6 +22,8 @@ def _is_multigrain(release: str) -> bool:
 MULTIGRAIN_KERNEL = _is_multigrain(os.uname().release)
 _MULTIGRAIN_FS = frozenset({"ext4", "xfs", "btrfs", "tmpfs"})
 """FS_MGTIME in the kernel's sources."""
+_LOCAL_FS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "f2fs", "vfat", "exfat"})
+"""File systems whose times come from this machine's clock, and whose close(2) has no error to tell (no f_op->flush)."""
 _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 
 
@@ -46,6 +48,7 @@ class Branch:
     descriptor of a private clone of the mount, so that nothing mounted below is entered.
     anchor_fd: a descriptor through the visible mount, so that umount of the branch says EBUSY.
     exact_times: a directory or file that has changed after a stat always shows another ctime.
+    local: its times come from this machine's clock, and close(2) always succeeds; false where that is not known.
     in_memory: nothing of it outlives the power, so there is nothing to sync.
     """
 
@@ -62,6 +65,7 @@ class Branch:
     writable: bool = field(init=False)
     whable: bool = field(init=False)
     exact_times: bool = field(init=False)
+    local: bool = field(init=False)
     in_memory: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,6 +73,7 @@ class Branch:
         object.__setattr__(self, "whable", self.perm is Perm.RW or "wh" in self.attrs)
         exact = self.perm is Perm.RR or (MULTIGRAIN_KERNEL and self.fs_type in _MULTIGRAIN_FS)
         object.__setattr__(self, "exact_times", exact)
+        object.__setattr__(self, "local", self.fs_type in _LOCAL_FS)
         object.__setattr__(self, "in_memory", self.fs_type in _IN_MEMORY)
 
     def describe(self) -> str:
@@ -88,9 +93,12 @@ class BranchSet:
     generation: int = 0
     writable: tuple[bool, ...] = field(init=False)
     """Of each branch, for the policies."""
+    close_may_fail: bool = field(init=False)
+    """On a branch that is written to."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "writable", tuple(branch.writable for branch in self.branches))
+        object.__setattr__(self, "close_may_fail", any(one.writable and not one.local for one in self.branches))
 
     def __len__(self) -> int:
         return len(self.branches)

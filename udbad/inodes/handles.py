@@ -46,6 +46,9 @@ class OpenFile:
         that reads meanwhile never sees a closed one. Where no new one is to be had (EMFILE, ENFILE, ENOMEM), `fd`
         itself is duplicated: its O_APPEND and O_SYNC count then, but nobody loses an open file. Raises OSError when
         `fd` is our own descriptor.
+
+        dup2 does not tell what closing the old descriptor would have (dup(2)). Nothing is lost with that: what was
+        written through it went into the copy that `fd` leads to, and how that fared was asked before it got its name.
         """
         flags = self.flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC)
         if not writable:

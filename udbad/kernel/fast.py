@@ -45,8 +45,8 @@ _GONE = (errno.ENOENT, errno.EINTR)
 _TAKEN_BACK = (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED)
 """Errors of an answer that nobody waits for any more."""
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
-_READ_THREADS = 16
-"""Reads from the disk at the same time: as many keep an array of disks busy."""
+_WAITERS = 16
+"""Threads that wait for disks and servers at the same time: as many reads keep an array of disks busy."""
 _BIG_REPLY = 4096
 """Bytes of data from which on copying it behind a header costs more than a second vector."""
 
@@ -60,7 +60,7 @@ class Ended(Exception):
 
 
 class _Later(Exception):
-    """The reply comes from a thread: pread of (descriptor, size, offset)."""
+    """The reply comes from a thread: what a call with its arguments returns, bytes or None."""
 
 
 Handler = Callable[[int, int], bytes | bytearray]
@@ -98,7 +98,7 @@ class FastPath:
         """
         self._fd = fd
         self._pyfuse3s = pyfuse3s
-        self._readers = ThreadPoolExecutor(_READ_THREADS, "read")
+        self._waiters = ThreadPoolExecutor(_WAITERS, "wait")
         self.fs = fs
         self.coherence = coherence
         self._buffer = bytearray(protocol.MAX_REQUEST + 4096)
@@ -152,7 +152,7 @@ class FastPath:
             trio.lowlevel.spawn_system_task(self._finish_after_copyup, again, who, unique, stats, start)
             return True
         except _Later as later:
-            self._readers.submit(self._finish_read, unique, stats, start, *later.args)
+            self._waiters.submit(self._finish, unique, opcode, stats, start, *later.args)
             return True
         except OSError as error:
             if error.errno == errno.ESTALE and opcode not in _KEPT:
@@ -344,7 +344,9 @@ class FastPath:
             self.fs.forget(node.id, 1)
 
         self._undo = undo
-        return self._entry(parent, node, st) + wire.OPENED.pack(handle.fh, 0, 0)
+        return self._entry(parent, node, st) + wire.OPENED.pack(
+            handle.fh, 0 if self.fs.needs_flush(flags) else wire.NO_FLUSH, 0
+        )
 
     # -- attributes ---------------------------------------------------------------------------
 
@@ -398,37 +400,54 @@ class FastPath:
         flags, _ = wire.TWO_WORDS.unpack_from(self._buffer, wire.BODY)
         handle, st = self.fs.open(node_id, flags, self._caller())
         self._undo = lambda: self.fs.release(handle.fh)
-        return wire.OPENED.pack(handle.fh, wire.KEEP_CACHE if self.coherence.keep_cache(handle.node, st) else 0, 0)
+        answer = 0 if self.fs.needs_flush(flags) else wire.NO_FLUSH
+        if self.coherence.keep_cache(handle.node, st):
+            answer |= wire.KEEP_CACHE
+        return wire.OPENED.pack(handle.fh, answer, 0)
 
     def _read(self, node_id: int, size: int) -> bytearray:
         fh, offset, wanted = wire.READ_IN.unpack_from(self._buffer, wire.BODY)
         handle = self.fs.ready(fh)
         data = syscalls.read_cached(handle.fd, wanted, offset)
         if data is None:
-            raise _Later(handle.fd, wanted, offset)
+            raise _Later(os.pread, handle.fd, wanted, offset)
         return data
 
-    def _finish_read(self, unique: int, stats: boundary.OpStats, start: float, fd: int, size: int, offset: int) -> None:
+    def _flush(self, node_id: int, size: int) -> bytes:
+        fd = self.fs.flush(wire.QWORD.unpack_from(self._buffer, wire.BODY)[0])
+        if fd is not None:
+            raise _Later(syscalls.flush, fd)
+        return b""
+
+    def _finish(
+        self,
+        unique: int,
+        opcode: int,
+        stats: boundary.OpStats,
+        start: float,
+        call: Callable[..., bytes | None],
+        *args: int,
+    ) -> None:
         """In a thread, which answers by itself: two turns of the event loop would take as long as the disk.
 
-        There is nothing to check after the wait. The kernel sends RELEASE only after the last READ was answered, and
-        a copy-up meanwhile puts the new file under the same descriptor.
+        There is nothing to check after the wait. The kernel sends RELEASE only after the last READ and FLUSH were
+        answered, and a copy-up meanwhile puts the new file under the same descriptor.
         """
         number, body = 0, b""
         try:
-            body = os.pread(fd, size, offset)
+            body = call(*args) or b""
         except OSError as error:
             number = boundary.error_number(error)
         except Exception:
             stats.bugs += 1
             number = errno.EIO
-            log.exception("read failed")
+            log.exception("%s failed", HANDLERS[opcode])
         self._send(unique, number, body)
         boundary.count_in_thread(stats, perf_counter() - start, number)
 
     def close(self) -> None:
         """Wait for the reads under way; after the end of the connection, before the descriptor is closed."""
-        self._readers.shutdown()
+        self._waiters.shutdown()
 
     def _write(self, node_id: int, size: int) -> bytes:
         fh, offset, length = wire.READ_IN.unpack_from(self._buffer, wire.BODY)
@@ -504,6 +523,7 @@ HANDLERS = {
     wire.OPEN: "open",
     wire.READ: "read",
     wire.WRITE: "write",
+    wire.FLUSH: "flush",
     wire.RELEASE: "release",
     wire.OPENDIR: "opendir",
     wire.READDIRPLUS: "readdir",

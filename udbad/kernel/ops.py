@@ -309,8 +309,11 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def flush(self, fh: int) -> None:
-        # Every write has reached the branch already; with this answer the kernel never asks again.
-        raise pyfuse3.FUSEError(errno.ENOSYS)
+        # Never ENOSYS, which would hold for branches that are added later, too: fast.py says per file whether to ask.
+        fd = self.fs.flush(fh)
+        if fd is not None:
+            # After this: nothing is used any more. As for a read, the descriptor stays while this is not answered.
+            await trio.to_thread.run_sync(syscalls.flush, fd, limiter=self._io_limit)
 
     @handler
     async def release(self, fh: int) -> None:

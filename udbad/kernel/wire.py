@@ -20,14 +20,14 @@ REPLY = struct.Struct("<IiQ")
 """fuse_out_header: length, error, unique."""
 
 LOOKUP, FORGET, GETATTR, SETATTR, UNLINK, RENAME, OPEN, READ, WRITE = 1, 2, 3, 4, 10, 12, 14, 15, 16
-RELEASE, SETXATTR, GETXATTR, OPENDIR, RELEASEDIR, CREATE, INTERRUPT, BATCH_FORGET = 18, 21, 22, 27, 29, 35, 36, 42
-READDIRPLUS, RENAME2 = 44, 45
+RELEASE, SETXATTR, GETXATTR, FLUSH, OPENDIR, RELEASEDIR, CREATE, INTERRUPT = 18, 21, 22, 25, 27, 29, 35, 36
+BATCH_FORGET, READDIRPLUS, RENAME2 = 42, 44, 45
 SYMLINK, MKNOD, MKDIR, LINK = 6, 8, 9, 13
 REFERRING = frozenset({LOOKUP, SYMLINK, MKNOD, MKDIR, LINK, OPEN, OPENDIR, CREATE, READDIRPLUS})
 """Their answers give the kernel a reference on a node, or a handle."""
 
-KEEP_CACHE, CACHE_DIR = 1 << 1, 1 << 3
-"""FOPEN_*: flags of the replies to OPEN and OPENDIR."""
+KEEP_CACHE, CACHE_DIR, NO_FLUSH = 1 << 1, 1 << 3, 1 << 5
+"""FOPEN_*: flags of the replies to OPEN and OPENDIR. NO_FLUSH is unknown before Linux 5.16, which then asks."""
 
 TWO_WORDS = struct.Struct("<II")
 FOUR_WORDS = struct.Struct("<IIII")

@@ -412,6 +412,20 @@ class UnionFs:
         note_id_bits(node, st)
         self.tree.hooks.side_effect(node)
 
+    def needs_flush(self, flags: int) -> bool:
+        """Whether close(2) of a file opened with `flags` has to be asked about (FLUSH).
+
+        Who wrote may have an error to be told, on a branch of that kind. Who can map the file shared always is: in
+        FLUSH the kernel writes what is dirty of the mappings, and tells how that went (fuse_flush).
+        """
+        access = flags & os.O_ACCMODE
+        return access == os.O_RDWR or (access == os.O_WRONLY and self.tree.branches.close_may_fail)
+
+    def flush(self, fh: int) -> int | None:
+        """The descriptor to ask what close(2) would say, in a thread (syscalls.flush); None: nothing can be wrong."""
+        handle = self.handles.file(fh)
+        return handle.fd if handle.writable and not handle.node.branch.local else None
+
     def release(self, fh: int) -> None:
         handle = self.handles.remove_file(fh)
         self.table.release_handles(handle.node)

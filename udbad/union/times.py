@@ -21,8 +21,6 @@ _COARSE_NS = 50_000_000
 """Within this time of a change a second one may leave the same times, where those are a tick of the clock."""
 _WHOLE_NS = 2_100_000_000
 """The same where they are whole seconds (ext4 with inodes of 128 bytes), or even ones (vfat)."""
-_LOCAL_FS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "f2fs", "vfat", "exfat"})
-"""File systems whose times come from this machine's clock."""
 
 MAX_LAYERS = 16
 """A directory merged from more is probed name by name: most names are found before so many were asked."""
@@ -58,7 +56,7 @@ def _times(tree: Tree, node: Dir) -> list[int] | None:
     now = []
     try:
         for layer in layers:
-            if not layer.branch.exact_times and layer.branch.fs_type not in _LOCAL_FS:
+            if not layer.branch.exact_times and not layer.branch.local:
                 return None
             st = os.fstat(layer.fd if layer.fd >= 0 else tree.layer_fd(node, layer))
             if not settled(layer.branch, st):
