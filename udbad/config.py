@@ -33,9 +33,24 @@ from udbad.branch.spec import (
 from udbad.errors import ExitCode, UserError
 
 KernelFlag = Literal[
-    "nosuid", "nodev", "noexec", "noatime", "nodiratime", "relatime", "strictatime", "lazytime", "sync", "dirsync"
+    "nosuid",
+    "nodev",
+    "noexec",
+    "suid",
+    "dev",
+    "exec",
+    "noatime",
+    "nodiratime",
+    "relatime",
+    "strictatime",
+    "lazytime",
+    "sync",
+    "dirsync",
 ]
-"""mount(2) flags, under the names mount(8) gives them."""
+"""mount(2) flags, under the names mount(8) gives them. suid, dev and exec: whatever the branches are mounted with."""
+
+_PERMITTED: Final = {"suid": "nosuid", "dev": "nodev", "exec": "noexec"}
+"""What is asked for, and the flag that a union does not take from its branches then."""
 
 
 def _branches(value: object) -> object:
@@ -98,7 +113,7 @@ class MountOptions(BaseModel):
     ro: bool = _switch(False)
     kernel_flags: Annotated[frozenset[KernelFlag], BeforeValidator(_frozenset)] = Field(
         default=frozenset(),
-        description="a list of nosuid, nodev, noexec, noatime, nodiratime, relatime, "
+        description="a list of nosuid, nodev, noexec, suid, dev, exec, noatime, nodiratime, relatime, "
         "strictatime, lazytime, sync, dirsync",
     )
     fsname: str = Field(default="none", min_length=1, description="a name that is not empty")
@@ -110,10 +125,15 @@ class MountOptions(BaseModel):
     control: str | None = Field(default=None, min_length=1, description="the path of a socket")
     notices: tuple[str, ...] = ()
 
-    @property
-    def mount_flags(self) -> frozenset[str]:
-        """All of mount(2), under the names of mount(8)."""
-        return self.kernel_flags | {"ro"} if self.ro else frozenset(self.kernel_flags)
+    def mount_flags(self, restrictions: frozenset[str]) -> frozenset[str]:
+        """All of mount(2), under the names of mount(8).
+
+        restrictions: those of nosuid, nodev and noexec that some branch is mounted with. The union has them, too (a
+        setuid program on a stick is none in a live system either), unless suid, dev or exec was asked for.
+        """
+        permitted = {_PERMITTED[flag] for flag in self.kernel_flags if flag in _PERMITTED}
+        flags = self.kernel_flags - _PERMITTED.keys() | restrictions - permitted
+        return flags | {"ro"} if self.ro else flags
 
     @field_validator("create")
     @classmethod
@@ -171,15 +191,17 @@ _LISTS: Final = frozenset({"br", "dirs", "add", "ins", "append", "prepend", "del
 
 _ATIMES: Final = frozenset({"noatime", "relatime", "strictatime"})
 _KERNEL: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {
-    **{name: (frozenset({name}), frozenset({name})) for name in ("nosuid", "nodev", "noexec", "nodiratime")},
+    **{"no" + name: (frozenset({"no" + name}), frozenset({name})) for name in _PERMITTED},
+    **{name: (frozenset({name}), frozenset({"no" + name})) for name in _PERMITTED},
+    "nodiratime": (frozenset({"nodiratime"}), frozenset({"nodiratime"})),
     **{name: (frozenset({name}), _ATIMES) for name in _ATIMES},
     **{name: (frozenset({name}), frozenset({name})) for name in ("lazytime", "sync", "dirsync")},
-    **{name: (frozenset(), frozenset({"no" + name})) for name in ("suid", "dev", "exec", "atime", "diratime")},
+    **{name: (frozenset(), frozenset({"no" + name})) for name in ("atime", "diratime")},
     **{"no" + name: (frozenset(), frozenset({name})) for name in ("relatime", "strictatime", "lazytime")},
     "async": (frozenset(), frozenset({"sync"})),
     # mount(8): "implies the options ..., unless overridden by subsequent options".
-    **dict.fromkeys(("user", "users"), (frozenset({"nosuid", "nodev", "noexec"}), frozenset[str]())),
-    **dict.fromkeys(("owner", "group"), (frozenset({"nosuid", "nodev"}), frozenset[str]())),
+    **dict.fromkeys(("user", "users"), (frozenset({"nosuid", "nodev", "noexec"}), frozenset(_PERMITTED))),
+    **dict.fromkeys(("owner", "group"), (frozenset({"nosuid", "nodev"}), frozenset({"suid", "dev"}))),
 }
 """Words for mount(2): the flags they set and the ones they clear (before they set)."""
 

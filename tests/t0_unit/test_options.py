@@ -282,7 +282,11 @@ def test_option(text: str, field: str, value: object) -> None:
     ("text", "flags"),
     [
         ("nosuid,nodev,noexec,noatime", {"nosuid", "nodev", "noexec", "noatime"}),
-        ("nosuid,suid,nodev,dev,noexec,exec,sync,async", set()),
+        ("nosuid,suid,nodev,dev,noexec,exec,sync,async", {"suid", "dev", "exec"}),
+        ("suid,dev,nosuid,exec,noexec", {"nosuid", "dev", "noexec"}),
+        ("suid,dev,exec,users", {"nosuid", "nodev", "noexec"}),
+        ("exec,owner", {"nosuid", "nodev", "exec"}),
+        ("defaults", set()),
         ("suid,nosuid", {"nosuid"}),
         ("noatime,atime,nodiratime,diratime", set()),
         ("noatime,relatime", {"relatime"}),
@@ -290,14 +294,28 @@ def test_option(text: str, field: str, value: object) -> None:
         ("relatime,norelatime,strictatime,nostrictatime,lazytime,nolazytime", set()),
         ("lazytime,sync,dirsync,nodiratime", {"lazytime", "sync", "dirsync", "nodiratime"}),
         ("users", {"nosuid", "nodev", "noexec"}),
-        ("user=joe,exec", {"nosuid", "nodev"}),
+        ("user=joe,exec", {"nosuid", "nodev", "exec"}),
         ("owner", {"nosuid", "nodev"}),
     ],
 )
 def test_kernel_flags(text: str, flags: set[str]) -> None:
     found = options(text)
     assert found.kernel_flags == flags
-    assert found.notices == ()
+    assert found.notices == () or text == "defaults"
+
+
+@pytest.mark.parametrize(
+    ("text", "restrictions", "flags"),
+    [
+        ("", {"nosuid", "nodev"}, {"nosuid", "nodev"}),
+        ("noexec,ro", {"nosuid"}, {"nosuid", "noexec", "ro"}),
+        ("suid", {"nosuid", "nodev"}, {"nodev"}),
+        ("suid,dev,exec,noatime", {"nosuid", "nodev", "noexec"}, {"noatime"}),
+        ("suid,dev,exec", set(), set()),
+    ],
+)
+def test_a_union_is_as_strict_as_its_branches(text: str, restrictions: set[str], flags: set[str]) -> None:
+    assert options(text).mount_flags(frozenset(restrictions)) == flags
 
 
 IGNORED = (
@@ -491,9 +509,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
             "dirwh": st.integers(0, 999999999),
             "rdcache": st.integers(0, 3600),
             "diropq": st.sampled_from(["always", "whiteouted"]),
-            "kernel_flags": st.frozensets(
-                st.sampled_from(["nosuid", "nodev", "noexec", "relatime", "lazytime", "sync"])
-            ),
+            "kernel_flags": st.frozensets(st.sampled_from(["nosuid", "dev", "noexec", "relatime", "lazytime", "sync"])),
             "fsname": texts,
             "metrics": st.sampled_from(["127.0.0.1:1", "[::1]:65535"]),
             "control": texts,

@@ -52,6 +52,9 @@ _UNSUPPORTED: Final = frozenset(
 )  # fmt: skip
 """au_br_test: windows into the kernel, not places for files; and unions, ours included."""
 
+_RESTRICTIONS: Final = {"nosuid": os.ST_NOSUID, "nodev": os.ST_NODEV, "noexec": os.ST_NOEXEC}
+"""Flags of a mount that keep what lies on it from being executed or used as a device: names in mount(8), statvfs(3)."""
+
 _OPEN_DIR: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -88,6 +91,7 @@ class _Candidate:
     root_fd: int
     dev: int
     ino: int
+    restrictions: frozenset[str]
 
     @property
     def name(self) -> str:
@@ -135,6 +139,7 @@ def open_branches(specs: Sequence[BranchSpec], ro: bool, mount_point: bytes) -> 
                 anchor_fd=one.anchor_fd,
                 dev=one.dev,
                 fs_type=one.place.fs_type,
+                restrictions=one.restrictions,
             )
             for index, one in enumerate(found)
         )
@@ -216,7 +221,8 @@ def _examine(
             f"branch {name} cannot be rw: its file system takes names of at most {fs.f_namemax} bytes, "
             f"{_MIN_NAME_MAX} are needed"
         )
-    return _Candidate(spec, place, perm, anchor_fd, root_fd, st.st_dev, st.st_ino)
+    restrictions = frozenset(name for name, bit in _RESTRICTIONS.items() if fs.f_flag & bit)
+    return _Candidate(spec, place, perm, anchor_fd, root_fd, st.st_dev, st.st_ino, restrictions)
 
 
 def _clone(anchor_fd: int) -> int:

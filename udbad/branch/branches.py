@@ -47,6 +47,7 @@ class Branch:
     index: position in the set, 0 is the top. id: never reused while mounted. root_fd: O_PATH
     descriptor of a private clone of the mount, so that nothing mounted below is entered.
     anchor_fd: a descriptor through the visible mount, so that umount of the branch says EBUSY.
+    restrictions: those of nosuid, nodev and noexec that its file system is mounted with.
     exact_times: a directory or file that has changed after a stat always shows another ctime.
     local: its times come from this machine's clock, and close(2) always succeeds; false where that is not known.
     in_memory: nothing of it outlives the power, so there is nothing to sync.
@@ -62,6 +63,7 @@ class Branch:
     anchor_fd: int
     dev: int
     fs_type: str
+    restrictions: frozenset[str] = frozenset()
     writable: bool = field(init=False)
     whable: bool = field(init=False)
     exact_times: bool = field(init=False)
@@ -102,6 +104,11 @@ class BranchSet:
 
     def __len__(self) -> int:
         return len(self.branches)
+
+    @property
+    def restrictions(self) -> frozenset[str]:
+        """All that some branch is mounted with."""
+        return frozenset[str]().union(*(branch.restrictions for branch in self.branches))
 
     def __getitem__(self, index: int) -> Branch:
         return self.branches[index]

@@ -254,13 +254,13 @@ class Commands:
         """
         process = self.process
         old = process.options
-        before, after = process.session.flags, target.mount_flags
-        first = after if target.ro else before
+        before = process.session.flags
+        first = process.flags_for(target) if target.ro else before
         try:
             await self._set_flags(first)
             await self._change_branches(target, branches)
             try:
-                await self._set_flags(after)
+                await self._set_flags(process.flags_for(target))  # with those of new branches
             except UserError:
                 await self._change_branches(old, branches)
                 raise

@@ -24,6 +24,7 @@ import trio
 
 from udbad import __version__
 from udbad.branch.accept import open_branches, permission_warnings
+from udbad.branch.branches import BranchSet
 from udbad.branch.credentials import Credentials
 from udbad.branch.policy import parse_copyup, parse_create
 from udbad.branch.writelock import WriteLocks
@@ -123,7 +124,9 @@ class MountProcess:
             endpoint = self._export()
             if endpoint is not None:
                 ending.callback(endpoint.close)
-            self.session = Session(self.mount_point, self._source(), options.mount_flags, options.acl)
+            self.restrictions = self.branches.restrictions
+            _tell_restrictions(self.branches, options)
+            self.session = Session(self.mount_point, self._source(), self.flags_for(options), options.acl)
             ending.callback(self.session.close)
             self.invalidator = Invalidator(
                 self.session.notify, self.session.has_epochs, lambda: mounts_inside(self.session.connection)
@@ -362,6 +365,39 @@ class MountProcess:
         # After this: nothing is used any more; requests meanwhile were served in the new mode.
         await trio.to_thread.run_sync(self.invalidator.flush)
 
+    def flags_for(self, options: MountOptions) -> frozenset[str]:
+        """The flags of the mount with these options; `restrictions`: of every branch that it ever had."""
+        return options.mount_flags(self.restrictions)
+
+    async def restrict(self, branches: BranchSet) -> None:
+        """Have the mount be as strict as the strictest of branches to come. It does not become less so without a word:
+        what came from them may be in use, and the next mount is as its branches are then. Raises UserError (BRANCH).
+        """
+        before = self.restrictions
+        self.restrictions |= branches.restrictions
+        flags = self.session.flags | self.flags_for(self.options) & branches.restrictions
+        if flags == self.session.flags:
+            return
+        try:
+            await trio.to_thread.run_sync(self.session.set_flags, flags)
+        except OSError as error:
+            self.restrictions = before
+            what = f"the union cannot be made {','.join(sorted(flags - self.session.flags))} as a branch is"
+            raise UserError(f"{what}: {error.strerror}", ExitCode.BRANCH) from None
+        _tell_restrictions(branches, self.options)
+
+    async def relax(self, restrictions: frozenset[str]) -> None:
+        """Take back what `restrict` has added to these, for branches that are not to come after all."""
+        self.restrictions = restrictions
+        flags = self.flags_for(self.options)
+        if flags != self.session.flags:
+            try:
+                await trio.to_thread.run_sync(self.session.set_flags, flags)
+            except OSError as error:
+                log.warning(
+                    "%s stays %s: %s", text(self.mount_point), ",".join(sorted(self.session.flags)), error.strerror
+                )
+
     def set_read_only(self, ro: bool) -> None:
         """Have the union refuse every change, or none; what that means for the branches is the caller's."""
         self.options = self.options.model_copy(update={"ro": ro})
@@ -377,6 +413,16 @@ class MountProcess:
         self.coherence = self.operations.coherence = self.fast.coherence = strategy(self.tree, self.invalidator)
         self.coherence.start()
         self._changing_mode.cancel()
+
+
+def _tell_restrictions(branches: BranchSet, options: MountOptions) -> None:
+    taken = options.mount_flags(branches.restrictions) - options.mount_flags(frozenset())
+    for branch in branches.branches:
+        flags = sorted(branch.restrictions & taken)
+        if flags:
+            words = ",".join(flag.removeprefix("no") for flag in flags)
+            log.info("branch %s is mounted %s, so the union is, too; %s in its options is what changes that",
+                     branch.describe(), ",".join(flags), words)  # fmt: skip
 
 
 def _is_served(entry: registry.Entry) -> bool:

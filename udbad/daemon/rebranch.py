@@ -61,14 +61,17 @@ async def set_branches(
     # Whatever asks a branch for something does so in a thread, which may wait for it as long as it hangs; abandoned
     # only with the mount. After each: requests were served; the branches are the same.
     fresh = await _in_thread(open_branches, specs, ro, process.mount_point)
+    restrictions = process.restrictions
     try:
         await _lock(process, _written(fresh, ro))
         await _in_thread(process.writing.begin, _written(fresh, ro), process.options.plink)
+        await process.restrict(fresh)  # before anything of a new branch shows
         await _no_copyups(process)
         check()
         _check_unused(process, fresh)
     except BaseException:
         await _keep(process, before)
+        await process.relax(restrictions)
         fresh.close()
         raise
     new = reconfigure.carry_over(old, fresh)
@@ -85,6 +88,9 @@ async def set_branches(
     for branch in gone:
         branch.close()
     log.info("branches are now %s", ":".join(branch.describe() for branch in new.branches))
+    left = sorted(process.session.flags & process.restrictions - new.restrictions - process.options.kernel_flags)
+    if left:
+        log.info("the union stays %s as a branch was that it no longer has, until it is mounted anew", ",".join(left))
     # After this: nothing is used any more; requests meanwhile were served from the new branches.
     await trio.to_thread.run_sync(process.invalidator.flush)
     return new
