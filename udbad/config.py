@@ -66,6 +66,11 @@ def _alias(names: Mapping[str, object]) -> BeforeValidator:
     return BeforeValidator(lambda value: names.get(value, value) if isinstance(value, str) else value)
 
 
+def _percent(value: object) -> object:
+    """`10%` as well as 10."""
+    return int(value[:-1]) if isinstance(value, str) and re.fullmatch("[0-9]{1,3}%", value) else value
+
+
 def _frozenset(value: object) -> object:
     return frozenset(value) if isinstance(value, (list, tuple, set)) else value
 
@@ -78,9 +83,10 @@ class MountOptions(BaseModel):
     """The options of one mount (spec section 2), defaults as in aufs.
 
     branches: top first, never empty. kernel_flags: what must be passed to mount(2) beside MS_RDONLY
-    (`ro`). rdcache: seconds. dirwh: number of whiteouts rmdir removes itself. metrics: HOST:PORT to serve
-    metrics on, control: path of the control socket, None: no such thing. allow_other: always on, as
-    default_permissions. notices: lines for the user about what was accepted and has no effect.
+    (`ro`). rdcache: seconds. watch_reserve: per cent of the inotify watches that are left to others. dirwh: number of
+    whiteouts rmdir removes itself. metrics: HOST:PORT to serve metrics on, control: path of the control socket, None:
+    no such thing. allow_other: always on, as default_permissions. notices: lines for the user about what was accepted
+    and has no effect.
 
     Raises UserError (OPTION) for a bad branch or policy, pydantic.ValidationError for anything else;
     validation_message() makes the one line of the latter.
@@ -102,6 +108,9 @@ class MountOptions(BaseModel):
     dirwh: int = Field(default=3, ge=0, description="a whole number, 0 or more")
     diropq: Annotated[Literal["always", "whiteouted"], _alias({"a": "always", "w": "whiteouted"})] = Field(
         default="whiteouted", description="always (a) or whiteouted (w)"
+    )
+    watch_reserve: Annotated[int, BeforeValidator(_percent)] = Field(
+        default=10, ge=0, le=100, description="a percentage from 0% to 100%"
     )
     rdcache: int = Field(default=10, ge=0, le=3600, description="a whole number of seconds from 0 to 3600")
     dirperm1: bool = _switch(False)
@@ -179,7 +188,7 @@ _NO_CHANGE: Final = frozenset({"default_permissions", "nodirren"})
 """Words without a value that ask for what is always so."""
 
 _VALUES: Final = {
-    **{name: name for name in ("udba", "dirwh", "diropq", "rdcache", "fsname", "metrics", "control")},
+    **{name: name for name in ("udba", "dirwh", "diropq", "rdcache", "watch_reserve", "fsname", "metrics", "control")},
     **dict.fromkeys(("create", "create_policy"), "create"),
     **dict.fromkeys(("cpup", "copyup", "copyup_policy"), "cpup"),
     "copyup_fsync": "fsync_copyup",  # without a value: on

@@ -13,6 +13,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from udbad.branch.accept import open_branches
 from udbad.branch.branches import BranchSet, BranchSpec
 from udbad.branch.credentials import Credentials
 from udbad.branch.policy import parse_copyup, parse_create
+from udbad.coherence import notify as notify_module
 from udbad.coherence.base import Coherence
 from udbad.coherence.none import NoneCoherence
 from udbad.coherence.notify import NotifyCoherence
@@ -46,7 +48,7 @@ STEPS = 60
 USER = Caller(1000, 1000, os.getpid(), 0o022)
 NAMES = (b"a", b"b", b"s", b"t")
 DIRECTORIES: tuple[tuple[bytes, ...], ...] = ((), (b"d",), (b"e",), (b"d", b"s"), (b"e", b"s"))
-NO_WATCHES = 1000
+PLENTY = 1000
 OPTIONS = UnionOptions(parse_create("tdp"), parse_copyup("tdp"), plink=False)
 
 
@@ -71,7 +73,7 @@ class World:
         self.tree = Tree(self.branches, OPTIONS, max_fds=1000)
         self.kernel = FakeKernel(epochs)
         self.fs = UnionFs(self.tree, Credentials())
-        self.limit = NO_WATCHES
+        self.limit = PLENTY
         self.direct = False
         self.handles: list[OpenFile] = []
         self.start(mode)
@@ -281,7 +283,7 @@ class Chance:
         if what == 0:
             world.coherence.drop_everything()
         elif what == 1:
-            world.limit = rng.choice([2, 4, 7, NO_WATCHES])
+            world.limit = rng.choice([2, 4, 7, PLENTY])
         elif what == 2:
             world.coherence.invalidate((*self.path(), self.name())[: rng.randrange(4)])
         elif what == 3:
@@ -322,6 +324,7 @@ def new_world(
     try:
         with monkeypatch.context() as patch:
             patch.setattr(Watcher, "watch_directory", limited)
+            patch.setattr(notify_module, "watch_limit", lambda: world.limit)
             yield world, paths
     finally:
         world.close()
@@ -453,7 +456,7 @@ def test_the_root_is_trusted_again_when_there_are_watches(notify: World, expect_
     assert not notify.tree.root.trusted
     notify.kernel.walk([b"d"])
     notify.check()
-    notify.limit = NO_WATCHES
+    notify.limit = PLENTY
     notify.kernel.walk([b"d", b"s"])
     assert all(node.trusted for node in directories(notify))
 
@@ -620,3 +623,55 @@ def test_links_of_a_directory(world: World, tmp_path: Path, what: str) -> None:
         OWN[what](kernel)
     assert kernel.stat(directory)["nlink"] == before + (1 if "mkdir" in what or what == "copy-up" else -1)
     world.check_truth()
+
+
+# -- watches that are left to others ------------------------------------------------------------------
+
+
+def use_many(world: World, branch: Path, count: int) -> int:
+    """Use this many directories one after the other; the highest number of watches meanwhile."""
+    for number in range(count):
+        (branch / f"many{number}").mkdir(exist_ok=True)
+    world.coherence.drain()
+    most = 0
+    for number in range(count):
+        world.kernel.stat(world.kernel.walk([b"many%d" % number]))
+        most = max(most, world.coherence.statistics().watches)
+    world.check()
+    return most
+
+
+def reserve(world: World, percent: int) -> None:
+    world.tree.options = replace(OPTIONS, watch_reserve=percent)
+    world.coherence.options_changed()
+
+
+def test_a_share_of_the_watches_is_left(notify: World, tmp_path: Path, expect_log: Callable[[str], None]) -> None:
+    expect_log("watch limit reached")
+    notify.limit = 200
+    reserve(notify, 10)
+    assert use_many(notify, tmp_path / "b1", 250) == 180
+    assert notify.coherence.statistics().state == "limited"
+    notify.check_truth()
+    # While mounted: nothing is to be kept free, then more.
+    reserve(notify, 0)
+    assert use_many(notify, tmp_path / "b1", 250) == 200
+    reserve(notify, 50)
+    use_many(notify, tmp_path / "b1", 250)
+    assert use_many(notify, tmp_path / "b1", 250) == 100
+
+
+def test_watches_are_given_back_when_others_have_the_rest(
+    notify: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("watch limit reached")
+    monkeypatch.setattr(notify_module, "watch_limit", lambda: 1000)
+    reserve(notify, 10)
+    notify.limit = 250  # the others have 750
+    use_many(notify, tmp_path / "b1", 300)
+    assert use_many(notify, tmp_path / "b1", 300) == 150
+    notify.check_truth()
+    notify.limit = 2000
+    monkeypatch.setattr(notify_module, "watch_limit", lambda: 2000)
+    assert use_many(notify, tmp_path / "b1", 300) > 300
+    assert notify.coherence.statistics().state == "healthy"

@@ -237,7 +237,7 @@ ATTEMPTS = 5
 def test_watch_limit(union: UnionFactory, tmp_path: Path) -> None:
     populate(tmp_path / "base", DIRECTORIES, files=2)
     names = [f"d{number}{part}" for number in range(DIRECTORIES) for part in ("", "/f0", "/f1", "/f2")]
-    mount = union({"top": "rw", "base": "ro"}, "notify", allow_log=LIMITED)
+    mount = union({"top": "rw", "base": "ro"}, "notify", "watch_reserve=0", allow_log=LIMITED)
     for _ in range(ATTEMPTS):
         with ExitStack() as held, lowered("max_user_watches", watches_in_use() + ROOM):
             # Directories in use cannot just be forgotten when they get no watch or lose it.
@@ -278,7 +278,7 @@ def right_while_limited(mount: Mount, names: list[str]) -> None:
 def test_the_directory_in_use_keeps_its_watch(union: UnionFactory, tmp_path: Path) -> None:
     """Least recently used directories give theirs up first."""
     populate(tmp_path / "base", DIRECTORIES, files=1)
-    mount = union({"top": "rw", "base": "ro"}, "notify", allow_log=LIMITED)
+    mount = union({"top": "rw", "base": "ro"}, "notify", "watch_reserve=0", allow_log=LIMITED)
     last = mount.path / f"d{DIRECTORIES - 1}"
     for _ in range(ATTEMPTS):
         with lowered("max_user_watches", watches_in_use() + ROOM):

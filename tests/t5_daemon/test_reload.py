@@ -29,7 +29,7 @@ pytestmark = pytest.mark.fuse
 LIVE_VALUES: dict[str, object] = {
     "udba": "none", "create": "rr", "cpup": "bu", "dirwh": 7, "diropq": "always", "sum": True,
     "fsync_copyup": False, "verbose": True, "warn_perm": False, "rdcache": 3, "ro": True,
-    "kernel_flags": ["noexec"],
+    "kernel_flags": ["noexec"], "watch_reserve": 20,
 }  # fmt: skip
 FIXED_VALUES: dict[str, object] = {
     "plink": False, "xino": False, "shwh": True, "dirperm1": True, "acl": False, "dio": False,

@@ -101,6 +101,9 @@ class Coherence:
     def drain(self) -> None:
         """Take notice of every direct change that has happened up to now; the notifier then has the rest."""
 
+    def options_changed(self) -> None:
+        """The options of the tree are others now."""
+
     def stop(self) -> None:
         """Let go of everything held for the tree, which is not used any more; else `hand_over`."""
 

@@ -91,6 +91,8 @@ class NotifyCoherence(Coherence):
         self._without: set[int] = set()
         """Directories that have no watch because of the limit."""
         self._limited_at = 0.0
+        self._refused = 0.0, 0
+        """When the kernel refused a watch, and what the limit was then."""
         self._told: dict[int, Stamp | None] = {}
 
     # -- life ---------------------------------------------------------------------------------
@@ -99,6 +101,7 @@ class NotifyCoherence(Coherence):
         try:
             self._watcher = Watcher(self._on_changes, self._on_echo, self._on_overflow)
             self.events = self._watcher.fd
+            self.options_changed()
         except OSError as error:
             self._set_state("degraded", f"no inotify instance to be had ({error.strerror}); served as reval")
         for branch in self.tree.branches.branches:
@@ -127,6 +130,28 @@ class NotifyCoherence(Coherence):
     def drain(self) -> None:
         if self._watcher is not None:
             self._watcher.drain()
+
+    def options_changed(self) -> None:
+        if self._watcher is not None:
+            self._watcher.room = watch_limit() - self._reserve()
+
+    def _reserve(self) -> int:
+        """Watches that are left to other programs of the user: one limit is for all of them together."""
+        return watch_limit() * self.tree.options.watch_reserve // 100
+
+    def _no_room(self) -> None:
+        """A watch was refused, by the kernel or because the reserve begins."""
+        watcher = self._watcher
+        assert watcher is not None
+        self._limited_at = monotonic()
+        self._set_state("limited", f"watch limit reached at {len(watcher)}; the rest is served as reval")
+        limit = watch_limit()
+        if len(watcher) < watcher.room:
+            # Others have the rest. What they may still want is for us to give back.
+            self._refused = self._limited_at, limit
+            watcher.room = max(len(watcher) - self._reserve(), 0)
+        elif self._limited_at - self._refused[0] > _HEALED_SECONDS or limit != self._refused[1]:
+            self.options_changed()  # there may be more by now
 
     def _is_silent(self, branch: Branch) -> bool:
         if branch.udba == "notify":
@@ -199,8 +224,7 @@ class NotifyCoherence(Coherence):
                         self._set_state("healthy", "there are watches again")
                 return watch
             except WatchLimit:
-                self._limited_at = monotonic()
-                self._set_state("limited", f"watch limit reached at {len(watcher)}; the rest is served as reval")
+                self._no_room()
                 if attempt or not self._evict(node):
                     self._without.add(node.id)
                     return None

@@ -52,7 +52,7 @@ _SETTINGS = "/proc/sys/fs/inotify/"
 
 
 class WatchLimit(Exception):
-    """No more watches may be had (fs.inotify.max_user_watches, or memory)."""
+    """No more watches may be had (fs.inotify.max_user_watches, or memory), or are for us to take."""
 
 
 @dataclass(slots=True)
@@ -103,6 +103,8 @@ class Watcher:
         self._expected: dict[tuple[int, int, bytes], int] = {}
         """Own events on their way to us, by watch descriptor, mask and name: how many."""
         self.read_at = 0.0
+        self.room = watch_limit()
+        """How many inodes may be watched, whatever the kernel would allow."""
         self._on_changes = on_changes
         self._on_echo = on_echo
         self._on_overflow = on_overflow
@@ -125,6 +127,8 @@ class Watcher:
         return self._add(fd, _FILE, handle)
 
     def _add(self, fd: int, mask: Mask, handle: object) -> Watch:
+        if len(self) >= self.room:
+            raise WatchLimit
         try:
             watch = self._inotify.add_watch(syscalls.proc_path(fd), mask)
         except OSError as error:

@@ -164,7 +164,7 @@ def _print_status(answer: dict[str, Any]) -> None:
         process = mount.get("process", {})
         table.add_row(
             mount["label"], mount["state"], mount["mount_point"], str(mount["pid"] or "-"),
-            _duration(time.time() - mount["since"]), str(mount["restarts"]), process.get("udba", "-"),
+            _duration(time.time() - mount["since"]), str(mount["restarts"]), _coherence(process),
             "\n".join(process.get("branches", ["-"])),
         )  # fmt: skip
     # As wide as it is: a path that a terminal would cut is of no use in a pipe either.
@@ -177,6 +177,17 @@ def _print_status(answer: dict[str, Any]) -> None:
             click.echo(f"{mount['label']}: still served by version {served_by}; udbad restart {mount['label']}")
         if mount["pending"]:
             click.echo(f"{mount['label']}: at the next mount: {', '.join(mount['pending'])}")
+
+
+def _coherence(process: dict[str, Any]) -> str:
+    """The mode, and how far it is not kept."""
+    words = [process.get("udba", "-")]
+    found = process.get("coherence", {})
+    if found.get("state", "healthy") != "healthy":
+        words.append(found["state"])
+    if found.get("degraded_directories", 0):
+        words.append(f"{found['degraded_directories']} as reval")
+    return "\n".join(words)
 
 
 def _duration(seconds: float) -> str:

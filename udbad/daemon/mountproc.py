@@ -406,6 +406,7 @@ class MountProcess:
     def apply_union_options(self) -> None:
         """Have the union follow `options`, which have changed."""
         self.tree.options = _union_options(self.options)
+        self.coherence.options_changed()
 
     def restart_coherence(self, mode: str | None = None) -> None:
         """Begin anew with a strategy (None: the same one) after one that has handed over."""
@@ -455,6 +456,7 @@ def _union_options(options: MountOptions) -> UnionOptions:
         plink=options.plink,
         show_whiteouts=options.shwh,
         dirwh=options.dirwh,
+        watch_reserve=options.watch_reserve,
         opaque_always=options.diropq == "always",
         sum_space=options.sum,
         acl=options.acl,

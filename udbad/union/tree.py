@@ -114,6 +114,7 @@ class UnionOptions:
     plink: bool = True
     show_whiteouts: bool = False
     dirwh: int = 3
+    watch_reserve: int = 10
     opaque_always: bool = False
     sum_space: bool = False
     acl: bool = True
