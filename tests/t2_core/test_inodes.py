@@ -500,3 +500,21 @@ def test_more_file_systems_than_fit(few_file_systems: int) -> None:
     assert len(set(first)) == len(first)
     assert [numbers.number(*identity) for identity in identities] == first
     assert len(numbers) == 2 * few_file_systems * 28
+
+
+def test_the_table_gives_up_what_nobody_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount lives for months, and files that were copied up are removed directly without anybody's telling."""
+    monkeypatch.setattr(inomap_module, "ENTRIES", 100)
+    numbers = InoMap()
+    known: set[int] = set()
+    numbers.in_use = known.__contains__
+    kept = {}
+    for ino in range(2, 10_000):
+        numbers.alias(7, ino, ino + 100_000)
+        if ino % 100 == 0:
+            known.add(ino + 100_000)
+            kept[ino] = ino + 100_000
+        assert numbers.number(7, ino) == ino + 100_000, "the newest one is always there"
+    assert len(numbers) <= 2 * len(known) + 100
+    assert {ino: numbers.number(7, ino) for ino in kept} == kept
+    assert numbers.number(7, 5) == InoMap().number(7, 5), "its own number"

@@ -16,6 +16,8 @@ Invariant: 0 and 1 are never handed out; 1 is the root of the mount.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 _SHORT_BITS = 32
 _SHORT = 1 << _SHORT_BITS
 _SPARE = _SHORT - (1 << 24)
@@ -24,6 +26,8 @@ _INO_BITS = 48
 _INO_LIMIT = 1 << _INO_BITS
 _MAX_FS = (1 << 15) - 1
 _SPILL = 1 << 63
+ENTRIES = 1 << 16
+"""Entries of the table (some 200 bytes each) from which on it is worth looking for those that nobody needs."""
 
 Identity = tuple[int, int]
 """(st_dev, st_ino): who a branch object is, valid while something keeps the inode from being reused."""
@@ -32,7 +36,7 @@ Identity = tuple[int, int]
 class InoMap:
     """Numbers for branch objects. No I/O, no locking: used from the event loop only."""
 
-    __slots__ = ("_area_bits", "_base", "_exceptions", "_index", "_limit", "_next_spare")
+    __slots__ = ("_area_bits", "_base", "_exceptions", "_index", "_limit", "_most", "_next_spare", "in_use")
 
     def __init__(self, file_systems: int = 1) -> None:
         """file_systems: how many the branches of the mount are on at its start; more may come."""
@@ -43,6 +47,9 @@ class InoMap:
         self._index: dict[int, int] = {}
         self._exceptions: dict[Identity, int] = {}
         self._next_spare = _SPARE
+        self._most = ENTRIES
+        self.in_use: Callable[[int], bool] = lambda number: True
+        """Whether anybody knows an object by this number; replaced by the tree, which knows."""
 
     def number(self, dev: int, ino: int) -> int:
         """The mount's inode number of a branch object; the same until `drop` or `alias` says otherwise."""
@@ -78,13 +85,26 @@ class InoMap:
     def alias(self, dev: int, ino: int, number: int) -> None:
         """Let this object answer with a number that already exists (copy-up, a new upper directory)."""
         if self.number(dev, ino) != number:
-            self._exceptions[(dev, ino)] = number
+            self._enter((dev, ino), number)
 
     def fresh(self, dev: int, ino: int) -> int:
         """A number nobody had before, because the computed one is taken by an object still in use."""
-        number = self._exceptions[(dev, ino)] = self._next_spare
+        number = self._next_spare
+        self._enter((dev, ino), number)
         self._next_spare = _SPILL if number == _SHORT - 2 else number + 1  # 2**32 - 1 is -1 to some
         return number
+
+    def _enter(self, identity: Identity, number: int) -> None:
+        """Put an entry into the table, which is cleared of those that nobody needs before it becomes large.
+
+        What the kernel has forgotten may be gone, directly, without anybody's telling. If it is not, it has its own
+        number from then on, as in the next mount.
+        """
+        if len(self._exceptions) >= self._most:
+            in_use = self.in_use
+            self._exceptions = {key: entry for key, entry in self._exceptions.items() if in_use(entry)}
+            self._most = max(2 * len(self._exceptions), ENTRIES)
+        self._exceptions[identity] = number
 
     def drop(self, dev: int, ino: int) -> None:
         """The object is gone for good; its branch inode may be reused for another one."""
