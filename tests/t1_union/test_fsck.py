@@ -20,7 +20,7 @@ from udbad.branch.accept import open_branches
 from udbad.branch.branches import BranchSpec
 from udbad.errors import ExitCode, UserError
 from udbad.types import Perm
-from udbad.union import fsck
+from udbad.union import fsck, walk
 from udbad.union.fsck import Defect, DefectKind
 
 Record = tuple[object, ...]
@@ -236,7 +236,7 @@ def test_each_defect_is_found_and_repaired_and_nothing_else_changes(branch: Path
 
     lines: list[str] = []
     assert fsck.run_fsck(os.fsencode(branch), no, lines.append) is ExitCode.FSCK_DEFECTS
-    assert lines[0].startswith(fsck.printable(case.path))
+    assert lines[0].startswith(walk.printable(case.path))
     assert lines[-1] == f"{branch}: 1 defects, 0 repaired"
     assert snapshot(branch) == before
 
@@ -356,6 +356,24 @@ def test_a_pseudo_link_that_a_lower_branch_shows_is_kept(branch: Path, lower: Pa
     assert fsck.run_fsck(os.fsencode(branch), never, lines.append, lowers) is ExitCode.OK
     assert "of a lower branch" in lines[0]
     assert alone.read_text() == "precious"
+
+
+def test_a_lower_branch_that_cannot_be_read_shows_everything(
+    branch: Path, lower: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = home(branch, lower / "two", ".1234567890123456789")
+    real_open = os.open
+
+    def refusing(path: object, *args: int, dir_fd: int | None = None) -> int:
+        if path == b"dir" and os.path.samestat(os.stat(b"dir", dir_fd=dir_fd), (lower / "dir").stat()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real_open(path, *args, dir_fd=dir_fd)  # type: ignore[arg-type]  # as it was called
+
+    monkeypatch.setattr(os, "open", refusing)
+    lines: list[str] = []
+    assert fsck.run_fsck(os.fsencode(branch), never, lines.append, [os.fsencode(lower)]) is ExitCode.OK
+    assert f"perhaps: dir of a lower branch: {os.strerror(errno.EIO)}" in lines[0]
+    assert alone.exists()
 
 
 GONE = "another life of the number", "all names hidden", "all names covered", "below an opaque directory", "no number"
@@ -491,7 +509,7 @@ def test_without_the_privilege_it_says_so(branch: Path, monkeypatch: pytest.Monk
 
 
 def test_names_cannot_write_to_the_terminal() -> None:
-    assert fsck.printable(b"a\x1b[31m\n\xffb/\xc3\xa4") == "a\\x1b[31m\\n\\xffb/ä"
+    assert walk.printable(b"a\x1b[31m\n\xffb/\xc3\xa4") == "a\\x1b[31m\\n\\xffb/ä"
 
 
 def test_what_is_mounted_below_the_branch_is_not_part_of_it(tmp_path: Path) -> None:
@@ -499,7 +517,7 @@ def test_what_is_mounted_below_the_branch_is_not_part_of_it(tmp_path: Path) -> N
     (tmp_path / "branch" / "mounted").mkdir(parents=True)
     script = """
 import os, sys
-from udbad.union import fsck
+from udbad.union import fsck, walk
 branch = os.fsencode(sys.argv[1])
 open(branch + b"/mounted/.wh..wh.t.1234", "w").close()
 sys.exit(fsck.run_fsck(branch, lambda defect: True, print) or not os.path.exists(branch + b"/mounted/.wh..wh.t.1234"))

@@ -360,6 +360,19 @@ def test_fsck_that_repairs(defective: Path) -> None:
     assert "clean" in done.out
 
 
+def test_fsck_that_knows_the_lower_branches(tree: Path) -> None:
+    (tree / "top/.wh..wh.plnk").mkdir()
+    alone = tree / "top/.wh..wh.plnk/7.7.1234567890123456789"
+    alone.write_text("of a file that is gone")
+    done = run(["fsck", "-y", "top"], tree)
+    assert (done.code, alone.exists()) == (0, True)
+    assert "name those branches" in done.out
+    says_one_line(run(["fsck", "-y", "top", "absent"], tree), ExitCode.BRANCH, ("absent",))
+    assert alone.exists()
+    done = run(["fsck", "-y", "top", "base"], tree)
+    assert (done.code, alone.exists()) == (0, False)
+
+
 @pytest.mark.parametrize(("answers", "repaired"), [("y\nn\n", 1), ("n\ny\n", 1), ("y\ny\n", 2), ("\n\n", 0)])
 def test_fsck_that_asks(defective: Path, answers: str, repaired: int) -> None:
     done = run(["fsck", "top"], defective, answers)

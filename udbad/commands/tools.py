@@ -21,7 +21,7 @@ from udbad.commands.inspect import json_option
 from udbad.daemon import client
 from udbad.errors import ExitCode, UserError
 from udbad.types import Perm
-from udbad.union.fsck import printable
+from udbad.union.walk import printable
 
 _REFRESH = 0.2  # seconds
 _HOURS = 86400.0  # seconds: one big file to a slow disk

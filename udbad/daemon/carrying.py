@@ -19,7 +19,7 @@ from udbad.daemon.protocol import flag_of, text_of
 from udbad.errors import ExitCode, UserError
 from udbad.union import mvdown, syncdown
 from udbad.union.carry import Halt, Work
-from udbad.union.fsck import printable
+from udbad.union.walk import printable
 
 if TYPE_CHECKING:
     from udbad.daemon.mountproc import MountProcess

@@ -27,7 +27,7 @@ from udbad.branch.spec import shown
 from udbad.errors import ExitCode, UserError
 from udbad.union import origin, whiteout
 from udbad.union.homecheck import shown_by
-from udbad.union.walk import READ_DIR, Entries, descend, entries_of, join, objects_in, stat_or_none, walk
+from udbad.union.walk import READ_DIR, Entries, descend, entries_of, join, objects_in, printable, stat_or_none, walk
 
 DIRTY_MARK: Final = whiteout.RESERVED + b"udbad"
 """Exists in the root of a writable branch from mount to clean unmount; the prefix hides it."""
@@ -69,12 +69,6 @@ class Defect:
         return f"{printable(self.path)}: {self.kind.value}" + (f" ({self.detail})" if self.detail else "")
 
 
-def printable(path: bytes) -> str:
-    """`path` for a terminal: whatever is not printable UTF-8 is escaped (a name may hold any byte)."""
-    text = path.decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
 # -- finding ----------------------------------------------------------------------------------
 
 
@@ -103,7 +97,7 @@ def find_defects(root_fd: int, lower_fds: Sequence[int] = ()) -> Generator[Defec
         else:
             plinks.append((path, st))
             shared[st.st_dev, st.st_ino] = []
-    yield from _only_homes(root_fd, alone, lower_fds, on_error)
+    yield from _only_homes(root_fd, alone, lower_fds)
     for name, st in objects_in(root_fd, whiteout.ORPHAN_DIR, on_error):
         yield Defect(DefectKind.ORPHAN, join(whiteout.ORPHAN_DIR, name), "", _removal(st))
 
@@ -139,12 +133,11 @@ def _administrative(root_fd: int) -> Generator[Defect, None, None]:
 
 
 def _only_homes(
-    root_fd: int, homes: Sequence[tuple[bytes, os.stat_result]], lower_fds: Sequence[int],
-    on_error: Callable[[bytes, OSError], None],
+    root_fd: int, homes: Sequence[tuple[bytes, os.stat_result]], lower_fds: Sequence[int]
 ) -> Iterator[Defect]:  # fmt: skip
     """What has no other name than the one in .wh..wh.plnk: a leftover, unless names on lower branches show it."""
     origins = {name: origin.parse(name) for name, _ in homes}
-    shown = shown_by(root_fd, homes, lower_fds, on_error) if lower_fds else {}
+    shown = shown_by(root_fd, homes, lower_fds) if lower_fds else {}
     for name, st in homes:
         path = join(whiteout.PLINK_DIR, name)
         size = f"{st.st_size} bytes"
@@ -154,8 +147,7 @@ def _only_homes(
             detail = f"{size}, shown by names on lower branches, if there are any; name those branches to know"
             yield Defect(DefectKind.PLINK_ALONE, path, detail, "")
         elif name in shown:
-            detail = f"{size}, shown by {printable(shown[name])} of a lower branch"
-            yield Defect(DefectKind.PLINK_ALONE, path, detail, "")
+            yield Defect(DefectKind.PLINK_ALONE, path, f"{size}, {shown[name]}", "")
         else:
             yield Defect(DefectKind.PLINK_LEFTOVER, path, f"{size}, lost with it", _removal(st))
 

@@ -19,8 +19,8 @@ from udbad.errors import ExitCode, UserError
 from udbad.inodes.table import Dir, Node
 from udbad.union import carry, copyup, whiteout
 from udbad.union.carry import Changed, Copy, Halt, InUse, Work
-from udbad.union.fsck import printable
 from udbad.union.tree import Tree
+from udbad.union.walk import printable
 
 _ATTEMPTS = 3
 

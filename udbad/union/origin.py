@@ -68,7 +68,7 @@ def parse(name: bytes) -> Origin | None:
 def of(source: Place, number: int) -> Origin:
     """For a home that is being made of `source`, a file with this number in the mount.
 
-    Waits for the kernel's clock to tick (10 ms at most) when the file was made in this instant: whoever gets its
+    Waits for the kernel's clock to tick (20 ms at most) when the file was made in this instant: whoever gets its
     inode number from now on is born later.
     """
     birth = source.birth_ns()

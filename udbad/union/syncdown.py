@@ -72,21 +72,21 @@ def check(tree: Tree, source: bytes, target: bytes, move: bool) -> tuple[Branch,
     by_path = {branch.path: branch for branch in tree.branches.branches}
     for given in (source, target):
         if given not in by_path:
-            raise UserError(f"{fsck.printable(given)} is not a branch", ExitCode.OPTION)
+            raise UserError(f"{walk.printable(given)} is not a branch", ExitCode.OPTION)
     src, dst = by_path[source], by_path[target]
     if tree.options.read_only:
         raise UserError("the union is mounted read-only", ExitCode.REFUSED)
     if dst.index <= src.index:
-        raise UserError(f"{fsck.printable(target)} is not below {fsck.printable(source)}", ExitCode.REFUSED)
+        raise UserError(f"{walk.printable(target)} is not below {walk.printable(source)}", ExitCode.REFUSED)
     if dst.index != src.index + 1:
-        between = fsck.printable(tree.branches[src.index + 1].path)
+        between = walk.printable(tree.branches[src.index + 1].path)
         raise UserError(
             f"{between} is between the two and would hide what is merged down; merge into that first",
             ExitCode.REFUSED,
         )
     for branch, needed in ((dst, True), (src, move)):
         if needed and not branch.writable:
-            path = fsck.printable(branch.path)
+            path = walk.printable(branch.path)
             raise UserError(
                 f"{path} is {branch.perm.value}; udbad branch mod MOUNT {path}=rw makes it writable", ExitCode.REFUSED
             )

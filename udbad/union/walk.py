@@ -129,6 +129,12 @@ def _reopen(root_fd: int, levels: list[_Level]) -> None:
         raise
 
 
+def printable(path: bytes) -> str:
+    """`path` for a terminal: whatever is not printable UTF-8 is escaped (a name may hold any byte)."""
+    text = path.decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def join(parent: bytes, name: bytes) -> bytes:
     return parent + b"/" + name if parent else name
 
