@@ -625,3 +625,58 @@ def test_a_file_that_is_written_to_while_it_is_moved_stays_as_written(tmp_path: 
         assert union.content("both/src") == b"WRITTEN MEANWHILE"
         assert (tmp_path / "dst" / "both" / "src").read_bytes() == b"WRITTEN MEANWHILE"
         union.forget_all()
+
+
+# -- what is on disk before a source goes ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("tool", ["mvdown", "sync"])
+def test_a_copy_is_on_disk_before_its_source_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, local: bool
+) -> None:
+    """By one syncfs, whose descriptor is older than the first copy, or it may miss an error; what a server writes
+    that does not reach, so there each copy is synced when it is made."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/file").write_bytes(b"data")
+    steps: list[str] = []
+    opened: dict[int, int] = {}
+
+    def record(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any, **words: Any) -> Any:
+            steps.append(name)
+            result = original(*args, **words)
+            if name == "open_listing":
+                opened[result] = len(steps) - 1
+            return result
+
+        monkeypatch.setattr(owner, name, call)
+
+    def sync_fs(fd: int) -> None:
+        steps.append("sync_fs")
+        assert "create_file_at" not in steps[: opened[fd]]
+
+    with core(tmp_path, {"src": "rw", "dst": "rw"}, "reval", plink=False) as union:
+        object.__setattr__(union.tree.branches[1], "local", local)
+        monkeypatch.setattr(syscalls, "sync_fs", sync_fs)
+        for owner, name in ((os, "fsync"), *((syscalls, name) for name in ("open_listing", "create_file_at"))):
+            record(owner, name)
+        unlink, upper = syscalls.unlink_at, (tmp_path / "src").stat().st_ino
+
+        def unlink_at(dirfd: int, name: bytes) -> None:
+            if os.fstat(dirfd).st_ino == upper:
+                steps.append("unlink_at")
+            unlink(dirfd, name)
+
+        monkeypatch.setattr(syscalls, "unlink_at", unlink_at)
+        if tool == "mvdown":
+            run(mvdown.steps(union.tree, [b"file"], mvdown.Options(), Halt()))
+        else:
+            sync(union, True)
+    done = [step for step in steps if step != "open_listing"]
+    expected = ["create_file_at", *([] if local else ["fsync"]), "sync_fs", "unlink_at"]
+    assert done[: len(expected)] == expected
+    assert not (tmp_path / "src/file").exists()
+    assert (tmp_path / "dst/file").read_bytes() == b"data"

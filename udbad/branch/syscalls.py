@@ -348,13 +348,22 @@ def reflink(src_fd: int, dst_fd: int) -> bool:
     return True
 
 
-def sync_fs(dirfd: int) -> None:
-    """syncfs(2) of the file system that a directory is on; O_PATH will do."""
+@contextmanager
+def syncing(dirfd: int) -> Iterator[int]:
+    """A descriptor for `sync_fs` of the file system that a directory is on, an O_PATH one will do. It has to be opened
+    before what is to be synced is written: an error that others were told of is not told to who opens later (errseq.h).
+    """
     fd = open_listing(dirfd)
     try:
-        _check(_libc.syncfs(fd))
+        yield fd
     finally:
         os.close(fd)
+
+
+def sync_fs(fd: int) -> None:
+    """syncfs(2) through a descriptor of `syncing`. Raises OSError for all that could not be written since that was
+    opened (Linux 5.8). Does not reach a FUSE server (see README): files there need an fsync each."""
+    _check(_libc.syncfs(fd))
 
 
 def is_being_written(dirfd: int, name: bytes) -> bool:

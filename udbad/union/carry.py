@@ -5,7 +5,7 @@ Copying and moving are apart, because a copy on the lower branch is invisible wh
     transfer   any thread: the copy is made under a temporary name of the lower directory, unless what is
                there already has the same content and attributes
     publish    event loop: the copy gets its name, if the upper object still is what was copied
-    durable    any thread: the lower file system is synced
+    durable    any thread: the lower file system is synced (a file on a network or FUSE file system when it is copied)
     uncover    event loop: the upper object goes, if neither it nor the copy has changed since
 
 Whatever happens between the steps, a crash included, the name shows the upper object or an equal lower
@@ -69,13 +69,13 @@ class InUse(Changed):
 class Copy:
     """One object that is not a directory, on its way down.
 
-    source: the branch it is on; attrs: of the target branch. src_dirfd, dst_dirfd: the two branch directories, owned
+    source, target: the branches it is on, and goes to. src_dirfd, dst_dirfd: the two branch directories, owned
     by the caller; name: in both. st: the source as it was copied; tmp: the finished copy, b"" when what is there is as
     good; made: the stamp of the lower object once published.
     """
 
     source: Branch
-    attrs: frozenset[str]
+    target: Branch
     src_dirfd: int
     dst_dirfd: int
     name: bytes
@@ -96,7 +96,7 @@ def transfer(
         return st
     tmp = whiteout.temporary_name(copy.name)
     if not st_mod.S_ISREG(st.st_mode):
-        copydata.copy_special(st, copy.src_dirfd, copy.name, copy.dst_dirfd, tmp, copy.attrs)
+        copydata.copy_special(st, copy.src_dirfd, copy.name, copy.dst_dirfd, tmp, copy.target.attrs)
         copy.tmp = tmp
         return st
     src_fd, now = syscalls.open_file_at(copy.src_dirfd, copy.name, os.O_RDONLY)
@@ -108,8 +108,10 @@ def transfer(
         try:
             copydata.copy_contents(src_fd, dst_fd, None, progress, cancelled)
             copydata.copy_metadata(
-                st, syscalls.proc_path(src_fd), syscalls.proc_path(dst_fd), copy.attrs, follow_symlinks=True
+                st, syscalls.proc_path(src_fd), syscalls.proc_path(dst_fd), copy.target.attrs, follow_symlinks=True
             )
+            if not copy.target.local:
+                os.fsync(dst_fd)  # what is synced later as a whole may be no more than our side of it
         finally:
             os.close(dst_fd)
     except BaseException:

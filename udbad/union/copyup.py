@@ -469,7 +469,8 @@ def takes_away(job: Job) -> bool:
 def settle_names(tree: Tree, job: Job) -> None:
     """Have the name of the copy on disk, and the directories made for it, before the source goes. Any thread."""
     if tree.options.fsync_copyup and not job.branch.in_memory:
-        syscalls.sync_fs(job.branch.root_fd)
+        with syscalls.syncing(job.branch.root_fd) as fd:
+            syscalls.sync_fs(fd)
 
 
 def take_away(tree: Tree, job: Job) -> None:

@@ -64,12 +64,13 @@ def _attempts(
         plan = _check(tree, parts, options)
         copy = _begin(tree, parts, plan)
         try:
-            yield lambda copy=copy: carry.transfer(copy, halt)  # type: ignore[misc]  # a lambda with a default
-            again = _check(tree, parts, options)
-            if again != plan:
-                raise Changed("changed meanwhile")
-            carry.publish(copy)
-            yield lambda fd=plan.target.root_fd: syscalls.sync_fs(fd)  # type: ignore[misc]  # as above
+            with syscalls.syncing(plan.target.root_fd) as fd:
+                yield lambda copy=copy: carry.transfer(copy, halt)  # type: ignore[misc]  # a lambda with a default
+                again = _check(tree, parts, options)
+                if again != plan:
+                    raise Changed("changed meanwhile")
+                carry.publish(copy)
+                yield lambda fd=fd: syscalls.sync_fs(fd)  # type: ignore[misc]  # as above
             if not options.keep_upper:
                 again = _check(tree, parts, options, published=True)
                 if again != plan:
@@ -204,7 +205,7 @@ def _begin(tree: Tree, parts: Sequence[bytes], plan: _Plan) -> Copy:
     lower = copyup.ensure_dir(tree, plan.parent, plan.target)
     src_dirfd = os.dup(tree.layer_fd(plan.parent, layer))
     try:
-        return Copy(plan.source, plan.target.attrs, src_dirfd, os.dup(lower), parts[-1])
+        return Copy(plan.source, plan.target, src_dirfd, os.dup(lower), parts[-1])
     except BaseException:
         os.close(src_dirfd)
         raise

@@ -111,7 +111,7 @@ class Sync:
 
     def steps(self) -> Steps:
         """All of it. Raises OSError, about `progress.current`: ECANCELED when halted, what the branches said else."""
-        with self.tree.carrying():
+        with self.tree.carrying(), syscalls.syncing(self.dst.root_fd) as self._away.sync_fd:
             yield from self._all()
 
     def _all(self) -> Steps:
@@ -125,7 +125,7 @@ class Sync:
                 yield from self._away.finish()
                 if not self._away.again:
                     break
-            yield lambda: syscalls.sync_fs(self.dst.root_fd)
+            yield lambda: syscalls.sync_fs(self._away.sync_fd)
         finally:
             for dirfd, _ in self._trash:
                 os.close(dirfd)
@@ -218,7 +218,7 @@ class Sync:
             if st_mod.S_ISDIR(st.st_mode):
                 level.todo.append(name)
                 continue
-            copy = Copy(self.src, self.dst.attrs, level.src_fd, level.dst_fd, name)
+            copy = Copy(self.src, self.dst, level.src_fd, level.dst_fd, name)
             if st.st_nlink > 1 and (st.st_dev, st.st_ino) in self._links:
                 copy.st = st  # needs a link only
             batch.append(copy)
@@ -443,7 +443,7 @@ class Sync:
         yield from self._empty_trash()
         if not self.move:
             return True
-        yield lambda: syscalls.sync_fs(self.dst.root_fd)
+        yield lambda: syscalls.sync_fs(self._away.sync_fd)
         # After this: both may have been moved, removed or filled.
         if not self._in_place(level) or _identity_at(level.src_fd, name) != _identity(src_fd):
             return False

@@ -80,7 +80,10 @@ class Directory:
 
 
 class TakeAway:
-    """What waits to be taken away. again: whether a new pass over the upper branch could do more."""
+    """What waits to be taken away. again: whether a new pass over the upper branch could do more.
+
+    sync_fd: of the lower file system (syscalls.syncing), for as long as something may wait.
+    """
 
     def __init__(self, tree: Tree, src: Branch, dst: Branch, progress: Progress, halt: Halt) -> None:
         self.tree = tree
@@ -89,6 +92,7 @@ class TakeAway:
         self.progress = progress
         self.halt = halt
         self.again = False
+        self.sync_fd = -1
         self._pending: list[File | Whiteout | Directory] = []
         self._late: list[Directory] = []
 
@@ -122,7 +126,7 @@ class TakeAway:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        yield lambda: syscalls.sync_fs(self.dst.root_fd)
+        yield lambda: syscalls.sync_fs(self.sync_fd)
         # After this, and after each None: directories may have been moved, so each is reached from the root again.
         for position, item in enumerate(pending):
             if position % _STRIDE == 0:
@@ -174,7 +178,7 @@ class TakeAway:
                 src_fd, dst_fd = self._open(parts)
                 fds += [src_fd, dst_fd]
                 parent = carry.visible(self.tree, parts, self.src, src_fd, self.dst, dst_fd)
-                copy = Copy(self.src, self.dst.attrs, src_fd, dst_fd, name, item.st, b"", item.made)
+                copy = Copy(self.src, self.dst, src_fd, dst_fd, name, item.st, b"", item.made)
                 if len(item.names) > 1:
                     copy.made = _linked(dst_fd, name, item)
                 names.append((parent, copy))
