@@ -93,6 +93,7 @@ class Node:
     )  # fmt: skip
 
     nudge = 0
+    ttl = 0.0
 
     def __init__(self, node_id: int, kind: int, branch: Branch, dev: int, ino: int) -> None:
         self.id = NodeId(node_id)

@@ -296,8 +296,7 @@ class FastPath:
     def _entry(self, parent: int, node: Node, st: os.stat_result) -> bytes:
         """An entry of the directory `parent`, which need not be the node's: one of several links; with a reference."""
         node.nlookup += 1
-        directory = self.fs.table.directory(parent)
-        return wire.entry(node, st, directory.ttl, self.coherence.attr_ttl(node, st))
+        return wire.entry(node, st, self.fs.table.nodes[parent].ttl, self.coherence.attr_ttl(node, st))
 
     def _lookup(self, parent: int, size: int) -> bytes:
         fs = self.fs
