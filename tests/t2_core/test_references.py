@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers.inprocess import notify_union
 from tests.t2_core.test_fast import Kernel
+from udbad.coherence.notify import NotifyCoherence
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
 from udbad.types import ROOT_CALLER, ROOT_ID, Perm
@@ -186,3 +187,29 @@ def test_an_answer_of_pyfuse3_that_the_kernel_does_not_take(
         kernel.fast.relay()
     assert (in_table(kernel), len(fs.handles)) == (before, handles)
     assert not kernel.fast._handed_over
+
+
+def test_a_forgotten_directory_leaves_nothing_in_the_strategy(kernel: Kernel, opened: int) -> None:
+    """Nor while IN_IGNORED has not been read, which comes for each watch, and never after an overflow."""
+    coherence = kernel.fast.coherence
+    assert isinstance(coherence, NotifyCoherence)
+    watcher = coherence._watcher
+    assert watcher is not None
+
+    def held() -> list[int]:
+        inotify = watcher._inotify
+        return [len(each) for each in (coherence._told, coherence._watched, watcher._handles, inotify._watches)]
+
+    before = held()
+    error, nodes, _ = read_directory(kernel, opened)
+    assert (error, len(nodes)) == (0, len(NAMES))
+    assert held()[1] == before[1] + len(NAMES)
+    forget(kernel, nodes)
+    assert held() == before
+    kernel.fast.fs.table._give_back()
+    assert held() == before
+    (directory,) = in_table(kernel) - {ROOT_ID}
+    assert kernel.ask(wire.LOOKUP, directory, b"d0\0"), "all goes on as before"
+    (node,) = wire.QWORD.unpack_from(kernel.answer()[1])
+    assert held()[1] == before[1] + 1
+    forget(kernel, [node])

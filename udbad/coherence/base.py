@@ -214,6 +214,9 @@ class Coherence:
     def dropped(self, node: Node) -> None:
         pass
 
+    def shrink(self) -> None:
+        pass
+
     def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None) -> None:
         # The kernel has dropped its listing, and what it knew of the name, by itself (fuse_dir_changed()).
         node.listed = False

@@ -278,6 +278,13 @@ class NotifyCoherence(Coherence):
         if watch is not None and self._watcher is not None:
             self._watcher.unwatch(watch, node)
 
+    def shrink(self) -> None:
+        self._told = dict(self._told)
+        self._files = dict(self._files)
+        self._watched = OrderedDict(self._watched)
+        if self._watcher is not None:
+            self._watcher.shrink()
+
     # -- what the kernel was told ---------------------------------------------------------------
 
     def attr_ttl(self, node: Node, st: os.stat_result) -> float:

@@ -14,6 +14,7 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 
 import trio
@@ -49,6 +50,7 @@ NAMES, CONTENT, ATTRIBUTES, GONE = 1, 2, 4, 8
 """What a change concerns, as bits."""
 
 _SETTINGS = "/proc/sys/fs/inotify/"
+_NO_PATH = Path()
 
 
 class WatchLimit(Exception):
@@ -78,8 +80,11 @@ class _Inotify(Inotify):
             return b""
 
     def ignored(self, wd: int) -> None:
-        """The kernel has dropped a watch: what asyncinotify does when it reads IN_IGNORED."""
+        """Forget a watch: what asyncinotify does when it reads IN_IGNORED."""
         self._watches.pop(wd, None)
+
+    def shrink(self) -> None:
+        self._watches = dict(self._watches)
 
 
 class Watcher:
@@ -114,6 +119,11 @@ class Watcher:
     def __len__(self) -> int:
         return len(self._handles)
 
+    def shrink(self) -> None:
+        """Give up the room that many watches have taken; a dictionary never shrinks by itself."""
+        self._handles = dict(self._handles)
+        self._inotify.shrink()
+
     @property
     def fd(self) -> int:
         return self._inotify.fd
@@ -135,6 +145,10 @@ class Watcher:
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise WatchLimit from None
             raise
+        # asyncinotify keeps the object until it reads IN_IGNORED, which an overflow may lose: 200,000 forgotten
+        # directories would stay. Whoever has a watch keeps its number, and no use is made of the path.
+        self._inotify.ignored(watch.wd)
+        watch.path = _NO_PATH
         # An inode has one watch (inotify_add_watch(2)). While a directory moves from one node to another,
         # both have it: the one that lets go must not take it from the other.
         self._handles.setdefault(watch.wd, []).append(handle)

@@ -12,6 +12,7 @@ No I/O but closing descriptors, no locking: used from the event loop only.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import stat as st_mod
 import sys
@@ -364,6 +365,10 @@ class InodeTable:
         self._trim_below //= 8
         self.nodes = dict(self.nodes)  # a dictionary never shrinks by itself
         self._fd_dirs = OrderedDict(self._fd_dirs)
+        self.on_shrink()
+        # The interpreter keeps thousands of small tuples and dictionaries for the next to need one (free lists), and
+        # each may hold an arena of a megabyte; a collection lets go of them.
+        gc.collect()
         _libc.malloc_trim(0)
 
     def _release_untold(self, node: Dir) -> None:
@@ -416,6 +421,9 @@ class InodeTable:
 
     def on_drop(self, node: Node) -> None:
         """A node left the table; replaced by the coherence strategy, which holds watches for it."""
+
+    def on_shrink(self) -> None:
+        """Most nodes have left the table; replaced as above."""
 
     # -- directory descriptors ----------------------------------------------------------------
 

@@ -62,6 +62,9 @@ class Hooks(Protocol):
     def dropped(self, node: Node) -> None:
         """The node left the table."""
 
+    def shrink(self) -> None:
+        """Most nodes have left the table: give back the room that what was held for them has taken."""
+
     def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None) -> None:
         """An operation through the mount changed this name; the view is up to date already.
 
@@ -201,7 +204,8 @@ class Tree:
     def attach_hooks(self, hooks: Hooks) -> None:
         """Bind the coherence strategy; called once before the first operation and when the mode changes."""
         self.hooks = hooks
-        self.table.on_drop = hooks.dropped  # type: ignore[method-assign]  # the table's only callback
+        self.table.on_drop = hooks.dropped  # type: ignore[method-assign]  # the table's callbacks
+        self.table.on_shrink = hooks.shrink  # type: ignore[method-assign]
 
     # -- reaching branch objects --------------------------------------------------------------
 
