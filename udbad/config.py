@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -257,9 +258,10 @@ def parse_remount(text: str, current: MountOptions) -> MountOptions:
             reader.take(item)
     branches = list(current.branches)
     for key, raw in reader.edits:
-        if key == "del" and os.path.normpath(parse_path(raw)) not in {os.path.normpath(one.path) for one in branches}:
-            continue
-        branches = edit_branches(branches, [(key, raw)])
+        if key != "del" or find_branch(branches, parse_path(raw)) is not None:
+            _edit(branches, key, raw)
+    if not branches:
+        raise _no_branch_left()
     reader.initial = branches
     reader.edits = []
     same = {name: getattr(current, name) for name in MountOptions.model_fields if name not in ("branches", "notices")}
@@ -372,39 +374,59 @@ def validation_message(error: ValidationError, spelled: Mapping[str, str] | None
 def edit_branches(branches: Sequence[BranchSpec], edits: Sequence[tuple[str, str]]) -> list[BranchSpec]:
     """Apply (option, value) pairs of add, ins, append, prepend, del and mod to a branch list, in order.
 
-    Raises UserError (OPTION) for an index outside 0..len and a path that is no branch.
+    Raises UserError (OPTION) for an index outside 0..len, a path that is no branch, and when no branch is left.
     """
     result = list(branches)
     for key, raw in edits:
-        if key == "append":
-            result.append(parse_branch(raw))
-        elif key == "prepend":
-            result.insert(0, parse_branch(raw))
-        elif key == "del":
-            del result[_position(result, key, raw, parse_path(raw))]
-        elif key == "mod":
-            spec = parse_branch(raw)
-            if spec.perm is None:
-                raise UserError(f"{key}={shown(raw)}: must be {_LIST_FORM[key]}", ExitCode.OPTION)
-            result[_position(result, key, raw, spec.path)] = spec
-        else:
-            index, colon, branch = raw.partition(":")
-            if not colon or _DIGITS.fullmatch(index) is None:
-                raise UserError(f"{key}={shown(raw)}: must be {_LIST_FORM[key]}", ExitCode.OPTION)
-            if int(index) > len(result):
-                raise UserError(
-                    f"{key}={shown(raw)}: wrong index {index}, must be from 0 to {len(result)}", ExitCode.OPTION
-                )
-            result.insert(int(index), parse_branch(branch))
+        _edit(result, key, raw)
+    if branches and not result:
+        raise _no_branch_left()
     return result
 
 
+def _no_branch_left() -> UserError:
+    return UserError("the last branch cannot be removed: a union has at least one", ExitCode.OPTION)
+
+
+def _edit(result: list[BranchSpec], key: str, raw: str) -> None:
+    if key == "append":
+        result.append(parse_branch(raw))
+    elif key == "prepend":
+        result.insert(0, parse_branch(raw))
+    elif key == "del":
+        del result[_position(result, key, raw, parse_path(raw))]
+    elif key == "mod":
+        spec = parse_branch(raw)
+        if spec.perm is None:
+            raise UserError(f"{key}={shown(raw)}: must be {_LIST_FORM[key]}", ExitCode.OPTION)
+        place = _position(result, key, raw, spec.path)
+        result[place] = replace(spec, path=result[place].path)
+    else:
+        index, colon, branch = raw.partition(":")
+        if not colon or _DIGITS.fullmatch(index) is None:
+            raise UserError(f"{key}={shown(raw)}: must be {_LIST_FORM[key]}", ExitCode.OPTION)
+        if int(index) > len(result):
+            raise UserError(
+                f"{key}={shown(raw)}: wrong index {index}, must be from 0 to {len(result)}", ExitCode.OPTION
+            )
+        result.insert(int(index), parse_branch(branch))
+
+
 def _position(branches: Sequence[BranchSpec], key: str, raw: str, path: bytes) -> int:
-    wanted = os.path.normpath(path)
-    for index, spec in enumerate(branches):
-        if os.path.normpath(spec.path) == wanted:
-            return index
-    raise UserError(f"{key}={shown(raw)}: {shown(path)} is not a branch", ExitCode.OPTION)
+    place = find_branch(branches, path)
+    if place is None:
+        raise UserError(f"{key}={shown(raw)}: {shown(path)} is not a branch", ExitCode.OPTION)
+    return place
+
+
+def find_branch(branches: Sequence[BranchSpec], path: bytes) -> int | None:
+    """The index of the branch that `path` names: as it is written, else by where symbolic links lead."""
+    for same in (os.path.normpath, os.path.realpath):
+        wanted = same(path)
+        for index, spec in enumerate(branches):
+            if same(spec.path) == wanted:
+                return index
+    return None
 
 
 # -- printing -------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from tomlkit.items import AoT, Array, InlineTable, Item, Table
 
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import format_branch, format_branches, parse_branches
+from udbad.config import find_branch
 from udbad.configfile import Config, MountSettings, load
 from udbad.errors import ExitCode, UserError
 from udbad.types import Perm
@@ -187,17 +188,20 @@ def _change_branches(
     top = specs[0]
     for change in changes:
         path = change.path if isinstance(change, DropBranch) else change.spec.path
-        place = _position(specs, path)
+        place = find_branch(specs, path)
         if isinstance(change, DropBranch):
             if place is not None:
                 del specs[place]
                 entries.delete(place)
         elif place is not None:
-            if specs[place] != change.spec:
-                specs[place] = change.spec
-                entries.replace(place, change.spec)
+            spec, path = change.spec, specs[place].path
+            if os.path.normpath(spec.path) != os.path.normpath(path):  # another way there: it stays as it is written
+                spec = replace(spec, path=path)
+            if specs[place] != spec:
+                specs[place] = spec
+                entries.replace(place, spec)
         else:
-            found = (_position(specs, above) for above in change.above)
+            found = (find_branch(specs, above) for above in change.above)
             place = next((index + 1 for index in found if index is not None), 0)
             specs.insert(place, change.spec)
             entries.insert(place, change.spec)
@@ -207,11 +211,6 @@ def _change_branches(
             fixed = replace(spec, perm=live.get(os.path.normpath(spec.path), Perm.RW if spec == top else Perm.RO))
             specs[index] = fixed
             entries.replace(index, fixed)
-
-
-def _position(specs: Sequence[BranchSpec], path: bytes) -> int | None:
-    wanted = os.path.normpath(path)
-    return next((index for index, spec in enumerate(specs) if os.path.normpath(spec.path) == wanted), None)
 
 
 class _Entries(Protocol):

@@ -370,7 +370,7 @@ def test_dirren_is_answered_with_the_rule_that_holds() -> None:
         ("br=", ["br needs a value", "PATH"]),
         ("", ["no branch", "br="]),
         ("udba=none", ["no branch"]),
-        ("br=/a,del=/a", ["no branch"]),
+        ("br=/a,del=/a", ["the last branch"]),
         ("br=/a,add=2:/x", ["add=2:/x", "from 0 to 1"]),
         ("br=/a,ins=x:/x", ["ins=x:/x", "INDEX:PATH"]),
         ("br=/a,add=/x", ["add=/x", "INDEX:PATH"]),

@@ -64,6 +64,38 @@ def test_branches_and_mode_are_saved(daemon: Daemon, point: Path) -> None:
     daemon.stop()
 
 
+def test_a_branch_by_another_way_there(daemon: Daemon, point: Path) -> None:
+    """The mount has a branch without symbolic links, the file as it was written: each finds its own."""
+    extra, link, second = (daemon.branch("a", name) for name in ("extra", "link", "second"))
+    link.symlink_to("a.extra")
+    second.symlink_to("a.extra")
+    (extra / "more").write_text("more")
+    before = lines(daemon)
+    assert f"{extra}=ro" in daemon.command("branch", "add", "--save", "a", f"{link}=ro").splitlines()
+    assert f'    "{link}=ro",' in lines(daemon) or f'    "{extra}=ro",' in lines(daemon)
+    assert daemon.command("busy", "a", str(second)) == ""
+    assert f"{extra}=ro+wh" in daemon.command("branch", "mod", "--save", "a", f"{second}=ro+wh").splitlines()
+    assert len([line for line in lines(daemon) if line not in before]) == 1
+    daemon.command("branch", "del", "--save", "a", str(second))
+    assert lines(daemon) == before
+    assert not (point / "more").exists()
+    # In the file only: taken out of that. In neither: said. The last one: said.
+    daemon.command("branch", "add", "--save", "a", f"{extra}=ro")
+    daemon.command("branch", "del", "a", str(link))
+    assert lines(daemon) != before
+    output = daemon.command("branch", "del", "--save", "a", str(link))
+    assert (lines(daemon), output.splitlines()[-1]) == (before, f"saved to {daemon.config}")
+    error = f"udbad: nothing was changed: del={extra}: {extra} is not a branch\n"
+    assert daemon.command("branch", "del", "--save", "a", str(extra), code=3) == error
+    daemon.command("branch", "del", "a", str(daemon.branch("a", "base")))
+    error = "the last branch cannot be removed: a union has at least one\n"
+    top = str(daemon.branch("a", "top"))
+    assert daemon.command("branch", "del", "a", top, code=3) == f"udbad: {error}"
+    assert daemon.command("branch", "del", "--save", "a", top, code=3) == f"udbad: nothing was changed: {error}"
+    assert (lines(daemon), daemon.state("a")["process"]["branches"]) == (before, [f"{top}=rw"])
+    daemon.stop()
+
+
 def test_what_was_not_saved_stays_out(daemon: Daemon, point: Path) -> None:
     extra, other = daemon.branch("a", "extra"), daemon.branch("a", "other")
     other.mkdir()

@@ -19,7 +19,7 @@ import trio
 from udbad import __version__
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import format_branch
-from udbad.config import MountOptions, parse_mount_options, parse_remount
+from udbad.config import MountOptions, find_branch, parse_mount_options, parse_remount
 from udbad.daemon import rebranch
 from udbad.daemon.carrying import Carrying
 from udbad.daemon.control import Command, Request, path_of
@@ -135,14 +135,14 @@ class Commands:
 
     async def busy(self, request: Request) -> dict[str, Any]:
         """What keeps a branch from being removed."""
-        wanted = os.fsencode(text_of(request, "branch")).rstrip(b"/") or b"/"
+        wanted = os.fsencode(text_of(request, "branch"))
         tree = self.process.tree
-        for branch in tree.branches.branches:
-            if branch.path == wanted:
-                users = reconfigure.users(tree, branch)
-                return {"users": [{"pid": user.pid, "command": _command(user.pid), "what": user.what,
-                                   "path": os.fsdecode(user.path)} for user in users]}  # fmt: skip
-        raise UserError(f"{os.fsdecode(wanted)} is not a branch", ExitCode.OPTION)
+        place = find_branch(rebranch.current_specs(tree.branches), wanted)
+        if place is None:
+            raise UserError(f"{os.fsdecode(wanted)} is not a branch", ExitCode.OPTION)
+        users = reconfigure.users(tree, tree.branches[place])
+        return {"users": [{"pid": user.pid, "command": _command(user.pid), "what": user.what,
+                           "path": os.fsdecode(user.path)} for user in users]}  # fmt: skip
 
     # -- changing ---------------------------------------------------------------------------------
 

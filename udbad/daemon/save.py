@@ -15,7 +15,7 @@ from pathlib import Path
 from udbad import configedit
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import format_branch, parse_branch, parse_path
-from udbad.config import edit_branches
+from udbad.config import edit_branches, find_branch
 from udbad.configedit import Change, DropBranch, Edited, PutBranch, SetKey
 from udbad.daemon.protocol import Message, edits_of, text_of
 from udbad.daemon.runner import Runner
@@ -38,11 +38,14 @@ async def change_and_save(path: Path, runner: Runner, request: Message) -> tuple
         runner.refresh(runner.worker.pid)
     branches = list(runner.active.options.branches)
     try:
-        planned = _edited(path, runner, request, edit_branches(branches, _edits(request)))
+        edits = _edits(request)
+        # What only the file has can only be taken out of that.
+        live = [edit for edit in edits if edit[0] != "del" or not _only_in_file(runner, parse_path(edit[1]))]
+        planned = _edited(path, runner, request, edit_branches(branches, live))
         configedit.check_writable(planned.file)
     except UserError as error:
         raise UserError(f"nothing was changed: {error.message}", error.code) from None
-    answer = await runner.request(request)
+    answer = await runner.request({**request, "edits": live} if edits else request)
     if not answer["ok"]:
         raise UserError(str(answer["error"]), ExitCode(answer.get("code", ExitCode.FAILURE)))
     specs = [parse_branch(text) for text in answer.get("specs", map(format_branch, branches))]
@@ -81,8 +84,14 @@ def _change(key: str, value: str, specs: Sequence[BranchSpec]) -> Change:
     if key == "del":
         return DropBranch(parse_path(value))
     text = value.partition(":")[2] if key in ("add", "ins") else value
-    path = os.path.normpath(parse_branch(text).path)
-    for index, spec in enumerate(specs):
-        if os.path.normpath(spec.path) == path:
-            return PutBranch(spec, tuple(above.path for above in specs[:index])[::-1])
-    return DropBranch(path)  # a later edit has removed it
+    path = parse_branch(text).path
+    index = find_branch(specs, path)
+    if index is None:
+        return DropBranch(path)  # a later edit has removed it
+    return PutBranch(specs[index], tuple(above.path for above in specs[:index])[::-1])
+
+
+def _only_in_file(runner: Runner, path: bytes) -> bool:
+    """Whether a branch is in the configuration and not in the mount."""
+    configured, active = runner.settings.options.branches, runner.active.options.branches
+    return find_branch(active, path) is None and find_branch(configured, path) is not None
