@@ -183,7 +183,7 @@ def test_the_run_directory_is_full_from_the_start(daemon: Daemon) -> None:
     """No room for what is known about mounts: they serve, the supervisor watches them, others cannot ask them."""
     point = daemon.add("a")
     (daemon.branch("a", "base") / "file").write_text("served")
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=9", "none", daemon.run_dir]
+    command = ["mount", "-t", "tmpfs", "-o", "mode=755,size=64k,nr_inodes=9", "none", daemon.run_dir]
     subprocess.run(command, check=True, timeout=DEADLINE)
     try:
         filler = Path(daemon.run_dir) / "filler"
@@ -208,7 +208,7 @@ def test_the_run_directory_is_full_from_the_start(daemon: Daemon) -> None:
 
 
 def test_no_room_for_the_socket(daemon: Daemon) -> None:
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=2", "none", daemon.run_dir]
+    command = ["mount", "-t", "tmpfs", "-o", "mode=755,size=64k,nr_inodes=2", "none", daemon.run_dir]
     subprocess.run(command, check=True, timeout=DEADLINE)
     try:
         daemon.write()

@@ -389,7 +389,9 @@ def test_json_log(daemon: Daemon) -> None:
 
 
 def test_a_full_run_directory_keeps_no_mount_from_serving(daemon: Daemon, tmp_path: Path) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", daemon.run_dir], check=True, timeout=DEADLINE)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "mode=755,size=64k", "none", daemon.run_dir], check=True, timeout=DEADLINE
+    )
     try:
         point = daemon.add("a")
         daemon.start()
