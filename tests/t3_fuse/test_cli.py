@@ -294,6 +294,16 @@ def test_umount_and_fsck_as_nobody(tree: Path) -> None:
     says_one_line(as_nobody(["fsck", "-n", "base"], tree), ExitCode.NOT_ROOT, ("base", "root"))
 
 
+def test_umount_by_name(tree: Path) -> None:
+    (tree / "mnt2").mkdir()
+    for branch, place in (("top", "mnt"), ("base", "mnt2")):
+        assert run(["mount", "-o", f"br={branch}=ro", "a pool", place], tree).code == 0
+    says_one_line(run(["umount", "a pool"], tree), ExitCode.NOT_MOUNTED, (f"{tree}/mnt, {tree}/mnt2",))
+    assert run(["umount", "mnt2"], tree) == Done(0, "", [])
+    assert run(["umount", "a pool"], tree) == Done(0, "", [])
+    assert not is_mounted(tree / "mnt")
+
+
 def test_umount_mistakes(tree: Path) -> None:
     says_one_line(run(["umount", "mnt"], tree), ExitCode.NOT_MOUNTED, ("mnt",))
     says_one_line(run(["umount", "/proc"], tree), ExitCode.NOT_MOUNTED, ("/proc",))

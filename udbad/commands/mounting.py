@@ -95,11 +95,11 @@ def start_in_background(options: tuple[str, ...], verbose: bool, run_dir: str, s
 @click.option("-l", "--lazy", is_flag=True, help="Detach now, finish when the last user is gone.")
 @click.argument("mount_point", type=click.Path(path_type=Path))
 def umount(lazy: bool, mount_point: Path) -> None:
-    """Unmount a union."""
+    """Unmount a union, given by its mount point or its name in /proc/mounts."""
     from udbad.kernel.mounts import find_mount, unmount_top
 
     with user_errors():
-        path = find_mount(os.fsencode(mount_point.absolute()))
+        path = find_mount(os.fsencode(mount_point.absolute()), os.fsencode(mount_point))
         try:
             unmount_top(path, lazy)
         except OSError as error:

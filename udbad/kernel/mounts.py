@@ -37,6 +37,7 @@ class MountEntry:
     connection: int
     id: int
     parent: int
+    source: bytes
 
 
 def _entries() -> list[tuple[MountEntry, bytes]]:
@@ -46,9 +47,10 @@ def _entries() -> list[tuple[MountEntry, bytes]]:
         for line in lines:
             fields, _, rest = line.partition(b" - ")
             parts = fields.split(b" ")
-            path = parts[4].decode("unicode_escape").encode("latin-1")
-            entry = MountEntry(path, int(parts[2].split(b":")[1]), int(parts[0]), int(parts[1]))
-            found.append((entry, rest.split(b" ")[0]))
+            fs_type, source = rest.split(b" ")[:2]
+            path, source = (text.decode("unicode_escape").encode("latin-1") for text in (parts[4], source))
+            entry = MountEntry(path, int(parts[2].split(b":")[1]), int(parts[0]), int(parts[1]), source)
+            found.append((entry, fs_type))
     return found
 
 
@@ -99,14 +101,23 @@ def mounts_inside(connection: int) -> bool:
     return False
 
 
-def find_mount(path: bytes) -> bytes:
-    """The mount point as the kernel has it. Raises UserError when no union is mounted there."""
+def find_mount(path: bytes, name: bytes = b"none") -> bytes:
+    """The mount point as the kernel has it: of the union on `path`, else of the one of this name (its source).
+
+    Raises UserError when there is none, or when several have the name.
+    """
     wanted = {path, os.path.normpath(path)}
     parent = os.path.realpath(os.path.dirname(path))
     wanted.add(os.path.join(parent, os.path.basename(path)))
     for entry in unions():
         if entry.path in wanted:
             return entry.path
+    places = {entry.path for entry in unions() if entry.source == name != b"none"}
+    if len(places) > 1:
+        known = ", ".join(sorted(map(os.fsdecode, places)))
+        raise UserError(f"several unions have the name {os.fsdecode(name)}: {known}", ExitCode.NOT_MOUNTED)
+    if places:
+        return places.pop()
     raise UserError(f"no union is mounted on {os.fsdecode(path)}", ExitCode.NOT_MOUNTED)
 
 
