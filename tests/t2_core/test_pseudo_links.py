@@ -215,7 +215,8 @@ def test_second_birth_times_are_not_enough(tmp_path: Path, low: Path, monkeypatc
 def earlier(top: Path) -> str:
     """Give the one home the name that earlier versions gave it."""
     (home,) = (top / PLNK).iterdir()
-    name = ".".join(home.name.split(".")[:2])
+    ino = int(home.name.split(".")[1])
+    name = f"{(1 << 48) + ino}.{ino}"  # the lower branch is on the second file system
     home.rename(home.with_name(name))
     return name
 

@@ -82,6 +82,11 @@ class InoMap:
             return 0
         return number & ((1 << (self._area_bits if number < _SHORT else _INO_BITS)) - 1)
 
+    def earlier_number(self, dev: int, ino: int) -> int:
+        """The number that versions gave which had no areas in 32 bits: they are in names on branches; 0 for none."""
+        index = self._index.get(dev)
+        return 0 if index is None else (index << _INO_BITS) + ino
+
     def alias(self, dev: int, ino: int, number: int) -> None:
         """Let this object answer with a number that already exists (copy-up, a new upper directory)."""
         if self.number(dev, ino) != number:

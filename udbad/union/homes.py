@@ -83,7 +83,9 @@ def _copied_to(tree: Tree, source: Place, index: int) -> tuple[Plink, Place] | N
         said = origin.parse(plink.name)
         if home is None or said is None:
             continue
-        in_order = plink.source_dev is not None or said.number == tree.inomap.number(st.st_dev, st.st_ino)
+        who = st.st_dev, st.st_ino
+        in_order = plink.source_dev is not None or said.number == tree.inomap.number(*who)
+        in_order = in_order or (not said.life and said.number == tree.inomap.earlier_number(*who))
         if origin.is_source(said, home, source, in_order):
             plink.source_dev = st.st_dev
             found = plink, home
