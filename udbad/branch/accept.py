@@ -89,6 +89,7 @@ class _Candidate:
     perm: Perm
     anchor_fd: int
     root_fd: int
+    private: bool
     dev: int
     ino: int
     restrictions: frozenset[str]
@@ -140,6 +141,7 @@ def open_branches(specs: Sequence[BranchSpec], ro: bool, mount_point: bytes) -> 
                 dev=one.dev,
                 fs_type=one.place.fs_type,
                 restrictions=one.restrictions,
+                private=one.private,
             )
             for index, one in enumerate(found)
         )
@@ -208,7 +210,7 @@ def _examine(
     try:
         st = os.fstat(anchor_fd)
         fs = os.fstatvfs(anchor_fd)
-        root_fd = _clone(anchor_fd)
+        root_fd, private = _clone(anchor_fd)
     except OSError as error:
         raise _refused(f"branch {name}: {error.strerror}") from None
     opened.callback(os.close, root_fd)
@@ -222,21 +224,21 @@ def _examine(
             f"{_MIN_NAME_MAX} are needed"
         )
     restrictions = frozenset(name for name, bit in _RESTRICTIONS.items() if fs.f_flag & bit)
-    return _Candidate(spec, place, perm, anchor_fd, root_fd, st.st_dev, st.st_ino, restrictions)
+    return _Candidate(spec, place, perm, anchor_fd, root_fd, private, st.st_dev, st.st_ino, restrictions)
 
 
-def _clone(anchor_fd: int) -> int:
-    """A private clone of the mount at exactly this directory, or a plain descriptor where that is refused.
+def _clone(anchor_fd: int) -> tuple[int, bool]:
+    """A private clone of the mount at exactly this directory, or a plain descriptor where that is refused (False).
 
     open_tree(2): EPERM without CAP_SYS_ADMIN, ENOSYS before Linux 5.2, EINVAL when the mount is not of
     this name space or covers something that an unprivileged one must not uncover.
     """
     try:
-        return syscalls.clone_mount(syscalls.proc_path(anchor_fd))
+        return syscalls.clone_mount(syscalls.proc_path(anchor_fd)), True
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EINVAL):
             raise
-    return os.open(b".", _OPEN_DIR, dir_fd=anchor_fd)
+    return os.open(b".", _OPEN_DIR, dir_fd=anchor_fd), False
 
 
 # -- places ---------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Branch:
 
     index: position in the set, 0 is the top. id: never reused while mounted. root_fd: O_PATH
     descriptor of a private clone of the mount, so that nothing mounted below is entered.
+    private: it is one, and not that of the mount that everybody uses, because cloning was refused.
     anchor_fd: a descriptor through the visible mount, so that umount of the branch says EBUSY.
     restrictions: those of nosuid, nodev and noexec that its file system is mounted with.
     exact_times: a directory or file that has changed after a stat always shows another ctime.
@@ -64,6 +65,7 @@ class Branch:
     dev: int
     fs_type: str
     restrictions: frozenset[str] = frozenset()
+    private: bool = False
     writable: bool = field(init=False)
     whable: bool = field(init=False)
     exact_times: bool = field(init=False)

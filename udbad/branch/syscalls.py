@@ -34,6 +34,7 @@ _AT_SYMLINK_NOFOLLOW: Final = 0x100
 _STATX_BTIME: Final = 0x800
 _OPEN_TREE_CLONE: Final = 1
 _SYS_OPEN_TREE: Final = 428  # one number on every architecture (linux/unistd.h, generic table)
+_SYS_MOUNT_SETATTR: Final = 442
 _FICLONE: Final = 0x40049409
 _NO_REFLINK: Final = frozenset(
     getattr(errno, name)
@@ -424,6 +425,20 @@ def clone_mount(path: bytes) -> int:
     Linux 5.2: EPERM or ENOSYS otherwise.
     """
     return _check(_libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, path, _OPEN_TREE_CLONE | os.O_CLOEXEC))
+
+
+class _MountAttr(ctypes.Structure):
+    _fields_ = (
+        ("set", ctypes.c_uint64), ("clear", ctypes.c_uint64), ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    )  # fmt: skip
+
+
+def set_mount_attributes(mount_fd: int, on: int, off: int) -> None:
+    """mount_setattr(2) of the mount whose root `mount_fd` is; on, off: MOUNT_ATTR_*."""
+    attributes = _MountAttr(on, off, 0, 0)
+    size = ctypes.c_size_t(ctypes.sizeof(attributes))
+    _check(_libc.syscall(_SYS_MOUNT_SETATTR, mount_fd, b"", _AT_EMPTY_PATH, ctypes.byref(attributes), size))
 
 
 def set_fs_ids(uid: int, gid: int) -> None:

@@ -238,6 +238,7 @@ class Commands:
         await self._change_access(target, "branches" in live)
         process.options = target
         process.apply_union_options()
+        process.settle_branch_mounts()
         if "udba" in live:
             await process.set_mode(new.udba)
         if live:

@@ -23,6 +23,7 @@ from typing import Any
 import trio
 
 from udbad import __version__
+from udbad.branch import mountflags
 from udbad.branch.accept import open_branches, permission_warnings
 from udbad.branch.branches import BranchSet
 from udbad.branch.credentials import Credentials
@@ -116,6 +117,7 @@ class MountProcess:
             ending.callback(self.writing.close)
             if not options.ro:
                 self.writing.begin(self.branches.branches, options.plink)
+            self.settle_branch_mounts()
             self.tree = Tree(self.branches, _union_options(options), max_fds, all_fds)
             ending.callback(homes.close, self.tree)
             homes.load(self.tree)
@@ -402,6 +404,12 @@ class MountProcess:
         """Have the union refuse every change, or none; what that means for the branches is the caller's."""
         self.options = self.options.model_copy(update={"ro": ro})
         self.apply_union_options()
+
+    def settle_branch_mounts(self) -> None:
+        """Have nothing write to branches that are not writable (now), nor to any of a read-only union."""
+        branches = self.branches.branches
+        written = [] if self.options.ro else [branch for branch in branches if branch.writable]
+        mountflags.settle(branches, written, self.options.kernel_flags)
 
     def apply_union_options(self) -> None:
         """Have the union follow `options`, which have changed."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 import trio
 
-from udbad.branch import writelock
+from udbad.branch import mountflags, writelock
 from udbad.branch.accept import open_branches
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.config import edit_branches
@@ -81,10 +81,12 @@ async def set_branches(
     reconfigure.apply(tree, new)
     process.branches = new
     process.set_read_only(ro)
+    mountflags.settle(after, after, process.options.kernel_flags)
     process.restart_coherence()
     process.writing.sweep(process.background)
     # After this: requests were served from the new branches.
     await _keep(process, after)
+    process.settle_branch_mounts()
     for branch in gone:
         branch.close()
     log.info("branches are now %s", ":".join(branch.describe() for branch in new.branches))
@@ -106,6 +108,7 @@ async def set_read_only(process: MountProcess, ro: bool, check: Callable[[], Non
     before, after = _written(branches, process.options.ro), _written(branches, ro)
     try:
         await _lock(process, after)
+        mountflags.settle(after, after, process.options.kernel_flags)
         await _in_thread(process.writing.begin, after, process.options.plink)
         await _no_copyups(process)
         if ro:
@@ -113,10 +116,12 @@ async def set_read_only(process: MountProcess, ro: bool, check: Callable[[], Non
         check()
     except BaseException:
         await _keep(process, before)
+        process.settle_branch_mounts()
         raise
     process.set_read_only(ro)
     process.writing.sweep(process.background)
     await _keep(process, after)
+    process.settle_branch_mounts()
 
 
 def _written(branches: BranchSet, ro: bool) -> list[Branch]:

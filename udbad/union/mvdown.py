@@ -10,11 +10,13 @@ import errno
 import os
 import stat as st_mod
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch
+from udbad.branch.mountflags import writing_to
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.table import Dir, Node
 from udbad.union import carry, copyup, whiteout
@@ -53,15 +55,16 @@ def steps(tree: Tree, parts: Sequence[bytes], options: Options, halt: Halt) -> G
 
     Returns the paths of the two branches and the size in bytes. Raises UserError: REFUSED, with the rule; OSError.
     """
-    with tree.carrying():
-        return (yield from _attempts(tree, parts, options, halt))
+    with tree.carrying(), ExitStack() as lifted:
+        return (yield from _attempts(tree, parts, options, halt, lifted))
 
 
 def _attempts(
-    tree: Tree, parts: Sequence[bytes], options: Options, halt: Halt
+    tree: Tree, parts: Sequence[bytes], options: Options, halt: Halt, lifted: ExitStack
 ) -> Generator[Work, None, dict[str, Any]]:
     for attempt in range(_ATTEMPTS):
         plan = _check(tree, parts, options)
+        lifted.enter_context(writing_to(plan.source, plan.target))
         copy = _begin(tree, parts, plan)
         try:
             with syscalls.syncing(plan.target.root_fd) as fd:

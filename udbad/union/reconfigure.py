@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
+from udbad.branch import syscalls
 from udbad.branch.branches import Branch, BranchSet
+from udbad.inodes.handles import OpenFile
 from udbad.inodes.table import Dir, Layer, Node
 from udbad.union import homes
 from udbad.union.tree import Tree, lower_links
@@ -41,7 +43,11 @@ def carry_over(old: BranchSet, fresh: BranchSet) -> BranchSet:
             next_id += 1
         else:
             branch.close()
-            result.append(replace(branch, id=before.id, root_fd=before.root_fd, anchor_fd=before.anchor_fd))
+            result.append(
+                replace(
+                    branch, id=before.id, root_fd=before.root_fd, anchor_fd=before.anchor_fd, private=before.private
+                )
+            )
     return BranchSet(tuple(result), old.generation + 1)
 
 
@@ -105,12 +111,20 @@ def apply(tree: Tree, new: BranchSet) -> None:
         elif node.orphan_fd < 0:
             _remove(tree, node)
     for handle in tree.handles.files.values():
-        if not handle.node.branch.writable and handle.node.orphan_fd < 0:
-            handle.writable = False  # the next write copies up, or meets EROFS
+        if handle.writable and not handle.node.branch.writable and handle.node.orphan_fd < 0:
+            _for_reading(handle)  # the next write copies up, or meets EROFS
     for opened in tree.handles.dirs.values():
         opened.hits = dict.fromkeys(opened.hits)
     tree.warned.clear()
     tree.forget_space()
+
+
+def _for_reading(handle: OpenFile) -> None:
+    """Nothing is written through the handle any more, and the mount of its branch can become read-only."""
+    fd = syscalls.reopen(handle.fd, handle.flags & ~(os.O_ACCMODE | os.O_APPEND | os.O_TRUNC) | os.O_RDONLY)
+    os.dup2(fd, handle.fd, inheritable=False)
+    os.close(fd)
+    handle.writable = False
 
 
 def _rebuild_root(tree: Tree, new: BranchSet) -> None:
