@@ -64,7 +64,7 @@ def test_something_else_where_a_copy_up_needs_a_directory(tmp_path: Path, udba: 
 
 
 @modes
-@pytest.mark.parametrize("fails", ["udbad.union.whiteout.remove", "udbad.union.copyup._restore_times"])
+@pytest.mark.parametrize("fails", ["udbad.union.whiteout.remove", "udbad.union.copydirs.restore_times"])
 def test_what_fails_after_a_directory_has_its_name(
     tmp_path: Path, udba: str, fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

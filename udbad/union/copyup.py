@@ -25,11 +25,10 @@ from dataclasses import dataclass
 
 from udbad.branch import compare, copydata, syscalls
 from udbad.branch.branches import Branch
-from udbad.branch.policy import Snapshot
 from udbad.errors import erofs, estale, os_error
-from udbad.inodes.table import Dir, Layer, Node
+from udbad.inodes.table import Dir, Node
 from udbad.types import CopyMethod, Trigger
-from udbad.union import lookup, plink, whiteout
+from udbad.union import copydirs, lookup, plink, whiteout
 from udbad.union.origin import Place
 from udbad.union.times import settled
 from udbad.union.tree import NeedCopyUp, Tree
@@ -65,170 +64,6 @@ class Job:
     progress: int = 0
 
 
-def snapshot(
-    tree: Tree, parent: Dir, name_top: int | None, whited: int | None, is_dir: bool, max_age: float
-) -> Snapshot:
-    """What a policy may know about a name in `parent`."""
-    return Snapshot(
-        tree.branches.writable,
-        {layer.branch.index for layer in parent.layers},
-        parent.layers[0].branch.index,
-        name_top,
-        whited,
-        parent.opaque,
-        parent.floor,
-        tree.free_reader(max_age),
-        is_dir,
-    )
-
-
-def target_branch(tree: Tree, parent: Dir, source: int) -> Branch:
-    """The branch that receives a copy of an object whose top copy is on `source`. Raises EROFS."""
-    if tree.options.read_only:
-        raise erofs()
-    shot = snapshot(tree, parent, source, None, False, 0)
-    return tree.branches[tree.options.copyup.select(shot)]
-
-
-def ensure_dir(tree: Tree, node: Dir, branch: Branch) -> int:
-    """The directory's descriptor on `branch`, making it and its parents there when missing.
-
-    A directory made below its top copy is made opaque and its whiteout removed when it was whited out there
-    ("copy-down", spec section 7.2). Parents' times are put back. Raises OSError; ENOENT when the
-    directory is gone.
-    """
-    chain: list[Dir] = []
-    current = node
-    while True:
-        layer = current.layer(branch.index)
-        if layer is not None:
-            fd = tree.layer_fd(current, layer)
-            break
-        if current.parent is None or current.dead:
-            raise estale()
-        chain.append(current)
-        current = current.parent
-    for child in reversed(chain):
-        try:
-            fd = _copy_dir(tree, child, branch, fd)
-        except FileExistsError:
-            fd = _made_directly(tree, child, branch)
-    return fd
-
-
-def _made_directly(tree: Tree, node: Dir, branch: Branch) -> int:
-    """The descriptor of a directory on `branch` that somebody was faster to make, and that our layers lack.
-
-    Raises ESTALE when the name stands for something else than this directory by now.
-    """
-    parent = node.parent
-    assert parent is not None
-    parent.doubt(node.name)
-    found = lookup.resolve(tree, parent, node.name)
-    if found is not None and found.layers is not None and lookup.same_directory(node, found.layers):
-        lookup.adopt(tree, node, found, parent.floor)
-        return tree.branch_fd(node, branch)
-    if found is not None:
-        lookup.discard(tree, parent, node.name, found)
-    raise estale()
-
-
-def _copy_dir(tree: Tree, node: Dir, branch: Branch, parent_fd: int) -> int:
-    """Make one directory on `branch` with the attributes of its top copy, under its own name at last."""
-    top = node.layers[0]
-    src_fd = tree.layer_fd(node, top)
-    st = os.fstat(src_fd)
-    before = os.fstat(parent_fd)
-    whited = whiteout.present(parent_fd, node.name)
-    tmp = whiteout.temporary_name(node.name)
-    syscalls.mkdir_at(parent_fd, tmp, 0o700)
-    try:
-        fd = syscalls.open_dir_at(parent_fd, tmp)
-        try:
-            if whited:
-                whiteout.make_opaque(branch, fd)
-            copydata.copy_metadata(
-                st, syscalls.proc_path(src_fd), syscalls.proc_path(fd), branch.attrs, follow_symlinks=True
-            )
-            made = os.fstat(fd)
-            publish(parent_fd, tmp, parent_fd, node.name)
-        except BaseException:
-            os.close(fd)
-            raise
-    except BaseException:
-        _remove_tmp_dir(parent_fd, tmp)
-        raise
-    # It has its name, and whatever fails from here on, the next to need it must know.
-    layer = Layer(branch, made.st_dev, made.st_ino, made.st_nlink, fd)
-    position = sum(other.branch.index < branch.index for other in node.layers)
-    layers = [*node.layers[:position], layer, *node.layers[position:]]
-    tree.table.open_fds += 1
-    tree.table.note_fds(node)
-    parent = node.parent
-    assert parent is not None
-    parent.muddle(node.name)
-    node.layers = layers
-    if position == 0:
-        node.branch, node.dev, node.ino = branch, made.st_dev, made.st_ino
-        tree.inomap.alias(made.st_dev, made.st_ino, node.id)
-    if parent.view is not None:
-        parent.view[node.name] = tuple(entry.branch.index for entry in layers)
-    try:
-        if whited:
-            whiteout.remove(parent_fd, node.name)
-        _restore_times(parent_fd, (before.st_atime_ns, before.st_mtime_ns))
-    finally:
-        lookup.count_links(tree, node)
-        lookup.count_links(tree, parent)
-        tree.hooks.adopt(node, False)
-        tree.hooks.side_effect(node)
-        tree.hooks.side_effect(parent)
-    return fd
-
-
-def _remove_tmp_dir(parent_fd: int, tmp: bytes) -> None:
-    try:
-        fd = syscalls.open_dir_at(parent_fd, tmp)
-    except OSError:
-        pass  # as just before (no descriptor is free): then nothing was put into it yet
-    else:
-        try:
-            syscalls.unlink_at(fd, whiteout.OPAQUE)
-        except FileNotFoundError:
-            pass
-        finally:
-            os.close(fd)
-    syscalls.rmdir_at(parent_fd, tmp)
-
-
-def _publish_in(parent: Dir, src_dirfd: int, tmp: bytes, dst_dirfd: int, name: bytes) -> None:
-    """`publish` under a name of the union: ESTALE when it stands for something else by now, which is found next."""
-    try:
-        publish(src_dirfd, tmp, dst_dirfd, name)
-    except FileExistsError:
-        parent.doubt(name)
-        raise estale() from None
-
-
-def publish(src_dirfd: int, tmp: bytes, dst_dirfd: int, name: bytes) -> None:
-    """Give the finished temporary its name, over nothing: EEXIST when somebody was faster."""
-    try:
-        syscalls.rename_at(src_dirfd, tmp, dst_dirfd, name, syscalls.RENAME_NOREPLACE)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # file systems without renameat2 flags
-            raise
-        if syscalls.exists_at(dst_dirfd, name):
-            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        syscalls.rename_at(src_dirfd, tmp, dst_dirfd, name)
-
-
-def _restore_times(dirfd: int, times: tuple[int, int]) -> None:
-    syscalls.utime_at(dirfd, b".", *times)
-
-
-# -- files ------------------------------------------------------------------------------------
-
-
 def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
     """Start the copy-up that an operation asked for; None when it is done already.
 
@@ -241,9 +76,9 @@ def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
         if node.parent is None:
             raise estale()  # taken out of the union directly
         if need.trigger is Trigger.OPEN:
-            ensure_dir(tree, node, tree.branches.writable_above(node.branch.index)[0])
+            copydirs.ensure_dir(tree, node, tree.branches.writable_above(node.branch.index)[0])
         else:
-            ensure_dir(tree, node, target_branch(tree, node.parent, node.branch.index))
+            copydirs.ensure_dir(tree, node, copydirs.target_branch(tree, node.parent, node.branch.index))
         return None
     as_link = need.trigger is Trigger.LINK and need.name is not None
     parent, name = need.name if need.name is not None else (node.parent, node.name)
@@ -259,12 +94,12 @@ def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
     if need.trigger is Trigger.OPEN:  # coo_*, moo: the nearest one, whatever cpup= says (spec section 3)
         branch = tree.branches.writable_above(source)[0]
     else:
-        branch = target_branch(tree, parent, source)
+        branch = copydirs.target_branch(tree, parent, source)
     src_dirfd, src_name = tree.locate(node)
     if _has_names(tree, node, as_link, syscalls.stat_at(src_dirfd, src_name)):
         plink.directory(tree, branch)  # while nothing has been changed: it may fail
     try:
-        dirfd = ensure_dir(tree, parent, branch)
+        dirfd = copydirs.ensure_dir(tree, parent, branch)
     except OSError as error:
         if as_link or error.errno not in (errno.ENOENT, errno.ESTALE) or tree.held_fd(node) < 0:
             raise
@@ -306,6 +141,15 @@ def _extent(tree: Tree, branch: Branch, st: os.stat_result, length: int | None) 
     if st.st_size == 0 or length == 0:
         return 0, False
     return length, tree.options.fsync_copyup and not branch.in_memory
+
+
+def _publish_in(parent: Dir, src_dirfd: int, tmp: bytes, dst_dirfd: int, name: bytes) -> None:
+    """`publish` under a name of the union: ESTALE when it stands for something else by now, which is found next."""
+    try:
+        copydirs.publish(src_dirfd, tmp, dst_dirfd, name)
+    except FileExistsError:
+        parent.doubt(name)
+        raise estale() from None
 
 
 def _still_there(tree: Tree, node: Node) -> bool:
@@ -446,7 +290,7 @@ def commit(tree: Tree, job: Job) -> None:
         tree.move_data(node, job.branch, made, node.orphan_fd)
         return
     if job.parent is None:
-        publish(job.dirfd, job.tmp, job.dirfd, job.name)
+        copydirs.publish(job.dirfd, job.tmp, job.dirfd, job.name)
         job.tmp = b""
         tree.move_data(node, job.branch, made, job.dst_fd)
         tree.inomap.alias(made.st_dev, made.st_ino, node.id)
@@ -458,7 +302,7 @@ def commit(tree: Tree, job: Job) -> None:
     job.tmp = b""
     copied = Place(job.src_fd, b"", job.st)
     _settle(tree, node, job.parent, job.name, job.branch, job.dirfd, copied, made, job.as_link, job.dst_fd)
-    _restore_times(job.dirfd, job.parent_times)
+    copydirs.restore_times(job.dirfd, job.parent_times)
 
 
 def takes_away(job: Job) -> bool:
@@ -579,14 +423,14 @@ def _copy_special(
         syscalls.unlink_at(dirfd, tmp)
         raise
     _settle(tree, node, parent, name, branch, dirfd, Place(src_dirfd, src_name, st), made, as_link)
-    _restore_times(dirfd, times)
+    copydirs.restore_times(dirfd, times)
 
 
 def _link_plink(tree: Tree, node: Node, parent: Dir, name: bytes) -> None:
     """Another name of a file that was copied up already: link the copy, do not copy twice."""
     home = node.plink
     assert home is not None
-    dirfd = ensure_dir(tree, parent, home.branch)
+    dirfd = copydirs.ensure_dir(tree, parent, home.branch)
     before = os.fstat(dirfd)
     tmp = whiteout.temporary_name(name)
     syscalls.link_at(home.dirfd, home.name, dirfd, tmp)
@@ -599,7 +443,7 @@ def _link_plink(tree: Tree, node: Node, parent: Dir, name: bytes) -> None:
     parent.muddle(name)
     if parent.view is not None:
         parent.view[name] = home.branch.index
-    _restore_times(dirfd, (before.st_atime_ns, before.st_mtime_ns))
+    copydirs.restore_times(dirfd, (before.st_atime_ns, before.st_mtime_ns))
     tree.hooks.own_data(node)
     tree.hooks.side_effect(parent)
 

@@ -21,7 +21,7 @@ from udbad.branch.credentials import Credentials
 from udbad.errors import enoent, erofs, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import MADE, Caller, Trigger
-from udbad.union import copyup, lookup, whiteout
+from udbad.union import copydirs, lookup, whiteout
 from udbad.union.tree import NeedCopyUp, Tree
 
 P = ParamSpec("P")
@@ -42,10 +42,10 @@ def prepare(tree: Tree, parent: Dir, name: bytes, is_dir: bool = False) -> Targe
     nowhere = check_free(tree, parent, name)
     policy = tree.options.create
     whited = tree.whited
-    shot = copyup.snapshot(tree, parent, None, whited, is_dir, policy.cache_seconds)
+    shot = copydirs.snapshot(tree, parent, None, whited, is_dir, policy.cache_seconds)
     branch = tree.branches[policy.select(shot)]
     asked = nowhere or lookup.asked_for_whiteout(parent, branch, whited)
-    dirfd = copyup.ensure_dir(tree, parent, branch)
+    dirfd = copydirs.ensure_dir(tree, parent, branch)
     return Target(branch, dirfd, not asked and whiteout.present(dirfd, name))
 
 
@@ -228,7 +228,7 @@ def link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
         if tree.options.plink:
             raise NeedCopyUp(node, Trigger.LINK, None, (parent, name), limit)
         raise NeedCopyUp(node, Trigger.LINK, None, None, limit)
-    dirfd = copyup.ensure_dir(tree, parent, branch)
+    dirfd = copydirs.ensure_dir(tree, parent, branch)
     fd, owned = tree.open_object(node)
     try:
         _make(parent, name, syscalls.link_fd, fd, dirfd, name)
@@ -250,5 +250,5 @@ def link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
 
 def finish_link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
     """After a copy-up under the new name of a link: the link exists; remove a whiteout that hid the name."""
-    whiteout.remove(copyup.ensure_dir(tree, parent, node.branch), name)
+    whiteout.remove(copydirs.ensure_dir(tree, parent, node.branch), name)
     return tree.stat(node)

@@ -19,7 +19,7 @@ from udbad.branch.branches import Branch
 from udbad.branch.mountflags import writing_to
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.table import Dir, Node
-from udbad.union import carry, copyup, whiteout
+from udbad.union import carry, copydirs, whiteout
 from udbad.union.carry import Changed, Copy, Halt, InUse, Work
 from udbad.union.tree import Tree
 from udbad.union.walk import printable
@@ -205,7 +205,7 @@ def _begin(tree: Tree, parts: Sequence[bytes], plan: _Plan) -> Copy:
     layer = plan.parent.layer(plan.source.index)
     if layer is None:
         raise _refused(parts, "its directory was changed meanwhile")
-    lower = copyup.ensure_dir(tree, plan.parent, plan.target)
+    lower = copydirs.ensure_dir(tree, plan.parent, plan.target)
     src_dirfd = os.dup(tree.layer_fd(plan.parent, layer))
     try:
         return Copy(plan.source, plan.target, src_dirfd, os.dup(lower), parts[-1])

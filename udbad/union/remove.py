@@ -15,7 +15,7 @@ from udbad.branch.branches import Branch
 from udbad.errors import enoent, erofs, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import REMOVED
-from udbad.union import copyup, lookup, plink, readdir, whiteout
+from udbad.union import copydirs, lookup, plink, readdir, whiteout
 from udbad.union.lookup import Found
 from udbad.union.tree import Tree
 
@@ -57,7 +57,7 @@ def choose(tree: Tree, parent: Dir, found: Found) -> Branch:
     """The branch a removal happens on: the object's own, else where a whiteout can hide it. Raises EROFS."""
     if found.branch.writable:
         return found.branch
-    return copyup.target_branch(tree, parent, found.branch.index)
+    return copydirs.target_branch(tree, parent, found.branch.index)
 
 
 def unlink(tree: Tree, parent: Dir, name: bytes) -> None:
@@ -67,7 +67,7 @@ def unlink(tree: Tree, parent: Dir, name: bytes) -> None:
         raise os_error(errno.EISDIR)
     top = found.branch
     branch = choose(tree, parent, found)
-    dirfd = copyup.ensure_dir(tree, parent, branch)
+    dirfd = copydirs.ensure_dir(tree, parent, branch)
     if found.st.st_ino in tree.plinks:
         lookup.intern(tree, parent, name, found)  # whether a pseudo-link has lost a name cannot be seen afterwards
     whited = branch is not top or covered_below(tree, parent, name, branch)
@@ -126,7 +126,7 @@ def rmdir(tree: Tree, parent: Dir, name: bytes) -> None:
         raise os_error(errno.ENOTEMPTY)
     top = node.branch
     branch = choose(tree, parent, found)
-    dirfd = copyup.ensure_dir(tree, parent, branch)
+    dirfd = copydirs.ensure_dir(tree, parent, branch)
     whited = branch is not top or covered_below(tree, parent, name, branch)
     made = whited and whiteout.create(branch, dirfd, name)
     if branch is top:

@@ -17,7 +17,7 @@ from udbad.branch.branches import Branch
 from udbad.errors import enoent, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import MOVED_FROM, MOVED_TO, Trigger
-from udbad.union import copyup, lookup, readdir, remove, whiteout
+from udbad.union import copydirs, lookup, readdir, remove, whiteout
 from udbad.union.lookup import Found
 from udbad.union.tree import NeedCopyUp, Tree
 
@@ -96,9 +96,9 @@ def _target(tree: Tree, parent: Dir, name: bytes, found: Found, node: Node, limi
     if type(node) is Dir:
         if not readdir.is_empty(tree, node):
             raise os_error(errno.EXDEV)
-        shot = copyup.snapshot(tree, parent, min(branch.index, limit + 1), None, True, 0)
+        shot = copydirs.snapshot(tree, parent, min(branch.index, limit + 1), None, True, 0)
         target = tree.branches[tree.options.copyup.select(shot)]
-        copyup.ensure_dir(tree, node, target)
+        copydirs.ensure_dir(tree, node, target)
         return target
     raise NeedCopyUp(node, Trigger.RENAME, None, (parent, name), limit=limit)
 
@@ -109,8 +109,8 @@ def _move(
 ) -> None:  # fmt: skip
     """bare: nothing has the new name in any layer, and no whiteout on `branch` hides it, as far as is known. replace:
     what has got it directly meanwhile is replaced, as what was there before."""
-    src_fd = copyup.ensure_dir(tree, src_dir, branch)
-    dst_fd = copyup.ensure_dir(tree, dst_dir, branch)
+    src_fd = copydirs.ensure_dir(tree, src_dir, branch)
+    dst_fd = copydirs.ensure_dir(tree, dst_dir, branch)
     had_whiteout = not bare and whiteout.present(dst_fd, dst)
     lower_dst = not bare and not had_whiteout and remove.covered_below(tree, dst_dir, dst, branch)
     hidden = remove.covered_below(tree, src_dir, src, branch) and whiteout.create(branch, src_fd, src)
@@ -128,7 +128,7 @@ def _move(
         if replace:
             syscalls.rename_at(src_fd, src, dst_fd, dst)
         else:
-            copyup.publish(src_fd, src, dst_fd, dst)
+            copydirs.publish(src_fd, src, dst_fd, dst)
     except BaseException:
         dst_dir.doubt(dst)
         if marked:
@@ -223,8 +223,8 @@ def _exchange(
     if other is not branch:
         # Both move to the upper one of the two.
         branch = _target(tree, src_dir, src, lookup_again(tree, src_dir, src), src_node, other.index)
-    src_fd = copyup.ensure_dir(tree, src_dir, branch)
-    dst_fd = copyup.ensure_dir(tree, dst_dir, branch)
+    src_fd = copydirs.ensure_dir(tree, src_dir, branch)
+    dst_fd = copydirs.ensure_dir(tree, dst_dir, branch)
     with ExitStack() as undo:
         for node, parent, name in ((src_node, dst_dir, dst), (dst_node, src_dir, src)):
             covers = type(node) is Dir and remove.covered_below(tree, parent, name, branch)

@@ -25,7 +25,7 @@ from udbad.branch import copydata, syscalls
 from udbad.branch.branches import Branch
 from udbad.errors import ExitCode, UserError, os_error
 from udbad.inodes.table import Dir
-from udbad.union import carry, copyup, fsck, walk, whiteout
+from udbad.union import carry, copydirs, fsck, walk, whiteout
 from udbad.union.carry import Changed, Copy, Halt, Work
 from udbad.union.takeaway import (
     VANISHED,
@@ -414,7 +414,7 @@ class Sync:
         if not level.hidden and type(node) is Dir:
             layer = node.layer(self.src.index)
             if layer is not None and layer.identity == _identity(src_fd):
-                copyup.ensure_dir(self.tree, node, self.dst)
+                copydirs.ensure_dir(self.tree, node, self.dst)
                 return
         self._place_directory(level, name, src_fd, whiteout.present(level.dst_fd, name))
 

@@ -1,0 +1,170 @@
+"""Directories of a branch on the way to what is copied or made there (spec sections 6.8 and 7.2): made with the
+attributes of their top copies, under a temporary name first, so that nobody sees one half made.
+
+Also which branch that is, and how what was made under a temporary name gets its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from udbad.branch import copydata, syscalls
+from udbad.branch.branches import Branch
+from udbad.branch.policy import Snapshot
+from udbad.errors import erofs, estale
+from udbad.inodes.table import Dir, Layer
+from udbad.union import lookup, whiteout
+from udbad.union.tree import Tree
+
+
+def snapshot(
+    tree: Tree, parent: Dir, name_top: int | None, whited: int | None, is_dir: bool, max_age: float
+) -> Snapshot:
+    """What a policy may know about a name in `parent`."""
+    return Snapshot(
+        tree.branches.writable,
+        {layer.branch.index for layer in parent.layers},
+        parent.layers[0].branch.index,
+        name_top,
+        whited,
+        parent.opaque,
+        parent.floor,
+        tree.free_reader(max_age),
+        is_dir,
+    )
+
+
+def target_branch(tree: Tree, parent: Dir, source: int) -> Branch:
+    """The branch that receives a copy of an object whose top copy is on `source`. Raises EROFS."""
+    if tree.options.read_only:
+        raise erofs()
+    shot = snapshot(tree, parent, source, None, False, 0)
+    return tree.branches[tree.options.copyup.select(shot)]
+
+
+def ensure_dir(tree: Tree, node: Dir, branch: Branch) -> int:
+    """The directory's descriptor on `branch`, making it and its parents there when missing.
+
+    A directory made below its top copy is made opaque and its whiteout removed when it was whited out there
+    ("copy-down", spec section 7.2). Parents' times are put back. Raises OSError; ENOENT when the
+    directory is gone.
+    """
+    chain: list[Dir] = []
+    current = node
+    while True:
+        layer = current.layer(branch.index)
+        if layer is not None:
+            fd = tree.layer_fd(current, layer)
+            break
+        if current.parent is None or current.dead:
+            raise estale()
+        chain.append(current)
+        current = current.parent
+    for child in reversed(chain):
+        try:
+            fd = _copy_dir(tree, child, branch, fd)
+        except FileExistsError:
+            fd = _made_directly(tree, child, branch)
+    return fd
+
+
+def _made_directly(tree: Tree, node: Dir, branch: Branch) -> int:
+    """The descriptor of a directory on `branch` that somebody was faster to make, and that our layers lack.
+
+    Raises ESTALE when the name stands for something else than this directory by now.
+    """
+    parent = node.parent
+    assert parent is not None
+    parent.doubt(node.name)
+    found = lookup.resolve(tree, parent, node.name)
+    if found is not None and found.layers is not None and lookup.same_directory(node, found.layers):
+        lookup.adopt(tree, node, found, parent.floor)
+        return tree.branch_fd(node, branch)
+    if found is not None:
+        lookup.discard(tree, parent, node.name, found)
+    raise estale()
+
+
+def _copy_dir(tree: Tree, node: Dir, branch: Branch, parent_fd: int) -> int:
+    """Make one directory on `branch` with the attributes of its top copy, under its own name at last."""
+    top = node.layers[0]
+    src_fd = tree.layer_fd(node, top)
+    st = os.fstat(src_fd)
+    before = os.fstat(parent_fd)
+    whited = whiteout.present(parent_fd, node.name)
+    tmp = whiteout.temporary_name(node.name)
+    syscalls.mkdir_at(parent_fd, tmp, 0o700)
+    try:
+        fd = syscalls.open_dir_at(parent_fd, tmp)
+        try:
+            if whited:
+                whiteout.make_opaque(branch, fd)
+            copydata.copy_metadata(
+                st, syscalls.proc_path(src_fd), syscalls.proc_path(fd), branch.attrs, follow_symlinks=True
+            )
+            made = os.fstat(fd)
+            publish(parent_fd, tmp, parent_fd, node.name)
+        except BaseException:
+            os.close(fd)
+            raise
+    except BaseException:
+        _remove_tmp_dir(parent_fd, tmp)
+        raise
+    # It has its name, and whatever fails from here on, the next to need it must know.
+    layer = Layer(branch, made.st_dev, made.st_ino, made.st_nlink, fd)
+    position = sum(other.branch.index < branch.index for other in node.layers)
+    layers = [*node.layers[:position], layer, *node.layers[position:]]
+    tree.table.open_fds += 1
+    tree.table.note_fds(node)
+    parent = node.parent
+    assert parent is not None
+    parent.muddle(node.name)
+    node.layers = layers
+    if position == 0:
+        node.branch, node.dev, node.ino = branch, made.st_dev, made.st_ino
+        tree.inomap.alias(made.st_dev, made.st_ino, node.id)
+    if parent.view is not None:
+        parent.view[node.name] = tuple(entry.branch.index for entry in layers)
+    try:
+        if whited:
+            whiteout.remove(parent_fd, node.name)
+        restore_times(parent_fd, (before.st_atime_ns, before.st_mtime_ns))
+    finally:
+        lookup.count_links(tree, node)
+        lookup.count_links(tree, parent)
+        tree.hooks.adopt(node, False)
+        tree.hooks.side_effect(node)
+        tree.hooks.side_effect(parent)
+    return fd
+
+
+def _remove_tmp_dir(parent_fd: int, tmp: bytes) -> None:
+    try:
+        fd = syscalls.open_dir_at(parent_fd, tmp)
+    except OSError:
+        pass  # as just before (no descriptor is free): then nothing was put into it yet
+    else:
+        try:
+            syscalls.unlink_at(fd, whiteout.OPAQUE)
+        except FileNotFoundError:
+            pass
+        finally:
+            os.close(fd)
+    syscalls.rmdir_at(parent_fd, tmp)
+
+
+def publish(src_dirfd: int, tmp: bytes, dst_dirfd: int, name: bytes) -> None:
+    """Give the finished temporary its name, over nothing: EEXIST when somebody was faster."""
+    try:
+        syscalls.rename_at(src_dirfd, tmp, dst_dirfd, name, syscalls.RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems without renameat2 flags
+            raise
+        if syscalls.exists_at(dst_dirfd, name):
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        syscalls.rename_at(src_dirfd, tmp, dst_dirfd, name)
+
+
+def restore_times(dirfd: int, times: tuple[int, int]) -> None:
+    syscalls.utime_at(dirfd, b".", *times)
