@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from tests.helpers.posix import EXCHANGE
 from tests.t2_core.core import STRATEGIES, Core, core
 from udbad.branch import syscalls
 from udbad.branch.branches import BranchSet
-from udbad.inodes.table import Dir
+from udbad.inodes.table import Dir, Node
+from udbad.kernel import wire
 from udbad.types import ROOT_ID, Trigger
 from udbad.union import copyup, lookup, reconfigure
 from udbad.union.fs import SetAttr
@@ -633,3 +635,27 @@ def test_a_branch_with_shorter_names_than_others(tmp_path: Path, udba: str, monk
         union.create("n" * 200, b"content")
         assert union.content("n" * 200) == b"content"
         assert error_of(lambda: union.find("n" * 256)) == "ENAMETOOLONG"
+
+
+def test_links_that_go_directly_are_not_counted_twice(tmp_path: Path) -> None:
+    """Removed from the union, which leaves the lower links, then from the branch, too: never below what is there."""
+    low = tmp_path / "base"
+    low.mkdir()
+    (low / "a").write_text("x")
+    for name in ("b", "c"):
+        (low / name).hardlink_to(low / "a")
+    with core(tmp_path) as made:
+        node = made.find("a")
+        for name in ("b", "c"):
+            made.find(name)
+            made.unlink(name)
+        assert links(made, node) == 1
+        for name in ("b", "c"):
+            (low / name).unlink()
+        assert links(made, made.find("a")) == 1
+
+
+def links(union: Core, node: Node) -> int:
+    """st_nlink as the kernel is told (fuse_attr_out, linux/fuse.h)."""
+    _, st = union.fs.getattr(node.id)
+    return int(struct.unpack_from("<I", wire.attributes(node, st, 0.0), 16 + 64)[0])
