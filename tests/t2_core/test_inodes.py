@@ -327,6 +327,24 @@ def test_trim_prefers_what_was_not_used() -> None:
     assert table.open_fds == len(root.layers)
 
 
+def test_a_directory_that_has_a_name_again_can_be_trimmed_again() -> None:
+    """Taken away directly and found under another name: its descriptors were all that was left of it meanwhile."""
+    root = bare_root()
+    table = InodeTable(root, 0)
+    node = Dir(7, open_layers())
+    node.nlookup = 1
+    table.add(node)
+    table.open_fds += LAYERS
+    table.note_fds(node)
+    table.attach(node, root, b"a")
+    table.detach(node, root, b"a")
+    table.trim()
+    assert all(layer.fd >= 0 for layer in node.layers)
+    table.attach(node, root, b"b")
+    table.trim()
+    assert all(layer.fd < 0 for layer in node.layers)
+
+
 def test_what_the_kernel_was_never_told_of_keeps_no_directory() -> None:
     """An entry that did not fit into a reply, a replacement found by an event: nobody will ever forget those."""
     table = InodeTable(bare_root(), MAX_FDS)

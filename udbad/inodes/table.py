@@ -330,6 +330,8 @@ class InodeTable:
         node.parent, node.name = parent, name
         parent.children[name] = node
         self.nodes.setdefault(node.id, node)  # it may have left the table with its last name
+        if type(node) is Dir:
+            self._fd_dirs[node.id] = node  # it can be opened by name again, so `trim` may close it again
 
     def detach(self, node: Node, parent: Dir, name: bytes) -> None:
         """(parent, name) is not this node any more; another known name, if any, takes its place."""
