@@ -14,6 +14,7 @@ from tests.t3_fuse.live import file_system
 from udbad.branch import syscalls
 from udbad.branch.accept import open_branches
 from udbad.branch.spec import parse_branches
+from udbad.coherence.base import Coherence
 from udbad.errors import UserError
 from udbad.kernel import wire
 from udbad.union import mvdown, reconfigure, syncdown
@@ -465,12 +466,13 @@ def rebranch(union: Core, directory: Path, layers: dict[str, str], old: ExitStac
     before = union.tree.branches
     fresh = open_branches(parse_branches(text), False, os.fsencode(directory / "mnt"))
     new = reconfigure.carry_over(before, fresh)
+    strategy = union.tree.hooks
+    assert isinstance(strategy, Coherence)
+    strategy.hand_over()
     reconfigure.apply(union.tree, new)
+    strategy.start()
     for branch in reconfigure.removed(before, new):
         old.callback(branch.close)
-    for node in list(union.tree.table.nodes.values()):
-        if node.is_dir():
-            node.believe_nothing()  # type: ignore[attr-defined]  # it is a Dir
 
 
 def test_branches_come_and_go(tmp_path: Path, low: Path) -> None:
