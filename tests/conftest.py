@@ -99,6 +99,7 @@ def _nothing_left(request: pytest.FixtureRequest, _open_base: Path) -> Iterator[
         # Asked for here so that it is removed after this check: removing must never enter a mount.
         request.getfixturevalue("tmp_path").chmod(0o755)
     base = _open_base
+    os.umask(0o022)  # what tests expect of modes; the real Credentials, used in this process, leave 0
     mounts_before = mounts_under(base)
     descriptors_before = _open_descriptors()
     yield
