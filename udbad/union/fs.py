@@ -91,9 +91,13 @@ class UnionFs:
 
     def look_again(self, pid: int, parent_id: int, name: bytes, found: Attributes | None) -> Attributes | None:
         """`lookup` for a process that may be walking a path again (held.py); found: what it has just found."""
+        parent = self.table.nodes.get(parent_id)
         for _ in range(_ATTEMPTS):
-            if found is None or self.walks.found(pid, found[0]):
+            if found is None or type(parent) is not Dir:
                 break
+            held = self.walks.hold(pid, parent, name, found)
+            if held is not None:
+                return held
             found = self.lookup(parent_id, name)
         return found
 

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import errno
 import os
+import stat as st_mod
 from time import monotonic
 from typing import Final
 
 from udbad.branch import syscalls
 from udbad.inodes.table import Dir, Node
+from udbad.union import lookup
 from udbad.union.tree import Tree, is_object
+
+Attributes = tuple[Node, os.stat_result]
 
 HOLD_SECONDS: Final = 1.0
 _MOST: Final = 256
@@ -42,27 +46,40 @@ class HeldWalks:
             self.callers[pid] = now + HOLD_SECONDS
         return errno.ESTALE
 
-    def found(self, pid: int, node: Node) -> bool:
-        """Somebody has looked up a node: hold it for who walks again. False when it has been replaced just now."""
+    def hold(self, pid: int, parent: Dir, name: bytes, found: Attributes) -> Attributes | None:
+        """What is held of a name that somebody has looked up, if that is a process that walks again.
+
+        Another object than `found` when the name was given to one since; None when it has to be looked up once more.
+        """
+        node = found[0]
         now = monotonic()
         if self.callers.get(pid, 0.0) <= now:
-            return True
+            return found
+        until = now + HOLD_SECONDS
         if type(node) is Dir:  # its layers are open
             if len(self._directories) < _MOST:
-                self._directories[node.id] = now + HOLD_SECONDS
-            return True
+                self._directories[node.id] = until
+            return found
         held = self._tree.held
-        if node.orphan_fd >= 0 or node.handles or node in held or len(held) >= _MOST:
-            return True
+        if node in held:
+            held[node] = held[node][0], until
+        if node in held or node.orphan_fd >= 0 or node.handles or len(held) >= _MOST:
+            return found
         try:
             fd = syscalls.pin_at(*self._tree.locate(node))
         except OSError:
-            return False
-        if not is_object(node, os.fstat(fd)):
-            os.close(fd)
-            return False
-        held[node] = fd, now + HOLD_SECONDS
-        return True
+            return None
+        st = os.fstat(fd)
+        if not is_object(node, st):
+            if node.plink is not None or st_mod.S_ISDIR(st.st_mode):
+                os.close(fd)
+                return None
+            node, st = found = lookup.intern_file(self._tree, parent, name, node.branch, st)
+            if node in held or node.plink is not None:
+                os.close(fd)
+                return found
+        held[node] = fd, until
+        return found
 
     def expire(self) -> bool:
         """Let go of what was held long enough; True when there is nothing left."""
