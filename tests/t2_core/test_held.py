@@ -114,9 +114,10 @@ def test_bounded(union: Core) -> None:
         (union["base"] / f"n{number}").touch()
     for number in range(300):
         union.fs.walks.stale(PID + number, 5)
-        walk(union, f"n{number}")
-    assert len(union.tree.held) <= 256
-    assert len(union.fs.walks.callers) <= 256
+        node = walk(union, f"n{number}", PID + number)
+        assert node in union.tree.held, "the newest one is always there"
+    assert len(union.tree.held) == 256
+    assert len(union.fs.walks.callers) == 256
 
 
 def test_replaced_while_it_is_found(union: Core, monkeypatch: pytest.MonkeyPatch) -> None:

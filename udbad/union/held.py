@@ -24,7 +24,7 @@ Attributes = tuple[Node, os.stat_result]
 
 HOLD_SECONDS: Final = 1.0
 _MOST: Final = 256
-"""Objects held, and processes and directories remembered, at a time."""
+"""Objects held, and processes and directories remembered, at a time; the oldest make room."""
 
 
 class HeldWalks:
@@ -42,8 +42,8 @@ class HeldWalks:
         now = monotonic()
         if any(self._directories.get(node, 0.0) > now for node in nodes):
             return errno.ENOENT
-        if pid and len(self.callers) < _MOST:
-            self.callers[pid] = now + HOLD_SECONDS
+        if pid:
+            _put(self.callers, pid, now + HOLD_SECONDS)
         return errno.ESTALE
 
     def hold(self, pid: int, parent: Dir, name: bytes, found: Attributes) -> Attributes | None:
@@ -57,14 +57,15 @@ class HeldWalks:
             return found
         until = now + HOLD_SECONDS
         if type(node) is Dir:  # its layers are open
-            if len(self._directories) < _MOST:
-                self._directories[node.id] = until
+            _put(self._directories, node.id, until)
             return found
         held = self._tree.held
         if node in held:
-            held[node] = held[node][0], until
-        if node in held or node.orphan_fd >= 0 or node.handles or len(held) >= _MOST:
+            held[node] = held.pop(node)[0], until  # the newest one again
+        if node in held or node.orphan_fd >= 0 or node.handles:
             return found
+        if len(held) >= _MOST:
+            self._tree.let_go(next(iter(held)))
         try:
             fd = syscalls.pin_at(*self._tree.locate(node))
         except OSError:
@@ -96,3 +97,10 @@ class HeldWalks:
         """Let go of everything, at the end of the mount."""
         for node in list(self._tree.held):
             self._tree.let_go(node)
+
+
+def _put(table: dict[int, float], number: int, until: float) -> None:
+    table.pop(number, None)
+    if len(table) >= _MOST:
+        del table[next(iter(table))]
+    table[number] = until
