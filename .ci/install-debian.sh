@@ -15,7 +15,7 @@ run_packages=(
 test_packages=(
     build-essential debootstrap libcap2-bin procps rsync strace
     btrfs-progs e2fsprogs squashfs-tools xfsprogs
-    postgresql sqlite3 prometheus openssl fuse-overlayfs systemd
+    postgresql sqlite3 prometheus openssl fuse-overlayfs mergerfs systemd
 )
 
 wanted=()
