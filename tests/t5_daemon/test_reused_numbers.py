@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -26,7 +26,7 @@ from udbad.daemon.protocol import bind, server_pid
 from udbad.daemon.registry import Claim, Entry, Registration
 from udbad.daemon.runner import Runner, Shared
 from udbad.daemon.supervisor import Supervisor
-from udbad.daemon.workers import Worker
+from udbad.daemon.workers import Pool, Worker
 
 NO_PROCESS = 1 << 30
 """Above any pid_max."""
@@ -227,7 +227,7 @@ async def test_a_wedged_process_never_costs_somebody_else_his_mount(
 ) -> None:
     """Its mount was unmounted meanwhile, and the number has gone to another."""
     fusectl = kernel(there)
-    shared = Shared(DaemonSettings(), cast("Any", None), lambda _: None)
+    shared = Shared(DaemonSettings(), Pool("plain"), lambda _: None)
     runner = Runner(MountSettings("a", "/link/a", parse_mount_options("br=/x")), shared)
     runner.place, runner.connection = "/mnt/a", 40
     process = _Wedged()
