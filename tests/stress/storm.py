@@ -42,7 +42,7 @@ DEADLINE: Final = 120.0
 _FINE: Final = frozenset(
     {
         errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EXDEV, errno.EINVAL,
-        errno.ELOOP, errno.ENODATA, errno.EMLINK, errno.EBUSY,
+        errno.ELOOP, errno.ENODATA, errno.EMLINK, errno.ESTALE, errno.EBUSY,
     }
 )  # fmt: skip
 """What an operation may answer when others work on the same names. EIO and the like are failures."""
