@@ -82,11 +82,9 @@ def error_number(error: OSError) -> int:
     return errno.EIO if not number or number == errno.ENOSYS else number
 
 
-def _stale(operations: Any, args: tuple[Any, ...]) -> int:
-    """What is answered where a handler met ESTALE; `operations` (kernel/ops.py) remembers who did."""
-    pid = next((arg.pid for arg in args if isinstance(arg, pyfuse3.RequestContext)), 0)
-    number: int = operations.stale(pid, *(arg for arg in args if isinstance(arg, int)))
-    return number
+def _note_stale(operations: Any, args: tuple[Any, ...]) -> None:
+    """`operations` (kernel/ops.py) remembers which process is told ESTALE."""
+    operations.stale(next((arg.pid for arg in args if isinstance(arg, pyfuse3.RequestContext)), 0))
 
 
 def handler(function: Handler) -> Handler:
@@ -106,7 +104,7 @@ def handler(function: Handler) -> Handler:
         except OSError as error:
             number = error_number(error)
             if number == errno.ESTALE:
-                number = _stale(self, args)
+                _note_stale(self, args)
             raise pyfuse3.FUSEError(number) from None
         except Exception:
             number = errno.EIO

@@ -73,12 +73,6 @@ class Perform(Protocol):
     def __call__(self, operation: Callable[[], T]) -> Awaitable[T]: ...
 
 
-class Stale(Protocol):
-    """What to answer a process whose request about these nodes met ESTALE (Operations.stale)."""
-
-    def __call__(self, pid: int, *nodes: int) -> int: ...
-
-
 class FastPath:
     """Reads the requests of one mount and answers those it can."""
 
@@ -89,7 +83,7 @@ class FastPath:
         fs: UnionFs,
         coherence: Coherence,
         perform: Perform,
-        stale: Stale,
+        stale: Callable[[int], None],
         setxattr_ext: bool = True,
     ) -> None:
         """fd: /dev/fuse, non-blocking. pyfuse3s: where libfuse reads what is sent, and its answers come back.
@@ -148,8 +142,8 @@ class FastPath:
             if opcode not in _KEPT:
                 return self._hand_over(unique, size)
             again = self._again(handler, node_id, size)
-            who = self._caller().pid, node_id
-            trio.lowlevel.spawn_system_task(self._finish_after_copyup, again, who, unique, stats, start)
+            pid = self._caller().pid
+            trio.lowlevel.spawn_system_task(self._finish_after_copyup, again, pid, unique, stats, start)
             return True
         except _Later as later:
             self._waiters.submit(self._finish, unique, opcode, stats, start, *later.args)
@@ -159,7 +153,7 @@ class FastPath:
                 return self._hand_over(unique, size)  # to look again, or to say so
             number = boundary.error_number(error)
             if number == errno.ESTALE:
-                number = self._stale(self._caller().pid, node_id)
+                self._stale(self._caller().pid)
         except Exception:
             stats.bugs += 1
             number = errno.EIO
@@ -219,12 +213,12 @@ class FastPath:
     async def _finish_after_copyup(
         self,
         again: Callable[[], bytes | bytearray],
-        who: tuple[int, int],
+        pid: int,
         unique: int,
         stats: boundary.OpStats,
         start: float,
     ) -> None:
-        """who: process and node of the request."""
+        """pid: of the process that asked."""
         number = 0
         body: bytes | bytearray = b""
         try:
@@ -233,7 +227,7 @@ class FastPath:
         except OSError as error:
             number = boundary.error_number(error)
             if number == errno.ESTALE:
-                number = self._stale(*who)
+                self._stale(pid)
         except Exception:
             stats.bugs += 1
             number = errno.EIO

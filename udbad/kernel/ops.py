@@ -155,14 +155,12 @@ class Operations(pyfuse3.Operations):
             self.on_copyup(job, trio.current_time() - started)
         return True
 
-    def stale(self, pid: int, *nodes: int) -> int:
-        """What to answer a request of a process about these nodes that met ESTALE (union/held.py)."""
-        walks = self.fs.walks
-        number = walks.stale(pid, *nodes)
+    def stale(self, pid: int) -> None:
+        """A process is told ESTALE, and will look again (union/held.py)."""
+        self.fs.walks.stale(pid)
         if not self._holding:
             self._holding = True
             trio.lowlevel.spawn_system_task(self._let_go)
-        return number
 
     async def _let_go(self) -> None:
         try:

@@ -3,13 +3,12 @@
 Between LOOKUP and the request that follows, a name may be replaced directly. Natively the walk has a reference on what
 it found and goes on with that; here nothing may lead to it any more, which is ESTALE. The kernel then walks the path
 once more, asking for every name (LOOKUP_REVAL, retry_estale()), and a second ESTALE would be the program's. So what
-a process finds shortly after it met ESTALE is held by a descriptor for HOLD_SECONDS, and a directory that goes in
-that time has no names in it, ENOENT, as natively. Costs nothing while nobody meets ESTALE. Event loop only.
+a process finds shortly after it met ESTALE is held by a descriptor for HOLD_SECONDS. Not so directories, which have
+descriptors anyway: of one that is gone ESTALE is the answer. Costs nothing while nobody meets ESTALE. Event loop only.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import stat as st_mod
 from time import monotonic
@@ -24,7 +23,7 @@ Attributes = tuple[Node, os.stat_result]
 
 HOLD_SECONDS: Final = 1.0
 _MOST: Final = 256
-"""Objects held, and processes and directories remembered, at a time; the oldest make room."""
+"""Objects held, and processes remembered, at a time; the oldest make room."""
 
 
 class HeldWalks:
@@ -34,17 +33,14 @@ class HeldWalks:
         self._tree = tree
         self.callers: dict[int, float] = {}
         """Process (thread) id that met ESTALE, to the time.monotonic() until which it walks again."""
-        self._directories: dict[int, float] = {}
-        """Node id of a directory that such a walk found, to the time until which that counts."""
 
-    def stale(self, pid: int, *nodes: int) -> int:
-        """The errno for a process whose request about these nodes met ESTALE. pid 0: the kernel; it walks no path."""
-        now = monotonic()
-        if any(self._directories.get(node, 0.0) > now for node in nodes):
-            return errno.ENOENT
+    def stale(self, pid: int) -> None:
+        """A process is told ESTALE. pid 0: the kernel; it walks no path."""
         if pid:
-            _put(self.callers, pid, now + HOLD_SECONDS)
-        return errno.ESTALE
+            self.callers.pop(pid, None)
+            if len(self.callers) >= _MOST:
+                del self.callers[next(iter(self.callers))]
+            self.callers[pid] = monotonic() + HOLD_SECONDS
 
     def hold(self, pid: int, parent: Dir, name: bytes, found: Attributes) -> Attributes | None:
         """What is held of a name that somebody has looked up, if that is a process that walks again.
@@ -56,8 +52,7 @@ class HeldWalks:
         if self.callers.get(pid, 0.0) <= now:
             return found
         until = now + HOLD_SECONDS
-        if type(node) is Dir:  # its layers are open
-            _put(self._directories, node.id, until)
+        if type(node) is Dir:
             return found
         held = self._tree.held
         if node in held:
@@ -88,19 +83,11 @@ class HeldWalks:
         held = self._tree.held
         for node in [node for node, (_, until) in held.items() if until <= now]:
             self._tree.let_go(node)
-        for table in (self.callers, self._directories):
-            for number in [number for number, until in table.items() if until <= now]:
-                del table[number]
-        return not held and not self.callers and not self._directories
+        for pid in [pid for pid, until in self.callers.items() if until <= now]:
+            del self.callers[pid]
+        return not held and not self.callers
 
     def close(self) -> None:
         """Let go of everything, at the end of the mount."""
         for node in list(self._tree.held):
             self._tree.let_go(node)
-
-
-def _put(table: dict[int, float], number: int, until: float) -> None:
-    table.pop(number, None)
-    if len(table) >= _MOST:
-        del table[next(iter(table))]
-    table[number] = until
