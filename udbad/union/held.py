@@ -65,17 +65,19 @@ class HeldWalks:
             fd = syscalls.pin_at(*self._tree.locate(node))
         except OSError:
             return None
-        st = os.fstat(fd)
-        if not is_object(node, st):
-            if node.plink is not None or st_mod.S_ISDIR(st.st_mode):
+        try:
+            st = os.fstat(fd)
+            if not is_object(node, st):
+                if node.plink is not None or st_mod.S_ISDIR(st.st_mode):
+                    return None
+                node, st = found = lookup.intern_file(self._tree, parent, name, node.branch, st)
+                if node in held or node.plink is not None:
+                    return found
+            held[node], fd = (fd, until), -1
+            return found
+        finally:
+            if fd >= 0:
                 os.close(fd)
-                return None
-            node, st = found = lookup.intern_file(self._tree, parent, name, node.branch, st)
-            if node in held or node.plink is not None:
-                os.close(fd)
-                return found
-        held[node] = fd, until
-        return found
 
     def expire(self) -> bool:
         """Let go of what was held long enough; True when there is nothing left."""
