@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -174,3 +175,25 @@ def test_as_root_of_a_user_namespace(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert (tmp_path / "top" / "copy").read_bytes() == data
     assert (tmp_path / "top" / "large").read_bytes() == data + b"more\n"
+
+
+def test_a_signal_after_the_unmount_does_not_cut_the_end_short(tmp_path: Path) -> None:
+    """The supervisor stops a mount that somebody has unmounted a moment ago: the branches are marked clean all the
+    same, and the process is not one that was killed."""
+    for name in ("top", "base", "mnt"):
+        (tmp_path / name).mkdir()
+    options = parse_mount_options(f"br={tmp_path}/top=rw:{tmp_path}/base=ro")
+    close = mountproc.MountProcess.close
+
+    def interrupted(process: mountproc.MountProcess) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(process)
+
+    def serve() -> None:
+        mountproc.MountProcess.close = interrupted  # type: ignore[method-assign]  # in a child of our own
+        mountproc.run(options, os.fsencode(tmp_path / "mnt"), lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert _in_a_child(serve) == 0
+    assert not (tmp_path / "top" / ".wh..wh.udbad").exists()
+    assert mounts_under(tmp_path) == []

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import trio
@@ -62,6 +63,7 @@ _OTHER_FDS = 1024
 """Descriptors that are neither of directories nor of open files: branches, sockets, copy-ups, one operation's own."""
 _SWITCH_SECONDS = 0.0005
 _LINGER_SECONDS = 2
+_STOPPING = signal.SIGINT, signal.SIGTERM
 _MAX_DIRECTORY_FDS = 100_000
 
 
@@ -260,7 +262,7 @@ class MountProcess:
         listener = self._listen()
         with (
             nullcontext() if listener is None else listener.socket,
-            trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
+            trio.open_signal_receiver(*_STOPPING) as signals,
         ):
             self.session.attach(self.operations)
             self.session.mount(self._dead)
@@ -286,6 +288,12 @@ class MountProcess:
         if self.session.aborted:
             raise UserError(f"{text(self.mount_point)}: the connection was aborted; its users get errors until it is "
                             "unmounted or mounted again", ExitCode.FAILURE)  # fmt: skip
+
+    def on_late_signal(self, number: int, frame: FrameType | None) -> None:
+        """A signal when `serve` does not wait for it. After the mount has gone it comes too late: dying half-way
+        through `close` would leave the branches marked, and the supervisor with a process that was killed."""
+        if not self.ready:
+            signal.default_int_handler(number, frame)
 
     async def _stop_on_signal(self, signals: Any) -> None:
         async for number in signals:
@@ -493,6 +501,8 @@ def run(
     gc.freeze()
     # A thread that has to tell the kernel what to forget waits so long for a busy event loop; by default 5 ms.
     sys.setswitchinterval(_SWITCH_SECONDS)
+    for number in _STOPPING:
+        signal.signal(number, process.on_late_signal)
     try:
         trio.run(process.serve, lambda: on_ready(process))
     except BaseException as error:
@@ -503,6 +513,8 @@ def run(
             raise _no_start(mount_point, error) from error
         raise
     process.close()
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)  # at its exit, Python gives up its own handlers first
 
 
 def _no_start(mount_point: bytes, error: Exception) -> UserError:
