@@ -110,9 +110,9 @@ def test_no_forbidden_call(path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("udbad/daemon/supervisor.py", "import os\nos.system('true')"),
-        ("udbad/daemon/supervisor.py", "import subprocess\nsubprocess.run('true', shell=True)"),
-        ("udbad/daemon/supervisor.py", "from subprocess import getoutput\ngetoutput('true')"),
+        ("udbad/supervisor/supervisor.py", "import os\nos.system('true')"),
+        ("udbad/supervisor/supervisor.py", "import subprocess\nsubprocess.run('true', shell=True)"),
+        ("udbad/supervisor/supervisor.py", "from subprocess import getoutput\ngetoutput('true')"),
         ("udbad/cli.py", "import os\nos.chdir('/')"),
         ("udbad/cli.py", "from os import fchdir as go\ngo(3)"),
         ("udbad/union/rename.py", "import os\nos.rename(b'a', b'b')"),
@@ -141,7 +141,7 @@ def test_the_checker_finds(path: str, source: str) -> None:
         ("udbad/kernel/invalidator.py", "import pyfuse3\npyfuse3.invalidate_entry(1, b'a')"),
         ("udbad/union/copyup.py", "import os\nfd = os.open(b'a', os.O_RDONLY)\nos.fstat(fd)\nos.close(fd)"),
         ("udbad/union/rename.py", "from udbad.branch import syscalls\nsyscalls.rename(1, b'a', 2, b'b')"),
-        ("udbad/daemon/supervisor.py", "import subprocess\nsubprocess.run(['true'], shell=False)"),
+        ("udbad/supervisor/supervisor.py", "import subprocess\nsubprocess.run(['true'], shell=False)"),
     ],
 )
 def test_the_checker_allows(path: str, source: str) -> None:

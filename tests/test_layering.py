@@ -16,33 +16,33 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Low to high. The longest matching prefix counts, so a module named here leaves its package's level.
 LEVELS: list[list[str]] = [
-    ["udbad", "udbad.types", "udbad.errors"],
+    ["udbad", "udbad.types", "udbad.errors", "udbad.logs"],
     ["udbad.branch"],
-    ["udbad.config", "udbad.configfile", "udbad.configedit", "udbad.metrics"],
+    ["udbad.settings", "udbad.metrics"],
     ["udbad.inodes"],
     # The read side of the union.
     [
-        "udbad.union.whiteout",
-        "udbad.union.tree",
-        "udbad.union.origin",
+        "udbad.union.superblock",
         "udbad.union.homes",
         "udbad.union.times",
         "udbad.union.view",
         "udbad.union.lookup",
         "udbad.union.readdir",
     ],
-    ["udbad.union"],  # copyup, create, remove, rename, plink, fsck and what else changes branches
+    ["udbad.union"],  # copyup, create, remove, rename, plink and what else changes branches
     ["udbad.coherence"],
     ["udbad.union.fs"],
     ["udbad.kernel"],
-    ["udbad.daemon"],  # mountproc, control and what they share
-    ["udbad.daemon.supervisor", "udbad.daemon.client"],
+    ["udbad.tools"],  # what people run on a union; asks no kernel and no process
+    ["udbad.control"],
+    ["udbad.mount"],
+    ["udbad.supervisor"],
     ["udbad.commands"],
     ["udbad.cli", "udbad.__main__"],
 ]
 LEVEL_OF = {prefix: level for level, prefixes in enumerate(LEVELS) for prefix in prefixes}
 
-SYNC_CORE = ("udbad.branch", "udbad.inodes", "udbad.union")
+SYNC_CORE = ("udbad.branch", "udbad.inodes", "udbad.union", "udbad.tools")
 
 
 def _within(module: str, *packages: str) -> bool:
@@ -57,10 +57,10 @@ FENCES: dict[str, Callable[[str], bool]] = {
     "trio_asyncio": lambda module: module == "udbad.coherence.watcher",
     # Branches in the mount process, and in the supervisor the few directories of the configuration: another
     # event loop, another purpose, and a supervisor that must not import what serves a mount.
-    "asyncinotify": lambda module: module in ("udbad.coherence.watcher", "udbad.daemon.configwatch"),
+    "asyncinotify": lambda module: module in ("udbad.coherence.watcher", "udbad.supervisor.configwatch"),
     "prometheus_client": lambda module: module == "udbad.metrics",
-    "tomlkit": lambda module: module == "udbad.configedit",
-    "pydantic": lambda module: module in ("udbad.config", "udbad.configfile"),
+    "tomlkit": lambda module: module == "udbad.settings.edit",
+    "pydantic": lambda module: module in ("udbad.settings.options", "udbad.settings.file"),
 }
 
 
@@ -138,7 +138,7 @@ def test_imports_only_point_down(module: str) -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("module", ["udbad.daemon.supervisor", "udbad.daemon.client"])
+@pytest.mark.parametrize("module", ["udbad.supervisor.supervisor", "udbad.control.client"])
 def test_supervisor_and_client_never_reach_pyfuse3(module: str) -> None:
     """A process that recovers wedged mounts must not depend on what wedges; followed through all imports."""
     seen: set[str] = set()
@@ -157,25 +157,25 @@ def test_supervisor_and_client_never_reach_pyfuse3(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("udbad.branch.accept", "from udbad.config import Config"),
-        ("udbad.branch.accept", "import udbad.config"),
+        ("udbad.branch.accept", "from udbad.settings.options import Config"),
+        ("udbad.branch.accept", "import udbad.settings.options"),
         ("udbad.inodes.table", "from udbad.union import lookup"),
         ("udbad.union.lookup", "from udbad.union.copyup import CopyUp"),
         ("udbad.union.lookup", "from .copyup import CopyUp"),
         ("udbad.union.copyup", "from udbad.union import fs"),
         ("udbad.union.copyup", "from . import fs"),
         ("udbad.coherence.none", "def late():\n    from udbad.union.fs import Fs"),
-        ("udbad.kernel.ops", "from ..daemon import mountproc"),
-        ("udbad.daemon.control", "from udbad.daemon.supervisor import run"),
-        ("udbad.daemon.client", "import udbad.cli"),
+        ("udbad.kernel.ops", "from ..mount import mountproc"),
+        ("udbad.control.trioserver", "from udbad.supervisor.supervisor import run"),
+        ("udbad.control.client", "import udbad.cli"),
         ("udbad.types", "from udbad.branch.branches import Branch"),
         ("udbad.stray", "import os"),
-        ("udbad.daemon.mountproc", "import pyfuse3"),
+        ("udbad.mount.mountproc", "import pyfuse3"),
         ("udbad.union.fs", "from trio import sleep"),
         ("udbad.inodes.table", "import asyncio"),
         ("udbad.kernel.session", "import trio_asyncio"),
         ("udbad.coherence.notify", "from asyncinotify import Inotify"),
-        ("udbad.daemon.supervisor", "from asyncinotify import Inotify"),
+        ("udbad.supervisor.supervisor", "from asyncinotify import Inotify"),
         ("udbad.cli", "from prometheus_client import Counter"),
         ("udbad.branch.spec", "import pydantic"),
         ("udbad.union.fs", "async def read(): ..."),
@@ -188,14 +188,14 @@ def test_the_checker_finds(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("udbad.config", "from udbad.branch.policy import parse"),
+        ("udbad.settings.options", "from udbad.branch.policy import parse"),
         ("udbad.branch.branches", "from udbad.types import Perm"),
-        ("udbad.union.lookup", "from udbad.union.whiteout import PREFIX"),
+        ("udbad.union.lookup", "from udbad.branch.whiteout import PREFIX"),
         ("udbad.union.fs", "from udbad.coherence.base import Coherence"),
         ("udbad.union.fs", "from udbad.union import copyup, lookup"),
         ("udbad.kernel.ops", "import pyfuse3\nimport trio\nfrom udbad.union.fs import Fs"),
         ("udbad.coherence.watcher", "import asyncinotify, trio_asyncio, trio"),
-        ("udbad.daemon.supervisor", "import asyncio\nfrom udbad.union import fsck"),
+        ("udbad.supervisor.supervisor", "import asyncio\nfrom udbad.union import fsck"),
         ("udbad.cli", "from udbad import __version__\nfrom udbad.daemon import supervisor, mountproc"),
         ("udbad.metrics", "import prometheus_client"),
     ],

@@ -29,7 +29,7 @@ def fsck(yes: bool, no: bool, branch: Path, lowers: tuple[Path, ...]) -> None:
 
     With all branches below it as LOWER, pseudo-links that no name leads to any more are leftovers, too.
     """
-    from udbad.union.fsck import Defect, run_fsck
+    from udbad.tools.fsck import Defect, run_fsck
 
     if yes and no:
         raise click.UsageError("-y and -n exclude each other")

@@ -35,7 +35,7 @@ ROOT_CALLER = Caller(0, 0, 0, 0)
 
 
 class Perm(Enum):
-    """Permission of a branch (aufs(5), spec section 3)."""
+    """Permission of a branch (aufs(5), semantics 3)."""
 
     RW = "rw"
     RO = "ro"

@@ -49,7 +49,7 @@ def full_branch(path: Path) -> Iterator[Callable[[bool], None]]:
 # -- the program ------------------------------------------------------------------------------
 
 
-def _told(function: Callable[..., Any]) -> Callable[..., Any]:
+def _sent(function: Callable[..., Any]) -> Callable[..., Any]:
     async def handler(*args: Any, **words: Any) -> Any:
         import pyfuse3
 
@@ -83,15 +83,15 @@ def main() -> None:
     class Server(pyfuse3.Operations):
         enable_writeback_cache = False
 
-        @_told
+        @_sent
         async def lookup(self, parent: int, name: bytes, ctx: object) -> pyfuse3.EntryAttributes:
             return entry(os.path.join(paths[parent], name) if name != b"." else paths[parent])
 
-        @_told
+        @_sent
         async def getattr(self, inode: int, ctx: object) -> pyfuse3.EntryAttributes:
             return entry(paths[inode])
 
-        @_told
+        @_sent
         async def setattr(
             self, inode: int, attr: pyfuse3.EntryAttributes, fields: pyfuse3.SetattrFields, fh: int | None, ctx: object
         ) -> pyfuse3.EntryAttributes:
@@ -104,12 +104,12 @@ def main() -> None:
                 os.utime(path, ns=(attr.st_atime_ns, attr.st_mtime_ns))
             return entry(path)
 
-        @_told
+        @_sent
         async def mkdir(self, parent: int, name: bytes, mode: int, ctx: object) -> pyfuse3.EntryAttributes:
             os.mkdir(os.path.join(paths[parent], name), mode & 0o7777)
             return entry(os.path.join(paths[parent], name))
 
-        @_told
+        @_sent
         async def create(
             self, parent: int, name: bytes, mode: int, flags: int, ctx: object
         ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
@@ -117,40 +117,40 @@ def main() -> None:
             fd = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, mode & 0o7777)
             return pyfuse3.FileInfo(fh=fd), entry(path)
 
-        @_told
+        @_sent
         async def open(self, inode: int, flags: int, ctx: object) -> pyfuse3.FileInfo:
             return pyfuse3.FileInfo(fh=os.open(paths[inode], flags & ~os.O_NOFOLLOW | os.O_CLOEXEC))
 
-        @_told
+        @_sent
         async def read(self, fh: int, offset: int, size: int) -> bytes:
             return os.pread(fh, size, offset)
 
-        @_told
+        @_sent
         async def write(self, fh: int, offset: int, data: bytes) -> int:
             return os.pwrite(fh, data, offset)
 
-        @_told
+        @_sent
         async def flush(self, fh: int) -> None:
             if os.access(full, os.F_OK):
                 raise OSError(errno.EDQUOT, "")
 
-        @_told
+        @_sent
         async def fsync(self, fh: int, datasync: bool) -> None:
             os.fsync(fh)
 
-        @_told
+        @_sent
         async def release(self, fh: int) -> None:
             os.close(fh)
 
-        @_told
+        @_sent
         async def unlink(self, parent: int, name: bytes, ctx: object) -> None:
             os.unlink(os.path.join(paths[parent], name))
 
-        @_told
+        @_sent
         async def rmdir(self, parent: int, name: bytes, ctx: object) -> None:
             os.rmdir(os.path.join(paths[parent], name))
 
-        @_told
+        @_sent
         async def rename(self, src: int, name: bytes, dst: int, new: bytes, flags: int, ctx: object) -> None:
             if flags:
                 raise OSError(errno.EINVAL, "")
@@ -158,16 +158,16 @@ def main() -> None:
             os.rename(os.path.join(paths[src], name), target)
             entry(target)
 
-        @_told
+        @_sent
         async def link(self, inode: int, parent: int, name: bytes, ctx: object) -> pyfuse3.EntryAttributes:
             os.link(paths[inode], os.path.join(paths[parent], name))
             return entry(os.path.join(paths[parent], name))
 
-        @_told
+        @_sent
         async def opendir(self, inode: int, ctx: object) -> int:
             return inode
 
-        @_told
+        @_sent
         async def readdir(self, fh: int, start: int, token: pyfuse3.ReaddirToken) -> None:
             for number, name in list(enumerate(sorted(os.listdir(paths[fh])), 1))[start:]:
                 if not pyfuse3.readdir_reply(token, name, entry(os.path.join(paths[fh], name)), number):
@@ -176,7 +176,7 @@ def main() -> None:
         async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
             pass
 
-        @_told
+        @_sent
         async def statfs(self, ctx: object) -> pyfuse3.StatvfsData:
             status, reply = os.statvfs(root), pyfuse3.StatvfsData()
             for name in ("bsize", "frsize", "blocks", "bfree", "bavail", "files", "ffree", "favail", "namemax"):

@@ -20,7 +20,7 @@ from udbad.branch.policy import parse_copyup, parse_create
 from udbad.coherence.notify import NotifyCoherence
 from udbad.types import ROOT_ID, Perm
 from udbad.union.fs import UnionFs
-from udbad.union.tree import Tree, UnionOptions
+from udbad.union.superblock import Superblock, UnionOptions
 
 
 class Union:
@@ -38,7 +38,7 @@ class Union:
         if found is None:
             directory = self.fs.table.directory(parent)
             assert directory.ttl
-            self.coherence.told_negative(directory, name)
+            self.coherence.sent_negative(directory, name)
             return 0
         node, st = found
         self.coherence.attr_ttl(node, st)
@@ -78,16 +78,16 @@ def notify_union(
     mount_point.mkdir(exist_ok=True)
     specs = [BranchSpec(os.fsencode(path), permission) for path, permission in branches]
     opened = open_branches(specs, False, os.fsencode(mount_point))
-    tree = Tree(opened, UnionOptions(parse_create("tdp"), parse_copyup("tdp"), plink=False), max_fds)
+    sb = Superblock(opened, UnionOptions(parse_create("tdp"), parse_copyup("tdp"), plink=False), max_fds)
     notifier = FakeNotifier(epochs)
-    coherence = NotifyCoherence(tree, notifier)
+    coherence = NotifyCoherence(sb, notifier)
     coherence.start()
-    union = Union(UnionFs(tree, Credentials()), coherence, notifier)
+    union = Union(UnionFs(sb, Credentials()), coherence, notifier)
     try:
         yield union
         for number, count in union.references.items():
             union.fs.forget(number, count)
-        assert set(tree.table.nodes) == {ROOT_ID}
+        assert set(sb.table.nodes) == {ROOT_ID}
     finally:
         coherence.stop()
         opened.close()

@@ -1,6 +1,6 @@
 """The merged tree computed straight from the branch directories, and the same shape read from a mount.
 
-An oracle: it shares no code with udbad and may not import it. It follows spec sections 4 and 5 with the
+An oracle: it shares no code with udbad and may not import it. It follows semantics 4 and 5 with the
 two decisions in which udbad differs from aufs: NAME beside `.wh.NAME` in one branch is visible (the
 whiteout hides lower branches only), and the topmost opaque directory is the boundary. Pseudo-links (spec
 section 10.3) are followed: the file PLINKS/<number>.<inode>.<birth> of a branch stands for every name of that inode
@@ -22,13 +22,13 @@ WH_PREFIX = b".wh."
 OPAQUE = b".wh..wh..opq"
 PLINKS = b".wh..wh.plnk"
 MAX_NAME = 242
-"""Longest name the union knows, bytes (spec section 1)."""
+"""Longest name the union knows, bytes (semantics 1)."""
 
 _TEMPORARY = re.compile(rb"\.wh\.\.wh\..+\.[0-9a-f]{4,}", re.DOTALL)
 
 
 class InconsistentBranch(Exception):
-    """A whiteout that is no regular file: the name beside it answers EIO (spec section 4.2)."""
+    """A whiteout that is no regular file: the name beside it answers EIO (semantics 4.2)."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _is_whiteout(directory: bytes, name: bytes) -> bool:
 
 
 def resolve(directories: Sequence[tuple[bytes, bool]], name: bytes) -> list[tuple[bytes, bool]]:
-    """Where NAME of one merged directory lives, top first (the loop of spec section 4.2).
+    """Where NAME of one merged directory lives, top first (the loop of semantics 4.2).
 
     directories: (path on the branch, whether the branch's whiteouts count). Several results only for a
     directory; none when the name is absent. Raises InconsistentBranch.

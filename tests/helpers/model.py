@@ -1,4 +1,4 @@
-"""A plain in-memory model of a union: layers of dictionaries and the operations of spec section 6.
+"""A plain in-memory model of a union: layers of dictionaries and the operations of semantics 6.
 
 It says what a caller with every privilege (root) sees through the mount after each operation, and with
 which errno an operation fails (Linux VFS order of checks, fs/namei.c). It shares no code with udbad. The
@@ -144,7 +144,7 @@ class Model:
     # -- looking --------------------------------------------------------------------------------
 
     def hits(self, path: PathT, start: int = 0, marks: bool = True) -> list[int]:
-        """Layers in which the visible `path` lives, top first; [] when it is absent (spec section 4.2).
+        """Layers in which the visible `path` lives, top first; [] when it is absent (semantics 4.2).
 
         start: leave the layers above out. marks: whether an opaque mark in `path` itself counts.
         """
@@ -251,7 +251,7 @@ class Model:
                 layer.opaque.add(path)
 
     def _place(self, path: PathT, node: Node, i: int | None = None) -> None:
-        """Make a new object (spec section 6.5) in layer i, or where create=tdp says (section 7.2)."""
+        """Make a new object (semantics 6.5) in layer i, or where create=tdp says (section 7.2)."""
         if i is None:
             top = self.top(path[:-1])
             assert top is not None
@@ -343,7 +343,7 @@ class Model:
     # -- rename ---------------------------------------------------------------------------------
 
     def rename(self, src: PathT, dst: PathT, flags: int = 0) -> None:
-        """renameat2(2): the checks of do_renameat2() and vfs_rename(), then spec section 6.6."""
+        """renameat2(2): the checks of do_renameat2() and vfs_rename(), then semantics 6.6."""
         self.walk(src)
         self.walk(dst)
         old, new = self.get(src), self.get(dst)

@@ -111,10 +111,10 @@ def _count(gate: str) -> None:
 
 def _patch(gate: str, words: list[str]) -> None:
     from udbad.branch import branches
-    from udbad.daemon import mountproc
     from udbad.kernel import fast
     from udbad.kernel.invalidator import Invalidator
     from udbad.kernel.ops import Operations
+    from udbad.mount import mountproc
     from udbad.union import copyup
 
     if any(word not in (NO_EPOCHS, COARSE, TRANSFER) for word in words):

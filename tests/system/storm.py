@@ -304,7 +304,7 @@ def replay(state: State, journal: Path) -> tuple[State, State, Operation | None]
     """What a journal says of the state: (without, with) the operation in doubt, and that operation.
 
     Raises AssertionError when an operation ended otherwise than the model says. Only a rename of a
-    directory may be EXDEV, where it has parts in lower layers (spec section 6.6).
+    directory may be EXDEV, where it has parts in lower layers (semantics 6.6).
     """
     lines = journal.read_text().splitlines() if journal.exists() else []
     pending: Operation | None = None

@@ -197,7 +197,7 @@ def _entry(directory: int, name: bytes, path: bytes, first: dict[tuple[int, int]
 
 
 def below(root: Path) -> Manifest:
-    """The manifest without the root itself: mounting and unmounting make and remove helpers there (spec section 1)."""
+    """The manifest without the root itself: mounting and unmounting make and remove helpers there (semantics 1)."""
     entries = manifest(root)
     del entries[b"."]
     return entries

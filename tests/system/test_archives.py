@@ -37,7 +37,7 @@ ODD_NAMES = [
     b"wh-name",  # not "wh.name": the ".wh.name.XXXXXX" of rsync would be a whiteout, which is refused
     b"..three",
     b"~",
-    # rsync writes to .NAME.XXXXXX first, and a union's names end at 242 bytes (spec section 1).
+    # rsync writes to .NAME.XXXXXX first, and a union's names end at 242 bytes (semantics 1).
     b"n" * (242 - 8),
 ]
 SPARSE_SIZE = 16 << 20

@@ -1,4 +1,4 @@
-"""What may become a branch, and how a branch is made writable (spec section 3).
+"""What may become a branch, and how a branch is made writable (semantics 3).
 
 Where a mount is needed the test runs a script in a mount name space of its own, so that nothing is left.
 """

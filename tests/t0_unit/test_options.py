@@ -1,4 +1,4 @@
-"""Mount options and the branch syntax: what is understood, what is refused, in which words (spec sections 2, 3)."""
+"""Mount options and the branch syntax: what is understood, what is refused, in which words (semantics 2, 3)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from udbad.branch.spec import (
     split_escaped,
     unescape,
 )
-from udbad.config import MountOptions, format_options, parse_mount_options, validation_message
 from udbad.errors import ExitCode, UserError
+from udbad.settings.options import MountOptions, format_options, parse_mount_options, validation_message
 from udbad.types import Perm
 
 ExpectLog = Callable[[str], None]

@@ -1,4 +1,4 @@
-"""Policies: every rule of spec section 7 by example, and what holds for all of them by property."""
+"""Policies: every rule of semantics 7 by example, and what holds for all of them by property."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udbad.branch.policy import COPYUP_POLICIES, CREATE_POLICIES, Snapshot, parse_copyup, parse_create
+from udbad.branch.policy import COPYUP_POLICIES, CREATE_POLICIES, Facts, parse_copyup, parse_create
 from udbad.errors import ExitCode, UserError
 
 CREATE_TEXTS = [
@@ -42,9 +42,9 @@ def snap(
     floor: int | None = None,
     free: Sequence[int] = (),
     is_dir: bool = False,
-) -> Snapshot:
+) -> Facts:
     """`writable`: one letter a branch, w or r, top first."""
-    return Snapshot(
+    return Facts(
         writable=tuple(letter == "w" for letter in writable),
         parent=frozenset(parent),
         parent_top=min(parent),
@@ -57,13 +57,13 @@ def snap(
     )
 
 
-def create(text: str, snapshot: Snapshot) -> int | None:
+def create(text: str, facts: Facts) -> int | None:
     """The chosen branch, None for EROFS."""
-    return _or_none(lambda: parse_create(text).select(snapshot))
+    return _or_none(lambda: parse_create(text).select(facts))
 
 
-def copyup(text: str, snapshot: Snapshot) -> int | None:
-    return _or_none(lambda: parse_copyup(text).select(snapshot))
+def copyup(text: str, facts: Facts) -> int | None:
+    return _or_none(lambda: parse_copyup(text).select(facts))
 
 
 def _or_none(select: Callable[[], int]) -> int | None:
@@ -79,7 +79,7 @@ def _or_none(select: Callable[[], int]) -> int | None:
 
 
 @pytest.mark.parametrize(
-    ("snapshot", "expected"),
+    ("facts", "expected"),
     [
         pytest.param(snap("ww", {0, 1}), 0, id="parent's top is writable"),
         pytest.param(snap("www", {1, 2}), 1, id="parent's top, not the top branch"),
@@ -94,15 +94,15 @@ def _or_none(select: Callable[[], int]) -> int | None:
         pytest.param(snap("ww", {0, 1}, whiteout=0), 0, id="whiteout on the target itself"),
     ],
 )
-def test_tdp(snapshot: Snapshot, expected: int | None) -> None:
-    assert create("tdp", snapshot) == expected
+def test_tdp(facts: Facts, expected: int | None) -> None:
+    assert create("tdp", facts) == expected
 
 
 # -- the others ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "snapshot", "expected"),
+    ("text", "facts", "expected"),
     [
         pytest.param("tdmfs:50", snap("www", {0, 1, 2}, free=[10, 60, 90]), 1, id="tdmfs: first above the mark"),
         pytest.param("tdmfs:50", snap("www", {0, 1, 2}, free=[50, 51, 90]), 1, id="tdmfs: more than the mark"),
@@ -137,8 +137,8 @@ def test_tdp(snapshot: Snapshot, expected: int | None) -> None:
         pytest.param("pmfsrr:95", snap("wwr", {0, 1}, free=[10, 40, 0]), 1, id="pmfsrr: too little anywhere: rr"),
     ],
 )
-def test_create(text: str, snapshot: Snapshot, expected: int | None) -> None:
-    assert create(text, snapshot) == expected
+def test_create(text: str, facts: Facts, expected: int | None) -> None:
+    assert create(text, facts) == expected
 
 
 def test_round_robin_goes_up_and_mkdir_does_not_advance() -> None:
@@ -171,7 +171,7 @@ def test_round_robin_of_pmfsrr_advances() -> None:
 
 
 @pytest.mark.parametrize(
-    ("snapshot", "tdp", "bup", "bu"),
+    ("facts", "tdp", "bup", "bu"),
     [
         pytest.param(snap("wwwr", {0, 1, 3}, name_top=3), 0, 1, 2, id="one answer each"),
         pytest.param(snap("wwrr", {2, 3}, name_top=3), 1, 1, 1, id="the parent is nowhere writable"),
@@ -183,15 +183,15 @@ def test_round_robin_of_pmfsrr_advances() -> None:
         pytest.param(snap("w", {0}, name_top=0), None, None, None, id="nothing above"),
     ],
 )
-def test_copyup(snapshot: Snapshot, tdp: int | None, bup: int | None, bu: int | None) -> None:
-    assert (copyup("tdp", snapshot), copyup("bup", snapshot), copyup("bu", snapshot)) == (tdp, bup, bu)
+def test_copyup(facts: Facts, tdp: int | None, bup: int | None, bu: int | None) -> None:
+    assert (copyup("tdp", facts), copyup("bup", facts), copyup("bu", facts)) == (tdp, bup, bu)
 
 
 # -- properties ---------------------------------------------------------------------------------
 
 
 @st.composite
-def snapshots(draw: st.DrawFn, positive: bool | None = None) -> Snapshot:
+def factss(draw: st.DrawFn, positive: bool | None = None) -> Facts:
     """A state that lookup can produce: nothing positive lies below what hides it."""
     count = draw(st.integers(1, 6))
     indices = st.integers(0, count - 1)
@@ -207,7 +207,7 @@ def snapshots(draw: st.DrawFn, positive: bool | None = None) -> Snapshot:
     existing = draw(st.booleans()) if positive is None else positive
     name_top = draw(st.sampled_from(sorted(parent))) if existing else None
     whiteout = draw(st.none() | st.integers(top if name_top is None else name_top, count - 1))
-    return Snapshot(
+    return Facts(
         writable=tuple(writable),
         parent=frozenset(parent),
         parent_top=top,
@@ -220,57 +220,57 @@ def snapshots(draw: st.DrawFn, positive: bool | None = None) -> Snapshot:
     )
 
 
-def allowed(snapshot: Snapshot) -> set[int]:
+def allowed(facts: Facts) -> set[int]:
     """Independently of the code under test: writable, and nothing above or beside hides the object."""
-    bounds = [snapshot.floor]
-    bounds += [b for b in (snapshot.whiteout, snapshot.opaque, snapshot.name_top) if b is not None]
-    return {i for i, writable in enumerate(snapshot.writable) if writable and all(i <= b for b in bounds)}
+    bounds = [facts.floor]
+    bounds += [b for b in (facts.whiteout, facts.opaque, facts.name_top) if b is not None]
+    return {i for i, writable in enumerate(facts.writable) if writable and all(i <= b for b in bounds)}
 
 
 @pytest.mark.parametrize("text", [text for text in CREATE_TEXTS if text not in ("tdp", "top-down-parent")])
-@given(st.lists(snapshots(), min_size=1, max_size=4))
-def test_create_is_writable_and_never_hidden(text: str, sequence: list[Snapshot]) -> None:
+@given(st.lists(factss(), min_size=1, max_size=4))
+def test_create_is_writable_and_never_hidden(text: str, sequence: list[Facts]) -> None:
     policy = parse_create(text)
-    for snapshot in sequence:
-        chosen = _or_none(partial(policy.select, snapshot))
+    for facts in sequence:
+        chosen = _or_none(partial(policy.select, facts))
         if chosen is None:
-            assert allowed(snapshot) == set()
+            assert allowed(facts) == set()
         else:
-            assert chosen in allowed(snapshot)
+            assert chosen in allowed(facts)
 
 
-@given(snapshots())
-def test_tdp_fails_exactly_when_nothing_at_or_above_the_entry_is_writable(snapshot: Snapshot) -> None:
-    own = snapshot.parent_top if snapshot.name_top is None else snapshot.name_top
-    chosen = create("tdp", snapshot)
+@given(factss())
+def test_tdp_fails_exactly_when_nothing_at_or_above_the_entry_is_writable(facts: Facts) -> None:
+    own = facts.parent_top if facts.name_top is None else facts.name_top
+    chosen = create("tdp", facts)
     if chosen is None:
-        assert not any(snapshot.writable[: own + 1])
+        assert not any(facts.writable[: own + 1])
     else:
-        assert chosen in allowed(snapshot)
+        assert chosen in allowed(facts)
         assert chosen <= own
-        if snapshot.writable[own]:
+        if facts.writable[own]:
             assert chosen == own
 
 
 @pytest.mark.parametrize("text", sorted(COPYUP_POLICIES))
-@given(snapshots(positive=True))
-def test_copyup_goes_up(text: str, snapshot: Snapshot) -> None:
-    assert snapshot.name_top is not None
-    above = {index for index in range(snapshot.name_top) if snapshot.writable[index]}
-    chosen = copyup(text, snapshot)
+@given(factss(positive=True))
+def test_copyup_goes_up(text: str, facts: Facts) -> None:
+    assert facts.name_top is not None
+    above = {index for index in range(facts.name_top) if facts.writable[index]}
+    chosen = copyup(text, facts)
     if chosen is not None:
         assert chosen in above
     elif text in ("bup", "bottom-up-parent"):
-        assert not {index for index in above if index < snapshot.parent_top or index in snapshot.parent}
+        assert not {index for index in above if index < facts.parent_top or index in facts.parent}
     else:
         assert above == set()
 
 
 @pytest.mark.parametrize("text", CREATE_TEXTS)
-@given(snapshots(), st.integers(0, 5))
-def test_a_damaged_snapshot_still_hides_nothing(text: str, snapshot: Snapshot, floor: int) -> None:
+@given(factss(), st.integers(0, 5))
+def test_a_damaged_facts_still_hides_nothing(text: str, facts: Facts, floor: int) -> None:
     """A branch set that changed under the lookup may give marks above the parent's top."""
-    damaged = replace(snapshot, floor=min(floor, len(snapshot.writable) - 1))
+    damaged = replace(facts, floor=min(floor, len(facts.writable) - 1))
     chosen = create(text, damaged)
     assert chosen is None or chosen in allowed(damaged)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from udbad.daemon import private, registry
+from udbad.control import private, registry
 
 STRANGER = 65534
 

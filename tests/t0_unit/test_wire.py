@@ -57,7 +57,7 @@ def test_attributes(tmp_path: Path, branch: Branch, mtime: int) -> None:
 def test_links_and_times_that_only_the_union_knows(tmp_path: Path, branch: Branch) -> None:
     st = tmp_path.stat()
     node = Dir(5, [Layer(branch, st.st_dev, st.st_ino, st.st_nlink, -1)])
-    node.nlink_extra, node.nudge = 3, 2
+    node.nlink_extra, node.mtime_offset = 3, 2
     found = attr_of(wire.attributes(node, st, 0.0)[16:])
     assert found["nlink"] == st.st_nlink + 3
     assert found["mtime"] * 10**9 + found["mtimensec"] == st.st_mtime_ns + 2

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from udbad.branch import syscalls, writelock
+from udbad.branch import syscalls, whiteout, writelock
 from udbad.branch.accept import open_branches
 from udbad.branch.branches import BranchSet
 from udbad.branch.spec import parse_branches
 from udbad.branch.writelock import WriteLocks
 from udbad.errors import ExitCode, UserError
-from udbad.union import whiteout
 
 
 @pytest.fixture

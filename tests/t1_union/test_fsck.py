@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from udbad.branch import syscalls
+from udbad.branch import syscalls, walk
 from udbad.branch.accept import open_branches
 from udbad.branch.branches import BranchSpec
 from udbad.errors import ExitCode, UserError
+from udbad.tools import fsck
+from udbad.tools.fsck import Defect, DefectKind
 from udbad.types import Perm
-from udbad.union import fsck, walk
-from udbad.union.fsck import Defect, DefectKind
 
 Record = tuple[object, ...]
 Snapshot = dict[bytes, Record]
@@ -322,7 +322,7 @@ def home(branch: Path, source: Path, life: str = "") -> Path:
 
 
 def test_a_pseudo_link_alone_is_told_and_kept(branch: Path, lower: Path) -> None:
-    """What lies in other branches may show its data: one branch alone does not tell (spec section 10.3)."""
+    """What lies in other branches may show its data: one branch alone does not tell (semantics 10.3)."""
     alone = home(branch, lower / "two")
     age(branch)
     before = snapshot(branch)
@@ -517,7 +517,8 @@ def test_what_is_mounted_below_the_branch_is_not_part_of_it(tmp_path: Path) -> N
     (tmp_path / "branch" / "mounted").mkdir(parents=True)
     script = """
 import os, sys
-from udbad.union import fsck, walk
+from udbad.tools import fsck
+from udbad.branch import walk
 branch = os.fsencode(sys.argv[1])
 open(branch + b"/mounted/.wh..wh.t.1234", "w").close()
 sys.exit(fsck.run_fsck(branch, lambda defect: True, print) or not os.path.exists(branch + b"/mounted/.wh..wh.t.1234"))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from udbad.union import whiteout
-from udbad.union.whiteout import MAX_NAME, TEMPORARY, temporary_name
+from udbad.branch import whiteout
+from udbad.branch.whiteout import MAX_NAME, TEMPORARY, temporary_name
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from udbad.inodes.table import Dir, Node
 from udbad.types import ROOT_CALLER, ROOT_ID, Caller
 from udbad.union import homes
 from udbad.union.fs import UnionFs
-from udbad.union.tree import Tree, UnionOptions
+from udbad.union.superblock import Superblock, UnionOptions
 
 T = TypeVar("T")
 
@@ -55,8 +55,8 @@ class Core:
     _refs: dict[int, int] = field(default_factory=dict)
 
     @property
-    def tree(self) -> Tree:
-        return self.fs.tree
+    def sb(self) -> Superblock:
+        return self.fs.sb
 
     def __getitem__(self, name: str) -> Path:
         """The directory of the branch called `name`."""
@@ -80,7 +80,7 @@ class Core:
 
     def find(self, path: str) -> Node:
         """Walk to `path` as the kernel does. Raises FileNotFoundError."""
-        node: Node = self.tree.root
+        node: Node = self.sb.root
         for name in filter(None, path.split("/")):
             found = self.fs.lookup(node.id, os.fsencode(name))
             if found is None:
@@ -198,24 +198,24 @@ def core(
             if branch.writable:
                 prepare_writable(branch, options.get("plink", True))
         chosen = {"create": parse_create("tdp"), "copyup": parse_copyup("tdp"), **options}
-        tree = Tree(branches, UnionOptions(**chosen), max_fds, all_fds)
-        homes.load(tree)
+        sb = Superblock(branches, UnionOptions(**chosen), max_fds, all_fds)
+        homes.load(sb)
         notifier = FakeNotifier()
-        strategy = STRATEGIES[udba](tree, notifier)
+        strategy = STRATEGIES[udba](sb, notifier)
         strategy.start()
-        fs = UnionFs(tree, OwnIds())
+        fs = UnionFs(sb, OwnIds())
         try:
             yield Core(fs, notifier, paths)
         finally:
             for fh in list(fs.handles.files):
                 fs.release(fh)
             strategy.stop()
-            for node in tree.table.nodes.values():
-                if type(node) is Dir and node is not tree.root:
-                    tree.table.close_layers(node)
+            for node in sb.table.nodes.values():
+                if type(node) is Dir and node is not sb.root:
+                    sb.table.close_layers(node)
                 if node.orphan_fd >= 0:
                     os.close(node.orphan_fd)
-            homes.close(tree)
+            homes.close(sb)
     finally:
         os.umask(umask)
         branches.close()

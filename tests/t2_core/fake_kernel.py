@@ -154,7 +154,7 @@ class FakeKernel:
             directory = self.fs.table.directory(parent)
             self.entries.pop((parent, name), None)
             if directory.ttl:
-                self.coherence.told_negative(directory, name)
+                self.coherence.sent_negative(directory, name)
                 self.entries[parent, name] = 0
             return 0
 
@@ -177,7 +177,7 @@ class FakeKernel:
             return held
         node, st = self._perform(lambda: self.fs.getattr(number))
         if type(node) is Dir and node.cached_opens and not node.trusted:
-            node.nudge += 1  # as kernel/fast.py
+            node.mtime_offset += 1  # as kernel/fast.py
         self._told_attributes(node, st)
         return fields(node, st)
 
@@ -266,7 +266,7 @@ class FakeKernel:
         return names
 
     def _mtime(self, node: Dir) -> int:
-        return self.fs.tree.stat(node).st_mtime_ns + node.nudge
+        return self.fs.sb.stat(node).st_mtime_ns + node.mtime_offset
 
     def forget_all(self) -> None:
         for number, count in reversed(list(self.references.items())):

@@ -22,10 +22,10 @@ from tests.t2_core.core import Core, core
 from udbad.branch import syscalls
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.table import Dir
-from udbad.union import carry, mvdown, syncdown
-from udbad.union.carry import Halt
+from udbad.tools import carry, mvdown, syncdown
+from udbad.tools.carry import Halt
+from udbad.tools.fsck import sweep_temporaries
 from udbad.union.fs import SetAttr
-from udbad.union.fsck import sweep_temporaries
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="ok: branches need root")
 pytestmark = [needs_root, pytest.mark.usefixtures("_no_waiting")]
@@ -38,7 +38,7 @@ CHANGING = ("create_file_at", "mkdir_at", "mknod_at", "symlink_at", "link_at", "
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here changes twice within a tick, and no power fails: nobody has to wait for clocks and disks."""
     monkeypatch.setattr(syscalls, "sync_fs", lambda dirfd: None)
-    monkeypatch.setattr(carry, "settled", lambda branch, st: True)
+    monkeypatch.setattr(carry, "is_racy", lambda branch, st: False)
     monkeypatch.setattr(logging.getLogger("udbad.union.view"), "disabled", True)  # it warns of the pairs
 
 
@@ -73,8 +73,8 @@ def run(steps: Generator[carry.Work | None, None, Any], between: Callable[[int],
 
 
 def sync(union: Core, move: bool, between: Callable[[int], None] | None = None) -> syncdown.Sync:
-    src, dst = syncdown.check(union.tree, os.fsencode(union["src"]), os.fsencode(union["dst"]), move)
-    job = syncdown.Sync(union.tree, src, dst, move, Halt())
+    src, dst = syncdown.check(union.sb, os.fsencode(union["src"]), os.fsencode(union["dst"]), move)
+    job = syncdown.Sync(union.sb, src, dst, move, Halt())
     run(job.steps(), between)
     return job
 
@@ -91,7 +91,7 @@ def seen(union: Core) -> Shown:
         for name in union.names(directory):
             path = f"{directory}/{name}" if directory else name
             node = union.find(path)
-            st = union.tree.stat(node)
+            st = union.sb.stat(node)
             content = None
             if stat.S_ISREG(st.st_mode):
                 content = union.content(path).hex()
@@ -244,11 +244,11 @@ def _link_again(top: Path) -> None:
         os.link(top / "src" / "mixed" / "one", top / "src" / name)
 
 
-def _unlinked(tree: Snapshot) -> Snapshot:
+def _unlinked(sb: Snapshot) -> Snapshot:
     """Without link counts: a crash may fall between two names of one file."""
     from dataclasses import replace
 
-    return {path: replace(entry, nlink=None) for path, entry in tree.items()}
+    return {path: replace(entry, nlink=None) for path, entry in sb.items()}
 
 
 # -- other operations meanwhile -----------------------------------------------------------------------------
@@ -544,8 +544,8 @@ def test_an_error_ends_it_with_the_path_and_nothing_is_left(tmp_path: Path, monk
 
     monkeypatch.setattr(syscalls, "create_file_at", full)
     with core(tmp_path, LAYERS) as union:
-        src, dst = syncdown.check(union.tree, os.fsencode(union["src"]), os.fsencode(union["dst"]), True)
-        job = syncdown.Sync(union.tree, src, dst, True, Halt())
+        src, dst = syncdown.check(union.sb, os.fsencode(union["src"]), os.fsencode(union["dst"]), True)
+        job = syncdown.Sync(union.sb, src, dst, True, Halt())
         with pytest.raises(OSError, match="No space left"):
             run(job.steps())
         assert job.progress.current == b"mixed/sparse"
@@ -558,10 +558,10 @@ def test_stopped_amid(tmp_path: Path) -> None:
     build(tmp_path)
     before = merged(tmp_path)
     with core(tmp_path, LAYERS) as union:
-        src, dst = syncdown.check(union.tree, os.fsencode(union["src"]), os.fsencode(union["dst"]), True)
+        src, dst = syncdown.check(union.sb, os.fsencode(union["src"]), os.fsencode(union["dst"]), True)
         for stop_at in range(24):
             halt = Halt()
-            job = syncdown.Sync(union.tree, src, dst, True, halt)
+            job = syncdown.Sync(union.sb, src, dst, True, halt)
 
             def stop(number: int, stop_at: int = stop_at, halt: Halt = halt) -> None:
                 halt.asked = number >= stop_at
@@ -586,7 +586,7 @@ def test_stopped_amid(tmp_path: Path) -> None:
 )
 def test_branches_that_cannot_be_merged(tmp_path: Path, source: str, target: str, move: bool, words: str) -> None:
     with core(tmp_path, LAYERS) as union, pytest.raises(UserError, match=words) as caught:
-        syncdown.check(union.tree, os.fsencode(tmp_path / source), os.fsencode(tmp_path / target), move)
+        syncdown.check(union.sb, os.fsencode(tmp_path / source), os.fsencode(tmp_path / target), move)
     assert caught.value.code in (ExitCode.REFUSED, ExitCode.OPTION)
 
 
@@ -595,7 +595,7 @@ def test_branches_that_cannot_be_merged(tmp_path: Path, source: str, target: str
 
 def move(union: Core, path: str, **options: Any) -> dict[str, Any]:
     parts = [os.fsencode(part) for part in path.split("/")]
-    answer: dict[str, Any] = run(mvdown.steps(union.tree, parts, mvdown.Options(**options), Halt()))
+    answer: dict[str, Any] = run(mvdown.steps(union.sb, parts, mvdown.Options(**options), Halt()))
     return answer
 
 
@@ -620,7 +620,7 @@ def test_a_crash_amid_mvdown_leaves_the_file(tmp_path: Path) -> None:
 def test_a_file_that_is_written_to_while_it_is_moved_stays_as_written(tmp_path: Path) -> None:
     build(tmp_path)
     with core(tmp_path, LAYERS, "none") as union:
-        steps = mvdown.steps(union.tree, [b"both", b"src"], mvdown.Options(), Halt())
+        steps = mvdown.steps(union.sb, [b"both", b"src"], mvdown.Options(), Halt())
         run(steps, lambda number: _overwrite("both/src")(union) if number in (1, 6) else None)
         assert union.content("both/src") == b"WRITTEN MEANWHILE"
         assert (tmp_path / "dst" / "both" / "src").read_bytes() == b"WRITTEN MEANWHILE"
@@ -659,7 +659,7 @@ def test_a_copy_is_on_disk_before_its_source_goes(
         assert "create_file_at" not in steps[: opened[fd]]
 
     with core(tmp_path, {"src": "rw", "dst": "rw"}, "reval", plink=False) as union:
-        object.__setattr__(union.tree.branches[1], "local", local)
+        object.__setattr__(union.sb.branches[1], "local", local)
         monkeypatch.setattr(syscalls, "sync_fs", sync_fs)
         for owner, name in ((os, "fsync"), *((syscalls, name) for name in ("open_listing", "create_file_at"))):
             record(owner, name)
@@ -672,7 +672,7 @@ def test_a_copy_is_on_disk_before_its_source_goes(
 
         monkeypatch.setattr(syscalls, "unlink_at", unlink_at)
         if tool == "mvdown":
-            run(mvdown.steps(union.tree, [b"file"], mvdown.Options(), Halt()))
+            run(mvdown.steps(union.sb, [b"file"], mvdown.Options(), Halt()))
         else:
             sync(union, True)
     done = [step for step in steps if step != "open_listing"]

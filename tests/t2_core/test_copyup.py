@@ -18,7 +18,7 @@ from tests.t2_core.core import STRATEGIES, Core, core
 from udbad.branch import copydata, syscalls
 from udbad.types import CopyMethod, Trigger
 from udbad.union import copyup
-from udbad.union.tree import NeedCopyUp
+from udbad.union.superblock import NeedCopyUp
 
 SIZE = 200_000
 """Bytes; two chunks of a copy below."""
@@ -59,14 +59,14 @@ def meanwhile(union: Core, monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
 
 def on_a(union: Core, file_system: str) -> None:
     """Have the top branch look as one on another file system, whatever this one is."""
-    branch = union.tree.branches[0]
+    branch = union.sb.branches[0]
     as_there = replace(branch, fs_type=file_system)
     for name in ("fs_type", "in_memory"):
         object.__setattr__(branch, name, getattr(as_there, name))
 
 
 def copy_up(union: Core) -> None:
-    copyup.run(union.tree, NeedCopyUp(union.find("file"), Trigger.WRITE))
+    copyup.run(union.sb, NeedCopyUp(union.find("file"), Trigger.WRITE))
 
 
 def overwrite(path: Path, mark: int) -> None:
@@ -128,7 +128,7 @@ def test_attributes_that_change_meanwhile_are_those_of_the_copy(union: Core, mea
 def test_a_change_within_a_tick_of_the_clock(
     union: Core, meanwhile: Meanwhile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Where time stamps are ticks a write may leave all of them as they were: content tells, until they are settled."""
+    """Where time stamps are ticks a write may leave all of them as they were: content tells, while they are racy."""
     path = union["base"] / "file"
 
     def unseen(attempt: int) -> None:
@@ -137,7 +137,7 @@ def test_a_change_within_a_tick_of_the_clock(
 
     meanwhile(unseen)
     monkeypatch.setattr(copyup, "_stamp", lambda _st: (0, 0, 0))
-    monkeypatch.setattr(copyup, "settled", lambda *_: False)
+    monkeypatch.setattr(copyup, "is_racy", lambda *_: True)
     copy_up(union)
     assert (union["top"] / "file").read_bytes() == b"1" * SIZE
 
@@ -200,13 +200,13 @@ def test_content_is_on_disk_before_it_has_a_name(
     monkeypatch.setattr(syscalls, "reflink", lambda *_: False)
     with core(tmp_path, **options) as union:
         on_a(union, file_system)
-        copyup.run(union.tree, NeedCopyUp(union.find("file"), Trigger.TRUNCATE, length))
+        copyup.run(union.sb, NeedCopyUp(union.find("file"), Trigger.TRUNCATE, length))
     assert steps == expected
 
 
 def test_what_is_shared_needs_no_sync(union: Core, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(syscalls, "reflink", lambda src, dst: os.pwrite(dst, os.pread(src, SIZE, 0), 0) > 0)
-    job = copyup.begin(union.tree, NeedCopyUp(union.find("file"), Trigger.WRITE))
+    job = copyup.begin(union.sb, NeedCopyUp(union.find("file"), Trigger.WRITE))
     assert job is not None
     try:
         copyup.transfer(job)

@@ -25,7 +25,7 @@ def test_a_path_deeper_than_there_are_descriptors(tmp_path: Path, udba: str) -> 
     (tmp_path / "base" / deep).mkdir(parents=True)
     (tmp_path / "base" / deep / "f").write_text("deep")
     with core(tmp_path, udba=udba, max_fds=20) as union:
-        node = union.tree.root
+        node = union.sb.root
         with few_descriptors(60):
             for _ in range(200):
                 found = union.fs.lookup(node.id, b"d")
@@ -33,8 +33,8 @@ def test_a_path_deeper_than_there_are_descriptors(tmp_path: Path, udba: str) -> 
                 assert isinstance(found[0], Dir)
                 node = found[0]
                 union.took(node)
-                union.tree.table.trim()
-            union.tree.table.shed()
+                union.sb.table.trim()
+            union.sb.table.shed()
             found = union.fs.lookup(node.id, b"f")
             assert found is not None
             union.took(found[0])
@@ -55,22 +55,22 @@ def test_what_cannot_be_opened_again_keeps_its_descriptor(tmp_path: Path, udba: 
         (union["top"] / "replaced").rename(union["top"] / "other")
         (union["top"] / "replaced").mkdir()
         (union["top"] / "gone").rmdir()
-        before = {name: os.fstat(union.tree.layer_fd(dir_of(union, node), dir_of(union, node).layers[0]))
+        before = {name: os.fstat(union.sb.layer_fd(dir_of(union, node), dir_of(union, node).layers[0]))
                   for name, node in nodes.items()}  # fmt: skip
-        assert union.tree.table.shed()
+        assert union.sb.table.shed()
         assert dir_of(union, nodes["kept"]).layers[0].fd < 0
-        assert not union.tree.table.shed()
+        assert not union.sb.table.shed()
         for name, node in nodes.items():
             st = union.fs.getattr(node)[1]
             assert (st.st_ino, st.st_dev) == (before[name].st_ino, before[name].st_dev), name
             handle = union.fs.opendir(node)
             union.fs.releasedir(handle.fh)
         union.forget_all()
-        assert union.tree.table.open_fds == len(union.paths)
+        assert union.sb.table.open_fds == len(union.paths)
 
 
 def dir_of(union: Core, node: int) -> Dir:
-    return union.tree.table.directory(node)
+    return union.sb.table.directory(node)
 
 
 @modes
@@ -81,13 +81,13 @@ def test_below_a_directory_that_was_renamed(tmp_path: Path, udba: str) -> None:
         (tmp_path / branch / "a/b/c/f").write_text(branch)
     with core(tmp_path, {"top": "rw"}, udba=udba) as union:
         inner = union.find("a/b/c").id
-        union.tree.table.shed()
+        union.sb.table.shed()
         union.rename("a", "moved")
         union.mkdir("a")
         union.mkdir("a/b")
         union.mkdir("a/b/c")
         union.create("a/b/c/f", b"another")
-        union.tree.table.shed()
+        union.sb.table.shed()
         found = union.fs.lookup(inner, b"f")
         assert found is not None
         assert union.content("moved/b/c/f") == b"top"
@@ -95,7 +95,7 @@ def test_below_a_directory_that_was_renamed(tmp_path: Path, udba: str) -> None:
         if udba == "none":
             return
         (union["top"] / "moved").rename(union["top"] / "again")
-        union.tree.table.shed()
+        union.sb.table.shed()
         assert union.content("again/b/c/f") == b"top"
         assert union.find("again/b/c").id == inner
 
@@ -105,7 +105,7 @@ def test_open_files_leave_fewer_descriptors_to_directories(tmp_path: Path) -> No
         (tmp_path / f"base/d{i}").mkdir(parents=True)
         (tmp_path / f"base/d{i}/f").write_text(f"{i}")
     with core(tmp_path, udba="none", max_fds=100, all_fds=160) as union:
-        table = union.tree.table
+        table = union.sb.table
         for i in range(200):
             union.open(f"d{i}/f")
             if table.over_budget():

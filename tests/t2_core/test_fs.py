@@ -25,7 +25,7 @@ from udbad.kernel import wire
 from udbad.types import ROOT_ID, Trigger
 from udbad.union import copyup, lookup, reconfigure
 from udbad.union.fs import SetAttr
-from udbad.union.tree import NeedCopyUp
+from udbad.union.superblock import NeedCopyUp
 
 modes = pytest.mark.parametrize("udba", list(STRATEGIES))
 
@@ -123,7 +123,7 @@ def test_stale_numbers(union: Core) -> None:
 @pytest.fixture
 def job(union: Core) -> Iterator[copyup.Job]:
     """A copy-up of d/f that has begun and whose bytes are copied."""
-    made = copyup.begin(union.tree, NeedCopyUp(union.find("d/f"), Trigger.WRITE))
+    made = copyup.begin(union.sb, NeedCopyUp(union.find("d/f"), Trigger.WRITE))
     assert made is not None
     try:
         copyup.transfer(made)
@@ -137,7 +137,7 @@ def test_nothing_is_visible_before_the_commit(union: Core, job: copyup.Job) -> N
     assert len(temporaries(union["top"])) == 1
     assert sorted(union.names("d")) == ["f", "g"]
     assert union.find("d/f").branch.index == 1
-    copyup.commit(union.tree, job)
+    copyup.commit(union.sb, job)
     assert temporaries(union["top"]) == []
     assert union.find("d/f").branch.index == 0
     assert (union["top"] / "d/f").read_text() == "d/f"
@@ -145,14 +145,14 @@ def test_nothing_is_visible_before_the_commit(union: Core, job: copyup.Job) -> N
 
 def test_removed_meanwhile(union: Core, job: copyup.Job) -> None:
     union.unlink("d/f")
-    assert error_of(lambda: copyup.commit(union.tree, job)) == "ESTALE"
+    assert error_of(lambda: copyup.commit(union.sb, job)) == "ESTALE"
     assert not union.exists("d/f")
     assert sorted(os.listdir(union["top"] / "d"))[0] == ".wh..wh.f." + job.tmp.decode().rpartition(".")[2]
 
 
 def test_renamed_meanwhile(union: Core, job: copyup.Job) -> None:
     union.rename("d/f", "d/moved")
-    assert error_of(lambda: copyup.commit(union.tree, job)) == "ESTALE"
+    assert error_of(lambda: copyup.commit(union.sb, job)) == "ESTALE"
     assert not union.exists("d/f")
     assert union.content("d/moved") == b"d/f"
 
@@ -160,19 +160,19 @@ def test_renamed_meanwhile(union: Core, job: copyup.Job) -> None:
 def test_replaced_meanwhile(union: Core, job: copyup.Job) -> None:
     union.unlink("d/f")
     union.create("d/f", b"another")
-    assert error_of(lambda: copyup.commit(union.tree, job)) == "ESTALE"
+    assert error_of(lambda: copyup.commit(union.sb, job)) == "ESTALE"
     assert union.content("d/f") == b"another"
 
 
 def test_created_directly_on_the_target_meanwhile(union: Core, job: copyup.Job) -> None:
     (union["top"] / "d/f").write_text("direct")
-    assert error_of(lambda: copyup.commit(union.tree, job)) in ("ESTALE", "EEXIST")
+    assert error_of(lambda: copyup.commit(union.sb, job)) in ("ESTALE", "EEXIST")
     assert (union["top"] / "d/f").read_text() == "direct"
 
 
 def test_removed_directly_meanwhile(union: Core, job: copyup.Job) -> None:
     (union["base"] / "d/f").unlink()
-    assert error_of(lambda: copyup.commit(union.tree, job)) == "ESTALE"
+    assert error_of(lambda: copyup.commit(union.sb, job)) == "ESTALE"
     assert not (union["top"] / "d/f").exists()
 
 
@@ -181,7 +181,7 @@ def test_parent_renamed_directly_on_the_target_meanwhile(union: Core, job: copyu
     (union["top"] / "d").rename(union["top"] / "elsewhere")
     (union["top"] / "d").mkdir()
     try:
-        copyup.commit(union.tree, job)
+        copyup.commit(union.sb, job)
     except OSError as error:
         assert error.errno in (errno.ESTALE, errno.EEXIST)  # noqa: PT017  # either way is right
     assert not (union["top"] / "d/f").exists()
@@ -189,12 +189,12 @@ def test_parent_renamed_directly_on_the_target_meanwhile(union: Core, job: copyu
 
 
 def test_source_changed_directly_before_the_transfer(union: Core) -> None:
-    job = copyup.begin(union.tree, NeedCopyUp(union.find("f"), Trigger.WRITE))
+    job = copyup.begin(union.sb, NeedCopyUp(union.find("f"), Trigger.WRITE))
     assert job is not None
     try:
         (union["base"] / "f").write_text("changed directly")
         copyup.transfer(job)
-        copyup.commit(union.tree, job)
+        copyup.commit(union.sb, job)
     finally:
         copyup.abort(job)
     assert (union["top"] / "f").read_text() == "changed directly"
@@ -377,7 +377,7 @@ def test_everything_is_forgotten(tmp_path: Path, udba: str) -> None:
         (tmp_path / f"base/d{i}/sub/f").write_text("x")
         os.link(tmp_path / f"base/d{i}/sub/f", tmp_path / f"base/d{i}/hard")
     with core(tmp_path, udba=udba) as union:
-        opened = len(union.tree.plink_fds)
+        opened = len(union.sb.plink_fds)
         descriptors = len(os.listdir("/proc/self/fd"))
         for i in range(20):
             assert union.content(f"d{i}/sub/f") == b"x"
@@ -391,11 +391,11 @@ def test_everything_is_forgotten(tmp_path: Path, udba: str) -> None:
             union.unlink(f"d{i + 1}/hard")
             union.rmdir(f"d{i}/moved")
             union.fs.release(union.create(f"d{i}/new").fh)
-        assert len(union.tree.table.nodes) > 50
+        assert len(union.sb.table.nodes) > 50
         union.forget_all()
-        assert [node.id for node in union.tree.table.nodes.values()] == [ROOT_ID]
-        assert union.tree.root.children == {}
-        homes = len(union.tree.plink_fds) - opened
+        assert [node.id for node in union.sb.table.nodes.values()] == [ROOT_ID]
+        assert union.sb.root.children == {}
+        homes = len(union.sb.plink_fds) - opened
         assert len(os.listdir("/proc/self/fd")) == descriptors + homes
         assert union.content("d0/sub/f") == b"y"
         union.forget_all()
@@ -414,7 +414,7 @@ def test_open_files_outlive_their_names_and_references(tmp_path: Path, udba: str
         assert union.read(handle) == b"LOWer"
         assert stat.S_ISREG(union.fs.getattr(handle.node.id)[1].st_mode)
         union.fs.release(handle.fh)
-        assert [node.id for node in union.tree.table.nodes.values()] == [ROOT_ID]
+        assert [node.id for node in union.sb.table.nodes.values()] == [ROOT_ID]
 
 
 @modes
@@ -426,8 +426,8 @@ def test_few_directory_descriptors(tmp_path: Path, udba: str) -> None:
     with core(tmp_path, udba=udba, max_fds=20) as union:
         deep = [union.find(f"d{i}/sub/deep").id for i in range(60)]
         for _ in range(3):
-            union.tree.table.trim()
-        assert union.tree.table.open_fds <= 20
+            union.sb.table.trim()
+        assert union.sb.table.open_fds <= 20
         for i, node in enumerate(deep):
             found = union.fs.lookup(node, b"f")
             assert found is not None
@@ -435,11 +435,11 @@ def test_few_directory_descriptors(tmp_path: Path, udba: str) -> None:
             assert union.read(handle) == b"%d" % i
             union.write(handle, b"!")
             union.fs.release(handle.fh)
-            union.tree.table.trim()
-            assert union.tree.table.open_fds <= 30
+            union.sb.table.trim()
+            assert union.sb.table.open_fds <= 30
         (union["base"] / "d0").rename(union["base"] / "away")
         for _ in range(3):
-            union.tree.table.trim()
+            union.sb.table.trim()
         directory = union.fs.table.nodes[deep[1]]
         assert type(directory) is Dir
         assert union.content("d1/sub/deep/f") == b"!"
@@ -498,9 +498,9 @@ def test_a_directory_of_a_removed_branch_is_looked_up_again(tmp_path: Path, udba
     (tmp_path / "base/d").write_text("a file below the directory")
     with core(tmp_path, {"top": "rw", "extra": "ro", "base": "ro"}, udba) as made:
         node = made.find("d")
-        old = made.tree.branches
+        old = made.sb.branches
         top, _, base = old.branches
-        reconfigure.apply(made.tree, BranchSet((top, replace(base, index=1)), old.generation + 1))
+        reconfigure.apply(made.sb, BranchSet((top, replace(base, index=1)), old.generation + 1))
         assert error_of(lambda: made.fs.opendir(node.id)) == "ESTALE"
         # What the shell does before it tries again must not turn it into another error.
         assert error_of(lambda: made.fs.recover(node.id)) == "ESTALE"
@@ -547,7 +547,7 @@ def test_a_directory_that_is_gone_and_has_no_descriptor(tmp_path: Path) -> None:
         (layer,) = node.layers
         os.close(layer.fd)
         layer.fd = -1
-        made.tree.table.open_fds -= 1
+        made.sb.table.open_fds -= 1
         (made["base"] / "d").rmdir()
         (made["base"] / "d").write_text("new")
         assert error_of(lambda: made.fs.getattr(node.id)) == "ESTALE"
@@ -622,7 +622,7 @@ def test_a_name_that_has_just_appeared(union: Core) -> None:
 def test_a_branch_with_shorter_names_than_others(tmp_path: Path, udba: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """eCryptfs: 143 bytes. What it cannot have it does not have; only what no branch can have is too long."""
     with core(tmp_path, udba=udba) as union:
-        base = union.tree.branches[1].root_fd
+        base = union.sb.branches[1].root_fd
         real = os.stat
 
         def stat(path: bytes, *, dir_fd: int, follow_symlinks: bool) -> os.stat_result:

@@ -55,13 +55,13 @@ def test_a_release_leaves_nothing_whatever_close_says(union: Core, failing_close
         assert node.handles is None
         (union["top"] / "file").unlink()
         with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
-            union.tree.stat(node)
+            union.sb.stat(node)
     finally:
         os.close(recycled)
     union.fs.release(other.fh)
     assert union.fs.handles.files == {}
     union.forget_all()
-    assert set(union.tree.table.nodes) == {1}
+    assert set(union.sb.table.nodes) == {1}
 
 
 def test_a_file_without_a_name_lets_its_copy_go(union: Core, failing_close: Fail) -> None:
@@ -73,7 +73,7 @@ def test_a_file_without_a_name_lets_its_copy_go(union: Core, failing_close: Fail
     union.fs.release(handle.fh)
     union.forget_all()
     assert node.orphan_fd == -1
-    assert set(union.tree.table.nodes) == {1}
+    assert set(union.sb.table.nodes) == {1}
 
 
 def test_readers_and_writers_follow_a_copy_up(union: Core, failing_close: Fail) -> None:

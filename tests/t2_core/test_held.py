@@ -92,12 +92,12 @@ def test_held_for_a_short_time_only(union: Core, monkeypatch: pytest.MonkeyPatch
     stale_once(union)
     node = walk(union, "f")
     walk(union, "d")
-    assert node in union.tree.held
+    assert node in union.sb.held
     assert not union.fs.walks.expire()
     now = monotonic()
     monkeypatch.setattr(held, "monotonic", lambda: now + held.HOLD_SECONDS)
     assert union.fs.walks.expire()
-    assert not union.tree.held
+    assert not union.sb.held
     assert not union.fs.walks.callers
 
 
@@ -108,8 +108,8 @@ def test_bounded(union: Core) -> None:
     for number in range(300):
         union.fs.walks.stale(PID + number)
         node = walk(union, f"n{number}", PID + number)
-        assert node in union.tree.held, "the newest one is always there"
-    assert len(union.tree.held) == 256
+        assert node in union.sb.held, "the newest one is always there"
+    assert len(union.sb.held) == 256
     assert len(union.fs.walks.callers) == 256
 
 
@@ -126,5 +126,5 @@ def test_replaced_while_it_is_found(union: Core, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(syscalls, "pin_at", slow)
     node = walk(union, "f")
-    assert union.tree.held[node]
+    assert union.sb.held[node]
     assert union.fs.getattr(node.id)[1].st_ino == (union["base"] / "f").stat().st_ino

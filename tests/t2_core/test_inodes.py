@@ -226,7 +226,7 @@ class Table(RuleBasedStateMachine):
     @precondition(lambda self: bool(self.fitting(True)))
     @rule(data=st.data())
     def use_directory(self, data: st.DataObject) -> None:
-        """Have its descriptors open again, as tree.layer_fd does."""
+        """Have its descriptors open again, as sb.layer_fd does."""
         node = self.directory(self.some(data, is_dir=True))
         for layer in node.layers:
             if layer.fd < 0:

@@ -64,7 +64,7 @@ def test_something_else_where_a_copy_up_needs_a_directory(tmp_path: Path, udba: 
 
 
 @modes
-@pytest.mark.parametrize("fails", ["udbad.union.whiteout.remove", "udbad.union.copydirs.restore_times"])
+@pytest.mark.parametrize("fails", ["udbad.branch.whiteout.remove", "udbad.union.copydirs.restore_times"])
 def test_what_fails_after_a_directory_has_its_name(
     tmp_path: Path, udba: str, fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +166,7 @@ def test_a_directory_that_vanishes_while_it_is_looked_at(tmp_path: Path, monkeyp
 
         with monkeypatch.context() as patch:
             patch.setattr(syscalls, "open_dir_at", too_late)
-            assert lookup.resolve(union.tree, union.tree.root, b"d", below=0) is None
+            assert lookup.resolve(union.sb, union.sb.root, b"d", below=0) is None
 
 
 def test_a_name_that_never_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,5 +180,5 @@ def test_a_name_that_never_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     with core(tmp_path, udba="reval") as union, monkeypatch.context() as patch:
         patch.setattr(syscalls, "open_dir_at", too_late)
-        assert error_of(lambda: lookup.resolve(union.tree, union.tree.root, b"d")) == "ESTALE"
+        assert error_of(lambda: lookup.resolve(union.sb, union.sb.root, b"d")) == "ESTALE"
         assert 1 < asked < 100

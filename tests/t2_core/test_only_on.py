@@ -16,11 +16,11 @@ import pytest
 from tests.helpers.inprocess import notify_union
 from tests.helpers.posix import EXCHANGE
 from tests.t2_core.core import core
-from udbad.inodes.table import MOST_UNCLEAR, Dir
+from udbad.inodes.table import MAX_STACKED, Dir
 from udbad.types import ROOT_CALLER, ROOT_ID, Perm
 from udbad.union import lookup, view
 from udbad.union.fs import SetAttr, UnionFs
-from udbad.union.tree import Tree
+from udbad.union.superblock import Superblock
 
 NAMES = [b"a", b"b", b"c", b"e", b"f", b"g"]
 SEEDS = range(60)
@@ -41,17 +41,17 @@ def fill(*branches: Path) -> None:
         (top / directory / "f").touch()
 
 
-def check(tree: Tree) -> Counter[str]:
+def check(sb: Superblock) -> Counter[str]:
     """Compare what is said of every name with what is in the branches. Returns how often there was what answer."""
     said: Counter[str] = Counter()
-    for node in tree.table.nodes.values():
+    for node in sb.table.nodes.values():
         if type(node) is not Dir or node.view is None or node.dead:
             continue
         held = {
-            layer.branch.index: set(os.listdir(f"/proc/self/fd/{tree.layer_fd(node, layer)}")) for layer in node.layers
+            layer.branch.index: set(os.listdir(f"/proc/self/fd/{sb.layer_fd(node, layer)}")) for layer in node.layers
         }
         for name in (*NAMES, b"d"):
-            place = lookup.only_on(tree, node, name)
+            place = lookup.only_on(sb, node, name)
             text = name.decode()
             here = [index for index, names in held.items() if text in names]
             marked = [index for index, names in held.items() if f".wh.{text}" in names]
@@ -100,10 +100,10 @@ def perform(fs: UnionFs, rng: random.Random) -> None:
         pass  # EEXIST, ENOTEMPTY and the like: nothing has changed
 
 
-def load(tree: Tree) -> None:
-    for node in list(tree.table.nodes.values()):
+def load(sb: Superblock) -> None:
+    for node in list(sb.table.nodes.values()):
         if type(node) is Dir and node.view is None and node.trusted and not node.dead:
-            view.load_view(tree, node)
+            view.load_view(sb, node)
 
 
 @pytest.mark.parametrize("plink", [True, False])
@@ -118,9 +118,9 @@ def test_own_changes(tmp_path: Path, plink: bool) -> None:
         ) as union:
             union.find("d")
             for _ in range(40):
-                load(union.tree)
+                load(union.sb)
                 perform(union.fs, rng)
-                said += check(union.tree)
+                said += check(union.sb)
     assert min(said["one"], said["nowhere"], said["unclear"]) > 100, said
 
 
@@ -134,12 +134,12 @@ def test_own_and_direct_changes(tmp_path: Path) -> None:
         with notify_union([(top, Perm.RW), (base, Perm.RO)], tmp_path / "mnt") as union:
             union.look_up(ROOT_ID, b"d")
             for _ in range(40):
-                load(union.fs.tree)
+                load(union.fs.sb)
                 for _ in range(rng.randrange(3)):
                     perform(union.fs, rng)
                 directly(rng, top, base)
                 union.coherence.drain()
-                said += check(union.fs.tree)
+                said += check(union.fs.sb)
             for node in list(union.fs.table.nodes.values()):
                 if node.id != ROOT_ID and not node.nlookup:
                     node.nlookup = 1
@@ -160,12 +160,12 @@ def directly(rng: random.Random, *branches: Path) -> None:
 
 def test_many_unclear_names_are_given_up(tmp_path: Path) -> None:
     with core(tmp_path, udba="none") as union:
-        load(union.tree)
-        root = union.tree.root
-        assert lookup.only_on(union.tree, root, b"x") == lookup.NOWHERE
-        root.muddle(b"x")
-        assert lookup.only_on(union.tree, root, b"x") == lookup.UNCLEAR
-        for number in range(MOST_UNCLEAR):
-            root.muddle(b"%d" % number)
-        assert lookup.only_on(union.tree, root, b"y") == lookup.UNCLEAR
-        assert root.unclear is None
+        load(union.sb)
+        root = union.sb.root
+        assert lookup.only_on(union.sb, root, b"x") == lookup.NOWHERE
+        root.note_stacked(b"x")
+        assert lookup.only_on(union.sb, root, b"x") == lookup.UNCLEAR
+        for number in range(MAX_STACKED):
+            root.note_stacked(b"%d" % number)
+        assert lookup.only_on(union.sb, root, b"y") == lookup.UNCLEAR
+        assert root.stacked is None

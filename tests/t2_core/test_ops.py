@@ -19,8 +19,8 @@ from udbad.kernel.ops import Operations
 
 
 def operations(union: Core) -> Operations:
-    assert isinstance(union.tree.hooks, Coherence)
-    return Operations(union.fs, union.tree.hooks)
+    assert isinstance(union.sb.hooks, Coherence)
+    return Operations(union.fs, union.sb.hooks)
 
 
 @pytest.fixture(params=list(STRATEGIES))
@@ -134,7 +134,7 @@ def test_close_is_asked_about_where_it_may_have_an_error(
         asked.append((fd, threading.current_thread() is threading.main_thread()))
         raise OSError(errno.EDQUOT, "injected")
 
-    for branch in union.tree.branches.branches:
+    for branch in union.sb.branches.branches:
         object.__setattr__(branch, "local", local)
     monkeypatch.setattr(syscalls, "flush", over_quota)
     ops = operations(union)
@@ -160,5 +160,5 @@ def test_close_is_asked_about_where_it_may_have_an_error(
 def test_who_is_asked_about(union: Core, flags: int, all_local: bool, elsewhere: bool) -> None:
     """A lower file that is going to be copied up counts as what it will be; a shared mapping needs O_RDWR."""
     for local, expected in ((True, all_local), (False, elsewhere)):
-        object.__setattr__(union.tree.branches, "close_may_fail", not local)
+        object.__setattr__(union.sb.branches, "close_may_fail", not local)
         assert union.fs.needs_flush(flags | os.O_APPEND) == expected

@@ -99,7 +99,7 @@ def test_a_position_that_nobody_knows_begins_anew(union: Core) -> None:
 def test_positions_are_given_out_again_but_none_that_is_in_use(union: Core) -> None:
     old = opened(union, cached=False)
     held = listing(union, old)
-    node = union.tree.root
+    node = union.sb.root
     begun = opened(union)
     node.room = (LIMIT - 150, LIMIT)
     union.create("new0")
@@ -117,5 +117,5 @@ def test_positions_are_given_out_again_but_none_that_is_in_use(union: Core) -> N
 
 def test_more_names_than_positions(union: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readdir, "POSITIONS", (0, 50))
-    union.tree.root.room = (0, 50)
+    union.sb.root.room = (0, 50)
     assert sorted(of(listing(union, opened(union)))) == [b".", b"..", *NAMES]

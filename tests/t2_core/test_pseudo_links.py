@@ -17,8 +17,9 @@ from udbad.branch.spec import parse_branches
 from udbad.coherence.base import Coherence
 from udbad.errors import UserError
 from udbad.kernel import wire
-from udbad.union import mvdown, reconfigure, syncdown
-from udbad.union.carry import Halt
+from udbad.tools import mvdown, syncdown
+from udbad.tools.carry import Halt
+from udbad.union import reconfigure
 
 pytestmark = pytest.mark.fuse  # it mounts file systems
 
@@ -81,7 +82,7 @@ def homes(union: Core, branch: str = "top") -> list[str]:
 def links(union: Core, name: str) -> int:
     """st_nlink, as the kernel is told; fails when it does not fit there."""
     node = union.find(name)
-    st = union.tree.stat(node)
+    st = union.sb.stat(node)
     wire.attributes(node, st, 0.0)
     return st.st_nlink + node.nlink_extra
 
@@ -126,7 +127,7 @@ def test_reused_number_after_a_remount(tmp_path: Path, low: Path, names: tuple[s
             union.find(first)
             union.forget_all()
             assert union.content("other") == b"other"
-            assert union.tree.stat(union.find("other")).st_mode & 0o777 == 0o640
+            assert union.sb.stat(union.find("other")).st_mode & 0o777 == 0o640
             change(union, "other", b"other")
             assert union.content(upper) == b"NEW"
             assert number(union, "other") != number(union, upper)
@@ -461,15 +462,15 @@ def test_without_pseudo_links_from_a_rotated_layer(tmp_path: Path, low: Path) ->
 
 
 def rebranch(union: Core, directory: Path, layers: dict[str, str], old: ExitStack) -> None:
-    """What daemon/rebranch.py does to the tree."""
+    """What mount/rebranch.py does to the tree."""
     text = ":".join(f"{directory / name}={perm}" for name, perm in layers.items())
-    before = union.tree.branches
+    before = union.sb.branches
     fresh = open_branches(parse_branches(text), False, os.fsencode(directory / "mnt"))
     new = reconfigure.carry_over(before, fresh)
-    strategy = union.tree.hooks
+    strategy = union.sb.hooks
     assert isinstance(strategy, Coherence)
     strategy.hand_over()
-    reconfigure.apply(union.tree, new)
+    reconfigure.apply(union.sb, new)
     strategy.start()
     for branch in reconfigure.removed(before, new):
         old.callback(branch.close)
@@ -486,8 +487,8 @@ def test_branches_come_and_go(tmp_path: Path, low: Path) -> None:
         for top in ("rw", "ro+wh", "ro", "ro+wh", ""):
             rebranch(union, tmp_path, {"new": "rw", **({"top": top} if top else {}), "low": "ro"}, opened)
             seen.append([union.content(name) for name in "ab"])
-        assert union.tree.plinks == {}
-        assert union.tree.plink_fds.keys() <= {union.tree.branches[0].id}
+        assert union.sb.plinks == {}
+        assert union.sb.plink_fds.keys() <= {union.sb.branches[0].id}
     new, half = [b"NEW", b"NEW"], [b"NEW", b"old"]
     assert seen == [[b"old", b"old"], new, new, half, new, [b"old", b"old"]]
 
@@ -497,8 +498,8 @@ def test_branches_come_and_go(tmp_path: Path, low: Path) -> None:
 
 def move_down(union: Core, source: str, target: str) -> dict[bytes, str]:
     """`udbad sync move`; returns what had to stay, and why."""
-    src, dst = syncdown.check(union.tree, os.fsencode(union[source]), os.fsencode(union[target]), True)
-    job = syncdown.Sync(union.tree, src, dst, True, Halt())
+    src, dst = syncdown.check(union.sb, os.fsencode(union[source]), os.fsencode(union[target]), True)
+    job = syncdown.Sync(union.sb, src, dst, True, Halt())
     for work in job.steps():
         if work is not None:
             work()
@@ -518,7 +519,7 @@ def test_the_source_of_a_home_stays_when_its_branch_is_merged_down(tmp_path: Pat
         assert [union.content(name) for name in ("a", "b", "c", "single")] == [b"NEW", b"NEW", b"NEW", b"old"]
         assert set(left) == {b"a", b"b", b"c"}
         with pytest.raises(UserError, match="pseudo-link"):
-            for _ in mvdown.steps(union.tree, [b"b"], mvdown.Options(), Halt()):
+            for _ in mvdown.steps(union.sb, [b"b"], mvdown.Options(), Halt()):
                 pass
     assert (tmp_path / "base" / "single").exists()
 

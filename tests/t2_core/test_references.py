@@ -18,7 +18,7 @@ from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
 from udbad.types import ROOT_CALLER, ROOT_ID, Perm
 from udbad.union import readdir
-from udbad.union.tree import Tree
+from udbad.union.superblock import Superblock
 
 NAMES = [b"d%d" % i for i in range(8)]
 
@@ -98,10 +98,10 @@ def test_an_error_comes_after_what_there_is(
     before = in_table(kernel)
     hit = readdir._by_hit
 
-    def fails(tree: Tree, parent: Dir, layers: Any, name: bytes, current: Any) -> Any:
+    def fails(sb: Superblock, parent: Dir, layers: Any, name: bytes, current: Any) -> Any:
         if list(parent.view or ()).index(name) == position:
             raise OSError(errno.EACCES, "")
-        return hit(tree, parent, layers, name, current)
+        return hit(sb, parent, layers, name, current)
 
     monkeypatch.setattr(readdir, "_by_hit", fails)
     error, nodes, after = read_directory(kernel, opened)
@@ -129,7 +129,7 @@ def test_an_answer_that_becomes_an_error_counts_nothing(
     expect_log("readdir of node 1 failed")
     assert read_directory(kernel, opened)[:2] == (errno.EIO, [])
     assert in_table(kernel) - before == {told[-1].id}, "where the bug struck"
-    kernel.fast.fs.table.not_told(told[-1])
+    kernel.fast.fs.table.not_sent(told[-1])
 
 
 def test_what_could_not_be_interned_is_not_kept(kernel: Kernel, opened: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,7 @@ def test_a_forgotten_directory_leaves_nothing_in_the_strategy(kernel: Kernel, op
 
     def held() -> list[int]:
         inotify = watcher._inotify
-        return [len(each) for each in (coherence._told, coherence._watched, watcher._handles, inotify._watches)]
+        return [len(each) for each in (coherence._sent, coherence._watched, watcher._handles, inotify._watches)]
 
     before = held()
     error, nodes, _ = read_directory(kernel, opened)

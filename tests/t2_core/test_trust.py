@@ -40,7 +40,7 @@ from udbad.kernel import wire
 from udbad.types import ROOT_CALLER, ROOT_ID, Caller, Perm
 from udbad.union import reconfigure
 from udbad.union.fs import SetAttr, UnionFs
-from udbad.union.tree import Tree, UnionOptions
+from udbad.union.superblock import Superblock, UnionOptions
 
 MODES: dict[str, type[Coherence]] = {"none": NoneCoherence, "reval": RevalCoherence, "notify": NotifyCoherence}
 SEEDS = range(12)
@@ -70,9 +70,9 @@ class World:
     def __init__(self, directory: Path, mode: str, epochs: bool, specs: Sequence[BranchSpec]) -> None:
         self.mount_point = directory / "mnt"
         self.branches = self.open(specs)
-        self.tree = Tree(self.branches, OPTIONS, max_fds=1000)
+        self.sb = Superblock(self.branches, OPTIONS, max_fds=1000)
         self.kernel = FakeKernel(epochs)
-        self.fs = UnionFs(self.tree, Credentials())
+        self.fs = UnionFs(self.sb, Credentials())
         self.limit = PLENTY
         self.direct = False
         self.handles: list[OpenFile] = []
@@ -82,7 +82,7 @@ class World:
         return open_branches(list(specs), False, os.fsencode(self.mount_point))
 
     def start(self, mode: str) -> None:
-        self.coherence = MODES[mode](self.tree, self.kernel)
+        self.coherence = MODES[mode](self.sb, self.kernel)
         self.kernel.mount(self.fs, self.coherence)
         self.coherence.start()
 
@@ -96,12 +96,12 @@ class World:
         old, fresh = self.branches, self.open(specs)
         new = reconfigure.carry_over(old, fresh)
         gone = reconfigure.removed(old, new)
-        if any(reconfigure.users(self.tree, branch) for branch in gone):
+        if any(reconfigure.users(self.sb, branch) for branch in gone):
             for branch in reconfigure.removed(new, old):
                 branch.close()
             return
         self.coherence.hand_over()
-        reconfigure.apply(self.tree, new)
+        reconfigure.apply(self.sb, new)
         self.branches = new
         self.start(self.coherence.name)
         for branch in gone:
@@ -112,9 +112,9 @@ class World:
             self.fs.release(handle.fh)
         self.coherence.stop()
         self.kernel.forget_all()
-        for node in self.tree.table.nodes.values():
-            if type(node) is Dir and node is not self.tree.root:
-                self.tree.table.close_layers(node)
+        for node in self.sb.table.nodes.values():
+            if type(node) is Dir and node is not self.sb.root:
+                self.sb.table.close_layers(node)
             elif node.orphan_fd >= 0:
                 os.close(node.orphan_fd)
         self.branches.close()
@@ -134,9 +134,9 @@ class World:
         """Everything that the kernel would answer without asking is what somebody who has just mounted sees."""
         compared = 0
         branches = self.open(specs_of(self.branches))
-        tree = Tree(branches, OPTIONS, max_fds=1000)
-        RevalCoherence(tree, FakeNotifier()).start()
-        fresh = UnionFs(tree, self.fs.creds)
+        sb = Superblock(branches, OPTIONS, max_fds=1000)
+        RevalCoherence(sb, FakeNotifier()).start()
+        fresh = UnionFs(sb, self.fs.creds)
         below: dict[int, dict[bytes, int]] = {}
         for (parent, name), number in self.kernel.entries.items():
             below.setdefault(parent, {})[name] = number
@@ -162,9 +162,9 @@ class World:
                         there[0].nlookup += 1
                         waiting.append((child, there[0].id, path + b"/" + name))
         finally:
-            for node in tree.table.nodes.values():
-                if type(node) is Dir and node is not tree.root:
-                    tree.table.close_layers(node)
+            for node in sb.table.nodes.values():
+                if type(node) is Dir and node is not sb.root:
+                    sb.table.close_layers(node)
             branches.close()
         return compared
 
@@ -400,36 +400,36 @@ def test_invalidating_tells_the_kernel(world: World, path: list[bytes]) -> None:
     if path == []:
         assert kernel.entries == {}
     assert (ROOT_ID, b"absent") in kernel.entries or path != [b"d"] or world.coherence.name == "reval"
-    assert world.tree.root.trusted == (world.coherence.name != "reval")
+    assert world.sb.root.trusted == (world.coherence.name != "reval")
     # Used again, everything is believed again.
     kernel.stat(kernel.walk([b"d", b"a"]))
-    assert all(node.trusted == world.tree.root.trusted for node in directories(world) if node.name in (b"", b"d"))
+    assert all(node.trusted == world.sb.root.trusted for node in directories(world) if node.name in (b"", b"d"))
 
 
 def directories(world: World) -> list[Dir]:
-    return [node for node in world.tree.table.nodes.values() if type(node) is Dir]
+    return [node for node in world.sb.table.nodes.values() if type(node) is Dir]
 
 
 def test_a_recovery_that_fails_takes_no_trust_away(world: World, tmp_path: Path) -> None:
     kernel = world.kernel
     number = kernel.walk([b"e", b"s"])
     kernel.look_up(ROOT_ID, b"f0")
-    trusted = world.tree.root.trusted
-    node = world.tree.table.directory(number)
+    trusted = world.sb.root.trusted
+    node = world.sb.table.directory(number)
     for layer in node.layers:
         os.close(layer.fd)
         layer.fd = -1
-        world.tree.table.open_fds -= 1
+        world.sb.table.open_fds -= 1
     shutil.rmtree(tmp_path / "b1/e")
     with pytest.raises(OSError, match=r"No such file|[Ss]tale"):
         world.fs.recover(number)
     world.check()
-    assert world.tree.root.trusted == trusted
+    assert world.sb.root.trusted == trusted
     if world.coherence.name == "notify":
         (tmp_path / "b0/f0").unlink()
         world.coherence.drain()
         assert kernel.look_up(ROOT_ID, b"f0") == 0
-        assert world.tree.root.trusted
+        assert world.sb.root.trusted
 
 
 def test_the_watch_limit_is_reached_by_a_copy_up(
@@ -442,7 +442,7 @@ def test_the_watch_limit_is_reached_by_a_copy_up(
     notify.limit = 0
     kernel.set_attributes(before, SetAttr(mode=0o600), ROOT_CALLER)
     assert (tmp_path / "b0/e/s/a").exists()
-    assert not notify.tree.table.directory(directory).trusted
+    assert not notify.sb.table.directory(directory).trusted
     notify.check()
     (tmp_path / "b0/e/s/f1").write_bytes(b"on top")
     assert kernel.stat(kernel.look_up(directory, b"f1"))["size"] == len(b"on top")
@@ -453,7 +453,7 @@ def test_the_root_is_trusted_again_when_there_are_watches(notify: World, expect_
     expect_log("watch limit reached")
     notify.limit = 0
     notify.switch("notify")
-    assert not notify.tree.root.trusted
+    assert not notify.sb.root.trusted
     notify.kernel.walk([b"d"])
     notify.check()
     notify.limit = PLENTY
@@ -476,7 +476,7 @@ def test_a_rename_into_a_directory_that_is_not_trusted(
         )
         kernel = world.kernel
         source, target = kernel.walk([b"e"]), kernel.walk([b"d"])
-        world.coherence.distrust(world.tree.table.directory(target))
+        world.coherence.distrust(world.sb.table.directory(target))
         kernel.look_up(source, b"f0")
         monkeypatch.setattr(NoneCoherence, "adopt", lambda self, node, changed: None)
         kernel.look_up(target, b"a")
@@ -492,7 +492,7 @@ def test_several_names_of_one_file_are_kept_as_long_as_each_directory_allows(
     trusted, other = notify.kernel.walk([b"d"]), notify.kernel.walk([b"e"])
     notify.kernel.look_up(trusted, b"f1")
     assert isinstance(notify.coherence, NotifyCoherence)
-    notify.coherence.distrust(notify.tree.table.directory(other))
+    notify.coherence.distrust(notify.sb.table.directory(other))
     monkeypatch.setattr(NotifyCoherence, "adopt", lambda self, node, changed: None)
     edge = Kernel(Union(notify.fs, notify.coherence, FakeNotifier()))
 
@@ -642,7 +642,7 @@ def use_many(world: World, branch: Path, count: int) -> int:
 
 
 def reserve(world: World, percent: int) -> None:
-    world.tree.options = replace(OPTIONS, watch_reserve=percent)
+    world.sb.options = replace(OPTIONS, watch_reserve=percent)
     world.coherence.options_changed()
 
 

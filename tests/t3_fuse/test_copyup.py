@@ -1,4 +1,4 @@
-"""Copy-up through a mount: when it happens, what it keeps, who sees the new data (spec sections 6.8 and 10.5).
+"""Copy-up through a mount: when it happens, what it keeps, who sees the new data (semantics 6.8 and 10.5).
 
 What a failure leaves is in test_no_room.py.
 """

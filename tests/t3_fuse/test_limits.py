@@ -19,7 +19,7 @@ from tests.t3_fuse.live import debris, errno_of, file_system, modes, names
 pytestmark = pytest.mark.fuse
 
 MAX_NAME = 242
-"""Bytes (spec section 1)."""
+"""Bytes (semantics 1)."""
 
 # -- names ------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The lookup truth table of spec section 17, and the same rules with five branches.
+"""The lookup truth table of semantics 17, and the same rules with five branches.
 
 Each vector is a directory of its own in one shared union per mode, filled before the mount. It is asked
 twice over in two copies of itself: names first, then the listing, and the other way round, because a

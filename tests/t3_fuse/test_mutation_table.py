@@ -1,4 +1,4 @@
-"""The mutation vectors of spec section 17: do it through the mount, then look at the branches on disk.
+"""The mutation vectors of semantics 17: do it through the mount, then look at the branches on disk.
 
 Each row is a directory of its own in one shared union (A=rw, B=ro+wh, C=ro) per mode, filled before the
 mount, and on a branch only where the row says so; a row that needs other options or branches has its own mount.

@@ -1,4 +1,4 @@
-"""What the mount options and branch attributes of spec sections 2, 3 and 7 do to a live mount."""
+"""What the mount options and branch attributes of semantics 2, 3 and 7 do to a live mount."""
 
 from __future__ import annotations
 
@@ -474,7 +474,7 @@ def test_mfs_follows_the_free_space(tmp_path: Path, disks: dict[str, Path], udba
 def test_create_policy_never_hides_the_new_object(
     tmp_path: Path, disks: dict[str, Path], udba: str, policy: str
 ) -> None:
-    """Above what is whited out or opaque (spec section 7.1)."""
+    """Above what is whited out or opaque (semantics 7.1)."""
     (disks["c"] / "gone").touch()
     (disks["a"] / ".wh.gone").touch()
     (disks["a"] / "opq").mkdir()

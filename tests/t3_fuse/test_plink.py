@@ -1,4 +1,4 @@
-"""Hard links: inside one branch, and across branches as pseudo-links (spec sections 10.2 and 10.3).
+"""Hard links: inside one branch, and across branches as pseudo-links (semantics 10.2 and 10.3).
 
 One file has one st_ino in all its names, before and after its copy-up, and st_nlink counts the names a user can
 find.
@@ -221,7 +221,7 @@ def test_rename_of_one_name(union: UnionFactory, tmp_path: Path, udba: str) -> N
 
 @modes
 def test_noplink_ends_the_identity(union: UnionFactory, tmp_path: Path, udba: str) -> None:
-    """Without pseudo-links the copied name is a file of its own, and its st_ino says so (spec section 10.2).
+    """Without pseudo-links the copied name is a file of its own, and its st_ino says so (semantics 10.2).
 
     Which name is copied the kernel does not say when it knew several; the others keep what they had.
     """

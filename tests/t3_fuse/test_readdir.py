@@ -1,4 +1,4 @@
-"""Listing directories through the kernel: numbers, positions and what a rewind sees (spec section 5)."""
+"""Listing directories through the kernel: numbers, positions and what a rewind sees (semantics 5)."""
 
 from __future__ import annotations
 

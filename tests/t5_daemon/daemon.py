@@ -21,8 +21,8 @@ from typing import Any, Final
 
 from tests.helpers.leaks import mounts_under, remove_mount
 from tests.helpers.mount import REPOSITORY, ensure_fusectl
-from udbad.daemon import registry
-from udbad.daemon.protocol import Message, ask
+from udbad.control import registry
+from udbad.control.protocol import Message, ask
 
 COMMAND: Final = (sys.executable, "-m", "udbad")
 DEADLINE: Final = 60.0

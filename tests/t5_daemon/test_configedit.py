@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from udbad.branch.spec import parse_branch
-from udbad.configedit import Change, DropBranch, PutBranch, SetKey, check_writable, edited, write
-from udbad.configfile import load
 from udbad.errors import ExitCode, UserError
+from udbad.settings.edit import Change, DropBranch, PutBranch, SetKey, check_writable, edited, write
+from udbad.settings.file import load
 from udbad.types import Perm
 
 FILE = """\

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from udbad.configfile import ConfigError, load
-from udbad.daemon import check
+from udbad.settings.file import ConfigError, load
+from udbad.supervisor import check
 from udbad.types import Perm
 
 REPOSITORY = Path(__file__).resolve().parents[2]

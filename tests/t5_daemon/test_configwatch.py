@@ -13,8 +13,8 @@ import pytest
 from asyncinotify import Inotify
 
 from tests.t5_daemon.daemon import DEADLINE
-from udbad.daemon import configwatch
-from udbad.daemon.configwatch import ConfigWatch, signature
+from udbad.supervisor import configwatch
+from udbad.supervisor.configwatch import ConfigWatch, signature
 
 
 @pytest.fixture(autouse=True)

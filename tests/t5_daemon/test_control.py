@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.t5_daemon.daemon import DEADLINE, Daemon
-from udbad.daemon import protocol
-from udbad.daemon.protocol import MAX_CLIENTS, MAX_LINE, Message, ask_async, bind
-from udbad.daemon.server import Server
+from udbad.control import protocol
+from udbad.control.protocol import MAX_CLIENTS, MAX_LINE, Message, ask_async, bind
+from udbad.control.server import Server
 
 pytestmark = pytest.mark.fuse
 
@@ -218,8 +218,8 @@ async def test_the_longest_silence_has_to_go(tmp_path: Path) -> None:
 async def test_a_silent_client_and_one_that_takes_no_answer_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("udbad.daemon.server.IDLE_SECONDS", 0.2)
-    monkeypatch.setattr("udbad.daemon.server.SEND_SECONDS", 0.2)
+    monkeypatch.setattr("udbad.control.server.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("udbad.control.server.SEND_SECONDS", 0.2)
     async with serving(tmp_path) as (path, _):
         reader, writer = await asyncio.open_unix_connection(path)
         assert await asyncio.wait_for(reader.read(), DEADLINE) == b""

@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.leaks import read_mountinfo
 from tests.t5_daemon.daemon import DEADLINE, Daemon, until
-from udbad.daemon import registry
+from udbad.control import registry
 
 pytestmark = pytest.mark.fuse
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.t5_daemon.daemon import DEADLINE, Daemon, until
-from udbad.daemon import registry
-from udbad.daemon.protocol import ask
+from udbad.control import registry
+from udbad.control.protocol import ask
 
 pytestmark = pytest.mark.fuse
 

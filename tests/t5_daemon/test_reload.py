@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from tests.t5_daemon.daemon import DEADLINE, Daemon, toml, until
-from udbad.config import MountOptions, parse_mount_options
-from udbad.configfile import DaemonSettings, MetricsSettings, load
-from udbad.daemon import registry
-from udbad.daemon.configwatch import signature
-from udbad.daemon.mountcommands import LIVE
-from udbad.daemon.mountproc import _union_options
-from udbad.daemon.registry import Entry
-from udbad.daemon.reload import OWN_KEYS, Outcome
-from udbad.daemon.supervisor import Supervisor
+from udbad.control import registry
+from udbad.control.registry import Entry
+from udbad.mount.commands import LIVE
+from udbad.mount.mountproc import _union_options
+from udbad.settings.file import DaemonSettings, MetricsSettings, load
+from udbad.settings.options import MountOptions, parse_mount_options
+from udbad.supervisor.configwatch import signature
+from udbad.supervisor.reload import OWN_KEYS, Outcome
+from udbad.supervisor.supervisor import Supervisor
 
 pytestmark = pytest.mark.fuse
 

@@ -18,15 +18,16 @@ import pytest
 from tests.helpers.mount import REPOSITORY
 from tests.t5_daemon.daemon import DEADLINE, Daemon
 from udbad import __version__
-from udbad.config import parse_mount_options
-from udbad.configfile import DaemonSettings, MountSettings, load
-from udbad.daemon import kernelside, registry
-from udbad.daemon.configwatch import signature
-from udbad.daemon.protocol import bind, server_pid
-from udbad.daemon.registry import Claim, Entry, Registration
-from udbad.daemon.runner import Runner, Shared
-from udbad.daemon.supervisor import Supervisor
-from udbad.daemon.workers import Pool, Worker
+from udbad.control import registry
+from udbad.control.protocol import bind, server_pid
+from udbad.control.registry import Claim, Entry, Registration
+from udbad.settings.file import DaemonSettings, MountSettings, load
+from udbad.settings.options import parse_mount_options
+from udbad.supervisor import kernelside
+from udbad.supervisor.configwatch import signature
+from udbad.supervisor.runner import Runner, Shared
+from udbad.supervisor.supervisor import Supervisor
+from udbad.supervisor.workers import Pool, Worker
 
 NO_PROCESS = 1 << 30
 """Above any pid_max."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.t5_daemon.daemon import DEADLINE, Daemon
-from udbad.daemon import registry
+from udbad.control import registry
 
 pytestmark = pytest.mark.fuse
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from udbad.daemon import sdnotify
+from udbad.supervisor import sdnotify
 
 
 @pytest.fixture

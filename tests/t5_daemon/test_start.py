@@ -18,12 +18,13 @@ from tests.helpers.leaks import mounts_under
 from tests.helpers.mount import DEADLINE, REPOSITORY, UnionFactory
 from udbad.branch.writelock import WriteLocks
 from udbad.coherence.notify import NotifyCoherence
-from udbad.config import parse_mount_options
-from udbad.daemon import control, mountproc, registry
-from udbad.daemon.writing import Writing
+from udbad.control import registry, trioserver
 from udbad.errors import UserError
 from udbad.kernel import mounts, newmount, session
 from udbad.kernel.invalidator import Invalidator
+from udbad.mount import mountproc
+from udbad.mount.writing import Writing
+from udbad.settings.options import parse_mount_options
 from udbad.union import homes
 
 pytestmark = pytest.mark.fuse
@@ -41,7 +42,7 @@ STEPS: dict[str, tuple[object, str]] = {
     "operations": (mountproc, "Operations"),
     "fast path": (mountproc, "FastPath"),
     "commands": (mountproc, "Commands"),
-    "control socket": (control, "listen"),
+    "control socket": (trioserver, "listen"),
     "pyfuse3": (pyfuse3, "init"),
     "mount": (newmount, "attach"),
     "connection number": (mounts, "unions"),
@@ -190,7 +191,7 @@ def test_a_signal_after_the_unmount_does_not_cut_the_end_short(tmp_path: Path) -
         close(process)
 
     def serve() -> None:
-        mountproc.MountProcess.close = interrupted  # type: ignore[method-assign]  # in a child of our own
+        mountproc.MountProcess.close = interrupted  # type: ignore[assignment, method-assign]  # in a child of our own
         mountproc.run(options, os.fsencode(tmp_path / "mnt"), lambda _: os.kill(os.getpid(), signal.SIGTERM))
         os.kill(os.getpid(), signal.SIGTERM)
 

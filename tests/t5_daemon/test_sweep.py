@@ -13,11 +13,11 @@ import trio
 
 from tests.helpers.mount import DEADLINE, UnionFactory
 from tests.t5_daemon.daemon import until
+from udbad.branch import walk, whiteout
 from udbad.branch.accept import open_branches
 from udbad.branch.branches import BranchSet
 from udbad.branch.spec import parse_branches
-from udbad.daemon.writing import Writing
-from udbad.union import walk, whiteout
+from udbad.mount.writing import Writing
 
 STALE = (".wh..wh.file.0123456789ab", "d/.wh..wh.copy.00ff", ".wh..wh.orph/5")
 

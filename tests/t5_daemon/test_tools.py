@@ -19,8 +19,8 @@ from tests.helpers import carry_tree
 from tests.helpers.carry_tree import LAYERS, listing
 from tests.helpers.merge import diff, snapshot, temporary_names
 from tests.t5_daemon.daemon import COMMAND, DEADLINE, Daemon, until
-from udbad.daemon import registry
-from udbad.daemon.protocol import ask
+from udbad.control import registry
+from udbad.control.protocol import ask
 from udbad.errors import ExitCode
 
 pytestmark = pytest.mark.fuse

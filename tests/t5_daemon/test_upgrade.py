@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.mount import REPOSITORY
 from tests.t5_daemon.daemon import DEADLINE, Daemon
 from udbad import __version__
-from udbad.daemon import registry
+from udbad.control import registry
 
 pytestmark = pytest.mark.fuse
 

@@ -23,7 +23,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
 from tests.t6_metrics.scrape import Page, get, scrape
-from udbad.daemon import exporter
+from udbad.control import exporter
 from udbad.errors import UserError
 from udbad.metrics import DEPTH_BUCKETS, Counts, Samples
 

@@ -1,4 +1,4 @@
-"""What may become a branch: the acceptance tests of spec section 3, and making a branch ready to be written.
+"""What may become a branch: the acceptance tests of semantics 3, and making a branch ready to be written.
 
 Opens branches, never decides anything about names inside them, and changes a branch only in
 prepare_writable(). The mount point itself is located but not asked for anything: a dead or wedged
@@ -400,7 +400,7 @@ def check_names(branch: Branch, plink: bool) -> None:
 
 
 def prepare_writable(branch: Branch, plink: bool) -> None:
-    """What aufs puts into the root of a branch that becomes writable (spec section 3, au_wbr_init).
+    """What aufs puts into the root of a branch that becomes writable (semantics 3, au_wbr_init).
 
     The base file that whiteouts are links to (removed with +nolwh), the directory of pseudo-links with
     `plink`, the directory of orphans. What exists already stays as it is. Raises UserError (BRANCH) when
@@ -440,7 +440,7 @@ def _require_link(branch: Branch, existed: bool) -> None:
     if not existed:
         os.close(syscalls.create_file_at(branch.root_fd, BASE_NAME, os.O_WRONLY, _BASE_MODE))
         syscalls.chmod_at(branch.root_fd, BASE_NAME, _BASE_MODE)  # whatever the umask took away
-    # Temporary names in the form that is swept after a crash (spec section 1).
+    # Temporary names in the form that is swept after a crash (semantics 1).
     names = (BASE_NAME + b".%04x" % number for number in range(0x10000))
     probe = next(name for name in names if not syscalls.exists_at(branch.root_fd, name))
     try:

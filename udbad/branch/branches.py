@@ -1,8 +1,8 @@
 """Branches and the branch set.
 
-A `Branch` is one directory of the union, held open; a `BranchSet` is an immutable snapshot of all
+A `Branch` is one directory of the union, held open; a `BranchSet` is an immutable sequence of all
 of them in priority order (index 0 on top), swapped whole on reconfiguration. An operation keeps the
-snapshot it started with. The acceptance rules that decide what may become a branch are in accept.py.
+set it started with. The acceptance rules that decide what may become a branch are in accept.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Copying the content and the metadata of one branch object (spec section 6.8, design "Copy-up").
+"""Copying the content and the metadata of one branch object (semantics 6.8, design "Copy-up").
 
 Runs in worker threads: descriptors, bytes and ints go in and come out; no event loop, no thread and no lock of its own.
 It decides nothing about the namespace: the caller has opened the source, made an empty destination that nobody else
@@ -273,7 +273,7 @@ def _nonzero_runs(data: bytes) -> Iterator[tuple[int, int]]:
 def copy_metadata(
     src: os.stat_result, src_path: bytes, dst_path: bytes, ignore: frozenset[str], *, follow_symlinks: bool
 ) -> None:
-    """Give the destination the owner, xattrs, ACLs, mode and times of the source (spec section 6.8).
+    """Give the destination the owner, xattrs, ACLs, mode and times of the source (semantics 6.8).
 
     src: status of the source from before its content was read (atime). Type of the destination: that of `src`, any.
     src_path, dst_path, ignore, follow_symlinks and errors: as for copy_xattrs.
@@ -325,7 +325,7 @@ def copied_names(path: bytes, *, follow_symlinks: bool) -> list[str]:
 
 
 def copy_xattrs(src_path: bytes, dst_path: bytes, ignore: frozenset[str], *, follow_symlinks: bool) -> None:
-    """Copy all extended attributes, POSIX ACLs included (spec section 6.8, au_cpup_xattr of aufs).
+    """Copy all extended attributes, POSIX ACLs included (semantics 6.8, au_cpup_xattr of aufs).
 
     src_path, dst_path: `/proc/self/fd/N` (a pinned object, a symlink too) with follow_symlinks true, or
     `/proc/self/fd/N/NAME` with false; anything else is a ValueError, because it would read the attributes of the link

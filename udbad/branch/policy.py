@@ -1,11 +1,11 @@
-"""Which branch receives a new object (create=) or a copy-up (cpup=); spec section 7, aufs(5) "Policies to Select One".
+"""Which branch receives a new object (create=) or a copy-up (cpup=); semantics 7, aufs(5) "Policies to Select One".
 
-Pure functions over a `Snapshot` of what is known about NAME and its parent: no I/O, no
+Pure functions over a `Facts` of what is known about NAME and its parent: no I/O, no
 clock, no branch objects; the caller answers free space through a (caching) callable. The only state
 is the position of a round robin.
 
 Invariants of every `select`: the result is writable, and never an index at which something above
-would hide the object (`Snapshot.limit`); where no branch will do it raises OSError(EROFS).
+would hide the object (`Facts.limit`); where no branch will do it raises OSError(EROFS).
 
 Differs from fs/aufs/wbr_policy.c on purpose:
 - au_wbr_nonopq() clamps the index a policy has already chosen, which may give a read-only branch or
@@ -32,14 +32,14 @@ MAX_CACHE_SECONDS: Final = 3600
 
 
 @dataclass(slots=True)
-class Snapshot:
+class Facts:
     """What a policy may know about NAME in directory D; every index is a branch index, 0 on top.
 
     Nobody changes one; a frozen dataclass would take as long to make as the file itself.
 
     writable: per branch. Clear it as well for a branch that cannot take the object for another
     reason, e.g. because a non-directory has the name of D there.
-    parent: where D exists as a directory, within its visible range (spec section 4.1); not empty.
+    parent: where D exists as a directory, within its visible range (semantics 4.1); not empty.
     parent_top: the smallest of these.
     name_top: branch of the topmost NAME; None when NAME does not exist.
     whiteout: bwh, where a whiteout of NAME is known. opaque: bopq, where D is opaque.
@@ -86,17 +86,17 @@ class Snapshot:
         raise erofs()
 
 
-def _top_down_parent(snapshot: Snapshot, below: int) -> int:
+def _top_down_parent(facts: Facts, below: int) -> int:
     """The highest writable branch above index `below` that has the parent, else the nearest one above."""
-    for index in range(snapshot.parent_top, min(below, snapshot.limit + 1)):
-        if snapshot.writable[index] and index in snapshot.parent:
+    for index in range(facts.parent_top, min(below, facts.limit + 1)):
+        if facts.writable[index] and index in facts.parent:
             return index
-    return snapshot.nearest(below - 1)
+    return facts.nearest(below - 1)
 
 
-def _most_free(snapshot: Snapshot, candidates: Iterable[int], tie: int) -> int | None:
+def _most_free(facts: Facts, candidates: Iterable[int], tie: int) -> int | None:
     """The candidate with the most free bytes; among equals the lower (tie=1) or the upper one (tie=-1)."""
-    return max(candidates, key=lambda index: (snapshot.free(index), tie * index), default=None)
+    return max(candidates, key=lambda index: (facts.free(index), tie * index), default=None)
 
 
 # -- create= ----------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class CreatePolicy(ABC):
     """Chooses the branch for a new object.
 
     low: bytes that should stay free on a branch. cache_seconds: how long the caller may answer
-    `Snapshot.free` from memory. A policy without these arguments ignores them.
+    `Facts.free` from memory. A policy without these arguments ignores them.
     """
 
     takes_low: ClassVar[bool] = False
@@ -117,16 +117,16 @@ class CreatePolicy(ABC):
         self.low = low
         self.cache_seconds = cache_seconds
 
-    def select(self, snapshot: Snapshot) -> int:
-        """The branch index for a new NAME; OSError(EROFS) when there is none (spec section 7)."""
+    def select(self, facts: Facts) -> int:
+        """The branch index for a new NAME; OSError(EROFS) when there is none (semantics 7)."""
         # au_wbr_create_exp(): what hides NAME or its siblings decides before the policy does.
-        if self.exceptions_first and (snapshot.whiteout is not None or snapshot.opaque is not None):
-            return snapshot.nearest(snapshot.limit)
-        return self._choose(snapshot)
+        if self.exceptions_first and (facts.whiteout is not None or facts.opaque is not None):
+            return facts.nearest(facts.limit)
+        return self._choose(facts)
 
     @abstractmethod
-    def _choose(self, snapshot: Snapshot) -> int:
-        """The policy proper, after the exceptions of spec section 7.1."""
+    def _choose(self, facts: Facts) -> int:
+        """The policy proper, after the exceptions of semantics 7.1."""
 
 
 class TopDownParent(CreatePolicy):
@@ -138,9 +138,9 @@ class TopDownParent(CreatePolicy):
 
     exceptions_first = False
 
-    def _choose(self, snapshot: Snapshot) -> int:
-        own = min(snapshot.source, snapshot.limit)
-        return own if snapshot.writable[own] else _top_down_parent(snapshot, own)
+    def _choose(self, facts: Facts) -> int:
+        own = min(facts.source, facts.limit)
+        return own if facts.writable[own] else _top_down_parent(facts, own)
 
 
 class TopDownMostFree(CreatePolicy):
@@ -154,13 +154,13 @@ class TopDownMostFree(CreatePolicy):
     takes_seconds = True
     exceptions_first = False
 
-    def _choose(self, snapshot: Snapshot) -> int:
-        tail = max(snapshot.parent)
-        usable = snapshot.usable()
+    def _choose(self, facts: Facts) -> int:
+        tail = max(facts.parent)
+        usable = facts.usable()
         for index in usable:
-            if index <= tail and snapshot.free(index) > self.low:
+            if index <= tail and facts.free(index) > self.low:
                 return index
-        return _or_erofs(_most_free(snapshot, usable, tie=1))
+        return _or_erofs(_most_free(facts, usable, tie=1))
 
 
 class RoundRobin(CreatePolicy):
@@ -170,13 +170,13 @@ class RoundRobin(CreatePolicy):
         super().__init__(low, cache_seconds)
         self._next = -1  # taken modulo the number of branches, which may change: -1 is the last one
 
-    def _choose(self, snapshot: Snapshot) -> int:
-        count = len(snapshot.writable)
-        limit = snapshot.limit
+    def _choose(self, facts: Facts) -> int:
+        count = len(facts.writable)
+        limit = facts.limit
         for step in range(count):
             index = (self._next - step) % count
-            if index <= limit and snapshot.writable[index]:
-                if not snapshot.is_dir:
+            if index <= limit and facts.writable[index]:
+                if not facts.is_dir:
                     self._next = index - 1
                 return index
         raise erofs()
@@ -187,8 +187,8 @@ class MostFree(CreatePolicy):
 
     takes_seconds = True
 
-    def _choose(self, snapshot: Snapshot) -> int:
-        return _or_erofs(_most_free(snapshot, snapshot.usable(), tie=1))
+    def _choose(self, facts: Facts) -> int:
+        return _or_erofs(_most_free(facts, facts.usable(), tie=1))
 
 
 class MostFreeRoundRobin(RoundRobin):
@@ -197,9 +197,9 @@ class MostFreeRoundRobin(RoundRobin):
     takes_low = True
     takes_seconds = True
 
-    def _choose(self, snapshot: Snapshot) -> int:
-        index = _or_erofs(_most_free(snapshot, snapshot.usable(), tie=1))
-        return super()._choose(snapshot) if snapshot.free(index) < self.low else index
+    def _choose(self, facts: Facts) -> int:
+        index = _or_erofs(_most_free(facts, facts.usable(), tie=1))
+        return super()._choose(facts) if facts.free(index) < self.low else index
 
 
 class ParentMostFree(CreatePolicy):
@@ -210,26 +210,26 @@ class ParentMostFree(CreatePolicy):
 
     takes_seconds = True
 
-    def _choose(self, snapshot: Snapshot) -> int:
-        return _parent_most_free(snapshot)
+    def _choose(self, facts: Facts) -> int:
+        return _parent_most_free(facts)
 
 
 class ParentMostFreeRoundRobin(MostFreeRoundRobin):
     """pmfsrr: pmfs, but mfsrr whatever the parent once that branch has less than `low` bytes free."""
 
-    def _choose(self, snapshot: Snapshot) -> int:
-        index = _parent_most_free(snapshot)
-        return super()._choose(snapshot) if snapshot.free(index) < self.low else index
+    def _choose(self, facts: Facts) -> int:
+        index = _parent_most_free(facts)
+        return super()._choose(facts) if facts.free(index) < self.low else index
 
 
-def _parent_most_free(snapshot: Snapshot) -> int:
-    usable = snapshot.usable()
-    candidates = {index for index in usable if index in snapshot.parent}
+def _parent_most_free(facts: Facts) -> int:
+    usable = facts.usable()
+    candidates = {index for index in usable if index in facts.parent}
     try:
-        candidates.add(TopDownParent().select(snapshot))
+        candidates.add(TopDownParent().select(facts))
     except OSError:
         pass  # EROFS of tdp alone: lower branches may still do
-    return _or_erofs(_most_free(snapshot, candidates, tie=-1) if candidates else _most_free(snapshot, usable, tie=1))
+    return _or_erofs(_most_free(facts, candidates, tie=-1) if candidates else _most_free(facts, usable, tie=1))
 
 
 def _or_erofs(index: int | None) -> int:
@@ -249,32 +249,32 @@ class CopyUpPolicy(ABC):
     cache_seconds: ClassVar[int] = DEFAULT_CACHE_SECONDS
 
     @abstractmethod
-    def select(self, snapshot: Snapshot) -> int:
-        """A branch index smaller than `snapshot.source`; OSError(EROFS) when there is none (spec section 7.3)."""
+    def select(self, facts: Facts) -> int:
+        """A branch index smaller than `facts.source`; OSError(EROFS) when there is none (semantics 7.3)."""
 
 
 class CopyUpTopDownParent(CopyUpPolicy):
     """tdp: the highest branch above the source that has the parent, else the nearest above the source."""
 
-    def select(self, snapshot: Snapshot) -> int:
-        return _top_down_parent(snapshot, snapshot.source)
+    def select(self, facts: Facts) -> int:
+        return _top_down_parent(facts, facts.source)
 
 
 class CopyUpBottomUpParent(CopyUpPolicy):
     """bup: the nearest branch above the source that has the parent, else the nearest above the parent's top."""
 
-    def select(self, snapshot: Snapshot) -> int:
-        for index in range(min(snapshot.source - 1, snapshot.limit), snapshot.parent_top - 1, -1):
-            if snapshot.writable[index] and index in snapshot.parent:
+    def select(self, facts: Facts) -> int:
+        for index in range(min(facts.source - 1, facts.limit), facts.parent_top - 1, -1):
+            if facts.writable[index] and index in facts.parent:
                 return index
-        return snapshot.nearest(snapshot.parent_top - 1)
+        return facts.nearest(facts.parent_top - 1)
 
 
 class CopyUpBottomUp(CopyUpPolicy):
     """bu: the nearest branch above the source, whether it has the parent or not."""
 
-    def select(self, snapshot: Snapshot) -> int:
-        return snapshot.nearest(snapshot.source - 1)
+    def select(self, facts: Facts) -> int:
+        return facts.nearest(facts.source - 1)
 
 
 # -- option text ------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ _P = TypeVar("_P", CreatePolicy, CopyUpPolicy)
 
 
 def parse_create(text: str) -> CreatePolicy:
-    """The policy object for the value of create=, e.g. "mfsrr:10G:60" (spec section 7.2).
+    """The policy object for the value of create=, e.g. "mfsrr:10G:60" (semantics 7.2).
 
     Arguments: LOW in bytes with an optional suffix K, M, G, T (powers of 1024), SEC in seconds,
     0 to 3600. UserError(OPTION) names the offender and, for an unknown policy, the closest name or all of them.
@@ -322,7 +322,7 @@ def parse_create(text: str) -> CreatePolicy:
 
 
 def parse_copyup(text: str) -> CopyUpPolicy:
-    """The policy object for the value of cpup= (spec section 7.3); UserError(OPTION) as in `parse_create`."""
+    """The policy object for the value of cpup= (semantics 7.3); UserError(OPTION) as in `parse_create`."""
     return _split("cpup", text, COPYUP_POLICIES)[0]()
 
 

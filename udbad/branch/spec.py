@@ -1,4 +1,4 @@
-"""The text form of branches: PATH[=PERM[+ATTR...]][:PATH...] (spec section 3, aufs(5)).
+"""The text form of branches: PATH[=PERM[+ATTR...]][:PATH...] (semantics 3, aufs(5)).
 
 Parses and prints; touches no file system and decides no default: a permission that was left out
 stays None, accept.py fills it in where the type of the file system is known.
@@ -28,7 +28,7 @@ from udbad.types import Perm
 log = logging.getLogger(__name__)
 
 UDBA_MODES: Final = {"none": "none", "reval": "reval", "notify": "notify", "fsnotify": "notify"}
-"""What may follow `udba=`, aliases included, and the mode it means (spec section 2)."""
+"""What may follow `udba=`, aliases included, and the mode it means (semantics 2)."""
 
 _ALL: Final = frozenset(Perm)
 _VALID_ON: Final = {
@@ -39,7 +39,7 @@ _VALID_ON: Final = {
     **dict.fromkeys(("coo_reg", "coo_all", "unpin"), _ALL),
     **dict.fromkeys(("icex", "icexsec", "icexsys", "icextr", "icexusr", "icexoth"), _ALL),
 }
-"""The attribute table of spec section 3."""
+"""The attribute table of semantics 3."""
 
 _EXCLUSIVE: Final = frozenset({"coo_reg", "coo_all", "moo"})
 
@@ -102,7 +102,7 @@ def parse_branches(text: str) -> list[BranchSpec]:
 def parse_branch(text: str) -> BranchSpec:
     """One PATH[=PERM[+ATTR...]].
 
-    An empty permission after the `=` is ro (spec section 3). Attributes that cannot go with the
+    An empty permission after the `=` is ro (semantics 3). Attributes that cannot go with the
     permission are dropped with one warning; of coo_reg, coo_all and moo the last possible one wins.
     Raises UserError (OPTION) for an empty path and for an unknown permission, attribute or mode;
     aufs carries on with a warning there, which turns a typing error into another union than was asked for.

@@ -420,7 +420,7 @@ def close_quietly(fd: int) -> None:
 def clone_mount(path: bytes) -> int:
     """A descriptor of a private, non-recursive bind of `path` (open_tree(2), OPEN_TREE_CLONE).
 
-    What is mounted below a branch is not part of it (spec section 4.2 note 0), and a mount of our
+    What is mounted below a branch is not part of it (semantics 4.2 note 0), and a mount of our
     own below a branch can never be walked into, which would deadlock. Needs CAP_SYS_ADMIN and
     Linux 5.2: EPERM or ENOSYS otherwise.
     """

@@ -144,7 +144,7 @@ def _replace(root_fd: int, bad_fd: int) -> bool:
 
     Two mounts may do that at the same time: who finds that it has replaced another one's good directory puts it back.
     """
-    # A temporary name as in union/whiteout.py: what is left under it is invisible, and swept.
+    # A temporary name as in branch/whiteout.py: what is left under it is invisible, and swept.
     name = ORPHAN_DIR + b"." + secrets.token_hex(6).encode()
     syscalls.mkdir_at(root_fd, name, 0o700)
     try:

@@ -21,8 +21,8 @@ from typing import Protocol
 from udbad.branch.branches import Branch
 from udbad.inodes.table import Dir, Node
 from udbad.types import Perm
-from udbad.union.times import settled
-from udbad.union.tree import Tree
+from udbad.union.superblock import Superblock
+from udbad.union.times import is_racy
 
 FOREVER = 1.0e9
 """Seconds; the kernel keeps the answer until it is told otherwise or needs the memory."""
@@ -81,16 +81,16 @@ class Coherence:
     by_times = False
     """Whether a directory that is not trusted stays so; else it is resolved at each use, and perhaps trusted again."""
 
-    def __init__(self, tree: Tree, notifier: KernelNotifier) -> None:
-        self.tree = tree
+    def __init__(self, sb: Superblock, notifier: KernelNotifier) -> None:
+        self.sb = sb
         self.notifier = notifier
         self.branch_events: dict[tuple[int, int], int] = {}
         """(branch index, kind bits of coherence/watcher.py) to number of events."""
 
     def start(self) -> None:
         """Take over a tree, freshly mounted or handed over by another strategy: nothing in it is trusted yet."""
-        self.tree.attach_hooks(self)
-        self.adopt(self.tree.root, False)
+        self.sb.attach_hooks(self)
+        self.adopt(self.sb.root, False)
 
     async def run(self) -> None:
         """Work in the background until cancelled (child of the mount's nursery)."""
@@ -147,12 +147,12 @@ class Coherence:
                     waiting.append(child)
                 elif was_trusted:
                     self._drop_file(child)
-        if top is self.tree.root:
+        if top is self.sb.root:
             self.adopt(top, False)  # nobody looks it up
 
     def invalidate(self, path: Sequence[bytes]) -> int:
         """Ask again about a path (names from the root down) and all below it; returns how many nodes that were."""
-        node: Node | None = self.tree.root
+        node: Node | None = self.sb.root
         parent: Dir | None = None
         for name in path:
             parent = node if type(node) is Dir else None
@@ -185,7 +185,7 @@ class Coherence:
     def _distrust_all(self) -> None:
         """`distrust` for everything there is, what has lost its name included; by an epoch, where there is one."""
         epoch = self.notifier.everything()
-        for node in list(self.tree.table.nodes.values()):
+        for node in list(self.sb.table.nodes.values()):
             if type(node) is not Dir:
                 self._drop_file(node)
                 continue
@@ -228,8 +228,8 @@ class Coherence:
 
     def own_mtime(self, node: Node) -> None:
         """An operation through the mount set the times of a node: they are shown as they are."""
-        if type(node) is Dir and node.nudge:
-            node.nudge = 0
+        if type(node) is Dir and node.mtime_offset:
+            node.mtime_offset = 0
             self.notifier.data(node.id)
 
     def before_own(self, node: Node, fd: int = -1) -> None:
@@ -238,7 +238,7 @@ class Coherence:
     def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1) -> None:
         pass
 
-    def parted(self, node: Dir, name: bytes, lost: Node | None = None) -> None:
+    def drop_dentry(self, node: Dir, name: bytes, lost: Node | None = None) -> None:
         if node.ttl:
             self.notifier.entry(node.id, name)
             self.tell_names(node)
@@ -252,7 +252,7 @@ class Coherence:
         leaves that of the top copy alone. Dropping the pages instead could come between an answer and its use.
         """
         if node.listed:
-            node.nudge += 1
+            node.mtime_offset += 1
             node.listed = False  # until it is read anew
         self.notifier.attributes(node.id)
 
@@ -268,7 +268,7 @@ class Coherence:
         if node.nlookup and (node.parent is None or node.parent.ttl):
             self.notifier.attributes(node.id)
 
-    def told_negative(self, node: Dir, name: bytes) -> None:
+    def sent_negative(self, node: Dir, name: bytes) -> None:
         """The kernel was told that a name does not exist, and may keep that."""
         names = node.negatives
         if names is None:
@@ -291,7 +291,7 @@ class Coherence:
         for name in node.children:
             self.notifier.expire(node.id, name)
 
-    def not_told(self, node: Node) -> None:
+    def not_sent(self, node: Node) -> None:
         """Attributes that `attr_ttl` was asked for did not fit into the reply."""
 
     def drop_everything(self) -> None:
@@ -300,7 +300,7 @@ class Coherence:
         Every directory is asked again at its next use, which makes it trusted again where it can be.
         """
         self._distrust_all()
-        self.adopt(self.tree.root, False)
+        self.adopt(self.sb.root, False)
 
     def attr_ttl(self, node: Node, st: os.stat_result) -> float:
         """How long (seconds) the kernel may keep the attributes of a node."""
@@ -317,7 +317,7 @@ class Coherence:
         """
         stamp = (st.st_mtime_ns, st.st_ctime_ns, st.st_size)
         same = node.seen == stamp
-        node.seen = stamp if settled(node.branch, st) else None
+        node.seen = None if is_racy(node.branch, st) else stamp
         return same
 
     def state_of(self, branch: Branch) -> str:

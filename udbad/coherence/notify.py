@@ -25,15 +25,15 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from udbad.branch import syscalls
+from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.coherence.base import FOREVER, Coherence, CoherenceStatistics, KernelNotifier
 from udbad.coherence.watcher import CONTENT, GONE, NAMES, Change, Watcher, WatchLimit, watch_limit
 from udbad.inodes.handles import note_id_bits
 from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
-from udbad.union import homes, lookup, times, whiteout
-from udbad.union.tree import Tree
+from udbad.union import homes, lookup, times
+from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ Stamp = tuple[int, int, int, int]
 
 def stamp(node: Node, st: os.stat_result) -> Stamp | None:
     """What tells two states of one object apart: ctime changes with everything (inode(7)). None: nothing does yet."""
-    if not times.settled(node.branch, st):
+    if times.is_racy(node.branch, st):
         return None
     return (st.st_ctime_ns, st.st_mtime_ns, st.st_size, st.st_nlink)
 
@@ -78,8 +78,8 @@ class NotifyCoherence(Coherence):
 
     name = "notify"
 
-    def __init__(self, tree: Tree, notifier: KernelNotifier) -> None:
-        super().__init__(tree, notifier)
+    def __init__(self, sb: Superblock, notifier: KernelNotifier) -> None:
+        super().__init__(sb, notifier)
         self._watcher: Watcher | None = None
         self._watched: OrderedDict[int, _Watched] = OrderedDict()
         self._files: dict[int, Any] = {}
@@ -93,7 +93,7 @@ class NotifyCoherence(Coherence):
         self._limited_at = 0.0
         self._refused = 0.0, 0
         """When the kernel refused a watch, and what the limit was then."""
-        self._told: dict[int, Stamp | None] = {}
+        self._sent: dict[int, Stamp | None] = {}
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ class NotifyCoherence(Coherence):
             self.options_changed()
         except OSError as error:
             self._set_state("degraded", f"no inotify instance to be had ({error.strerror}); served as reval")
-        for branch in self.tree.branches.branches:
+        for branch in self.sb.branches.branches:
             if self._is_silent(branch):
                 self._silent.add(branch.index)
                 log.info("branch %s: %s sends no events; served as reval", branch.describe(), branch.fs_type)
@@ -121,7 +121,7 @@ class NotifyCoherence(Coherence):
             self._watcher = None
         self._watched.clear()
         self._files.clear()
-        self._told.clear()
+        self._sent.clear()
 
     def take_events(self) -> None:
         if self._watcher is not None:
@@ -137,7 +137,7 @@ class NotifyCoherence(Coherence):
 
     def _reserve(self) -> int:
         """Watches that are left to other programs of the user: one limit is for all of them together."""
-        return watch_limit() * self.tree.options.watch_reserve // 100
+        return watch_limit() * self.sb.options.watch_reserve // 100
 
     def _no_room(self) -> None:
         """A watch was refused, by the kernel or because the reserve begins."""
@@ -200,7 +200,7 @@ class NotifyCoherence(Coherence):
                     continue
                 watcher.unwatch(held[0], _Place(node, index))
                 del entry.watches[index]
-            fd = self.tree.layer_fd(node, layer)
+            fd = self.sb.layer_fd(node, layer)
             watch = self._add_watch(node, index, fd)
             if watch is None:
                 self._unwatch(node.id)
@@ -240,7 +240,7 @@ class NotifyCoherence(Coherence):
         for _ in range(2 * len(self._watched)):
             node_id, entry = next(iter(self._watched.items()))
             node = entry.node
-            if node.hot or node is keep or node is self.tree.root or self._is_above(node, keep):
+            if node.hot or node is keep or node is self.sb.root or self._is_above(node, keep):
                 node.hot = False
                 self._watched.move_to_end(node_id)
                 continue
@@ -268,7 +268,7 @@ class NotifyCoherence(Coherence):
                 self._watcher.unwatch(watch, _Place(entry.node, index))
 
     def dropped(self, node: Node) -> None:
-        self._told.pop(node.id, None)
+        self._sent.pop(node.id, None)
         if type(node) is Dir:
             self._without.discard(node.id)
             entry = self._watched.get(node.id)
@@ -279,7 +279,7 @@ class NotifyCoherence(Coherence):
             self._watcher.unwatch(watch, node)
 
     def shrink(self) -> None:
-        self._told = dict(self._told)
+        self._sent = dict(self._sent)
         self._files = dict(self._files)
         self._watched = OrderedDict(self._watched)
         if self._watcher is not None:
@@ -289,15 +289,15 @@ class NotifyCoherence(Coherence):
 
     def attr_ttl(self, node: Node, st: os.stat_result) -> float:
         parent = node.parent
-        told = self._told
+        sent = self._sent
         new = stamp(node, st)
         if type(node) is Dir:
             ttl = node.ttl if parent is None else min(node.ttl, parent.ttl)
-            told[node.id] = new
+            sent[node.id] = new
             return ttl
         if parent is None or not parent.ttl:
             return 0.0
-        told[node.id] = new
+        sent[node.id] = new
         if st.st_nlink > 1 and node.id not in self._files:
             # Somebody may change it through a name in a directory that is not watched. This answer was
             # taken before the watch, so it is good for now only.
@@ -309,7 +309,7 @@ class NotifyCoherence(Coherence):
         if self._watcher is None or len(self._files) > watch_limit() // 4:
             return
         try:
-            dirfd, name = self.tree.locate(node)
+            dirfd, name = self.sb.locate(node)
             fd = syscalls.pin_at(dirfd, name)
         except OSError:
             return
@@ -320,29 +320,29 @@ class NotifyCoherence(Coherence):
         finally:
             os.close(fd)
 
-    def not_told(self, node: Node) -> None:
-        if node.id in self._told:
-            self._told[node.id] = None
+    def not_sent(self, node: Node) -> None:
+        if node.id in self._sent:
+            self._sent[node.id] = None
 
     def before_own(self, node: Node, fd: int = -1) -> None:
         """Before an own change that will be recorded as told: a foreign one not handled yet must not hide in it."""
-        told = self._told.get(node.id)
-        if told is None:
+        sent = self._sent.get(node.id)
+        if sent is None:
             return
         try:
             now = stamp(node, self._stat(node, fd))
         except OSError:
             return
-        if now != told:
+        if now != sent:
             self.notifier.data(node.id)
 
     def _stat(self, node: Node, fd: int) -> os.stat_result:
         """By descriptor where there is one: for each write of a big file, the name would have to be looked for."""
-        return os.fstat(fd) if fd >= 0 else self.tree.stat(node)
+        return os.fstat(fd) if fd >= 0 else self.sb.stat(node)
 
     def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1) -> None:
-        told = self._told.get(node.id)
-        if told is None:
+        sent = self._sent.get(node.id)
+        if sent is None:
             return
         now = None
         if not node.dead or node.handles:
@@ -350,15 +350,15 @@ class NotifyCoherence(Coherence):
                 now = stamp(node, self._stat(node, fd) if st is None else st)
             except OSError:
                 pass
-        if now is not None and not content and now[1:3] != told[1:3] and type(node) is not Dir:
+        if now is not None and not content and now[1:3] != sent[1:3] and type(node) is not Dir:
             self.notifier.data(node.id)  # only a foreign change can have done that
-        self._told[node.id] = now
+        self._sent[node.id] = now
 
     def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None) -> None:
         super().own_change(node, name)
         # The kernel marks the directory's attributes old by itself (fuse_dir_changed()), and asks for them when it
         # needs them.
-        self._told.pop(node.id, None)
+        self._sent.pop(node.id, None)
         child = node.children.get(name)
         if child is not None:
             self.own_data(child, False, st)
@@ -402,7 +402,7 @@ class NotifyCoherence(Coherence):
             elif isinstance(handle, Node):
                 self._count(handle.branch.index, change.kinds)
                 self._file_changed(handle, change)
-        table = self.tree.table
+        table = self.sb.table
         for (node, name), kinds in names.items():
             if table.nodes.get(node.id) is node:
                 self._name_changed(node, name, kinds)
@@ -436,7 +436,7 @@ class NotifyCoherence(Coherence):
         if change.kinds & GONE:
             self._files.pop(node.id, None)
         try:
-            st = self.tree.stat(node)
+            st = self.sb.stat(node)
         except OSError:
             if not node.dead:  # else removed through the mount, and the kernel knows
                 self.notifier.attributes(node.id)
@@ -456,19 +456,19 @@ class NotifyCoherence(Coherence):
         if node.dead:
             return  # removed through the mount: nothing is in it, and the kernel knows
         if not name:
-            self._compare(node, self.tree.stat(node), kinds)
+            self._compare(node, self.sb.stat(node), kinds)
             return
         if not node.trusted:
             return  # nothing is cached of it
         if kinds & NAMES:
-            node.muddle(name)
-            if len(node.layers) > 1 and lookup.count_links(self.tree, node):
+            node.note_stacked(name)
+            if len(node.layers) > 1 and lookup.count_links(self.sb, node):
                 self.notifier.attributes(node.id)
         child = node.children.get(name)
         if child is not None and not kinds & NAMES and self._content_changed(node, name, child, kinds):
             return
         known_layers = [layer.identity for layer in child.layers] if type(child) is Dir else None
-        found = lookup.resolve(self.tree, node, name)
+        found = lookup.resolve(self.sb, node, name)
         if child is not None and kinds & NAMES and node.negatives is not None and name in node.negatives:
             # A listing came across the name before its event, and it did not fit into a reply.
             node.negatives.discard(name)
@@ -481,45 +481,45 @@ class NotifyCoherence(Coherence):
             self.tell_names(node)
         if found is None:
             if child is not None:
-                self.tree.table.detach(child, node, name)
+                self.sb.table.detach(child, node, name)
                 self._tell_entry(node, name)
                 self._tell_object(child)
             else:
                 # The kernel knows nothing wrong of the name; the directory's times may be old.
-                self._compare(node, self.tree.stat(node), kinds)
+                self._compare(node, self.sb.stat(node), kinds)
             return
         if child is None:
             if not kinds & NAMES:
                 self._echoes += 1  # neither positive nor, since it was created, negative in the kernel
-                lookup.discard(self.tree, node, name, found)
+                lookup.discard(self.sb, node, name, found)
                 return
-            lookup.discard(self.tree, node, name, found)
+            lookup.discard(self.sb, node, name, found)
             if node.negatives is not None and name in node.negatives:
                 node.negatives.discard(name)
                 self._tell_entry(node, name)
             else:
-                self._compare(node, self.tree.stat(node), kinds)
+                self._compare(node, self.sb.stat(node), kinds)
             self._tell_link(found, kinds)
             return
         if found.layers is not None:
             if type(child) is Dir and not child.dead and lookup.same_directory(child, found.layers):
-                lookup.intern(self.tree, node, name, found)
+                lookup.intern(self.sb, node, name, found)
                 if [layer.identity for layer in child.layers] == known_layers:
-                    self._compare(child, self.tree.stat(child), kinds)
+                    self._compare(child, self.sb.stat(child), kinds)
                 # else: adopt() has dropped what was below
                 return
-            lookup.discard(self.tree, node, name, found)
-            self.tree.table.detach(child, node, name)
+            lookup.discard(self.sb, node, name, found)
+            self.sb.table.detach(child, node, name)
             self._tell_entry(node, name)
             self._tell_object(child)
             return
         st = found.st
         same = child.kind == found.kind and not child.dead
-        home = child.plink is not None and homes.leads(self.tree, node, name, found.branch, st, child.plink)
+        home = child.plink is not None and homes.leads(self.sb, node, name, found.branch, st, child.plink)
         if same and (child.identity == (st.st_dev, st.st_ino) or home):
-            self._compare(child, self.tree.stat(child) if home else st, kinds)
+            self._compare(child, self.sb.stat(child) if home else st, kinds)
             return
-        self.tree.table.detach(child, node, name)
+        self.sb.table.detach(child, node, name)
         self._tell_entry(node, name)
         self._tell_object(child)
 
@@ -541,17 +541,17 @@ class NotifyCoherence(Coherence):
 
     def _compare(self, node: Node, st: os.stat_result, kinds: int) -> None:
         """Attributes of a node that is what it was: tell the kernel only when they differ from what it was told."""
-        if node.id not in self._told:
+        if node.id not in self._sent:
             return  # the kernel has no attributes of it
-        told = self._told[node.id]
+        sent = self._sent[node.id]
         now = stamp(node, st)
-        if now == told and now is not None:
+        if now == sent and now is not None:
             self._echoes += 1
             return
-        self._told[node.id] = now
+        self._sent[node.id] = now
         if node.handles:
             note_id_bits(node, st)
-        if node.handles and (told is None or now is None or kinds & CONTENT or now[1:3] != told[1:3]):
+        if node.handles and (sent is None or now is None or kinds & CONTENT or now[1:3] != sent[1:3]):
             self.notifier.data(node.id)
         else:
             self.notifier.attributes(node.id)
@@ -564,14 +564,14 @@ class NotifyCoherence(Coherence):
         """A new name of something that the kernel may know by another one: link(2) sends no event to that one."""
         if found.layers is None and found.st.st_nlink > 1:
             identity = (found.st.st_dev, found.st.st_ino)
-            other = self.tree.table.nodes.get(self.tree.inomap.number(*identity))
+            other = self.sb.table.nodes.get(self.sb.inomap.number(*identity))
             if other is not None and other.identity == identity:
                 self._compare(other, found.st, kinds)
 
     def _tell_object(self, child: Node) -> None:
         """An object lost a name: whoever still has it open sees its new link count."""
-        if child.id in self._told:
-            self._told[child.id] = None
+        if child.id in self._sent:
+            self._sent[child.id] = None
         self.notifier.attributes(child.id)
 
     def _compare_below(self, node: Dir) -> None:
@@ -596,7 +596,7 @@ class NotifyCoherence(Coherence):
 
     def _drop_file(self, node: Node) -> None:
         super()._drop_file(node)
-        self._told.pop(node.id, None)
+        self._sent.pop(node.id, None)
 
     # -- reporting ----------------------------------------------------------------------------
 
@@ -611,7 +611,7 @@ class NotifyCoherence(Coherence):
         return "silent" if branch.index in self._silent else self._state
 
     def statistics(self) -> CoherenceStatistics:
-        dirs = [node for node in self.tree.table.nodes.values() if type(node) is Dir]
+        dirs = [node for node in self.sb.table.nodes.values() if type(node) is Dir]
         return CoherenceStatistics(
             mode=self.name,
             state=self._state,

@@ -3,7 +3,7 @@
 The kernel keeps no name, no negative name and no attribute; cached pages are dropped when size or mtime
 differ at the next access (FUSE_AUTO_INVAL_DATA). Every operation on a directory resolves it from the
 root down first, so that a process sitting in a directory sees what appears above it, too. Stricter
-than aufs, whose reval misses cached negatives and new upper copies (spec section 8.2).
+than aufs, whose reval misses cached negatives and new upper copies (semantics 8.2).
 
 Where time stamps are exact (union/times.py), what is known of a directory is used while the times of its branch
 directories are the same; elsewhere every name is probed for on every branch.

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import click
 
 from udbad.branch.spec import escape, split_escaped, unescape
-from udbad.daemon import client
-from udbad.daemon.protocol import Message
-from udbad.daemon.registry import DEFAULT_RUN_DIR
+from udbad.control import client
+from udbad.control.protocol import Message
+from udbad.control.registry import DEFAULT_RUN_DIR
 from udbad.errors import ExitCode, UserError
 
 

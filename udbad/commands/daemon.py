@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from udbad.commands.common import need_root, run_dir_option, user_errors
-from udbad.configfile import LOG_LEVELS, ConfigError, load
-from udbad.daemon import client, registry
-from udbad.daemon.protocol import NOT_ANSWERING
+from udbad.control import client, registry
+from udbad.control.protocol import NOT_ANSWERING
 from udbad.errors import ExitCode, UserError
+from udbad.settings.file import LOG_LEVELS, ConfigError, load
 
 DEFAULT_CONFIG = "/etc/udbad/udbad.toml"
 
@@ -31,7 +31,7 @@ config_option = click.option(
 @click.option("--log-format", type=click.Choice(["plain", "json"]), help="Instead of daemon.log_format.")
 def run(config: Path, log_format: str | None) -> None:
     """Run the daemon in the foreground: mount what the configuration says and keep it mounted."""
-    from udbad.daemon import supervisor
+    from udbad.supervisor import supervisor
 
     with user_errors():
         need_root()
@@ -45,7 +45,7 @@ def check_config(config: Path) -> None:
 
     What the files say, and what of it is there: branches and mount points are looked at as for a mount.
     """
-    from udbad.daemon import check
+    from udbad.supervisor import check
 
     with user_errors():
         checked = load(config)

@@ -19,9 +19,9 @@ import click
 from udbad.branch.spec import split_escaped
 from udbad.commands.common import absolute_branch
 from udbad.commands.mounting import start_in_background
-from udbad.config import MountOptions, format_options, parse_mount_options
-from udbad.daemon import client, registry
+from udbad.control import client, registry
 from udbad.errors import ExitCode, UserError
+from udbad.settings.options import MountOptions, format_options, parse_mount_options
 
 _OF_THE_KERNEL = frozenset({"user_id", "group_id", "rootmode", "fd", "max_read", "blksize"})
 """What FUSE shows in mountinfo, where mount(8) takes the options of a remount from."""

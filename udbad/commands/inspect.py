@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from udbad.commands.common import absolute_branch, ask_mount, run_dir_option, user_errors
-from udbad.daemon import client
+from udbad.control import client
 from udbad.errors import ExitCode, UserError
 
 save_option = click.option("--save", is_flag=True, help="Write it to the configuration file, too.")

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import click
 
+from udbad import logs
 from udbad.commands.common import run_dir_option, user_errors
-from udbad.config import parse_mount_options
-from udbad.daemon import logs, sdnotify
 from udbad.errors import ExitCode, UserError
+from udbad.settings.options import parse_mount_options
+from udbad.supervisor import sdnotify
 
 
 @click.command()
@@ -47,7 +48,7 @@ def mount(
             raise UserError("mounting needs root", ExitCode.NOT_ROOT)
         if not foreground:
             sys.exit(start_in_background(options, verbose, run_dir, source, mount_point))
-        from udbad.daemon import mountproc  # the supervisor and the tools must not load pyfuse3
+        from udbad.mount import mountproc  # the supervisor and the tools must not load pyfuse3
 
         def ready(process: mountproc.MountProcess) -> None:
             if detach:
@@ -112,6 +113,6 @@ def umount(lazy: bool, mount_point: Path) -> None:
 def mount_server(log_format: str) -> None:
     """What the daemon forks mount processes from."""
     logs.set_up("info", log_format)
-    from udbad.daemon import worker
+    from udbad.mount import worker
 
     sys.exit(worker.main())

@@ -16,12 +16,12 @@ from rich.text import Text
 
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import parse_branch
+from udbad.branch.walk import printable
 from udbad.commands.common import need_root, run_dir_option, user_errors
 from udbad.commands.inspect import json_option
-from udbad.daemon import client
+from udbad.control import client
 from udbad.errors import ExitCode, UserError
 from udbad.types import Perm
-from udbad.union.walk import printable
 
 _REFRESH = 0.2  # seconds
 _HOURS = 86400.0  # seconds: one big file to a slow disk
@@ -152,7 +152,7 @@ def _report(answer: Mapping[str, Any]) -> None:
 
 
 def _changes(run_dir: str, branch: str, lowers: tuple[str, ...], show_all: bool) -> list[dict[str, str]]:
-    from udbad.union import branchdiff
+    from udbad.tools import branchdiff
 
     inside = b""
     if lowers:

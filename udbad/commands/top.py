@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from udbad.commands.common import run_dir_option
-from udbad.daemon import client, registry
-from udbad.daemon.protocol import NOT_ANSWERING
+from udbad.control import client, registry
+from udbad.control.protocol import NOT_ANSWERING
 from udbad.errors import UserError
 
 _ASK_SECONDS = 1.0

@@ -75,7 +75,7 @@ def note_id_bits(node: Node, st: os.stat_result) -> None:
 
 
 class OpenDir:
-    """One opendir(3): a private snapshot of names, taken at the first read (spec section 5).
+    """One opendir(3): a private snapshot of names, taken at the first read (semantics 5).
 
     base: the position at which the snapshot begins. cached: the kernel may answer from a listing of its own.
     """

@@ -9,7 +9,7 @@ memory, are never given twice, hold in the next mount, and on a union of one fil
 
 What fits nowhere (an inode above 2**48), and an object whose number is still another one's, gets a spare number and an
 entry in a table, and so does every object that inherits another one's number: a copied-up file keeps the number that
-its lower copy had (spec section 10.1). Spare ones are the last 2**24 below 2**32, then those from 2**63 on.
+its lower copy had (semantics 10.1). Spare ones are the last 2**24 below 2**32, then those from 2**63 on.
 
 Invariant: 0 and 1 are never handed out; 1 is the root of the mount.
 """

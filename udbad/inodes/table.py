@@ -44,7 +44,7 @@ LEAST_FDS = 64
 """Descriptors that directories may have however many files are open: with fewer, each question would open its path."""
 
 
-MOST_UNCLEAR = 10_000
+MAX_STACKED = 10_000
 """Names of one directory; with more, every question about one is asked of the branches."""
 
 
@@ -53,7 +53,7 @@ class Plink:
 
     dirfd, name: where the home is kept (the branch's .wh..wh.plnk directory); identity: who it is. source_dev,
     source_ino: the lower file it was copied from, whose device is None until it is recognised. pending: how many names
-    still live on lower branches only (spec section 10.3); counted is False while that is a guess, because an earlier
+    still live on lower branches only (semantics 10.3); counted is False while that is a guess, because an earlier
     mount made the pseudo-link. links: the most names that the lower file was seen to have.
     """
 
@@ -93,7 +93,7 @@ class Node:
         "name", "nlink_extra", "nlookup", "orphan_fd", "parent", "plink", "seen",
     )  # fmt: skip
 
-    nudge = 0
+    mtime_offset = 0
     ttl = 0.0
 
     def __init__(self, node_id: int, kind: int, branch: Branch, dev: int, ino: int) -> None:
@@ -160,20 +160,20 @@ POSITIONS = (0, 1 << 31)
 class Dir(Node):
     """A directory of the mount.
 
-    layers: branch directories in visible range, top first (spec section 4.1). floor: the lowest branch
+    layers: branch directories in visible range, top first (semantics 4.1). floor: the lowest branch
     index at which something created here would be visible (opaque marks and whiteouts of this
     directory and its ancestors). trusted: layers and view may be used without asking the branches;
     ttl: how long the kernel may keep entries of this directory. Both are set by coherence/base.py alone.
     probes: branches asked for single names since the view was lost; load_at: how many cost less than loading it.
-    view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again. unclear: what else is in
+    view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again. stacked: what else is in
     the layers: names that have a whiteout, or that are in several layers, or had or were since the view was loaded
     (None: it could be any). negatives: names that
     the kernel was told not to exist, and may remember. times, version, resolved: of a directory that is not
     trusted, the times its branch directories had when it was last asked (None: they tell nothing), a number that is
     raised when they differ, and its parent's number when its own layers were found. listed: the kernel may have a
     listing; cached_opens: handles that may be answered from it; listings: snapshots that a position may belong to,
-    newest last; room: where positions of the next one may lie; nudge: nanoseconds added to mtime so that the kernel
-    looks again.
+    newest last; room: where positions of the next one may lie; mtime_offset: nanoseconds added to mtime so
+    that the kernel looks again.
     """
 
     __slots__ = (
@@ -185,16 +185,16 @@ class Dir(Node):
         "listed",
         "listings",
         "load_at",
+        "mtime_offset",
         "negatives",
-        "nudge",
         "opaque",
         "probes",
         "resolved",
         "room",
+        "stacked",
         "times",
         "trusted",
         "ttl",
-        "unclear",
         "version",
         "view",
     )
@@ -207,7 +207,7 @@ class Dir(Node):
         self.floor = 0
         self.children: dict[bytes, Node] = {}
         self.view: dict[bytes, Hit | None] | None = None
-        self.unclear: set[bytes] | None = None
+        self.stacked: set[bytes] | None = None
         self.negatives: set[bytes] | None = None
         self.trusted = False
         self.ttl = 0.0
@@ -215,7 +215,7 @@ class Dir(Node):
         self.load_at = LOAD_AT_LEAST
         self.hot = True
         self.listed = False
-        self.nudge = 0
+        self.mtime_offset = 0
         self.listings: tuple[Listing, ...] = ()
         self.room = POSITIONS
         self.cached_opens = 0
@@ -229,20 +229,20 @@ class Dir(Node):
         self.times = None
         self.resolved = -1
 
-    def muddle(self, name: bytes) -> None:
+    def note_stacked(self, name: bytes) -> None:
         """A name got a whiteout, or came to be in several layers, or may have."""
-        unclear = self.unclear
-        if unclear is not None:
-            unclear.add(name)
-            if len(unclear) > MOST_UNCLEAR:
-                self.unclear = None
+        stacked = self.stacked
+        if stacked is not None:
+            stacked.add(name)
+            if len(stacked) > MAX_STACKED:
+                self.stacked = None
 
     def doubt(self, name: bytes) -> None:
         """A branch has under this name what the view does not know: whoever asks for it next, as the kernel will, must
         not be told what was before, in whatever mode."""
         if self.view is not None:
             self.view[name] = None
-        self.muddle(name)
+        self.note_stacked(name)
 
     def layer(self, index: int) -> Layer | None:
         """The layer on the branch with this index, if the directory exists there."""
@@ -384,7 +384,7 @@ class InodeTable:
                     self._release_untold(child)
                 self._release(child)
 
-    def not_told(self, node: Node) -> None:
+    def not_sent(self, node: Node) -> None:
         """The kernel does not get the entry that a node was made for: so it will never forget it."""
         if node.nlookup <= 0:
             if type(node) is Dir:
@@ -441,7 +441,7 @@ class InodeTable:
                 self.close_layer(layer)
 
     def close_layer(self, layer: Layer) -> None:
-        """Close the descriptor of one branch directory; `Tree.layer_fd` opens it again."""
+        """Close the descriptor of one branch directory; `Superblock.layer_fd` opens it again."""
         os.close(layer.fd)
         layer.fd = -1
         self.open_fds -= 1

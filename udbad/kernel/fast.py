@@ -33,7 +33,7 @@ from udbad.inodes.table import Dir, Node
 from udbad.kernel import boundary, protocol, wire
 from udbad.types import Caller
 from udbad.union.fs import NOW, SetAttr, Time, UnionFs
-from udbad.union.tree import NeedCopyUp
+from udbad.union.superblock import NeedCopyUp
 
 log = logging.getLogger(__name__)
 
@@ -301,7 +301,7 @@ class FastPath:
         if found is None:
             directory = fs.table.nodes[parent]
             if type(directory) is Dir and directory.ttl:
-                self.coherence.told_negative(directory, name)
+                self.coherence.sent_negative(directory, name)
                 return wire.negative(directory.ttl)
             raise OSError(errno.ENOENT, "")
         node = found[0]
@@ -346,7 +346,7 @@ class FastPath:
     def _getattr(self, node_id: int, size: int) -> bytes:
         node, st = self.fs.getattr(node_id)
         if type(node) is Dir and node.cached_opens and not node.trusted:
-            node.nudge += 1  # somebody who has it open from better times must not be shown a listing of then
+            node.mtime_offset += 1  # somebody who has it open from better times must not be shown a listing of then
         return wire.attributes(node, st, self.coherence.attr_ttl(node, st))
 
     def _setattr(self, node_id: int, size: int) -> bytes:
@@ -457,7 +457,7 @@ class FastPath:
         handle = self.fs.opendir(node_id, self._caller().pid)
         node = handle.node
         flags = 0
-        if node.ttl and not self.fs.tree.options.show_whiteouts:
+        if node.ttl and not self.fs.sb.options.show_whiteouts:
             flags = wire.CACHE_DIR | wire.KEEP_CACHE
             handle.cached = True
             node.cached_opens += 1
@@ -483,7 +483,7 @@ class FastPath:
             for name, node, st, after in self.fs.readdir(fh, start):
                 room -= least + (len(name) + 7 & ~7)
                 if room < 0:
-                    self.fs.table.not_told(node)
+                    self.fs.table.not_sent(node)
                     break
                 if name in _DOTS:
                     parts.append(wire.NO_ENTRY)

@@ -19,16 +19,16 @@ from typing import TypeVar
 import pyfuse3
 import trio
 
-from udbad.branch import syscalls
+from udbad.branch import syscalls, whiteout
 from udbad.coherence.base import Coherence
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
 from udbad.kernel.boundary import handler
 from udbad.types import Caller, Trigger
-from udbad.union import copyup, create, remove, whiteout
+from udbad.union import copyup, create, remove
 from udbad.union.fs import UnionFs
 from udbad.union.held import HOLD_SECONDS
-from udbad.union.tree import NeedCopyUp
+from udbad.union.superblock import NeedCopyUp
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class Operations(pyfuse3.Operations):
         entry.st_blksize = st.st_blksize
         entry.st_blocks = st.st_blocks
         entry.st_atime_ns = st.st_atime_ns
-        entry.st_mtime_ns = st.st_mtime_ns + node.nudge
+        entry.st_mtime_ns = st.st_mtime_ns + node.mtime_offset
         entry.st_ctime_ns = st.st_ctime_ns
         entry.attr_timeout = self.coherence.attr_ttl(node, st)
         return entry
@@ -100,7 +100,7 @@ class Operations(pyfuse3.Operations):
                 done = await self._copy_up(need)
                 if done and need.trigger is Trigger.LINK and need.name is not None:
                     parent, name = need.name
-                    st = create.finish_link(self.fs.tree, need.node, parent, name)
+                    st = create.finish_link(self.fs.sb, need.node, parent, name)
                     return (need.node, st)  # type: ignore[return-value]  # the result of link, the one that asks so
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE) and not attempt and self.fs.table.shed():
@@ -122,7 +122,7 @@ class Operations(pyfuse3.Operations):
         started = trio.current_time()
         job = None
         try:
-            job = copyup.begin(self.fs.tree, need)
+            job = copyup.begin(self.fs.sb, need)
             if job is None:
                 return True
             if not job.fsync and (job.st.st_size <= INLINE_COPY or job.length == 0):
@@ -137,11 +137,11 @@ class Operations(pyfuse3.Operations):
                     del self.copyups[node.id]
                     node.busy = None
                     event.set()
-            copyup.commit(self.fs.tree, job)
+            copyup.commit(self.fs.sb, job)
             if copyup.takes_away(job):
                 # After this: the source may be another file, or in use; it is looked at again.
-                await trio.to_thread.run_sync(copyup.settle_names, self.fs.tree, job, limiter=self._copy_limit)
-                copyup.take_away(self.fs.tree, job)
+                await trio.to_thread.run_sync(copyup.settle_names, self.fs.sb, job, limiter=self._copy_limit)
+                copyup.take_away(self.fs.sb, job)
         except OSError as error:
             if self.on_copyup_failed is not None:
                 self.on_copyup_failed(need.trigger, error.errno or errno.EIO)
@@ -186,7 +186,7 @@ class Operations(pyfuse3.Operations):
         if found is None:
             directory = fs.table.nodes[parent]
             if type(directory) is Dir and directory.ttl:
-                self.coherence.told_negative(directory, name)
+                self.coherence.sent_negative(directory, name)
                 negative = pyfuse3.EntryAttributes()
                 negative.st_ino = 0
                 negative.entry_timeout = directory.ttl
@@ -232,8 +232,8 @@ class Operations(pyfuse3.Operations):
     @handler
     async def rmdir(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         await self._perform(lambda: self.fs.rmdir(parent, name), parent)
-        if self.fs.tree.trash:
-            trash, self.fs.tree.trash = self.fs.tree.trash, []
+        if self.fs.sb.trash:
+            trash, self.fs.sb.trash = self.fs.sb.trash, []
             trio.lowlevel.spawn_system_task(self._empty_trash, trash, parent)
 
     async def _empty_trash(self, trash: list[tuple[int, bytes]], parent: int) -> None:
@@ -334,7 +334,7 @@ class Operations(pyfuse3.Operations):
     @handler
     async def readdir(self, fh: int, start: int, token: pyfuse3.ReaddirToken) -> None:
         reply = pyfuse3.readdir_reply
-        told: list[Node] = []
+        sent: list[Node] = []
         begun = False
         directory = self.fs.handles.directory(fh).node
         try:
@@ -342,19 +342,19 @@ class Operations(pyfuse3.Operations):
                 entry = self._attributes(node, st)
                 entry.entry_timeout = directory.ttl
                 if not reply(token, name, entry, after):
-                    self.coherence.not_told(node)
-                    self.fs.table.not_told(node)
+                    self.coherence.not_sent(node)
+                    self.fs.table.not_sent(node)
                     break
                 begun = True
                 if name not in _DOTS:
                     node.nlookup += 1
-                    told.append(node)
+                    sent.append(node)
         except OSError:
             if not begun:
                 raise
             # As getdents64(2): first what there is, and the error when it is met again at the start of a reply.
         except Exception:
-            for node in told:
+            for node in sent:
                 self.fs.forget(node.id, 1)
             raise
 

@@ -79,8 +79,8 @@ def attributes(node: Node, st: os.stat_result, timeout: float) -> bytes:
     """fuse_attr_out."""
     valid, nsec = _seconds(timeout)
     mtime, mtime_nsec = st[_MTIME], st.st_mtime_ns % BILLION
-    if node.nudge:
-        mtime, mtime_nsec = divmod(st.st_mtime_ns + node.nudge, BILLION)
+    if node.mtime_offset:
+        mtime, mtime_nsec = divmod(st.st_mtime_ns + node.mtime_offset, BILLION)
     return _ATTR_OUT.pack(
         valid, nsec, 0,
         node.id, st.st_size, st.st_blocks, st[_ATIME], mtime, st[_CTIME],
@@ -95,8 +95,8 @@ def entry(node: Node, st: os.stat_result, entry_timeout: float, attr_timeout: fl
     entry_valid, entry_nsec = _seconds(entry_timeout)
     attr_valid, attr_nsec = _seconds(attr_timeout)
     mtime, mtime_nsec = st[_MTIME], st.st_mtime_ns % BILLION
-    if node.nudge:
-        mtime, mtime_nsec = divmod(st.st_mtime_ns + node.nudge, BILLION)
+    if node.mtime_offset:
+        mtime, mtime_nsec = divmod(st.st_mtime_ns + node.mtime_offset, BILLION)
     number = node.id
     return _ENTRY_OUT.pack(
         number, 0, entry_valid, attr_valid, entry_nsec, attr_nsec,

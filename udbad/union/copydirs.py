@@ -1,4 +1,4 @@
-"""Directories of a branch on the way to what is copied or made there (spec sections 6.8 and 7.2): made with the
+"""Directories of a branch on the way to what is copied or made there (semantics 6.8 and 7.2): made with the
 attributes of their top copies, under a temporary name first, so that nobody sees one half made.
 
 Also which branch that is, and how what was made under a temporary name gets its own.
@@ -9,45 +9,43 @@ from __future__ import annotations
 import errno
 import os
 
-from udbad.branch import copydata, syscalls
+from udbad.branch import copydata, syscalls, whiteout
 from udbad.branch.branches import Branch
-from udbad.branch.policy import Snapshot
+from udbad.branch.policy import Facts
 from udbad.errors import erofs, estale
 from udbad.inodes.table import Dir, Layer
-from udbad.union import lookup, whiteout
-from udbad.union.tree import Tree
+from udbad.union import lookup
+from udbad.union.superblock import Superblock
 
 
-def snapshot(
-    tree: Tree, parent: Dir, name_top: int | None, whited: int | None, is_dir: bool, max_age: float
-) -> Snapshot:
+def facts(sb: Superblock, parent: Dir, name_top: int | None, whited: int | None, is_dir: bool, max_age: float) -> Facts:
     """What a policy may know about a name in `parent`."""
-    return Snapshot(
-        tree.branches.writable,
+    return Facts(
+        sb.branches.writable,
         {layer.branch.index for layer in parent.layers},
         parent.layers[0].branch.index,
         name_top,
         whited,
         parent.opaque,
         parent.floor,
-        tree.free_reader(max_age),
+        sb.free_reader(max_age),
         is_dir,
     )
 
 
-def target_branch(tree: Tree, parent: Dir, source: int) -> Branch:
+def target_branch(sb: Superblock, parent: Dir, source: int) -> Branch:
     """The branch that receives a copy of an object whose top copy is on `source`. Raises EROFS."""
-    if tree.options.read_only:
+    if sb.options.read_only:
         raise erofs()
-    shot = snapshot(tree, parent, source, None, False, 0)
-    return tree.branches[tree.options.copyup.select(shot)]
+    known = facts(sb, parent, source, None, False, 0)
+    return sb.branches[sb.options.copyup.select(known)]
 
 
-def ensure_dir(tree: Tree, node: Dir, branch: Branch) -> int:
+def ensure_dir(sb: Superblock, node: Dir, branch: Branch) -> int:
     """The directory's descriptor on `branch`, making it and its parents there when missing.
 
     A directory made below its top copy is made opaque and its whiteout removed when it was whited out there
-    ("copy-down", spec section 7.2). Parents' times are put back. Raises OSError; ENOENT when the
+    ("copy-down", semantics 7.2). Parents' times are put back. Raises OSError; ENOENT when the
     directory is gone.
     """
     chain: list[Dir] = []
@@ -55,7 +53,7 @@ def ensure_dir(tree: Tree, node: Dir, branch: Branch) -> int:
     while True:
         layer = current.layer(branch.index)
         if layer is not None:
-            fd = tree.layer_fd(current, layer)
+            fd = sb.layer_fd(current, layer)
             break
         if current.parent is None or current.dead:
             raise estale()
@@ -63,13 +61,13 @@ def ensure_dir(tree: Tree, node: Dir, branch: Branch) -> int:
         current = current.parent
     for child in reversed(chain):
         try:
-            fd = _copy_dir(tree, child, branch, fd)
+            fd = _copy_dir(sb, child, branch, fd)
         except FileExistsError:
-            fd = _made_directly(tree, child, branch)
+            fd = _made_directly(sb, child, branch)
     return fd
 
 
-def _made_directly(tree: Tree, node: Dir, branch: Branch) -> int:
+def _made_directly(sb: Superblock, node: Dir, branch: Branch) -> int:
     """The descriptor of a directory on `branch` that somebody was faster to make, and that our layers lack.
 
     Raises ESTALE when the name stands for something else than this directory by now.
@@ -77,19 +75,19 @@ def _made_directly(tree: Tree, node: Dir, branch: Branch) -> int:
     parent = node.parent
     assert parent is not None
     parent.doubt(node.name)
-    found = lookup.resolve(tree, parent, node.name)
+    found = lookup.resolve(sb, parent, node.name)
     if found is not None and found.layers is not None and lookup.same_directory(node, found.layers):
-        lookup.adopt(tree, node, found, parent.floor)
-        return tree.branch_fd(node, branch)
+        lookup.adopt(sb, node, found, parent.floor)
+        return sb.branch_fd(node, branch)
     if found is not None:
-        lookup.discard(tree, parent, node.name, found)
+        lookup.discard(sb, parent, node.name, found)
     raise estale()
 
 
-def _copy_dir(tree: Tree, node: Dir, branch: Branch, parent_fd: int) -> int:
+def _copy_dir(sb: Superblock, node: Dir, branch: Branch, parent_fd: int) -> int:
     """Make one directory on `branch` with the attributes of its top copy, under its own name at last."""
     top = node.layers[0]
-    src_fd = tree.layer_fd(node, top)
+    src_fd = sb.layer_fd(node, top)
     st = os.fstat(src_fd)
     before = os.fstat(parent_fd)
     whited = whiteout.present(parent_fd, node.name)
@@ -115,15 +113,15 @@ def _copy_dir(tree: Tree, node: Dir, branch: Branch, parent_fd: int) -> int:
     layer = Layer(branch, made.st_dev, made.st_ino, made.st_nlink, fd)
     position = sum(other.branch.index < branch.index for other in node.layers)
     layers = [*node.layers[:position], layer, *node.layers[position:]]
-    tree.table.open_fds += 1
-    tree.table.note_fds(node)
+    sb.table.open_fds += 1
+    sb.table.note_fds(node)
     parent = node.parent
     assert parent is not None
-    parent.muddle(node.name)
+    parent.note_stacked(node.name)
     node.layers = layers
     if position == 0:
         node.branch, node.dev, node.ino = branch, made.st_dev, made.st_ino
-        tree.inomap.alias(made.st_dev, made.st_ino, node.id)
+        sb.inomap.alias(made.st_dev, made.st_ino, node.id)
     if parent.view is not None:
         parent.view[node.name] = tuple(entry.branch.index for entry in layers)
     try:
@@ -131,11 +129,11 @@ def _copy_dir(tree: Tree, node: Dir, branch: Branch, parent_fd: int) -> int:
             whiteout.remove(parent_fd, node.name)
         restore_times(parent_fd, (before.st_atime_ns, before.st_mtime_ns))
     finally:
-        lookup.count_links(tree, node)
-        lookup.count_links(tree, parent)
-        tree.hooks.adopt(node, False)
-        tree.hooks.side_effect(node)
-        tree.hooks.side_effect(parent)
+        lookup.count_links(sb, node)
+        lookup.count_links(sb, parent)
+        sb.hooks.adopt(node, False)
+        sb.hooks.side_effect(node)
+        sb.hooks.side_effect(parent)
     return fd
 
 

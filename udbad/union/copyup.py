@@ -1,4 +1,4 @@
-"""Copy-up: bringing an object to a writable branch before it is changed (spec section 6.8).
+"""Copy-up: bringing an object to a writable branch before it is changed (semantics 6.8).
 
 Three steps, so that the bytes can travel in a worker thread while the mount is served:
 
@@ -23,15 +23,15 @@ import stat as st_mod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from udbad.branch import compare, copydata, syscalls
+from udbad.branch import compare, copydata, syscalls, whiteout
 from udbad.branch.branches import Branch
+from udbad.branch.origin import Place
 from udbad.errors import erofs, estale, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import CopyMethod, Trigger
-from udbad.union import copydirs, lookup, plink, whiteout
-from udbad.union.origin import Place
-from udbad.union.times import settled
-from udbad.union.tree import NeedCopyUp, Tree
+from udbad.union import copydirs, lookup, plink
+from udbad.union.superblock import NeedCopyUp, Superblock
+from udbad.union.times import is_racy
 
 _ATTEMPTS = 3
 
@@ -64,50 +64,50 @@ class Job:
     progress: int = 0
 
 
-def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
+def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
     """Start the copy-up that an operation asked for; None when it is done already.
 
     Raises OSError: EROFS without a writable branch, ESTALE when the object is gone, and what the branch says.
     """
     node = need.node
     if type(node) is Dir:
-        if node is tree.root:
+        if node is sb.root:
             raise erofs()  # it is on every branch already: what is read-only is its top one
         if node.parent is None:
             raise estale()  # taken out of the union directly
         if need.trigger is Trigger.OPEN:
-            copydirs.ensure_dir(tree, node, tree.branches.writable_above(node.branch.index)[0])
+            copydirs.ensure_dir(sb, node, sb.branches.writable_above(node.branch.index)[0])
         else:
-            copydirs.ensure_dir(tree, node, copydirs.target_branch(tree, node.parent, node.branch.index))
+            copydirs.ensure_dir(sb, node, copydirs.target_branch(sb, node.parent, node.branch.index))
         return None
     as_link = need.trigger is Trigger.LINK and need.name is not None
     parent, name = need.name if need.name is not None else (node.parent, node.name)
-    if parent is None or node.dead or (need.name is None and not _still_there(tree, node)):
-        return _begin_orphan(tree, need)
+    if parent is None or node.dead or (need.name is None and not _still_there(sb, node)):
+        return _begin_orphan(sb, need)
     source = node.branch.index if need.limit is None else min(node.branch.index, need.limit + 1)
     if node.plink is not None and node.plink.branch.writable:  # else it is copied up like any other file
         if need.limit is not None and node.plink.branch.index > need.limit:
             raise os_error(errno.EXDEV)  # its one copy is where the new name would be hidden
         if not as_link:
-            _link_plink(tree, node, parent, name)
+            _link_plink(sb, node, parent, name)
             return None
-    if need.trigger is Trigger.OPEN:  # coo_*, moo: the nearest one, whatever cpup= says (spec section 3)
-        branch = tree.branches.writable_above(source)[0]
+    if need.trigger is Trigger.OPEN:  # coo_*, moo: the nearest one, whatever cpup= says (semantics 3)
+        branch = sb.branches.writable_above(source)[0]
     else:
-        branch = copydirs.target_branch(tree, parent, source)
-    src_dirfd, src_name = tree.locate(node)
-    if _has_names(tree, node, as_link, syscalls.stat_at(src_dirfd, src_name)):
-        plink.directory(tree, branch)  # while nothing has been changed: it may fail
+        branch = copydirs.target_branch(sb, parent, source)
+    src_dirfd, src_name = sb.locate(node)
+    if _has_names(sb, node, as_link, syscalls.stat_at(src_dirfd, src_name)):
+        plink.directory(sb, branch)  # while nothing has been changed: it may fail
     try:
-        dirfd = copydirs.ensure_dir(tree, parent, branch)
+        dirfd = copydirs.ensure_dir(sb, parent, branch)
     except OSError as error:
-        if as_link or error.errno not in (errno.ENOENT, errno.ESTALE) or tree.held_fd(node) < 0:
+        if as_link or error.errno not in (errno.ENOENT, errno.ESTALE) or sb.held_fd(node) < 0:
             raise
-        return _begin_orphan(tree, need)  # its directory is gone
+        return _begin_orphan(sb, need)  # its directory is gone
     before = os.fstat(dirfd)
     times = (before.st_atime_ns, before.st_mtime_ns)
     if node.kind != st_mod.S_IFREG:
-        _copy_special(tree, node, parent, name, branch, src_dirfd, src_name, dirfd, times, as_link)
+        _copy_special(sb, node, parent, name, branch, src_dirfd, src_name, dirfd, times, as_link)
         return None
     src_fd, st = syscalls.open_file_at(src_dirfd, src_name, os.O_RDONLY)
     try:
@@ -124,23 +124,23 @@ def begin(tree: Tree, need: NeedCopyUp) -> Job | None:
         os.close(src_fd)
         os.close(dirfd)
         raise
-    length, fsync = _extent(tree, branch, st, need.length)
+    length, fsync = _extent(sb, branch, st, need.length)
     return Job(
         node, need.trigger, node.branch, parent, name, branch, dirfd, tmp, src_fd, dst_fd, st, length, fsync, times,
         as_link,
     )  # fmt: skip
 
 
-def _has_names(tree: Tree, node: Node, as_link: bool, st: os.stat_result) -> bool:
+def _has_names(sb: Superblock, node: Node, as_link: bool, st: os.stat_result) -> bool:
     """Whether the copy needs a pseudo-link, as a file with attributes `st` that has further names."""
-    return tree.options.plink and (as_link or st.st_nlink > 1 or node.plink is not None)
+    return sb.options.plink and (as_link or st.st_nlink > 1 or node.plink is not None)
 
 
-def _extent(tree: Tree, branch: Branch, st: os.stat_result, length: int | None) -> tuple[int | None, bool]:
+def _extent(sb: Superblock, branch: Branch, st: os.stat_result, length: int | None) -> tuple[int | None, bool]:
     """(Job.length, Job.fsync). A file that is empty now is copied so, for whether to sync decides about the thread."""
     if st.st_size == 0 or length == 0:
         return 0, False
-    return length, tree.options.fsync_copyup and not branch.in_memory
+    return length, sb.options.fsync_copyup and not branch.in_memory
 
 
 def _publish_in(parent: Dir, src_dirfd: int, tmp: bytes, dst_dirfd: int, name: bytes) -> None:
@@ -152,11 +152,11 @@ def _publish_in(parent: Dir, src_dirfd: int, tmp: bytes, dst_dirfd: int, name: b
         raise estale() from None
 
 
-def _still_there(tree: Tree, node: Node) -> bool:
+def _still_there(sb: Superblock, node: Node) -> bool:
     """Whether the node's name still leads to its object; if not, only descriptors do."""
     try:
-        st = tree.stat(node)
-        dirfd, name = tree.locate(node)
+        st = sb.stat(node)
+        dirfd, name = sb.locate(node)
         here = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -169,30 +169,30 @@ def _still_there(tree: Tree, node: Node) -> bool:
     if node.plink is not None or node.parent is None:
         return True
     # Hidden by something newer above it: copying it up there would overwrite that.
-    found = lookup.resolve(tree, node.parent, node.name)
+    found = lookup.resolve(sb, node.parent, node.name)
     if found is not None:
-        lookup.discard(tree, node.parent, node.name, found)
+        lookup.discard(sb, node.parent, node.name, found)
         if found.st.st_ino == node.ino and found.st.st_dev == node.dev:
             return True
     node.parent.doubt(node.name)
     return False
 
 
-def _begin_orphan(tree: Tree, need: NeedCopyUp) -> Job:
-    """A deleted file that is still open: its copy lives without a name, while it is open (spec section 6.8)."""
+def _begin_orphan(sb: Superblock, need: NeedCopyUp) -> Job:
+    """A deleted file that is still open: its copy lives without a name, while it is open (semantics 6.8)."""
     node = need.node
-    source = tree.held_fd(node)
+    source = sb.held_fd(node)
     if node.orphan_fd >= 0 or source < 0 or node.kind != st_mod.S_IFREG:
         raise estale()
-    above = tree.branches.writable_above(node.branch.index)
-    if tree.options.read_only or not above:
+    above = sb.branches.writable_above(node.branch.index)
+    if sb.options.read_only or not above:
         raise erofs()
     branch = above[0]
     src_fd = syscalls.reopen(source, os.O_RDONLY)
     try:
         st = os.fstat(src_fd)
-        if not node.dead and _has_names(tree, node, False, st):  # that we do not know, on a lower branch
-            return _begin_home(tree, need, branch, src_fd, st)
+        if not node.dead and _has_names(sb, node, False, st):  # that we do not know, on a lower branch
+            return _begin_home(sb, need, branch, src_fd, st)
         dst_fd = _unnamed_file(branch)
     except BaseException:
         os.close(src_fd)
@@ -202,10 +202,10 @@ def _begin_orphan(tree: Tree, need: NeedCopyUp) -> Job:
     )  # fmt: skip
 
 
-def _begin_home(tree: Tree, need: NeedCopyUp, branch: Branch, src_fd: int, st: os.stat_result) -> Job:
+def _begin_home(sb: Superblock, need: NeedCopyUp, branch: Branch, src_fd: int, st: os.stat_result) -> Job:
     """The name it was opened by is gone, others are not: the copy goes where those find it, as a pseudo-link."""
     node = need.node
-    dirfd = plink.directory(tree, branch)
+    dirfd = plink.directory(sb, branch)
     tmp = whiteout.temporary_name(b"plink")
     dirfd = os.dup(dirfd)
     try:
@@ -214,7 +214,7 @@ def _begin_home(tree: Tree, need: NeedCopyUp, branch: Branch, src_fd: int, st: o
         os.close(dirfd)
         raise
     name = plink.home_name(node, Place(src_fd, b"", st))
-    length, fsync = _extent(tree, branch, st, need.length)
+    length, fsync = _extent(sb, branch, st, need.length)
     return Job(node, need.trigger, node.branch, None, name, branch, dirfd, tmp, src_fd, dst_fd, st, length, fsync, None)
 
 
@@ -257,7 +257,7 @@ def transfer(job: Job, cancelled: Callable[[], bool] | None = None) -> None:
         else:
             os.fsync(job.dst_fd)
         now = os.fstat(job.src_fd)
-        if settled(job.source, st) and _stamp(now) == _stamp(st):
+        if not is_racy(job.source, st) and _stamp(now) == _stamp(st):
             return
         if result.method is CopyMethod.REFLINK or compare.same_bytes(job.dst_fd, job.src_fd, result.size):
             job.st = now
@@ -280,28 +280,28 @@ def _stamp(st: os.stat_result) -> tuple[int, int, int]:
     return (st.st_ctime_ns, st.st_mtime_ns, st.st_size)
 
 
-def commit(tree: Tree, job: Job) -> None:
+def commit(sb: Superblock, job: Job) -> None:
     """Publish the copy and move the node to it. Raises OSError (EEXIST: a direct change was faster)."""
     node = job.node
     made = os.fstat(job.dst_fd)
     if not job.tmp:
         node.orphan_fd, job.dst_fd = job.dst_fd, -1
         node.nlink_extra = 0
-        tree.move_data(node, job.branch, made, node.orphan_fd)
+        sb.move_data(node, job.branch, made, node.orphan_fd)
         return
     if job.parent is None:
         copydirs.publish(job.dirfd, job.tmp, job.dirfd, job.name)
         job.tmp = b""
-        tree.move_data(node, job.branch, made, job.dst_fd)
-        tree.inomap.alias(made.st_dev, made.st_ino, node.id)
-        plink.adopt_home(tree, node, job.branch, job.name, job.st, job.st.st_nlink + node.nlink_extra)
+        sb.move_data(node, job.branch, made, job.dst_fd)
+        sb.inomap.alias(made.st_dev, made.st_ino, node.id)
+        plink.adopt_home(sb, node, job.branch, job.name, job.st, job.st.st_nlink + node.nlink_extra)
         return
     assert job.parent_times is not None
-    _check_unmoved(tree, job)
+    _check_unmoved(sb, job)
     _publish_in(job.parent, job.dirfd, job.tmp, job.dirfd, job.name)
     job.tmp = b""
     copied = Place(job.src_fd, b"", job.st)
-    _settle(tree, node, job.parent, job.name, job.branch, job.dirfd, copied, made, job.as_link, job.dst_fd)
+    _settle(sb, node, job.parent, job.name, job.branch, job.dirfd, copied, made, job.as_link, job.dst_fd)
     copydirs.restore_times(job.dirfd, job.parent_times)
 
 
@@ -310,21 +310,21 @@ def takes_away(job: Job) -> bool:
     return job.trigger is Trigger.OPEN and "moo" in job.source.attrs and job.source.writable
 
 
-def settle_names(tree: Tree, job: Job) -> None:
+def settle_names(sb: Superblock, job: Job) -> None:
     """Have the name of the copy on disk, and the directories made for it, before the source goes. Any thread."""
-    if tree.options.fsync_copyup and not job.branch.in_memory:
+    if sb.options.fsync_copyup and not job.branch.in_memory:
         with syscalls.syncing(job.branch.root_fd) as fd:
             syscalls.sync_fs(fd)
 
 
-def take_away(tree: Tree, job: Job) -> None:
+def take_away(sb: Superblock, job: Job) -> None:
     """Remove the source, unless somebody has changed it since it was copied or is about to: then it stays, covered."""
     parent = job.parent
     layer = None if parent is None else parent.layer(job.source.index)
     if parent is None or layer is None:
         return
     try:
-        dirfd = tree.layer_fd(parent, layer)
+        dirfd = sb.layer_fd(parent, layer)
         st = syscalls.stat_at(dirfd, job.name)
         if (st.st_dev, st.st_ino, *_stamp(st)) != (job.st.st_dev, job.st.st_ino, *_stamp(job.st)):
             return
@@ -335,7 +335,7 @@ def take_away(tree: Tree, job: Job) -> None:
             raise
 
 
-def _check_unmoved(tree: Tree, job: Job) -> None:
+def _check_unmoved(sb: Superblock, job: Job) -> None:
     """The world went on while the bytes travelled: ESTALE, and a new start, unless the name still is the source."""
     parent, node = job.parent, job.node
     assert parent is not None
@@ -343,9 +343,9 @@ def _check_unmoved(tree: Tree, job: Job) -> None:
         raise estale()
     if node.identity != (job.st.st_dev, job.st.st_ino):  # another of its names was faster
         raise estale()
-    found = lookup.resolve(tree, parent, job.name)
+    found = lookup.resolve(sb, parent, job.name)
     if found is not None:
-        lookup.discard(tree, parent, job.name, found)
+        lookup.discard(sb, parent, job.name, found)
     if job.as_link:
         if found is not None:
             parent.doubt(job.name)
@@ -354,7 +354,7 @@ def _check_unmoved(tree: Tree, job: Job) -> None:
     if found is not None:
         if (found.st.st_dev, found.st.st_ino) == node.identity:
             return
-        if node.plink is not None and found.layers is None and lookup.intern(tree, parent, job.name, found)[0] is node:
+        if node.plink is not None and found.layers is None and lookup.intern(sb, parent, job.name, found)[0] is node:
             return
     parent.doubt(job.name)
     raise estale()
@@ -374,40 +374,40 @@ def abort(job: Job) -> None:
 
 
 def _settle(
-    tree: Tree, node: Node, parent: Dir, name: bytes, branch: Branch, dirfd: int,
+    sb: Superblock, node: Node, parent: Dir, name: bytes, branch: Branch, dirfd: int,
     source: Place, made: os.stat_result, as_link: bool, fd: int = -1,
 ) -> None:  # fmt: skip
     """The copy has its name: from now on the node's data is there, under the number it always had.
 
     fd: a descriptor of the copy of a regular file.
     """
-    parent.muddle(name)
+    parent.note_stacked(name)
     src = source.st
     names = src.st_nlink + node.nlink_extra  # less those that were removed
-    linked = _has_names(tree, node, as_link, src)
+    linked = _has_names(sb, node, as_link, src)
     several = src.st_nlink > 1 or node.plink is not None
     node.nlink_extra = 0
     node.plink = None
-    tree.move_data(node, branch, made, fd)
-    tree.inomap.alias(made.st_dev, made.st_ino, node.id)
+    sb.move_data(node, branch, made, fd)
+    sb.inomap.alias(made.st_dev, made.st_ino, node.id)
     if linked:
-        plink.make(tree, node, branch, dirfd, name, source, names - (0 if as_link else 1))
+        plink.make(sb, node, branch, dirfd, name, source, names - (0 if as_link else 1))
     if several and node.plink is None:
-        # Without a pseudo-link the other names stay behind, as the lower file that they are (spec section 10.2).
+        # Without a pseudo-link the other names stay behind, as the lower file that they are (semantics 10.2).
         for other in node.names():
             if other != (parent, name):
-                tree.table.detach(node, *other)
-                tree.hooks.parted(*other, node)
+                sb.table.detach(node, *other)
+                sb.hooks.drop_dentry(*other, node)
     if parent.view is not None:
         parent.view[name] = branch.index
     if as_link:
-        tree.table.attach(node, parent, name)
-    tree.hooks.own_data(node)
-    tree.hooks.side_effect(parent)
+        sb.table.attach(node, parent, name)
+    sb.hooks.own_data(node)
+    sb.hooks.side_effect(parent)
 
 
 def _copy_special(
-    tree: Tree, node: Node, parent: Dir, name: bytes, branch: Branch, src_dirfd: int, src_name: bytes,
+    sb: Superblock, node: Node, parent: Dir, name: bytes, branch: Branch, src_dirfd: int, src_name: bytes,
     dirfd: int, times: tuple[int, int], as_link: bool,
 ) -> None:  # fmt: skip
     """Symlinks, devices, FIFOs and sockets: made anew under a temporary name."""
@@ -422,15 +422,15 @@ def _copy_special(
     except BaseException:
         syscalls.unlink_at(dirfd, tmp)
         raise
-    _settle(tree, node, parent, name, branch, dirfd, Place(src_dirfd, src_name, st), made, as_link)
+    _settle(sb, node, parent, name, branch, dirfd, Place(src_dirfd, src_name, st), made, as_link)
     copydirs.restore_times(dirfd, times)
 
 
-def _link_plink(tree: Tree, node: Node, parent: Dir, name: bytes) -> None:
+def _link_plink(sb: Superblock, node: Node, parent: Dir, name: bytes) -> None:
     """Another name of a file that was copied up already: link the copy, do not copy twice."""
     home = node.plink
     assert home is not None
-    dirfd = copydirs.ensure_dir(tree, parent, home.branch)
+    dirfd = copydirs.ensure_dir(sb, parent, home.branch)
     before = os.fstat(dirfd)
     tmp = whiteout.temporary_name(name)
     syscalls.link_at(home.dirfd, home.name, dirfd, tmp)
@@ -440,24 +440,24 @@ def _link_plink(tree: Tree, node: Node, parent: Dir, name: bytes) -> None:
         syscalls.unlink_at(dirfd, tmp)
         raise
     plink.name_arrived(node)
-    parent.muddle(name)
+    parent.note_stacked(name)
     if parent.view is not None:
         parent.view[name] = home.branch.index
     copydirs.restore_times(dirfd, (before.st_atime_ns, before.st_mtime_ns))
-    tree.hooks.own_data(node)
-    tree.hooks.side_effect(parent)
+    sb.hooks.own_data(node)
+    sb.hooks.side_effect(parent)
 
 
-def run(tree: Tree, need: NeedCopyUp) -> None:
+def run(sb: Superblock, need: NeedCopyUp) -> None:
     """A whole copy-up in the calling thread (tests, and files too small for a thread to pay)."""
-    job = begin(tree, need)
+    job = begin(sb, need)
     if job is None:
         return
     try:
         transfer(job)
-        commit(tree, job)
+        commit(sb, job)
         if takes_away(job):
-            settle_names(tree, job)
-            take_away(tree, job)
+            settle_names(sb, job)
+            take_away(sb, job)
     finally:
         abort(job)

@@ -1,4 +1,4 @@
-"""Making objects: create, mkdir, mknod, symlink, link (spec sections 6.5 and 6.7).
+"""Making objects: create, mkdir, mknod, symlink, link (semantics 6.5 and 6.7).
 
 Order of every one: the name must be free in the merged view, a policy picks the branch, missing parents
 are made there, the object is made under its own name with the caller's ids, and only then a whiteout
@@ -15,14 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from udbad.branch import syscalls
+from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.credentials import Credentials
 from udbad.errors import enoent, erofs, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import MADE, Caller, Trigger
-from udbad.union import copydirs, lookup, whiteout
-from udbad.union.tree import NeedCopyUp, Tree
+from udbad.union import copydirs, lookup
+from udbad.union.superblock import NeedCopyUp, Superblock
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,36 +37,36 @@ class Target:
     whited: bool
 
 
-def prepare(tree: Tree, parent: Dir, name: bytes, is_dir: bool = False) -> Target:
+def prepare(sb: Superblock, parent: Dir, name: bytes, is_dir: bool = False) -> Target:
     """Check the name and choose the branch. Raises EEXIST, EROFS, EPERM (.wh.*), ENAMETOOLONG, ENOENT."""
-    nowhere = check_free(tree, parent, name)
-    policy = tree.options.create
-    whited = tree.whited
-    shot = copydirs.snapshot(tree, parent, None, whited, is_dir, policy.cache_seconds)
-    branch = tree.branches[policy.select(shot)]
+    nowhere = check_free(sb, parent, name)
+    policy = sb.options.create
+    whited = sb.whited
+    known = copydirs.facts(sb, parent, None, whited, is_dir, policy.cache_seconds)
+    branch = sb.branches[policy.select(known)]
     asked = nowhere or lookup.asked_for_whiteout(parent, branch, whited)
-    dirfd = copydirs.ensure_dir(tree, parent, branch)
+    dirfd = copydirs.ensure_dir(sb, parent, branch)
     return Target(branch, dirfd, not asked and whiteout.present(dirfd, name))
 
 
-def check_free(tree: Tree, parent: Dir, name: bytes) -> bool:
-    """Raises EEXIST when the union has the name; leaves tree.whited as the search for it did.
+def check_free(sb: Superblock, parent: Dir, name: bytes) -> bool:
+    """Raises EEXIST when the union has the name; leaves sb.whited as the search for it did.
 
     True when no branch has it, nor a whiteout for it.
     """
     whiteout.check_new_name(name)
-    if tree.options.read_only:
+    if sb.options.read_only:
         raise erofs()
     if parent.dead:
         raise enoent()
     if not parent.trusted:
-        lookup.refresh(tree, parent)
-    if lookup.only_on(tree, parent, name) == lookup.NOWHERE:
-        tree.whited = None
+        lookup.refresh(sb, parent)
+    if lookup.only_on(sb, parent, name) == lookup.NOWHERE:
+        sb.whited = None
         return True
-    found = lookup.resolve(tree, parent, name)
+    found = lookup.resolve(sb, parent, name)
     if found is not None:
-        lookup.discard(tree, parent, name, found)
+        lookup.discard(sb, parent, name, found)
         parent.doubt(name)
         raise os_error(errno.EEXIST)
     return False
@@ -80,39 +80,39 @@ def _make(parent: Dir, name: bytes, call: Callable[P, T], *args: P.args, **kwarg
         raise
 
 
-def _finish(tree: Tree, parent: Dir, name: bytes, target: Target) -> None:
+def _finish(sb: Superblock, parent: Dir, name: bytes, target: Target) -> None:
     if target.whited:
         whiteout.remove(target.dirfd, name)
 
 
-def _appear(tree: Tree, parent: Dir, name: bytes, branch: Branch, st: os.stat_result) -> Node:
+def _appear(sb: Superblock, parent: Dir, name: bytes, branch: Branch, st: os.stat_result) -> Node:
     """The node of an object that was just made; never an old one whose inode number came round again."""
     identity = (st.st_dev, st.st_ino)
-    number = tree.inomap.number(*identity)
-    old = tree.table.nodes.get(number)
+    number = sb.inomap.number(*identity)
+    old = sb.table.nodes.get(number)
     if old is not None:
         if old.identity == identity:
             old.dead = True
-        tree.inomap.fresh(*identity)
+        sb.inomap.fresh(*identity)
     if parent.view is not None:
         parent.view[name] = branch.index
-    node, _ = lookup.intern_file(tree, parent, name, branch, st)
-    tree.hooks.own_change(parent, name, st)
+    node, _ = lookup.intern_file(sb, parent, name, branch, st)
+    sb.hooks.own_change(parent, name, st)
     return node
 
 
 def create_file(
-    tree: Tree, creds: Credentials, parent: Dir, name: bytes, flags: int, mode: int, caller: Caller
+    sb: Superblock, creds: Credentials, parent: Dir, name: bytes, flags: int, mode: int, caller: Caller
 ) -> tuple[Node, os.stat_result, int]:
     """open(2) with O_CREAT|O_EXCL; returns node, attributes and the open descriptor."""
-    target = prepare(tree, parent, name)
+    target = prepare(sb, parent, name)
     with creds.creating(caller):
         fd = _make(parent, name, syscalls.create_file_at, target.dirfd, name, flags, mode)
-    tree.hooks.own_event(parent, target.branch, name, MADE)
+    sb.hooks.own_event(parent, target.branch, name, MADE)
     try:
-        _finish(tree, parent, name, target)
+        _finish(sb, parent, name, target)
         st = os.fstat(fd)
-        return _appear(tree, parent, name, target.branch, st), st, fd
+        return _appear(sb, parent, name, target.branch, st), st, fd
     except BaseException:
         syscalls.close_quietly(fd)
         _undo(target.dirfd, name)
@@ -127,27 +127,27 @@ def _undo(dirfd: int, name: bytes) -> None:
 
 
 def mknod(
-    tree: Tree, creds: Credentials, parent: Dir, name: bytes, mode: int, rdev: int, caller: Caller
+    sb: Superblock, creds: Credentials, parent: Dir, name: bytes, mode: int, rdev: int, caller: Caller
 ) -> tuple[Node, os.stat_result]:
-    target = prepare(tree, parent, name)
+    target = prepare(sb, parent, name)
     with creds.creating(caller):
         _make(parent, name, syscalls.mknod_at, target.dirfd, name, mode, rdev)
-    return _made(tree, parent, name, target, st_mod.S_IFMT(mode))
+    return _made(sb, parent, name, target, st_mod.S_IFMT(mode))
 
 
 def symlink(
-    tree: Tree, creds: Credentials, parent: Dir, name: bytes, link_target: bytes, caller: Caller
+    sb: Superblock, creds: Credentials, parent: Dir, name: bytes, link_target: bytes, caller: Caller
 ) -> tuple[Node, os.stat_result]:
-    target = prepare(tree, parent, name)
+    target = prepare(sb, parent, name)
     with creds.creating(caller):
         _make(parent, name, syscalls.symlink_at, link_target, target.dirfd, name)
-    return _made(tree, parent, name, target, st_mod.S_IFLNK)
+    return _made(sb, parent, name, target, st_mod.S_IFLNK)
 
 
-def _made(tree: Tree, parent: Dir, name: bytes, target: Target, kind: int) -> tuple[Node, os.stat_result]:
+def _made(sb: Superblock, parent: Dir, name: bytes, target: Target, kind: int) -> tuple[Node, os.stat_result]:
     """The node of what was just made. EEXIST when it is another object by now, as if that had been there first."""
     try:
-        _finish(tree, parent, name, target)
+        _finish(sb, parent, name, target)
     except BaseException:
         _undo(target.dirfd, name)
         raise
@@ -158,30 +158,30 @@ def _made(tree: Tree, parent: Dir, name: bytes, target: Target, kind: int) -> tu
     if st is None or st_mod.S_IFMT(st.st_mode) != kind:
         parent.doubt(name)
         raise os_error(errno.EEXIST)
-    return _appear(tree, parent, name, target.branch, st), st
+    return _appear(sb, parent, name, target.branch, st), st
 
 
 def mkdir(
-    tree: Tree, creds: Credentials, parent: Dir, name: bytes, mode: int, caller: Caller
+    sb: Superblock, creds: Credentials, parent: Dir, name: bytes, mode: int, caller: Caller
 ) -> tuple[Dir, os.stat_result]:
-    """A directory that replaces a whiteout is made opaque before the whiteout goes (spec section 6.5)."""
-    target = prepare(tree, parent, name, is_dir=True)
+    """A directory that replaces a whiteout is made opaque before the whiteout goes (semantics 6.5)."""
+    target = prepare(sb, parent, name, is_dir=True)
     with creds.creating(caller):
         _make(parent, name, syscalls.mkdir_at, target.dirfd, name, mode)
     fd = -1
     found = None
     try:
-        if target.whited or tree.options.opaque_always:
+        if target.whited or sb.options.opaque_always:
             fd = syscalls.open_dir_at(target.dirfd, name)
             whiteout.make_opaque(target.branch, fd)
         # While it can still be undone: this opens the new directory and what it is merged with.
-        found = lookup.resolve(tree, parent, name)
+        found = lookup.resolve(sb, parent, name)
         if found is None or found.layers is None:
             raise enoent()
-        _finish(tree, parent, name, target)
+        _finish(sb, parent, name, target)
     except BaseException:
         if found is not None:
-            lookup.discard(tree, parent, name, found)
+            lookup.discard(sb, parent, name, found)
         if fd >= 0:
             try:
                 syscalls.unlink_at(fd, whiteout.OPAQUE)
@@ -193,28 +193,28 @@ def mkdir(
         if fd >= 0:
             os.close(fd)
     top = found.layers[0]
-    old = tree.table.nodes.get(tree.inomap.number(top.dev, top.ino))
+    old = sb.table.nodes.get(sb.inomap.number(top.dev, top.ino))
     if old is not None and old is not parent.children.get(name):
         # A directory that has lost its upper part has the number still, and is alive.
         if old.identity == top.identity:
             old.dead = True
-        tree.inomap.fresh(top.dev, top.ino)
+        sb.inomap.fresh(top.dev, top.ino)
     lookup.remember(parent, name, found)
-    node, st = lookup.intern(tree, parent, name, found)
+    node, st = lookup.intern(sb, parent, name, found)
     assert type(node) is Dir
-    lookup.count_links(tree, parent)
-    tree.hooks.own_change(parent, name)
+    lookup.count_links(sb, parent)
+    sb.hooks.own_change(parent, name)
     return node, st
 
 
-def link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
-    """link(2): on the branch of the source's top copy where that is possible (spec section 6.7).
+def link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result:
+    """link(2): on the branch of the source's top copy where that is possible (semantics 6.7).
 
     Raises NeedCopyUp when the source has to be copied first: with pseudo-links only under the new
     name, and then the copy-up is the whole operation.
     """
-    check_free(tree, parent, name)
-    whited = tree.whited
+    check_free(sb, parent, name)
+    whited = sb.whited
     if node.dead or (node.parent is None and not node.handles):
         raise enoent()
     branch = node.branch
@@ -225,11 +225,11 @@ def link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
         if node.plink is not None and node.plink.branch.writable:
             # The home is on a branch that cannot show the new name.
             raise os_error(errno.EXDEV)
-        if tree.options.plink:
+        if sb.options.plink:
             raise NeedCopyUp(node, Trigger.LINK, None, (parent, name), limit)
         raise NeedCopyUp(node, Trigger.LINK, None, None, limit)
-    dirfd = copydirs.ensure_dir(tree, parent, branch)
-    fd, owned = tree.open_object(node)
+    dirfd = copydirs.ensure_dir(sb, parent, branch)
+    fd, owned = sb.open_object(node)
     try:
         _make(parent, name, syscalls.link_fd, fd, dirfd, name)
     finally:
@@ -242,13 +242,13 @@ def link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
         raise
     if parent.view is not None:
         parent.view[name] = branch.index
-    tree.table.attach(node, parent, name)
-    tree.hooks.own_change(parent, name)
-    tree.hooks.own_data(node)
+    sb.table.attach(node, parent, name)
+    sb.hooks.own_change(parent, name)
+    sb.hooks.own_data(node)
     return syscalls.stat_at(dirfd, name)
 
 
-def finish_link(tree: Tree, node: Node, parent: Dir, name: bytes) -> os.stat_result:
+def finish_link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result:
     """After a copy-up under the new name of a link: the link exists; remove a whiteout that hid the name."""
-    whiteout.remove(copydirs.ensure_dir(tree, parent, node.branch), name)
-    return tree.stat(node)
+    whiteout.remove(copydirs.ensure_dir(sb, parent, node.branch), name)
+    return sb.stat(node)

@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
-from udbad.branch import syscalls
+from udbad.branch import syscalls, whiteout
 from udbad.branch.credentials import Credentials, sgid_group
 from udbad.errors import erofs, estale, os_error
 from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, note_id_bits
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Trigger
-from udbad.union import copyup, create, lookup, readdir, remove, rename, whiteout
+from udbad.union import copyup, create, lookup, readdir, remove, rename
 from udbad.union.held import HeldWalks
-from udbad.union.tree import LAST_DEPTH, NeedCopyUp, Tree, is_object
+from udbad.union.superblock import LAST_DEPTH, NeedCopyUp, Superblock, is_object
 
 T = TypeVar("T")
 Attributes = tuple[Node, os.stat_result]
@@ -57,12 +57,12 @@ class SetAttr:
 class UnionFs:
     """The union of one mount."""
 
-    def __init__(self, tree: Tree, creds: Credentials) -> None:
-        self.tree = tree
+    def __init__(self, sb: Superblock, creds: Credentials) -> None:
+        self.sb = sb
         self.creds = creds
-        self.table = tree.table
-        self.handles = tree.handles
-        self.walks = HeldWalks(tree)
+        self.table = sb.table
+        self.handles = sb.handles
+        self.walks = HeldWalks(sb)
 
     # -- names --------------------------------------------------------------------------------
 
@@ -72,21 +72,21 @@ class UnionFs:
         if type(parent) is not Dir:
             raise estale()
         if name.startswith(b".wh."):
-            if not self.tree.options.show_whiteouts:
+            if not self.sb.options.show_whiteouts:
                 raise os_error(errno.EPERM)
-            return readdir.show_whiteout(self.tree, parent, name)
-        tree = self.tree
-        tree.examined = 0
-        tree.whited = None
-        found = lookup.lookup(tree, parent, name)
-        counters = tree.counters
+            return readdir.show_whiteout(self.sb, parent, name)
+        sb = self.sb
+        sb.examined = 0
+        sb.whited = None
+        found = lookup.lookup(sb, parent, name)
+        counters = sb.counters
         if found is not None:
             depths = counters.depth_found
         else:
             if len(name) > whiteout.NAME_MAX:  # some file systems have such names, and the kernel lets them pass
                 raise os_error(errno.ENAMETOOLONG)
-            depths = counters.depth_negative if tree.whited is None else counters.depth_whiteout
-        depths[tree.examined if tree.examined < LAST_DEPTH else LAST_DEPTH] += 1
+            depths = counters.depth_negative if sb.whited is None else counters.depth_whiteout
+        depths[sb.examined if sb.examined < LAST_DEPTH else LAST_DEPTH] += 1
         return found
 
     def look_again(self, pid: int, parent_id: int, name: bytes, found: Attributes | None) -> Attributes | None:
@@ -112,7 +112,7 @@ class UnionFs:
         parent = self._changing(parent_id)
         wanted = (flags & _OPEN_FLAGS) | (os.O_TRUNC & flags)
         try:
-            node, st, fd = create.create_file(self.tree, self.creds, parent, name, wanted, mode, caller)
+            node, st, fd = create.create_file(self.sb, self.creds, parent, name, wanted, mode, caller)
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
@@ -123,42 +123,42 @@ class UnionFs:
         return handle, st
 
     def mknod(self, parent_id: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attributes:
-        return create.mknod(self.tree, self.creds, self._changing(parent_id), name, mode, rdev, caller)
+        return create.mknod(self.sb, self.creds, self._changing(parent_id), name, mode, rdev, caller)
 
     def mkdir(self, parent_id: int, name: bytes, mode: int, caller: Caller) -> Attributes:
-        return create.mkdir(self.tree, self.creds, self._changing(parent_id), name, mode, caller)
+        return create.mkdir(self.sb, self.creds, self._changing(parent_id), name, mode, caller)
 
     def symlink(self, parent_id: int, name: bytes, target: bytes, caller: Caller) -> Attributes:
-        return create.symlink(self.tree, self.creds, self._changing(parent_id), name, target, caller)
+        return create.symlink(self.sb, self.creds, self._changing(parent_id), name, target, caller)
 
     def link(self, node_id: int, parent_id: int, name: bytes) -> Attributes:
         parent = self._changing(parent_id)
         node = self.table.node(node_id)
-        return node, create.link(self.tree, node, parent, name)
+        return node, create.link(self.sb, node, parent, name)
 
     def unlink(self, parent_id: int, name: bytes) -> None:
-        remove.unlink(self.tree, self._changing(parent_id), name)
+        remove.unlink(self.sb, self._changing(parent_id), name)
 
     def rmdir(self, parent_id: int, name: bytes) -> None:
-        remove.rmdir(self.tree, self._changing(parent_id), name)
+        remove.rmdir(self.sb, self._changing(parent_id), name)
 
     def removed_later(self, parent_id: int) -> None:
         """What a removal in this directory had left for the background is done: the directory has changed again."""
         node = self.table.nodes.get(parent_id)
         if type(node) is Dir and not node.dead:
-            lookup.count_links(self.tree, node)
-            self.tree.hooks.side_effect(node)
+            lookup.count_links(self.sb, node)
+            self.sb.hooks.side_effect(node)
 
     def rename(self, src_id: int, src: bytes, dst_id: int, dst: bytes, flags: int) -> None:
         src_dir, dst_dir = self._changing(src_id), self._changing(dst_id)
-        rename.rename(self.tree, src_dir, src, dst_dir, dst, flags)
+        rename.rename(self.sb, src_dir, src, dst_dir, dst, flags)
         if not dst_dir.trusted:
-            self.tree.hooks.moved_in(dst_dir, dst)
+            self.sb.hooks.moved_in(dst_dir, dst)
         if flags & syscalls.RENAME_EXCHANGE and not src_dir.trusted:
-            self.tree.hooks.moved_in(src_dir, src)
+            self.sb.hooks.moved_in(src_dir, src)
 
     def _changing(self, parent_id: int) -> Dir:
-        if self.tree.options.read_only:
+        if self.sb.options.read_only:
             raise erofs()
         return self.table.directory(parent_id)
 
@@ -168,7 +168,7 @@ class UnionFs:
         node = self.table.node(node_id)
         if type(node) is Dir and not node.trusted and not node.dead:
             self._refresh_if_there(node)
-        return node, self.tree.stat(node)
+        return node, self.sb.stat(node)
 
     def _refresh_if_there(self, node: Dir) -> None:
         """Bring an untrusted directory up to date, unless it is gone: then the descriptor serves, as natively.
@@ -178,7 +178,7 @@ class UnionFs:
         has the kernel look the path up again.
         """
         try:
-            lookup.refresh(self.tree, node)
+            lookup.refresh(self.sb, node)
         except FileNotFoundError:
             if node.layers[0].fd < 0:
                 raise estale() from None
@@ -186,14 +186,14 @@ class UnionFs:
     def setattr(self, node_id: int, changes: SetAttr, fh: int | None, caller: Caller) -> Attributes:
         """chmod, chown, truncate, utimens in one. Raises NeedCopyUp on a branch that is not writable."""
         node = self.table.node(node_id)
-        if self.tree.options.read_only:
+        if self.sb.options.read_only:
             raise erofs()
         self.need_writable(node, Trigger.ATTR if changes.size is None else Trigger.TRUNCATE, changes.size)
-        fd, owned = self.tree.open_object(node)
+        fd, owned = self.sb.open_object(node)
         try:
             content = changes.size is not None or changes.atime_ns is not None or changes.mtime_ns is not None
             if content:
-                self.tree.hooks.before_own(node)
+                self.sb.hooks.before_own(node)
             if changes.size is not None:
                 self._truncate(node, fd, changes.size, fh, caller)
             if changes.uid is not None or changes.gid is not None:
@@ -202,9 +202,9 @@ class UnionFs:
                 syscalls.chmod_fd(fd, st_mod.S_IMODE(changes.mode))
             if changes.atime_ns is not None or changes.mtime_ns is not None:
                 syscalls.utime_fd(fd, changes.atime_ns, changes.mtime_ns)
-            self.tree.hooks.own_data(node, content)
+            self.sb.hooks.own_data(node, content)
             if changes.mtime_ns is not None:
-                self.tree.hooks.own_mtime(node)
+                self.sb.hooks.own_mtime(node)
             st = os.fstat(fd)
             if node.handles:
                 note_id_bits(node, st)
@@ -241,7 +241,7 @@ class UnionFs:
         """Raises NeedCopyUp unless the node's data is on a writable branch (or in an unnamed copy)."""
         if type(node) is Dir:
             if not node.trusted and not node.dead:
-                lookup.refresh(self.tree, node)
+                lookup.refresh(self.sb, node)
             if not node.branch.writable:
                 raise NeedCopyUp(node, trigger)
         elif not node.branch.writable:
@@ -252,7 +252,7 @@ class UnionFs:
         node = self.table.node(node_id)
         if node.kind != st_mod.S_IFLNK:
             raise os_error(errno.EINVAL)
-        fd, owned = self.tree.open_object(node)
+        fd, owned = self.sb.open_object(node)
         try:
             return syscalls.readlink_fd(fd)
         finally:
@@ -262,7 +262,7 @@ class UnionFs:
     # -- extended attributes ------------------------------------------------------------------
 
     def _check_xattr(self, key: bytes) -> None:
-        if not self.tree.options.acl and key.startswith(_ACL_PREFIX):
+        if not self.sb.options.acl and key.startswith(_ACL_PREFIX):
             raise os_error(errno.EOPNOTSUPP)
 
     def getxattr(self, node_id: int, key: bytes) -> bytes:
@@ -273,7 +273,7 @@ class UnionFs:
         names = self._on_object(self.table.node(node_id), syscalls.listxattr)
         if caller.uid != 0:
             names = [key for key in names if not key.startswith(b"trusted.")]  # xattr(7)
-        return names if self.tree.options.acl else [key for key in names if not key.startswith(_ACL_PREFIX)]
+        return names if self.sb.options.acl else [key for key in names if not key.startswith(_ACL_PREFIX)]
 
     def setxattr(self, node_id: int, key: bytes, value: bytes, flags: int = 0, kill_sgid: bool = False) -> None:
         """flags: XATTR_CREATE (EEXIST), XATTR_REPLACE (ENODATA). kill_sgid: the caller is neither in the file's group
@@ -289,17 +289,17 @@ class UnionFs:
                     syscalls.chmod(target, st_mod.S_IMODE(mode) & ~st_mod.S_ISGID)
 
         self._on_object(node, change)
-        self.tree.hooks.own_data(node)
+        self.sb.hooks.own_data(node)
 
     def removexattr(self, node_id: int, key: bytes) -> None:
         self._check_xattr(key)
         node = self._changing_xattr(node_id)
         self._on_object(node, lambda object_: syscalls.removexattr(object_, key))
-        self.tree.hooks.own_data(node)
+        self.sb.hooks.own_data(node)
 
     def _on_object(self, node: Node, call: Callable[[syscalls.Object], T]) -> T:
         """`call` on the object itself: capabilities must not go to whatever has its name now."""
-        fd, owned = self.tree.open_object(node)
+        fd, owned = self.sb.open_object(node)
         try:
             opened = node.handles or node.orphan_fd >= 0
             return call(fd if opened else syscalls.proc_path(fd))
@@ -309,7 +309,7 @@ class UnionFs:
 
     def _changing_xattr(self, node_id: int) -> Node:
         node = self.table.node(node_id)
-        if self.tree.options.read_only:
+        if self.sb.options.read_only:
             raise erofs()
         self.need_writable(node, Trigger.XATTR)
         return node
@@ -317,13 +317,13 @@ class UnionFs:
     # -- files --------------------------------------------------------------------------------
 
     def open(self, node_id: int, flags: int, caller: Caller) -> tuple[OpenFile, os.stat_result]:
-        """Open a regular file; a lower one read-only until it is written to (spec section 6.8)."""
+        """Open a regular file; a lower one read-only until it is written to (semantics 6.8)."""
         node = self.table.node(node_id)
-        if flags & os.O_DIRECT and not self.tree.options.direct_io:
+        if flags & os.O_DIRECT and not self.sb.options.direct_io:
             raise os_error(errno.EINVAL)
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         truncating = flags & os.O_TRUNC != 0  # with O_RDONLY, too: the kernel asks for permission to write then
-        if (writing or truncating) and self.tree.options.read_only:
+        if (writing or truncating) and self.sb.options.read_only:
             raise erofs()
         branch = node.branch
         if branch.attrs and not node.dead:
@@ -333,16 +333,16 @@ class UnionFs:
         if not branch.writable and (writing or truncating) and node.orphan_fd < 0:
             if truncating:
                 raise NeedCopyUp(node, Trigger.TRUNCATE, 0)
-            if not self.tree.branches.writable_above(branch.index):
+            if not self.sb.branches.writable_above(branch.index):
                 raise erofs()
             wanted = wanted & ~(os.O_ACCMODE | os.O_APPEND) | os.O_RDONLY
             writable = False
         fd, st = self._open_fd(node, wanted)
         try:
             if truncating:
-                self.tree.hooks.before_own(node)
+                self.sb.hooks.before_own(node)
                 self._cut(fd, 0, caller, st)
-                self.tree.hooks.own_data(node, True)
+                self.sb.hooks.own_data(node, True)
                 before, st = st, os.fstat(fd)
                 if (before.st_mode ^ st.st_mode) & ID_BITS:
                     self._id_bits_went(node, st)
@@ -356,8 +356,8 @@ class UnionFs:
             raise
 
     def _copy_on_open(self, node: Node) -> None:
-        """coo_reg, coo_all, moo: every open copies up, to the nearest writable branch above (spec section 3)."""
-        if node.branch.attrs & {"coo_reg", "coo_all", "moo"} and self.tree.branches.writable_above(node.branch.index):
+        """coo_reg, coo_all, moo: every open copies up, to the nearest writable branch above (semantics 3)."""
+        if node.branch.attrs & {"coo_reg", "coo_all", "moo"} and self.sb.branches.writable_above(node.branch.index):
             raise NeedCopyUp(node, Trigger.OPEN)
 
     def _open_fd(self, node: Node, flags: int) -> tuple[int, os.stat_result]:
@@ -366,7 +366,7 @@ class UnionFs:
             return fd, os.fstat(fd)
         while True:
             try:
-                dirfd, name = self.tree.locate(node)
+                dirfd, name = self.sb.locate(node)
                 fd, st = syscalls.open_file_at(dirfd, name, flags)
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP):
@@ -375,11 +375,11 @@ class UnionFs:
                 if is_object(node, st):
                     return fd, st
                 syscalls.close_quietly(fd)
-            held = self.tree.held_fd(node)
+            held = self.sb.held_fd(node)
             if held >= 0:
                 fd = syscalls.reopen(held, flags)
                 return fd, os.fstat(fd)
-            self.tree.lost_name(node)
+            self.sb.lost_name(node)
 
     def ready(self, fh: int) -> OpenFile:
         """An open file by its number. Raises EBADF."""
@@ -393,7 +393,7 @@ class UnionFs:
                 raise os_error(errno.EBADF)
             self.need_writable(handle.node, Trigger.WRITE)
             handle.reopen(handle.fd, True)  # its branch was not writable when it was opened
-        hooks = self.tree.hooks
+        hooks = self.sb.hooks
         hooks.before_own(handle.node, handle.fd)
         if handle.uid:
             with self.creds.writing(handle.uid, handle.gid, handle.group):
@@ -414,7 +414,7 @@ class UnionFs:
         fuse_truncate_update_attr()), as it leaves taking the bits away to us (FUSE_HANDLE_KILLPRIV).
         """
         note_id_bits(node, st)
-        self.tree.hooks.side_effect(node)
+        self.sb.hooks.side_effect(node)
 
     def needs_flush(self, flags: int) -> bool:
         """Whether close(2) of a file opened with `flags` has to be asked about (FLUSH).
@@ -423,7 +423,7 @@ class UnionFs:
         FLUSH the kernel writes what is dirty of the mappings, and tells how that went (fuse_flush).
         """
         access = flags & os.O_ACCMODE
-        return access == os.O_RDWR or (access == os.O_WRONLY and self.tree.branches.close_may_fail)
+        return access == os.O_RDWR or (access == os.O_WRONLY and self.sb.branches.close_may_fail)
 
     def flush(self, fh: int) -> int | None:
         """The descriptor to ask what close(2) would say, in a thread (syscalls.flush); None: nothing can be wrong."""
@@ -441,16 +441,16 @@ class UnionFs:
         if node.dead:
             # Of a removed directory the descriptor is left; of one on a removed branch nothing, and ESTALE here, not
             # after the open, has the kernel look the path up again.
-            self.tree.layer_fd(node, node.layers[0])
+            self.sb.layer_fd(node, node.layers[0])
         elif not node.trusted:
             self._refresh_if_there(node)
         branch = node.branch
-        if "coo_all" in branch.attrs and node.parent is not None and self.tree.branches.writable_above(branch.index):
+        if "coo_all" in branch.attrs and node.parent is not None and self.sb.branches.writable_above(branch.index):
             raise NeedCopyUp(node, Trigger.OPEN)
         return self.handles.add_dir(node, pid)
 
     def readdir(self, fh: int, start: int) -> Iterator[readdir.Entry]:
-        return readdir.entries(self.tree, self.handles.directory(fh), start)
+        return readdir.entries(self.sb, self.handles.directory(fh), start)
 
     def releasedir(self, fh: int) -> None:
         self.handles.remove_dir(fh)
@@ -462,7 +462,7 @@ class UnionFs:
         try:
             for layer in node.layers:
                 if layer.branch.writable:
-                    fds.append(syscalls.open_listing(self.tree.layer_fd(node, layer)))
+                    fds.append(syscalls.open_listing(self.sb.layer_fd(node, layer)))
         except BaseException:
             for fd in fds:
                 os.close(fd)
@@ -472,9 +472,9 @@ class UnionFs:
     # -- the whole ----------------------------------------------------------------------------
 
     def statfs(self) -> list[os.statvfs_result]:
-        """Status of branch 0, or with the sum option of every distinct branch file system (spec section 10.6)."""
-        branches = self.tree.branches.branches
-        if not self.tree.options.sum_space:
+        """Status of branch 0, or with the sum option of every distinct branch file system (semantics 10.6)."""
+        branches = self.sb.branches.branches
+        if not self.sb.options.sum_space:
             return [os.statvfs(syscalls.proc_path(branches[0].root_fd))]
         distinct = {branch.dev: branch for branch in reversed(branches)}
         return [os.statvfs(syscalls.proc_path(branch.root_fd)) for branch in distinct.values()]
@@ -490,7 +490,7 @@ class UnionFs:
         node = self.table.directory(node_id)
         if node.dead:
             raise estale()  # no name to ask by; the kernel looks the path up again, which may lead elsewhere by now
-        lookup.ask_again(self.tree, node)
+        lookup.ask_again(self.sb, node)
 
     def run(self, operation: Callable[[], T]) -> T:
         """Perform an operation with the copy-ups it needs, all in this thread (for tests)."""
@@ -498,7 +498,7 @@ class UnionFs:
             try:
                 return operation()
             except NeedCopyUp as need:
-                copyup.run(self.tree, need)
+                copyup.run(self.sb, need)
                 if need.trigger is Trigger.LINK and need.name is not None:
                     parent, name = need.name
-                    return (need.node, create.finish_link(self.tree, need.node, parent, name))  # type: ignore[return-value]  # link's own result type
+                    return (need.node, create.finish_link(self.sb, need.node, parent, name))  # type: ignore[return-value]  # link's own result type

@@ -17,7 +17,7 @@ from typing import Final
 from udbad.branch import syscalls
 from udbad.inodes.table import Dir, Node
 from udbad.union import lookup
-from udbad.union.tree import Tree, is_object
+from udbad.union.superblock import Superblock, is_object
 
 Attributes = tuple[Node, os.stat_result]
 
@@ -29,8 +29,8 @@ _MOST: Final = 256
 class HeldWalks:
     """Who walks a path again, and what was found on the way."""
 
-    def __init__(self, tree: Tree) -> None:
-        self._tree = tree
+    def __init__(self, sb: Superblock) -> None:
+        self._sb = sb
         self.callers: dict[int, float] = {}
         """Process (thread) id that met ESTALE, to the time.monotonic() until which it walks again."""
 
@@ -54,15 +54,15 @@ class HeldWalks:
         until = now + HOLD_SECONDS
         if type(node) is Dir:
             return found
-        held = self._tree.held
+        held = self._sb.held
         if node in held:
             held[node] = held.pop(node)[0], until  # the newest one again
         if node in held or node.orphan_fd >= 0 or node.handles:
             return found
         if len(held) >= _MOST:
-            self._tree.let_go(next(iter(held)))
+            self._sb.let_go(next(iter(held)))
         try:
-            fd = syscalls.pin_at(*self._tree.locate(node))
+            fd = syscalls.pin_at(*self._sb.locate(node))
         except OSError:
             return None
         try:
@@ -70,7 +70,7 @@ class HeldWalks:
             if not is_object(node, st):
                 if node.plink is not None or st_mod.S_ISDIR(st.st_mode):
                     return None
-                node, st = found = lookup.intern_file(self._tree, parent, name, node.branch, st)
+                node, st = found = lookup.intern_file(self._sb, parent, name, node.branch, st)
                 if node in held or node.plink is not None:
                     return found
             held[node], fd = (fd, until), -1
@@ -82,14 +82,14 @@ class HeldWalks:
     def expire(self) -> bool:
         """Let go of what was held long enough; True when there is nothing left."""
         now = monotonic()
-        held = self._tree.held
+        held = self._sb.held
         for node in [node for node, (_, until) in held.items() if until <= now]:
-            self._tree.let_go(node)
+            self._sb.let_go(node)
         for pid in [pid for pid, until in self.callers.items() if until <= now]:
             del self.callers[pid]
         return not held and not self.callers
 
     def close(self) -> None:
         """Let go of everything, at the end of the mount."""
-        for node in list(self._tree.held):
-            self._tree.let_go(node)
+        for node in list(self._sb.held):
+            self._sb.let_go(node)

@@ -1,4 +1,4 @@
-"""Which branch objects a name of the union stands for (spec section 4).
+"""Which branch objects a name of the union stands for (semantics 4).
 
 `resolve` asks the branches, top to bottom, and is the only place that knows layer order for names;
 `intern` turns what it found into a node. `refresh` brings a directory whose layers cannot be trusted
@@ -13,12 +13,12 @@ import errno
 import os
 import stat as st_mod
 
-from udbad.branch import syscalls
+from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import enoent, estale
 from udbad.inodes.table import LOAD_AT_LEAST, Dir, Layer, Node
-from udbad.union import homes, times, whiteout
-from udbad.union.tree import Tree, lower_links
+from udbad.union import homes, times
+from udbad.union.superblock import Superblock, lower_links
 from udbad.union.view import load_view
 
 _S_IFDIR = st_mod.S_IFDIR
@@ -46,15 +46,15 @@ _TRIES = 16
 """How often a directory may vanish between stat and open, before the branch is said to change too fast."""
 
 
-def resolve(tree: Tree, parent: Dir, name: bytes, below: int = -1, tries: int = _TRIES) -> Found | None:
+def resolve(sb: Superblock, parent: Dir, name: bytes, below: int = -1, tries: int = _TRIES) -> Found | None:
     """What `name` is in `parent` according to the branches now; None when nothing is visible.
 
     below: look only at branches with a larger index. Raises ESTALE when somebody changes the name all the time.
-    Side values for the caller: tree.examined (branches looked at) and tree.whited (index of the whiteout that
+    Side values for the caller: sb.examined (branches looked at) and sb.whited (index of the whiteout that
     ended the search). Order inside a branch: the name first, then its whiteout, because a whiteout hides lower
     branches only.
     """
-    tree.whited = None
+    sb.whited = None
     layers = parent.layers
     last = len(layers) - 1
     examined = 0
@@ -65,7 +65,7 @@ def resolve(tree: Tree, parent: Dir, name: bytes, below: int = -1, tries: int = 
                 continue
             fd = layer.fd
             if fd < 0:
-                fd = tree.layer_fd(parent, layer)
+                fd = sb.layer_fd(parent, layer)
             examined += 1
             try:
                 st = _stat(name, dir_fd=fd, follow_symlinks=False)
@@ -73,31 +73,31 @@ def resolve(tree: Tree, parent: Dir, name: bytes, below: int = -1, tries: int = 
                 if error.errno not in _ABSENT:
                     raise
                 if branch.whable and pos < last and whiteout.present(fd, name):
-                    tree.whited = branch.index
+                    sb.whited = branch.index
                     return None
                 continue
             kind = st.st_mode & _S_IFMT
             if kind != _S_IFDIR:
                 return Found(kind, branch, st, None)
-            merged = _merge(tree, parent, name, pos, st, below, tries)
-            examined += tree.examined
+            merged = _merge(sb, parent, name, pos, st, below, tries)
+            examined += sb.examined
             return merged
         return None
     finally:
-        tree.examined = examined
+        sb.examined = examined
 
 
 UNCLEAR, NOWHERE = -2, -1
 
 
-def only_on(tree: Tree, parent: Dir, name: bytes) -> int:
+def only_on(sb: Superblock, parent: Dir, name: bytes) -> int:
     """The branch that alone has a name, as an object and without any whiteout, according to the directory's view.
 
     NOWHERE when no branch has either; UNCLEAR when they have to be asked, for a directory always.
     """
-    unclear = parent.unclear
+    stacked = parent.stacked
     view = parent.view
-    if unclear is None or view is None or name in unclear or not parent.trusted or tree.in_doubt:
+    if stacked is None or view is None or name in stacked or not parent.trusted or sb.in_doubt:
         return UNCLEAR
     hit = view.get(name, NOWHERE)
     return hit if type(hit) is int else UNCLEAR
@@ -106,18 +106,18 @@ def only_on(tree: Tree, parent: Dir, name: bytes) -> int:
 def asked_for_whiteout(parent: Dir, branch: Branch, whited: int | None) -> bool:
     """Whether a search that found nothing has shown that there is no whiteout on `branch` either.
 
-    whited: tree.whited as `resolve` left it. It asks every layer for one, but for the last, where it hides nothing.
+    whited: sb.whited as `resolve` left it. It asks every layer for one, but for the last, where it hides nothing.
     """
     return whited is None and branch.index < parent.layers[-1].branch.index and parent.layer(branch.index) is not None
 
 
 def _merge(
-    tree: Tree, parent: Dir, name: bytes, first: int, st: os.stat_result, below: int, tries: int
+    sb: Superblock, parent: Dir, name: bytes, first: int, st: os.stat_result, below: int, tries: int
 ) -> Found | None:
     """Collect the layers of a directory whose topmost copy is at position `first` of the parent.
 
     below, tries: of `resolve`, for when it has to begin again.
-    tree.examined: how many branches below that one were looked at.
+    sb.examined: how many branches below that one were looked at.
     """
     known = parent.children.get(name)
     held = {layer.branch.index: layer for layer in known.layers} if type(known) is Dir else {}
@@ -130,7 +130,7 @@ def _merge(
         for pos in range(first, last + 1):
             above = parent.layers[pos]
             branch = above.branch
-            fd = above.fd if above.fd >= 0 else tree.layer_fd(parent, above)
+            fd = above.fd if above.fd >= 0 else sb.layer_fd(parent, above)
             if pos > first:
                 try:
                     st = _stat(name, dir_fd=fd, follow_symlinks=False)
@@ -165,11 +165,11 @@ def _merge(
         _close(opened)
         if not tries:
             raise estale() from None
-        return resolve(tree, parent, name, below, tries - 1)
+        return resolve(sb, parent, name, below, tries - 1)
     except BaseException:
         _close(opened)
         raise
-    tree.examined = pos - first
+    sb.examined = pos - first
     found = Found(_S_IFDIR, layers[0].branch, top_st, layers)
     found.whited = whited
     found.opaque = opaque
@@ -181,7 +181,7 @@ def _close(fds: list[int]) -> None:
         os.close(fd)
 
 
-def discard(tree: Tree, parent: Dir, name: bytes, found: Found) -> None:
+def discard(sb: Superblock, parent: Dir, name: bytes, found: Found) -> None:
     """Close what `resolve` opened for a directory that is not going to be interned."""
     if found.layers is None:
         return
@@ -192,7 +192,7 @@ def discard(tree: Tree, parent: Dir, name: bytes, found: Found) -> None:
             os.close(layer.fd)
 
 
-def adopt(tree: Tree, node: Dir, found: Found, floor: int) -> None:
+def adopt(sb: Superblock, node: Dir, found: Found, floor: int) -> None:
     """Give a directory the layers that `resolve` found; tell the coherence strategy what that means."""
     new = found.layers
     assert new is not None
@@ -204,14 +204,14 @@ def adopt(tree: Tree, node: Dir, found: Found, floor: int) -> None:
         for layer in old:
             if layer not in kept and layer.fd >= 0:
                 os.close(layer.fd)
-                tree.table.open_fds -= 1
-        tree.table.open_fds += len(kept.difference(old))
-        tree.table.note_fds(node)
+                sb.table.open_fds -= 1
+        sb.table.open_fds += len(kept.difference(old))
+        sb.table.note_fds(node)
     node.hot = True
     changed = changed or (old is not new and node.opaque != found.opaque)
     if changed:
         node.times = None
-        node.version = tree.next_version()
+        node.version = sb.next_version()
     node.layers = new
     if changed or old is new:
         node.view = None
@@ -223,44 +223,44 @@ def adopt(tree: Tree, node: Dir, found: Found, floor: int) -> None:
     lowest = min([floor, *limits])
     if lowest != node.floor:
         node.floor = lowest
-        node.version = tree.next_version()  # the children's floors follow from it
+        node.version = sb.next_version()  # the children's floors follow from it
     if len(new) > 1 or node.nlink_extra:
         node.nlink_extra = lower_links(new)
-    tree.inomap.alias(top.dev, top.ino, node.id)
-    tree.hooks.adopt(node, changed)
+    sb.inomap.alias(top.dev, top.ino, node.id)
+    sb.hooks.adopt(node, changed)
 
 
-def count_links(tree: Tree, node: Dir) -> bool:
+def count_links(sb: Superblock, node: Dir) -> bool:
     """A branch directory of this one got or lost a subdirectory: see how many there are now. True when it shows."""
     layers = node.layers
     if len(layers) == 1:
         return False
     for layer in layers[1:]:
         try:
-            layer.nlink = os.fstat(layer.fd if layer.fd >= 0 else tree.layer_fd(node, layer)).st_nlink
+            layer.nlink = os.fstat(layer.fd if layer.fd >= 0 else sb.layer_fd(node, layer)).st_nlink
         except OSError:
             pass  # gone from where it was; as it was last seen, then
     before, node.nlink_extra = node.nlink_extra, lower_links(layers)
     return node.nlink_extra != before
 
 
-def intern(tree: Tree, parent: Dir, name: bytes, found: Found) -> tuple[Node, os.stat_result]:
+def intern(sb: Superblock, parent: Dir, name: bytes, found: Found) -> tuple[Node, os.stat_result]:
     """The node for something `resolve` found, made if it is new, with the attributes to report."""
     if found.layers is not None:
         try:
-            directory = _intern_dir(tree, parent, name, found)
+            directory = _intern_dir(sb, parent, name, found)
             # Asked again after the strategy has put its watches, so that no change falls between.
-            return directory, os.fstat(tree.layer_fd(directory, directory.layers[0]))
+            return directory, os.fstat(sb.layer_fd(directory, directory.layers[0]))
         except BaseException:
             made = parent.children.get(name)
             if made is not None:
-                tree.table.not_told(made)
+                sb.table.not_sent(made)
             raise
-    return intern_file(tree, parent, name, found.branch, found.st)
+    return intern_file(sb, parent, name, found.branch, found.st)
 
 
 def intern_file(
-    tree: Tree, parent: Dir, name: bytes, branch: Branch, st: os.stat_result
+    sb: Superblock, parent: Dir, name: bytes, branch: Branch, st: os.stat_result
 ) -> tuple[Node, os.stat_result]:
     """`intern` for what is no directory: found on `branch` with the attributes `st`."""
     kind = st.st_mode & _S_IFMT
@@ -275,86 +275,86 @@ def intern_file(
         and not known.dead
     ):
         return known, st
-    table = tree.table
-    number = tree.inomap.number(dev, ino)
+    table = sb.table
+    number = sb.inomap.number(dev, ino)
     node = table.nodes.get(number)
-    plinked = ino in tree.plinks
+    plinked = ino in sb.plinks
     if known is None and node is None and not plinked:
         return table.add_file(Node(number, kind, branch, dev, ino), parent, name), st
     if plinked:
-        home = homes.find(tree, parent, name, branch, st)
+        home = homes.find(sb, parent, name, branch, st)
         if home is not None:
-            return _intern_home(tree, parent, name, st, home), home.st
-        number = homes.own_number(tree, st)
+            return _intern_home(sb, parent, name, st, home), home.st
+        number = homes.own_number(sb, st)
         node = table.nodes.get(number)
     if node is not None and (node.identity != (dev, ino) or node.kind != kind or node.dead):
         # The number belongs to an object that is still in use: this one gets a number of its own.
-        number = tree.inomap.fresh(dev, ino)
+        number = sb.inomap.fresh(dev, ino)
         node = None
     if node is None:
         node = Node(number, kind, branch, dev, ino)
         table.add(node)
     node.branch = branch
-    _attach(tree, node, parent, name)
+    _attach(sb, node, parent, name)
     return node, st
 
 
-def _intern_home(tree: Tree, parent: Dir, name: bytes, st: os.stat_result, home: homes.Home) -> Node:
+def _intern_home(sb: Superblock, parent: Dir, name: bytes, st: os.stat_result, home: homes.Home) -> Node:
     """`intern_file` for a name, of an object with attributes `st`, that leads to a pseudo-link's home."""
     branch = home.plink.branch
     kind = home.st.st_mode & _S_IFMT
     dev, ino = identity = home.plink.identity
-    number = tree.inomap.number(dev, ino)
-    node = tree.table.nodes.get(number)
+    number = sb.inomap.number(dev, ino)
+    node = sb.table.nodes.get(number)
     if node is not None and (node.identity != identity or node.kind != kind or node.dead):
         if node.parent is None and not node.handles and node.kind == kind and not node.dead:
-            # Its file was known before the home's branch was added, and was parted from its names (reconfigure.apply).
+            # Its file was known before the home's branch was added, and has lost its names (reconfigure.apply).
             node.dev, node.ino = identity
             node.seen = None
         else:
-            number = tree.inomap.fresh(dev, ino)
+            number = sb.inomap.fresh(dev, ino)
             node = None
     if node is None:
         node = Node(number, kind, branch, dev, ino)
-        tree.table.add(node)
+        sb.table.add(node)
     node.plink = home.plink
     node.branch = branch
-    tree.inomap.alias(st.st_dev, st.st_ino, number)
+    sb.inomap.alias(st.st_dev, st.st_ino, number)
     homes.name_found(node, home)
-    _attach(tree, node, parent, name)
+    _attach(sb, node, parent, name)
     return node
 
 
-def _attach(tree: Tree, node: Node, parent: Dir, name: bytes) -> None:
+def _attach(sb: Superblock, node: Node, parent: Dir, name: bytes) -> None:
     old = parent.children.get(name)
     above, before = node.parent, node.name
-    tree.table.attach(node, parent, name)
+    sb.table.attach(node, parent, name)
     if old is not None and old is not node:
-        tree.hooks.parted(parent, name, old)
+        sb.hooks.drop_dentry(parent, name, old)
     if type(node) is Dir and above is not None and (above is not parent or before != name):
-        tree.hooks.parted(above, before)  # moved directly; its event will find nothing to tell
+        sb.hooks.drop_dentry(above, before)  # moved directly; its event will find nothing to tell
 
 
-def _intern_dir(tree: Tree, parent: Dir, name: bytes, found: Found) -> Dir:
+def _intern_dir(sb: Superblock, parent: Dir, name: bytes, found: Found) -> Dir:
     layers = found.layers
     assert layers is not None
     known = parent.children.get(name)
     node: Node | None = known
     if type(known) is not Dir or known.dead or not same_directory(known, layers):
         top = layers[0]
-        number = tree.inomap.number(top.dev, top.ino)
-        node = tree.table.nodes.get(number)
+        number = sb.inomap.number(top.dev, top.ino)
+        node = sb.table.nodes.get(number)
         if node is not None and (type(node) is not Dir or node.dead or not same_directory(node, layers)):
-            number = tree.inomap.fresh(top.dev, top.ino)
+            number = sb.inomap.fresh(top.dev, top.ino)
             node = None
         if node is None:
             node = Dir(number, layers)
-            tree.table.add(node)
-            tree.table.open_fds += len(layers)
-            tree.table.note_fds(node)
+            sb.table.add(node)
+            sb.table.open_fds += len(layers)
+            sb.table.note_fds(node)
     assert type(node) is Dir
-    _attach(tree, node, parent, name)
-    adopt(tree, node, found, parent.floor)
+    _attach(sb, node, parent, name)
+    adopt(sb, node, found, parent.floor)
     return node
 
 
@@ -364,7 +364,7 @@ def same_directory(node: Dir, layers: list[Layer]) -> bool:
     return any(layer.identity in ids for layer in layers)
 
 
-def refresh(tree: Tree, node: Dir) -> None:
+def refresh(sb: Superblock, node: Dir) -> None:
     """Make sure an untrusted directory's layers, and its view, are what the branches say now.
 
     Walks from the nearest trusted ancestor down; what its times say is unchanged is not asked again. A
@@ -373,20 +373,20 @@ def refresh(tree: Tree, node: Dir) -> None:
     """
     chain: list[Dir] = []
     current: Dir | None = node
-    while current is not None and not current.trusted and current is not tree.root:
+    while current is not None and not current.trusted and current is not sb.root:
         chain.append(current)
         current = current.parent
-    root = tree.root
+    root = sb.root
     if current is root and not root.trusted:  # nobody looks it up
-        if not tree.hooks.by_times:
-            tree.hooks.adopt(root, False)
-            count_links(tree, root)
-        elif not times.unchanged(tree, root):
-            count_links(tree, root)
-    _resolve_chain(tree, chain)
+        if not sb.hooks.by_times:
+            sb.hooks.adopt(root, False)
+            count_links(sb, root)
+        elif not times.unchanged(sb, root):
+            count_links(sb, root)
+    _resolve_chain(sb, chain)
 
 
-def ask_again(tree: Tree, node: Dir) -> None:
+def ask_again(sb: Superblock, node: Dir) -> None:
     """Resolve a directory and every one above it anew, whether they are trusted or not. Raises ENOENT when it is gone.
 
     Whether they are trusted stays as it is, unless the strategy judges otherwise by what is found. What the kernel
@@ -396,100 +396,100 @@ def ask_again(tree: Tree, node: Dir) -> None:
     current: Dir | None = node
     while current is not None:
         current.forget_names()
-        if current is not tree.root:
+        if current is not sb.root:
             chain.append(current)
         current = current.parent
-    count_links(tree, tree.root)
-    _resolve_chain(tree, chain)
+    count_links(sb, sb.root)
+    _resolve_chain(sb, chain)
 
 
-def _resolve_chain(tree: Tree, chain: list[Dir]) -> None:
+def _resolve_chain(sb: Superblock, chain: list[Dir]) -> None:
     """Find the layers of directories, each in the next one of `chain`, from the last to the first."""
-    by_times = tree.hooks.by_times
+    by_times = sb.hooks.by_times
     for entry in reversed(chain):
         parent = entry.parent
         above = None if parent is None else parent.parent
-        if above is not None and tree.table.over_budget():
+        if above is not None and sb.table.over_budget():
             # A path may be deeper than there are descriptors. Who asks for a refresh holds none yet.
-            tree.table.close_idle(above)
+            sb.table.close_idle(above)
         if parent is not None and not entry.dead:
-            if by_times and times.unchanged(tree, entry) and entry.resolved == parent.version:
+            if by_times and times.unchanged(sb, entry) and entry.resolved == parent.version:
                 continue
-            found = resolve(tree, parent, entry.name)
+            found = resolve(sb, parent, entry.name)
             if found is not None and found.layers is not None and same_directory(entry, found.layers):
-                adopt(tree, entry, found, parent.floor)
+                adopt(sb, entry, found, parent.floor)
                 entry.resolved = parent.version
                 continue
             if found is not None:
-                discard(tree, parent, entry.name, found)
+                discard(sb, parent, entry.name, found)
         alive = [layer for layer in entry.layers if layer.fd >= 0 and os.fstat(layer.fd).st_nlink > 0]
         if not alive:
             raise enoent()
         if len(alive) != len(entry.layers):
             moved = Found(_S_IFDIR, alive[0].branch, os.fstat(alive[0].fd), alive)
             moved.opaque = entry.opaque
-            adopt(tree, entry, moved, entry.floor)
+            adopt(sb, entry, moved, entry.floor)
 
 
-def lookup(tree: Tree, parent: Dir, name: bytes) -> tuple[Node, os.stat_result] | None:
+def lookup(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_result] | None:
     """Name to node and attributes; None when the union has no such name (it may be remembered)."""
     if parent.dead:
         return None
     if not parent.trusted:
-        refresh(tree, parent)
+        refresh(sb, parent)
         if parent.times is None:
-            found = resolve(tree, parent, name)
+            found = resolve(sb, parent, name)
             if found is None:
-                forget_name(tree, parent, name)
+                forget_name(sb, parent, name)
                 return None
-            return intern(tree, parent, name, found)
+            return intern(sb, parent, name, found)
         child = parent.children.get(name)
-        if type(child) is Dir and child.resolved == parent.version and not child.dead and times.unchanged(tree, child):
-            tree.examined = len(child.layers)
-            tree.whited = None
-            return child, os.fstat(tree.layer_fd(child, child.layers[0]))
+        if type(child) is Dir and child.resolved == parent.version and not child.dead and times.unchanged(sb, child):
+            sb.examined = len(child.layers)
+            sb.whited = None
+            return child, os.fstat(sb.layer_fd(child, child.layers[0]))
     view = parent.view
     if view is None:
         # Learning the directory costs a scan; single questions are cheaper until enough were asked.
         parent.probes += len(parent.layers)
-        if parent.probes > parent.load_at and worth_loading(tree, parent):
-            view = load_view(tree, parent)
+        if parent.probes > parent.load_at and worth_loading(sb, parent):
+            view = load_view(sb, parent)
     if view is not None:
         hit = view.get(name, -1)
         if hit == -1:
-            tree.examined = 0
-            tree.whited = None
+            sb.examined = 0
+            sb.whited = None
             return None
         if type(hit) is int:
             layer = parent.layer(hit)
             if layer is not None:
-                fd = layer.fd if layer.fd >= 0 else tree.layer_fd(parent, layer)
+                fd = layer.fd if layer.fd >= 0 else sb.layer_fd(parent, layer)
                 try:
                     st = _stat(name, dir_fd=fd, follow_symlinks=False)
                 except FileNotFoundError:
                     pass
                 else:
                     if st.st_mode & _S_IFMT != _S_IFDIR:
-                        tree.examined = 1
-                        tree.whited = None
-                        return intern_file(tree, parent, name, layer.branch, st)
-    found = resolve(tree, parent, name)
+                        sb.examined = 1
+                        sb.whited = None
+                        return intern_file(sb, parent, name, layer.branch, st)
+    found = resolve(sb, parent, name)
     if view is not None:
         remember(parent, name, found)
     if found is None:
-        forget_name(tree, parent, name)
+        forget_name(sb, parent, name)
         return None
-    return intern(tree, parent, name, found)
+    return intern(sb, parent, name, found)
 
 
-def worth_loading(tree: Tree, parent: Dir) -> bool:
+def worth_loading(sb: Superblock, parent: Dir) -> bool:
     """Whether the questions asked so far have cost more than reading the directory would.
 
     A block of a directory (ext4: 4 KiB, 2 to 100 names) takes as long to open, read and merge as 15 to 50 questions.
     """
     size = 0
     for layer in parent.layers:
-        size += os.fstat(tree.layer_fd(parent, layer)).st_size
+        size += os.fstat(sb.layer_fd(parent, layer)).st_size
     parent.load_at = max(size // 128, LOAD_AT_LEAST)
     return parent.probes > parent.load_at
 
@@ -507,9 +507,9 @@ def remember(parent: Dir, name: bytes, found: Found | None) -> None:
         view[name] = tuple(layer.branch.index for layer in found.layers)
 
 
-def forget_name(tree: Tree, parent: Dir, name: bytes) -> None:
+def forget_name(sb: Superblock, parent: Dir, name: bytes) -> None:
     """A name turned out to be gone: its node, if any, is not reachable by it any more."""
     node = parent.children.get(name)
     if node is not None:
-        tree.table.detach(node, parent, name)
-        tree.hooks.parted(parent, name, node)
+        sb.table.detach(node, parent, name)
+        sb.hooks.drop_dentry(parent, name, node)

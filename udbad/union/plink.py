@@ -1,4 +1,4 @@
-"""Making pseudo-links, and counting the names of their files (spec section 10.3); which names lead there: homes.py."""
+"""Making pseudo-links, and counting the names of their files (semantics 10.3); which names lead there: homes.py."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import errno
 import logging
 import os
 
-from udbad.branch import syscalls
+from udbad.branch import origin, syscalls, whiteout
 from udbad.branch.branches import Branch
+from udbad.branch.origin import Place
 from udbad.inodes.table import Node, Plink
-from udbad.union import homes, origin, whiteout
-from udbad.union.origin import Place
-from udbad.union.tree import Tree
+from udbad.union import homes
+from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
 
 
-def directory(tree: Tree, branch: Branch) -> int:
+def directory(sb: Superblock, branch: Branch) -> int:
     """Descriptor of a writable branch's plink directory, made if it is missing; it stays open while the mount lasts."""
-    fd = tree.plink_fds.get(branch.id)
+    fd = sb.plink_fds.get(branch.id)
     if fd is None:
         try:
             syscalls.mkdir_at(branch.root_fd, whiteout.PLINK_DIR, 0o700)
         except FileExistsError:
             pass
-        fd = tree.plink_fds[branch.id] = syscalls.open_dir_at(branch.root_fd, whiteout.PLINK_DIR)
+        fd = sb.plink_fds[branch.id] = syscalls.open_dir_at(branch.root_fd, whiteout.PLINK_DIR)
     return fd
 
 
@@ -33,18 +33,18 @@ def home_name(node: Node, source: Place) -> bytes:
     return origin.of(source, node.id).name()
 
 
-def adopt_home(tree: Tree, node: Node, branch: Branch, name: bytes, source: os.stat_result, pending: int) -> None:
+def adopt_home(sb: Superblock, node: Node, branch: Branch, name: bytes, source: os.stat_result, pending: int) -> None:
     """The home `name` exists, where `node` is by now: let every name found later lead to it."""
     plink = Plink(
-        branch, directory(tree, branch), name, node.identity, source.st_dev, source.st_ino,
+        branch, directory(sb, branch), name, node.identity, source.st_dev, source.st_ino,
         max(pending, 0), source.st_nlink,
     )  # fmt: skip
-    homes.remember(tree, plink)
+    homes.remember(sb, plink)
     node.plink = plink
     node.nlink_extra = plink.pending - 1
 
 
-def make(tree: Tree, node: Node, branch: Branch, dirfd: int, name: bytes, source: Place, pending: int) -> None:
+def make(sb: Superblock, node: Node, branch: Branch, dirfd: int, name: bytes, source: Place, pending: int) -> None:
     """Remember the copied-up file (dirfd, name) as the home of `node`, whose other names are `pending` many.
 
     source: what was copied. A branch that cannot hold the link keeps the copy as a plain file: the other names then go
@@ -52,14 +52,14 @@ def make(tree: Tree, node: Node, branch: Branch, dirfd: int, name: bytes, source
     """
     link_name = home_name(node, source)
     try:
-        syscalls.link_at(dirfd, name, directory(tree, branch), link_name)
+        syscalls.link_at(dirfd, name, directory(sb, branch), link_name)
     except OSError as error:
         # EEXIST: a home of this very file, put there directly. It may hold the only copy of something.
         if error.errno not in (errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EEXIST):
             raise
         log.warning("no pseudo-link for %r in %s: %s", name, branch.describe(), error.strerror)
         return
-    adopt_home(tree, node, branch, link_name, source.st, pending)
+    adopt_home(sb, node, branch, link_name, source.st, pending)
 
 
 def name_arrived(node: Node) -> None:
@@ -70,12 +70,12 @@ def name_arrived(node: Node) -> None:
         node.nlink_extra = home.pending - 1
 
 
-def name_removed(tree: Tree, node: Node, removed: os.stat_result) -> bool:
+def name_removed(sb: Superblock, node: Node, removed: os.stat_result) -> bool:
     """A name was removed, of the object with status `removed`; True when it was the last and the home is gone, too."""
     home = node.plink
     if home is None:
         return False
-    place = homes.look(tree, home)
+    place = homes.look(sb, home)
     if place is None:
         return False
     if (removed.st_dev, removed.st_ino) != home.identity:
@@ -83,5 +83,5 @@ def name_removed(tree: Tree, node: Node, removed: os.stat_result) -> bool:
     if place.st.st_nlink > 1 or home.pending > 0 or not home.counted or not home.branch.writable:
         return False
     syscalls.unlink_at(home.dirfd, home.name)
-    homes.forget(tree, home)
+    homes.forget(sb, home)
     return True

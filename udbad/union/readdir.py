@@ -1,4 +1,4 @@
-"""Listing a directory (spec section 5).
+"""Listing a directory (semantics 5).
 
 Each open directory has a private snapshot of names, taken at the first read and again at a rewind. Every snapshot of a
 directory has a range of positions of its own ("." and ".." first), so telldir and seekdir hold whatever is created or
@@ -19,11 +19,12 @@ import os
 import stat as st_mod
 from collections.abc import Iterator
 
+from udbad.branch import whiteout
 from udbad.errors import enoent
 from udbad.inodes.handles import OpenDir
 from udbad.inodes.table import POSITIONS, Dir, Hit, Layer, Node
-from udbad.union import lookup, view, whiteout
-from udbad.union.tree import Tree
+from udbad.union import lookup, view
+from udbad.union.superblock import Superblock
 
 Entry = tuple[bytes, Node, os.stat_result, int]
 """name, node, attributes, position of the entry after it."""
@@ -35,29 +36,29 @@ _KEPT = 4
 """Snapshots of one directory whose names are kept while somebody may be reading them from the kernel's listing."""
 
 
-def snapshot(tree: Tree, handle: OpenDir) -> None:
+def snapshot(sb: Superblock, handle: OpenDir) -> None:
     """Take the names of the directory as they are now. Raises ENOENT when the directory is gone."""
     node = handle.node
     if node.dead:
         handle.names, handle.hits = [], {}
-        _place(tree, handle)
+        _place(sb, handle)
         return
     if not node.trusted:
-        lookup.refresh(tree, node)
+        lookup.refresh(sb, node)
     if not node.trusted and node.times is None:
-        handle.hits = view.scan(tree, node)
+        handle.hits = view.scan(sb, node)
     else:
-        loaded = node.view if node.view is not None else view.load_view(tree, node)
+        loaded = node.view if node.view is not None else view.load_view(sb, node)
         handle.hits = dict(loaded)
     handle.names = list(handle.hits)
     if handle.cached:
         node.listed = True
-    if tree.options.show_whiteouts:
-        handle.names += view.whiteout_names(tree, node)
-    _place(tree, handle)
+    if sb.options.show_whiteouts:
+        handle.names += view.whiteout_names(sb, node)
+    _place(sb, handle)
 
 
-def _place(tree: Tree, handle: OpenDir) -> None:
+def _place(sb: Superblock, handle: OpenDir) -> None:
     """Give the snapshot of a handle its positions."""
     node, names = handle.node, handle.names
     assert names is not None
@@ -68,7 +69,7 @@ def _place(tree: Tree, handle: OpenDir) -> None:
     size = _size(len(names))
     first, end = node.room
     if end - first < size:
-        first, end = _gap(tree, node, size)
+        first, end = _gap(sb, node, size)
     node.room = first + size, end
     handle.base = first
     others = node.cached_opens > (1 if handle.cached else 0)
@@ -81,12 +82,12 @@ def _size(names: int) -> int:
     return names + DOTS + 1
 
 
-def _gap(tree: Tree, node: Dir, size: int) -> tuple[int, int]:
+def _gap(sb: Superblock, node: Dir, size: int) -> tuple[int, int]:
     """Positions that are in use no more, once all have been given out: (first, end)."""
     used = [(first, first + _size(count)) for first, count, _ in node.listings]
     used += [
         (handle.base, handle.base + _size(len(handle.names)))
-        for handle in tree.handles.dirs.values()
+        for handle in sb.handles.dirs.values()
         if handle.node is node and handle.names is not None
     ]
     at, end = POSITIONS
@@ -97,7 +98,7 @@ def _gap(tree: Tree, node: Dir, size: int) -> tuple[int, int]:
     return at, end
 
 
-def _go_on(tree: Tree, handle: OpenDir, start: int) -> int:
+def _go_on(sb: Superblock, handle: OpenDir, start: int) -> int:
     """Find the snapshot that a position belongs to which is not in the handle's own; the position in it.
 
     Of one whose names were let go the place is what counts: in a new snapshot, what nobody has changed is where it was.
@@ -110,28 +111,28 @@ def _go_on(tree: Tree, handle: OpenDir, start: int) -> int:
                 return start - first
             place = start - first
             break
-    snapshot(tree, handle)
+    snapshot(sb, handle)
     return place
 
 
-def entries(tree: Tree, handle: OpenDir, start: int) -> Iterator[Entry]:
+def entries(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Entry]:
     """Entries from position `start` (0 takes a new snapshot).
 
     "." and ".." come with the nodes' own attributes and must not be counted as looked up.
     """
     node = handle.node
     if start == 0:
-        snapshot(tree, handle)
+        snapshot(sb, handle)
     elif handle.names is None or not handle.base < start < handle.base + _size(len(handle.names)):
-        start = _go_on(tree, handle, start)
+        start = _go_on(sb, handle, start)
     else:
         start -= handle.base
     base = handle.base
     if start == 0:
-        yield b".", node, tree.stat(node), base + 1
+        yield b".", node, sb.stat(node), base + 1
     if start <= 1:
         above = node.parent if node.parent is not None else node
-        yield b"..", above, tree.stat(above), base + DOTS
+        yield b"..", above, sb.stat(above), base + DOTS
     names = handle.names
     assert names is not None
     hits = handle.hits
@@ -145,11 +146,11 @@ def entries(tree: Tree, handle: OpenDir, start: int) -> Iterator[Entry]:
         try:
             found: tuple[Node, os.stat_result] | None
             if name.startswith(prefix):
-                found = show_whiteout(tree, node, name)
+                found = show_whiteout(sb, node, name)
             else:
                 # A trusted view may have changed since the snapshot: believe the newer one.
                 current = node.view.get(name, -1) if trusted and node.view is not None else hits.get(name)
-                found = None if current == -1 else _by_hit(tree, node, layers, name, current)
+                found = None if current == -1 else _by_hit(sb, node, layers, name, current)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EIO):
                 raise
@@ -159,52 +160,52 @@ def entries(tree: Tree, handle: OpenDir, start: int) -> Iterator[Entry]:
 
 
 def _by_hit(
-    tree: Tree, parent: Dir, layers: dict[int, Layer], name: bytes, hit: Hit | None
+    sb: Superblock, parent: Dir, layers: dict[int, Layer], name: bytes, hit: Hit | None
 ) -> tuple[Node, os.stat_result] | None:
     """The node of a listed name; `hit` says where the listing saw it. layers: the directory's, by branch index."""
     if type(hit) is int:
         layer = layers.get(hit)
         if layer is not None:
-            fd = layer.fd if layer.fd >= 0 else tree.layer_fd(parent, layer)
+            fd = layer.fd if layer.fd >= 0 else sb.layer_fd(parent, layer)
             try:
                 st = _stat(name, dir_fd=fd, follow_symlinks=False)
             except FileNotFoundError:
                 pass
             else:
                 if st.st_mode & _S_IFMT != _S_IFDIR:
-                    return lookup.intern_file(tree, parent, name, layer.branch, st)
-    found = lookup.resolve(tree, parent, name)
+                    return lookup.intern_file(sb, parent, name, layer.branch, st)
+    found = lookup.resolve(sb, parent, name)
     if found is None:
-        lookup.forget_name(tree, parent, name)
+        lookup.forget_name(sb, parent, name)
         return None
-    return lookup.intern(tree, parent, name, found)
+    return lookup.intern(sb, parent, name, found)
 
 
-def show_whiteout(tree: Tree, parent: Dir, name: bytes) -> tuple[Node, os.stat_result]:
+def show_whiteout(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_result]:
     """A `.wh.NAME` as an ordinary read-only file (option shwh). Raises ENOENT where no branch has it."""
     for layer in parent.layers:
         try:
-            st = os.stat(name, dir_fd=tree.layer_fd(parent, layer), follow_symlinks=False)
+            st = os.stat(name, dir_fd=sb.layer_fd(parent, layer), follow_symlinks=False)
         except FileNotFoundError:
             continue
-        return lookup.intern_file(tree, parent, name, layer.branch, st)
+        return lookup.intern_file(sb, parent, name, layer.branch, st)
     raise enoent()
 
 
-def is_empty(tree: Tree, node: Dir) -> bool:
+def is_empty(sb: Superblock, node: Dir) -> bool:
     """Whether no name is visible in a directory, asked of the branches (rmdir, rename)."""
-    return not view.scan(tree, node)
+    return not view.scan(sb, node)
 
 
-def lower_hidden(tree: Tree, node: Dir, top: int) -> bool:
+def lower_hidden(sb: Superblock, node: Dir, top: int) -> bool:
     """Whether everything in a directory's layers below branch `top` is whited out by the layer on it.
 
-    Only then may the directory be renamed: its lower parts stay behind (spec section 6.6).
+    Only then may the directory be renamed: its lower parts stay behind (semantics 6.6).
     """
     below = [layer for layer in node.layers if layer.branch.index > top]
     if not below:
         return True
-    visible = view.scan(tree, node)
+    visible = view.scan(sb, node)
     return not any(
         (type(hit) is int and hit > top) or (type(hit) is tuple and hit[-1] > top) for hit in visible.values()
     )

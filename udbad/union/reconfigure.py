@@ -1,4 +1,4 @@
-"""Changing the branches of a mounted union (spec section 11).
+"""Changing the branches of a mounted union (semantics 11).
 
 The new set is opened and checked like that of a new mount; branches that stay keep their descriptors,
 so that what is open on them stays on one mount. Then every node, layer and handle is brought over in one
@@ -16,7 +16,7 @@ from udbad.branch.branches import Branch, BranchSet
 from udbad.inodes.handles import OpenFile
 from udbad.inodes.table import Dir, Layer, Node
 from udbad.union import homes
-from udbad.union.tree import Tree, lower_links
+from udbad.union.superblock import Superblock, lower_links
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,45 +78,45 @@ def path_of(node: Node) -> bytes:
     return b"/" + b"/".join(reversed(parts))
 
 
-def users(tree: Tree, branch: Branch) -> list[InUse]:
+def users(sb: Superblock, branch: Branch) -> list[InUse]:
     """What keeps a branch from being removed: files open on it, directories open that are only on it."""
     found = [
         InUse(path_of(handle.node), handle.pid, "open file")
-        for handle in tree.handles.files.values()
+        for handle in sb.handles.files.values()
         if handle.node.branch.id == branch.id and handle.node.orphan_fd < 0
     ]
-    for opened in tree.handles.dirs.values():
+    for opened in sb.handles.dirs.values():
         layers = opened.node.layers
         if len(layers) == 1 and layers[0].branch.id == branch.id:
             found.append(InUse(path_of(opened.node), opened.pid, "open directory"))
     return found
 
 
-def apply(tree: Tree, new: BranchSet) -> None:
+def apply(sb: Superblock, new: BranchSet) -> None:
     """Make `new` (from `carry_over`) the branches of the union. Precondition: no copy-up is under way, and
     nothing uses what is removed (`users`). The caller closes the removed branches afterwards."""
     by_id = {branch.id: branch for branch in new.branches}
-    tree.branches = new
-    homes.keep(tree)
-    _rebuild_root(tree, new)
-    for node in list(tree.table.nodes.values()):
-        if node is tree.root:
+    sb.branches = new
+    homes.keep(sb)
+    _rebuild_root(sb, new)
+    for node in list(sb.table.nodes.values()):
+        if node is sb.root:
             continue
         if type(node) is Dir:
-            _rebuild_directory(tree, node, by_id)
+            _rebuild_directory(sb, node, by_id)
         elif node.branch.id in by_id:
             node.branch = by_id[node.branch.id]
-            if node.ino in tree.plinks and node.plink is None:
-                homes.part(tree, node)  # whether a home that has come is its own is for the next lookup to say
+            if node.ino in sb.plinks and node.plink is None:
+                homes.part(sb, node)  # whether a home that has come is its own is for the next lookup to say
         elif node.orphan_fd < 0:
-            _remove(tree, node)
-    for handle in tree.handles.files.values():
+            _remove(sb, node)
+    for handle in sb.handles.files.values():
         if handle.writable and not handle.node.branch.writable and handle.node.orphan_fd < 0:
             _for_reading(handle)  # the next write copies up, or meets EROFS
-    for opened in tree.handles.dirs.values():
+    for opened in sb.handles.dirs.values():
         opened.hits = dict.fromkeys(opened.hits)
-    tree.warned.clear()
-    tree.forget_space()
+    sb.warned.clear()
+    sb.forget_space()
 
 
 def _for_reading(handle: OpenFile) -> None:
@@ -127,21 +127,21 @@ def _for_reading(handle: OpenFile) -> None:
     handle.writable = False
 
 
-def _rebuild_root(tree: Tree, new: BranchSet) -> None:
+def _rebuild_root(sb: Superblock, new: BranchSet) -> None:
     layers = []
     for branch in new.branches:
         st = os.fstat(branch.root_fd)
         layers.append(Layer(branch, st.st_dev, st.st_ino, st.st_nlink, branch.root_fd))
-        tree.inomap.alias(st.st_dev, st.st_ino, tree.root.id)
-    root = tree.root
-    tree.table.open_fds += len(layers) - len(root.layers)
+        sb.inomap.alias(st.st_dev, st.st_ino, sb.root.id)
+    root = sb.root
+    sb.table.open_fds += len(layers) - len(root.layers)
     root.layers = layers
     root.branch, root.dev, root.ino = layers[0].branch, layers[0].dev, layers[0].ino
     root.floor = len(new) - 1
     root.nlink_extra = lower_links(layers)
 
 
-def _rebuild_directory(tree: Tree, node: Dir, by_id: dict[int, Branch]) -> None:
+def _rebuild_directory(sb: Superblock, node: Dir, by_id: dict[int, Branch]) -> None:
     layers = []
     for layer in node.layers:
         branch = by_id.get(layer.branch.id)
@@ -151,9 +151,9 @@ def _rebuild_directory(tree: Tree, node: Dir, by_id: dict[int, Branch]) -> None:
         elif layer.fd >= 0:
             os.close(layer.fd)
             layer.fd = -1
-            tree.table.open_fds -= 1
+            sb.table.open_fds -= 1
     if not layers:
-        _remove(tree, node)
+        _remove(sb, node)
         return
     layers.sort(key=lambda layer: layer.branch.index)
     node.layers = layers
@@ -163,7 +163,7 @@ def _rebuild_directory(tree: Tree, node: Dir, by_id: dict[int, Branch]) -> None:
     node.floor = len(by_id) - 1
 
 
-def _remove(tree: Tree, node: Node) -> None:
+def _remove(sb: Superblock, node: Node) -> None:
     for parent, name in node.names():
-        tree.table.detach(node, parent, name)
+        sb.table.detach(node, parent, name)
     node.dead = True

@@ -1,4 +1,4 @@
-"""Removing objects: unlink and rmdir (spec sections 6.3 and 6.4).
+"""Removing objects: unlink and rmdir (semantics 6.3 and 6.4).
 
 The whiteout is written before the object goes: what a crash leaves is the old state (the object beside
 its whiteout stays visible) or the new one. Lower copies are never touched.
@@ -10,67 +10,67 @@ import errno
 import logging
 import os
 
-from udbad.branch import syscalls
+from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import enoent, erofs, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import REMOVED
-from udbad.union import copydirs, lookup, plink, readdir, whiteout
+from udbad.union import copydirs, lookup, plink, readdir
 from udbad.union.lookup import Found
-from udbad.union.tree import Tree
+from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
 
 
-def find(tree: Tree, parent: Dir, name: bytes) -> Found:
+def find(sb: Superblock, parent: Dir, name: bytes) -> Found:
     """What a name that is going to change stands for. Raises ENOENT, EROFS, EPERM (.wh.*)."""
     whiteout.check_not_reserved(name)
-    if tree.options.read_only:
+    if sb.options.read_only:
         raise erofs()
     if parent.dead:
         raise enoent()
     if not parent.trusted:
-        lookup.refresh(tree, parent)
-    found = lookup.resolve(tree, parent, name)
+        lookup.refresh(sb, parent)
+    found = lookup.resolve(sb, parent, name)
     if found is None:
-        lookup.forget_name(tree, parent, name)
+        lookup.forget_name(sb, parent, name)
         lookup.remember(parent, name, None)
         raise enoent()
     return found
 
 
-def covered_below(tree: Tree, parent: Dir, name: bytes, branch: Branch) -> bool:
+def covered_below(sb: Superblock, parent: Dir, name: bytes, branch: Branch) -> bool:
     """Whether removing `name` from `branch` would let a lower object appear."""
     if branch.index >= parent.layers[-1].branch.index:
         return False
-    if lookup.UNCLEAR < lookup.only_on(tree, parent, name) <= branch.index:
+    if lookup.UNCLEAR < lookup.only_on(sb, parent, name) <= branch.index:
         return False
-    found = lookup.resolve(tree, parent, name, below=branch.index)
+    found = lookup.resolve(sb, parent, name, below=branch.index)
     if found is None:
         return False
-    lookup.discard(tree, parent, name, found)
+    lookup.discard(sb, parent, name, found)
     layer = parent.layer(branch.index)
-    return layer is None or not branch.whable or not whiteout.present(tree.layer_fd(parent, layer), name)
+    return layer is None or not branch.whable or not whiteout.present(sb.layer_fd(parent, layer), name)
 
 
-def choose(tree: Tree, parent: Dir, found: Found) -> Branch:
+def choose(sb: Superblock, parent: Dir, found: Found) -> Branch:
     """The branch a removal happens on: the object's own, else where a whiteout can hide it. Raises EROFS."""
     if found.branch.writable:
         return found.branch
-    return copydirs.target_branch(tree, parent, found.branch.index)
+    return copydirs.target_branch(sb, parent, found.branch.index)
 
 
-def unlink(tree: Tree, parent: Dir, name: bytes) -> None:
-    found = find(tree, parent, name)
+def unlink(sb: Superblock, parent: Dir, name: bytes) -> None:
+    found = find(sb, parent, name)
     if found.layers is not None:
-        lookup.discard(tree, parent, name, found)
+        lookup.discard(sb, parent, name, found)
         raise os_error(errno.EISDIR)
     top = found.branch
-    branch = choose(tree, parent, found)
-    dirfd = copydirs.ensure_dir(tree, parent, branch)
-    if found.st.st_ino in tree.plinks:
-        lookup.intern(tree, parent, name, found)  # whether a pseudo-link has lost a name cannot be seen afterwards
-    whited = branch is not top or covered_below(tree, parent, name, branch)
+    branch = choose(sb, parent, found)
+    dirfd = copydirs.ensure_dir(sb, parent, branch)
+    if found.st.st_ino in sb.plinks:
+        lookup.intern(sb, parent, name, found)  # whether a pseudo-link has lost a name cannot be seen afterwards
+    whited = branch is not top or covered_below(sb, parent, name, branch)
     made = whited and whiteout.create(branch, dirfd, name)
     if branch is top:
         try:
@@ -82,71 +82,71 @@ def unlink(tree: Tree, parent: Dir, name: bytes) -> None:
                 whiteout.remove(dirfd, name)
             raise
         else:
-            tree.hooks.own_event(parent, branch, name, REMOVED)
+            sb.hooks.own_event(parent, branch, name, REMOVED)
     if made:
-        parent.muddle(name)
-    gone(tree, parent, name, found.st, branch is not top)
+        parent.note_stacked(name)
+    gone(sb, parent, name, found.st, branch is not top)
     lookup.remember(parent, name, None)
-    tree.hooks.own_change(parent, name)
+    sb.hooks.own_change(parent, name)
 
 
-def gone(tree: Tree, parent: Dir, name: bytes, st: os.stat_result, was_lower: bool) -> None:
+def gone(sb: Superblock, parent: Dir, name: bytes, st: os.stat_result, was_lower: bool) -> None:
     """The name is removed: let its node go, and mark it dead with its last name."""
     node = parent.children.get(name)
     if node is None:
-        node = tree.table.nodes.get(tree.inomap.number(st.st_dev, st.st_ino))
+        node = sb.table.nodes.get(sb.inomap.number(st.st_dev, st.st_ino))
         if node is None:
             if st.st_nlink <= 1 and not was_lower:
-                tree.inomap.drop(st.st_dev, st.st_ino)
+                sb.inomap.drop(st.st_dev, st.st_ino)
             return
-    tree.table.detach(node, parent, name)
+    sb.table.detach(node, parent, name)
     if was_lower and node.plink is None:
         node.nlink_extra -= 1  # the lower file keeps its link, the union has lost a name
     if node.plink is not None:
-        if plink.name_removed(tree, node, st):
-            bury(tree, node)
+        if plink.name_removed(sb, node, st):
+            bury(sb, node)
     elif st.st_nlink <= 1:
-        bury(tree, node)
-    tree.hooks.own_data(node)
+        bury(sb, node)
+    sb.hooks.own_data(node)
 
 
-def bury(tree: Tree, node: Node) -> None:
+def bury(sb: Superblock, node: Node) -> None:
     """No name is left. The branch may reuse the inode number as soon as no descriptor holds it."""
     node.dead = True
-    tree.inomap.drop(node.dev, node.ino)
+    sb.inomap.drop(node.dev, node.ino)
 
 
-def rmdir(tree: Tree, parent: Dir, name: bytes) -> None:
-    found = find(tree, parent, name)
+def rmdir(sb: Superblock, parent: Dir, name: bytes) -> None:
+    found = find(sb, parent, name)
     if found.layers is None:
         raise os_error(errno.ENOTDIR)
-    node, _ = lookup.intern(tree, parent, name, found)
+    node, _ = lookup.intern(sb, parent, name, found)
     assert type(node) is Dir
-    if not readdir.is_empty(tree, node):
+    if not readdir.is_empty(sb, node):
         raise os_error(errno.ENOTEMPTY)
     top = node.branch
-    branch = choose(tree, parent, found)
-    dirfd = copydirs.ensure_dir(tree, parent, branch)
-    whited = branch is not top or covered_below(tree, parent, name, branch)
+    branch = choose(sb, parent, found)
+    dirfd = copydirs.ensure_dir(sb, parent, branch)
+    whited = branch is not top or covered_below(sb, parent, name, branch)
     made = whited and whiteout.create(branch, dirfd, name)
     if branch is top:
         try:
-            _remove_branch_dir(tree, dirfd, name)
+            _remove_branch_dir(sb, dirfd, name)
         except BaseException:
             if made:
                 whiteout.remove(dirfd, name)
             raise
     if made:
-        parent.muddle(name)
-    tree.table.detach(node, parent, name)
-    bury(tree, node)
+        parent.note_stacked(name)
+    sb.table.detach(node, parent, name)
+    bury(sb, node)
     lookup.remember(parent, name, None)
-    lookup.count_links(tree, parent)
-    tree.hooks.own_change(parent, name)
+    lookup.count_links(sb, parent)
+    sb.hooks.own_change(parent, name)
 
 
-def _remove_branch_dir(tree: Tree, dirfd: int, name: bytes) -> None:
-    """Remove a logically empty branch directory: out of sight first, then its marks (spec section 6.4).
+def _remove_branch_dir(sb: Superblock, dirfd: int, name: bytes) -> None:
+    """Remove a logically empty branch directory: out of sight first, then its marks (semantics 6.4).
 
     With more than `dirwh` marks only the first step is done here, the rest in the background.
     """
@@ -156,8 +156,8 @@ def _remove_branch_dir(tree: Tree, dirfd: int, name: bytes) -> None:
     except FileNotFoundError:
         return
     try:
-        if count_marks(dirfd, tmp) > tree.options.dirwh:
-            tree.trash.append((os.dup(dirfd), tmp))
+        if count_marks(dirfd, tmp) > sb.options.dirwh:
+            sb.trash.append((os.dup(dirfd), tmp))
             return
     except BaseException:
         # Something was put into it directly meanwhile: it is not empty, so it stays.

@@ -1,4 +1,4 @@
-"""rename(2) over branches (spec section 6.6): NOREPLACE, EXCHANGE, and the EXDEV rule for directories.
+"""rename(2) over branches (semantics 6.6): NOREPLACE, EXCHANGE, and the EXDEV rule for directories.
 
 A directory moves only when nothing of it stays behind on lower branches, else EXDEV, and tools copy.
 All preparations keep the visible state as it was; the one renameat2 on the target branch is the
@@ -12,21 +12,21 @@ import errno
 import logging
 from contextlib import ExitStack
 
-from udbad.branch import syscalls
+from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import enoent, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import MOVED_FROM, MOVED_TO, Trigger
-from udbad.union import copydirs, lookup, readdir, remove, whiteout
+from udbad.union import copydirs, lookup, readdir, remove
 from udbad.union.lookup import Found
-from udbad.union.tree import NeedCopyUp, Tree
+from udbad.union.superblock import NeedCopyUp, Superblock
 
 log = logging.getLogger(__name__)
 
 _KNOWN = syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE
 
 
-def rename(tree: Tree, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, flags: int) -> None:
+def rename(sb: Superblock, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, flags: int) -> None:
     """Raises NeedCopyUp for a file that has to come up first; the caller then starts again.
 
     Errors: EINVAL (RENAME_WHITEOUT), EEXIST, ENOENT, EXDEV, ENOTEMPTY, ENOTDIR, EISDIR, EROFS,
@@ -35,90 +35,90 @@ def rename(tree: Tree, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, flags
     if flags & ~_KNOWN or flags == _KNOWN:
         raise os_error(errno.EINVAL)
     whiteout.check_new_name(dst)
-    source = remove.find(tree, src_dir, src)
+    source = remove.find(sb, src_dir, src)
     known = src_dir.children.get(src), dst_dir.children.get(dst)
-    src_node, _ = lookup.intern(tree, src_dir, src, source)
+    src_node, _ = lookup.intern(sb, src_dir, src, source)
     if dst_dir.dead:
         raise enoent()
     if not dst_dir.trusted:
-        lookup.refresh(tree, dst_dir)
-    nowhere = lookup.only_on(tree, dst_dir, dst) == lookup.NOWHERE
-    found = None if nowhere else lookup.resolve(tree, dst_dir, dst)
-    whited = None if nowhere else tree.whited
+        lookup.refresh(sb, dst_dir)
+    nowhere = lookup.only_on(sb, dst_dir, dst) == lookup.NOWHERE
+    found = None if nowhere else lookup.resolve(sb, dst_dir, dst)
+    whited = None if nowhere else sb.whited
     dst_node = None
     if found is not None:
-        dst_node, _ = lookup.intern(tree, dst_dir, dst, found)
+        dst_node, _ = lookup.intern(sb, dst_dir, dst, found)
         if flags & syscalls.RENAME_NOREPLACE:
             raise os_error(errno.EEXIST)
     if flags & syscalls.RENAME_EXCHANGE:
         if found is None or dst_node is None:
             raise enoent()
-        _exchange(tree, src_dir, src, source, src_node, dst_dir, dst, found, dst_node)
+        _exchange(sb, src_dir, src, source, src_node, dst_dir, dst, found, dst_node)
         if known[1] not in (None, dst_node):
-            tree.hooks.parted(src_dir, src, known[1])
+            sb.hooks.drop_dentry(src_dir, src, known[1])
         if known[0] not in (None, src_node):
-            tree.hooks.parted(dst_dir, dst, known[0])
+            sb.hooks.drop_dentry(dst_dir, dst, known[0])
         return
-    _check_types(tree, src_node, dst_node)
+    _check_types(sb, src_node, dst_node)
     if src_node is dst_node:
         return  # two names of one file: rename(2) does nothing
     limit = dst_dir.floor if whited is None else min(dst_dir.floor, whited)
     limit = limit if found is None else min(limit, found.branch.index)
-    branch = _target(tree, src_dir, src, source, src_node, limit)
+    branch = _target(sb, src_dir, src, source, src_node, limit)
     bare = nowhere or (found is None and lookup.asked_for_whiteout(dst_dir, branch, whited))
     replace = not flags & syscalls.RENAME_NOREPLACE
-    _move(tree, src_dir, src, src_node, dst_dir, dst, dst_node, found, branch, bare, replace)
+    _move(sb, src_dir, src, src_node, dst_dir, dst, dst_node, found, branch, bare, replace)
     if known[0] not in (None, src_node) or not src_node.nlookup:
         # Replaced directly just before. The kernel has moved what it knew under the old name.
-        tree.hooks.parted(dst_dir, dst)
+        sb.hooks.drop_dentry(dst_dir, dst)
 
 
-def _check_types(tree: Tree, src: Node, dst: Node | None) -> None:
+def _check_types(sb: Superblock, src: Node, dst: Node | None) -> None:
     if dst is None:
         return
     if type(src) is Dir:
         if type(dst) is not Dir:
             raise os_error(errno.ENOTDIR)
-        if not readdir.is_empty(tree, dst):
+        if not readdir.is_empty(sb, dst):
             raise os_error(errno.ENOTEMPTY)
     elif type(dst) is Dir:
         raise os_error(errno.EISDIR)
 
 
-def _target(tree: Tree, parent: Dir, name: bytes, found: Found, node: Node, limit: int) -> Branch:
+def _target(sb: Superblock, parent: Dir, name: bytes, found: Found, node: Node, limit: int) -> Branch:
     """The branch on which the rename happens: the source's own, or, if that is not writable or lies below
     `limit` (where the new name would be hidden), one above that it is copied to."""
     branch = found.branch
     if branch.writable and branch.index <= limit:
-        if type(node) is Dir and not readdir.lower_hidden(tree, node, branch.index):
+        if type(node) is Dir and not readdir.lower_hidden(sb, node, branch.index):
             raise os_error(errno.EXDEV)
         return branch
     if type(node) is Dir:
-        if not readdir.is_empty(tree, node):
+        if not readdir.is_empty(sb, node):
             raise os_error(errno.EXDEV)
-        shot = copydirs.snapshot(tree, parent, min(branch.index, limit + 1), None, True, 0)
-        target = tree.branches[tree.options.copyup.select(shot)]
-        copydirs.ensure_dir(tree, node, target)
+        known = copydirs.facts(sb, parent, min(branch.index, limit + 1), None, True, 0)
+        target = sb.branches[sb.options.copyup.select(known)]
+        copydirs.ensure_dir(sb, node, target)
         return target
     raise NeedCopyUp(node, Trigger.RENAME, None, (parent, name), limit=limit)
 
 
 def _move(
-    tree: Tree, src_dir: Dir, src: bytes, src_node: Node, dst_dir: Dir, dst: bytes,
+    sb: Superblock, src_dir: Dir, src: bytes, src_node: Node, dst_dir: Dir, dst: bytes,
     dst_node: Node | None, found: Found | None, branch: Branch, bare: bool, replace: bool,
 ) -> None:  # fmt: skip
     """bare: nothing has the new name in any layer, and no whiteout on `branch` hides it, as far as is known. replace:
     what has got it directly meanwhile is replaced, as what was there before."""
-    src_fd = copydirs.ensure_dir(tree, src_dir, branch)
-    dst_fd = copydirs.ensure_dir(tree, dst_dir, branch)
+    src_fd = copydirs.ensure_dir(sb, src_dir, branch)
+    dst_fd = copydirs.ensure_dir(sb, dst_dir, branch)
     had_whiteout = not bare and whiteout.present(dst_fd, dst)
-    lower_dst = not bare and not had_whiteout and remove.covered_below(tree, dst_dir, dst, branch)
-    hidden = remove.covered_below(tree, src_dir, src, branch) and whiteout.create(branch, src_fd, src)
+    lower_dst = not bare and not had_whiteout and remove.covered_below(sb, dst_dir, dst, branch)
+    hidden = remove.covered_below(sb, src_dir, src, branch) and whiteout.create(branch, src_fd, src)
     marked = False
     try:
         if type(src_node) is Dir:
-            if had_whiteout or lower_dst or tree.options.opaque_always:
-                marked = _make_opaque(tree, src_node, branch)
+            if had_whiteout or lower_dst or sb.options.opaque_always:
+                marked = _make_opaque(sb, src_node, branch)
             if found is not None and found.branch is branch:
                 # Only an empty directory can be replaced: hide what its marks hid, then take them out. The
                 # whiteout stays also when the rename fails, as the marks do not come back.
@@ -132,13 +132,13 @@ def _move(
     except BaseException:
         dst_dir.doubt(dst)
         if marked:
-            _unmark(tree, src_node, branch)
+            _unmark(sb, src_node, branch)
         if hidden:
             whiteout.remove(src_fd, src)
         raise
     # The rename is done and cannot be taken back: what follows only tidies up.
     if not bare:
-        dst_dir.muddle(dst)
+        dst_dir.note_stacked(dst)
     if had_whiteout:
         try:
             whiteout.remove(dst_fd, dst)
@@ -146,106 +146,106 @@ def _move(
             log.warning("the whiteout beside the renamed %r stays: %s", dst, error.strerror)
     if found is not None and dst_node is not None:
         if type(dst_node) is Dir:
-            tree.table.detach(dst_node, dst_dir, dst)
-            remove.bury(tree, dst_node)
+            sb.table.detach(dst_node, dst_dir, dst)
+            remove.bury(sb, dst_node)
         else:
-            remove.gone(tree, dst_dir, dst, found.st, found.branch is not branch)
-    _moved(tree, src_node, src_dir, src, dst_dir, dst, branch, dst_fd)
+            remove.gone(sb, dst_dir, dst, found.st, found.branch is not branch)
+    _moved(sb, src_node, src_dir, src, dst_dir, dst, branch, dst_fd)
 
 
-def _make_opaque(tree: Tree, node: Node, branch: Branch) -> bool:
+def _make_opaque(sb: Superblock, node: Node, branch: Branch) -> bool:
     """Mark a directory that is about to move, while it is under its old name: what is below it there is
     whited out already, so the mark changes nothing visible yet. False when it had a mark."""
     assert type(node) is Dir
-    fd = tree.branch_fd(node, branch)
+    fd = sb.branch_fd(node, branch)
     if whiteout.opaque(fd):
         return False
     whiteout.make_opaque(branch, fd)
     return True
 
 
-def _unmark(tree: Tree, node: Node, branch: Branch) -> None:
+def _unmark(sb: Superblock, node: Node, branch: Branch) -> None:
     assert type(node) is Dir
-    syscalls.unlink_at(tree.branch_fd(node, branch), whiteout.OPAQUE)
+    syscalls.unlink_at(sb.branch_fd(node, branch), whiteout.OPAQUE)
 
 
 def _moved(
-    tree: Tree, node: Node, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, branch: Branch, dst_fd: int
+    sb: Superblock, node: Node, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, branch: Branch, dst_fd: int
 ) -> None:
     """Bring nodes and views up to date after the branch was changed."""
     if type(node) is Dir:
-        tree.table.attach(node, dst_dir, dst)
-        _resettle(tree, src_dir, src)
-        _resettle(tree, dst_dir, dst)
-        lookup.count_links(tree, src_dir)
-        lookup.count_links(tree, dst_dir)
+        sb.table.attach(node, dst_dir, dst)
+        _resettle(sb, src_dir, src)
+        _resettle(sb, dst_dir, dst)
+        lookup.count_links(sb, src_dir)
+        lookup.count_links(sb, dst_dir)
         return
-    tree.hooks.own_event(src_dir, branch, src, MOVED_FROM)
-    tree.hooks.own_event(dst_dir, branch, dst, MOVED_TO)
-    tree.table.detach(node, src_dir, src)
-    tree.table.attach(node, dst_dir, dst)
+    sb.hooks.own_event(src_dir, branch, src, MOVED_FROM)
+    sb.hooks.own_event(dst_dir, branch, dst, MOVED_TO)
+    sb.table.detach(node, src_dir, src)
+    sb.table.attach(node, dst_dir, dst)
     # A file is on one branch, and what was below its old name has been hidden: no need to ask every branch again.
     lookup.remember(src_dir, src, None)
-    tree.hooks.own_change(src_dir, src)
+    sb.hooks.own_change(src_dir, src)
     try:
         st = syscalls.stat_at(dst_fd, dst)
     except FileNotFoundError:
         st = None
     if st is not None and (st.st_dev, st.st_ino) == node.identity:
-        _settle(tree, dst_dir, dst, Found(node.kind, branch, st, None))
+        _settle(sb, dst_dir, dst, Found(node.kind, branch, st, None))
     else:
-        _resettle(tree, dst_dir, dst)  # taken away or replaced directly, just now
+        _resettle(sb, dst_dir, dst)  # taken away or replaced directly, just now
 
 
-def _resettle(tree: Tree, parent: Dir, name: bytes) -> None:
+def _resettle(sb: Superblock, parent: Dir, name: bytes) -> None:
     """Resolve a name again and put the result into node, table and view."""
-    _settle(tree, parent, name, lookup.resolve(tree, parent, name))
+    _settle(sb, parent, name, lookup.resolve(sb, parent, name))
 
 
-def _settle(tree: Tree, parent: Dir, name: bytes, found: Found | None) -> None:
+def _settle(sb: Superblock, parent: Dir, name: bytes, found: Found | None) -> None:
     lookup.remember(parent, name, found)
     st = None
     if found is None:
-        lookup.forget_name(tree, parent, name)
+        lookup.forget_name(sb, parent, name)
     else:
-        st = lookup.intern(tree, parent, name, found)[1]
-    tree.hooks.own_change(parent, name, st)
+        st = lookup.intern(sb, parent, name, found)[1]
+    sb.hooks.own_change(parent, name, st)
 
 
 def _exchange(
-    tree: Tree, src_dir: Dir, src: bytes, source: Found, src_node: Node,
+    sb: Superblock, src_dir: Dir, src: bytes, source: Found, src_node: Node,
     dst_dir: Dir, dst: bytes, found: Found, dst_node: Node,
 ) -> None:  # fmt: skip
     """RENAME_EXCHANGE: both on one branch, no whiteouts; each directory opaque where the other had lower parts."""
     limit = min(src_dir.floor, dst_dir.floor, source.branch.index, found.branch.index)
-    branch = _target(tree, src_dir, src, source, src_node, limit)
-    other = _target(tree, dst_dir, dst, found, dst_node, branch.index)
+    branch = _target(sb, src_dir, src, source, src_node, limit)
+    other = _target(sb, dst_dir, dst, found, dst_node, branch.index)
     if other is not branch:
         # Both move to the upper one of the two.
-        branch = _target(tree, src_dir, src, lookup_again(tree, src_dir, src), src_node, other.index)
-    src_fd = copydirs.ensure_dir(tree, src_dir, branch)
-    dst_fd = copydirs.ensure_dir(tree, dst_dir, branch)
+        branch = _target(sb, src_dir, src, lookup_again(sb, src_dir, src), src_node, other.index)
+    src_fd = copydirs.ensure_dir(sb, src_dir, branch)
+    dst_fd = copydirs.ensure_dir(sb, dst_dir, branch)
     with ExitStack() as undo:
         for node, parent, name in ((src_node, dst_dir, dst), (dst_node, src_dir, src)):
-            covers = type(node) is Dir and remove.covered_below(tree, parent, name, branch)
-            if covers and _make_opaque(tree, node, branch):
-                undo.callback(_unmark, tree, node, branch)
+            covers = type(node) is Dir and remove.covered_below(sb, parent, name, branch)
+            if covers and _make_opaque(sb, node, branch):
+                undo.callback(_unmark, sb, node, branch)
         syscalls.rename_at(src_fd, src, dst_fd, dst, syscalls.RENAME_EXCHANGE)
         undo.pop_all()
-    tree.table.detach(src_node, src_dir, src)
-    tree.table.detach(dst_node, dst_dir, dst)
-    tree.table.attach(src_node, dst_dir, dst)
-    tree.table.attach(dst_node, src_dir, src)
-    _resettle(tree, src_dir, src)
-    _resettle(tree, dst_dir, dst)
-    lookup.count_links(tree, src_dir)
-    lookup.count_links(tree, dst_dir)
+    sb.table.detach(src_node, src_dir, src)
+    sb.table.detach(dst_node, dst_dir, dst)
+    sb.table.attach(src_node, dst_dir, dst)
+    sb.table.attach(dst_node, src_dir, src)
+    _resettle(sb, src_dir, src)
+    _resettle(sb, dst_dir, dst)
+    lookup.count_links(sb, src_dir)
+    lookup.count_links(sb, dst_dir)
 
 
-def lookup_again(tree: Tree, parent: Dir, name: bytes) -> Found:
+def lookup_again(sb: Superblock, parent: Dir, name: bytes) -> Found:
     """Resolve a name that is known to exist. Raises ENOENT when it does not any more."""
-    found = lookup.resolve(tree, parent, name)
+    found = lookup.resolve(sb, parent, name)
     if found is None:
         raise enoent()
-    lookup.intern(tree, parent, name, found)
+    lookup.intern(sb, parent, name, found)
     return found

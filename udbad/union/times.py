@@ -14,7 +14,7 @@ from time import time_ns
 from udbad.branch.branches import Branch
 from udbad.inodes.table import Dir
 from udbad.types import Perm
-from udbad.union.tree import Tree
+from udbad.union.superblock import Superblock
 
 _SECOND_NS = 1_000_000_000
 _COARSE_NS = 50_000_000
@@ -26,30 +26,30 @@ MAX_LAYERS = 16
 """A directory merged from more is probed name by name: most names are found before so many were asked."""
 
 
-def settled(branch: Branch, st: os.stat_result) -> bool:
-    """Whether any change after this stat is sure to give the object another ctime."""
+def is_racy(branch: Branch, st: os.stat_result) -> bool:
+    """Whether a change after this stat may leave the object the ctime it has ("racily clean", as git calls it)."""
     if st.st_ctime_ns % _SECOND_NS:
-        return branch.exact_times or time_ns() - st.st_ctime_ns > _COARSE_NS
-    return branch.perm is Perm.RR or time_ns() - st.st_ctime_ns > _WHOLE_NS
+        return not branch.exact_times and time_ns() - st.st_ctime_ns <= _COARSE_NS
+    return branch.perm is not Perm.RR and time_ns() - st.st_ctime_ns <= _WHOLE_NS
 
 
-def unchanged(tree: Tree, node: Dir) -> bool:
+def unchanged(sb: Superblock, node: Dir) -> bool:
     """True when the branch directories of a node have the names and the opaque marks they had at the last call.
 
     When not, its view is dropped and `Dir.version` raised, so that children are resolved again. What is to be
     kept of the directory must be read after this call.
     """
-    now = _times(tree, node)
+    now = _times(sb, node)
     if now is not None and now == node.times:
         return True
     node.times = now
-    node.version = tree.next_version()
+    node.version = sb.next_version()
     node.view = None
     node.probes = 0  # what changes all the time is not worth loading
     return False
 
 
-def _times(tree: Tree, node: Dir) -> list[int] | None:
+def _times(sb: Superblock, node: Dir) -> list[int] | None:
     layers = node.layers
     if len(layers) > MAX_LAYERS:
         return None
@@ -58,8 +58,8 @@ def _times(tree: Tree, node: Dir) -> list[int] | None:
         for layer in layers:
             if not layer.branch.exact_times and not layer.branch.local:
                 return None
-            st = os.fstat(layer.fd if layer.fd >= 0 else tree.layer_fd(node, layer))
-            if not settled(layer.branch, st):
+            st = os.fstat(layer.fd if layer.fd >= 0 else sb.layer_fd(node, layer))
+            if is_racy(layer.branch, st):
                 return None
             now.append(st.st_mtime_ns)
             now.append(st.st_ctime_ns)

@@ -1,4 +1,4 @@
-"""The merged view of a directory: every visible name with the branches it is on (spec section 5).
+"""The merged view of a directory: every visible name with the branches it is on (semantics 5).
 
 A view is loaded with one scan of each branch directory and kept only while the coherence strategy
 trusts it; reval scans for every listing. Own changes edit it in place, events of foreign ones put
@@ -12,10 +12,9 @@ import logging
 import os
 import sys
 
-from udbad.branch import syscalls
-from udbad.inodes.table import MOST_UNCLEAR, Dir, Hit
-from udbad.union import whiteout
-from udbad.union.tree import Tree
+from udbad.branch import syscalls, whiteout
+from udbad.inodes.table import MAX_STACKED, Dir, Hit
+from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +26,10 @@ UNKNOWN = None
 View = dict[bytes, Hit | None]
 
 
-def scan(tree: Tree, node: Dir, unclear: set[bytes] | None = None) -> View:
+def scan(sb: Superblock, node: Dir, stacked: set[bytes] | None = None) -> View:
     """Merge the branch directories of a node as they are now: top branch's order first, then what lower ones add.
 
-    unclear: gets the names that have a whiteout, or are in more than one branch directory. Raises OSError when a
+    stacked: gets the names that have a whiteout, or are in more than one branch directory. Raises OSError when a
     branch directory cannot be read (EACCES, EIO, ESTALE).
     """
     names: View = {}
@@ -40,7 +39,7 @@ def scan(tree: Tree, node: Dir, unclear: set[bytes] | None = None) -> View:
         branch = layer.branch
         index = branch.index
         here: list[bytes] = []
-        fd = syscalls.open_listing(tree.layer_fd(node, layer))
+        fd = syscalls.open_listing(sb.layer_fd(node, layer))
         try:
             with os.scandir(fd) as entries:
                 for entry in entries:
@@ -56,8 +55,8 @@ def scan(tree: Tree, node: Dir, unclear: set[bytes] | None = None) -> View:
                     if name not in names:
                         names[name] = (index,) if entry.is_dir(follow_symlinks=False) else index
                         continue
-                    if unclear is not None:
-                        unclear.add(name)
+                    if stacked is not None:
+                        stacked.add(name)
                     upper = names[name]
                     if type(upper) is tuple and entry.is_dir(follow_symlinks=False):
                         names[name] = (*upper, index)
@@ -66,35 +65,35 @@ def scan(tree: Tree, node: Dir, unclear: set[bytes] | None = None) -> View:
         for name in here:
             hit = names.get(name)
             if hit is not None and (hit == index or (type(hit) is tuple and hit[-1] == index)):
-                _warn_pair(tree, node, name, branch.describe())
+                _warn_pair(sb, node, name, branch.describe())
         whited.update(here)
-    if unclear is not None:
-        unclear |= whited
+    if stacked is not None:
+        stacked |= whited
     return names
 
 
-def load_view(tree: Tree, node: Dir) -> View:
+def load_view(sb: Superblock, node: Dir) -> View:
     """Scan and keep the view of a directory that is trusted."""
-    unclear: set[bytes] = set()
-    view = scan(tree, node, unclear)
+    stacked: set[bytes] = set()
+    view = scan(sb, node, stacked)
     node.view = view
-    node.unclear = unclear if len(unclear) <= MOST_UNCLEAR else None
+    node.stacked = stacked if len(stacked) <= MAX_STACKED else None
     node.probes = 0
     return view
 
 
-def _warn_pair(tree: Tree, node: Dir, name: bytes, branch: str) -> None:
+def _warn_pair(sb: Superblock, node: Dir, name: bytes, branch: str) -> None:
     key = (node.id, name)
-    if key not in tree.warned and len(tree.warned) < 10000:
-        tree.warned.add(key)
+    if key not in sb.warned and len(sb.warned) < 10000:
+        sb.warned.add(key)
         log.warning("%r and its whiteout are both in branch %s; the whiteout hides lower branches only", name, branch)
 
 
-def whiteout_names(tree: Tree, node: Dir) -> list[bytes]:
+def whiteout_names(sb: Superblock, node: Dir) -> list[bytes]:
     """Names of the whiteouts in all branches of a directory, for the shwh option."""
     found: dict[bytes, None] = {}
     for layer in node.layers:
-        fd = syscalls.open_listing(tree.layer_fd(node, layer))
+        fd = syscalls.open_listing(sb.layer_fd(node, layer))
         try:
             for text in os.listdir(fd):
                 name = os.fsencode(text)

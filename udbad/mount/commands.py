@@ -1,0 +1,365 @@
+"""What the control socket of a mount process can be asked for; each is one line of `table`.
+
+Paths in requests are relative to the mount and are looked up in the daemon's own tables and on the
+branches, never through the mount: a process that asks its own mount waits for itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from udbad import __version__
+from udbad.branch.branches import BranchSpec
+from udbad.branch.spec import format_branch
+from udbad.control.protocol import edits_of, flag_of, text_of
+from udbad.control.trioserver import Command, Request, path_of
+from udbad.errors import ExitCode, UserError
+from udbad.kernel.boundary import operations
+from udbad.logs import set_level
+from udbad.mount import rebranch
+from udbad.mount.carrying import Carrying
+from udbad.settings.options import MountOptions, find_branch, parse_mount_options, parse_remount
+from udbad.tools import explain
+from udbad.types import Perm
+from udbad.union import reconfigure
+
+if TYPE_CHECKING:
+    from udbad.mount.mountproc import MountProcess
+
+log = logging.getLogger(__name__)
+
+LIVE = frozenset(
+    {
+        *("branches", "udba", "create", "cpup", "dirwh", "diropq", "sum", "fsync_copyup"),
+        *("verbose", "warn_perm", "rdcache", "watch_reserve", "ro", "kernel_flags"),
+    }
+)
+"""Mount options that can change while mounted; the others are agreed with the kernel at the mount."""
+
+
+class Commands:
+    """The operations of one mount process."""
+
+    def __init__(self, process: MountProcess) -> None:
+        self.process = process
+        self.carrying = Carrying(process)
+        self._changing = trio.Lock()
+
+    def table(self) -> dict[str, Command]:
+        return {
+            "ping": self.ping,
+            "status": self.status,
+            "stats": self.stats,
+            "metrics": self.metrics,
+            "flush": self.flush,
+            "udba": self.udba,
+            "where": self.where,
+            "why": self.why,
+            "invalidate": self.invalidate,
+            "busy": self.busy,
+            "branches": self.branches,
+            "reconfigure": self.reconfigure,
+            "configured": self.configured,
+            "remount": self.remount,
+            "log-level": self.log_level,
+            "mvdown": self.carrying.mvdown,
+            "sync": self.carrying.sync,
+            "sync-status": self.carrying.status,
+            "sync-stop": self.carrying.stop,
+            "stop": self.stop,
+        }
+
+    async def ping(self, request: Request) -> dict[str, Any]:
+        return {}
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    async def status(self, request: Request) -> dict[str, Any]:
+        process = self.process
+        return {
+            "name": process.identity.name,
+            "mount_point": os.fsdecode(process.mount_point),
+            "pid": os.getpid(),
+            "udbad": __version__,
+            "uptime": time.time() - process.started,
+            "udba": process.coherence.name,
+            "branches": [branch.describe() for branch in process.sb.branches.branches],
+            "requests": sum(stats.requests for stats in operations().values()),
+            "open_handles": len(process.sb.handles),
+            "connection": process.session.connection,
+            "coherence": asdict(process.coherence.statistics()),
+        }
+
+    async def stats(self, request: Request) -> dict[str, Any]:
+        process = self.process
+        return {
+            "requests": {name: stats.requests for name, stats in operations().items()},
+            "seconds": {name: stats.seconds for name, stats in operations().items()},
+            "errors": sum(stats.errors for stats in operations().values()),
+            "bugs": sum(stats.bugs for stats in operations().values()),
+            "table": asdict(process.sb.table.statistics()),
+            "coherence": asdict(process.coherence.statistics()),
+            "invalidator": asdict(process.invalidator.statistics()),
+            "depths": {
+                "found": process.sb.counters.depth_found,
+                "negative": process.sb.counters.depth_negative,
+                "whiteout": process.sb.counters.depth_whiteout,
+            },
+            "copyups": [
+                {"path": os.fsdecode(reconfigure.path_of(job.node)), "size": job.st.st_size, "done": job.progress}
+                for job in process.operations.copyups.values()
+            ],
+            "open_handles": len(process.sb.handles),
+            "connection": process.session.connection,
+        }
+
+    async def metrics(self, request: Request) -> dict[str, Any]:
+        """What the metrics endpoint asks for at each scrape (metrics.Samples)."""
+        return {"metrics": await self.process.readings.samples()}
+
+    async def where(self, request: Request) -> dict[str, Any]:
+        """Which branch serves a path, and every copy of it."""
+        return explain.where(self.process.sb, path_of(request))
+
+    async def why(self, request: Request) -> dict[str, Any]:
+        """How a path is resolved, name by name and branch by branch."""
+        options = self.process.options
+        return {**explain.why(self.process.sb, path_of(request)), "create": options.create, "cpup": options.cpup}
+
+    async def busy(self, request: Request) -> dict[str, Any]:
+        """What keeps a branch from being removed."""
+        wanted = os.fsencode(text_of(request, "branch"))
+        sb = self.process.sb
+        place = find_branch(rebranch.current_specs(sb.branches), wanted)
+        if place is None:
+            raise UserError(f"{os.fsdecode(wanted)} is not a branch", ExitCode.OPTION)
+        users = reconfigure.users(sb, sb.branches[place])
+        return {"users": [{"pid": user.pid, "command": _command(user.pid), "what": user.what,
+                           "path": os.fsdecode(user.path)} for user in users]}  # fmt: skip
+
+    # -- changing ---------------------------------------------------------------------------------
+
+    async def flush(self, request: Request) -> dict[str, Any]:
+        """Every direct change made before the request is seen by every access after the answer."""
+        self.process.coherence.drain()
+        await trio.to_thread.run_sync(self.process.invalidator.flush)
+        return {}
+
+    async def udba(self, request: Request) -> dict[str, Any]:
+        try:
+            async with self._changing:
+                await self.process.set_mode(text_of(request, "mode"))
+        except ValueError as error:
+            raise UserError(str(error), ExitCode.OPTION) from None
+        self.process.options = self.process.options.model_copy(update={"udba": self.process.coherence.name})
+        self._write_entry()
+        return {"mode": self.process.coherence.name}
+
+    async def invalidate(self, request: Request) -> dict[str, Any]:
+        """Believe nothing that is cached about a path and what is below it; returns how many nodes that were."""
+        count = self.process.coherence.invalidate(path_of(request))
+        await trio.to_thread.run_sync(self.process.invalidator.flush)
+        return {"nodes": count}
+
+    async def branches(self, request: Request) -> dict[str, Any]:
+        """Apply (option, value) pairs of add, ins, append, prepend, del and mod; without any, list the branches."""
+        edits = edits_of(request)
+        if edits:
+            self.carrying.check_idle()
+            async with self._changing:
+                await rebranch.change_branches(self.process, edits, self.carrying.check_idle)
+                self._note_branches()
+        branches = self.process.sb.branches
+        return {
+            "branches": [branch.describe() for branch in branches.branches],
+            "specs": [format_branch(spec) for spec in rebranch.current_specs(branches)],
+        }
+
+    def _note_branches(self) -> None:
+        specs = tuple(rebranch.current_specs(self.process.sb.branches))
+        self.process.options = self.process.options.model_copy(update={"branches": specs})
+        self._write_entry()
+
+    def _write_entry(self) -> None:
+        try:
+            self.process.write_entry()
+        except OSError as error:
+            log.warning("cannot write what the mount is now: %s", error)
+
+    async def reconfigure(self, request: Request) -> dict[str, Any]:
+        """Become what `options` (all of them, as after -o) say, as far as that goes while mounted.
+
+        configured: what the configuration says, to be remembered. Returns the keys applied, and those that
+        need a new mount. Either every live key is applied or, with an error, none.
+        """
+        new = parse_mount_options(text_of(request, "options"))
+        configured = _options_text(request, "configured") if "configured" in request else None
+        async with self._changing:
+            answer = await self._become(new)
+            if configured is not None:
+                self.process.configured = configured
+                self._write_entry()
+            return answer
+
+    async def configured(self, request: Request) -> dict[str, Any]:
+        """Remember what the configuration says, after it was made to follow the mount."""
+        self.process.configured = _options_text(request, "options")
+        self._write_entry()
+        return {}
+
+    async def remount(self, request: Request) -> dict[str, Any]:
+        """`mount -o remount,...`: the options given replace the present ones, from left to right.
+
+        All or nothing: an option that cannot change while mounted is an error and nothing is done.
+        """
+        async with self._changing:
+            new = parse_remount(text_of(request, "options"), self.process.options)
+            fixed = sorted(_changed(self.process.options, new) - _live(self.process.options, new))
+            fixed = ["dirsync" if key == "kernel_flags" else key for key in fixed]
+            if fixed:
+                raise UserError(
+                    f"{', '.join(fixed)} cannot change while mounted: umount, and mount again", ExitCode.OPTION
+                )
+            return await self._become(new)
+
+    async def _become(self, new: MountOptions) -> dict[str, Any]:
+        process = self.process
+        changed = _changed(process.options, new)
+        live = _live(process.options, new)
+        target = process.options.model_copy(update={key: getattr(new, key) for key in live})
+        # What can be refused comes first.
+        await self._change_access(target, "branches" in live)
+        process.options = target
+        process.apply_union_options()
+        process.settle_branch_mounts()
+        if "udba" in live:
+            await process.set_mode(new.udba)
+        if live:
+            log.info("changed while mounted: %s", ", ".join(sorted(live)))
+            self._write_entry()
+        return {"applied": sorted(live), "needs_remount": sorted(changed - LIVE)}
+
+    async def _change_access(self, target: MountOptions, branches: bool) -> None:
+        """Change branches, if they do, what the kernel permits on the mount, and whether we write to branches: all or
+        nothing. Raises UserError.
+
+        Read-only begins with the kernel, which knows who may still write and then lets nobody begin to; writable
+        ends with it.
+        """
+        process = self.process
+        old = process.options
+        before = process.session.flags
+        first = process.flags_for(target) if target.ro else before
+        try:
+            await self._set_flags(first)
+            await self._change_branches(target, branches)
+            try:
+                await self._set_flags(process.flags_for(target))  # with those of new branches
+            except UserError:
+                await self._change_branches(old, branches)
+                raise
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._set_flags(before)
+            raise
+
+    async def _set_flags(self, flags: frozenset[str]) -> None:
+        session = self.process.session
+        if flags == session.flags:
+            return
+        try:
+            # After this: the mount may be another one only in what was asked for; `_changing` is held.
+            await trio.to_thread.run_sync(session.set_flags, flags)
+        except OSError as error:
+            place = os.fsdecode(self.process.mount_point)
+            if error.errno == errno.EBUSY and error.strerror == os.strerror(errno.EBUSY):
+                raise UserError(f"{place} is busy: {self._who(writing=True)}", ExitCode.FAILURE) from None
+            raise UserError(f"{place}: {error.strerror}", ExitCode.FAILURE) from None
+
+    async def _change_branches(self, target: MountOptions, branches: bool) -> None:
+        process, check = self.process, self.carrying.check_idle
+        if not branches and target.ro == process.options.ro:
+            return
+        check()
+        top = process.sb.branches[0]
+        specs: Sequence[BranchSpec] = target.branches
+        if not branches:
+            specs = rebranch.current_specs(process.sb.branches)
+            if target.ro or target.branches[0].perm is not None or top.perm is not Perm.RO:
+                await rebranch.set_read_only(process, target.ro, check)
+                return
+            # It was given no permission, and has that of a read-only mount.
+            specs = [replace(specs[0], perm=None), *specs[1:]]
+        await rebranch.set_branches(process, specs, check, target.ro)
+
+    async def log_level(self, request: Request) -> dict[str, Any]:
+        try:
+            set_level(text_of(request, "level"))
+        except ValueError as error:
+            raise UserError(str(error), ExitCode.OPTION) from None
+        return {}
+
+    async def stop(self, request: Request) -> dict[str, Any]:
+        """Unmount; with "force" also what is in use. EBUSY is answered with who uses it."""
+        force = flag_of(request, "force")
+        try:
+            await self.process.unmount(force)
+        except OSError as error:
+            place = os.fsdecode(self.process.mount_point)
+            if error.errno == errno.EBUSY and error.strerror == os.strerror(errno.EBUSY):
+                raise UserError(f"{place} is busy: {self._who()}", ExitCode.FAILURE) from None
+            raise UserError(f"{place}: {error.strerror}", ExitCode.FAILURE) from None
+        return {}
+
+    def _who(self, writing: bool = False) -> str:
+        """Who keeps the mount from being unmounted, or from being made read-only, as far as it is known here."""
+        handles = self.process.sb.handles
+        opened = [
+            ("open file", one.node, one.pid)
+            for one in handles.files.values()
+            if not writing or one.flags & os.O_ACCMODE != os.O_RDONLY or one.node.parent is None
+        ]
+        if writing and not opened:
+            return "somebody writes to it"
+        opened += [("open directory", one.node, one.pid) for one in handles.dirs.values() if not writing]
+        if not opened:
+            return "somebody is in it, or something is mounted in it"
+        what, node, pid = opened[0]
+        more = f" and {len(opened) - 1} more" if len(opened) > 1 else ""
+        removed = node.parent is None and node is not self.process.sb.root
+        path = "(removed)" if removed else os.fsdecode(reconfigure.path_of(node))
+        return f"{what} {path} of process {pid}{more}"
+
+
+def _options_text(request: Request, key: str) -> str:
+    """Options that others will parse: whoever takes this mount over must not stumble over them. Raises UserError."""
+    text = text_of(request, key)
+    parse_mount_options(text)
+    return text
+
+
+def _live(old: MountOptions, new: MountOptions) -> set[str]:
+    """The options that differ and can change while mounted; dirsync cannot (MS_RMT_MASK of the kernel)."""
+    live = _changed(old, new) & LIVE
+    return live - {"kernel_flags"} if "dirsync" in old.kernel_flags ^ new.kernel_flags else live
+
+
+def _changed(old: MountOptions, new: MountOptions) -> set[str]:
+    fields = MountOptions.model_fields.keys() - {"notices", "control", "metrics"}
+    return {key for key in fields if getattr(old, key) != getattr(new, key)}
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm") as file:
+            return file.read().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,522 @@
+"""The mount process: builds everything one mount needs, serves it, and takes it down in order.
+
+Order of the end: stop the watcher, drain and join the invalidator, unmount, let pyfuse3's loop return,
+close. A mount that ends cleanly marks its writable branches clean; after any other end the next mount
+sweeps them for temporary names first.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import trio
+
+from udbad import __version__
+from udbad.branch import mountflags
+from udbad.branch.accept import open_branches, permission_warnings
+from udbad.branch.branches import BranchSet
+from udbad.branch.credentials import Credentials
+from udbad.branch.policy import parse_copyup, parse_create
+from udbad.branch.writelock import WriteLocks
+from udbad.coherence.base import Coherence
+from udbad.coherence.none import NoneCoherence
+from udbad.coherence.notify import NotifyCoherence
+from udbad.coherence.reval import RevalCoherence
+from udbad.control import exporter, registry, trioserver
+from udbad.control.protocol import ask
+from udbad.errors import ExitCode, UserError
+from udbad.kernel.fast import FastPath
+from udbad.kernel.invalidator import Invalidator
+from udbad.kernel.mounts import lying, mounts_inside, unions
+from udbad.kernel.ops import Operations
+from udbad.kernel.session import Session, check_mount_point
+from udbad.metrics import Samples, Server
+from udbad.mount.commands import Commands
+from udbad.mount.readings import MetricsReader, text
+from udbad.mount.writing import Writing
+from udbad.settings.options import MountOptions, format_options
+from udbad.union import homes
+from udbad.union.fs import UnionFs
+from udbad.union.superblock import Superblock, UnionOptions
+
+log = logging.getLogger(__name__)
+
+STRATEGIES: dict[str, type[Coherence]] = {
+    "none": NoneCoherence,
+    "reval": RevalCoherence,
+    "notify": NotifyCoherence,
+}
+
+_OTHER_FDS = 1024
+"""Descriptors that are neither of directories nor of open files: branches, sockets, copy-ups, one operation's own."""
+_SWITCH_SECONDS = 0.0005
+_LINGER_SECONDS = 2
+_STOPPING = signal.SIGINT, signal.SIGTERM
+_MAX_DIRECTORY_FDS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a mount process is to others.
+
+    name: of the mount in the configuration. run_dir: where to be found (registry.py), None: nowhere.
+    supervised: somebody restarts this mount; then a union that lies on the mount point is a dead one.
+    """
+
+    name: str = ""
+    run_dir: str | None = None
+    supervised: bool = False
+
+
+class MountProcess:
+    """One mount from its options to its end."""
+
+    def __init__(self, options: MountOptions, mount_point: bytes, identity: Identity = Identity()) -> None:
+        """mount_point: absolute path of an existing directory. Raises UserError."""
+        self.options = options
+        self.asked = mount_point
+        self.mount_point = registry.real_mount_point(mount_point)
+        self.identity = identity
+        self.configured = format_options(options)
+        self.started = time.time()
+        for notice in options.notices:
+            log.info("%s", notice)
+        max_fds, all_fds = _raise_fd_limit()
+        self.control_path = ""  # of the socket that is served, once there is one
+        self._registration: registry.Registration | None = None
+        with ExitStack() as ending:
+            ending.callback(self._unregister)
+            self._claim = self._claim_mount_point()
+            if self._claim is not None:
+                ending.callback(self._claim.release)
+            self._dead = self._dead_mounts()
+            if not self._dead and check_mount_point(self.mount_point):
+                log.info("mount point %s is not empty; its content is hidden while mounted", text(self.mount_point))
+            self.branches = open_branches(options.branches, options.ro, self.mount_point)
+            ending.callback(lambda: self.branches.close())  # those of then
+            if options.warn_perm:
+                for line in permission_warnings(self.branches):
+                    log.info("%s", line)
+            creds = Credentials()
+            # Released after the marks: the next to write to a branch must not find a mark, nor lose its own to us.
+            self.write_locks = WriteLocks()
+            ending.callback(self.write_locks.close)
+            if not options.ro:
+                self.write_locks.take(self.branches.branches)
+            self.writing = Writing()
+            ending.callback(self.writing.close)
+            if not options.ro:
+                self.writing.begin(self.branches.branches, options.plink)
+            self.settle_branch_mounts()
+            self.sb = Superblock(self.branches, _union_options(options), max_fds, all_fds)
+            ending.callback(homes.close, self.sb)
+            homes.load(self.sb)
+            self.fs = UnionFs(self.sb, creds)
+            ending.callback(self.fs.walks.close)
+            endpoint = self._export()
+            if endpoint is not None:
+                ending.callback(endpoint.close)
+            self.restrictions = self.branches.restrictions
+            _tell_restrictions(self.branches, options)
+            self.session = Session(self.mount_point, self._source(), self.flags_for(options), options.acl)
+            ending.callback(self.session.close)
+            self.invalidator = Invalidator(
+                self.session.notify, self.session.has_epochs, lambda: mounts_inside(self.session.connection)
+            )
+            ending.callback(self._stop_invalidator)
+            self.coherence = STRATEGIES[options.udba](self.sb, self.invalidator)
+            ending.callback(lambda: self.coherence.stop())  # the one of then
+            self.coherence.start()
+            self.operations = Operations(self.fs, self.coherence)
+            self.fast = FastPath(
+                self.session.fd, self.session.pyfuse3s, self.fs, self.coherence, self.operations.perform,
+                self.operations.stale, self.session.setxattr_ext,
+            )  # fmt: skip
+            ending.callback(self.fast.close)
+            self.readings = MetricsReader(self)
+            self.background: trio.Nursery  # of serve(): what ends with the mount
+            self._commands = Commands(self)
+            self.ready = False
+            self._ending = ending.pop_all()
+
+    def _claim_mount_point(self) -> registry.Claim | None:
+        """Held until others can see that we serve. Raises UserError when another process is at it."""
+        if self.identity.run_dir is None:
+            return None
+        try:
+            return registry.Claim(self.identity.run_dir, self.mount_point)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                text = f"another process is mounting on {os.fsdecode(self.mount_point)}"
+                raise UserError(text, ExitCode.MOUNT_POINT) from None
+            return None  # no room in the run directory is no reason not to mount; _register says so
+
+    def _dead_mounts(self) -> int:
+        """How many dead unions lie on the mount point. Raises UserError when a living one does, or what is no union
+        lies over them, which is nobody's to take away."""
+        if self.identity.run_dir is None:
+            return 0
+        try:
+            there = lying(self.mount_point)
+        except OSError as error:
+            raise UserError(f"{os.fsdecode(self.mount_point)}: {error.strerror}", ExitCode.MOUNT_POINT) from None
+        if not there:
+            return 0
+        entry = registry.read(registry.directory(self.identity.run_dir, self.mount_point))
+        if entry is not None and _is_served(entry):
+            raise UserError(f"{entry.mount_point} is mounted already, by process {entry.pid}", ExitCode.MOUNT_POINT)
+        known = entry is not None and entry.connection == there[0].connection
+        return len(there) if known or self.identity.supervised else 0
+
+    def _source(self) -> str:
+        """What /proc/mounts shows as source, and nothing beside it: umount(8) and findmnt(8) look for this word."""
+        return self.options.fsname if self.options.fsname != "none" else self.identity.name or "none"
+
+    def _register(self) -> str | None:
+        """Have a place where to be found; returns the path of the control socket. Without room for that the mount
+        still serves."""
+        if self.identity.run_dir is None:
+            return self.options.control
+        try:
+            mounted = {(os.fsdecode(mount.path), mount.connection) for mount in unions()}
+            registry.sweep(self.identity.run_dir, mounted)
+            self._registration = registry.Registration(self.identity.run_dir, self.mount_point)
+        except OSError as error:
+            log.warning("not registered in %s: %s", self.identity.run_dir, error.strerror)
+        if self.options.control:
+            return self.options.control
+        return None if self._registration is None else str(self._registration.path / "control")
+
+    def write_entry(self) -> None:
+        """Bring what others can read about this mount up to date. Raises OSError."""
+        if self._registration is None:
+            return
+        self._registration.write_branches(branch.describe() for branch in self.branches.branches)
+        self._registration.write(
+            registry.Entry(
+                name=self.identity.name,
+                mount_point=os.fsdecode(self.mount_point),
+                asked=os.fsdecode(self.asked),
+                options=format_options(self.options),
+                configured=self.configured,
+                pid=os.getpid(),
+                connection=self.session.connection,
+                supervised=self.identity.supervised,
+                version=__version__,
+                started=self.started,
+                directory=str(self._registration.path),
+                namespace=registry.mount_namespace(),
+            )
+        )
+
+    def _listen(self) -> trio.SocketListener | None:
+        path = self._register()
+        if path is None:
+            return None
+        try:
+            listener = trioserver.listen(path)
+            self.control_path = path
+            return listener
+        except OSError as error:
+            if self.options.control:
+                raise UserError(f"control socket {path}: {error.strerror}", ExitCode.FAILURE) from error
+            log.warning("no control socket, %s: %s", path, error.strerror)
+            return None
+
+    def _export(self) -> Server | None:
+        """Serve metrics of this mount alone, when asked to. The mount matters more: without them the log says so."""
+        if self.options.metrics is None:
+            return None
+        name = self.identity.name or text(self.mount_point)
+        # Nobody starts a standalone mount again, and its configuration was read once.
+        kept: Samples = {
+            "udbad_mount_restarts_total": [((), 0)],
+            "udbad_config_last_reload_success": [((), 1)],
+            "udbad_config_last_reload_timestamp_seconds": [((), self.started)],
+        }
+        host, port = exporter.parse_address(self.options.metrics)
+        try:
+            return exporter.start(host, port, lambda: {name: self.control_path}, lambda: {name: kept})
+        except UserError as error:
+            log.warning("no metrics are served: %s", error.message)
+            return None
+
+    async def serve(self, on_ready: Callable[[], None]) -> None:
+        """Serve until unmounted or told to stop by SIGINT or SIGTERM; on_ready is called once requests are answered.
+
+        Others see the mount only when everything that can be refused has been done; `abandon` undoes what was done so
+        far. Raises UserError, also when the connection was aborted through fusectl.
+        """
+        listener = self._listen()
+        with (
+            nullcontext() if listener is None else listener.socket,
+            trio.open_signal_receiver(*_STOPPING) as signals,
+        ):
+            self.session.attach(self.operations)
+            self.session.mount(self._dead)
+            try:
+                self.write_entry()
+            except OSError as error:
+                log.warning("not registered in %s: %s", self.identity.run_dir, error.strerror)
+            if self._claim is not None:
+                self._claim.release()
+            on_ready()
+            self.ready = True
+            async with trio.open_nursery() as nursery:
+                self.background = nursery
+                nursery.start_soon(self._stop_on_signal, signals)
+                nursery.start_soon(self._run_coherence)
+                self.writing.sweep(nursery)
+                if listener is not None:
+                    nursery.start_soon(trioserver.serve, listener, self._commands.table())
+                try:
+                    await self.session.serve(self.fast)
+                finally:
+                    nursery.cancel_scope.cancel()
+        if self.session.aborted:
+            raise UserError(f"{text(self.mount_point)}: the connection was aborted; its users get errors until it is "
+                            "unmounted or mounted again", ExitCode.FAILURE)  # fmt: skip
+
+    def on_late_signal(self, number: int, frame: FrameType | None) -> None:
+        """A signal when `serve` does not wait for it. After the mount has gone it comes too late: dying half-way
+        through `close` would leave the branches marked, and the supervisor with a process that was killed."""
+        if not self.ready:
+            signal.default_int_handler(number, frame)
+
+    async def _stop_on_signal(self, signals: Any) -> None:
+        async for number in signals:
+            log.info("%s: unmounting", signal.Signals(number).name)
+            await self.unmount(force=True)
+
+    async def unmount(self, force: bool) -> None:
+        """Unmount, after which `serve` returns.
+
+        Raises OSError without force: EBUSY when it is in use or something else is mounted over it, EINVAL when it was
+        detached already (umount -l) and its last users keep it. force: it ends all the same, its users get errors.
+        """
+        try:
+            # After this: the mount is gone and main() returns, or it stays.
+            await trio.to_thread.run_sync(self.session.unmount)
+        except OSError as error:
+            if not force:
+                raise
+            if error.errno == errno.EBUSY:
+                try:
+                    await trio.to_thread.run_sync(self.session.unmount, True)
+                    log.warning("%s is in use; detached, users get errors", text(self.mount_point))
+                except OSError as other:
+                    error = other
+            if self.session.mounted:
+                log.warning("%s: %s; the session ends all the same", text(self.mount_point), error.strerror)
+            self.session.terminate()
+            return
+        # Normally the loop has ended with the mount. It has not where a copy of the mount is left in
+        # another mount namespace (a container, a service with private mounts).
+        await trio.sleep(_LINGER_SECONDS)
+        log.info("the mount is still in use in another mount namespace; ending all the same")
+        self.session.terminate()
+
+    def close(self) -> None:
+        """The end after serving: release everything, in order, and mark the branches clean."""
+        self._ending.close()
+
+    def abandon(self) -> None:
+        """The end of a start that failed: as if it had not been tried. Nothing has been served."""
+        if self.session.mounted:
+            try:
+                self.session.unmount(lazy=True)
+            except OSError as error:
+                log.warning("%s: %s", text(self.mount_point), error.strerror)
+        self._ending.close()
+
+    def _stop_invalidator(self) -> None:
+        if not self.invalidator.stop():
+            log.warning("some notifications are still in the kernel")
+
+    def _unregister(self) -> None:
+        try:
+            if self._registration is not None:
+                self._registration.remove()
+            if self.options.control and self.control_path == self.options.control:
+                os.unlink(self.options.control)
+        except OSError as error:
+            log.warning("cannot remove the control socket: %s", error)
+
+    async def _run_coherence(self) -> None:
+        """The strategy's background work, begun anew when another strategy takes over."""
+        while True:
+            self._changing_mode = trio.CancelScope()
+            with self._changing_mode:
+                await self.coherence.run()
+                await trio.sleep_forever()
+
+    async def set_mode(self, mode: str) -> None:
+        """Change the coherence mode while mounted; when this returns, the new promise holds.
+
+        Raises ValueError for a mode that does not exist.
+        """
+        if mode not in STRATEGIES:
+            raise ValueError(f"unknown mode {mode!r}; known are {', '.join(STRATEGIES)}")
+        log.info("coherence mode changes from %s to %s", self.coherence.name, mode)
+        self.coherence.hand_over()
+        self.restart_coherence(mode)
+        # After this: nothing is used any more; requests meanwhile were served in the new mode.
+        await trio.to_thread.run_sync(self.invalidator.flush)
+
+    def flags_for(self, options: MountOptions) -> frozenset[str]:
+        """The flags of the mount with these options; `restrictions`: of every branch that it ever had."""
+        return options.mount_flags(self.restrictions)
+
+    async def restrict(self, branches: BranchSet) -> None:
+        """Have the mount be as strict as the strictest of branches to come. It does not become less so without a word:
+        what came from them may be in use, and the next mount is as its branches are then. Raises UserError (BRANCH).
+        """
+        before = self.restrictions
+        self.restrictions |= branches.restrictions
+        flags = self.session.flags | self.flags_for(self.options) & branches.restrictions
+        if flags == self.session.flags:
+            return
+        try:
+            await trio.to_thread.run_sync(self.session.set_flags, flags)
+        except OSError as error:
+            self.restrictions = before
+            what = f"the union cannot be made {','.join(sorted(flags - self.session.flags))} as a branch is"
+            raise UserError(f"{what}: {error.strerror}", ExitCode.BRANCH) from None
+        _tell_restrictions(branches, self.options)
+
+    async def relax(self, restrictions: frozenset[str]) -> None:
+        """Take back what `restrict` has added to these, for branches that are not to come after all."""
+        self.restrictions = restrictions
+        flags = self.flags_for(self.options)
+        if flags != self.session.flags:
+            try:
+                await trio.to_thread.run_sync(self.session.set_flags, flags)
+            except OSError as error:
+                log.warning(
+                    "%s stays %s: %s", text(self.mount_point), ",".join(sorted(self.session.flags)), error.strerror
+                )
+
+    def set_read_only(self, ro: bool) -> None:
+        """Have the union refuse every change, or none; what that means for the branches is the caller's."""
+        self.options = self.options.model_copy(update={"ro": ro})
+        self.apply_union_options()
+
+    def settle_branch_mounts(self) -> None:
+        """Have nothing write to branches that are not writable (now), nor to any of a read-only union."""
+        branches = self.branches.branches
+        written = [] if self.options.ro else [branch for branch in branches if branch.writable]
+        mountflags.settle(branches, written, self.options.kernel_flags)
+
+    def apply_union_options(self) -> None:
+        """Have the union follow `options`, which have changed."""
+        self.sb.options = _union_options(self.options)
+        self.coherence.options_changed()
+
+    def restart_coherence(self, mode: str | None = None) -> None:
+        """Begin anew with a strategy (None: the same one) after one that has handed over."""
+        strategy = STRATEGIES[mode or self.coherence.name]
+        self.coherence = self.operations.coherence = self.fast.coherence = strategy(self.sb, self.invalidator)
+        self.coherence.start()
+        self._changing_mode.cancel()
+
+
+def _tell_restrictions(branches: BranchSet, options: MountOptions) -> None:
+    taken = options.mount_flags(branches.restrictions) - options.mount_flags(frozenset())
+    for branch in branches.branches:
+        flags = sorted(branch.restrictions & taken)
+        if flags:
+            words = ",".join(flag.removeprefix("no") for flag in flags)
+            log.info("branch %s is mounted %s, so the union is, too; %s in its options is what changes that",
+                     branch.describe(), ",".join(flags), words)  # fmt: skip
+
+
+def _is_served(entry: registry.Entry) -> bool:
+    """Whether the process of an entry is there; one that does not answer is."""
+    try:
+        ask(entry.control, {"op": "ping"}, timeout=10.0)
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _raise_fd_limit() -> tuple[int, int]:
+    """Allow as many descriptors as the hard limit permits; returned is how many directories may have, and how many
+    directories and open files together."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    most = hard - min(_OTHER_FDS, hard // 4)
+    return min(most, _MAX_DIRECTORY_FDS), most
+
+
+def _union_options(options: MountOptions) -> UnionOptions:
+    """The part of the options that the union itself looks at."""
+    return UnionOptions(
+        create=parse_create(options.create),
+        copyup=parse_copyup(options.cpup),
+        read_only=options.ro,
+        plink=options.plink,
+        show_whiteouts=options.shwh,
+        dirwh=options.dirwh,
+        watch_reserve=options.watch_reserve,
+        opaque_always=options.diropq == "always",
+        sum_space=options.sum,
+        acl=options.acl,
+        direct_io=options.dio,
+        fsync_copyup=options.fsync_copyup,
+    )
+
+
+def run(
+    options: MountOptions,
+    mount_point: bytes,
+    on_ready: Callable[[MountProcess], None],
+    identity: Identity = Identity(),
+    configured: str | None = None,
+) -> None:
+    """Mount and serve in this process until unmounted; configured: the options that the configuration has.
+
+    Raises UserError when it cannot start; then nothing of it is left. Whatever else ends a mount that has served is
+    raised as it is, and leaves the mount point dead and the branches marked for the next mount.
+    """
+    try:
+        process = MountProcess(options, mount_point, identity)
+    except OSError as error:
+        raise _no_start(mount_point, error) from error
+    process.configured = configured or process.configured
+    gc.freeze()
+    # A thread that has to tell the kernel what to forget waits so long for a busy event loop; by default 5 ms.
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    for number in _STOPPING:
+        signal.signal(number, process.on_late_signal)
+    try:
+        trio.run(process.serve, lambda: on_ready(process))
+    except BaseException as error:
+        if process.ready:
+            raise
+        process.abandon()
+        if isinstance(error, (OSError, RuntimeError)):  # the latter: pyfuse3
+            raise _no_start(mount_point, error) from error
+        raise
+    process.close()
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)  # at its exit, Python gives up its own handlers first
+
+
+def _no_start(mount_point: bytes, error: Exception) -> UserError:
+    reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return UserError(f"cannot mount on {text(mount_point)}: {reason}", ExitCode.FAILURE)

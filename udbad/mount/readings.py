@@ -1,0 +1,214 @@
+"""What a mount process says about itself at a scrape: every metric of origin mount, as metrics.Samples.
+
+Everything is read from counters and tables that exist anyway; only copy-ups are counted here, by the
+callbacks of kernel/ops.py. Branches are asked in threads and given up after PROBE_SECONDS: a branch that
+hangs must not hang the scrape, and it gets no second question before it has answered the first.
+
+Event loop only. Must not fail because of a branch, and must not touch the mount.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from udbad import __version__
+from udbad.branch.branches import Branch
+from udbad.coherence import watcher
+from udbad.kernel.boundary import operations
+from udbad.metrics import COHERENCE_STATES, COPYUP_BUCKETS, DEPTH_BUCKETS, EVENT_KINDS, Counts, Samples
+from udbad.types import Trigger
+from udbad.union.copyup import Job
+
+if TYPE_CHECKING:
+    from udbad.mount.mountproc import MountProcess
+
+PROBE_SECONDS: Final = 0.3
+
+_KIND_BITS: Final = {
+    "gone": watcher.GONE,
+    "names": watcher.NAMES,
+    "content": watcher.CONTENT,
+    "attributes": watcher.ATTRIBUTES,
+}
+assert set(_KIND_BITS) == set(EVENT_KINDS)
+
+Space = tuple[int, int]
+"""Bytes available, size in bytes."""
+
+
+def text(path: bytes) -> str:
+    """A path as a label value; labels are UTF-8."""
+    return path.decode("utf-8", "backslashreplace")
+
+
+class MetricsReader:
+    """Reads the numbers of one mount process."""
+
+    def __init__(self, process: MountProcess) -> None:
+        self._process = process
+        self._copyups: dict[tuple[str, str], Counts] = {}
+        self._copied = 0
+        self._failures: dict[str, int] = {}
+        self._asked: set[int] = set()
+        process.operations.on_copyup = self._copied_up
+        process.operations.on_copyup_failed = self._copyup_failed
+
+    def _copied_up(self, job: Job, seconds: float) -> None:
+        key = (job.trigger.value, job.method.value)
+        counts = self._copyups.get(key)
+        if counts is None:
+            counts = self._copyups[key] = Counts(COPYUP_BUCKETS)
+        counts.observe(seconds)
+        self._copied += job.copied
+
+    def _copyup_failed(self, trigger: Trigger, number: int) -> None:
+        name = errno.errorcode.get(number, "unknown")
+        self._failures[name] = self._failures.get(name, 0) + 1
+
+    async def samples(self) -> Samples:
+        """Every metric of the mount. Takes PROBE_SECONDS at most beside what the event loop is busy with."""
+        spaces = await self._spaces()
+        # After this: the branches may be others; one that was not asked yet is left out this time.
+        return {
+            **self._about(),
+            **self._requests(),
+            **self._copying(),
+            **self._coherence(),
+            **self._tables(),
+            **self._branches(spaces),
+        }
+
+    def _about(self) -> Samples:
+        process = self._process
+        options = process.options
+        info = (process.coherence.name, text(process.mount_point), options.create, options.cpup)
+        return {
+            "udbad_mount_info": [(info, 1)],
+            "udbad_build_info": [((__version__, platform.python_version(), os.uname().release), 1)],
+        }
+
+    def _requests(self) -> Samples:
+        requests = []
+        durations = []
+        for name, stats in operations().items():
+            answered = sum(stats.buckets)
+            requests += [
+                ((name, "ok"), answered - stats.errors),
+                ((name, "error"), stats.errors - stats.bugs),
+                ((name, "bug"), stats.bugs),
+            ]
+            durations.append(((name,), [*stats.buckets, stats.seconds]))
+        counters = self._process.sb.counters
+        depths = {
+            "found": counters.depth_found,
+            "negative": counters.depth_negative,
+            "whiteout": counters.depth_whiteout,
+        }
+        return {
+            "udbad_requests_total": list(requests),
+            "udbad_request_duration_seconds": list(durations),
+            "udbad_lookup_depth": [((outcome,), _depths(counts)) for outcome, counts in depths.items()],
+        }
+
+    def _copying(self) -> Samples:
+        return {
+            "udbad_copyup_duration_seconds": [(key, counts.value()) for key, counts in self._copyups.items()],
+            "udbad_copyup_bytes_total": [((), self._copied)],
+            "udbad_copyups_in_flight": [((), len(self._process.operations.copyups))],
+            "udbad_copyup_failures_total": [((name,), count) for name, count in self._failures.items()],
+        }
+
+    def _coherence(self) -> Samples:
+        coherence = self._process.coherence
+        statistics = coherence.statistics()
+        sent = self._process.invalidator.statistics()
+        branches = self._process.sb.branches.branches
+        events = {(text(branch.path), kind): 0 for branch in branches for kind in EVENT_KINDS}
+        for (index, bits), count in coherence.branch_events.items():
+            kind = next(kind for kind, bit in _KIND_BITS.items() if bits & bit)
+            events[text(branches[index].path), kind] += count
+        states = [
+            ((text(branch.path), state), int(coherence.state_of(branch) == state))
+            for branch in branches
+            for state in COHERENCE_STATES
+        ]
+        return {
+            "udbad_coherence_events_total": list(events.items()),
+            "udbad_coherence_echoes_total": [((), statistics.echoes)],
+            "udbad_coherence_overflows_total": [((), statistics.overflows)],
+            "udbad_coherence_lag_seconds": [((), sent.oldest)],
+            "udbad_coherence_state": list(states),
+            "udbad_invalidations_total": [((kind,), count) for kind, count in sent.sent.items()],
+            "udbad_invalidation_latency_seconds": [((), sent.latency_counts)],
+            "udbad_watches": [((), statistics.watches)],
+            "udbad_watch_limit": [((), statistics.watch_limit or watcher.watch_limit())],
+        }
+
+    def _tables(self) -> Samples:
+        sb = self._process.sb
+        table = sb.table.statistics()
+        return {
+            "udbad_inodes": [((), table.nodes)],
+            "udbad_directory_views": [((), table.views)],
+            "udbad_open_handles": [((), len(sb.handles))],
+        }
+
+    def _branches(self, spaces: dict[int, Space | None]) -> Samples:
+        branches = [branch for branch in self._process.sb.branches.branches if branch.id in spaces]
+        ro = self._process.options.ro
+        known = [(text(branch.path), space) for branch in branches if (space := spaces[branch.id]) is not None]
+        return {
+            "udbad_branch_up": [((text(branch.path),), int(spaces[branch.id] is not None)) for branch in branches],
+            "udbad_branch_writable": [((text(branch.path),), int(branch.writable and not ro)) for branch in branches],
+            "udbad_branch_free_bytes": [((path,), free) for path, (free, _) in known],
+            "udbad_branch_size_bytes": [((path,), size) for path, (_, size) in known],
+        }
+
+    async def _spaces(self) -> dict[int, Space | None]:
+        """Branch id to its space, None for a branch that does not answer or whose directory is gone."""
+        spaces: dict[int, Space | None] = {}
+
+        async def ask(branch: Branch) -> None:
+            if branch.id in self._asked:
+                return
+            self._asked.add(branch.id)
+            # Of its own: the branch may be removed while the thread waits.
+            fd = os.dup(branch.root_fd)
+            spaces[branch.id] = await trio.to_thread.run_sync(
+                self._ask, fd, branch.id, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+            )
+
+        branches = self._process.sb.branches.branches
+        for branch in branches:
+            spaces[branch.id] = None
+        with trio.move_on_after(PROBE_SECONDS):
+            async with trio.open_nursery() as nursery:
+                for branch in branches:
+                    nursery.start_soon(ask, branch)
+        return spaces
+
+    def _ask(self, fd: int, branch_id: int) -> Space | None:
+        """In a thread of its own, which may wait for ever."""
+        try:
+            if os.fstat(fd).st_nlink == 0:
+                return None
+            space = os.fstatvfs(fd)
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+            self._asked.discard(branch_id)
+        return space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
+
+
+def _depths(counts: list[int]) -> list[float]:
+    result = Counts(DEPTH_BUCKETS)
+    for depth, times in enumerate(counts):
+        if times:
+            result.observe(depth, times)
+    return result.value()

@@ -1,0 +1,189 @@
+"""Adding, removing and changing branches of a mount while it is served (semantics 11).
+
+All or nothing: the whole new list is checked first, as for a new mount, then put in place between two
+requests. A branch that is in use cannot be removed (EBUSY, with who uses it); how that is seen is in
+union/reconfigure.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
+
+import trio
+
+from udbad.branch import mountflags, writelock
+from udbad.branch.accept import open_branches
+from udbad.branch.branches import Branch, BranchSet, BranchSpec
+from udbad.errors import ExitCode, UserError
+from udbad.settings.options import edit_branches
+from udbad.union import reconfigure
+
+if TYPE_CHECKING:
+    from udbad.mount.mountproc import MountProcess
+
+log = logging.getLogger(__name__)
+
+_PAUSE = 0.05
+
+
+def current_specs(branches: BranchSet) -> list[BranchSpec]:
+    """The branch list as the user could have written it."""
+    return [BranchSpec(branch.path, branch.perm, branch.attrs, branch.udba) for branch in branches.branches]
+
+
+async def change_branches(
+    process: MountProcess, edits: Sequence[tuple[str, str]], check: Callable[[], None]
+) -> BranchSet:
+    """Apply (option, value) pairs of add, append, prepend, del and mod, in order; else as `set_branches`.
+
+    Raises UserError: OPTION for bad edits.
+    """
+    return await set_branches(process, edit_branches(current_specs(process.sb.branches), edits), check)
+
+
+async def set_branches(
+    process: MountProcess, specs: Sequence[BranchSpec], check: Callable[[], None], ro: bool | None = None
+) -> BranchSet:
+    """Make these the branches, top first; returns the new set. One such change at a time.
+
+    check: called when all waiting is over, to raise UserError for what forbids it now. ro: whether the mount is to be
+    read-only, None: as it is.
+    When this returns, every access sees the new union. Raises UserError: BRANCH for a branch that is
+    refused, in use (the message names who uses it) or to be written to while another mount does so.
+    """
+    sb = process.sb
+    old = sb.branches
+    before = _written(old, process.options.ro)
+    ro = process.options.ro if ro is None else ro
+    # Whatever asks a branch for something does so in a thread, which may wait for it as long as it hangs; abandoned
+    # only with the mount. After each: requests were served; the branches are the same.
+    fresh = await _in_thread(open_branches, specs, ro, process.mount_point)
+    restrictions = process.restrictions
+    try:
+        await _lock(process, _written(fresh, ro))
+        await _in_thread(process.writing.begin, _written(fresh, ro), process.options.plink)
+        await process.restrict(fresh)  # before anything of a new branch shows
+        await _no_copyups(process)
+        check()
+        _check_unused(process, fresh)
+    except BaseException:
+        await _keep(process, before)
+        await process.relax(restrictions)
+        fresh.close()
+        raise
+    new = reconfigure.carry_over(old, fresh)
+    after = _written(new, ro)
+    gone = reconfigure.removed(old, new)
+    process.coherence.hand_over()
+    reconfigure.apply(sb, new)
+    process.branches = new
+    process.set_read_only(ro)
+    mountflags.settle(after, after, process.options.kernel_flags)
+    process.restart_coherence()
+    process.writing.sweep(process.background)
+    # After this: requests were served from the new branches.
+    await _keep(process, after)
+    process.settle_branch_mounts()
+    for branch in gone:
+        branch.close()
+    log.info("branches are now %s", ":".join(branch.describe() for branch in new.branches))
+    left = sorted(process.session.flags & process.restrictions - new.restrictions - process.options.kernel_flags)
+    if left:
+        log.info("the union stays %s as a branch was that it no longer has, until it is mounted anew", ",".join(left))
+    # After this: nothing is used any more; requests meanwhile were served from the new branches.
+    await trio.to_thread.run_sync(process.invalidator.flush)
+    return new
+
+
+async def set_read_only(process: MountProcess, ro: bool, check: Callable[[], None]) -> None:
+    """Write to the branches no more (the kernel lets nobody begin to by now), or write to them from now on.
+
+    check: as for `set_branches`. Raises UserError (BRANCH), and then nothing has changed: in use, written to by another
+    mount, or cannot be written to.
+    """
+    branches = process.sb.branches
+    before, after = _written(branches, process.options.ro), _written(branches, ro)
+    try:
+        await _lock(process, after)
+        mountflags.settle(after, after, process.options.kernel_flags)
+        await _in_thread(process.writing.begin, after, process.options.plink)
+        await _no_copyups(process)
+        if ro:
+            await _no_writers(process)
+        check()
+    except BaseException:
+        await _keep(process, before)
+        process.settle_branch_mounts()
+        raise
+    process.set_read_only(ro)
+    process.writing.sweep(process.background)
+    await _keep(process, after)
+    process.settle_branch_mounts()
+
+
+def _written(branches: BranchSet, ro: bool) -> list[Branch]:
+    """The branches that a mount writes to; ro: one that is read-only has none, whatever their permissions are."""
+    return [] if ro else [branch for branch in branches.branches if branch.writable]
+
+
+async def _no_copyups(process: MountProcess) -> None:
+    while process.operations.copyups:
+        # After this: another request may have started a copy-up; look again.
+        busy = next(iter(process.operations.copyups.values())).node.busy
+        if busy is not None:
+            await busy.wait()
+
+
+async def _no_writers(process: MountProcess) -> None:
+    """The kernel tells of the close of a file after the fact (RELEASE). Raises UserError when that does not come."""
+    end = trio.current_time() + writelock.PATIENCE
+    while writers := [handle for handle in process.sb.handles.files.values() if handle.writable]:
+        if trio.current_time() >= end:
+            path = os.fsdecode(reconfigure.path_of(writers[0].node))
+            raise UserError(f"{path} is open for writing by process {writers[0].pid}", ExitCode.BRANCH)
+        # After this: requests were served.
+        await trio.sleep(_PAUSE)
+
+
+_Arguments = TypeVarTuple("_Arguments")
+_Result = TypeVar("_Result")
+
+
+async def _in_thread(call: Callable[[*_Arguments], _Result], *arguments: *_Arguments) -> _Result:
+    return await trio.to_thread.run_sync(call, *arguments, abandon_on_cancel=True)
+
+
+async def _keep(process: MountProcess, written: Sequence[Branch]) -> None:
+    """Leave all branches but these, and let others write to them."""
+    await _in_thread(process.writing.keep, written)
+    # After this: requests were served; what was left has no mark any more.
+    process.write_locks.keep(written)
+
+
+async def _lock(process: MountProcess, written: Sequence[Branch]) -> None:
+    """Lock what is to be written to; what was locked before stays so. Raises UserError when another mount has it."""
+    end = trio.current_time() + writelock.PATIENCE
+    while True:
+        try:
+            await _in_thread(process.write_locks.take, written, 0.0)
+            return
+        except UserError:
+            if trio.current_time() >= end:
+                raise
+        # After this: requests were served; the branches are the same.
+        await trio.sleep(_PAUSE)
+
+
+def _check_unused(process: MountProcess, fresh: BranchSet) -> None:
+    for branch in reconfigure.missing(process.sb.branches, fresh):
+        users = reconfigure.users(process.sb, branch)
+        if users:
+            first = users[0]
+            raise UserError(
+                f"branch {os.fsdecode(branch.path)} is in use: {first.what} {os.fsdecode(first.path)} "
+                f"of process {first.pid}" + (f" and {len(users) - 1} more" if len(users) > 1 else ""),
+                ExitCode.BRANCH,
+            )

@@ -1,0 +1,452 @@
+"""What a mount is asked to be: MountOptions, from `-o` strings or a table of the configuration file.
+
+Parses and checks only: opens no file and knows no default that depends on a file system (branch/accept.py
+does). It sits above branch/, whose parsers of branches and policies it calls, so branch/ must not import it.
+
+Invariants: a MountOptions is complete, valid and frozen; parse_mount_options(format_options(o)) == o but
+for the notices; the description of each field says what is allowed, and messages quote it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from udbad.branch.branches import BranchSpec
+from udbad.branch.policy import parse_copyup, parse_create
+from udbad.branch.spec import (
+    UDBA_MODES,
+    escape,
+    format_branches,
+    parse_branch,
+    parse_branches,
+    parse_path,
+    shown,
+    split_escaped,
+    suggestion,
+    unescape,
+)
+from udbad.errors import ExitCode, UserError
+
+KernelFlag = Literal[
+    "nosuid",
+    "nodev",
+    "noexec",
+    "suid",
+    "dev",
+    "exec",
+    "noatime",
+    "nodiratime",
+    "relatime",
+    "strictatime",
+    "lazytime",
+    "sync",
+    "dirsync",
+]
+"""mount(2) flags, under the names mount(8) gives them. suid, dev and exec: whatever the branches are mounted with."""
+
+_PERMITTED: Final = {"suid": "nosuid", "dev": "nodev", "exec": "noexec"}
+"""What is asked for, and the flag that a union does not take from its branches then."""
+
+
+def _branches(value: object) -> object:
+    """A configuration file has a string for each branch, or one string for all of them."""
+    if isinstance(value, str):
+        return tuple(parse_branches(value))
+    if isinstance(value, Sequence):
+        return tuple(parse_branch(item) if isinstance(item, str) else item for item in value)
+    return value
+
+
+def _alias(names: Mapping[str, object]) -> BeforeValidator:
+    return BeforeValidator(lambda value: names.get(value, value) if isinstance(value, str) else value)
+
+
+def _percent(value: object) -> object:
+    """`10%` as well as 10."""
+    return int(value[:-1]) if isinstance(value, str) and re.fullmatch("[0-9]{1,3}%", value) else value
+
+
+def _frozenset(value: object) -> object:
+    return frozenset(value) if isinstance(value, (list, tuple, set)) else value
+
+
+def _switch(default: bool) -> Any:
+    return Field(default=default, description="true or false")
+
+
+class MountOptions(BaseModel):
+    """The options of one mount (semantics 2), defaults as in aufs.
+
+    branches: top first, never empty. kernel_flags: what must be passed to mount(2) beside MS_RDONLY
+    (`ro`). rdcache: seconds. watch_reserve: per cent of the inotify watches that are left to others. dirwh: number of
+    whiteouts rmdir removes itself. metrics: HOST:PORT to serve metrics on, control: path of the control socket, None:
+    no such thing. allow_other: always on, as default_permissions. notices: lines for the user about what was accepted
+    and has no effect.
+
+    Raises UserError (OPTION) for a bad branch or policy, pydantic.ValidationError for anything else;
+    validation_message() makes the one line of the latter.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    branches: Annotated[tuple[BranchSpec, ...], BeforeValidator(_branches)] = Field(
+        min_length=1, description="a list of PATH[=PERM[+ATTR...]]"
+    )
+    udba: Annotated[Literal["none", "reval", "notify"], _alias(UDBA_MODES)] = Field(
+        default="reval", description="none, reval or notify"
+    )
+    create: str = Field(default="tdp", description="a create policy")
+    cpup: str = Field(default="tdp", description="a copy-up policy")
+    plink: bool = _switch(True)
+    xino: bool = _switch(True)
+    shwh: bool = _switch(False)
+    dirwh: int = Field(default=3, ge=0, description="a whole number, 0 or more")
+    diropq: Annotated[Literal["always", "whiteouted"], _alias({"a": "always", "w": "whiteouted"})] = Field(
+        default="whiteouted", description="always (a) or whiteouted (w)"
+    )
+    watch_reserve: Annotated[int, BeforeValidator(_percent)] = Field(
+        default=10, ge=0, le=100, description="a percentage from 0% to 100%"
+    )
+    rdcache: int = Field(default=10, ge=0, le=3600, description="a whole number of seconds from 0 to 3600")
+    dirperm1: bool = _switch(False)
+    warn_perm: bool = _switch(True)
+    sum: bool = _switch(False)
+    acl: bool = _switch(True)
+    dio: bool = _switch(True)
+    verbose: bool = _switch(False)
+    ro: bool = _switch(False)
+    kernel_flags: Annotated[frozenset[KernelFlag], BeforeValidator(_frozenset)] = Field(
+        default=frozenset(),
+        description="a list of nosuid, nodev, noexec, suid, dev, exec, noatime, nodiratime, relatime, "
+        "strictatime, lazytime, sync, dirsync",
+    )
+    fsname: str = Field(default="none", min_length=1, description="a name that is not empty")
+    allow_other: Literal[True] = Field(default=True, description="true: others may always enter, as in any file system")
+    fsync_copyup: Annotated[bool, _alias({"on": True, "off": False})] = Field(
+        default=True, description="on or off (true or false in a file)"
+    )
+    metrics: str | None = Field(default=None, description="HOST:PORT, PORT from 0 to 65535, an IPv6 HOST in []")
+    control: str | None = Field(default=None, min_length=1, description="the path of a socket")
+    notices: tuple[str, ...] = ()
+
+    def mount_flags(self, restrictions: frozenset[str]) -> frozenset[str]:
+        """All of mount(2), under the names of mount(8).
+
+        restrictions: those of nosuid, nodev and noexec that some branch is mounted with. The union has them, too (a
+        setuid program on a stick is none in a live system either), unless suid, dev or exec was asked for.
+        """
+        permitted = {_PERMITTED[flag] for flag in self.kernel_flags if flag in _PERMITTED}
+        flags = self.kernel_flags - _PERMITTED.keys() | restrictions - permitted
+        return flags | {"ro"} if self.ro else flags
+
+    @field_validator("create")
+    @classmethod
+    def _check_create(cls, value: str) -> str:
+        parse_create(value)
+        return value
+
+    @field_validator("cpup")
+    @classmethod
+    def _check_cpup(cls, value: str) -> str:
+        parse_copyup(value)
+        return value
+
+    @field_validator("metrics")
+    @classmethod
+    def _check_metrics(cls, value: str | None) -> str | None:
+        if value is not None:
+            match = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^\[\]:\s]+):([0-9]{1,5})", value)
+            if match is None or int(match[1]) > 65535:
+                raise ValueError
+        return value
+
+
+# -- what may be written after -o (semantics 2; mount(8) for the generic ones) -----------------
+
+_SWITCHES: Final = ("plink", "shwh", "dirperm1", "warn_perm", "sum", "acl", "dio", "verbose", "xino")
+
+_FLAGS: Final[dict[str, tuple[str, bool]]] = {
+    **{name: (name, True) for name in _SWITCHES},
+    **{"no" + name: (name, False) for name in _SWITCHES},
+    "copyup_fsync": ("fsync_copyup", True),
+    "nocopyup_fsync": ("fsync_copyup", False),
+    "nowarn": ("warn_perm", False),
+    "v": ("verbose", True),
+    **dict.fromkeys(("quiet", "q", "silent"), ("verbose", False)),
+    "ro": ("ro", True),
+    "rw": ("ro", False),
+    "allow_other": ("allow_other", True),
+}
+"""Words without a value, and the field they set."""
+
+_NO_CHANGE: Final = frozenset({"default_permissions", "nodirren"})
+"""Words without a value that ask for what is always so."""
+
+_VALUES: Final = {
+    **{name: name for name in ("udba", "dirwh", "diropq", "rdcache", "watch_reserve", "fsname", "metrics", "control")},
+    **dict.fromkeys(("create", "create_policy"), "create"),
+    **dict.fromkeys(("cpup", "copyup", "copyup_policy"), "cpup"),
+    "copyup_fsync": "fsync_copyup",  # without a value: on
+}
+"""Words with a value, and the field it goes to."""
+
+_LISTS: Final = frozenset({"br", "dirs", "add", "ins", "append", "prepend", "del", "mod"})
+"""Words that say something about branches; only these take `name:value` as well."""
+
+_ATIMES: Final = frozenset({"noatime", "relatime", "strictatime"})
+_KERNEL: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {
+    **{"no" + name: (frozenset({"no" + name}), frozenset({name})) for name in _PERMITTED},
+    **{name: (frozenset({name}), frozenset({"no" + name})) for name in _PERMITTED},
+    "nodiratime": (frozenset({"nodiratime"}), frozenset({"nodiratime"})),
+    **{name: (frozenset({name}), _ATIMES) for name in _ATIMES},
+    **{name: (frozenset({name}), frozenset({name})) for name in ("lazytime", "sync", "dirsync")},
+    **{name: (frozenset(), frozenset({"no" + name})) for name in ("atime", "diratime")},
+    **{"no" + name: (frozenset(), frozenset({name})) for name in ("relatime", "strictatime", "lazytime")},
+    "async": (frozenset(), frozenset({"sync"})),
+    # mount(8): "implies the options ..., unless overridden by subsequent options".
+    **dict.fromkeys(("user", "users"), (frozenset({"nosuid", "nodev", "noexec"}), frozenset(_PERMITTED))),
+    **dict.fromkeys(("owner", "group"), (frozenset({"nosuid", "nodev"}), frozenset({"suid", "dev"}))),
+}
+"""Words for mount(2): the flags they set and the ones they clear (before they set)."""
+
+_IGNORED: Final = frozenset(
+    {
+        "trunc_xino", "notrunc_xino", "trunc_xino_path", "itrunc_xino", "trunc_xib", "notrunc_xib",
+        "rdblk", "rdhash", "fhsm_sec", "si", "wsum", "list_plink", "clean_plink", "nodlgt", "debug", "delete", "imap",
+        "droplvl", "ephemeral", "dirren",
+        "defaults", "nouser", "_netdev", "nofail", "noauto", "auto", "comment",
+        "mand", "nomand", "iversion", "noiversion", "loud",
+    }
+)  # fmt: skip
+"""Words that mean nothing here, with a value or without; one notice lists them."""
+
+_KNOWN: Final = frozenset({*_FLAGS, *_NO_CHANGE, *_VALUES, *_LISTS, *_KERNEL, *_IGNORED})
+
+
+def parse_mount_options(text: str | Sequence[str]) -> MountOptions:
+    """The options of one or several `-o` arguments, in the order given; the last word on a subject wins.
+
+    Commas separate, a backslash takes the meaning from a comma (and, see branch/spec.py, from `:` `=` `\\`).
+    The branch list is what all br= and dirs= give together, then add, ins, append, prepend, del and mod are
+    applied to it from left to right; permissions left out get their default by the place in the final list.
+    Raises UserError (OPTION), one line that names the option, its value and what is allowed.
+    """
+    texts = [text] if isinstance(text, str) else text
+    reader = _Reader()
+    for item in (item for part in texts for item in split_escaped(part, ",")):
+        if item:
+            reader.take(item)
+    return reader.result()
+
+
+def parse_remount(text: str, current: MountOptions) -> MountOptions:
+    """What a mount with the options `current` is to become by `-o remount,TEXT` (semantics 2).
+
+    br= and dirs= mean nothing there, and a branch to del that is not one is done already. Raises UserError
+    as parse_mount_options(); what cannot change while mounted is for the caller to find.
+    """
+    reader = _Reader()
+    reader.kernel = current.kernel_flags
+    for item in split_escaped(text, ","):
+        if item and item != "remount":
+            reader.take(item)
+    branches = list(current.branches)
+    for key, raw in reader.edits:
+        if key != "del" or find_branch(branches, parse_path(raw)) is not None:
+            _edit(branches, key, raw)
+    if not branches:
+        raise _no_branch_left()
+    reader.initial = branches
+    reader.edits = []
+    same = {name: getattr(current, name) for name in MountOptions.model_fields if name not in ("branches", "notices")}
+    reader.values = {**same, **reader.values}
+    return reader.result()
+
+
+class _Reader:
+    """Collects options; `values` are fields of MountOptions, `spelled` the option that set each."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, object] = {}
+        self.spelled: dict[str, str] = {}
+        self.initial: list[BranchSpec] = []
+        self.edits: list[tuple[str, str]] = []
+        self.kernel: frozenset[str] = frozenset()
+        self.ignored: list[str] = []
+
+    def take(self, item: str) -> None:
+        """One option. The raw value keeps its escapes for the branch parser."""
+        key, equals, raw = item.partition("=")
+        head, colon, tail = item.partition(":")
+        if colon and head in _LISTS:
+            key, equals, raw = head, "=", tail
+        if key == "xino" and equals:
+            # A place for the table: there is none in a file here, but asking for it turns the numbers on.
+            self.ignored.append("xino=")
+            self.values["xino"] = True
+        elif key in _LISTS:
+            self._take_branches(_needs_value(key, raw), raw)
+        elif key in _VALUES and (equals or key not in _FLAGS):
+            self._set(_VALUES[key], _needs_value(key, raw), _typed(_VALUES[key], unescape(raw)))
+        elif key in _IGNORED or key.startswith(("x-", "X-")):
+            self.ignored.append(f"{key} (directories are renamed by the EXDEV rule)" if key == "dirren" else key)
+        elif key not in _KNOWN:
+            raise UserError(f"unknown option {key!r}{suggestion(key, _KNOWN)}", ExitCode.OPTION)
+        elif equals and key != "user":  # mount(8) notes who mounted as user=NAME
+            raise UserError(f"{shown(item)}: {key} takes no value", ExitCode.OPTION)
+        elif key in _FLAGS:
+            self._set(_FLAGS[key][0], key, _FLAGS[key][1])
+        elif key in _KERNEL:
+            added, removed = _KERNEL[key]
+            self.kernel = self.kernel - removed | added
+
+    def _set(self, field: str, key: str, value: object) -> None:
+        self.values[field] = value
+        self.spelled[field] = key
+
+    def _take_branches(self, key: str, raw: str) -> None:
+        if key in ("br", "dirs"):
+            self.initial += parse_branches(raw)
+        else:
+            self.edits.append((key, raw))
+
+    def result(self) -> MountOptions:
+        branches = edit_branches(self.initial, self.edits)
+        if not branches:
+            raise UserError("no branch given: use -o br=PATH[=PERM][:PATH[=PERM]...]", ExitCode.OPTION)
+        notices = [f"accepted without effect here: {', '.join(dict.fromkeys(self.ignored))}"] if self.ignored else []
+        fields = {**self.values, "branches": branches, "kernel_flags": self.kernel, "notices": tuple(notices)}
+        try:
+            return MountOptions.model_validate(fields)
+        except ValidationError as error:
+            raise UserError(validation_message(error, self.spelled), ExitCode.OPTION) from None
+
+
+def _needs_value(key: str, raw: str) -> str:
+    if not raw:
+        raise UserError(
+            f"{key} needs a value: {_allowed(_VALUES[key]) if key in _VALUES else _LIST_FORM[key]}", ExitCode.OPTION
+        )
+    return key
+
+
+_DIGITS: Final = re.compile("[0-9]{1,9}")
+_BRANCH_FORM: Final = "PATH[=PERM[+ATTR...]]"
+_LIST_FORM: Final = {
+    **dict.fromkeys(("br", "dirs"), _BRANCH_FORM + "[:PATH...]"),
+    **dict.fromkeys(("add", "ins"), "INDEX:" + _BRANCH_FORM),
+    **dict.fromkeys(("append", "prepend"), _BRANCH_FORM),
+    "del": "PATH",
+    "mod": "PATH=PERM[+ATTR...]",
+}
+
+
+def _typed(field: str, value: str) -> str | int:
+    """Decimal digits become a number where the field is one; everything else is for the model to refuse."""
+    return int(value) if MountOptions.model_fields[field].annotation is int and _DIGITS.fullmatch(value) else value
+
+
+def _allowed(field: str) -> str:
+    return MountOptions.model_fields[field].description or "as the documentation says"
+
+
+def validation_message(error: ValidationError, spelled: Mapping[str, str] | None = None) -> str:
+    """One line for the first thing wrong: key, value, what is allowed.
+
+    `spelled` gives the name the user wrote for a field where that is not the field's own.
+    """
+    first = error.errors()[0]
+    field = str(first["loc"][0]) if first["loc"] else "options"
+    key = (spelled or {}).get(field, field)
+    if field not in MountOptions.model_fields:
+        return f"unknown option {key!r}{suggestion(field, MountOptions.model_fields)}"
+    if first["type"] == "missing":
+        return f"{key} is missing: must be {_allowed(field)}"
+    return f"{key}={shown(str(first['input']))}: must be {_allowed(field)}"
+
+
+def edit_branches(branches: Sequence[BranchSpec], edits: Sequence[tuple[str, str]]) -> list[BranchSpec]:
+    """Apply (option, value) pairs of add, ins, append, prepend, del and mod to a branch list, in order.
+
+    Raises UserError (OPTION) for an index outside 0..len, a path that is no branch, and when no branch is left.
+    """
+    result = list(branches)
+    for key, raw in edits:
+        _edit(result, key, raw)
+    if branches and not result:
+        raise _no_branch_left()
+    return result
+
+
+def _no_branch_left() -> UserError:
+    return UserError("the last branch cannot be removed: a union has at least one", ExitCode.OPTION)
+
+
+def _edit(result: list[BranchSpec], key: str, raw: str) -> None:
+    if key == "append":
+        result.append(parse_branch(raw))
+    elif key == "prepend":
+        result.insert(0, parse_branch(raw))
+    elif key == "del":
+        del result[_position(result, key, raw, parse_path(raw))]
+    elif key == "mod":
+        spec = parse_branch(raw)
+        if spec.perm is None:
+            raise UserError(f"{key}={shown(raw)}: must be {_LIST_FORM[key]}", ExitCode.OPTION)
+        place = _position(result, key, raw, spec.path)
+        result[place] = replace(spec, path=result[place].path)
+    else:
+        index, colon, branch = raw.partition(":")
+        if not colon or _DIGITS.fullmatch(index) is None:
+            raise UserError(f"{key}={shown(raw)}: must be {_LIST_FORM[key]}", ExitCode.OPTION)
+        if int(index) > len(result):
+            raise UserError(
+                f"{key}={shown(raw)}: wrong index {index}, must be from 0 to {len(result)}", ExitCode.OPTION
+            )
+        result.insert(int(index), parse_branch(branch))
+
+
+def _position(branches: Sequence[BranchSpec], key: str, raw: str, path: bytes) -> int:
+    place = find_branch(branches, path)
+    if place is None:
+        raise UserError(f"{key}={shown(raw)}: {shown(path)} is not a branch", ExitCode.OPTION)
+    return place
+
+
+def find_branch(branches: Sequence[BranchSpec], path: bytes) -> int | None:
+    """The index of the branch that `path` names: as it is written, else by where symbolic links lead."""
+    for same in (os.path.normpath, os.path.realpath):
+        wanted = same(path)
+        for index, spec in enumerate(branches):
+            if same(spec.path) == wanted:
+                return index
+    return None
+
+
+# -- printing -------------------------------------------------------------------------------------
+
+
+_ITEM_SPECIAL: Final = "\\,"
+"""All that needs escaping in a value that is not a branch."""
+
+
+def format_options(options: MountOptions) -> str:
+    """The branches and every option that is not at its default, comma separated, as -o takes them back."""
+    words = ["ro" if options.ro else "rw", *sorted(options.kernel_flags), f"br={format_branches(options.branches)}"]
+    for name, field in MountOptions.model_fields.items():
+        value = getattr(options, name)
+        if value == field.default or name in ("branches", "ro", "kernel_flags", "notices"):
+            continue
+        if name == "fsync_copyup":
+            words.append("copyup_fsync=off")
+        elif isinstance(value, bool):
+            words.append(name if value else "no" + name)
+        else:
+            words.append(f"{name}={escape(str(value), _ITEM_SPECIAL)}")
+    return ",".join(words)

@@ -1,0 +1,477 @@
+"""Offline check and repair of one branch, and the sweep of what a crash left behind.
+
+Finds what aufs' auchk(8) does (semantics 1, 10.3, 12) and stale temporary names. Works on a branch
+that is not mounted, or not yet: on a live one the temporary names belong to running operations.
+
+May not: follow a symbolic link, leave the branch through "..", or touch anything but the defect it was
+told to repair. The times of the directory that held the defect are put back, so that the merged tree
+looks the same afterwards.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat as st_mod
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from udbad.branch import origin, syscalls, whiteout, writelock
+from udbad.branch.branches import Branch
+from udbad.branch.spec import shown
+from udbad.branch.walk import READ_DIR, Entries, descend, entries_of, join, objects_in, printable, stat_or_none, walk
+from udbad.errors import ExitCode, UserError
+from udbad.tools.homecheck import shown_by
+
+DIRTY_MARK: Final = whiteout.RESERVED + b"udbad"
+"""Exists in the root of a writable branch from mount to clean unmount; the prefix hides it."""
+
+_ADMINISTRATIVE: Final = {
+    whiteout.BASE: st_mod.S_IFREG,
+    whiteout.PLINK_DIR: st_mod.S_IFDIR,
+    whiteout.ORPHAN_DIR: st_mod.S_IFDIR,
+    DIRTY_MARK: st_mod.S_IFREG,
+}
+
+_log = logging.getLogger(__name__)
+
+
+class DefectKind(Enum):
+    """What can be wrong with a branch; the value is the short name people see."""
+
+    WHITEOUT_PAIR = "whiteout beside its name"
+    BAD_WHITEOUT = "whiteout of a wrong type"
+    BAD_BASE = "administrative name of a wrong type"
+    PLINK_LEFTOVER = "leftover pseudo-link, the file's only name"
+    PLINK_ALONE = "pseudo-link, the file's only name here"
+    PLINK_SHARED = "pseudo-link"
+    ORPHAN = "leftover of a deleted file"
+    TEMPORARY = "stale temporary name"
+    UNREADABLE = "cannot be checked"
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """One finding. path: relative to the branch root. remedy: what `repair` would do, "" if nothing can be done."""
+
+    kind: DefectKind
+    path: bytes
+    detail: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{printable(self.path)}: {self.kind.value}" + (f" ({self.detail})" if self.detail else "")
+
+
+# -- finding ----------------------------------------------------------------------------------
+
+
+def find_defects(root_fd: int, lower_fds: Sequence[int] = ()) -> Generator[Defect, None, None]:
+    """All defects of the branch whose root directory is `root_fd` (O_PATH will do).
+
+    lower_fds: the root directories of all branches below it in the union, where they are known. A defect may be
+    repaired while the generator is suspended. What cannot be read is a defect too, not an OSError. Source: spec
+    section 12, row auchk, and section 6.4 for the temporary names.
+    """
+    unreadable: list[Defect] = []
+
+    def on_error(path: bytes, error: OSError) -> None:
+        unreadable.append(Defect(DefectKind.UNREADABLE, path, os.strerror(error.errno or errno.EIO), ""))
+
+    shared: dict[tuple[int, int], list[bytes]] = {}  # (st_dev, st_ino) -> names of the file outside .wh..wh.plnk
+    plinks: list[tuple[bytes, os.stat_result]] = []
+    yield from _administrative(root_fd)
+    alone: list[tuple[bytes, os.stat_result]] = []
+    for name, st in objects_in(root_fd, whiteout.PLINK_DIR, on_error):
+        path = join(whiteout.PLINK_DIR, name)
+        if whiteout.TEMPORARY.fullmatch(name):
+            yield Defect(DefectKind.TEMPORARY, path, "", _removal(st))
+        elif _only_name(st):
+            alone.append((name, st))
+        else:
+            plinks.append((path, st))
+            shared[st.st_dev, st.st_ino] = []
+    yield from _only_homes(root_fd, alone, lower_fds)
+    for name, st in objects_in(root_fd, whiteout.ORPHAN_DIR, on_error):
+        yield Defect(DefectKind.ORPHAN, join(whiteout.ORPHAN_DIR, name), "", _removal(st))
+
+    inodes = {ino for _, ino in shared}
+    with closing(walk(root_fd, on_error)) as directories:
+        for directory, fd, entries in directories:
+            for name, entry in entries.items():
+                try:
+                    if inodes and entry.inode() in inodes:
+                        _note_name(shared, fd, directory, name)
+                    defect = _classify(directory, fd, name, entries)
+                except OSError as error:
+                    on_error(join(directory, name), error)
+                    continue
+                if defect is not None:
+                    yield defect
+    yield from unreadable
+    for path, st in plinks:
+        names = ", ".join(map(printable, shared[st.st_dev, st.st_ino])) or "not found in the branch"
+        detail = f"{st.st_nlink} links, other names: {names}"
+        # Removing it is not for a checker to offer: the next mount takes it up, and names of the file
+        # that exist on lower branches only would show their old content again (semantics 10.3).
+        yield Defect(DefectKind.PLINK_SHARED, path, detail, "")
+
+
+def _administrative(root_fd: int) -> Generator[Defect, None, None]:
+    """The names that aufs and we keep in a branch root, when they are not what they should be (semantics 3)."""
+    for name, right_type in _ADMINISTRATIVE.items():
+        st = stat_or_none(root_fd, name)
+        if st is not None and st_mod.S_IFMT(st.st_mode) != right_type:
+            what = "a directory" if right_type == st_mod.S_IFDIR else "a regular file"
+            yield Defect(DefectKind.BAD_BASE, name, f"should be {what}", _removal(st))
+
+
+def _only_homes(
+    root_fd: int, homes: Sequence[tuple[bytes, os.stat_result]], lower_fds: Sequence[int]
+) -> Iterator[Defect]:  # fmt: skip
+    """What has no other name than the one in .wh..wh.plnk: a leftover, unless names on lower branches show it."""
+    origins = {name: origin.parse(name) for name, _ in homes}
+    shown = shown_by(root_fd, homes, lower_fds) if lower_fds else {}
+    for name, st in homes:
+        path = join(whiteout.PLINK_DIR, name)
+        size = f"{st.st_size} bytes"
+        if origins[name] is None or st_mod.S_ISDIR(st.st_mode):
+            yield Defect(DefectKind.PLINK_LEFTOVER, path, f"{size}, lost with it", _removal(st))
+        elif not lower_fds:
+            detail = f"{size}, shown by names on lower branches, if there are any; name those branches to know"
+            yield Defect(DefectKind.PLINK_ALONE, path, detail, "")
+        elif name in shown:
+            yield Defect(DefectKind.PLINK_ALONE, path, f"{size}, {shown[name]}", "")
+        else:
+            yield Defect(DefectKind.PLINK_LEFTOVER, path, f"{size}, lost with it", _removal(st))
+
+
+def _only_name(st: os.stat_result) -> bool:
+    # A pseudo-link is never a directory: one that is here cannot have another name.
+    return st.st_nlink == 1 or st_mod.S_ISDIR(st.st_mode)
+
+
+def _note_name(shared: dict[tuple[int, int], list[bytes]], dirfd: int, directory: bytes, name: bytes) -> None:
+    """Remember a name of a pseudo-linked file. The number in a directory entry knows no device: ask."""
+    st = stat_or_none(dirfd, name)
+    if st is not None and (st.st_dev, st.st_ino) in shared:
+        shared[st.st_dev, st.st_ino].append(join(directory, name))
+
+
+def _classify(directory: bytes, dirfd: int, name: bytes, names: Entries) -> Defect | None:
+    """The defect that this entry is, if any."""
+    if not name.startswith(whiteout.PREFIX):
+        return None
+    path = join(directory, name)
+    temporary = whiteout.TEMPORARY.fullmatch(name)
+    if not temporary and not _is_whiteout(name):
+        return None
+    st = stat_or_none(dirfd, name)
+    if st is None:
+        return None
+    if temporary:
+        return Defect(DefectKind.TEMPORARY, path, "", _removal(st))
+    if not st_mod.S_ISREG(st.st_mode):
+        return Defect(DefectKind.BAD_WHITEOUT, path, "should be a regular file", _removal(st))
+    hidden = name[len(whiteout.PREFIX) :]
+    if name != whiteout.OPAQUE and hidden in names:
+        detail = f"{printable(join(directory, hidden))} exists"
+        return Defect(DefectKind.WHITEOUT_PAIR, path, detail, "remove the whiteout")
+    return None
+
+
+def _removal(st: os.stat_result) -> str:
+    return "remove it with all it contains" if st_mod.S_ISDIR(st.st_mode) else "remove it"
+
+
+def _is_whiteout(name: bytes) -> bool:
+    """`.wh.NAME` or the opaque mark, but no other `.wh..wh.*` and not the bare prefix."""
+    if name.startswith(whiteout.RESERVED):
+        return name == whiteout.OPAQUE
+    return len(name) > len(whiteout.PREFIX)
+
+
+# -- repairing --------------------------------------------------------------------------------
+
+
+def repair(root_fd: int, defect: Defect) -> None:
+    """Remove what `defect` names, if it still is that defect; its directory keeps its times.
+
+    Raises OSError as unlink(2), ValueError for a defect without a remedy.
+    """
+    if not defect.remedy:
+        raise ValueError(f"no remedy for {defect}")
+    *directories, name = defect.path.split(b"/")
+    try:
+        dirfd = descend(root_fd, directories)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        st = stat_or_none(dirfd, name)
+        if st is not None and _still(dirfd, name, st, defect.kind):
+            _remove(dirfd, name)
+    finally:
+        os.close(dirfd)
+
+
+def _still(dirfd: int, name: bytes, st: os.stat_result, kind: DefectKind) -> bool:
+    """Whether the object is what was found. Kinds that follow from the path alone need not be asked again."""
+    match kind:
+        case DefectKind.WHITEOUT_PAIR:
+            return st_mod.S_ISREG(st.st_mode) and syscalls.exists_at(dirfd, name[len(whiteout.PREFIX) :])
+        case DefectKind.BAD_WHITEOUT:
+            return not st_mod.S_ISREG(st.st_mode)
+        case DefectKind.BAD_BASE:
+            return st_mod.S_IFMT(st.st_mode) != _ADMINISTRATIVE[name]
+        case DefectKind.PLINK_LEFTOVER:
+            return _only_name(st)
+        case _:
+            return True
+
+
+def _remove(dirfd: int, name: bytes) -> None:
+    """Remove an object, a directory with all it contains, and put the times of `dirfd` back."""
+    before = os.fstat(dirfd)
+    if st_mod.S_ISDIR(syscalls.stat_at(dirfd, name).st_mode):
+        remove_tree(dirfd, name)
+    else:
+        syscalls.unlink_at(dirfd, name)
+    syscalls.utime_at(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
+
+
+def remove_tree(dirfd: int, name: bytes) -> None:
+    """Remove a directory of any depth with two descriptors: subdirectories are first moved to its top.
+
+    A crash in between leaves a smaller tree of the same name, for the next run.
+    """
+    _empty_tree(dirfd, name)
+    syscalls.rmdir_at(dirfd, name)
+
+
+def _empty_tree(dirfd: int, name: bytes) -> None:
+    top = os.open(name, READ_DIR, dir_fd=dirfd)
+    try:
+        fresh = 0
+        while entries := entries_of(top):
+            for child in _unlink_files(top, entries):
+                fd = os.open(child, READ_DIR, dir_fd=top)
+                try:
+                    for grandchild in _unlink_files(fd, entries_of(fd)):
+                        while syscalls.exists_at(top, b"%d" % fresh):
+                            fresh += 1
+                        syscalls.rename_at(fd, grandchild, top, b"%d" % fresh)
+                finally:
+                    os.close(fd)
+                syscalls.rmdir_at(top, child)
+    finally:
+        os.close(top)
+
+
+def _unlink_files(dirfd: int, entries: Entries) -> list[bytes]:
+    """Unlink all that is not a directory; the names of the directories."""
+    directories = []
+    for name, entry in entries.items():
+        if entry.is_dir(follow_symlinks=False):
+            directories.append(name)
+        else:
+            syscalls.unlink_at(dirfd, name)
+    return directories
+
+
+# -- what a mount does ------------------------------------------------------------------------
+
+
+def sweep_temporaries(
+    root_fd: int,
+    stopped: Callable[[], bool] = lambda: False,
+    atomically: Callable[[Callable[[], None]], None] = lambda call: call(),
+) -> int:
+    """Remove stale temporary names and the content of the orphan directory; returns how many objects.
+
+    For a writable branch that was not left in order; it may be in use by this process, whose own temporary names
+    stay. Costs a walk through the branch, so the caller asks `was_dirty` first. What cannot be read or removed is
+    logged and left: it is invisible in the union. stopped: asked after each listing; once it is true, nothing is
+    removed any more. atomically: makes a call while this process changes nothing else, since the times of a
+    directory are put back, which must not undo those of another change.
+    """
+    removed = 0
+
+    def on_error(path: bytes, error: OSError) -> None:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):  # somebody has moved or removed it
+            _log.warning("sweep: %s: %s", printable(path), error.strerror)
+
+    def remove(directory: bytes, dirfd: int, name: bytes) -> int:
+        if stopped():
+            return 0
+        try:
+            if st_mod.S_ISDIR(syscalls.stat_at(dirfd, name).st_mode):
+                _empty_tree(dirfd, name)
+            atomically(lambda: _remove(dirfd, name))
+        except OSError as error:
+            on_error(join(directory, name), error)
+            return 0
+        return 1
+
+    for directory in (whiteout.ORPHAN_DIR, whiteout.PLINK_DIR):
+        doomed = [
+            name
+            for name, _ in objects_in(root_fd, directory, on_error)
+            if directory == whiteout.ORPHAN_DIR or _is_stale(name)
+        ]
+        if doomed:
+            fd = descend(root_fd, [directory])
+            try:
+                removed += sum(remove(directory, fd, name) for name in doomed)
+            finally:
+                os.close(fd)
+    with closing(walk(root_fd, on_error)) as directories:
+        for directory, fd, entries in directories:
+            removed += sum(remove(directory, fd, name) for name in entries if _is_stale(name))
+            if stopped():
+                break
+    return removed
+
+
+def _is_stale(name: bytes) -> bool:
+    return whiteout.TEMPORARY.fullmatch(name) is not None and not whiteout.is_ours(name)
+
+
+def begin_writing(branch: Branch) -> bool:
+    """Mark a branch dirty; True when it was so already, and is to be swept.
+
+    Raises UserError (BRANCH): the mark cannot be made, or its name is taken by something else.
+    """
+    try:
+        left = was_dirty(branch.root_fd)
+        mark_dirty(branch.root_fd)
+    except OSError as error:
+        text = f"branch {shown(branch.path)} cannot be made writable: {error.strerror}"
+        raise UserError(text, ExitCode.BRANCH) from None
+    return left
+
+
+def end_writing(branch: Branch) -> None:
+    """Mark a branch clean. One that cannot be, read-only by now for instance, is swept by the next mount: one line."""
+    try:
+        mark_clean(branch.root_fd)
+    except OSError as error:
+        _log.warning("branch %s: %s cannot be removed: %s", shown(branch.path), os.fsdecode(DIRTY_MARK), error.strerror)
+
+
+def mark_dirty(root_fd: int) -> None:
+    """Note durably that the branch is being written to; to be called before the first change.
+
+    Raises OSError; EEXIST when the mark's name is taken by something that is no regular file.
+    """
+    try:
+        fd = syscalls.create_file_at(root_fd, DIRTY_MARK, os.O_WRONLY, 0o444)
+    except FileExistsError as error:
+        # Left by a mount that was killed, perhaps before it was durable; or not ours: mark_clean could not remove it.
+        if not st_mod.S_ISREG(syscalls.stat_at(root_fd, DIRTY_MARK).st_mode):
+            error.strerror = f"{os.fsdecode(DIRTY_MARK)} exists and is not a regular file"
+            raise
+    else:
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    _sync_directory(root_fd)
+
+
+def was_dirty(root_fd: int) -> bool:
+    """Whether the last mount that wrote to this branch did not end with `mark_clean`."""
+    return syscalls.exists_at(root_fd, DIRTY_MARK)
+
+
+def mark_clean(root_fd: int) -> None:
+    """Take the mark of `mark_dirty` away, durably; no mark is fine. To be called after the last change."""
+    try:
+        syscalls.unlink_at(root_fd, DIRTY_MARK)
+    except FileNotFoundError:
+        return
+    _sync_directory(root_fd)
+
+
+def _sync_directory(dirfd: int) -> None:
+    fd = syscalls.open_listing(dirfd)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # fsync(2): EINVAL where the file system has no such thing for directories.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(fd)
+
+
+# -- the command ------------------------------------------------------------------------------
+
+
+def run_fsck(
+    path: bytes, ask: Callable[[Defect], bool], echo: Callable[[str], None], lowers: Sequence[bytes] = ()
+) -> ExitCode:
+    """Check the branch at `path`: `echo` each defect, and repair it where `ask` says yes.
+
+    lowers: paths of all branches below it. Returns OK when nothing is wrong any more, FSCK_DEFECTS when something is;
+    pseudo-links of files that have other names, or may have, are told, and are no defect. UserError(BRANCH) for a path
+    that is no directory, UserError(NOT_ROOT) without CAP_SYS_ADMIN. UserError(BRANCH) while a mount writes to the
+    branch, whose temporary names would be taken for stale ones; none can begin to before this returns.
+    """
+    root_fd = open_branch(path)
+    lock_fd = -1
+    lower_fds: list[int] = []
+    found = repaired = 0
+    try:
+        before = os.fstat(root_fd)
+        bare = not syscalls.exists_at(root_fd, whiteout.ORPHAN_DIR)  # what is locked is made for that, and not left
+        end = time.monotonic() + writelock.PATIENCE
+        lock_fd = writelock.lock(root_fd, path, "is written to by a mount{holder}; unmount it first", end)
+        if was_dirty(root_fd):
+            echo(f"{printable(path)}: was not unmounted cleanly, or is mounted now; check only what is not in use")
+        lower_fds.extend(map(open_branch, lowers))
+        with closing(find_defects(root_fd, lower_fds)) as defects:
+            for defect in defects:
+                echo(str(defect))
+                if defect.kind in (DefectKind.PLINK_SHARED, DefectKind.PLINK_ALONE):
+                    continue  # only worth knowing
+                found += 1
+                if defect.remedy and ask(defect) and _repaired(root_fd, defect, echo):
+                    repaired += 1
+    finally:
+        if lock_fd >= 0:
+            if bare:
+                syscalls.rmdir_at(root_fd, whiteout.ORPHAN_DIR)
+                syscalls.utime_at(root_fd, b".", before.st_atime_ns, before.st_mtime_ns)
+            os.close(lock_fd)
+        for fd in (root_fd, *lower_fds):
+            os.close(fd)
+    echo(f"{printable(path)}: " + (f"{found} defects, {repaired} repaired" if found else "clean"))
+    return ExitCode.OK if repaired == found else ExitCode.FSCK_DEFECTS
+
+
+def _repaired(root_fd: int, defect: Defect, echo: Callable[[str], None]) -> bool:
+    try:
+        repair(root_fd, defect)
+    except OSError as error:
+        echo(f"{printable(defect.path)}: not repaired: {error.strerror}")
+        return False
+    return True
+
+
+def open_branch(path: bytes) -> int:
+    """A private clone of the branch's mount: what is mounted below is no part of it (semantics 4.2 note 0)."""
+    try:
+        fd = syscalls.clone_mount(path)
+    except PermissionError as error:
+        raise UserError(f"{printable(path)}: checking a branch needs root", ExitCode.NOT_ROOT) from error
+    except OSError as error:
+        raise UserError(f"{printable(path)}: {error.strerror}", ExitCode.BRANCH) from error
+    if not st_mod.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UserError(f"{printable(path)}: not a directory", ExitCode.BRANCH)
+    return fd

@@ -1,0 +1,382 @@
+"""The state that all operations of one mount share, and how branch objects are reached from nodes.
+
+`Superblock` owns the branch set, the inode table, the inode numbers, the policies and the hooks of the
+coherence strategy. Nothing here decides what is visible; that is lookup.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as st_mod
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from udbad.branch import syscalls
+from udbad.branch.branches import Branch, BranchSet
+from udbad.branch.policy import CopyUpPolicy, CreatePolicy
+from udbad.errors import estale
+from udbad.inodes.handles import HandleTable
+from udbad.inodes.inomap import InoMap
+from udbad.inodes.table import Dir, InodeTable, Layer, Node, Plink
+from udbad.types import ROOT_ID, Trigger
+
+
+class NeedCopyUp(Exception):
+    """The operation needs `node` on a writable branch first: copy it up, then start it again.
+
+    length: how many bytes of content are wanted (None: all), for a copy-up that a truncation caused.
+    name: the name that must exist above, where it matters which of a node's names that is. limit: the
+    largest branch index at which the copy would do.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        trigger: Trigger,
+        length: int | None = None,
+        name: tuple[Dir, bytes] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(node.id, trigger)
+        self.node = node
+        self.trigger = trigger
+        self.length = length
+        self.name = name
+        self.limit = limit
+
+
+class Hooks(Protocol):
+    """What the union tells the coherence strategy (coherence/base.py has the full interface)."""
+
+    by_times: bool
+    """Whether a directory that is not trusted stays so, and need not be resolved while its times are the same."""
+
+    def adopt(self, node: Dir, changed: bool) -> None:
+        """A directory's layers were resolved; set `trusted` and `ttl`. changed: they differ from before."""
+
+    def dropped(self, node: Node) -> None:
+        """The node left the table."""
+
+    def shrink(self) -> None:
+        """Most nodes have left the table: give back the room that what was held for them has taken."""
+
+    def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None) -> None:
+        """An operation through the mount changed this name; the view is up to date already.
+
+        st: attributes of what the name stands for now, if they are known.
+        """
+
+    def own_event(self, node: Dir, branch: Branch, name: bytes, event: int) -> None:
+        """A system call of ours has just changed the name of what is no directory, in one branch directory.
+
+        It succeeded, so that it has sent exactly one event, `event` (types.MADE and the like). What the name stands
+        for now is told by `own_change`.
+        """
+
+    def own_mtime(self, node: Node) -> None:
+        """An operation through the mount set the modification time of this node."""
+
+    def before_own(self, node: Node, fd: int = -1) -> None:
+        """An operation through the mount is about to change content or times of this node.
+
+        fd: a descriptor of it, if there is one.
+        """
+
+    def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1) -> None:
+        """An operation through the mount changed attributes of this node; content: or content, or times.
+
+        st: its attributes now, if they are known. fd: a descriptor of it, if there is one.
+        """
+
+    def drop_dentry(self, node: Dir, name: bytes, lost: Node | None = None) -> None:
+        """This name stands for another object than before, or for none, without an operation on it.
+
+        A link left behind; or a direct change that was found before its event came, which then finds nothing to tell.
+        lost: what had the name, and may be open still.
+        """
+
+    def moved_in(self, node: Dir, name: bytes) -> None:
+        """An operation through the mount gave an object this name, in a directory that is not trusted."""
+
+    def side_effect(self, node: Node) -> None:
+        """Attributes of this node changed without the kernel knowing (a directory during a copy-up)."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnionOptions:
+    """The mount options that change what the union does (config.MountOptions has them all)."""
+
+    create: CreatePolicy
+    copyup: CopyUpPolicy
+    read_only: bool = False
+    plink: bool = True
+    show_whiteouts: bool = False
+    dirwh: int = 3
+    watch_reserve: int = 10
+    opaque_always: bool = False
+    sum_space: bool = False
+    acl: bool = True
+    direct_io: bool = True
+    fsync_copyup: bool = True
+
+
+LAST_DEPTH = 63
+"""Lookups that asked this many branches or more are counted together."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Plain counters that metrics read at scrape time; index of depths is branches examined."""
+
+    depth_found: list[int] = field(default_factory=lambda: [0] * (LAST_DEPTH + 1))
+    depth_negative: list[int] = field(default_factory=lambda: [0] * (LAST_DEPTH + 1))
+    depth_whiteout: list[int] = field(default_factory=lambda: [0] * (LAST_DEPTH + 1))
+
+
+_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE})
+
+
+def is_object(node: Node, st: os.stat_result) -> bool:
+    """Whether `st` is the status of the object behind a node that is no directory.
+
+    A number may have come round as an object of another type, which would spoil the kernel's inode.
+    """
+    return st.st_ino == node.ino and st.st_dev == node.dev and st_mod.S_IFMT(st.st_mode) == node.kind
+
+
+def lower_links(layers: list[Layer]) -> int:
+    """What the layers below the top one add to st_nlink: one for each subdirectory (semantics 4.3)."""
+    return sum(max(layer.nlink - 2, 0) for layer in layers[1:])
+
+
+class Superblock:
+    """One mounted union. Event loop only; see union/fs.py for the locking rule."""
+
+    def __init__(self, branches: BranchSet, options: UnionOptions, max_fds: int, all_fds: int = sys.maxsize) -> None:
+        """max_fds: how many descriptors of directories may be held; all_fds: with those of open files."""
+        self.branches = branches
+        self.options = options
+        self.inomap = InoMap(len({branch.dev for branch in branches.branches}))
+        self.handles = HandleTable()
+        self.counters = Counters()
+        self.plinks: dict[int, list[Plink]] = {}
+        """By the inode number, on its own file system, of the home, and of the lower file that it was copied from."""
+        self.plink_fds: dict[int, int] = {}
+        """Branch id to the descriptor of its .wh..wh.plnk directory."""
+        self.warned: set[tuple[int, bytes]] = set()
+        self.examined = 0
+        self.whited: int | None = None
+        self.trash: list[tuple[int, bytes]] = []
+        """Branch directories out of sight that the background has to remove: (parent descriptor, name)."""
+        self.held: dict[Node, tuple[int, float]] = {}
+        """Objects that somebody is about to ask for, by an O_PATH descriptor of each (held.py), and until when."""
+        self.in_doubt = 0
+        """How many `carrying` are under way."""
+        self._free: dict[int, tuple[float, int]] = {}
+        self._version = 0
+        layers = []
+        for branch in branches.branches:
+            st = os.fstat(branch.root_fd)
+            self.inomap.number(st.st_dev, st.st_ino)  # file systems are numbered in branch order
+            layers.append(Layer(branch, st.st_dev, st.st_ino, st.st_nlink, branch.root_fd))
+        root = Dir(ROOT_ID, layers)
+        root.nlink_extra = lower_links(layers)
+        root.floor = len(branches) - 1
+        root.nlookup = 1
+        self.root = root
+        for layer in layers:
+            self.inomap.alias(layer.dev, layer.ino, ROOT_ID)
+        self.table = InodeTable(root, max_fds, self.handles.files, all_fds)
+        self.table.leads_back = self._leads_back  # type: ignore[method-assign]  # so that the table asks no branch
+        self.inomap.in_use = lambda number: number in self.table.nodes
+        self.hooks: Hooks
+
+    def next_version(self) -> int:
+        """For Dir.version: no two directories ever have the same, so none is taken for another one's."""
+        self._version += 1
+        return self._version
+
+    def attach_hooks(self, hooks: Hooks) -> None:
+        """Bind the coherence strategy; called once before the first operation and when the mode changes."""
+        self.hooks = hooks
+        self.table.on_drop = hooks.dropped  # type: ignore[method-assign]  # the table's callbacks
+        self.table.on_shrink = hooks.shrink  # type: ignore[method-assign]
+
+    # -- reaching branch objects --------------------------------------------------------------
+
+    def layer_fd(self, node: Dir, layer: Layer) -> int:
+        """The O_PATH descriptor of a branch directory, re-opened by name when it was trimmed.
+
+        Raises ESTALE when the name does not lead there any more.
+        """
+        if layer.fd >= 0:
+            return layer.fd
+        missing = [(node, layer)]
+        parent = node.parent
+        while True:
+            # Downwards from the nearest ancestor that is open; not recursive: trees may be deep.
+            if parent is None:
+                raise estale()
+            above = parent.layer(layer.branch.index)
+            if above is None:
+                raise estale()
+            if above.fd >= 0:
+                break
+            missing.append((parent, above))
+            parent = parent.parent
+        fd = above.fd
+        passed: Layer | None = None
+        for child, child_layer in reversed(missing):
+            try:
+                fd = syscalls.open_dir_at(fd, child.name)
+            except (FileNotFoundError, NotADirectoryError):
+                raise estale() from None
+            st = os.fstat(fd)
+            if (st.st_dev, st.st_ino) != child_layer.identity:
+                os.close(fd)
+                raise estale()
+            child_layer.fd = fd
+            self.table.open_fds += 1
+            self.table.note_fds(child)
+            if passed is not None and self.table.over_budget():
+                self.table.close_layer(passed)  # the way down must not cost more than there are; nobody has it yet
+            passed = child_layer
+        return fd
+
+    @staticmethod
+    def _leads_back(node: Dir, layer: Layer) -> bool:
+        """Whether `layer_fd` would find a branch directory again. Goes by its own "..", as its parent's descriptor may
+        be closed already; that has been looked at when it was."""
+        above = None if node.parent is None else node.parent.layer(layer.branch.index)
+        try:
+            return above is not None and syscalls.is_entry(layer.fd, node.name, above.identity)
+        except OSError:
+            return False
+
+    def branch_fd(self, node: Dir, branch: Branch) -> int:
+        """The descriptor of a directory on a branch where it exists; ESTALE where it does not."""
+        layer = node.layer(branch.index)
+        if layer is None:
+            raise estale()
+        return self.layer_fd(node, layer)
+
+    def locate(self, node: Node) -> tuple[int, bytes]:
+        """(directory descriptor, name) of a non-directory's data. Raises ESTALE when no name is known."""
+        if node.plink is not None:
+            return node.plink.dirfd, node.plink.name
+        if node.parent is None or node.dead:
+            raise estale()
+        return self.branch_fd(node.parent, node.branch), node.name
+
+    def stat(self, node: Node) -> os.stat_result:
+        """Attributes of the object behind a node, not of whatever has its name now.
+
+        Raises ESTALE when neither a descriptor nor a name leads there; the kernel then looks the path up again.
+        """
+        fd = self.held_fd(node)
+        if fd >= 0:
+            return os.fstat(fd)
+        while True:
+            try:
+                dirfd, name = self.locate(node)
+                st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+            except OSError as error:
+                if error.errno not in _NOT_THERE:
+                    raise
+            else:
+                if is_object(node, st):
+                    return st
+            self.lost_name(node)
+
+    def open_object(self, node: Node) -> tuple[int, bool]:
+        """A descriptor (O_PATH perhaps) of the object behind a node, never of whatever has its name now.
+
+        Also whether it is the caller's to close. Raises ESTALE as `stat`.
+        """
+        fd = self.held_fd(node)
+        if fd >= 0:
+            return fd, False
+        while True:
+            try:
+                fd = syscalls.pin_at(*self.locate(node))
+            except OSError as error:
+                if error.errno not in _NOT_THERE:
+                    raise
+            else:
+                if is_object(node, os.fstat(fd)):
+                    return fd, True
+                os.close(fd)
+            self.lost_name(node)
+
+    def held_fd(self, node: Node) -> int:
+        """A descriptor of the object that is open anyway; -1 without one."""
+        if type(node) is Dir:
+            return self.layer_fd(node, node.layers[0])
+        if node.orphan_fd >= 0:
+            return node.orphan_fd
+        if node.handles:
+            return node.handles[-1].fd
+        return self.held[node][0] if self.held and node in self.held else -1
+
+    def let_go(self, node: Node) -> None:
+        """Close what is held of a node, if anything is."""
+        if node in self.held:
+            os.close(self.held.pop(node)[0])
+
+    def lost_name(self, node: Node) -> None:
+        """The node's name stands for another object or for none: go on with another one. Raises ESTALE without one."""
+        if node.parent is None or not node.aliases:
+            raise estale()
+        lost = node.parent, node.name
+        self.table.detach(node, *lost)
+        self.hooks.drop_dentry(*lost, node)
+
+    def move_data(self, node: Node, branch: Branch, st: os.stat_result, fd: int) -> None:
+        """From now on the data of a node that is no directory is another object, and its open files go there with it.
+
+        At once, while that object can be reached for certain: its name may be the next thing to go, and natively
+        open files and mappings outlive that. st: the object's status. fd: a descriptor of it, of a regular file.
+        """
+        self.let_go(node)
+        node.branch, node.dev, node.ino = branch, st.st_dev, st.st_ino
+        for handle in node.handles or ():
+            handle.reopen(fd, branch.writable)
+
+    # -- what is carried between branches ----------------------------------------------------------
+
+    @contextmanager
+    def carrying(self) -> Iterator[None]:
+        """While objects are moved down behind the union's names, `Dir.stacked` is not kept, and not believed."""
+        self.in_doubt += 1
+        try:
+            yield
+        finally:
+            self.in_doubt -= 1
+            for node in self.table.nodes.values():
+                if type(node) is Dir:
+                    node.stacked = None
+
+    # -- space --------------------------------------------------------------------------------
+
+    def free_bytes(self, index: int, max_age: float) -> int:
+        """Bytes available on a branch, at most `max_age` seconds old (semantics 7.2)."""
+        now = time.monotonic()
+        cached = self._free.get(index)
+        if cached is not None and now - cached[0] < max_age:
+            return cached[1]
+        vfs = os.statvfs(syscalls.proc_path(self.branches[index].root_fd))
+        free = vfs.f_bavail * vfs.f_frsize
+        self._free[index] = (now, free)
+        return free
+
+    def forget_space(self) -> None:
+        """Ask for free space again (branch indices have changed)."""
+        self._free.clear()
+
+    def free_reader(self, max_age: float) -> Callable[[int], int]:
+        return lambda index: self.free_bytes(index, max_age)
