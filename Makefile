@@ -8,7 +8,7 @@ BENCH_ARGS ?=
 MINUTES ?= 10
 
 .NOTPARALLEL:
-.PHONY: help run test bench soak lint clean packages test-packages
+.PHONY: help run test bench soak lint deb deb-test clean packages test-packages deb-packages
 
 help:
 	@echo "make run    mount the walk-through tree and serve it until Ctrl-C"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench  the benchmark beside other union file systems (QUICK=1: the short form; BENCH_ARGS=...)"
 	@echo "make soak   random changes from all sides for MINUTES=10"
 	@echo "make lint   ruff and mypy only"
+	@echo "make deb    a Debian package for this machine's release, in dist/; make deb-test: tried in a fresh system"
 	@echo "make clean  remove the virtual environment and the caches"
 
 packages:
@@ -23,6 +24,9 @@ packages:
 
 test-packages:
 	@.ci/install-debian.sh run test
+
+deb-packages:
+	@.ci/install-debian.sh run deb
 
 # The packages come first: building pyfuse3 needs a compiler and libfuse3's headers.
 $(VENV)/.stamp: pyproject.toml .ci/venv.sh | packages
@@ -50,5 +54,11 @@ soak: test-packages $(VENV)/.stamp
 	        while IFS= read -r target; do umount --lazy -- "$$(printf %b "$$target")"; done; \
 	    exec $(VENV)/bin/python -m tests.stress.soak --minutes $(MINUTES)'
 
+deb: deb-packages
+	@packaging/build-deb.sh
+
+deb-test: test-packages deb $(VENV)/.stamp
+	UDBAD_DEB=$$(ls -t $$PWD/dist/udbad_*.deb | head -n 1) .ci/pytest.sh tests/system/test_package.py
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install the Debian or Ubuntu packages that are missing: .ci/install-debian.sh run|test...
+# Install the Debian or Ubuntu packages that are missing: .ci/install-debian.sh run|test|deb...
 # Does nothing, quickly, when all are there; needs root only when some are missing.
 set -eu
 
@@ -18,12 +18,16 @@ test_packages=(
     postgresql sqlite3 prometheus openssl fuse-overlayfs mergerfs systemd
 )
 
+# To build the Debian package.
+deb_packages=(build-essential debhelper lintian)
+
 wanted=()
 for list in "$@"; do
     case "$list" in
         run) wanted+=("${run_packages[@]}") ;;
         test) wanted+=("${test_packages[@]}") ;;
-        *) echo "$0: unknown package list '$list' (run, test)" >&2; exit 2 ;;
+        deb) wanted+=("${deb_packages[@]}") ;;
+        *) echo "$0: unknown package list '$list' (run, test, deb)" >&2; exit 2 ;;
     esac
 done
 

@@ -1,0 +1,98 @@
+"""The Debian package in a fresh Debian: it installs, mounts a union, serves the daemon's, and goes without a trace.
+
+`make deb-test` builds the package and says where it is; without that the test has nothing to look at.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.support import below, require, run
+from tests.system.test_debian import apt_get, debootstrap, in_chroot
+
+PACKAGE = os.environ.get("UDBAD_DEB")
+
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.fuse,
+    pytest.mark.skipif(PACKAGE is None, reason="ok: make deb-test runs this with the package that it has built"),
+]
+
+APT_KEEPS = (b"var/lib/dpkg", b"var/lib/apt", b"var/cache", b"var/log", b"tmp", b"root")
+"""What apt and dpkg write for themselves."""
+
+BY_HAND = """
+mkdir -p /srv/top /srv/base
+echo base >/srv/base/file
+mount -t udba -o br=/srv/top=rw:/srv/base=ro,udba=notify none /mnt
+echo changed >/mnt/file
+cat /srv/base/file /srv/top/file
+mount -o remount,udba=none /mnt
+udbad where /mnt/file | cut -d' ' -f1 | xargs
+umount /mnt
+udbad fsck -n /srv/top >/dev/null
+echo clean
+rm -r /srv/top /srv/base
+"""
+
+BY_THE_DAEMON = """
+udbad check-config -c /etc/udbad/udbad.toml
+mkdir -p /srv/top /srv/base /tmp/etc
+echo base >/srv/base/file
+sed 's/^listen = .*/listen = "off"/; s/^enabled = false//; s,"/mnt/union","/mnt",' /etc/udbad/udbad.toml >/tmp/etc/udbad.toml
+udbad run -c /tmp/etc/udbad.toml &
+until udbad flush example 2>/dev/null; do sleep 0.1; done
+cat /mnt/file
+udbad status | grep -o serving
+udbad stop
+wait
+ls /mnt | wc -l
+rm -r /srv/top /srv/base /tmp/etc
+"""
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> Iterator[Path]:
+    """A minimal Debian with what the package depends on, and not the package."""
+    require("debootstrap", "unshare", "chroot")
+    root = tmp_path / "root"
+    try:
+        debootstrap(root)
+        assert PACKAGE is not None
+        depends = run("dpkg-deb", "--field", PACKAGE, "Depends").strip()
+        apt_get(root, "satisfy", depends)
+        shutil.copy(PACKAGE, root / "tmp/udbad.deb")
+        yield root
+    finally:
+        shutil.rmtree(root)
+
+
+def files(root: Path) -> dict[bytes, tuple[str, int, int, int, bytes]]:
+    """Path to type, mode, owner, group and content, without what apt keeps for itself."""
+    return {
+        path: (entry.kind, entry.mode, entry.uid, entry.gid, entry.content)
+        for path, entry in below(root).items()
+        if not path.startswith(APT_KEEPS)
+    }
+
+
+def test_install_mount_purge(system: Path) -> None:
+    """Everything works from what dpkg has unpacked, and after a purge the system is what it was."""
+    before = files(system)
+    in_chroot(system, "dpkg", "--install", "/tmp/udbad.deb")
+    assert in_chroot(system, "sh", "-ec", BY_HAND).split("\n")[:4] == ["base", "changed", "serves hidden", "clean"]
+    lines = in_chroot(system, "sh", "-ec", BY_THE_DAEMON).splitlines()
+    assert [line for line in lines if line in ("base", "serving", "0")] == ["base", "serving", "0"], lines
+    listed = in_chroot(system, "dpkg", "--listfiles", "udbad").splitlines()
+    for wanted in ("/etc/udbad/udbad.toml", "/usr/share/doc/udbad/examples/pool.toml"):
+        assert wanted in listed
+    assert any(path.endswith("/systemd/system/udbad.service") for path in listed)
+    assert in_chroot(system, "dpkg", "--verify", "udbad") == ""
+    in_chroot(system, "dpkg", "--purge", "udbad")
+    after = files(system)
+    assert {path: after.get(path) for path in before.keys() | after.keys() if before.get(path) != after.get(path)} == {}
