@@ -60,17 +60,17 @@ def module_of(name: str) -> tuple[str, ast.Module]:
 def definition(name: str) -> ast.FunctionDef | ast.AsyncFunctionDef:
     """The function of this dotted name. Raises LookupError."""
     module, scope = module_of(name)
-    body: list[ast.stmt] = scope.body
+    found: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef = scope
     for part in name.removeprefix(module + ".").split("."):
-        for node in body:
+        for node in found.body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == part:
-                body = node.body
+                found = node
                 break
         else:
             raise LookupError(f"{name}: {module} has no {part} there")
-    if isinstance(node, ast.ClassDef):
-        raise LookupError(f"{name} is a class")
-    return node
+    if isinstance(found, (ast.Module, ast.ClassDef)):
+        raise LookupError(f"{name} is no function")
+    return found
 
 
 def mentions(scope: ast.AST, word: str) -> bool:

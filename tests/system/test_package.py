@@ -46,7 +46,8 @@ BY_THE_DAEMON = """
 udbad check-config -c /etc/udbad/udbad.toml
 mkdir -p /srv/top /srv/base /tmp/etc
 echo base >/srv/base/file
-sed 's/^listen = .*/listen = "off"/; s/^enabled = false//; s,"/mnt/union","/mnt",' /etc/udbad/udbad.toml >/tmp/etc/udbad.toml
+sed 's/^listen = .*/listen = "off"/; s/^enabled = false//; s,"/mnt/union","/mnt",' \\
+    /etc/udbad/udbad.toml >/tmp/etc/udbad.toml
 udbad run -c /tmp/etc/udbad.toml &
 until udbad flush example 2>/dev/null; do sleep 0.1; done
 cat /mnt/file
