@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.t5_daemon.daemon import DEADLINE, Daemon
 from udbad.control import protocol
-from udbad.control.protocol import MAX_CLIENTS, MAX_LINE, Message, ask_async, bind
-from udbad.control.server import Server
+from udbad.control.protocol import MAX_LINE, Message, bind
 
 pytestmark = pytest.mark.fuse
 
@@ -158,93 +156,6 @@ def as_nobody(path: str) -> bytes:
         said = stream.read()
     os.waitpid(pid, 0)
     return said
-
-
-# -- the supervisor's server alone ----------------------------------------------------------------
-
-
-def short(path: Path) -> str:
-    """Relative: tmp_path may be too long for unix(7)."""
-    return os.path.relpath(path)
-
-
-@asynccontextmanager
-async def serving(path: Path) -> AsyncIterator[tuple[str, asyncio.Event]]:
-    """A server with two commands: `now`, and `later`, which waits for the event."""
-    gate = asyncio.Event()
-
-    async def now(request: Message) -> Message:
-        return {"echo": request.get("word")}
-
-    async def later(request: Message) -> Message:
-        await gate.wait()
-        return {}
-
-    async def fails(request: Message) -> Message:
-        raise RuntimeError("a bug")
-
-    server = Server({"now": now, "later": later, "fails": fails})
-    name = short(path / "s")
-    await server.start(bind(name))
-    try:
-        yield name, gate
-    finally:
-        await server.close()
-
-
-@pytest.mark.asyncio
-async def test_clients_are_served_side_by_side(tmp_path: Path) -> None:
-    async with serving(tmp_path) as (path, gate):
-        waiting = [asyncio.create_task(ask_async(path, {"op": "later"}, DEADLINE)) for _ in range(MAX_CLIENTS - 1)]
-        assert (await ask_async(path, {"op": "now", "word": "\udcff"}, DEADLINE))["echo"] == "\udcff"
-        gate.set()
-        assert all(answer["ok"] for answer in await asyncio.gather(*waiting))
-
-
-@pytest.mark.asyncio
-async def test_the_longest_silence_has_to_go(tmp_path: Path) -> None:
-    async with serving(tmp_path) as (path, _):
-        silent = await asyncio.open_unix_connection(path)
-        talking = [await asyncio.open_unix_connection(path) for _ in range(MAX_CLIENTS)]
-        for reader, writer in talking:
-            writer.write(b'{"op": "now"}\n')
-            assert json.loads(await asyncio.wait_for(reader.readline(), DEADLINE))["ok"]
-        assert await asyncio.wait_for(silent[0].read(), DEADLINE) == b""
-        for _, writer in [silent, *talking]:
-            writer.close()
-
-
-@pytest.mark.asyncio
-async def test_a_silent_client_and_one_that_takes_no_answer_are_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("udbad.control.server.IDLE_SECONDS", 0.2)
-    monkeypatch.setattr("udbad.control.server.SEND_SECONDS", 0.2)
-    async with serving(tmp_path) as (path, _):
-        reader, writer = await asyncio.open_unix_connection(path)
-        assert await asyncio.wait_for(reader.read(), DEADLINE) == b""
-        writer.close()
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(path)
-            client.setblocking(False)
-            with pytest.raises((BrokenPipeError, ConnectionResetError)):
-                await asyncio.wait_for(send_for_ever(client), DEADLINE)
-
-
-async def send_for_ever(client: socket.socket) -> None:
-    line = json.dumps({"op": "now", "word": "x" * 60000}).encode() + b"\n"
-    while True:
-        await asyncio.get_running_loop().sock_sendall(client, line)
-
-
-@pytest.mark.asyncio
-async def test_a_bug_is_an_answer(tmp_path: Path, expect_log: object) -> None:
-    assert callable(expect_log)
-    expect_log("control request 'fails' failed")
-    async with serving(tmp_path) as (path, _):
-        answer = await ask_async(path, {"op": "fails"}, DEADLINE)
-        assert (answer["ok"], answer["error"]) == (False, "internal error: RuntimeError")
-        assert (await ask_async(path, {"op": "now"}, DEADLINE))["ok"]
 
 
 def test_a_stale_socket_is_replaced_and_a_living_one_is_not(tmp_path: Path) -> None:

@@ -2,8 +2,7 @@
 
 A request has "op", may have "version", and whatever the operation needs; an answer has "ok" and either
 the result or "error" (and "code", an ExitCode, where there is a fitting one). Lines have at most MAX_LINE
-bytes. control.py serves in the mount process (trio), server.py in the supervisor (asyncio); here is what
-both need, and the clients.
+bytes. server.py answers, here are the lines themselves and the clients.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from udbad.errors import ExitCode, UserError
@@ -123,6 +122,15 @@ def text_of(request: Message, key: str, default: str | None = None) -> str:
     default: when the request has no such key, None: it must have. Raises UserError (OPTION).
     """
     return checked_text(request.get(key, default), key)
+
+
+def path_of(request: Message) -> Sequence[bytes]:
+    """The names of the path in the mount that a request is about. Raises UserError."""
+    parts = os.fsencode(text_of(request, "path", "")).split(b"/")
+    parts = [part for part in parts if part not in (b"", b".")]
+    if b".." in parts:
+        raise UserError("a path with '..' is not looked up here", ExitCode.OPTION)
+    return parts
 
 
 def checked_text(value: object, key: str) -> str:

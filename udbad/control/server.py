@@ -1,18 +1,18 @@
-"""The control socket of the supervisor (protocol.py says what is spoken), on asyncio.
+"""What a control server does with its clients (protocol.py says what is spoken), whatever event loop carries them.
 
-The same limits as in the mount process: mode 0600, peer checked, lines of MAX_LINE bytes, and of too many
-clients the one that was silent for longest has to go.
+Only root and the owner of the process are answered. A client gets one request at a time, of at most MAX_LINE bytes,
+and is dropped when it is silent for too long, does not take its answers, or was silent for longest when too many have
+connected: whoever hangs never keeps others out. asyncserver.py and trioserver.py bring the bytes.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import socket
+import time
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from udbad.control.protocol import (
-    BACKLOG,
     IDLE_SECONDS,
     MAX_CLIENTS,
     MAX_LINE,
@@ -29,63 +29,62 @@ from udbad.errors import UserError
 log = logging.getLogger(__name__)
 
 Command = Callable[[Message], Awaitable[Message]]
+"""Raises UserError or OSError for what it refuses; its text is the answer."""
+
+
+class Client(Protocol):
+    """A connection, as an event loop has it. What its methods raise ends the conversation and is the transport's."""
+
+    def getsockopt(self, level: int, option: int, size: int) -> bytes: ...
+
+    async def receive(self, seconds: float) -> bytes:
+        """What has come, b"" at the end; raises when nothing has come for so long."""
+
+    async def send(self, data: bytes, seconds: float) -> None:
+        """Returns when all of it is on its way; raises when that takes longer."""
+
+    def cancel(self) -> object:
+        """End its conversation, from another task."""
 
 
 class Server:
-    """Answers clients from `start` to `close`."""
+    """Answers with a table of commands, by the name of the operation."""
 
     def __init__(self, commands: dict[str, Command]) -> None:
         self._commands = commands
-        self._clients: dict[asyncio.Task[None], None] = {}  # longest silence first
-        self._server: asyncio.Server | None = None
+        self._clients: dict[Client, None] = {}
+        """Longest silence first; less those that have been told to go."""
 
-    async def start(self, sock: socket.socket) -> None:
-        """sock: listening, from protocol.bind()."""
-        self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=MAX_LINE, backlog=BACKLOG)
-
-    async def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-        for task in list(self._clients):
-            task.cancel()
-        await asyncio.gather(*self._clients, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._clients[task] = None
+    async def converse(self, client: Client) -> None:
+        """Answer one client until it leaves or has to go."""
+        self._clients[client] = None
         if len(self._clients) > MAX_CLIENTS:
             oldest = next(iter(self._clients))
             del self._clients[oldest]
             oldest.cancel()
         try:
-            await self._converse(reader, writer, task)
-        except (OSError, asyncio.CancelledError):
-            # Cancelled by close() or for a newer client: the end of this client and of nothing else. What it
-            # did not take is dropped: close() would wait for it.
-            writer.transport.abort()
+            await self._answer_all(client)
         finally:
-            self._clients.pop(task, None)
-            writer.close()
+            self._clients.pop(client, None)
 
-    async def _converse(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, task: asyncio.Task[None]
-    ) -> None:
-        if not may_ask(writer.get_extra_info("socket").getsockopt):
-            await _send(writer, refusal("not permitted"))
+    async def _answer_all(self, client: Client) -> None:
+        if not may_ask(client.getsockopt):
+            await client.send(encode(refusal("not permitted")), SEND_SECONDS)
             return
+        buffer = bytearray()
         while True:
             try:
-                async with asyncio.timeout(IDLE_SECONDS):
-                    line = await reader.readline()
-            except ValueError:  # StreamReader.readline: a line above the limit
-                await _send(writer, refusal("request too long"))
+                line = await _next_line(client, buffer)
+            except UserError as error:
+                await client.send(encode(refusal(error.message)), SEND_SECONDS)
                 return
-            if not line.endswith(b"\n"):
+            if line is None:
                 return
-            self._clients.pop(task, None)
-            self._clients[task] = None
-            await _send(writer, await self._run(line))
+            # Whoever is being answered is not idle: ended only when everybody is.
+            if client in self._clients:
+                del self._clients[client]
+                self._clients[client] = None
+            await client.send(encode(await self._run(line)), SEND_SECONDS)
 
     async def _run(self, line: bytes) -> Message:
         operation = "?"
@@ -102,7 +101,21 @@ class Server:
             return refusal(f"internal error: {type(error).__name__}")
 
 
-async def _send(writer: asyncio.StreamWriter, answer: Message) -> None:
-    async with asyncio.timeout(SEND_SECONDS):
-        writer.write(encode(answer))
-        await writer.drain()
+async def _next_line(client: Client, buffer: bytearray) -> bytes | None:
+    """The next line, without its end; None when none comes. Raises UserError when it is too long.
+
+    buffer: what has come and is not used yet.
+    """
+    deadline = time.monotonic() + IDLE_SECONDS
+    while True:
+        length = buffer.find(b"\n")
+        if length > MAX_LINE or (length < 0 and len(buffer) > MAX_LINE):
+            raise UserError("request too long")
+        if length >= 0:
+            line = bytes(buffer[:length])
+            del buffer[: length + 1]
+            return line
+        data = await client.receive(max(deadline - time.monotonic(), 0.0))
+        if not data:
+            return None
+        buffer += data

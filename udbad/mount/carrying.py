@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from udbad.branch.walk import printable
-from udbad.control.protocol import flag_of, text_of
-from udbad.control.trioserver import Request, path_of
+from udbad.control.protocol import Message, flag_of, path_of, text_of
 from udbad.errors import ExitCode, UserError
 from udbad.tools import mvdown, syncdown
 from udbad.tools.carry import Halt, Work
@@ -94,7 +93,7 @@ class Carrying:
         if self._moves:
             raise UserError("a file is being moved down: try again", ExitCode.REFUSED)
 
-    async def mvdown(self, request: Request) -> dict[str, Any]:
+    async def mvdown(self, request: Message) -> dict[str, Any]:
         """Move one file down; answers when it is done. Words as in mvdown.Options."""
         flags = ("overwrite_lower", "keep_upper", "read_only_upper", "read_only_lower")
         options = mvdown.Options(
@@ -114,7 +113,7 @@ class Carrying:
         await trio.to_thread.run_sync(self.process.invalidator.flush)
         return answer
 
-    async def sync(self, request: Request) -> dict[str, Any]:
+    async def sync(self, request: Message) -> dict[str, Any]:
         """Begin to merge branch `source` into `target`, or do nothing when that is under way."""
         source, target = _branch(text_of(request, "source")), _branch(text_of(request, "target"))
         mode = text_of(request, "mode")
@@ -155,7 +154,7 @@ class Carrying:
         finally:
             self._running = False
 
-    async def status(self, request: Request) -> dict[str, Any]:
+    async def status(self, request: Message) -> dict[str, Any]:
         """How far the sync is, or how the last one ended."""
         sync = self._sync
         if sync is None:
@@ -178,7 +177,7 @@ class Carrying:
             "left_count": len(progress.left),
         }
 
-    async def stop(self, request: Request) -> dict[str, Any]:
+    async def stop(self, request: Message) -> dict[str, Any]:
         """Ask the sync to stop; `sync-status` says when it has."""
         if self._sync is not None:
             self._sync.halt.asked = True

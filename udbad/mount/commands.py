@@ -19,8 +19,8 @@ import trio
 from udbad import __version__
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import format_branch
-from udbad.control.protocol import edits_of, flag_of, text_of
-from udbad.control.trioserver import Command, Request, path_of
+from udbad.control.protocol import Message, edits_of, flag_of, path_of, text_of
+from udbad.control.server import Command
 from udbad.errors import ExitCode, UserError
 from udbad.kernel.boundary import operations
 from udbad.logs import set_level
@@ -77,12 +77,12 @@ class Commands:
             "stop": self.stop,
         }
 
-    async def ping(self, request: Request) -> dict[str, Any]:
+    async def ping(self, request: Message) -> dict[str, Any]:
         return {}
 
     # -- looking ----------------------------------------------------------------------------------
 
-    async def status(self, request: Request) -> dict[str, Any]:
+    async def status(self, request: Message) -> dict[str, Any]:
         process = self.process
         return {
             "name": process.identity.name,
@@ -98,7 +98,7 @@ class Commands:
             "coherence": asdict(process.coherence.statistics()),
         }
 
-    async def stats(self, request: Request) -> dict[str, Any]:
+    async def stats(self, request: Message) -> dict[str, Any]:
         process = self.process
         return {
             "requests": {name: stats.requests for name, stats in operations().items()},
@@ -121,20 +121,20 @@ class Commands:
             "connection": process.session.connection,
         }
 
-    async def metrics(self, request: Request) -> dict[str, Any]:
+    async def metrics(self, request: Message) -> dict[str, Any]:
         """What the metrics endpoint asks for at each scrape (metrics.Samples)."""
         return {"metrics": await self.process.readings.samples()}
 
-    async def where(self, request: Request) -> dict[str, Any]:
+    async def where(self, request: Message) -> dict[str, Any]:
         """Which branch serves a path, and every copy of it."""
         return explain.where(self.process.sb, path_of(request))
 
-    async def why(self, request: Request) -> dict[str, Any]:
+    async def why(self, request: Message) -> dict[str, Any]:
         """How a path is resolved, name by name and branch by branch."""
         options = self.process.options
         return {**explain.why(self.process.sb, path_of(request)), "create": options.create, "cpup": options.cpup}
 
-    async def busy(self, request: Request) -> dict[str, Any]:
+    async def busy(self, request: Message) -> dict[str, Any]:
         """What keeps a branch from being removed."""
         wanted = os.fsencode(text_of(request, "branch"))
         sb = self.process.sb
@@ -147,13 +147,13 @@ class Commands:
 
     # -- changing ---------------------------------------------------------------------------------
 
-    async def flush(self, request: Request) -> dict[str, Any]:
+    async def flush(self, request: Message) -> dict[str, Any]:
         """Every direct change made before the request is seen by every access after the answer."""
         self.process.coherence.drain()
         await trio.to_thread.run_sync(self.process.invalidator.flush)
         return {}
 
-    async def udba(self, request: Request) -> dict[str, Any]:
+    async def udba(self, request: Message) -> dict[str, Any]:
         try:
             async with self._changing:
                 await self.process.set_mode(text_of(request, "mode"))
@@ -163,13 +163,13 @@ class Commands:
         self._write_entry()
         return {"mode": self.process.coherence.name}
 
-    async def invalidate(self, request: Request) -> dict[str, Any]:
+    async def invalidate(self, request: Message) -> dict[str, Any]:
         """Believe nothing that is cached about a path and what is below it; returns how many nodes that were."""
         count = self.process.coherence.invalidate(path_of(request))
         await trio.to_thread.run_sync(self.process.invalidator.flush)
         return {"nodes": count}
 
-    async def branches(self, request: Request) -> dict[str, Any]:
+    async def branches(self, request: Message) -> dict[str, Any]:
         """Apply (option, value) pairs of add, ins, append, prepend, del and mod; without any, list the branches."""
         edits = edits_of(request)
         if edits:
@@ -194,7 +194,7 @@ class Commands:
         except OSError as error:
             log.warning("cannot write what the mount is now: %s", error)
 
-    async def reconfigure(self, request: Request) -> dict[str, Any]:
+    async def reconfigure(self, request: Message) -> dict[str, Any]:
         """Become what `options` (all of them, as after -o) say, as far as that goes while mounted.
 
         configured: what the configuration says, to be remembered. Returns the keys applied, and those that
@@ -209,13 +209,13 @@ class Commands:
                 self._write_entry()
             return answer
 
-    async def configured(self, request: Request) -> dict[str, Any]:
+    async def configured(self, request: Message) -> dict[str, Any]:
         """Remember what the configuration says, after it was made to follow the mount."""
         self.process.configured = _options_text(request, "options")
         self._write_entry()
         return {}
 
-    async def remount(self, request: Request) -> dict[str, Any]:
+    async def remount(self, request: Message) -> dict[str, Any]:
         """`mount -o remount,...`: the options given replace the present ones, from left to right.
 
         All or nothing: an option that cannot change while mounted is an error and nothing is done.
@@ -300,14 +300,14 @@ class Commands:
             specs = [replace(specs[0], perm=None), *specs[1:]]
         await rebranch.set_branches(process, specs, check, target.ro)
 
-    async def log_level(self, request: Request) -> dict[str, Any]:
+    async def log_level(self, request: Message) -> dict[str, Any]:
         try:
             set_level(text_of(request, "level"))
         except ValueError as error:
             raise UserError(str(error), ExitCode.OPTION) from None
         return {}
 
-    async def stop(self, request: Request) -> dict[str, Any]:
+    async def stop(self, request: Message) -> dict[str, Any]:
         """Unmount; with "force" also what is in use. EBUSY is answered with who uses it."""
         force = flag_of(request, "force")
         try:
@@ -339,7 +339,7 @@ class Commands:
         return f"{what} {path} of process {pid}{more}"
 
 
-def _options_text(request: Request, key: str) -> str:
+def _options_text(request: Message, key: str) -> str:
     """Options that others will parse: whoever takes this mount over must not stumble over them. Raises UserError."""
     text = text_of(request, key)
     parse_mount_options(text)

@@ -1,6 +1,6 @@
 """The supervisor: many mounts from one configuration, changed while they run.
 
-One mount process per mount (runner.py), a control socket (server.py), reload on SIGHUP, on request and
+One mount process per mount (runner.py), a control socket, reload on SIGHUP, on request and
 when a file of the configuration changes (configwatch.py). May not import pyfuse3 or anything that does, nor
 touch a mount point. When it dies the mounts go on; the next supervisor finds them under the run directory
 and adopts them.
@@ -22,8 +22,9 @@ from typing import Any
 
 from udbad import __version__, logs
 from udbad.control import exporter, private, registry
+from udbad.control.asyncserver import AsyncServer
 from udbad.control.protocol import NOT_ANSWERING, Message, bind, flag_of, server_pid, text_of
-from udbad.control.server import Command, Server
+from udbad.control.server import Command
 from udbad.errors import ExitCode, UserError
 from udbad.metrics import Samples
 from udbad.settings.file import Config, ConfigError, DaemonSettings, MountSettings, config_files, load, shared_trees
@@ -87,7 +88,7 @@ class Supervisor:
                 runner.begin()
                 await self._bring_up_to_date(name, runner)
             self._export(stack)
-            server = Server(self._commands())
+            server = AsyncServer(self._commands())
             await server.start(sock)
             self._spawn(self._announce())
             self._spawn(self._watch_files())
