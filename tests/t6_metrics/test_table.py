@@ -1,4 +1,4 @@
-"""The table of metrics, and that README, dashboard and rules say the same as it."""
+"""The table of metrics, and that documentation, dashboard and rules say the same as it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.t6_metrics.scrape import Page
 from udbad.kernel.boundary import operations
 from udbad.metrics import BY_NAME, METRICS, Counts, Metric, Reading, Samples, markdown_table, page
 
+DOCS = REPOSITORY / "docs"
 GRAFANA = REPOSITORY / "grafana"
 RULES = GRAFANA / "prometheus" / "rules"
 DASHBOARD: dict[str, Any] = json.loads((GRAFANA / "dashboards" / "udbad.json").read_text())
@@ -95,20 +96,21 @@ def test_every_operation_is_one_of_a_closed_set() -> None:
     assert all(re.fullmatch("[a-z]+", name) for name in operations())
 
 
-def test_readme_has_the_table() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
-    found = re.search(r"<!-- metrics:begin -->\n(.*?)<!-- metrics:end -->", readme, re.DOTALL)
-    assert found is not None, "README.md has no <!-- metrics:begin --> … <!-- metrics:end -->"
-    assert found[1] == markdown_table()
+def test_documentation_has_the_table() -> None:
+    found = re.search(
+        r"<!-- metrics:begin -->\n(.*?)<!-- metrics:end -->", (DOCS / "metrics.md").read_text(), re.DOTALL
+    )
+    assert found is not None
+    assert found[1].strip() == markdown_table().strip()
 
 
-def test_readme_has_a_runbook_line_for_every_alert() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
+def test_runbook_has_a_line_for_every_alert() -> None:
+    page = (DOCS / "runbook.md").read_text()
     alerts = dict(re.findall(r'- alert: (\w+)\n.*?runbook: "(.*?)"\n', (RULES / "alerts.yml").read_text(), re.DOTALL))
     assert len(alerts) == (RULES / "alerts.yml").read_text().count("- alert:")
     for alert, runbook in alerts.items():
-        assert f"| `{alert}` |" in readme
-        assert runbook in readme
+        assert f"| `{alert}` |" in page
+        assert runbook in page
 
 
 def test_dashboard_and_rules_know_only_metrics_that_exist() -> None:

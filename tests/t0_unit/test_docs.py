@@ -1,0 +1,106 @@
+"""The documentation says what the code says, as far as that can be looked up; that all links lead somewhere in the
+site is for mkdocs to find (`make docs`)."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.mount import REPOSITORY
+
+DOCS = REPOSITORY / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+SOURCES = [path for name in ("udbad", "tests") for path in sorted((REPOSITORY / name).rglob("*.py"))]
+CITATION = re.compile(
+    r"\b(?:semantics|spec)(?:\.md)?(?:\s+#?\s*section)?\s+(\d+(?:\.\d+)?(?:(?:, | and )\d+(?:\.\d+)?)*)"
+)
+HEADING = re.compile(r"^#+ (\d+(?:\.\d+)?) ", re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def slugs(page: Path) -> set[str]:
+    """Anchors of a page, as code hosts and the site make them of its headings."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE), re.M
+    )
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading.lower())) for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*sorted(REPOSITORY.glob("*.md")), *PAGES], ids=lambda page: page.name)
+def test_links_lead_somewhere_in_the_repository(page: Path) -> None:
+    """As somebody reads them who has no site, only the files."""
+    for link in LINK.findall(without_code(page.read_text())):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in slugs(target), link
+
+
+def test_every_section_that_is_cited_exists() -> None:
+    headings = set(HEADING.findall((DOCS / "semantics.md").read_text()))
+    cited: dict[str, str] = {}
+    for path in SOURCES:
+        for numbers in CITATION.findall(path.read_text()):
+            cited |= dict.fromkeys(re.split(", | and ", numbers), str(path))
+    assert len(cited) > 20
+    assert {number: path for number, path in cited.items() if number not in headings} == {}
+
+
+def log_lines() -> Iterator[str]:
+    """Every warning and error that the code can log, with an ellipsis for each value."""
+    for path in SOURCES:
+        if not path.is_relative_to(REPOSITORY / "udbad"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(value=logger, attr="warning" | "error" | "exception" | "log" as level)
+                ):
+                    name = logger.attr if isinstance(logger, ast.Attribute) else getattr(logger, "id", "")
+                    if name in ("log", "_log"):
+                        yield re.sub(r"%[-.0-9]*[a-z]", "…", ast.literal_eval(node.args[level == "log"]))
+
+
+def test_runbook_knows_every_warning_and_error() -> None:
+    runbook = (DOCS / "runbook.md").read_text()
+    lines = set(log_lines()) - {"…", "…: …"}  # what another line has announced, or quotes
+    assert len(lines) > 30
+    assert [line for line in sorted(lines) if f"`{line}`" not in runbook] == []
+
+
+def test_configuration_files_are_quoted_as_they_are() -> None:
+    quotes = re.findall(r"\[config/(\w+\.toml)\].*?```toml\n(.*?)```", (DOCS / "guide.md").read_text(), re.DOTALL)
+    assert len(quotes) >= 3
+    for name, text in quotes:
+        assert text.strip() == (REPOSITORY / "config" / name).read_text().strip()
+
+
+def site_hooks() -> Any:
+    spec = importlib.util.spec_from_file_location("mkdocs_hooks", REPOSITORY / ".ci" / "mkdocs_hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_site_that_needs_another_host_is_found(tmp_path: Path) -> None:
+    (tmp_path / "fine.html").write_text('<a href="https://example.org/">there</a><img src="x.png"><script src="a.js">')
+    (tmp_path / "fine.css").write_text("a { background: url(x.png) }")
+    (tmp_path / "one.html").write_text('<script src="https://example.org/a.js"></script>')
+    (tmp_path / "two.html").write_text('<link rel="stylesheet" href="//example.org/a.css">')
+    (tmp_path / "three.css").write_text("@import 'https://example.org/a.css';")
+    found = [line.partition(" ")[0] for line in site_hooks().foreign_assets(tmp_path)]
+    assert found == ["one.html", "three.css", "two.html"]
