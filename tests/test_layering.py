@@ -60,7 +60,7 @@ FENCES: dict[str, Callable[[str], bool]] = {
     "asyncinotify": lambda module: module in ("udbad.coherence.watcher", "udbad.supervisor.configwatch"),
     "prometheus_client": lambda module: module == "udbad.metrics",
     "tomlkit": lambda module: module == "udbad.settings.edit",
-    "pydantic": lambda module: module in ("udbad.settings.options", "udbad.settings.file"),
+    "pydantic": lambda module: module.startswith("udbad.settings.") and module != "udbad.settings.edit",
 }
 
 

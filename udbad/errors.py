@@ -15,18 +15,31 @@ class ExitCode(IntEnum):
     """Exit codes of every udbad command; numbers are never reused."""
 
     OK = 0
+    """Fine."""
     FAILURE = 1
+    """A failure that is nobody's mistake."""
     USAGE = 2
+    """Wrong usage."""
     OPTION = 3
+    """A bad mount option."""
     BRANCH = 4
+    """A bad branch."""
     MOUNT_POINT = 5
+    """A bad mount point."""
     NO_FUSE = 6
+    """There is no /dev/fuse."""
     NOT_ROOT = 7
+    """Not root where it matters."""
     NOT_MOUNTED = 8
+    """Not mounted."""
     FSCK_DEFECTS = 9
+    """fsck: defects remain."""
     CONFIG = 10
+    """A bad configuration file."""
     NO_DAEMON = 11
+    """No daemon answers."""
     REFUSED = 12
+    """A rule forbids it, or something had to stay (mvdown, sync)."""
 
 
 class UserError(Exception):

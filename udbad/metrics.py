@@ -1,6 +1,6 @@
 """Every metric udbad exports: one table, the counters behind it, and the text Prometheus reads.
 
-The table METRICS is what README, dashboard, rules and tests are checked against. A mount process fills
+The table METRICS is what docs/metrics.md, dashboard, rules and tests are checked against. A mount process fills
 `Samples` (metric name to label values and numbers) from plain counters at scrape time and sends them as
 JSON; whoever serves HTTP turns the samples of all mounts into metric families, each with the label
 `mount` in front. Only this module imports prometheus_client, and only when something is to be served, so
@@ -320,7 +320,7 @@ def _cumulative(bounds: Sequence[float], value: Sequence[float]) -> list[tuple[s
 
 
 def markdown_table() -> str:
-    """The table of the README, between its metrics:begin and metrics:end marks."""
+    """The table of docs/metrics.md (settings/reference.py puts it there)."""
     lines = ["| metric | type | labels beside `mount` | what it says | why it matters |", "|---|---|---|---|---|"]
     for metric in METRICS:
         labels = ", ".join(f"`{label}`" for label in metric.labels)

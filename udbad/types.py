@@ -38,8 +38,13 @@ class Perm(Enum):
     """Permission of a branch (aufs(5), semantics 3)."""
 
     RW = "rw"
+    """Written to; the default of the first branch."""
     RO = "ro"
+    """Never written to by udbad, access times included (Linux 5.12), but others may change it; the default of the
+    others."""
     RR = "rr"
+    """Can never change (squashfs, iso9660, cramfs, romfs, erofs: taken by default): nothing of it is watched or
+    checked."""
 
 
 class Trigger(Enum):

@@ -2,8 +2,8 @@
 
 An oracle: it shares no code with udbad and may not import it. It follows semantics 4 and 5 with the
 two decisions in which udbad differs from aufs: NAME beside `.wh.NAME` in one branch is visible (the
-whiteout hides lower branches only), and the topmost opaque directory is the boundary. Pseudo-links (spec
-section 10.3) are followed: the file PLINKS/<number>.<inode>.<birth> of a branch stands for every name of that inode
+whiteout hides lower branches only), and the topmost opaque directory is the boundary. Pseudo-links (semantics
+10.3) are followed: the file PLINKS/<number>.<inode>.<birth> of a branch stands for every name of that inode
 on the branches below if it was born then.
 """
 

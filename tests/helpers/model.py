@@ -251,7 +251,7 @@ class Model:
                 layer.opaque.add(path)
 
     def _place(self, path: PathT, node: Node, i: int | None = None) -> None:
-        """Make a new object (semantics 6.5) in layer i, or where create=tdp says (section 7.2)."""
+        """Make a new object (semantics 6.5) in layer i, or where create=tdp says (semantics 7.2)."""
         if i is None:
             top = self.top(path[:-1])
             assert top is not None

@@ -13,13 +13,18 @@ from typing import Any
 import pytest
 
 from tests.helpers.mount import REPOSITORY
+from udbad.control.protocol import NOT_ANSWERING
+from udbad.metrics import COHERENCE_STATES
+from udbad.mount.commands import LIVE
+from udbad.settings import reference
+from udbad.settings.file import INTERNAL
+from udbad.settings.options import IGNORED, KNOWN, LIST_OPTIONS, MountOptions
+from udbad.supervisor.runner import State
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 SOURCES = [path for name in ("udbad", "tests") for path in sorted((REPOSITORY / name).rglob("*.py"))]
-CITATION = re.compile(
-    r"\b(?:semantics|spec)(?:\.md)?(?:\s+#?\s*section)?\s+(\d+(?:\.\d+)?(?:(?:, | and )\d+(?:\.\d+)?)*)"
-)
+CITATION = re.compile(r"\b[Ss]emantics(?:\.md)?(?:\s+#?\s*section)?\s+(\d+(?:\.\d+)?(?:(?:, | and )\d+(?:\.\d+)?)*)")
 HEADING = re.compile(r"^#+ (\d+(?:\.\d+)?) ", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -104,3 +109,35 @@ def test_site_that_needs_another_host_is_found(tmp_path: Path) -> None:
     (tmp_path / "three.css").write_text("@import 'https://example.org/a.css';")
     found = [line.partition(" ")[0] for line in site_hooks().foreign_assets(tmp_path)]
     assert found == ["one.html", "three.css", "two.html"]
+
+
+def test_tables_are_what_the_code_says() -> None:
+    """`python -m udbad.settings.reference docs` mends it."""
+    tables: set[str] = set()
+    for page in PAGES:
+        text = page.read_text()
+        assert text == reference.brought_up_to_date(text), page.name
+        tables |= set(re.findall(r"<!-- ([a-z-]+):begin -->", text))
+    assert tables == reference.tables().keys()
+
+
+def test_every_option_is_explained() -> None:
+    options = reference.mount_options()
+    assert {one.key for one in options if one.key} == MountOptions.model_fields.keys() - INTERNAL - {"branches"}
+    assert {word.rstrip("=") for one in options for word in one.words} | LIST_OPTIONS.keys() | IGNORED >= KNOWN - {
+        "default_permissions",
+        "nodirren",
+    }
+    assert all(one.meaning.endswith(".") and one.values for one in options)
+
+
+def test_what_cannot_change_while_mounted_is_named() -> None:
+    found = re.search(r"everything can change but (.*?): these", (DOCS / "configuration.md").read_text(), re.DOTALL)
+    assert found is not None
+    assert set(re.findall(r"`(\w+)`", found[1])) == MountOptions.model_fields.keys() - LIVE - INTERNAL
+
+
+def test_runbook_knows_every_state() -> None:
+    runbook = (DOCS / "runbook.md").read_text()
+    for state in [*(one.value for one in State), NOT_ANSWERING, *COHERENCE_STATES[1:]]:
+        assert f"| `{state}` " in runbook

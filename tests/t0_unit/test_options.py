@@ -190,7 +190,7 @@ def test_branches_round_trip_through_options(branches: list[BranchSpec]) -> None
 
 
 def test_defaults() -> None:
-    """Spec section 1: xino, udba=reval, plink, warn_perm, dio; create=tdp, cpup=tdp; dirwh 3, rdcache 10."""
+    """Semantics 1: xino, udba=reval, plink, warn_perm, dio; create=tdp, cpup=tdp; dirwh 3, rdcache 10."""
     found = parse_mount_options("br=/a:/b")
     assert dict(found) == {
         "branches": (A, B),

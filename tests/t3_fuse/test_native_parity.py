@@ -106,7 +106,7 @@ def test_native_scenarios_are_reproducible(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("udba", ["none", "reval"])
 def test_names_of_the_union(union: UnionFactory, udba: str) -> None:
-    """Spec section 1: 242 bytes at most, whiteout names are refused, statfs says so."""
+    """Semantics 1: 242 bytes at most, whiteout names are refused, statfs says so."""
     mount = union({"A": "rw", "B": "ro"}, udba)
     longest = mount.path / ("n" * 242)
     longest.write_text("x")

@@ -118,7 +118,7 @@ class Union(RuleBasedStateMachine):
             os.close(fd)
 
     def check_held(self, fd: int, node: Node) -> None:
-        """A descriptor sees the file's present data, whatever happened to its name and branch (spec 10.4)."""
+        """A descriptor sees the file's present data, whatever happened to its name and branch (semantics 10.4)."""
         data = node.final().data
         assert os.pread(fd, len(data) + 1, 0) == data
         assert os.fstat(fd).st_size == len(data)

@@ -1,4 +1,4 @@
-"""Copying the content and the metadata of one branch object (semantics 6.8, design "Copy-up").
+"""Copying the content and the metadata of one branch object (semantics 6.8).
 
 Runs in worker threads: descriptors, bytes and ints go in and come out; no event loop, no thread and no lock of its own.
 It decides nothing about the namespace: the caller has opened the source, made an empty destination that nobody else

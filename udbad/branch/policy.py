@@ -130,7 +130,8 @@ class CreatePolicy(ABC):
 
 
 class TopDownParent(CreatePolicy):
-    """tdp: NAME's (or the parent's) top branch if writable, else upwards from there.
+    """tdp: the top branch of the parent directory if it is writable, else the highest writable one above where the
+    parent exists, else the nearest writable one above.
 
     EROFS exactly when neither that branch nor any above it is writable: writable branches that are
     all below a read-only top of the parent do not count (au_wbr_create_tdp()).
@@ -144,7 +145,7 @@ class TopDownParent(CreatePolicy):
 
 
 class TopDownMostFree(CreatePolicy):
-    """tdmfs: the first branch from the top that has more than `low` bytes free, else as mfs.
+    """tdmfs: the first branch from the top that has more than LOW bytes free, else as mfs.
 
     Ends with the last branch of the parent: it has its own form of the exceptions
     (au_wbr_create_tdmfs()).
@@ -164,7 +165,7 @@ class TopDownMostFree(CreatePolicy):
 
 
 class RoundRobin(CreatePolicy):
-    """rr: the usable branches in turn, from the last one upwards; mkdir takes the current one and stays."""
+    """rr: the writable branches in turn, from the last one upwards; mkdir takes the current one and stays."""
 
     def __init__(self, low: int = 0, cache_seconds: int = DEFAULT_CACHE_SECONDS) -> None:
         super().__init__(low, cache_seconds)
@@ -183,7 +184,10 @@ class RoundRobin(CreatePolicy):
 
 
 class MostFree(CreatePolicy):
-    """mfs: the branch with the most free bytes, of equal ones the lower (au_wbr_create_mfs())."""
+    """mfs: the branch with the most free bytes, of equal ones the lower.
+
+    au_wbr_create_mfs().
+    """
 
     takes_seconds = True
 
@@ -192,7 +196,7 @@ class MostFree(CreatePolicy):
 
 
 class MostFreeRoundRobin(RoundRobin):
-    """mfsrr: mfs, but rr once even that branch has less than `low` bytes free."""
+    """mfsrr: mfs, but rr once even that branch has less than LOW bytes free."""
 
     takes_low = True
     takes_seconds = True
@@ -203,9 +207,10 @@ class MostFreeRoundRobin(RoundRobin):
 
 
 class ParentMostFree(CreatePolicy):
-    """pmfs: of the branch tdp takes and those that have the parent the one with the most free bytes.
+    """pmfs: of the branch tdp takes and those that have the parent the one with the most free bytes, of equal ones the
+    upper; as mfs where neither kind is usable.
 
-    Of equal ones the upper (au_wbr_create_pmfs()); as mfs where neither kind is usable.
+    au_wbr_create_pmfs().
     """
 
     takes_seconds = True
@@ -215,7 +220,7 @@ class ParentMostFree(CreatePolicy):
 
 
 class ParentMostFreeRoundRobin(MostFreeRoundRobin):
-    """pmfsrr: pmfs, but mfsrr whatever the parent once that branch has less than `low` bytes free."""
+    """pmfsrr: pmfs, but mfsrr whatever the parent once that branch has less than LOW bytes free."""
 
     def _choose(self, facts: Facts) -> int:
         index = _parent_most_free(facts)

@@ -19,7 +19,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 from udbad.branch.branches import BranchSpec
 from udbad.errors import ExitCode, UserError
@@ -30,14 +30,38 @@ log = logging.getLogger(__name__)
 UDBA_MODES: Final = {"none": "none", "reval": "reval", "notify": "notify", "fsnotify": "notify"}
 """What may follow `udba=`, aliases included, and the mode it means (semantics 2)."""
 
+
+class Attribute(NamedTuple):
+    """valid_on: permissions that it can go with. meaning: for people."""
+
+    valid_on: frozenset[Perm]
+    meaning: str
+
+
 _ALL: Final = frozenset(Perm)
-_VALID_ON: Final = {
-    "wh": frozenset({Perm.RO, Perm.RR}),
-    "nolwh": frozenset({Perm.RW}),
-    "moo": frozenset({Perm.RW}),
-    "fhsm": frozenset({Perm.RW, Perm.RO}),
-    **dict.fromkeys(("coo_reg", "coo_all", "unpin"), _ALL),
-    **dict.fromkeys(("icex", "icexsec", "icexsys", "icextr", "icexusr", "icexoth"), _ALL),
+_RW: Final = frozenset({Perm.RW})
+ATTRIBUTES: Final = {
+    "wh": Attribute(
+        frozenset({Perm.RO, Perm.RR}),
+        "Its whiteouts and opaque marks count; without it those of read-only branches are ignored.",
+    ),
+    "nolwh": Attribute(_RW, "Whiteouts are separate files, not hard links to one."),
+    "coo_reg": Attribute(_ALL, "Opening a file copies it to the nearest writable branch above."),
+    "coo_all": Attribute(_ALL, "The same, and opening a directory, too."),
+    "moo": Attribute(_RW, "Like `coo_reg`, and the source is removed."),
+    "icex": Attribute(_ALL, "A copy-up to it forgives extended attributes that cannot be set here."),
+    **{
+        "icex" + short: Attribute(_ALL, f"The same for {which}.")
+        for short, which in (
+            ("sec", "`security.*`"),
+            ("sys", "`system.*`"),
+            ("tr", "`trusted.*`"),
+            ("usr", "`user.*`"),
+            ("oth", "others"),
+        )
+    },
+    "unpin": Attribute(_ALL, "Without an effect."),
+    "fhsm": Attribute(frozenset({Perm.RW, Perm.RO}), "Without an effect."),
 }
 """The attribute table of semantics 3."""
 
@@ -147,12 +171,12 @@ def _with_attrs(path: bytes, perm: Perm, words: list[str]) -> BranchSpec:
         key, equals, value = word.partition("=")
         if key == "udba" and equals:
             udba = _parse_udba(path, value)
-        elif word not in _VALID_ON:
-            known = [*_VALID_ON, *(f"udba={mode}" for mode in UDBA_MODES)]
+        elif word not in ATTRIBUTES:
+            known = [*ATTRIBUTES, *(f"udba={mode}" for mode in UDBA_MODES)]
             raise UserError(
                 f"branch {shown(path)}: unknown attribute {word!r}{suggestion(word, known)}", ExitCode.OPTION
             )
-        elif perm not in _VALID_ON[word]:
+        elif perm not in ATTRIBUTES[word].valid_on:
             dropped.append(word)
         else:
             if word in _EXCLUSIVE:

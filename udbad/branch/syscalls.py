@@ -363,7 +363,7 @@ def syncing(dirfd: int) -> Iterator[int]:
 
 def sync_fs(fd: int) -> None:
     """syncfs(2) through a descriptor of `syncing`. Raises OSError for all that could not be written since that was
-    opened (Linux 5.8). Does not reach a FUSE server (see README): files there need an fsync each."""
+    opened (Linux 5.8). Does not reach a FUSE server (docs/modes.md): files there need an fsync each."""
     _check(_libc.syncfs(fd))
 
 

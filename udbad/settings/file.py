@@ -37,7 +37,8 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _NAME_FORM: Final = "1 to 64 letters, digits, '_', '.' and '-', beginning with a letter or digit"
 _NOT_HERE: Final = {"control": "the daemon gives each mount its own socket", "metrics": "the daemon serves [metrics]"}
-_INTERNAL: Final = frozenset({"notices", "allow_other", *_NOT_HERE})
+INTERNAL: Final = frozenset({"notices", "allow_other", *_NOT_HERE})
+"""Fields of MountOptions that are no keys of a table."""
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -72,28 +73,34 @@ def _seconds(default: float, least: float = 0.0) -> Any:
 
 
 class DaemonSettings(_Table):
-    """[daemon]. Times are in seconds.
-
-    run_dir: sockets and what is known about each mount. heartbeat: how often a mount process is asked for a
-    sign of life; wedged_after: silence after which it is aborted. restart_delay: waited before the second
-    restart in a row, then doubled up to restart_delay_max; a mount that has served for healthy_after starts
-    afresh. watch: reload when a file changes.
-    """
+    """[daemon]. Times are in seconds."""
 
     run_dir: str = Field(default="/run/udbad", pattern="^/", description="an absolute path")
+    """Where the sockets are, and what is known about each mount."""
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="debug, info, warning or error"
     )
+    """What is logged, of the daemon and of the mounts."""
     log_format: Literal["plain", "json"] = Field(default="plain", description="plain or json")
+    """Lines for people, or JSON."""
     heartbeat: float = _seconds(5.0, 0.1)
+    """How often a mount process is asked for a sign of life."""
     wedged_after: float = _seconds(60.0, 0.5)
+    """How long it may be silent before it is aborted and started anew."""
     start_timeout: float = _seconds(300.0, 1.0)
+    """How long a mount may take until it serves; then its process is ended, and another one tried."""
     stop_timeout: float = _seconds(30.0, 0.5)
+    """How long a mount process may take to end; then it is aborted."""
     restart_delay: float = _seconds(0.5)
+    """Waited before the second restart in a row; doubled each time."""
     restart_delay_max: float = _seconds(60.0)
+    """What the delay is doubled up to."""
     healthy_after: float = _seconds(10.0)
+    """A mount that has served for so long starts afresh with the delay."""
     retry_missing: float = _seconds(2.0, 0.1)
+    """How often a missing branch is looked for."""
     watch: bool = Field(default=True, description="true or false")
+    """A file of the configuration that changes is read again by itself."""
 
     @field_validator("log_level", "log_format", mode="before")
     @classmethod
@@ -102,11 +109,14 @@ class DaemonSettings(_Table):
 
 
 class MetricsSettings(_Table):
-    """[metrics]. listen: HOST:PORT of the endpoint for all mounts, or "off"."""
+    """[metrics]: the endpoint for all mounts."""
 
     listen: str = Field(default="127.0.0.1:9723", description='HOST:PORT, PORT from 0 to 65535, or "off"')
+    """Where metrics of all mounts are served."""
     tls_certificate: str | None = Field(default=None, pattern="^/", description="the absolute path of a PEM file")
+    """Of the endpoint, which then speaks HTTPS. Together with tls_key."""
     tls_key: str | None = Field(default=None, pattern="^/", description="the absolute path of a PEM file")
+    """The key of the certificate."""
 
     @field_validator("listen")
     @classmethod
@@ -117,19 +127,28 @@ class MetricsSettings(_Table):
         return value
 
 
-class _MountKeys(_Table):
+class MountKeys(_Table):
     """The keys of [mounts.NAME] that are no mount options."""
 
     mount_point: str = Field(pattern="^/", description="an absolute path")
+    """Where the union is mounted: a directory that exists."""
     enabled: bool = Field(default=True, description="true or false")
+    """Whether it is mounted at all."""
     missing_branch: Literal["wait", "fail"] = Field(default="wait", description="wait or fail")
+    """When a branch is not there: wait for it, or fail."""
 
 
-class _BranchTable(_Table):
+class BranchTable(_Table):
+    """A branch that is written as a table, for paths with a `:` or `=` in them."""
+
     path: str = Field(min_length=1, description="an absolute path")
+    """Of the directory, as it is: nothing in it is escaped."""
     perm: Literal["rw", "ro", "rr"] | None = Field(default=None, description="rw, ro or rr")
-    attributes: list[str] = Field(default=[], description="a list of attributes as in aufs(5)")
+    """Its permission. Left out: as in a string."""
+    attributes: list[str] = Field(default=[], description="a list of attributes")
+    """Its attributes, for example "wh" or "coo_reg". With perm only."""
     udba: str | None = Field(default=None, description="none, reval or notify")
+    """A mode for this branch alone. With perm only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,11 +290,11 @@ class _Loader:
         before = len(self.problems)
         if _NAME.fullmatch(name) is None:
             self.note(file, key, f"the name of a mount must be {_NAME_FORM}")
-        own = {word: value for word, value in data.items() if word in _MountKeys.model_fields}
-        rest = {word: value for word, value in data.items() if word not in _MountKeys.model_fields}
-        keys = self._table(_MountKeys, own, key)
-        known = (_MountKeys.model_fields.keys() | MountOptions.model_fields.keys()) - _INTERNAL
-        for word in _INTERNAL & rest.keys():
+        own = {word: value for word, value in data.items() if word in MountKeys.model_fields}
+        rest = {word: value for word, value in data.items() if word not in MountKeys.model_fields}
+        keys = self._table(MountKeys, own, key)
+        known = (MountKeys.model_fields.keys() | MountOptions.model_fields.keys()) - INTERNAL
+        for word in INTERNAL & rest.keys():
             del rest[word]
             reason = f", {_NOT_HERE[word]}" if word in _NOT_HERE else suggestion(word, known)
             self.note(file, f"{key}.{word}", f"not possible here{reason}")
@@ -331,9 +350,9 @@ class _Loader:
                       "attributes and udba")  # fmt: skip
             return None
         try:
-            table = _BranchTable.model_validate(item)
+            table = BranchTable.model_validate(item)
         except ValidationError as error:
-            self._note_validation(file, place, error, _BranchTable.model_fields)
+            self._note_validation(file, place, error, BranchTable.model_fields)
             return None
         words: list[str] = [table.perm] if table.perm else []
         if (table.attributes or table.udba) and not words:

@@ -83,11 +83,8 @@ def _switch(default: bool) -> Any:
 class MountOptions(BaseModel):
     """The options of one mount (semantics 2), defaults as in aufs.
 
-    branches: top first, never empty. kernel_flags: what must be passed to mount(2) beside MS_RDONLY
-    (`ro`). rdcache: seconds. watch_reserve: per cent of the inotify watches that are left to others. dirwh: number of
-    whiteouts rmdir removes itself. metrics: HOST:PORT to serve metrics on, control: path of the control socket, None:
-    no such thing. allow_other: always on, as default_permissions. notices: lines for the user about what was accepted
-    and has no effect.
+    The description of a field says what its value may be, the text below it what it means; settings/reference.py makes
+    documentation of both.
 
     Raises UserError (OPTION) for a bad branch or policy, pydantic.ValidationError for anything else;
     validation_message() makes the one line of the latter.
@@ -98,42 +95,70 @@ class MountOptions(BaseModel):
     branches: Annotated[tuple[BranchSpec, ...], BeforeValidator(_branches)] = Field(
         min_length=1, description="a list of PATH[=PERM[+ATTR...]]"
     )
+    """Top first, never empty: see Branches."""
     udba: Annotated[Literal["none", "reval", "notify"], _alias(UDBA_MODES)] = Field(
         default="reval", description="none, reval or notify"
     )
+    """Which direct changes of the branches are seen, and when: see Modes."""
     create: str = Field(default="tdp", description="a create policy")
+    """Which branch gets a new object: see Create policies."""
     cpup: str = Field(default="tdp", description="a copy-up policy")
+    """Which branch receives a copy-up: see Copy-up policies."""
     plink: bool = _switch(True)
+    """One file with names on several branches stays one file after a copy-up."""
     xino: bool = _switch(True)
+    """Without an effect: inode numbers are computed, nothing is stored."""
     shwh: bool = _switch(False)
+    """Whiteouts are listed and can be read."""
     dirwh: int = Field(default=3, ge=0, description="a whole number, 0 or more")
+    """A removed directory with more whiteouts than this is cleaned up in the background."""
     diropq: Annotated[Literal["always", "whiteouted"], _alias({"a": "always", "w": "whiteouted"})] = Field(
         default="whiteouted", description="always (a) or whiteouted (w)"
     )
+    """When a new directory gets an opaque mark: always, or where it takes the place of a whiteout."""
     watch_reserve: Annotated[int, BeforeValidator(_percent)] = Field(
         default=10, ge=0, le=100, description="a percentage from 0% to 100%"
     )
+    """For `notify`: the share of fs.inotify.max_user_watches that is left to other programs of the same user."""
     rdcache: int = Field(default=10, ge=0, le=3600, description="a whole number of seconds from 0 to 3600")
+    """Without an effect: listings are never older than the mode allows."""
     dirperm1: bool = _switch(False)
+    """Without an effect, for it is always so: the top directory's permissions count, and branches are read as root."""
     warn_perm: bool = _switch(True)
+    """A notice at mount when a branch root's owner or mode differs from the first one's."""
     sum: bool = _switch(False)
+    """statfs adds up all distinct branch file systems instead of showing the first branch."""
     acl: bool = _switch(True)
+    """POSIX ACLs of the top copy are enforced and shown."""
     dio: bool = _switch(True)
+    """O_DIRECT goes to the branch; without this it is EINVAL."""
     verbose: bool = _switch(False)
+    """Without an effect."""
     ro: bool = _switch(False)
+    """Every change is EROFS, branches are not touched at all."""
     kernel_flags: Annotated[frozenset[KernelFlag], BeforeValidator(_frozenset)] = Field(
         default=frozenset(),
         description="a list of nosuid, nodev, noexec, suid, dev, exec, noatime, nodiratime, relatime, "
         "strictatime, lazytime, sync, dirsync",
     )
+    """As in mount(8), enforced by the kernel. A union with a branch that is mounted `nosuid`, `nodev` or `noexec` is
+    so, too, unless `suid`, `dev` or `exec` says otherwise; a notice tells it. The flags of access times hold on the
+    branches that are written to (without one, what their own mounts have), for reads that the kernel has not cached."""
     fsname: str = Field(default="none", min_length=1, description="a name that is not empty")
+    """First column of /proc/mounts, for `findmnt -S NAME`, `umount NAME`, `udbad umount NAME`. Where it is not given:
+    SOURCE of the mount command, or the name in the configuration."""
     allow_other: Literal[True] = Field(default=True, description="true: others may always enter, as in any file system")
+    """Always on, as `default_permissions` is."""
     fsync_copyup: Annotated[bool, _alias({"on": True, "off": False})] = Field(
         default=True, description="on or off (true or false in a file)"
     )
+    """The content of a copy-up is on disk before it is visible: see Durability."""
     metrics: str | None = Field(default=None, description="HOST:PORT, PORT from 0 to 65535, an IPv6 HOST in []")
+    """Serve Prometheus metrics of this mount. Not in a file, where [metrics] is for all mounts."""
     control: str | None = Field(default=None, min_length=1, description="the path of a socket")
+    """A control socket for this mount; the commands of udbad do not know the mount then. Not in a file."""
     notices: tuple[str, ...] = ()
+    """Lines for the user about what was accepted and has no effect."""
 
     def mount_flags(self, restrictions: frozenset[str]) -> frozenset[str]:
         """All of mount(2), under the names of mount(8).
@@ -196,8 +221,20 @@ _VALUES: Final = {
 }
 """Words with a value, and the field it goes to."""
 
-_LISTS: Final = frozenset({"br", "dirs", "add", "ins", "append", "prepend", "del", "mod"})
-"""Words that say something about branches; only these take `name:value` as well."""
+_BRANCH_FORM: Final = "PATH[=PERM[+ATTR...]]"
+LIST_OPTIONS: Final[dict[str, tuple[str, str]]] = {
+    **dict.fromkeys(
+        ("br", "dirs"), (_BRANCH_FORM + "[:PATH...]", "The branches, top first; several of these follow one another.")
+    ),
+    **dict.fromkeys(
+        ("add", "ins"), ("INDEX:" + _BRANCH_FORM, "Put a branch before the one that has this index, 0 on top.")
+    ),
+    "append": (_BRANCH_FORM, "Add a branch at the bottom."),
+    "prepend": (_BRANCH_FORM, "Add a branch on top."),
+    "del": ("PATH", "Take a branch out."),
+    "mod": ("PATH=PERM[+ATTR...]", "Give a branch another permission and other attributes."),
+}
+"""Words about branches: the form of the value, and what they do. Only these take `name:value` as well."""
 
 _ATIMES: Final = frozenset({"noatime", "relatime", "strictatime"})
 _KERNEL: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {
@@ -215,7 +252,7 @@ _KERNEL: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {
 }
 """Words for mount(2): the flags they set and the ones they clear (before they set)."""
 
-_IGNORED: Final = frozenset(
+IGNORED: Final = frozenset(
     {
         "trunc_xino", "notrunc_xino", "trunc_xino_path", "itrunc_xino", "trunc_xib", "notrunc_xib",
         "rdblk", "rdhash", "fhsm_sec", "si", "wsum", "list_plink", "clean_plink", "nodlgt", "debug", "delete", "imap",
@@ -226,7 +263,18 @@ _IGNORED: Final = frozenset(
 )  # fmt: skip
 """Words that mean nothing here, with a value or without; one notice lists them."""
 
-_KNOWN: Final = frozenset({*_FLAGS, *_NO_CHANGE, *_VALUES, *_LISTS, *_KERNEL, *_IGNORED})
+KNOWN: Final = frozenset({*_FLAGS, *_NO_CHANGE, *_VALUES, *LIST_OPTIONS, *_KERNEL, *IGNORED})
+"""Every word that may be written, but for those that begin with x-."""
+
+
+def words_for(field: str) -> list[str]:
+    """What may be written after -o for a field of MountOptions, other spellings included; `NAME=` takes a value."""
+    if field == "branches":
+        return [f"{word}=" for word in LIST_OPTIONS]
+    if field == "kernel_flags":
+        return sorted(_KERNEL)
+    values = [f"{word}=" for word, target in _VALUES.items() if target == field]
+    return values + [word for word, (target, _) in _FLAGS.items() if target == field]
 
 
 def parse_mount_options(text: str | Sequence[str]) -> MountOptions:
@@ -284,20 +332,20 @@ class _Reader:
         """One option. The raw value keeps its escapes for the branch parser."""
         key, equals, raw = item.partition("=")
         head, colon, tail = item.partition(":")
-        if colon and head in _LISTS:
+        if colon and head in LIST_OPTIONS:
             key, equals, raw = head, "=", tail
         if key == "xino" and equals:
             # A place for the table: there is none in a file here, but asking for it turns the numbers on.
             self.ignored.append("xino=")
             self.values["xino"] = True
-        elif key in _LISTS:
+        elif key in LIST_OPTIONS:
             self._take_branches(_needs_value(key, raw), raw)
         elif key in _VALUES and (equals or key not in _FLAGS):
             self._set(_VALUES[key], _needs_value(key, raw), _typed(_VALUES[key], unescape(raw)))
-        elif key in _IGNORED or key.startswith(("x-", "X-")):
+        elif key in IGNORED or key.startswith(("x-", "X-")):
             self.ignored.append(f"{key} (directories are renamed by the EXDEV rule)" if key == "dirren" else key)
-        elif key not in _KNOWN:
-            raise UserError(f"unknown option {key!r}{suggestion(key, _KNOWN)}", ExitCode.OPTION)
+        elif key not in KNOWN:
+            raise UserError(f"unknown option {key!r}{suggestion(key, KNOWN)}", ExitCode.OPTION)
         elif equals and key != "user":  # mount(8) notes who mounted as user=NAME
             raise UserError(f"{shown(item)}: {key} takes no value", ExitCode.OPTION)
         elif key in _FLAGS:
@@ -331,20 +379,13 @@ class _Reader:
 def _needs_value(key: str, raw: str) -> str:
     if not raw:
         raise UserError(
-            f"{key} needs a value: {_allowed(_VALUES[key]) if key in _VALUES else _LIST_FORM[key]}", ExitCode.OPTION
+            f"{key} needs a value: {_allowed(_VALUES[key]) if key in _VALUES else LIST_OPTIONS[key][0]}",
+            ExitCode.OPTION,
         )
     return key
 
 
 _DIGITS: Final = re.compile("[0-9]{1,9}")
-_BRANCH_FORM: Final = "PATH[=PERM[+ATTR...]]"
-_LIST_FORM: Final = {
-    **dict.fromkeys(("br", "dirs"), _BRANCH_FORM + "[:PATH...]"),
-    **dict.fromkeys(("add", "ins"), "INDEX:" + _BRANCH_FORM),
-    **dict.fromkeys(("append", "prepend"), _BRANCH_FORM),
-    "del": "PATH",
-    "mod": "PATH=PERM[+ATTR...]",
-}
 
 
 def _typed(field: str, value: str) -> str | int:
@@ -398,13 +439,13 @@ def _edit(result: list[BranchSpec], key: str, raw: str) -> None:
     elif key == "mod":
         spec = parse_branch(raw)
         if spec.perm is None:
-            raise UserError(f"{key}={shown(raw)}: must be {_LIST_FORM[key]}", ExitCode.OPTION)
+            raise UserError(f"{key}={shown(raw)}: must be {LIST_OPTIONS[key][0]}", ExitCode.OPTION)
         place = _position(result, key, raw, spec.path)
         result[place] = replace(spec, path=result[place].path)
     else:
         index, colon, branch = raw.partition(":")
         if not colon or _DIGITS.fullmatch(index) is None:
-            raise UserError(f"{key}={shown(raw)}: must be {_LIST_FORM[key]}", ExitCode.OPTION)
+            raise UserError(f"{key}={shown(raw)}: must be {LIST_OPTIONS[key][0]}", ExitCode.OPTION)
         if int(index) > len(result):
             raise UserError(
                 f"{key}={shown(raw)}: wrong index {index}, must be from 0 to {len(result)}", ExitCode.OPTION

@@ -75,8 +75,8 @@ def find_defects(root_fd: int, lower_fds: Sequence[int] = ()) -> Generator[Defec
     """All defects of the branch whose root directory is `root_fd` (O_PATH will do).
 
     lower_fds: the root directories of all branches below it in the union, where they are known. A defect may be
-    repaired while the generator is suspended. What cannot be read is a defect too, not an OSError. Source: spec
-    section 12, row auchk, and section 6.4 for the temporary names.
+    repaired while the generator is suspended. What cannot be read is a defect too, not an OSError. Source:
+    semantics 12, row auchk, and 6.4 for the temporary names.
     """
     unreadable: list[Defect] = []
 

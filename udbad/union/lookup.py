@@ -156,7 +156,7 @@ def _merge(
                 if branch.whable and whiteout.opaque(layer.fd):
                     opaque = branch.index
                     break
-            # A lower object of another type is skipped, it does not end the search (section 4.2).
+            # A lower object of another type is skipped, it does not end the search (semantics 4.2).
             if branch.whable and pos < last and whiteout.present(fd, name):
                 whited = branch.index
                 break
