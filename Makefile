@@ -61,7 +61,7 @@ soak: test-packages $(VENV)/.stamp
 	    exec $(VENV)/bin/python -m tests.stress.soak --minutes $(MINUTES)'
 
 deb: deb-packages
-	@packaging/build-deb.sh
+	@.ci/build-deb.sh
 
 deb-test: test-packages deb $(VENV)/.stamp
 	UDBAD_DEB=$$(ls -t $$PWD/dist/udbad_*.deb | head -n 1) .ci/pytest.sh tests/system/test_package.py

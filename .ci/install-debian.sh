@@ -13,9 +13,9 @@ run_packages=(
 
 # Only for the tests and the benchmark.
 test_packages=(
-    build-essential debootstrap libcap2-bin procps rsync strace
+    build-essential debootstrap fish libcap2-bin procps rsync strace
     btrfs-progs e2fsprogs squashfs-tools xfsprogs
-    postgresql sqlite3 prometheus openssl fuse-overlayfs mergerfs systemd
+    postgresql sqlite3 prometheus openssl fuse-overlayfs mergerfs systemd zsh mandoc man-db
 )
 
 # To build the Debian package.

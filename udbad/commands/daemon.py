@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from udbad.commands.common import need_root, run_dir_option, user_errors
+from udbad.commands.completion import mounts
 from udbad.control import client, registry
 from udbad.control.protocol import NOT_ANSWERING
 from udbad.errors import ExitCode, UserError
@@ -87,7 +88,7 @@ def stop(run_dir: str, keep_mounts: bool) -> None:
 @click.command()
 @run_dir_option
 @click.option("--force", is_flag=True, help="Also when it is in use; whoever uses it gets errors.")
-@click.argument("mount")
+@click.argument("mount", shell_complete=mounts)
 def restart(run_dir: str, force: bool, mount: str) -> None:
     """Unmount MOUNT and mount it again, with its settings of now; mounts one that failed or was unmounted."""
     with user_errors():
@@ -97,7 +98,7 @@ def restart(run_dir: str, force: bool, mount: str) -> None:
 @click.command("log-level")
 @run_dir_option
 @click.argument("level", type=click.Choice(LOG_LEVELS))
-@click.argument("mount", required=False)
+@click.argument("mount", required=False, shell_complete=mounts)
 def log_level(run_dir: str, level: str, mount: str | None) -> None:
     """Change how much is logged, by MOUNT or by the daemon and all its mounts, until the next start."""
     with user_errors():

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from udbad.commands.common import absolute_branch, ask_mount, run_dir_option, user_errors
+from udbad.commands.completion import branches, files, mounts
 from udbad.control import client
 from udbad.errors import ExitCode, UserError
 
@@ -42,7 +43,7 @@ def _change(run_dir: str, mount: str, request: dict[str, Any], save: bool) -> No
 @click.command()
 @run_dir_option
 @json_option
-@click.argument("path")
+@click.argument("path", shell_complete=files)
 def where(run_dir: str, as_json: bool, path: str) -> None:
     """Which branch serves PATH, and every copy of it. Exit code 1 when the union has no such path."""
     with user_errors():
@@ -67,7 +68,7 @@ def where(run_dir: str, as_json: bool, path: str) -> None:
 @click.command()
 @run_dir_option
 @json_option
-@click.argument("path")
+@click.argument("path", shell_complete=files)
 def why(run_dir: str, as_json: bool, path: str) -> None:
     """How PATH is resolved: name by name, what each branch has and what follows."""
     with user_errors():
@@ -86,7 +87,7 @@ def why(run_dir: str, as_json: bool, path: str) -> None:
 
 @click.command()
 @run_dir_option
-@click.argument("path")
+@click.argument("path", shell_complete=files)
 def invalidate(run_dir: str, path: str) -> None:
     """Forget what is cached about PATH and everything below it."""
     with user_errors():
@@ -95,7 +96,7 @@ def invalidate(run_dir: str, path: str) -> None:
 
 @click.command()
 @run_dir_option
-@click.argument("mount")
+@click.argument("mount", shell_complete=mounts)
 def flush(run_dir: str, mount: str) -> None:
     """Return when every direct change made up to now is seen through MOUNT (its name, or a path in it)."""
     with user_errors():
@@ -104,7 +105,7 @@ def flush(run_dir: str, mount: str) -> None:
 
 @click.command()
 @run_dir_option
-@click.argument("mount")
+@click.argument("mount", shell_complete=mounts)
 @click.argument("mode", type=click.Choice(["none", "reval", "notify"]))
 @save_option
 def udba(run_dir: str, mount: str, mode: str, save: bool) -> None:
@@ -116,8 +117,8 @@ def udba(run_dir: str, mount: str, mode: str, save: bool) -> None:
 @click.command()
 @run_dir_option
 @json_option
-@click.argument("mount")
-@click.argument("branch")
+@click.argument("mount", shell_complete=mounts)
+@click.argument("branch", shell_complete=branches)
 def busy(run_dir: str, as_json: bool, mount: str, branch: str) -> None:
     """Who uses BRANCH of MOUNT, which keeps it from being removed. Exit code 1 when somebody does."""
     with user_errors():
@@ -143,7 +144,7 @@ def _edit(run_dir: str, mount: str, edits: list[list[str]], save: bool = False) 
 
 @branch.command("list")
 @run_dir_option
-@click.argument("mount")
+@click.argument("mount", shell_complete=mounts)
 def branch_list(run_dir: str, mount: str) -> None:
     """The branches of MOUNT, top first."""
     _edit(run_dir, mount, [])
@@ -152,8 +153,8 @@ def branch_list(run_dir: str, mount: str) -> None:
 @branch.command("add")
 @run_dir_option
 @click.option("-i", "--index", type=click.IntRange(min=0), help="Place, 0 is the top. Default: at the bottom.")
-@click.argument("mount")
-@click.argument("branch", metavar="PATH[=PERM[+ATTR...]]")
+@click.argument("mount", shell_complete=mounts)
+@click.argument("branch", metavar="PATH[=PERM[+ATTR...]]", shell_complete=files)
 @save_option
 def branch_add(run_dir: str, index: int | None, mount: str, branch: str, save: bool) -> None:
     """Add a branch to MOUNT."""
@@ -163,8 +164,8 @@ def branch_add(run_dir: str, index: int | None, mount: str, branch: str, save: b
 
 @branch.command("del")
 @run_dir_option
-@click.argument("mount")
-@click.argument("path")
+@click.argument("mount", shell_complete=mounts)
+@click.argument("path", shell_complete=branches)
 @save_option
 def branch_del(run_dir: str, mount: str, path: str, save: bool) -> None:
     """Remove a branch from MOUNT; refused while it is in use (udbad busy says by whom)."""
@@ -173,8 +174,8 @@ def branch_del(run_dir: str, mount: str, path: str, save: bool) -> None:
 
 @branch.command("mod")
 @run_dir_option
-@click.argument("mount")
-@click.argument("branch", metavar="PATH=PERM[+ATTR...]")
+@click.argument("mount", shell_complete=mounts)
+@click.argument("branch", metavar="PATH=PERM[+ATTR...]", shell_complete=branches)
 @save_option
 def branch_mod(run_dir: str, mount: str, branch: str, save: bool) -> None:
     """Change permission and attributes of a branch of MOUNT."""

@@ -13,6 +13,7 @@ import click
 
 from udbad import logs
 from udbad.commands.common import run_dir_option, user_errors
+from udbad.commands.completion import mount_points
 from udbad.errors import ExitCode, UserError
 from udbad.settings.options import parse_mount_options
 from udbad.supervisor import sdnotify
@@ -94,7 +95,7 @@ def start_in_background(options: tuple[str, ...], verbose: bool, run_dir: str, s
 
 @click.command()
 @click.option("-l", "--lazy", is_flag=True, help="Detach now, finish when the last user is gone.")
-@click.argument("mount_point", type=click.Path(path_type=Path))
+@click.argument("mount_point", type=click.Path(path_type=Path), shell_complete=mount_points)
 def umount(lazy: bool, mount_point: Path) -> None:
     """Unmount a union, given by its mount point or its name in /proc/mounts."""
     from udbad.kernel.mounts import find_mount, unmount_top

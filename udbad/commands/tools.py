@@ -18,6 +18,7 @@ from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import parse_branch
 from udbad.branch.walk import printable
 from udbad.commands.common import need_root, run_dir_option, user_errors
+from udbad.commands.completion import branches, files, mounts
 from udbad.commands.inspect import json_option
 from udbad.control import client
 from udbad.errors import ExitCode, UserError
@@ -32,7 +33,7 @@ _STYLES = {"added": "green", "changed": "yellow", "metadata": "cyan", "type": "m
 @run_dir_option
 @json_option
 @click.option("--all", "show_all", is_flag=True, help="Also copies that differ in nothing from what they cover.")
-@click.argument("branch", metavar="MOUNT|BRANCH")
+@click.argument("branch", metavar="MOUNT|BRANCH", shell_complete=mounts)
 @click.argument("lowers", metavar="[LOWER[=PERM[+ATTR]]...]", nargs=-1)
 def diff(run_dir: str, as_json: bool, show_all: bool, branch: str, lowers: tuple[str, ...]) -> None:
     """What the top branch of MOUNT (or of a path in it) changes, or BRANCH against the LOWER ones, top first.
@@ -65,7 +66,7 @@ def diff(run_dir: str, as_json: bool, show_all: bool, branch: str, lowers: tuple
 @click.option("--read-only-upper", is_flag=True, help="Take it away from a branch that is not writable, too.")
 @click.option("--read-only-lower", is_flag=True, help="Move to the next branch below, writable or not.")
 @click.option("--from", "source", default="", metavar="BRANCH", help="Where the copy must be; default: anywhere.")
-@click.argument("path")
+@click.argument("path", shell_complete=files)
 def mvdown(run_dir: str, path: str, **words: Any) -> None:
     """Move the file PATH of a union from the branch it is on to the next lower writable one.
 
@@ -91,9 +92,9 @@ def sync() -> None:
 
 @sync.command("copy")
 @run_dir_option
-@click.argument("mount")
-@click.argument("source")
-@click.argument("target")
+@click.argument("mount", shell_complete=mounts)
+@click.argument("source", shell_complete=branches)
+@click.argument("target", shell_complete=branches)
 def sync_copy(run_dir: str, mount: str, source: str, target: str) -> None:
     """Make TARGET hold what the two branches show together; SOURCE stays as it is."""
     with user_errors():
@@ -102,9 +103,9 @@ def sync_copy(run_dir: str, mount: str, source: str, target: str) -> None:
 
 @sync.command("move")
 @run_dir_option
-@click.argument("mount")
-@click.argument("source")
-@click.argument("target")
+@click.argument("mount", shell_complete=mounts)
+@click.argument("source", shell_complete=branches)
+@click.argument("target", shell_complete=branches)
 def sync_move(run_dir: str, mount: str, source: str, target: str) -> None:
     """As copy, and take away from SOURCE what was merged. Exit code 12 when something had to stay."""
     with user_errors():

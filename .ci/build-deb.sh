@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the Debian package of the present tree for this machine into dist/: packaging/build-deb.sh
+# Build the Debian package of the present tree for this machine into dist/: .ci/build-deb.sh
 # Works on a copy of what git knows, because dpkg-buildpackage writes beside and into the tree it builds.
 set -eu
 cd "$(dirname "$0")/.."
