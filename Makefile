@@ -8,13 +8,14 @@ BENCH_ARGS ?=
 MINUTES ?= 10
 
 .NOTPARALLEL:
-.PHONY: help run test bench soak lint docs deb deb-test clean packages test-packages deb-packages
+.PHONY: help run check test bench soak lint docs deb deb-test clean packages test-packages deb-packages
 
 help:
 	@echo "make run    mount the walk-through tree and serve it until Ctrl-C"
+	@echo "make check  ruff, mypy --strict, the tests without mounts and one mount: two minutes, before every commit"
 	@echo "make test   ruff, mypy --strict, every test, and a check that nothing was left behind"
 	@echo "make bench  the benchmark beside other union file systems (QUICK=1: the short form; BENCH_ARGS=...)"
-	@echo "make soak   random changes from all sides for MINUTES=10"
+	@echo "make soak   every test with more rounds, examples and modes, then random changes for MINUTES=10"
 	@echo "make lint   ruff, mypy and the documentation only"
 	@echo "make docs   the documentation as a site in site/, readable without a network"
 	@echo "make deb    a Debian package for this machine's release, in dist/; make deb-test: tried in a fresh system"
@@ -37,17 +38,17 @@ $(VENV)/.stamp: pyproject.toml .ci/venv.sh | packages
 run: $(VENV)/.stamp
 	@config/walkthrough.sh
 
-lint: $(VENV)/.stamp docs
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy --strict
+lint: $(VENV)/.stamp
+	@.ci/lint.sh
 
-# A warning, a link that leads nowhere and a page that needs another host are errors. The variable: what the theme's
-# authors announce about its future is no warning about these pages.
 docs: $(VENV)/.stamp
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+	@.ci/docs.sh
 
-test: test-packages lint
+check: test-packages $(VENV)/.stamp
+	@.ci/check.sh
+
+# Lints, too, unless PYTEST_ARGS choose some tests.
+test: test-packages $(VENV)/.stamp
 	@.ci/test.sh $(PYTEST_ARGS)
 
 bench: test-packages $(VENV)/.stamp
@@ -55,6 +56,7 @@ bench: test-packages $(VENV)/.stamp
 
 # In a mount namespace of its own, without copies of other unions: a copy keeps a daemon from ending.
 soak: test-packages $(VENV)/.stamp
+	@UDBAD_TEST_PROFILE=soak .ci/test.sh $(PYTEST_ARGS)
 	unshare --mount --propagation private bash -c ' \
 	    findmnt --raw --noheadings --output TARGET --types fuse.udba | \
 	        while IFS= read -r target; do umount --lazy -- "$$(printf %b "$$target")"; done; \

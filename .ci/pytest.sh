@@ -39,4 +39,4 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-"$python" -m pytest --basetemp "$base/pytest" -o tmp_path_retention_policy=failed --durations=15 "$@"
+"$python" -m pytest --basetemp "$base/pytest" -o tmp_path_retention_policy=failed --durations=25 "$@"

@@ -1,18 +1,31 @@
 #!/usr/bin/env bash
-# All tests, in two runs beside each other: whole programs in a union (marker system), which mostly wait for each
-# other's requests, and everything else. With arguments: one run of pytest with them.
-set -eu
+# All tests: first those that change something of the whole machine (marker alone), with ruff and mypy beside them,
+# then everything else in several workers, which mostly wait for each other's daemons. UDBAD_TEST_WORKERS: how many.
+# With arguments: one run of pytest with them. The slowest tests are listed in artifacts/durations.txt.
+set -eu -o pipefail
 cd "$(dirname "$0")/.."
 [ $# = 0 ] || exec .ci/pytest.sh "$@"
 
-output=$(mktemp)
-# A process group of its own: a shell without job control starts background commands deaf to Ctrl-C.
-setsid .ci/pytest.sh -m system >"$output" 2>&1 &
-system=$!
-trap 'kill -TERM -- "-$system"' INT TERM
+workers=${UDBAD_TEST_WORKERS:-$(($(nproc) + 1))}
+output=$(mktemp -d)
+lint=
+finish() {
+    [ -z "$lint" ] || kill -TERM -- "-$lint" 2>/dev/null || true
+    rm -rf "$output"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
 status=0
-.ci/pytest.sh -m 'not system' || status=1
-wait "$system" || status=1
-cat "$output"
-rm -f "$output"
+# A process group of its own, to be ended as one.
+setsid .ci/lint.sh >"$output/lint" 2>&1 &
+lint=$!
+.ci/pytest.sh -m alone | tee "$output/alone" || status=1
+wait "$lint" || status=1
+lint=
+cat "$output/lint"
+.ci/pytest.sh -m 'not alone' -n "$workers" --dist worksteal | tee "$output/rest" || status=1
+mkdir -p artifacts
+sed -n '/ slowest .* durations /,/^=.* in [0-9.]*s/p' "$output/rest" "$output/alone" >artifacts/durations.txt
 exit "$status"

@@ -15,12 +15,17 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 import hypothesis
 import pytest
 
-from tests.helpers.leaks import RUN_MARKER, mounts_under, remove_mount
+from tests.helpers import forked
+from tests.helpers.leaks import FS_TYPE, RUN_MARKER, MountInfo, own_namespace, read_mountinfo, remove_mount
 from tests.helpers.mount import WATCHDOG, Mount, UnionFactory, mounted, why_no_fuse
+
+WORKER: Final = "PYTEST_XDIST_WORKER" in os.environ
+"""Whether this is one of several workers of pytest-xdist, which have a mount namespace each."""
 
 # On two shared cores the time of one example says nothing about the code.
 hypothesis.settings.register_profile("udbad", deadline=None, print_blob=True)
@@ -31,11 +36,14 @@ def pytest_configure() -> None:
     # make test sets the marker; a bare pytest gets one too, so that what it leaves can be told apart.
     os.environ.setdefault(RUN_MARKER, f"pytest-{os.getpid()}")
     os.umask(0o022)  # what tests expect of modes; whoever runs them may have another one
+    if WORKER and why_no_fuse() is None:
+        own_namespace()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole systems and long runs last, else in the order of the files."""
-    items.sort(key=lambda item: any(item.get_closest_marker(name) for name in ("system", "stress")))
+    """In the order of the files, whole systems and long runs last; among workers first, so that all end together."""
+    long = ("system", "stress")
+    items.sort(key=lambda item: any(item.get_closest_marker(name) for name in long) != WORKER)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -43,6 +51,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         reason = why_no_fuse()
         if reason is not None:
             pytest.skip(f"cannot mount: {reason}")
+        forked.prepare()  # its socket is no descriptor of the test's
 
 
 def _forbidden_skip(report: pytest.TestReport | pytest.CollectReport) -> str | None:
@@ -88,9 +97,17 @@ def _open_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory above every tmp_path, made passable (pytest makes it 0700): tests act as other users too."""
     base = tmp_path_factory.getbasetemp().resolve()
     base.chmod(0o755)
-    if base.parent.name.startswith("pytest-of-"):
-        base.parent.chmod(0o711)
+    for parent in base.parents:
+        if parent.stat().st_mode & 0o7777 == 0o700 and "pytest" in parent.name:
+            parent.chmod(0o711)
     return base
+
+
+def _mounts(base: Path) -> list[MountInfo]:
+    """What a test may not leave: mounts below the base, and in a namespace of its own a union anywhere."""
+    return [
+        mount for mount in read_mountinfo() if mount.path.is_relative_to(base) or (WORKER and mount.fs_type == FS_TYPE)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -100,14 +117,14 @@ def _nothing_left(request: pytest.FixtureRequest, _open_base: Path) -> Iterator[
         request.getfixturevalue("tmp_path").chmod(0o755)
     base = _open_base
     os.umask(0o022)  # what tests expect of modes; the real Credentials, used in this process, leave 0
-    mounts_before = mounts_under(base)
+    mounts_before = _mounts(base)
     descriptors_before = _open_descriptors()
     yield
     descriptors = _open_descriptors()
     if len(descriptors) > len(descriptors_before):
         gc.collect()  # only now: it takes long, and cycles that hold a descriptor are few
         descriptors = _open_descriptors()
-    mounts = [mount for mount in mounts_under(base) if mount not in mounts_before]
+    mounts = [mount for mount in _mounts(base) if mount not in mounts_before]
     for mount in reversed(mounts):
         remove_mount(mount)
     if mounts:

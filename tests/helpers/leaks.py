@@ -10,6 +10,7 @@ working directory or an open file lies in the tree (a chroot may have cleared th
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import re
 import signal
@@ -18,10 +19,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 RUN_MARKER = "UDBAD_TEST_RUN"
 FS_TYPE = "fuse.udba"
 FUSECTL = Path("/sys/fs/fuse/connections")
+_CLONE_NEWNS: Final = 0x00020000  # linux/sched.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,20 @@ def remove_mount(mount: MountInfo) -> bool:
     # -i, -c: no helper program and no path look-up that could hang.
     done = subprocess.run(["umount", "-i", "-c", "-l", "--", str(mount.path)], check=False, timeout=20)
     return done.returncode == 0
+
+
+def own_namespace() -> None:
+    """Give the calling thread, and what it starts, a mount namespace without the unions that others have mounted.
+
+    A copy of a union keeps the daemon that serves it from ending. For a main thread, before it has mounted anything.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) != 0:  # os.unshare came with Python 3.12
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True, timeout=20)
+    for mount in reversed(read_mountinfo()):
+        if mount.fs_type == FS_TYPE:
+            subprocess.run(["umount", "-i", "-c", "-l", "--", str(mount.path)], check=True, timeout=20)
 
 
 def _own_family() -> set[int]:

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from tests.helpers import forked
 from tests.helpers.leaks import (
     FS_TYPE,
     FUSECTL,
@@ -38,7 +39,9 @@ from tests.helpers.leaks import (
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 # Raw descriptors aside, what the daemon forgets to close shows up in its log.
-DAEMON: Final = (sys.executable, "-W", "default::ResourceWarning", "-m", "udbad")
+_UDBAD: Final = (sys.executable, "-W", "default::ResourceWarning", "-m", "udbad")
+DAEMON = _UDBAD
+"""The command; as long as it is this one, mount processes are forked, see tests/helpers/forked.py."""
 DEADLINE: Final = 20.0
 """Seconds to begin or end serving, and for one answer on the control socket."""
 WATCHDOG: Final = 300.0
@@ -53,6 +56,9 @@ echo 1 >"$2"
 umount -i -c -l -- "$3"
 exit 1
 """
+
+
+Process = subprocess.Popen[bytes] | forked.Process
 
 
 class MountFailed(Exception):
@@ -125,6 +131,21 @@ class _Watchdog:
         return self._process.returncode == 0
 
 
+def _start(words: Sequence[str], log: int, ready: int) -> Process:
+    """`udbad mount -f WORDS`, in a process of its own when a test has put something else in the place of DAEMON."""
+    if DAEMON is _UDBAD:
+        return forked.start(["mount", "-f", "--ready-fd", forked.READY, *words], log, ready)
+    return subprocess.Popen(
+        [*DAEMON, "mount", "-f", "--ready-fd", str(ready), *words],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        pass_fds=[ready],
+    )
+
+
 class Mount:
     """One union and the process that serves it; use `mounted` or the fixture `union`.
 
@@ -150,7 +171,7 @@ class Mount:
         self._allow_log = None if allow_log is None else re.compile(allow_log)
         self._watchdog_seconds = watchdog
         self._watchdog: _Watchdog | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._connection: int | None = None
         # Not in tmp_path: the path of a unix socket has at most 107 bytes, unix(7).
         self._scratch = Path(tempfile.mkdtemp(prefix="udbad-"))
@@ -164,7 +185,7 @@ class Mount:
         raise KeyError(name)
 
     @property
-    def process(self) -> subprocess.Popen[bytes]:
+    def process(self) -> Process:
         """The daemon; also after it has ended, until the next `remount`."""
         assert self._process is not None, "not started"
         return self._process
@@ -190,25 +211,7 @@ class Mount:
         try:
             try:
                 with self._log_path.open("ab") as log:
-                    self._process = subprocess.Popen(
-                        [
-                            *DAEMON,
-                            "mount",
-                            "-f",
-                            "--ready-fd",
-                            str(ready_end),
-                            "-o",
-                            words,
-                            "none",
-                            str(self.path),
-                        ],
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        cwd="/",
-                        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-                        pass_fds=[ready_end],
-                    )
+                    self._process = _start(["-o", words, "none", str(self.path)], log.fileno(), ready_end)
             finally:
                 os.close(ready_end)
             self._wait_ready(ready)

@@ -134,6 +134,7 @@ def overflow(mount: Mount, names: list[str], directories: int) -> None:
     mount.flush()
 
 
+@pytest.mark.alone
 def test_overflow_is_one_epoch_and_everything_is_right_afterwards(union: UnionFactory, tmp_path: Path) -> None:
     populate(tmp_path / "base", 10)
     names = every_name(10)
@@ -164,6 +165,7 @@ def test_overflow_is_one_epoch_and_everything_is_right_afterwards(union: UnionFa
     assert mount.log().count(OVERFLOW) == 1
 
 
+@pytest.mark.alone
 def test_overflow_without_epochs(union: UnionFactory, tmp_path: Path) -> None:
     """Older kernels: every known name and every negative that was handed out is dropped one by one."""
     populate(tmp_path / "base", 10)
@@ -178,6 +180,7 @@ def test_overflow_without_epochs(union: UnionFactory, tmp_path: Path) -> None:
     assert warm_passes(mount, names) == {}
 
 
+@pytest.mark.alone
 def test_the_fallback_names_everything_the_kernel_may_hold(tmp_path: Path, expect_log: Callable[[str], None]) -> None:
     """The strategy alone, with a notifier that has no epochs, after a real overflow."""
     expect_log(OVERFLOW)
@@ -234,6 +237,7 @@ ATTEMPTS = 5
 """The limit is the user's, and so are watches that other processes give back while a test runs."""
 
 
+@pytest.mark.alone
 def test_watch_limit(union: UnionFactory, tmp_path: Path) -> None:
     populate(tmp_path / "base", DIRECTORIES, files=2)
     names = [f"d{number}{part}" for number in range(DIRECTORIES) for part in ("", "/f0", "/f1", "/f2")]
@@ -275,6 +279,7 @@ def right_while_limited(mount: Mount, names: list[str]) -> None:
         agree(mount, names)
 
 
+@pytest.mark.alone
 def test_the_directory_in_use_keeps_its_watch(union: UnionFactory, tmp_path: Path) -> None:
     """Least recently used directories give theirs up first."""
     populate(tmp_path / "base", DIRECTORIES, files=1)

@@ -134,7 +134,7 @@ def opaque(here: Path) -> tuple[set[str], set[str]]:
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("forgotten", [False, True], ids=["", "forgotten"])
+@pytest.mark.parametrize("forgotten", [False, pytest.param(True, marks=pytest.mark.alone)], ids=["", "forgotten"])
 def test_a_direct_change_is_listed(union: UnionFactory, tmp_path: Path, layer: str, name: str, forgotten: bool) -> None:
     """forgotten: the kernel has dropped the names, but not the listing."""
     populate(tmp_path)

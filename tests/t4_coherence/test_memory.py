@@ -93,6 +93,7 @@ def drop_caches(mount: Mount, nodes: int) -> None:
         assert time.monotonic() < end, f"still {status(mount)['table']} after dropping caches"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("udba", ["none", "notify"])  # in reval the kernel keeps nothing anyway
 def test_a_walk_over_everything_leaves_nothing(tmpfs: Path, union: UnionFactory, udba: str) -> None:
     base = tmpfs / "base"
@@ -123,6 +124,7 @@ def test_a_walk_over_everything_leaves_nothing(tmpfs: Path, union: UnionFactory,
     assert peaks[1] - memory_before <= AGAIN * taken
 
 
+@pytest.mark.alone
 def test_what_was_only_half_looked_at_is_forgotten_too(union: UnionFactory, tmp_path: Path) -> None:
     """An entry that did not fit into the last reply of a listing, and objects that only an event has led to."""
     many, few = tmp_path / "base" / "many", tmp_path / "base" / "few"

@@ -80,6 +80,7 @@ def overflow(mount: Mount, extra: Path) -> None:
     assert statistics(mount, "invalidator")["sent"]["epoch"] == 0
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("action", [invalidate, switch, rebranch, branch_directories, overflow])
 def test_a_mount_inside_stays(union: UnionFactory, tmp_path: Path, action: Callable[[Mount, Path], None]) -> None:
     (tmp_path / "base" / INSIDE).mkdir(parents=True)
@@ -95,6 +96,7 @@ def test_a_mount_inside_stays(union: UnionFactory, tmp_path: Path, action: Calla
         assert (mount.path / "d" / "deep" / "later").read_text() == "seen"
 
 
+@pytest.mark.alone
 def test_one_of_another_namespace_stays(union: UnionFactory, tmp_path: Path) -> None:
     """A container's mounts are not in our mount table."""
     (tmp_path / "base" / INSIDE).mkdir(parents=True)
@@ -117,6 +119,7 @@ def test_one_of_another_namespace_stays(union: UnionFactory, tmp_path: Path) -> 
         assert container.communicate("go\n", DEADLINE)[0] == "mounted\n"
 
 
+@pytest.mark.alone
 def test_lost_watches(union: UnionFactory, tmp_path: Path) -> None:
     """Directories that give up their watches are asked again, and are what they were."""
     (tmp_path / "base" / INSIDE).mkdir(parents=True)
