@@ -198,7 +198,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--empty", type=Path, help="directory that must be empty")
     parser.add_argument("--own-namespace", action="store_true", help=f"any mount of type {FS_TYPE} is a leak")
     options = parser.parse_args(None if arguments is None else list(arguments))
-    leaks = check_and_clean(options.run, options.sb.resolve(), options.empty, options.own_namespace)
+    leaks = check_and_clean(options.run, options.tree.resolve(), options.empty, options.own_namespace)
     for leak in leaks:
         print(f"left behind: {leak}", file=sys.stderr)
     print(f"leak check: {len(leaks)} left behind")
