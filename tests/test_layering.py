@@ -39,6 +39,7 @@ LEVELS: list[list[str]] = [
     ["udbad.supervisor"],
     ["udbad.commands"],
     ["udbad.cli", "udbad.__main__"],
+    ["udbad.manpages"],
 ]
 LEVEL_OF = {prefix: level for level, prefixes in enumerate(LEVELS) for prefix in prefixes}
 

@@ -23,7 +23,10 @@ from udbad.supervisor import sdnotify
 @click.option("-o", "options", multiple=True, required=True, help="Mount options, comma separated: br=…,udba=….")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground and serve until unmounted.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every operation.")
-@click.option("--log-format", type=click.Choice(["plain", "json"]), default="plain", show_default=True)
+@click.option(
+    "--log-format", type=click.Choice(["plain", "json"]), default="plain", show_default=True,
+    help="Lines for people, or JSON.",
+)  # fmt: skip
 @click.option("--ready-fd", type=int, default=-1, hidden=True)
 @click.option("--detach", is_flag=True, hidden=True)
 @run_dir_option
