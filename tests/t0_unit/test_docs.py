@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.mount import REPOSITORY
+from tests.t3_fuse.test_lookup_table import TABLE
 from udbad.control.protocol import NOT_ANSWERING
 from udbad.metrics import COHERENCE_STATES
 from udbad.mount.commands import LIVE
@@ -61,6 +62,41 @@ def test_every_section_that_is_cited_exists() -> None:
             cited |= dict.fromkeys(re.split(", | and ", numbers), str(path))
     assert len(cited) > 20
     assert {number: path for number, path in cited.items() if number not in headings} == {}
+
+
+def rows_after(heading: str) -> Iterator[list[str]]:
+    """The rows of a table in the semantics, by how its head begins, cells without code marks."""
+    _, found, rest = (DOCS / "semantics.md").read_text().partition(f"{heading}\n")
+    assert found
+    for line in rest.split("\n\n")[0].splitlines()[1:]:
+        yield [cell.strip().replace("`", "") for cell in line.strip("|").split("|")]
+
+
+def cell_of(text: str) -> str:
+    words = {"opq": "dir opq", ".wh.N is a directory or symlink": "wh=dir", "-": ""}
+    return words.get(text, text.replace(".wh.N and ", "wh ").replace(".wh.N", "wh"))
+
+
+def answer_of(text: str) -> str:
+    if owner := re.fullmatch("([A-C])'s (file|directory)", text):
+        return f"{'file' if owner[2] == 'file' else 'dir'} {owner[1]}"
+    if "merged from" in text:
+        return f"dir {''.join(re.findall('[A-C]', text.partition(':')[0]))}"
+    return text.partition(",")[0]
+
+
+def test_lookup_truth_table_is_the_one_that_is_tested() -> None:
+    plain = {(tuple(map(cell_of, row[:3])), answer_of(row[3])) for row in rows_after("| A | B | C | NAME is |")}
+    assert plain == {(one.cells, one.expect) for one in TABLE if not one.parents and "wh=symlink" not in one.cells}
+    around = {
+        (
+            tuple(cell.replace("whited out", "wh") for cell in row[:3]),
+            tuple(map(cell_of, row[3].split(", "))),
+            answer_of(row[4]),
+        )
+        for row in rows_after("| around NAME: A | B | C | NAME in A, B, C | NAME is |")
+    }
+    assert around == {(one.parents, one.cells, one.expect) for one in TABLE if one.parents}
 
 
 def log_lines() -> Iterator[str]:
