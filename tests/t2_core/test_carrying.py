@@ -292,7 +292,7 @@ OPERATIONS: dict[str, Callable[[Core], object]] = {
         lambda: union.fs.setattr(union.find("new/er").id, SetAttr(mode=0o700), None, union.caller)
     ),
     "setxattr": lambda union: union.run(
-        lambda: union.fs.setxattr(union.find("mixed/one").id, b"user.word", b"another")
+        lambda: union.fs.setxattr(union.find("mixed/one").id, b"user.word", b"another", union.caller)
     ),
     "unlink of a file that is only there": lambda union: union.unlink("both/src"),
     "unlink": lambda union: union.unlink("everywhere"),

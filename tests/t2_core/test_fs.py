@@ -77,7 +77,7 @@ def test_operations_say_that_they_need_a_copy_up_before_they_change_anything(uni
         "write": lambda: union.fs.write(handle.fh, 0, b"x"),
         "chmod": lambda: union.fs.setattr(node.id, SetAttr(mode=0o600), None, union.caller),
         "truncate": lambda: union.fs.setattr(node.id, SetAttr(size=1), None, union.caller),
-        "setxattr": lambda: union.fs.setxattr(node.id, b"user.a", b"v"),
+        "setxattr": lambda: union.fs.setxattr(node.id, b"user.a", b"v", union.caller),
         "rename": lambda: union.fs.rename(ROOT_ID, b"f", ROOT_ID, b"new", 0),
         "link": lambda: union.fs.link(node.id, ROOT_ID, b"new"),
         "chmod directory": lambda: union.fs.setattr(directory.id, SetAttr(mode=0o700), None, union.caller),
@@ -459,8 +459,8 @@ def test_read_only_union(tmp_path: Path, udba: str) -> None:
             lambda: union.link("f", "g"),
             lambda: union.open("f", os.O_RDWR),
             lambda: union.fs.setattr(node.id, SetAttr(mode=0), None, union.caller),
-            lambda: union.fs.setxattr(node.id, b"user.a", b""),
-            lambda: union.fs.removexattr(node.id, b"user.a"),
+            lambda: union.fs.setxattr(node.id, b"user.a", b"", union.caller),
+            lambda: union.fs.removexattr(node.id, b"user.a", union.caller),
         ):
             assert error_of(call) == "EROFS"
         assert union.content("f") == b"f"

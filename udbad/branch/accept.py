@@ -40,6 +40,7 @@ _FILE: Final = (st_mod.S_IFREG, "regular file")
 _DIRECTORY: Final = (st_mod.S_IFDIR, "directory")
 _MIN_NAME_MAX: Final = 255
 _BASE_MODE: Final = 0o444
+_OTHERS_MAY_WRITE: Final = 0o022
 
 _MEDIUM_NEVER_CHANGES: Final = frozenset({"squashfs", "iso9660", "cramfs", "romfs", "erofs"})
 
@@ -397,6 +398,30 @@ def check_names(branch: Branch, plink: bool) -> None:
     for name, (wanted, word) in types.items():
         if syscalls.exists_at(branch.root_fd, name):
             _require_type(branch, name, wanted, word)
+    if plink:
+        _require_own_plinks(branch)
+
+
+def is_foreign(root: os.stat_result, st: os.stat_result) -> bool:
+    """Whether somebody may have put the administrative directory `st` into a branch who could not have replaced what is
+    in the branch's root as well: by then nobody has to be believed less. Such are the sticky bit (/tmp), and a careless
+    mode. root: status of the branch's root."""
+    if root.st_mode & _OTHERS_MAY_WRITE and not root.st_mode & st_mod.S_ISVTX:
+        return False
+    return st.st_uid not in (0, os.geteuid(), root.st_uid) or bool(st.st_mode & _OTHERS_MAY_WRITE)
+
+
+def _require_own_plinks(branch: Branch) -> None:
+    """Pseudo-links say what names anywhere on lower branches show."""
+    try:
+        st = syscalls.stat_at(branch.root_fd, PLINK_DIR)
+    except FileNotFoundError:
+        return
+    if is_foreign(os.fstat(branch.root_fd), st):
+        raise _refused(
+            f"branch {shown(branch.path)}: {shown(PLINK_DIR)} belongs to uid {st.st_uid} with mode "
+            f"{st_mod.S_IMODE(st.st_mode):04o}, so others may have written what is there; change that, or use noplink"
+        )
 
 
 def prepare_writable(branch: Branch, plink: bool) -> None:
@@ -418,6 +443,7 @@ def prepare_writable(branch: Branch, plink: bool) -> None:
         mode = 0o711 if branch.fs_type.startswith("nfs") else 0o700
         if plink:
             _ensure_dir(branch, PLINK_DIR, mode)
+            _require_own_plinks(branch)
         _ensure_dir(branch, ORPHAN_DIR, mode)
     except OSError as error:
         raise _refused(f"branch {shown(branch.path)} cannot be made writable: {error.strerror}") from None

@@ -16,6 +16,7 @@ import os
 import re
 import stat as st_mod
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Final
@@ -293,26 +294,45 @@ def copy_metadata(
 
 def copy_special(
     src: os.stat_result, src_dirfd: int, src_name: bytes, dst_dirfd: int, dst_name: bytes, ignore: frozenset[str]
-) -> None:
+) -> int:
     """Make a symlink, device, FIFO or socket anew under another name, with all its metadata.
 
-    src: its status. ignore: as for copy_xattrs. Raises OSError; nothing is left then.
+    src: its status. ignore: as for copy_xattrs. Returns an O_PATH descriptor of what was made, the caller's to close.
+    Raises OSError, and nothing is left then: ESTALE when somebody has put something else in the place of either.
+
+    Who may write to the directory can do that between any two calls, and must not have a file of somebody else given
+    to the owner of the source. So owner and mode go to what is pinned, and only if that can be what was made.
     """
-    if st_mod.S_ISLNK(src.st_mode):
-        syscalls.symlink_at(syscalls.readlink_at(src_dirfd, src_name), dst_dirfd, dst_name)
-    else:
-        syscalls.mknod_at(dst_dirfd, dst_name, st_mod.S_IFMT(src.st_mode) | 0o600, src.st_rdev)
+    src_fd = syscalls.pin_at(src_dirfd, src_name)
+    fd = -1
     try:
-        copy_metadata(
-            src,
-            syscalls.xattr_path(src_dirfd, src_name),
-            syscalls.xattr_path(dst_dirfd, dst_name),
-            ignore,
-            follow_symlinks=False,
-        )
-    except BaseException:
-        syscalls.unlink_at(dst_dirfd, dst_name)
-        raise
+        pinned = os.fstat(src_fd)
+        if (pinned.st_dev, pinned.st_ino, pinned.st_mode) != (src.st_dev, src.st_ino, src.st_mode):
+            raise os_error(errno.ESTALE)
+        if st_mod.S_ISLNK(src.st_mode):
+            syscalls.symlink_at(syscalls.readlink_fd(src_fd), dst_dirfd, dst_name)
+        else:
+            syscalls.mknod_at(dst_dirfd, dst_name, st_mod.S_IFMT(src.st_mode) | 0o600, src.st_rdev)
+        try:
+            fd = syscalls.pin_at(dst_dirfd, dst_name)
+            made = os.fstat(fd)
+            if made.st_nlink != 1 or _kind(made) != _kind(src):
+                raise os_error(errno.ESTALE)
+            copy_metadata(src, syscalls.proc_path(src_fd), syscalls.proc_path(fd), ignore, follow_symlinks=True)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                syscalls.unlink_at(dst_dirfd, dst_name)
+            raise
+        made_fd, fd = fd, -1
+        return made_fd
+    finally:
+        os.close(src_fd)
+        if fd >= 0:
+            os.close(fd)
+
+
+def _kind(st: os.stat_result) -> tuple[int, int]:
+    return st_mod.S_IFMT(st.st_mode), st.st_rdev
 
 
 def copied_names(path: bytes, *, follow_symlinks: bool) -> list[str]:

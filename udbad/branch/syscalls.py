@@ -155,8 +155,12 @@ def open_file_at(dirfd: int, name: bytes, flags: int) -> tuple[int, os.stat_resu
 
 
 def reopen(fd: int, flags: int) -> int:
-    """A second open file description of the file behind `fd` (works for unlinked files too)."""
-    return os.open(proc_path(fd), flags & ~(os.O_CREAT | os.O_EXCL) | os.O_CLOEXEC)
+    """A second open file description of the file behind `fd` (works for unlinked files too).
+
+    O_NONBLOCK as in `open_file_at`: the file's owner may have a lease on it (fcntl(2), F_SETLEASE), which would hold
+    everybody up for /proc/sys/fs/lease-break-time. It is EAGAIN, and the lease is being broken.
+    """
+    return os.open(proc_path(fd), flags & ~(os.O_CREAT | os.O_EXCL) | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def pin_at(dirfd: int, name: bytes) -> int:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import click
 
 from udbad.branch.spec import escape, split_escaped, unescape
+from udbad.branch.walk import printable
 from udbad.control import client
 from udbad.control.protocol import Message
 from udbad.control.registry import DEFAULT_RUN_DIR
@@ -23,8 +24,13 @@ def user_errors() -> Iterator[None]:
         yield
     except UserError as error:
         for line in error.message.splitlines():
-            click.echo(f"udbad: {line}", err=True)
+            click.echo(f"udbad: {for_terminal(line)}", err=True)
         sys.exit(int(error.code))
+
+
+def for_terminal(text: str) -> str:
+    """What users may have named, files and processes, for the terminal of root: without its control characters."""
+    return printable(os.fsencode(text))
 
 
 run_dir_option = click.option(

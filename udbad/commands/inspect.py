@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from udbad.commands.common import absolute_branch, ask_mount, run_dir_option, user_errors
+from udbad.commands.common import absolute_branch, ask_mount, for_terminal, run_dir_option, user_errors
 from udbad.commands.completion import branches, files, mounts
 from udbad.control import client
 from udbad.errors import ExitCode, UserError
@@ -127,7 +127,7 @@ def busy(run_dir: str, as_json: bool, mount: str, branch: str) -> None:
         click.echo(json.dumps(users, indent=2))
     else:
         for user in users:
-            click.echo(f"{user['pid']} {user['command'] or '?'}: {user['what']} {user['path']}")
+            click.echo(for_terminal(f"{user['pid']} {user['command'] or '?'}: {user['what']} {user['path']}"))
     if users:
         raise SystemExit(int(ExitCode.FAILURE))
 

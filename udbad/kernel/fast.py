@@ -384,7 +384,7 @@ class FastPath:
             start += wire.SETXATTR_FLAGS.size
         key = bytes(self._view[start : size - length - 1])
         value = bytes(self._view[size - length : size])
-        self.fs.setxattr(node_id, key, value, flags, more & wire.ACL_KILL_SGID != 0)
+        self.fs.setxattr(node_id, key, value, self._caller(), flags, more & wire.ACL_KILL_SGID != 0)
         return b""
 
     # -- files --------------------------------------------------------------------------------

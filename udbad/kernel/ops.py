@@ -267,7 +267,8 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def removexattr(self, node: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
-        await self._perform(lambda: self.fs.removexattr(node, name))
+        caller = _caller(ctx)
+        await self._perform(lambda: self.fs.removexattr(node, name, caller))
 
     # -- files --------------------------------------------------------------------------------
 

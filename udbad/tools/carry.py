@@ -29,7 +29,7 @@ from udbad.branch.branches import Branch
 from udbad.branch.origin import Place
 from udbad.errors import estale
 from udbad.inodes.table import Dir, Node
-from udbad.union import homes, lookup
+from udbad.union import copydirs, homes, lookup
 from udbad.union.superblock import Superblock
 from udbad.union.times import is_racy
 
@@ -96,7 +96,7 @@ def transfer(
         return st
     tmp = whiteout.temporary_name(copy.name)
     if not st_mod.S_ISREG(st.st_mode):
-        copydata.copy_special(st, copy.src_dirfd, copy.name, copy.dst_dirfd, tmp, copy.target.attrs)
+        os.close(copydata.copy_special(st, copy.src_dirfd, copy.name, copy.dst_dirfd, tmp, copy.target.attrs))
         copy.tmp = tmp
         return st
     src_fd, now = syscalls.open_file_at(copy.src_dirfd, copy.name, os.O_RDONLY)
@@ -325,7 +325,7 @@ def uncover_directory(
     before = os.fstat(src_dirfd)
     fd = syscalls.open_dir_at(src_dirfd, name)
     try:
-        if not is_empty(fd):
+        if not copydirs.is_empty(fd):
             return False
         lower = syscalls.open_dir_at(dst_dirfd, name)
         try:
@@ -355,16 +355,6 @@ def uncover_directory(
             sb.hooks.own_data(node, True)
             sb.hooks.side_effect(node)
     return True
-
-
-def is_empty(dirfd: int) -> bool:
-    """Whether a branch directory has no name at all."""
-    fd = syscalls.open_listing(dirfd)
-    try:
-        with os.scandir(fd) as entries:
-            return next(entries, None) is None
-    finally:
-        os.close(fd)
 
 
 def resettle_view(sb: Superblock, parent: Dir, name: bytes) -> None:

@@ -23,7 +23,7 @@ from typing import Final
 
 from udbad.branch import copydata, syscalls, walk, whiteout
 from udbad.branch.branches import Branch
-from udbad.errors import ExitCode, UserError, os_error
+from udbad.errors import ExitCode, UserError, estale, os_error
 from udbad.inodes.table import Dir
 from udbad.tools import carry, fsck
 from udbad.tools.carry import Changed, Copy, Halt, Work
@@ -425,6 +425,8 @@ class Sync:
         syscalls.mkdir_at(level.dst_fd, tmp, 0o700)
         fd = syscalls.open_dir_at(level.dst_fd, tmp)
         try:
+            if not copydirs.is_empty(fd):
+                raise estale()  # exchanged by who may write there, see copydirs.py
             if opaque:
                 whiteout.make_opaque(self.dst, fd)
             _copy_attributes(src_fd, fd, self.dst.attrs)

@@ -96,6 +96,10 @@ def _copy_dir(sb: Superblock, node: Dir, branch: Branch, parent_fd: int) -> int:
     try:
         fd = syscalls.open_dir_at(parent_fd, tmp)
         try:
+            if not is_empty(fd):
+                # Who may write to its parent has put another one there, with what somebody else keeps in it. That
+                # must not get the owner and mode of what is copied.
+                raise estale()
             if whited:
                 whiteout.make_opaque(branch, fd)
             copydata.copy_metadata(
@@ -137,6 +141,16 @@ def _copy_dir(sb: Superblock, node: Dir, branch: Branch, parent_fd: int) -> int:
     return fd
 
 
+def is_empty(fd: int) -> bool:
+    """Whether a branch directory has no name at all. Raises OSError."""
+    listing = syscalls.open_listing(fd)
+    try:
+        with os.scandir(listing) as entries:
+            return next(entries, None) is None
+    finally:
+        os.close(listing)
+
+
 def _remove_tmp_dir(parent_fd: int, tmp: bytes) -> None:
     try:
         fd = syscalls.open_dir_at(parent_fd, tmp)
@@ -149,7 +163,11 @@ def _remove_tmp_dir(parent_fd: int, tmp: bytes) -> None:
             pass
         finally:
             os.close(fd)
-    syscalls.rmdir_at(parent_fd, tmp)
+    try:
+        syscalls.rmdir_at(parent_fd, tmp)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.ENOTDIR):  # somebody has exchanged it
+            raise
 
 
 def publish(src_dirfd: int, tmp: bytes, dst_dirfd: int, name: bytes) -> None:

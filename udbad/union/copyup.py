@@ -301,7 +301,7 @@ def commit(sb: Superblock, job: Job) -> None:
     _publish_in(job.parent, job.dirfd, job.tmp, job.dirfd, job.name)
     job.tmp = b""
     copied = Place(job.src_fd, b"", job.st)
-    _settle(sb, node, job.parent, job.name, job.branch, job.dirfd, copied, made, job.as_link, job.dst_fd)
+    _settle(sb, node, job.parent, job.name, job.branch, job.dst_fd, copied, made, job.as_link)
     copydirs.restore_times(job.dirfd, job.parent_times)
 
 
@@ -374,12 +374,12 @@ def abort(job: Job) -> None:
 
 
 def _settle(
-    sb: Superblock, node: Node, parent: Dir, name: bytes, branch: Branch, dirfd: int,
-    source: Place, made: os.stat_result, as_link: bool, fd: int = -1,
+    sb: Superblock, node: Node, parent: Dir, name: bytes, branch: Branch, fd: int,
+    source: Place, made: os.stat_result, as_link: bool,
 ) -> None:  # fmt: skip
     """The copy has its name: from now on the node's data is there, under the number it always had.
 
-    fd: a descriptor of the copy of a regular file.
+    fd: a descriptor of the copy, O_PATH unless it is a regular file.
     """
     parent.note_stacked(name)
     src = source.st
@@ -391,7 +391,7 @@ def _settle(
     sb.move_data(node, branch, made, fd)
     sb.inomap.alias(made.st_dev, made.st_ino, node.id)
     if linked:
-        plink.make(sb, node, branch, dirfd, name, source, names - (0 if as_link else 1))
+        plink.make(sb, node, branch, fd, name, source, names - (0 if as_link else 1))
     if several and node.plink is None:
         # Without a pseudo-link the other names stay behind, as the lower file that they are (semantics 10.2).
         for other in node.names():
@@ -415,14 +415,17 @@ def _copy_special(
     if (st.st_dev, st.st_ino) != node.identity:
         raise estale()
     tmp = whiteout.temporary_name(name)
-    copydata.copy_special(st, src_dirfd, src_name, dirfd, tmp, branch.attrs)
+    fd = copydata.copy_special(st, src_dirfd, src_name, dirfd, tmp, branch.attrs)
     try:
-        made = syscalls.stat_at(dirfd, tmp)
-        _publish_in(parent, dirfd, tmp, dirfd, name)
-    except BaseException:
-        syscalls.unlink_at(dirfd, tmp)
-        raise
-    _settle(sb, node, parent, name, branch, dirfd, Place(src_dirfd, src_name, st), made, as_link)
+        made = os.fstat(fd)
+        try:
+            _publish_in(parent, dirfd, tmp, dirfd, name)
+        except BaseException:
+            syscalls.unlink_at(dirfd, tmp)
+            raise
+        _settle(sb, node, parent, name, branch, fd, Place(src_dirfd, src_name, st), made, as_link)
+    finally:
+        os.close(fd)
     copydirs.restore_times(dirfd, times)
 
 

@@ -34,6 +34,7 @@ _OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 _ATTEMPTS = 8
 """To hold what a name stands for, while somebody replaces it all the time."""
 _ACL_PREFIX = b"system.posix_acl_"
+_SYSTEM_PREFIX = b"system."
 _ACL_ACCESS = b"system.posix_acl_access"
 
 NOW: Final = "now"
@@ -275,10 +276,19 @@ class UnionFs:
             names = [key for key in names if not key.startswith(b"trusted.")]  # xattr(7)
         return names if self.sb.options.acl else [key for key in names if not key.startswith(_ACL_PREFIX)]
 
-    def setxattr(self, node_id: int, key: bytes, value: bytes, flags: int = 0, kill_sgid: bool = False) -> None:
+    def _check_changing_xattr(self, key: bytes, caller: Caller) -> None:
+        """system.* is checked by each file system itself, not by the kernel (xattr_permission() in fs/xattr.c), but for
+        POSIX ACLs; and we change it as root. So NFSv4 ACLs and their kind are root's. Raises EOPNOTSUPP."""
+        self._check_xattr(key)
+        if caller.uid != 0 and key.startswith(_SYSTEM_PREFIX) and not key.startswith(_ACL_PREFIX):
+            raise os_error(errno.EOPNOTSUPP)
+
+    def setxattr(
+        self, node_id: int, key: bytes, value: bytes, caller: Caller, flags: int = 0, kill_sgid: bool = False
+    ) -> None:
         """flags: XATTR_CREATE (EEXIST), XATTR_REPLACE (ENODATA). kill_sgid: the caller is neither in the file's group
         nor privileged, so that an ACL costs the setgid bit (posix_acl_update_mode)."""
-        self._check_xattr(key)
+        self._check_changing_xattr(key, caller)
         node = self._changing_xattr(node_id)
 
         def change(target: syscalls.Object) -> None:
@@ -291,8 +301,8 @@ class UnionFs:
         self._on_object(node, change)
         self.sb.hooks.own_data(node)
 
-    def removexattr(self, node_id: int, key: bytes) -> None:
-        self._check_xattr(key)
+    def removexattr(self, node_id: int, key: bytes, caller: Caller) -> None:
+        self._check_changing_xattr(key, caller)
         node = self._changing_xattr(node_id)
         self._on_object(node, lambda object_: syscalls.removexattr(object_, key))
         self.sb.hooks.own_data(node)

@@ -11,14 +11,21 @@ the source.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 from typing import NamedTuple
 
 from udbad.branch import origin, syscalls, whiteout
+from udbad.branch.accept import is_foreign
 from udbad.branch.branches import Branch
 from udbad.branch.origin import Place
+from udbad.branch.spec import shown
+from udbad.errors import os_error
 from udbad.inodes.table import Dir, Node, Plink
 from udbad.union.superblock import Superblock
+
+log = logging.getLogger(__name__)
 
 
 class Home(NamedTuple):
@@ -167,6 +174,16 @@ def name_found(node: Node, home: Home) -> None:
 # -- over mounts and changes of the branches ----------------------------------------------------------
 
 
+def open_directory(branch: Branch) -> int:
+    """A descriptor of a branch's .wh..wh.plnk. Raises OSError: EPERM when somebody else may have written what is there,
+    and so would say what names anywhere on lower branches show."""
+    fd = syscalls.open_dir_at(branch.root_fd, whiteout.PLINK_DIR)
+    if is_foreign(os.fstat(branch.root_fd), os.fstat(fd)):
+        os.close(fd)
+        raise os_error(errno.EPERM)
+    return fd
+
+
 def load(sb: Superblock) -> None:
     """Take up the pseudo-links of earlier mounts, on branches that were not asked yet.
 
@@ -177,8 +194,14 @@ def load(sb: Superblock) -> None:
         if branch.id in sb.plink_fds or not branch.whable:
             continue
         try:
-            dirfd = syscalls.open_dir_at(branch.root_fd, whiteout.PLINK_DIR)
+            dirfd = open_directory(branch)
         except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError:
+            log.warning(
+                "branch %s: others may have written what is in %s; its pseudo-links are passed over",
+                shown(branch.path), os.fsdecode(whiteout.PLINK_DIR),
+            )  # fmt: skip
             continue
         sb.plink_fds[branch.id] = dirfd
         fd = syscalls.open_listing(dirfd)

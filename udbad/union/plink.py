@@ -24,7 +24,7 @@ def directory(sb: Superblock, branch: Branch) -> int:
             syscalls.mkdir_at(branch.root_fd, whiteout.PLINK_DIR, 0o700)
         except FileExistsError:
             pass
-        fd = sb.plink_fds[branch.id] = syscalls.open_dir_at(branch.root_fd, whiteout.PLINK_DIR)
+        fd = sb.plink_fds[branch.id] = homes.open_directory(branch)
     return fd
 
 
@@ -44,18 +44,22 @@ def adopt_home(sb: Superblock, node: Node, branch: Branch, name: bytes, source: 
     node.nlink_extra = plink.pending - 1
 
 
-def make(sb: Superblock, node: Node, branch: Branch, dirfd: int, name: bytes, source: Place, pending: int) -> None:
-    """Remember the copied-up file (dirfd, name) as the home of `node`, whose other names are `pending` many.
+def make(sb: Superblock, node: Node, branch: Branch, fd: int, name: bytes, source: Place, pending: int) -> None:
+    """Remember the copied-up file behind `fd` as the home of `node`, whose other names are `pending` many.
 
-    source: what was copied. A branch that cannot hold the link keeps the copy as a plain file: the other names then go
-    on showing the lower data, which one warning says.
+    Not by `name`, which was just published: somebody may have put a file of his own there, for all the other names to
+    show. source: what was copied. A branch that cannot hold the link keeps the copy as a plain file: the other names
+    then go on showing the lower data, which one warning says.
     """
     link_name = home_name(node, source)
     try:
-        syscalls.link_at(dirfd, name, directory(sb, branch), link_name)
+        syscalls.link_fd(fd, directory(sb, branch), link_name)
     except OSError as error:
-        # EEXIST: a home of this very file, put there directly. It may hold the only copy of something.
-        if error.errno not in (errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EEXIST):
+        # EEXIST: a home of this very file, put there directly. It may hold the only copy of something. ENOENT: somebody
+        # has removed the copy's name already.
+        if error.errno not in (
+            errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EEXIST, errno.ENOENT,
+        ):  # fmt: skip
             raise
         log.warning("no pseudo-link for %r in %s: %s", name, branch.describe(), error.strerror)
         return
