@@ -232,3 +232,37 @@ def test_trust_is_given_and_lost_in_one_place(module: str) -> None:
 @pytest.mark.parametrize("source", ["node.trusted = False", "a.b.ttl = 0.0", "setattr(node, 'x', 1)", "del node.ttl"])
 def test_the_checker_finds_assignments(source: str) -> None:
     assert assignments(source, TRUST) == [1]
+
+
+def telling_functions(source: str) -> set[str]:
+    """Functions of a module that call a hook of the coherence strategy, themselves or through others of the module."""
+    calls: dict[str, set[str]] = {}
+    tells = set()
+    for function in ast.parse(source).body:
+        if isinstance(function, ast.FunctionDef):
+            parts = list(ast.walk(function))
+            calls[function.name] = {part.id for part in parts if isinstance(part, ast.Name)}
+            if any(isinstance(part, ast.Attribute) and part.attr == "hooks" for part in parts):
+                tells.add(function.name)
+    while more := {name for name, called in calls.items() if called & tells} - tells:
+        tells |= more
+    return tells
+
+
+def used_of_lookup(source: str) -> set[str]:
+    return {
+        part.attr
+        for part in ast.walk(ast.parse(source))
+        if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == "lookup"
+    }
+
+
+def test_no_strategy_is_called_back_by_what_it_asks() -> None:
+    """An event makes a strategy ask the union; were the answer told to the strategy as well, calls would go round."""
+    telling = telling_functions(MODULES["udbad.union.lookup"].read_text())
+    assert {"adopt", "intern", "refresh", "forget_name"} <= telling
+    used = {
+        name: used_of_lookup(path.read_text()) for name, path in MODULES.items() if _within(name, "udbad.coherence")
+    }
+    assert {"resolve", "set_layers"} <= set.union(*used.values())
+    assert not {name: found for name, names in used.items() if (found := names & telling)}

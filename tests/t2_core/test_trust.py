@@ -5,11 +5,13 @@ A kernel that remembers (fake_kernel.py) works on a union while its branches, it
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import random
 import shutil
 import struct
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -531,6 +533,73 @@ def test_a_burst_that_fails_counts_as_lost(
     assert kernel.look_up(ROOT_ID, b"f0") == kernel.look_up(ROOT_ID, b"f1") == 0
     assert notify.coherence.statistics().overflows == 1
     notify.check()
+
+
+def test_no_event_leads_back_to_the_strategy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It asks the branches, and judges what they say itself: `adopt` is for those who come from a request."""
+    for name in ("udbad.coherence.notify", "udbad.union.view"):  # as above
+        caplog.set_level(logging.ERROR, name)
+    adopt, name_changed = NotifyCoherence.adopt, NotifyCoherence._name_changed
+    under_way: list[str] = []
+    entered: Counter[tuple[str, ...]] = Counter()
+
+    @contextmanager
+    def entering(what: str) -> Iterator[None]:
+        under_way.append(what)
+        entered[tuple(under_way)] += 1
+        try:
+            yield
+        finally:
+            under_way.pop()
+
+    def adopting(self: NotifyCoherence, node: Dir, changed: bool) -> None:
+        if under_way and node is self.sb.root:
+            return adopt(self, node, changed)  # from `distrust`, as nobody looks the root up
+        with entering("adopt"):
+            return adopt(self, node, changed)
+
+    def comparing(self: NotifyCoherence, node: Dir, name: bytes, kinds: int) -> Dir | None:
+        with entering("event"):
+            return name_changed(self, node, name, kinds)
+
+    monkeypatch.setattr(NotifyCoherence, "adopt", adopting)
+    monkeypatch.setattr(NotifyCoherence, "_name_changed", comparing)
+    for seed in SEEDS[:3]:
+        with new_world(tmp_path / str(seed), "notify", monkeypatch) as (world, paths):
+            chance = Chance(world, paths, seed, direct=True)
+            for _ in range(STEPS):
+                chance.step()
+                world.coherence.drain()
+    assert set(entered) <= {("adopt",), ("event",), ("adopt", "event")}, entered
+    assert entered["adopt",] > 50
+    assert entered["event",] > 50
+
+
+def test_a_deep_tree_gets_other_layers_at_once(notify: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch directory comes above it, deeper than calls can go: each directory is merged from others then."""
+    depth = 120
+    path = Path(*["x"] * depth)
+    (tmp_path / "b1" / path).mkdir(parents=True)
+    (tmp_path / "b1" / path / "f").write_bytes(b"below")
+    (tmp_path / "b0/new" / path.relative_to("x")).mkdir(parents=True)
+    (tmp_path / "b0/new" / path.relative_to("x") / "f").write_bytes(b"on top")
+    notify.coherence.drain()
+    kernel = notify.kernel
+    names = [b"x"] * depth + [b"f"]
+    assert kernel.stat(kernel.walk(names))["size"] == len(b"below")
+    (tmp_path / "b0/new").rename(tmp_path / "b0/x")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)
+    try:
+        notify.coherence.drain()
+    finally:
+        sys.setrecursionlimit(limit)
+    assert notify.coherence.statistics().overflows == 0
+    assert kernel.stat(kernel.walk(names))["size"] == len(b"on top")
+    notify.check()
+    notify.check_truth()
 
 
 # -- what is held is true -----------------------------------------------------------------------------

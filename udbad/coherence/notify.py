@@ -9,6 +9,9 @@ A directory is trusted while it and every directory above it is watched and heal
 is served as reval: branches whose file system sends no events, directories for which no watch is to be
 had, everything after an overflow until it is asked for again. It degrades; it never lies.
 
+Calls go one way: the union calls `adopt` for a directory whose layers it found, or the strategy, for an event, asks
+`lookup.resolve` and `lookup.set_layers`, which call nobody. So `adopt` is never entered from a comparison of names.
+
 What no event tells: stores through a shared mapping of a branch file (seen at the next open, when
 the time stamps differ), and changes through a hard link in a directory nobody watches, until the
 file is known to have several names; it is then watched itself.
@@ -165,12 +168,19 @@ class NotifyCoherence(Coherence):
     # -- trust --------------------------------------------------------------------------------
 
     def adopt(self, node: Dir, changed: bool) -> None:
+        if self._judge_layers(node, changed):
+            self._compare_below(node)
+
+    def _judge_layers(self, node: Dir, changed: bool) -> bool:
+        """Watch a directory whose layers were found, and trust it if that can be.
+
+        True when the kernel may hold names in it that are merged from other branch directories now: `_compare_below`.
+        """
         parent = node.parent
         was = node.trusted
         trusted = self._watcher is not None and (parent is None or parent.trusted) and self._watch(node)
         self.judge(node, trusted)
-        if changed and was and trusted and node.nlookup:
-            self._compare_below(node)  # merged from other branch directories now
+        return changed and was and trusted and node.nlookup > 0
 
     def _watch(self, node: Dir) -> bool:
         """Have every layer of a directory watched that needs it; False when that cannot be, or is not enough yet."""
@@ -405,7 +415,9 @@ class NotifyCoherence(Coherence):
         table = self.sb.table
         for (node, name), kinds in names.items():
             if table.nodes.get(node.id) is node:
-                self._name_changed(node, name, kinds)
+                below = self._name_changed(node, name, kinds)
+                if below is not None:
+                    self._compare_below(below)
             if table.over_budget():  # events come without requests, too
                 table.trim()
 
@@ -443,30 +455,34 @@ class NotifyCoherence(Coherence):
             return
         self._compare(node, st, change.kinds)
 
-    def _name_changed(self, node: Dir, name: bytes, kinds: int) -> None:
-        """Compare a name with what was recorded; update the view, then tell the kernel what it must forget."""
+    def _name_changed(self, node: Dir, name: bytes, kinds: int) -> Dir | None:
+        """Compare a name with what was recorded; update the view, then tell the kernel what it must forget.
+
+        Returns the directory it stands for when its names have to be compared too (`_compare_below`).
+        """
         try:
-            self._compare_name(node, name, kinds)
+            return self._compare_name(node, name, kinds)
         except OSError as error:
             # ESTALE, EIO: believe nothing of it any more.
             log.debug("cannot resolve %r: %s", name, error)
             self.distrust(node)
+            return None
 
-    def _compare_name(self, node: Dir, name: bytes, kinds: int) -> None:
+    def _compare_name(self, node: Dir, name: bytes, kinds: int) -> Dir | None:
         if node.dead:
-            return  # removed through the mount: nothing is in it, and the kernel knows
+            return None  # removed through the mount: nothing is in it, and the kernel knows
         if not name:
             self._compare(node, self.sb.stat(node), kinds)
-            return
+            return None
         if not node.trusted:
-            return  # nothing is cached of it
+            return None  # nothing is cached of it
         if kinds & NAMES:
             node.note_stacked(name)
             if len(node.layers) > 1 and lookup.count_links(self.sb, node):
                 self.notifier.attributes(node.id)
         child = node.children.get(name)
         if child is not None and not kinds & NAMES and self._content_changed(node, name, child, kinds):
-            return
+            return None
         known_layers = [layer.identity for layer in child.layers] if type(child) is Dir else None
         found = lookup.resolve(self.sb, node, name)
         if child is not None and kinds & NAMES and node.negatives is not None and name in node.negatives:
@@ -487,12 +503,12 @@ class NotifyCoherence(Coherence):
             else:
                 # The kernel knows nothing wrong of the name; the directory's times may be old.
                 self._compare(node, self.sb.stat(node), kinds)
-            return
+            return None
         if child is None:
             if not kinds & NAMES:
                 self._echoes += 1  # neither positive nor, since it was created, negative in the kernel
                 lookup.discard(self.sb, node, name, found)
-                return
+                return None
             lookup.discard(self.sb, node, name, found)
             if node.negatives is not None and name in node.negatives:
                 node.negatives.discard(name)
@@ -500,28 +516,28 @@ class NotifyCoherence(Coherence):
             else:
                 self._compare(node, self.sb.stat(node), kinds)
             self._tell_link(found, kinds)
-            return
+            return None
         if found.layers is not None:
             if type(child) is Dir and not child.dead and lookup.same_directory(child, found.layers):
-                lookup.intern(self.sb, node, name, found)
+                below = self._judge_layers(child, lookup.set_layers(self.sb, child, found, node.floor))
                 if [layer.identity for layer in child.layers] == known_layers:
                     self._compare(child, self.sb.stat(child), kinds)
-                # else: adopt() has dropped what was below
-                return
+                return child if below else None
             lookup.discard(self.sb, node, name, found)
             self.sb.table.detach(child, node, name)
             self._tell_entry(node, name)
             self._tell_object(child)
-            return
+            return None
         st = found.st
         same = child.kind == found.kind and not child.dead
         home = child.plink is not None and homes.leads(self.sb, node, name, found.branch, st, child.plink)
         if same and (child.identity == (st.st_dev, st.st_ino) or home):
             self._compare(child, self.sb.stat(child) if home else st, kinds)
-            return
+            return None
         self.sb.table.detach(child, node, name)
         self._tell_entry(node, name)
         self._tell_object(child)
+        return None
 
     def _content_changed(self, node: Dir, name: bytes, child: Node, kinds: int) -> bool:
         """Compare a file that keeps its name, without asking every branch; False when it may be another one by now."""
@@ -574,16 +590,23 @@ class NotifyCoherence(Coherence):
             self._sent[child.id] = None
         self.notifier.attributes(child.id)
 
-    def _compare_below(self, node: Dir) -> None:
-        """Drop every name of a directory that its new layers have changed.
+    def _compare_below(self, top: Dir) -> None:
+        """Drop every name of a directory that its new layers have changed, and of those below it that they changed.
 
         The directory is still the same node and keeps its entry: without one, processes that sit in it
         could not tell where they are (getcwd(2)).
         """
-        self.tell_names(node)
-        for name in list(node.children):
-            self._name_changed(node, name, NAMES)
-        self.forget_negatives(node)
+        waiting = [top]
+        while waiting:  # not recursive: trees may be deep
+            node = waiting.pop()
+            if not node.trusted:
+                continue  # by now, and the kernel has been told
+            self.tell_names(node)
+            for name in list(node.children):
+                below = self._name_changed(node, name, NAMES)
+                if below is not None:
+                    waiting.append(below)
+            self.forget_negatives(node)
 
     def _on_overflow(self) -> None:
         """Events were lost: nothing that is cached can be believed.

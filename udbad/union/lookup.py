@@ -5,6 +5,10 @@
 up to date, from the root down, so that even a process that sits in a directory sees a branch directory
 that appeared above it. `lookup` puts them together and answers from the directory's view where the
 coherence strategy allows that.
+
+Whoever resolves on behalf of a request goes by `intern`, `adopt` and `refresh`, which tell the strategy. The strategy
+itself, for an event, uses only what tells it nothing (`resolve`, `set_layers`, `remember`, ...): so the calls go
+from the union to the strategy or from the strategy to the union, and never round (tests/test_layering.py).
 """
 
 from __future__ import annotations
@@ -193,7 +197,16 @@ def discard(sb: Superblock, parent: Dir, name: bytes, found: Found) -> None:
 
 
 def adopt(sb: Superblock, node: Dir, found: Found, floor: int) -> None:
-    """Give a directory the layers that `resolve` found; tell the coherence strategy what that means."""
+    """Give a directory the layers that `resolve` found; the coherence strategy says what that means."""
+    sb.hooks.adopt(node, set_layers(sb, node, found, floor))
+
+
+def set_layers(sb: Superblock, node: Dir, found: Found, floor: int) -> bool:
+    """Give a directory the layers that `resolve` found; True when they, or its opaque mark, differ from before.
+
+    Nobody is told: `adopt` has the coherence strategy judge the directory, and the strategy itself, where an event
+    made it ask, does that without being called from here.
+    """
     new = found.layers
     assert new is not None
     old = node.layers
@@ -227,7 +240,7 @@ def adopt(sb: Superblock, node: Dir, found: Found, floor: int) -> None:
     if len(new) > 1 or node.nlink_extra:
         node.nlink_extra = lower_links(new)
     sb.inomap.alias(top.dev, top.ino, node.id)
-    sb.hooks.adopt(node, changed)
+    return changed
 
 
 def count_links(sb: Superblock, node: Dir) -> bool:
