@@ -1,6 +1,6 @@
 """A branch is added and removed again and again while readers and writers storm through the mount.
 
-UDBAD_BRANCH_ROUNDS: how often in each mode (default 334: a thousand in all). What each client may see is known at
+UDBAD_BRANCH_ROUNDS: how often in each mode (default 60, in make soak 334). What each client may see is known at
 every moment: what is on the branch that comes and goes is there or is not, whole and nothing else; everything else
 is as if nobody changed branches at all. Between rounds the storm goes on; what has just been added or removed must be
 seen by the very next access of whoever did it, and from time to time the storm is stopped and the mount compared
@@ -21,11 +21,12 @@ import pytest
 
 from tests.helpers.merge import diff, merge, snapshot
 from tests.helpers.mount import Mount, UnionFactory
+from tests.helpers.profile import scaled
 from tests.stress.storm import MODES
 
 pytestmark = [pytest.mark.fuse, pytest.mark.stress]
 
-ROUNDS: Final = int(os.environ.get("UDBAD_BRANCH_ROUNDS", "334"))
+ROUNDS: Final = int(os.environ.get("UDBAD_BRANCH_ROUNDS", scaled("60", "334")))
 COMPARE_EVERY: Final = 50
 """Rounds after which the storm is stopped and everything is compared, with the branch and without it."""
 JOIN_SECONDS: Final = 60.0

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.profile import scaled
 from tests.stress.storm import LAYOUTS, MODES, arena, fill
 
 pytestmark = [pytest.mark.fuse, pytest.mark.stress]
 
 SEED = int(os.environ.get("UDBAD_STORM_SEED", str(random.SystemRandom().getrandbits(32))))
-ROUNDS = int(os.environ.get("UDBAD_STORM_ROUNDS", "4"))
+ROUNDS = int(os.environ.get("UDBAD_STORM_ROUNDS", scaled("2", "8")))
 CLIENT_OPERATIONS = 400
 """Operations of each process in one storm."""
 TURNS = 600

@@ -21,9 +21,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.leaks import RUN_MARKER
+from tests.helpers.profile import scaled
 
-MODES = ["none", "reval", "notify"]
-"""Every scenario runs once under each of these udba modes."""
+MODES = scaled(["notify"], ["none", "reval", "notify"])
+"""Every scenario runs once under each of these udba modes: other tests have what is particular to each."""
 
 OTHERS_LOG = r"lost branch events|coherence limited"
 """Warnings that other tests on the same machine may cause."""

@@ -1,6 +1,6 @@
 """SIGKILL of the mount process in a storm of changes: what was acknowledged holds, and no debris is left.
 
-UDBAD_CRASH_ROUNDS: rounds over all modes together (default 200). UDBAD_CRASH_SEED: repeats the choices
+UDBAD_CRASH_ROUNDS: rounds over all modes together (default 30, in make soak 200). UDBAD_CRASH_SEED: repeats the choices
 of a run (the moments of the kills are never quite the same); the seed is printed.
 """
 
@@ -20,12 +20,13 @@ import pytest
 
 from tests.helpers.merge import diff, merge, snapshot
 from tests.helpers.mount import REPOSITORY, Mount, mounted
+from tests.helpers.profile import scaled
 from tests.system.storm import DIRECTORIES, NAMES, RECORD, State, read_state, record, replay
 from tests.system.support import MODES, OTHERS_LOG, clean_env, each_mode, unchanged
 
 pytestmark = [pytest.mark.system, pytest.mark.fuse, pytest.mark.stress]
 
-ROUNDS = int(os.environ.get("UDBAD_CRASH_ROUNDS", "200"))
+ROUNDS = int(os.environ.get("UDBAD_CRASH_ROUNDS", scaled("30", "200")))
 SEED = int(os.environ.get("UDBAD_CRASH_SEED", str(random.SystemRandom().getrandbits(32))))
 ROUNDS_PER_TREE = 10
 """After so many rounds the layers are made anew, or all would end up in the top layer."""

@@ -26,6 +26,7 @@ from tests.helpers.merge import InconsistentBranch, diff, merge, snapshot
 from tests.helpers.model import Layer, Model, Node
 from tests.helpers.model_ops import Op
 from tests.helpers.posix import EXCHANGE
+from tests.helpers.profile import scaled
 
 LAYOUTS = (
     ("rw",),
@@ -59,14 +60,14 @@ def write_out(layers: Sequence[Layer], root: Path) -> list[tuple[Path, bool]]:
     return branches
 
 
-@settings(max_examples=150)
+@settings(max_examples=scaled(60, 300))
 @given(unions)
 def test_model_lookup_is_the_merge_of_real_directories(layers: tuple[Layer, ...]) -> None:
     with scratch() as root:
         assert m.tree_view(merge(write_out(layers, root))) == Model(layers).visible()
 
 
-@settings(max_examples=150)
+@settings(max_examples=scaled(60, 300))
 @given(unions, st.integers(1, 30), st.data())
 def test_model_operations_are_those_of_a_plain_directory(
     layers: tuple[Layer, ...], steps: int, data: st.DataObject

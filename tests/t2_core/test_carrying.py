@@ -18,6 +18,7 @@ from tests.helpers import carry_tree
 from tests.helpers.carry_tree import LAYERS, listing
 from tests.helpers.merge import MAX_NAME, diff, merge, temporary_names
 from tests.helpers.merge import Tree as Snapshot
+from tests.helpers.profile import scaled
 from tests.t2_core.core import Core, core
 from udbad.branch import syscalls
 from udbad.errors import ExitCode, UserError
@@ -213,8 +214,8 @@ def test_a_crash_at_any_change_leaves_the_same_union_and_the_next_run_finishes(t
         if move:
             assert listing(top / "src") == [], at
         shutil.rmtree(top)
-        at += 1 if move else 3
-    assert crashes > 30
+        at += scaled(2, 1) if move else scaled(6, 3)
+    assert crashes > 10
 
 
 def sweep(branch: Path) -> None:
@@ -325,7 +326,7 @@ def test_an_operation_at_any_step_is_as_good_as_without_a_sync(tmp_path: Path, o
         union.forget_all()
     wanted = merged(tmp_path / "alone")
     # All points are met by all operations together; a copy takes nothing away, so there is less to go wrong.
-    stride = (1 if operation in EVERYWHERE else 2) if move else 6
+    stride = (1 if operation in EVERYWHERE else scaled(6, 2)) if move else scaled(18, 6)
     at, steps = list(OPERATIONS).index(operation) % stride, 1
     while at < max(steps, stride):
         top = tmp_path / str(at)
@@ -395,7 +396,7 @@ def test_a_directory_that_is_renamed_at_any_step(tmp_path: Path, path: str) -> N
             }
             union.forget_all()
         shutil.rmtree(top)
-        at += 1
+        at += scaled(2, 1)
     # Only "new" has a directory in it that is on both branches for a while.
     assert outcomes == ({"renamed", "EXDEV"} if path == "new" else {"renamed"})
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from tests.helpers.profile import scaled
 from udbad.branch.branches import Branch
 from udbad.inodes import inomap as inomap_module
 from udbad.inodes.inomap import Identity, InoMap
@@ -297,7 +298,7 @@ class Table(RuleBasedStateMachine):
 
 def test_counts_names_and_descriptors_follow_a_model() -> None:
     run_state_machine_as_test(
-        Table, settings=settings(max_examples=60, stateful_step_count=60, derandomize=True, database=None)
+        Table, settings=settings(max_examples=scaled(60, 300), stateful_step_count=60, derandomize=True, database=None)
     )
 
 

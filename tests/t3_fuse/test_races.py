@@ -1,7 +1,7 @@
 """Symbolic links, FIFOs and other objects swapped into branch directories while the mount is used.
 
 Another process exchanges (renameat2 EXCHANGE) a branch directory and a symlink to a directory outside, some
-thousand times, while every operation runs through the mount. Nothing outside is ever read or written.
+hundred times or more, while every operation runs through the mount. Nothing outside is ever read or written.
 The caller keeps away from following the symlink itself: it works relative to descriptors, without following.
 """
 
@@ -19,11 +19,12 @@ import pytest
 
 from tests.helpers.mount import UnionFactory
 from tests.helpers.posix import EXCHANGE, Identity, Probe, renameat2, run_as
+from tests.helpers.profile import scaled
 from tests.t3_fuse.live import errno_of, modes
 
 pytestmark = pytest.mark.fuse
 
-ROUNDS = 1500
+ROUNDS = scaled(300, 1500)
 SECRET = b"SECRET of the canary"
 ALLOWED = {"ENOENT", "ENOTDIR", "ESTALE", "ELOOP", "EIO", "EEXIST", "ENOTEMPTY", "EISDIR", "EINVAL", "ENODATA", "EXDEV",
            "EBUSY", "ENXIO", "ENOTSUP", "EPERM", "EACCES"}  # fmt: skip

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.mount import Mount, UnionFactory
+from tests.helpers.profile import scaled
 from tests.t3_fuse.live import errno_of, file_system, modes
 
 pytestmark = pytest.mark.fuse
 
-MANY = 100_000
+MANY = scaled(20_000, 100_000)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _buffer = ctypes.create_string_buffer(1 << 16)
@@ -199,7 +200,7 @@ def _disturb(mount: Mount, direct: Path, seed: int) -> None:
 
 @modes
 def test_positions_hold_in_a_huge_changing_directory(union: UnionFactory, tmp_path: Path, udba: str) -> None:
-    """Two passes over 100,000 names, and a thousand jumps to remembered positions, while others change it.
+    """Two passes over very many names, and a thousand jumps to remembered positions, while others change it.
 
     What nobody touches is there exactly once, and after the jump to a position comes what came there before.
     """

@@ -27,6 +27,7 @@ from tests.helpers.merge import Tree, diff, merge, snapshot, temporary_names
 from tests.helpers.model import Model, Node, PathT
 from tests.helpers.model_ops import Op
 from tests.helpers.mount import Mount, mounted
+from tests.helpers.profile import scaled
 
 LAYOUTS: tuple[tuple[str, ...], ...] = (
     ("rw",),
@@ -170,7 +171,7 @@ def test_random_operations(permissions: tuple[str, ...], udba: str) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=3,
+            max_examples=scaled(1, 10),
             stateful_step_count=30,
             deadline=None,
             derandomize=True,

@@ -16,11 +16,12 @@ import pytest
 
 from tests.helpers.merge import Tree, diff, merge, snapshot
 from tests.helpers.mount import DEADLINE, Mount, UnionFactory
+from tests.helpers.profile import scaled
 from tests.helpers.slow_mount import COARSE, slow_daemon
 
 pytestmark = pytest.mark.fuse
 
-ROUNDS = 1000
+ROUNDS = scaled(300, 1000)
 DEEP = "a/b/c"
 
 
@@ -99,7 +100,7 @@ def agree(mount: Mount, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("words", [(), (COARSE,)], ids=["exact", "coarse"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(scaled(1, 3)))
 def test_reval_and_a_fast_hand(union: UnionFactory, tmp_path: Path, seed: int, words: tuple[str, ...]) -> None:
     layers = {"top": "rw", "middle": "rw", "base": "ro"}
     with slow_daemon(None, *words):

@@ -1,7 +1,7 @@
 """kill -9 of mount processes again and again under load: the others miss nothing, and the killed one comes back.
 
-UDBAD_KILLS: how often each of the three is killed (default 8). The time from the kill until the mount answers
-again is reported (pytest -s), and in the properties of the test; it is no verdict, machines differ.
+UDBAD_KILLS: how often each of the three is killed (default 3, in make soak 8). The time from the kill until the
+mount answers again is reported (pytest -s), and in the properties of the test; it is no verdict, machines differ.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.profile import scaled
 from tests.t5_daemon.daemon import DEADLINE, Daemon, until
 
 pytestmark = [pytest.mark.fuse, pytest.mark.stress]
 
-KILLS = int(os.environ.get("UDBAD_KILLS", "8"))
+KILLS = int(os.environ.get("UDBAD_KILLS", scaled("3", "8")))
 DEAD = {errno.ENOTCONN, errno.ECONNABORTED}
 
 

@@ -18,6 +18,7 @@ import pytest
 from tests.helpers import carry_tree
 from tests.helpers.carry_tree import LAYERS, listing
 from tests.helpers.merge import diff, snapshot, temporary_names
+from tests.helpers.profile import scaled
 from tests.t5_daemon.daemon import COMMAND, DEADLINE, Daemon, until
 from udbad.control import registry
 from udbad.control.protocol import ask
@@ -25,7 +26,7 @@ from udbad.errors import ExitCode
 
 pytestmark = pytest.mark.fuse
 
-MODES = ["none", "reval", "notify"]
+MODES = scaled(["reval", "notify"], ["none", "reval", "notify"])
 WORDS = [f"{name}={perm}" for name, perm in LAYERS.items()]
 
 
@@ -203,7 +204,7 @@ def test_programs_that_use_the_mount_lose_nothing(daemon: Daemon, udba: str) -> 
     assert "Traceback" not in daemon.log()
 
 
-MANY = 8_000
+MANY = scaled(4_000, 8_000)
 """Names that take long enough to be interrupted amid."""
 
 
