@@ -115,6 +115,14 @@ def _default(value: object) -> str:
 
 # -- tables of the pages ----------------------------------------------------------------------------
 
+_LINKS = {
+    ": see Modes": ": [Modes](modes.md)",
+    ": see Create policies": ": [Create policies](#create-policies)",
+    ": see Copy-up policies": ": [Copy-up policies](#copy-up-policies)",
+    ": see Durability": ": [Durability](modes.md#durability)",
+}
+"""Where in docs/ that is which a meaning sends its reader to."""
+
 
 def tables() -> dict[str, str]:
     """Every table that a page may have, by the name in its marks, as Markdown."""
@@ -132,7 +140,7 @@ def tables() -> dict[str, str]:
         "mount-options": _table(
             ("after `-o`", "key in a file", "value", "default", "meaning"),
             (
-                (_literal(one.words), _literal([one.key]), one.values, _literal([one.default]), one.meaning)
+                (_literal(one.words), _literal([one.key]), one.values, _literal([one.default]), _linked(one.meaning))
                 for one in mount_options()
             ),
         ),
@@ -152,6 +160,12 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = tuple(head)
     lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _linked(meaning: str) -> str:
+    for words, link in _LINKS.items():
+        meaning = meaning.replace(words, link)
+    return meaning
 
 
 def _permissions(perms: Iterable[Perm]) -> str:
