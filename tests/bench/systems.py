@@ -19,6 +19,7 @@ from typing import IO, Literal
 
 from tests.bench import process
 from tests.bench.process import Failed
+from tests.helpers.leaks import read_mountinfo
 
 Kind = Literal["native", "kernel", "peer", "udbad"]
 FUSECTL = Path("/sys/fs/fuse/connections")
@@ -137,14 +138,9 @@ UNMETERED = System("udbad-notify", "udbad", _udbad("notify", module="tests.bench
 
 
 def mount_minor(mnt: Path) -> int | None:
-    """Minor device number of what is mounted on mnt (proc(5), mountinfo field 3), which is the FUSE connection's
-    number; None when nothing is. Asks no file system."""
-    found = None
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        if fields[4] == str(mnt):
-            found = int(fields[2].partition(":")[2])
-    return found
+    """Minor device number of what is mounted on mnt, which is the FUSE connection's number; None when nothing is.
+    Asks no file system."""
+    return next((mount.minor for mount in reversed(read_mountinfo()) if mount.path == mnt), None)
 
 
 def mount_fusectl() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from udbad.branch import mountinfo
 
 RUN_MARKER = "UDBAD_TEST_RUN"
 FS_TYPE = "fuse.udba"
@@ -29,12 +30,18 @@ _CLONE_NEWNS: Final = 0x00020000  # linux/sched.h
 
 @dataclass(frozen=True, slots=True)
 class MountInfo:
-    """One line of /proc/self/mountinfo, proc(5). minor: of st_dev; of a FUSE mount, its connection number."""
+    """One line of /proc/self/mountinfo. minor: of st_dev; of a FUSE mount, its connection number.
+
+    options: of the mount, super_options: of the file system.
+    """
 
     path: Path
     fs_type: str
     major: int
     minor: int
+    source: str
+    options: frozenset[str]
+    super_options: frozenset[str]
 
     def __str__(self) -> str:
         return f"{self.fs_type} on {self.path}"
@@ -42,15 +49,18 @@ class MountInfo:
 
 def read_mountinfo() -> list[MountInfo]:
     """Every mount of this namespace, in mount order (a later one covers an earlier one on the same path)."""
-    mounts = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        # id parent major:minor root path options [optional...] - type source super-options
-        before, _, after = line.partition(" - ")
-        fields = before.split(" ")
-        major, _, minor = fields[2].partition(":")
-        path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
-        mounts.append(MountInfo(Path(path), after.split(" ")[0], int(major), int(minor)))
-    return mounts
+    return [
+        MountInfo(
+            Path(os.fsdecode(mount.point)), os.fsdecode(mount.fs_type), *mount.device, os.fsdecode(mount.source),
+            frozenset(os.fsdecode(mount.options).split(",")), frozenset(os.fsdecode(mount.super_options).split(",")),
+        )
+        for mount in mountinfo.read()
+    ]  # fmt: skip
+
+
+def mount_on(path: Path) -> MountInfo:
+    """What is mounted on `path`, topmost. Raises LookupError."""
+    return [mount for mount in read_mountinfo() if mount.path == path][-1]
 
 
 def mounts_under(tree: Path) -> list[MountInfo]:

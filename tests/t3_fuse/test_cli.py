@@ -261,7 +261,7 @@ def test_no_access_to_dev_fuse(tree: Path) -> None:
 
 
 AS_NOBODY = """
-import os, encodings.latin_1, encodings.unicode_escape, udbad.cli, udbad.kernel.mounts, udbad.tools.fsck
+import os, udbad.cli, udbad.kernel.mounts, udbad.tools.fsck
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.leaks import mount_on
 from tests.helpers.merge import diff, snapshot
 from tests.helpers.mount import Mount, UnionFactory, mounted
 from tests.helpers.posix import EXCHANGE, renameat2
@@ -34,12 +35,8 @@ def fill(tmp_path: Path) -> None:
 
 def mount_line(mount: Mount) -> tuple[set[str], str]:
     """Options of the mount and the name of its source, as /proc/self/mountinfo shows them."""
-    for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
-        fields = line.split()
-        if fields[4] == str(mount.path):
-            after = fields[fields.index("-", 6) + 1 :]
-            return {*fields[5].split(","), *after[2].split(",")}, after[1]
-    raise AssertionError(f"{mount.path} is not mounted")
+    found = mount_on(mount.path)
+    return {*found.options, *found.super_options}, found.source
 
 
 # -- ro ---------------------------------------------------------------------------------------

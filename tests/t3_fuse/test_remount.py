@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.leaks import read_mountinfo
+from tests.helpers.leaks import mount_on, read_mountinfo
 from tests.helpers.mount import Mount, UnionFactory, mounted
 from tests.t3_fuse.live import errno_of, modes, opened
 
@@ -25,11 +25,8 @@ def remount(mount: Mount, options: str) -> dict[str, Any]:
 
 def flags(mount: Mount) -> set[str]:
     """Those of the mount and of the superblock."""
-    (line,) = (
-        line for line in Path("/proc/self/mountinfo").read_text().splitlines() if line.split()[4] == str(mount.path)
-    )
-    fields, _, rest = line.partition(" - ")
-    return {*fields.split()[5].split(","), *(f"sb:{word}" for word in rest.split()[2].split(","))}
+    found = mount_on(mount.path)
+    return {*found.options, *(f"sb:{word}" for word in found.super_options)}
 
 
 def is_writable(mount: Mount, on: bool) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.leaks import mount_on
 from tests.helpers.mount import DEADLINE, Mount, UnionFactory
 from tests.t3_fuse.live import errno_of, file_system
 
@@ -29,10 +30,8 @@ def stick(tmp_path: Path) -> Iterator[Path]:
         yield place
 
 
-def flags(mount: Mount) -> set[str]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    (line,) = (line for line in lines if line.split(" ")[4] == str(mount.path))
-    return set(line.split(" ")[5].split(",")) & ALL
+def flags(mount: Mount) -> frozenset[str]:
+    return mount_on(mount.path).options & ALL
 
 
 def allowed(mount: Mount) -> set[str]:

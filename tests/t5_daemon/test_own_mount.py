@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.leaks import mount_on
 from tests.helpers.mount import DEADLINE, Mount, UnionFactory
 from tests.t5_daemon.daemon import Daemon, until
 from udbad.kernel import mounts
@@ -30,11 +31,9 @@ def mounted_over(path: Path) -> Iterator[None]:
         subprocess.run(["umount", "-i", "-c", "-l", path], check=True, timeout=DEADLINE)
 
 
-def options_of(mount: Mount) -> set[str]:
-    """Flags of the mount in mountinfo, proc_pid_mountinfo(5)."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    (line,) = (line for line in lines if line.split(" ")[4] == str(mount.path))
-    return set(line.split(" ")[5].split(","))
+def options_of(mount: Mount) -> frozenset[str]:
+    """Flags of the mount in mountinfo."""
+    return mount_on(mount.path).options
 
 
 def ended_in_order(mount: Mount) -> None:

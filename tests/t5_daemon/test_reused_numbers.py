@@ -85,7 +85,7 @@ def test_sweep_leaves_whoever_is_just_being_started(tmp_path: Path) -> None:
 def test_a_union_of_other_namespaces_that_shares_the_run_directory(tmp_path: Path) -> None:
     """There, our mount is in no mountinfo, and the number of its process is that of nobody."""
     mine, gone = living(tmp_path, "/mnt", 7), entry(tmp_path, "/gone", 8)
-    code = f"from udbad.daemon import registry; registry.sweep({str(tmp_path)!r}, set())"
+    code = f"from udbad.control import registry; registry.sweep({str(tmp_path)!r}, set())"
     namespaces = ["unshare", "-m", "-p", "-f", "--mount-proc", "--propagation", "private"]
     subprocess.run([*namespaces, sys.executable, "-c", code], check=True, timeout=DEADLINE, cwd=REPOSITORY)
     assert mine.path.exists()

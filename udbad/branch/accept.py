@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat as st_mod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
-from udbad.branch import syscalls
+from udbad.branch import mountinfo, syscalls
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
+from udbad.branch.mountinfo import FS_TYPE, Mount
 from udbad.branch.spec import shown
 from udbad.errors import ExitCode, UserError
 from udbad.types import Perm
@@ -33,9 +33,6 @@ BASE_NAME: Final = b".wh..wh.aufs"
 PLINK_DIR: Final = b".wh..wh.plnk"
 ORPHAN_DIR: Final = b".wh..wh.orph"
 
-FS_TYPE: Final = "fuse.udba"
-"""The type a mount of ours has in mountinfo."""
-
 _FILE: Final = (st_mod.S_IFREG, "regular file")
 _DIRECTORY: Final = (st_mod.S_IFDIR, "directory")
 _MIN_NAME_MAX: Final = 255
@@ -46,27 +43,17 @@ _MEDIUM_NEVER_CHANGES: Final = frozenset({"squashfs", "iso9660", "cramfs", "romf
 
 _UNSUPPORTED: Final = frozenset(
     {
-        "proc", "sysfs", "configfs", "debugfs", "securityfs", "tracefs", "xenfs", "ecryptfs", "aufs", FS_TYPE,
+        "proc", "sysfs", "configfs", "debugfs", "securityfs", "tracefs", "xenfs", "ecryptfs", "aufs",
         "cgroup", "cgroup2", "cpuset", "bpf", "pstore", "efivarfs", "devpts", "mqueue", "hugetlbfs", "binfmt_misc",
         "fusectl", "autofs", "selinuxfs", "smackfs", "rpc_pipefs", "nfsd", "resctrl", "functionfs",
     }
 )  # fmt: skip
-"""au_br_test: windows into the kernel, not places for files; and unions, ours included."""
+"""au_br_test: windows into the kernel, not places for files; and unions. Ours are told by a message of their own."""
 
 _RESTRICTIONS: Final = {"nosuid": os.ST_NOSUID, "nodev": os.ST_NODEV, "noexec": os.ST_NOEXEC}
 """Flags of a mount that keep what lies on it from being executed or used as a device: names in mount(8), statvfs(3)."""
 
 _OPEN_DIR: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-
-
-@dataclass(frozen=True, slots=True)
-class _Mount:
-    """A line of mountinfo, proc_pid_mountinfo(5): device is major:minor of the superblock."""
-
-    device: bytes
-    root: bytes
-    point: bytes
-    fs_type: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +65,7 @@ class _Place:
 
     path: bytes
     mount_id: int
-    device: bytes
+    device: tuple[int, int]
     inner: bytes
     fs_type: str
 
@@ -196,12 +183,12 @@ def _open_anchor(spec: BranchSpec, opened: ExitStack) -> int:
 
 
 def _examine(
-    spec: BranchSpec, anchor_fd: int, mounts: dict[int, _Mount], default: Perm, opened: ExitStack
+    spec: BranchSpec, anchor_fd: int, mounts: dict[int, Mount], default: Perm, opened: ExitStack
 ) -> _Candidate:
     """The tests that need no other branch."""
     name = shown(spec.path)
     place = _locate(anchor_fd, mounts)
-    if place.fs_type == FS_TYPE:
+    if place.fs_type == os.fsdecode(FS_TYPE):
         raise _refused(f"branch {name} is in a udbad mount itself")
     if place.fs_type in _UNSUPPORTED:
         raise _refused(f"branch {name}: file system type {place.fs_type} cannot be a branch")
@@ -245,45 +232,23 @@ def _clone(anchor_fd: int) -> tuple[int, bool]:
 # -- places ---------------------------------------------------------------------------------------
 
 
-_OCTAL: Final = re.compile(rb"\\([0-7]{3})")
-_UNLISTED: Final = _Mount(b"", b"/", b"/", "unknown")
+_UNLISTED: Final = Mount(-1, -1, (-1, -1), b"/", b"/", b"", b"unknown", b"", b"")
 """Stands for a mount that mountinfo does not show: the one below a chroot(2) that is no mount point."""
 
 
-def _read_mounts() -> dict[int, _Mount]:
+def _read_mounts() -> dict[int, Mount]:
     """All mounts of this name space by mount id."""
-    mounts = {}
-    with open("/proc/self/mountinfo", "rb") as file:
-        for line in file:
-            fields = line.split()
-            fs_type = fields[fields.index(b"-", 6) + 1]
-            mounts[int(fields[0])] = _Mount(
-                fields[2], _unmangle(fields[3]), _unmangle(fields[4]), os.fsdecode(_unmangle(fs_type))
-            )
-    return mounts
+    return {mount.id: mount for mount in mountinfo.read()}
 
 
-def _unmangle(field: bytes) -> bytes:
-    r"""Undo mangle_path(): white space and backslash are written as \ooo."""
-    return _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), field)
-
-
-def _mount_id(fd: int) -> int:
-    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-        for line in file:
-            if line.startswith(b"mnt_id:"):
-                return int(line[7:])
-    raise _refused("/proc/self/fdinfo shows no mnt_id: Linux 3.15 or newer is needed")
-
-
-def _locate(fd: int, mounts: dict[int, _Mount]) -> _Place:
+def _locate(fd: int, mounts: dict[int, Mount]) -> _Place:
     """Asks only the kernel's own tables, never the file system behind `fd`."""
     path = os.readlink(syscalls.proc_path(fd))
-    mount_id = _mount_id(fd)
+    mount_id = mountinfo.mount_id(fd)
     mount = mounts.get(mount_id, _UNLISTED)
     inside = path if mount.point == b"/" else path[len(mount.point) :]
     inner = (mount.root.rstrip(b"/") + inside).rstrip(b"/") or b"/"
-    return _Place(path, mount_id, mount.device, inner, mount.fs_type)
+    return _Place(path, mount_id, mount.device, inner, os.fsdecode(mount.fs_type))
 
 
 def _ancestors(path: bytes) -> Iterator[bytes]:
@@ -332,7 +297,7 @@ def _parents(one: _Candidate) -> Iterator[tuple[int, int]]:
     identity = (one.dev, one.ino)
     fd = os.open(b"..", _OPEN_DIR, dir_fd=one.anchor_fd)
     try:
-        while _mount_id(fd) == one.place.mount_id:
+        while mountinfo.mount_id(fd) == one.place.mount_id:
             st = os.fstat(fd)
             if (st.st_dev, st.st_ino) == identity:  # the root is its own parent
                 return
@@ -354,7 +319,7 @@ def _reaches(outer: _Candidate, place: _Place, identity: tuple[int, int]) -> boo
     return (st.st_dev, st.st_ino) == identity
 
 
-def _refuse_mount_point(found: Sequence[_Candidate], mount_point: bytes, mounts: dict[int, _Mount]) -> None:
+def _refuse_mount_point(found: Sequence[_Candidate], mount_point: bytes, mounts: dict[int, Mount]) -> None:
     """Nothing of a branch may be found through the mount, nor the mount through a branch: a request of the
     daemon to itself would wait for ever.
     """

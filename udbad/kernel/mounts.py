@@ -9,9 +9,10 @@ import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final
 
+from udbad.branch import mountinfo
+from udbad.branch.mountinfo import FS_TYPE, Mount, mount_id
 from udbad.errors import ExitCode, UserError
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -20,7 +21,6 @@ _MS_REMOUNT: Final = 32
 _MS_BIND: Final = 4096
 _SUPERBLOCK_FLAGS: Final = {"ro": 1, "sync": 16, "lazytime": 1 << 25}
 """Those of the superblock that a remount can change (MS_RMT_MASK); `ro` is one of the mount, too."""
-FS_TYPE: Final = b"fuse.udba"
 
 MOUNT_FLAGS: Final = {
     "ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 1024, "nodiratime": 2048, "relatime": 1 << 21,
@@ -29,47 +29,22 @@ MOUNT_FLAGS: Final = {
 """Flags of a mount, by their names in mount(8): MS_* of mount(2)."""
 
 
-@dataclass(frozen=True, slots=True)
-class MountEntry:
-    """One mounted union: where, its number under /sys/fs/fuse/connections, and its ids as in mountinfo."""
-
-    path: bytes
-    connection: int
-    id: int
-    parent: int
-    source: bytes
-
-
-def _entries() -> list[tuple[MountEntry, bytes]]:
-    """Every mount of this mount namespace, oldest first, with its file system type; proc_pid_mountinfo(5)."""
-    found = []
-    with open("/proc/self/mountinfo", "rb") as lines:
-        for line in lines:
-            fields, _, rest = line.partition(b" - ")
-            parts = fields.split(b" ")
-            fs_type, source = rest.split(b" ")[:2]
-            path, source = (text.decode("unicode_escape").encode("latin-1") for text in (parts[4], source))
-            entry = MountEntry(path, int(parts[2].split(b":")[1]), int(parts[0]), int(parts[1]), source)
-            found.append((entry, fs_type))
-    return found
-
-
-def unions() -> list[MountEntry]:
+def unions() -> list[Mount]:
     """Every udbad mount of this mount namespace, oldest first."""
-    return [entry for entry, fs_type in _entries() if fs_type == FS_TYPE]
+    return [mount for mount in mountinfo.read() if mount.fs_type == FS_TYPE]
 
 
-def lying(path: bytes) -> list[MountEntry]:
+def lying(path: bytes) -> list[Mount]:
     """The unions that whoever follows `path` meets, topmost first; none where they are out of reach, below a mount
     on a directory above. Raises OSError (EBUSY) when something else lies over them."""
-    there = {entry.id: (entry, fs_type) for entry, fs_type in _entries() if entry.path == path}
-    if not any(fs_type == FS_TYPE for _, fs_type in there.values()):
+    there = {mount.id: mount for mount in mountinfo.read() if mount.point == path}
+    if not any(mount.fs_type == FS_TYPE for mount in there.values()):
         return []
     with _top(path) as fd:
         top = mount_id(fd)
     found = []
-    while top in there and there[top][1] == FS_TYPE:
-        found.append(there[top][0])
+    while top in there and there[top].fs_type == FS_TYPE:
+        found.append(there[top])
         top = found[-1].parent
     if not found and top in there:
         raise _covered(path)
@@ -81,7 +56,6 @@ def mounts_inside(connection: int) -> bool:
 
     Looks into the mount namespace of every process (containers have their own), and never at a mount itself.
     """
-    device = f"0:{connection}".encode()
     seen = set()
     for pid in os.listdir("/proc"):
         if not pid.isdigit():
@@ -90,13 +64,12 @@ def mounts_inside(connection: int) -> bool:
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
             if namespace in seen:
                 continue
-            with open(f"/proc/{pid}/mountinfo", "rb") as lines:
-                mounts = [line.split(b" ", 3)[:3] for line in lines]
+            mounts = mountinfo.read(f"/proc/{pid}/mountinfo")
         except OSError:
             continue  # ended meanwhile, or a thread of the kernel
         seen.add(namespace)
-        ours = {mount for mount, _, dev in mounts if dev == device}
-        if any(parent in ours for _, parent, _ in mounts):
+        ours = {mount.id for mount in mounts if mount.device == (0, connection)}
+        if any(mount.parent in ours for mount in mounts):
             return True
     return False
 
@@ -109,10 +82,10 @@ def find_mount(path: bytes, name: bytes = b"none") -> bytes:
     wanted = {path, os.path.normpath(path)}
     parent = os.path.realpath(os.path.dirname(path))
     wanted.add(os.path.join(parent, os.path.basename(path)))
-    for entry in unions():
-        if entry.path in wanted:
-            return entry.path
-    places = {entry.path for entry in unions() if entry.source == name != b"none"}
+    for mount in unions():
+        if mount.point in wanted:
+            return mount.point
+    places = {mount.point for mount in unions() if mount.source == name != b"none"}
     if len(places) > 1:
         known = ", ".join(sorted(map(os.fsdecode, places)))
         raise UserError(f"several unions have the name {os.fsdecode(name)}: {known}", ExitCode.NOT_MOUNTED)
@@ -124,15 +97,6 @@ def find_mount(path: bytes, name: bytes = b"none") -> bytes:
 # -- one mount, by its id --------------------------------------------------------------------------
 
 
-def mount_id(fd: int) -> int:
-    """The id in mountinfo of the mount that a descriptor leads to (proc_pid_fdinfo(5)); asks the mount nothing."""
-    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-        for line in file:
-            if line.startswith(b"mnt_id:"):
-                return int(line[7:])
-    raise OSError(errno.ENOSYS, "no mnt_id in /proc/self/fdinfo")
-
-
 @contextmanager
 def opened(path: bytes, wanted: int) -> Iterator[int]:
     """The root of the mount with the id `wanted` on `path`, as an O_PATH descriptor: for as short as can be,
@@ -140,7 +104,7 @@ def opened(path: bytes, wanted: int) -> Iterator[int]:
 
     Raises OSError: EINVAL when it is not mounted any more, EBUSY when something else is mounted over it.
     """
-    if not any(entry.id == wanted for entry in unions()):
+    if not any(mount.id == wanted for mount in unions()):
         raise _gone(path)
     with _top(path) as fd:
         if mount_id(fd) != wanted:

@@ -16,7 +16,8 @@ import errno
 import os
 from typing import Final
 
-from udbad.kernel.mounts import FS_TYPE, unmount_top
+from udbad.branch.mountinfo import FS_TYPE
+from udbad.kernel.mounts import unmount_top
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 

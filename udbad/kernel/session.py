@@ -21,6 +21,7 @@ from contextlib import ExitStack
 
 import pyfuse3
 
+from udbad.branch.mountinfo import mount_id
 from udbad.errors import ExitCode, UserError
 from udbad.kernel import mounts, newmount, reader
 from udbad.kernel.fast import FastPath
@@ -87,14 +88,14 @@ class Session:
 
         Raises UserError.
         """
-        self._id = mounts.mount_id(self._mount_fd)
+        self._id = mount_id(self._mount_fd)
         try:
             newmount.attach(self._mount_fd, self.mount_point, dead)
         except OSError as error:
             raise self._refused(error) from error
         self.mounted = True
         self._close_mount_fd()  # it would keep the mount busy
-        self.connection = next((entry.connection for entry in mounts.unions() if entry.id == self._id), 0)
+        self.connection = next((mount.connection for mount in mounts.unions() if mount.id == self._id), 0)
 
     def _refused(self, error: OSError) -> UserError:
         code = ExitCode.NOT_ROOT if error.errno == errno.EPERM else ExitCode.MOUNT_POINT

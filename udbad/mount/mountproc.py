@@ -190,7 +190,7 @@ class MountProcess:
         if self.identity.run_dir is None:
             return self.options.control
         try:
-            mounted = {(os.fsdecode(mount.path), mount.connection) for mount in unions()}
+            mounted = {(os.fsdecode(mount.point), mount.connection) for mount in unions()}
             registry.sweep(self.identity.run_dir, mounted)
             self._registration = registry.Registration(self.identity.run_dir, self.mount_point)
         except OSError as error:

@@ -5,25 +5,23 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from udbad.branch import mountinfo
+from udbad.branch.mountinfo import FS_TYPE
+
 FUSECTL = Path("/sys/fs/fuse/connections")
 MOUNTINFO = Path("/proc/self/mountinfo")
-_FS_TYPE = b"fuse.udba"
 
 
 def is_mounted(place: str, connection: int) -> bool:
     """Whether a union is on the mount point `place`, as the kernel has it, with this FUSE connection.
 
-    proc_pid_mountinfo(5). Both count: a number is given to the next mount as soon as it is free, of whatever
+    Both count: a number is given to the next mount as soon as it is free, of whatever
     FUSE file system that is.
     """
-    for line in MOUNTINFO.read_bytes().splitlines():
-        fields, _, rest = line.partition(b" - ")
-        parts = fields.split(b" ")
-        if rest.split(b" ")[0] == _FS_TYPE and int(parts[2].split(b":")[1]) == connection:
-            path = parts[4].decode("unicode_escape").encode("latin-1")
-            if os.fsdecode(path) == place:
-                return True
-    return False
+    return any(
+        mount.fs_type == FS_TYPE and mount.connection == connection and os.fsdecode(mount.point) == place
+        for mount in mountinfo.read(MOUNTINFO)
+    )
 
 
 def abort(place: str, connection: int) -> str | None:
