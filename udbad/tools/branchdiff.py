@@ -20,6 +20,7 @@ from enum import Enum
 
 from udbad.branch import compare, syscalls, whiteout
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
+from udbad.branch.layers import look
 from udbad.branch.policy import parse_copyup, parse_create
 from udbad.inodes.table import Dir, Layer
 from udbad.tools import fsck
@@ -127,18 +128,16 @@ def _close(sb: Superblock, level: _Level) -> None:
 
 
 def _enter(sb: Superblock, level: _Level, name: bytes) -> _Level | None:
-    try:
-        fd = syscalls.open_dir_at(level.fd, name)
-    except (FileNotFoundError, NotADirectoryError):
+    held = look(level.fd, name)
+    if held.fd < 0:
         return None  # changed while we were looking
     try:
-        hides = level.hides or whiteout.opaque(fd) or whiteout.present(level.fd, name)
         layers = None if level.lower is None else _below(sb, level.lower, name)
     except BaseException:
-        os.close(fd)
+        os.close(held.fd)
         raise
     path = level.path + b"/" + name if level.path else name
-    return _Level(path, fd, None if layers is None else Dir(_NO_NODE, layers), hides)
+    return _Level(path, held.fd, None if layers is None else Dir(_NO_NODE, layers), level.hides or held.end is not None)
 
 
 def _below(sb: Superblock, lower: Dir, name: bytes) -> list[Layer] | None:
@@ -219,10 +218,7 @@ def _compare(sb: Superblock, level: _Level, name: bytes, path: bytes) -> Change 
 
 def _hides(dirfd: int, name: bytes) -> bool:
     """Whether nothing of the same directory on lower branches shows."""
-    if whiteout.present(dirfd, name):
-        return True
-    fd = syscalls.open_dir_at(dirfd, name)
-    try:
-        return whiteout.opaque(fd)
-    finally:
-        os.close(fd)
+    held = look(dirfd, name)
+    if held.fd >= 0:
+        os.close(held.fd)
+    return held.end is not None

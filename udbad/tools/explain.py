@@ -1,7 +1,7 @@
 """Answers to "which branch serves this path" and "why": for people, read from the branches as they are now.
 
-Read-only, and independent of what the daemon has cached: it walks down from the branch roots and applies
-the rules of lookup.py (semantics 4) with a word of explanation at each step. Also looks at what no
+Read-only, and independent of what the daemon has cached: it walks down from the branch roots and puts what
+layers.py says (semantics 4) into words at each step. Also looks at what no
 lookup would: copies that are hidden. Results are plain dictionaries, ready for JSON.
 """
 
@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from udbad.branch import syscalls, whiteout
+from udbad.branch import whiteout
 from udbad.branch.branches import Branch
+from udbad.branch.layers import End, Held, Part, look, merge
 from udbad.inodes.table import Dir, Node
 from udbad.union.superblock import Superblock
 
@@ -22,6 +23,16 @@ _KINDS = {
     st_mod.S_IFREG: "file", st_mod.S_IFDIR: "directory", st_mod.S_IFLNK: "symlink", st_mod.S_IFIFO: "fifo",
     st_mod.S_IFSOCK: "socket", st_mod.S_IFCHR: "character device", st_mod.S_IFBLK: "block device",
 }  # fmt: skip
+
+
+_ROLES = {
+    Part.TOP: "serves", Part.MERGED: "merged", Part.SKIPPED: "hidden", Part.COVERED: "hidden", Part.NOTHING: "absent",
+}  # fmt: skip
+_WORDS = {
+    Part.TOP: "the first branch that has it",
+    Part.MERGED: "a directory below the same directory",
+    Part.SKIPPED: "the directory above it has the name",
+}
 
 
 @dataclass(slots=True)
@@ -38,12 +49,13 @@ class _Seen:
     """What a branch has under one name. role: serves, merged, hidden or absent; why in words."""
 
     branch: Branch
-    st: os.stat_result | None
-    whiteout: bool
-    opaque: bool
+    held: Held
     role: str
     why: str
-    fd: int = -1
+
+    @property
+    def st(self) -> os.stat_result | None:
+        return self.held.st
 
 
 def where(sb: Superblock, parts: Sequence[bytes]) -> dict[str, Any]:
@@ -96,8 +108,8 @@ def why(sb: Superblock, parts: Sequence[bytes]) -> dict[str, Any]:
                     {
                         "branch": seen.branch.describe(),
                         "kind": _kind(seen.st),
-                        "whiteout": seen.whiteout,
-                        "opaque": seen.opaque,
+                        "whiteout": seen.held.whiteout,
+                        "opaque": seen.held.opaque,
                         "role": seen.role,
                         "why": seen.why,
                     }
@@ -133,8 +145,8 @@ def _walk(sb: Superblock, parts: Sequence[bytes]) -> list[list[_Seen]]:
             steps.append(step)
             for place in places:
                 os.close(place.fd)
-            places = [_Place(seen.branch, seen.fd, seen.why if seen.role == "hidden" else "")
-                      for seen in step if seen.fd >= 0]  # fmt: skip
+            places = [_Place(seen.branch, seen.held.fd, seen.why if seen.role == "hidden" else "")
+                      for seen in step if seen.held.fd >= 0]  # fmt: skip
     finally:
         for place in places:
             os.close(place.fd)
@@ -143,71 +155,42 @@ def _walk(sb: Superblock, parts: Sequence[bytes]) -> list[list[_Seen]]:
 
 def _root(places: Sequence[_Place]) -> list[_Seen]:
     return [
-        _Seen(place.branch, os.fstat(place.fd), False, False, "merged" if index else "serves",
+        _Seen(place.branch, Held(os.fstat(place.fd)), "merged" if index else "serves",
               "the root of every branch is merged")
         for index, place in enumerate(places)
     ]  # fmt: skip
 
 
 def _examine(places: Sequence[_Place], name: bytes) -> list[_Seen]:
-    """Look up one name on every branch, top first; semantics 4.2 decides the roles."""
+    """Look up one name on every branch, top first; layers.py decides the roles."""
     step: list[_Seen] = []
-    top: _Seen | None = None
-    ended = ""  # why nothing below is visible any more
-    lowest = max((index for index, place in enumerate(places) if not place.hidden), default=-1)
     try:
-        for index, place in enumerate(places):
-            seen = _look(place, name)
-            step.append(seen)
-            if place.hidden:
-                seen.role, seen.why = ("absent" if seen.st is None else "hidden"), place.hidden
-                continue
-            if ended:
-                seen.role, seen.why = ("absent" if seen.st is None else "hidden"), ended
-                continue
-            # A whiteout on the lowest branch has nothing to hide, so nobody looks for it.
-            marks = seen.whiteout and index < lowest
-            label = os.fsdecode(place.branch.path)
-            if seen.st is None:
-                seen.role = "absent"
-                seen.why = "a whiteout is here" if marks else "nothing is here"
-                if marks:
-                    ended = f"the whiteout on {label} hides it"
-            elif top is None:
-                top = seen
-                seen.role, seen.why = "serves", "the first branch that has it"
-                if _kind(seen.st) != "directory":
-                    ended = f"the {_kind(seen.st)} on {label} is above it"
-            elif _kind(seen.st) == "directory":
-                seen.role, seen.why = "merged", "a directory below the same directory"
-            else:
-                seen.role, seen.why = "hidden", "the directory above it has the name"
-            if not ended and seen.st is not None:
-                if seen.role != "hidden" and seen.opaque:
-                    ended = f"the directory on {label} is opaque"
-                elif marks:
-                    ended = f"the whiteout on {label} hides it"
+        for place in places:
+            step.append(_Seen(place.branch, look(place.fd, name, place.branch.whable), "", place.hidden))
     except BaseException:
         for seen in step:
-            if seen.fd >= 0:
-                os.close(seen.fd)
+            if seen.held.fd >= 0:
+                os.close(seen.held.fd)
         raise
+    in_range = [seen for seen, place in zip(step, places, strict=True) if not place.hidden]
+    ended = ""  # why nothing below is visible any more
+    for seen, (part, end) in zip(in_range, merge(seen.held for seen in in_range), strict=True):
+        # A whiteout on the lowest branch has nothing to hide, so nobody looks for it.
+        marked = end is End.WHITEOUT and seen is not in_range[-1]
+        if ended:
+            seen.why = ended
+        elif part is Part.NOTHING:
+            seen.why = "a whiteout is here" if marked else "nothing is here"
+        else:
+            seen.why = _WORDS[part]
+        label = os.fsdecode(seen.branch.path)
+        if end is End.OBJECT:
+            ended = f"the {_kind(seen.st)} on {label} is above it"
+        elif end is End.OPAQUE:
+            ended = f"the directory on {label} is opaque"
+        elif marked:
+            ended = f"the whiteout on {label} hides it"
+        seen.role = _ROLES[part]
+    for seen in step:
+        seen.role = seen.role or ("absent" if seen.st is None else "hidden")
     return step
-
-
-def _look(place: _Place, name: bytes) -> _Seen:
-    """What is on one branch under this name."""
-    st: os.stat_result | None = None
-    fd = -1
-    opaque = False
-    try:
-        st = syscalls.stat_at(place.fd, name)
-        if st_mod.S_ISDIR(st.st_mode):
-            fd = syscalls.open_dir_at(place.fd, name)
-            opaque = place.branch.whable and whiteout.opaque(fd)
-    except (FileNotFoundError, NotADirectoryError):
-        # Also when it was replaced between the two calls: then what is gone is not there.
-        if fd < 0 and st is not None and st_mod.S_ISDIR(st.st_mode):
-            st = None
-    marked = place.branch.whable and whiteout.present(place.fd, name)
-    return _Seen(place.branch, st, marked, opaque, "", "", fd)

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 
-from udbad.branch import origin, syscalls, whiteout
+from udbad.branch import origin, whiteout
+from udbad.branch.layers import look
 from udbad.branch.origin import Origin, Place
 from udbad.branch.walk import descend, join, objects_in, printable, stat_or_none, walk
 
@@ -56,20 +57,16 @@ def shown_by(
 
 def _covered(root_fd: int, path: bytes) -> bool:
     """Whether the branch itself has something at this path of a lower branch, or hides what is there."""
-    *directories, last = path.split(b"/")
+    names = path.split(b"/")
     fd = os.dup(root_fd)
     try:
-        for name in directories:
-            try:
-                child = syscalls.open_dir_at(fd, name)
-            except FileNotFoundError:
-                return syscalls.exists_at(fd, whiteout.PREFIX + name)
-            except NotADirectoryError:
-                return True
-            os.close(fd)
-            fd = child
-            if syscalls.exists_at(fd, whiteout.OPAQUE):
-                return True
-        return syscalls.exists_at(fd, last) or syscalls.exists_at(fd, whiteout.PREFIX + last)
+        for name in names:
+            held = look(fd, name)
+            if held.fd >= 0:
+                os.close(fd)
+                fd = held.fd
+            if held.st is None or held.end is not None or held.fd < 0:
+                return held.st is not None or held.whiteout
     finally:
         os.close(fd)
+    return True
