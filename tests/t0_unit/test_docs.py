@@ -10,17 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from tests.helpers.mount import REPOSITORY
 from tests.t3_fuse.test_lookup_table import TABLE
+from udbad import cli
+from udbad.branch.spec import ATTRIBUTES
 from udbad.control.protocol import NOT_ANSWERING
+from udbad.errors import UserError
 from udbad.metrics import COHERENCE_STATES
 from udbad.mount.commands import LIVE
 from udbad.settings import reference
 from udbad.settings.file import INTERNAL
-from udbad.settings.options import IGNORED, KNOWN, LIST_OPTIONS, MountOptions
+from udbad.settings.options import IGNORED, KNOWN, LIST_OPTIONS, MountOptions, parse_mount_options
 from udbad.supervisor.runner import State
+from udbad.types import Perm
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -177,3 +182,50 @@ def test_runbook_knows_every_state() -> None:
     runbook = (DOCS / "runbook.md").read_text()
     for state in [*(one.value for one in State), NOT_ANSWERING, *COHERENCE_STATES[1:]]:
         assert f"| `{state}` " in runbook
+
+
+OTHERS = (DOCS / "coming-from.md").read_text()
+
+
+def words_of_ours() -> list[str]:
+    """What is in code marks in the second column of the tables for people who come from elsewhere."""
+    rows = [line.split("|") for line in OTHERS.splitlines() if line.startswith("| ")]
+    return [word for row in rows for word in re.findall(r"`([^`]+)`", row[2])]
+
+
+def is_ours(word: str) -> bool:
+    """Whether it is a command, a permission, an attribute, or an option with a value that it may have."""
+    if word.startswith("udbad "):
+        command: click.Command | None = cli.main
+        for name in word.split()[1:]:
+            command = command.commands.get(name) if isinstance(command, click.Group) else None
+        return command is not None
+    if word in {perm.value for perm in Perm}:
+        return True
+    if word.startswith("+"):
+        return word[1:] in ATTRIBUTES
+    branches = "" if word.startswith(("br=", "dirs=")) else "br=/a=rw:/b=ro"
+    if word.startswith(("del=", "mod=")):
+        branches += ":/c"
+    try:
+        parse_mount_options([part for part in (branches, word) if part])
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("word", sorted(set(words_of_ours())))
+def test_what_others_are_told_exists(word: str) -> None:
+    assert is_ours(word)
+
+
+def test_words_of_others_are_found() -> None:
+    for word in ("minfreespace=4G", "upperdir=/a", "create=epmfs", "udba=often", "+nc", "udbad branch swap", "nc"):
+        assert not is_ours(word), word
+    assert len(set(words_of_ours())) > 50
+
+
+def test_tables_for_others_say_something_in_each_row() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in OTHERS.splitlines() if line.startswith("| ")]
+    assert [row for row in rows if len(row) != 3 or not row[0] or not row[1]] == []
+    assert [row for row in rows if row[1] == "-" and not row[2].startswith(("not needed", "not available"))] == []

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from udbad.settings.file import ConfigError, load
+from udbad.settings.options import parse_mount_options
 from udbad.supervisor import check
 from udbad.types import Perm
 
@@ -200,7 +201,18 @@ def test_examples_are_good(example: Path) -> None:
 
 def test_examples_are_there_for_each_use() -> None:
     names = {path.stem for path in (REPOSITORY / "config").glob("*.toml")}
-    assert names == {"udbad", "pool", "live", "developer", "homes"}
+    assert names == {"udbad", "pool", "live", "developer", "homes", "mergerfs"}
+
+
+def test_the_line_of_fstab_for_who_comes_from_mergerfs_says_the_same() -> None:
+    text = (REPOSITORY / "config/mergerfs.toml").read_text()
+    (line,) = (line for line in text.splitlines() if "  udba  " in line)
+    source, mount_point, fs_type, options, *_ = line.removeprefix("#").split()
+    (mount,) = load(REPOSITORY / "config/mergerfs.toml").mounts.values()
+    parsed = parse_mount_options(options)
+    assert (source, mount_point, fs_type) == (mount.name, mount.mount_point, "udba")
+    for key in ("branches", "create", "sum", "udba"):
+        assert getattr(parsed, key) == getattr(mount.options, key), key
 
 
 def test_check_config(tmp_path: Path) -> None:
