@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from udbad.branch import syscalls, walk
+from udbad.branch import dirtymark, sweep, syscalls, walk
 from udbad.branch.accept import open_branches
 from udbad.branch.branches import BranchSpec
 from udbad.errors import ExitCode, UserError
@@ -446,7 +446,7 @@ def test_repair_follows_no_symlink(branch: Path, root_fd: int, tmp_path: Path) -
     (branch / "dir" / "sub").symlink_to(outside)
     fsck.repair(root_fd, defect)
     assert list(fsck.find_defects(root_fd)) == []
-    assert fsck.sweep_temporaries(root_fd) == 0
+    assert sweep.sweep_temporaries(root_fd) == 0
     assert (outside / ".wh..wh.t.1234").read_text() == "not ours"
 
 
@@ -467,7 +467,7 @@ def test_a_directory_that_cannot_be_read_is_reported(
         patch.setattr(os, "open", failing)
         (defect,) = fsck.find_defects(root_fd)
         expect_log(f"sweep: dir/sub: {os.strerror(errno.EIO)}")
-        assert fsck.sweep_temporaries(root_fd) == 0
+        assert sweep.sweep_temporaries(root_fd) == 0
         assert fsck.run_fsck(os.fsencode(branch), never, ignore) is ExitCode.FSCK_DEFECTS
     assert (defect.kind, defect.path) == (DefectKind.UNREADABLE, b"dir/sub")
     with pytest.raises(ValueError, match="no remedy"):
@@ -596,7 +596,7 @@ def test_a_deep_temporary_tree_is_removed(deep_root: Path) -> None:
     _make_deep(temporary, b"ten-bytes-")
     fd = os.open(deep_root, os.O_PATH)
     try:
-        assert fsck.sweep_temporaries(fd) == 1
+        assert sweep.sweep_temporaries(fd) == 1
     finally:
         os.close(fd)
     assert list(deep_root.iterdir()) == []
@@ -627,9 +627,9 @@ def test_sweep_removes_temporaries_and_orphans_only(branch: Path, root_fd: int) 
     (branch / ".wh..wh.plnk" / ".wh..wh.plink.0123456789ab").touch()
     _tree(branch / ".wh..wh.orph" / "6")
     age(branch)
-    assert fsck.sweep_temporaries(root_fd) == 6
+    assert sweep.sweep_temporaries(root_fd) == 6
     assert snapshot(branch) == before
-    assert fsck.sweep_temporaries(root_fd) == 0
+    assert sweep.sweep_temporaries(root_fd) == 0
 
 
 def test_sweep_goes_on_after_an_error(
@@ -649,31 +649,31 @@ def test_sweep_goes_on_after_an_error(
 
     monkeypatch.setattr(syscalls, "unlink_at", stubborn)
     expect_log(f"sweep: .wh..wh.stuck.1234: {os.strerror(errno.EPERM)}")
-    assert fsck.sweep_temporaries(root_fd) == 1
+    assert sweep.sweep_temporaries(root_fd) == 1
     assert find(branch) == [(DefectKind.TEMPORARY, b".wh..wh.stuck.1234")]
 
 
 def test_sweep_of_a_branch_without_an_orphan_directory(tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_PATH)
     try:
-        assert fsck.sweep_temporaries(fd) == 0
+        assert sweep.sweep_temporaries(fd) == 0
     finally:
         os.close(fd)
 
 
 def test_dirty_mark(branch: Path, root_fd: int) -> None:
-    assert not fsck.was_dirty(root_fd)
-    fsck.mark_dirty(root_fd)
-    fsck.mark_dirty(root_fd)
-    assert fsck.was_dirty(root_fd)
+    assert not dirtymark.was_dirty(root_fd)
+    dirtymark.mark_dirty(root_fd)
+    dirtymark.mark_dirty(root_fd)
+    assert dirtymark.was_dirty(root_fd)
     assert stat.S_IMODE((branch / ".wh..wh.udbad").stat().st_mode) & 0o222 == 0
     lines: list[str] = []
     assert fsck.run_fsck(os.fsencode(branch), never, lines.append) is ExitCode.OK
     assert "not unmounted cleanly" in lines[0]
-    assert fsck.was_dirty(root_fd)
-    fsck.mark_clean(root_fd)
-    fsck.mark_clean(root_fd)
-    assert not fsck.was_dirty(root_fd)
+    assert dirtymark.was_dirty(root_fd)
+    dirtymark.mark_clean(root_fd)
+    dirtymark.mark_clean(root_fd)
+    assert not dirtymark.was_dirty(root_fd)
 
 
 KINDS: dict[str, Callable[[Path], object]] = {
@@ -694,25 +694,25 @@ def test_something_else_has_the_name_of_the_dirty_mark(
     mark = branch / ".wh..wh.udbad"
     (opened,) = open_branches([BranchSpec(os.fsencode(branch), Perm.RW)], False, b"/proc").branches
     try:
-        assert not fsck.begin_writing(opened)
+        assert not dirtymark.begin_writing(opened)
         mark.unlink()
         KINDS[kind](mark)
         is_directory = stat.S_ISDIR(mark.lstat().st_mode)
         if is_directory:
             expect_log(f"branch {branch}: .wh..wh.udbad cannot be removed: Is a directory")
-        fsck.end_writing(opened)
+        dirtymark.end_writing(opened)
         assert mark.is_symlink() or mark.exists() == is_directory
         if not is_directory:
             KINDS[kind](mark)
         with pytest.raises(UserError) as caught:
-            fsck.begin_writing(opened)
+            dirtymark.begin_writing(opened)
         assert caught.value.message.endswith(
             "/branch cannot be made writable: .wh..wh.udbad exists and is not a regular file"
         )
         assert find(branch) == [(DefectKind.BAD_BASE, b".wh..wh.udbad")]
         assert fsck.run_fsck(os.fsencode(branch), lambda defect: True, lambda line: None) is ExitCode.OK
-        assert not fsck.begin_writing(opened)
-        assert fsck.begin_writing(opened)
+        assert not dirtymark.begin_writing(opened)
+        assert dirtymark.begin_writing(opened)
     finally:
         opened.close()
 
@@ -727,9 +727,9 @@ def test_dirty_mark_is_durable(root_fd: int, monkeypatch: pytest.MonkeyPatch) ->
         real_fsync(fd)
 
     monkeypatch.setattr(os, "fsync", spy)
-    fsck.mark_dirty(root_fd)
+    dirtymark.mark_dirty(root_fd)
     assert synced == ["file", "directory"]
-    fsck.mark_clean(root_fd)
+    dirtymark.mark_clean(root_fd)
     assert synced == ["file", "directory", "directory"]
 
 
@@ -744,7 +744,7 @@ def test_a_directory_that_cannot_be_synced(
     monkeypatch.setattr(os, "fsync", fail)
     if raises:
         with pytest.raises(OSError, match=os.strerror(number)):
-            fsck.mark_dirty(root_fd)
+            dirtymark.mark_dirty(root_fd)
     else:
-        fsck.mark_dirty(root_fd)
-    assert fsck.was_dirty(root_fd)
+        dirtymark.mark_dirty(root_fd)
+    assert dirtymark.was_dirty(root_fd)

@@ -21,11 +21,11 @@ from tests.helpers.merge import Tree as Snapshot
 from tests.helpers.profile import scaled
 from tests.t2_core.core import Core, core
 from udbad.branch import syscalls
+from udbad.branch.sweep import sweep_temporaries
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.table import Dir
 from udbad.tools import carry, mvdown, syncdown
 from udbad.tools.carry import Halt
-from udbad.tools.fsck import sweep_temporaries
 from udbad.union.fs import SetAttr
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="ok: branches need root")

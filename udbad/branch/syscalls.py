@@ -250,11 +250,6 @@ def chmod_at(dirfd: int, name: bytes, mode: int) -> None:
         os.chmod(path, mode)
 
 
-def chown_at(dirfd: int, name: bytes, uid: int, gid: int) -> None:
-    """lchown; -1 keeps an id."""
-    os.chown(name, uid, gid, dir_fd=dirfd, follow_symlinks=False)
-
-
 def chown_fd(fd: int, uid: int, gid: int) -> None:
     """chown through any descriptor, an O_PATH one of a symlink too; -1 keeps an id."""
     os.chown(proc_path(fd), uid, gid)

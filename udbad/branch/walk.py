@@ -8,11 +8,13 @@ whose name starts with `.wh.` are no part of the merged tree and are never desce
 from __future__ import annotations
 
 import os
+import stat as st_mod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Final
 
 from udbad.branch import syscalls, whiteout
+from udbad.errors import ExitCode, UserError
 
 READ_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WINDOW: Final = 100  # open directories of a walk; deeper ones are reached again name by name
@@ -172,4 +174,18 @@ def descend(root_fd: int, names: list[bytes]) -> int:
         finally:
             os.close(fd)
         fd = child
+    return fd
+
+
+def open_branch(path: bytes) -> int:
+    """A private clone of the branch's mount: what is mounted below is no part of it (semantics 4.2 note 0)."""
+    try:
+        fd = syscalls.clone_mount(path)
+    except PermissionError as error:
+        raise UserError(f"{printable(path)}: checking a branch needs root", ExitCode.NOT_ROOT) from error
+    except OSError as error:
+        raise UserError(f"{printable(path)}: {error.strerror}", ExitCode.BRANCH) from error
+    if not st_mod.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UserError(f"{printable(path)}: not a directory", ExitCode.BRANCH)
     return fd

@@ -18,7 +18,8 @@ import trio
 
 from udbad.branch.accept import prepare_writable
 from udbad.branch.branches import Branch
-from udbad.tools import fsck
+from udbad.branch.dirtymark import begin_writing, end_writing
+from udbad.branch.sweep import sweep_temporaries
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class _Sweep:
     def run(self) -> int | None:
         """In a thread, which may wait as long as the branch hangs; None when it could not be done."""
         try:
-            return fsck.sweep_temporaries(self._fd, self.stopped.is_set, trio.from_thread.run_sync)
+            return sweep_temporaries(self._fd, self.stopped.is_set, trio.from_thread.run_sync)
         except trio.RunFinishedError:  # abandoned, and the mount has ended
             return None
         except OSError as error:
@@ -76,7 +77,7 @@ class Writing:
         for branch in branches:
             identity = _identity(branch)
             if branch.writable and identity not in self._begun:
-                left = fsck.begin_writing(branch)
+                left = begin_writing(branch)
                 own = replace(branch, root_fd=os.dup(branch.root_fd))
                 self._begun[identity] = _Begun(own, _Sweep(own) if left else None)
                 prepare_writable(branch, plink)
@@ -106,7 +107,7 @@ class Writing:
         for identity in self._begun.keys() - wanted:
             begun = self._begun.pop(identity)
             if begun.sweep is None:
-                fsck.end_writing(begun.branch)
+                end_writing(begun.branch)
             else:
                 # What it has listed by now was there while the branch was ours; what it lists later, it leaves.
                 begun.sweep.stopped.set()

@@ -22,8 +22,8 @@ from udbad.branch import compare, syscalls, whiteout
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.branch.layers import look
 from udbad.branch.policy import parse_copyup, parse_create
+from udbad.branch.walk import open_branch
 from udbad.inodes.table import Dir, Layer
-from udbad.tools import fsck
 from udbad.types import Perm
 from udbad.union import lookup, view
 from udbad.union.superblock import Superblock, UnionOptions
@@ -84,7 +84,7 @@ def opened(top: BranchSpec, lowers: Sequence[BranchSpec]) -> Iterator[tuple[Bran
     branches: list[Branch] = []
     try:
         for index, spec in enumerate([top, *lowers]):
-            fd = fsck.open_branch(spec.path)
+            fd = open_branch(spec.path)
             branches.append(
                 Branch(
                     index, max(index - 1, 0), spec.path, spec.perm or Perm.RO, spec.attrs, spec.udba,

@@ -1,4 +1,4 @@
-"""Offline check and repair of one branch, and the sweep of what a crash left behind.
+"""Offline check and repair of one branch.
 
 Finds what aufs' auchk(8) does (semantics 1, 10.3, 12) and stale temporary names. Works on a branch
 that is not mounted, or not yet: on a live one the temporary names belong to running operations.
@@ -11,7 +11,6 @@ looks the same afterwards.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat as st_mod
 import time
@@ -21,15 +20,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from udbad.branch import origin, syscalls, whiteout, writelock
-from udbad.branch.branches import Branch
-from udbad.branch.spec import shown
-from udbad.branch.walk import READ_DIR, Entries, descend, entries_of, join, objects_in, printable, stat_or_none, walk
-from udbad.errors import ExitCode, UserError
+from udbad.branch import origin, sweep, syscalls, whiteout, writelock
+from udbad.branch.dirtymark import DIRTY_MARK, was_dirty
+from udbad.branch.walk import Entries, descend, join, objects_in, open_branch, printable, stat_or_none, walk
+from udbad.errors import ExitCode
 from udbad.tools.homecheck import shown_by
-
-DIRTY_MARK: Final = whiteout.RESERVED + b"udbad"
-"""Exists in the root of a writable branch from mount to clean unmount; the prefix hides it."""
 
 _ADMINISTRATIVE: Final = {
     whiteout.BASE: st_mod.S_IFREG,
@@ -37,8 +32,6 @@ _ADMINISTRATIVE: Final = {
     whiteout.ORPHAN_DIR: st_mod.S_IFDIR,
     DIRTY_MARK: st_mod.S_IFREG,
 }
-
-_log = logging.getLogger(__name__)
 
 
 class DefectKind(Enum):
@@ -214,7 +207,7 @@ def repair(root_fd: int, defect: Defect) -> None:
     try:
         st = stat_or_none(dirfd, name)
         if st is not None and _still(dirfd, name, st, defect.kind):
-            _remove(dirfd, name)
+            sweep.remove(dirfd, name)
     finally:
         os.close(dirfd)
 
@@ -232,181 +225,6 @@ def _still(dirfd: int, name: bytes, st: os.stat_result, kind: DefectKind) -> boo
             return _only_name(st)
         case _:
             return True
-
-
-def _remove(dirfd: int, name: bytes) -> None:
-    """Remove an object, a directory with all it contains, and put the times of `dirfd` back."""
-    before = os.fstat(dirfd)
-    if st_mod.S_ISDIR(syscalls.stat_at(dirfd, name).st_mode):
-        remove_tree(dirfd, name)
-    else:
-        syscalls.unlink_at(dirfd, name)
-    syscalls.utime_at(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
-
-
-def remove_tree(dirfd: int, name: bytes) -> None:
-    """Remove a directory of any depth with two descriptors: subdirectories are first moved to its top.
-
-    A crash in between leaves a smaller tree of the same name, for the next run.
-    """
-    _empty_tree(dirfd, name)
-    syscalls.rmdir_at(dirfd, name)
-
-
-def _empty_tree(dirfd: int, name: bytes) -> None:
-    top = os.open(name, READ_DIR, dir_fd=dirfd)
-    try:
-        fresh = 0
-        while entries := entries_of(top):
-            for child in _unlink_files(top, entries):
-                fd = os.open(child, READ_DIR, dir_fd=top)
-                try:
-                    for grandchild in _unlink_files(fd, entries_of(fd)):
-                        while syscalls.exists_at(top, b"%d" % fresh):
-                            fresh += 1
-                        syscalls.rename_at(fd, grandchild, top, b"%d" % fresh)
-                finally:
-                    os.close(fd)
-                syscalls.rmdir_at(top, child)
-    finally:
-        os.close(top)
-
-
-def _unlink_files(dirfd: int, entries: Entries) -> list[bytes]:
-    """Unlink all that is not a directory; the names of the directories."""
-    directories = []
-    for name, entry in entries.items():
-        if entry.is_dir(follow_symlinks=False):
-            directories.append(name)
-        else:
-            syscalls.unlink_at(dirfd, name)
-    return directories
-
-
-# -- what a mount does ------------------------------------------------------------------------
-
-
-def sweep_temporaries(
-    root_fd: int,
-    stopped: Callable[[], bool] = lambda: False,
-    atomically: Callable[[Callable[[], None]], None] = lambda call: call(),
-) -> int:
-    """Remove stale temporary names and the content of the orphan directory; returns how many objects.
-
-    For a writable branch that was not left in order; it may be in use by this process, whose own temporary names
-    stay. Costs a walk through the branch, so the caller asks `was_dirty` first. What cannot be read or removed is
-    logged and left: it is invisible in the union. stopped: asked after each listing; once it is true, nothing is
-    removed any more. atomically: makes a call while this process changes nothing else, since the times of a
-    directory are put back, which must not undo those of another change.
-    """
-    removed = 0
-
-    def on_error(path: bytes, error: OSError) -> None:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):  # somebody has moved or removed it
-            _log.warning("sweep: %s: %s", printable(path), error.strerror)
-
-    def remove(directory: bytes, dirfd: int, name: bytes) -> int:
-        if stopped():
-            return 0
-        try:
-            if st_mod.S_ISDIR(syscalls.stat_at(dirfd, name).st_mode):
-                _empty_tree(dirfd, name)
-            atomically(lambda: _remove(dirfd, name))
-        except OSError as error:
-            on_error(join(directory, name), error)
-            return 0
-        return 1
-
-    for directory in (whiteout.ORPHAN_DIR, whiteout.PLINK_DIR):
-        doomed = [
-            name
-            for name, _ in objects_in(root_fd, directory, on_error)
-            if directory == whiteout.ORPHAN_DIR or _is_stale(name)
-        ]
-        if doomed:
-            fd = descend(root_fd, [directory])
-            try:
-                removed += sum(remove(directory, fd, name) for name in doomed)
-            finally:
-                os.close(fd)
-    with closing(walk(root_fd, on_error)) as directories:
-        for directory, fd, entries in directories:
-            removed += sum(remove(directory, fd, name) for name in entries if _is_stale(name))
-            if stopped():
-                break
-    return removed
-
-
-def _is_stale(name: bytes) -> bool:
-    return whiteout.TEMPORARY.fullmatch(name) is not None and not whiteout.is_ours(name)
-
-
-def begin_writing(branch: Branch) -> bool:
-    """Mark a branch dirty; True when it was so already, and is to be swept.
-
-    Raises UserError (BRANCH): the mark cannot be made, or its name is taken by something else.
-    """
-    try:
-        left = was_dirty(branch.root_fd)
-        mark_dirty(branch.root_fd)
-    except OSError as error:
-        text = f"branch {shown(branch.path)} cannot be made writable: {error.strerror}"
-        raise UserError(text, ExitCode.BRANCH) from None
-    return left
-
-
-def end_writing(branch: Branch) -> None:
-    """Mark a branch clean. One that cannot be, read-only by now for instance, is swept by the next mount: one line."""
-    try:
-        mark_clean(branch.root_fd)
-    except OSError as error:
-        _log.warning("branch %s: %s cannot be removed: %s", shown(branch.path), os.fsdecode(DIRTY_MARK), error.strerror)
-
-
-def mark_dirty(root_fd: int) -> None:
-    """Note durably that the branch is being written to; to be called before the first change.
-
-    Raises OSError; EEXIST when the mark's name is taken by something that is no regular file.
-    """
-    try:
-        fd = syscalls.create_file_at(root_fd, DIRTY_MARK, os.O_WRONLY, 0o444)
-    except FileExistsError as error:
-        # Left by a mount that was killed, perhaps before it was durable; or not ours: mark_clean could not remove it.
-        if not st_mod.S_ISREG(syscalls.stat_at(root_fd, DIRTY_MARK).st_mode):
-            error.strerror = f"{os.fsdecode(DIRTY_MARK)} exists and is not a regular file"
-            raise
-    else:
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    _sync_directory(root_fd)
-
-
-def was_dirty(root_fd: int) -> bool:
-    """Whether the last mount that wrote to this branch did not end with `mark_clean`."""
-    return syscalls.exists_at(root_fd, DIRTY_MARK)
-
-
-def mark_clean(root_fd: int) -> None:
-    """Take the mark of `mark_dirty` away, durably; no mark is fine. To be called after the last change."""
-    try:
-        syscalls.unlink_at(root_fd, DIRTY_MARK)
-    except FileNotFoundError:
-        return
-    _sync_directory(root_fd)
-
-
-def _sync_directory(dirfd: int) -> None:
-    fd = syscalls.open_listing(dirfd)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        # fsync(2): EINVAL where the file system has no such thing for directories.
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(fd)
 
 
 # -- the command ------------------------------------------------------------------------------
@@ -461,17 +279,3 @@ def _repaired(root_fd: int, defect: Defect, echo: Callable[[str], None]) -> bool
         echo(f"{printable(defect.path)}: not repaired: {error.strerror}")
         return False
     return True
-
-
-def open_branch(path: bytes) -> int:
-    """A private clone of the branch's mount: what is mounted below is no part of it (semantics 4.2 note 0)."""
-    try:
-        fd = syscalls.clone_mount(path)
-    except PermissionError as error:
-        raise UserError(f"{printable(path)}: checking a branch needs root", ExitCode.NOT_ROOT) from error
-    except OSError as error:
-        raise UserError(f"{printable(path)}: {error.strerror}", ExitCode.BRANCH) from error
-    if not st_mod.S_ISDIR(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise UserError(f"{printable(path)}: not a directory", ExitCode.BRANCH)
-    return fd

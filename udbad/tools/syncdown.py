@@ -21,11 +21,11 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Final
 
-from udbad.branch import copydata, syscalls, walk, whiteout
+from udbad.branch import copydata, sweep, syscalls, walk, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import ExitCode, UserError, estale, os_error
 from udbad.inodes.table import Dir
-from udbad.tools import carry, fsck
+from udbad.tools import carry
 from udbad.tools.carry import Changed, Copy, Halt, Work
 from udbad.tools.takeaway import (
     VANISHED,
@@ -479,7 +479,7 @@ class Sync:
             def remove_all() -> None:
                 try:
                     for dirfd, tmp in trash:
-                        fsck.remove_tree(dirfd, tmp)
+                        sweep.remove_tree(dirfd, tmp)
                 finally:
                     for dirfd, _ in trash:
                         os.close(dirfd)
