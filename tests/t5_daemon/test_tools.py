@@ -341,6 +341,38 @@ def test_what_cannot_be_merged(daemon: Daemon) -> None:
     daemon.stop()
 
 
+def test_branches_are_named_by_any_path_that_leads_there(daemon: Daemon) -> None:
+    """As in `udbad branch`: a symbolic link, or a way round."""
+    mount = mounted(daemon)
+    link = daemon.tmp_path / "link"
+    link.symlink_to(daemon.branch("a", "src"))
+    dst = daemon.branch("a", "dst")
+    before = snapshot(mount)
+    moved = str(mount / "both" / "src")
+    assert "copied" in daemon.command("mvdown", "--keep-upper", "--from", str(link), moved)
+    assert "bytes are in" in daemon.command("sync", "copy", "a", f"{link}/", f"{dst}/both/..")
+    assert diff(before, snapshot(mount)) == []
+    daemon.stop()
+
+
+def test_a_branch_named_by_a_path_in_the_mount_itself(daemon: Daemon) -> None:
+    """Which the process that serves it must not look up, as it would wait for itself."""
+    mount = mounted(daemon)
+    path = str(mount / "both" / "src")
+    for words in (
+        ("busy", "a", path),
+        ("branch", "del", "a", path),
+        ("branch", "del", "--save", "a", path),
+        ("sync", "copy", "a", path, path),
+        ("mvdown", "--from", path, path),
+    ):
+        said = daemon.command(*words, code=ExitCode.OPTION)
+        assert said.endswith(f"{path} is not a branch\n"), words
+    request = {"op": "remount", "options": f"mod={path}=ro"}
+    assert control(daemon, **request)["error"].endswith(f"{path} is not a branch")
+    daemon.stop()
+
+
 # -- mvdown -------------------------------------------------------------------------------------------------
 
 

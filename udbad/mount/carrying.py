@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
+from udbad.branch.branches import Branch
 from udbad.branch.walk import printable
 from udbad.control.protocol import Message, flag_of, path_of, text_of
 from udbad.errors import ExitCode, UserError
+from udbad.mount import rebranch
 from udbad.tools import mvdown, syncdown
 from udbad.tools.carry import Halt, Work
 
@@ -96,10 +98,12 @@ class Carrying:
     async def mvdown(self, request: Message) -> dict[str, Any]:
         """Move one file down; answers when it is done. Words as in mvdown.Options."""
         flags = ("overwrite_lower", "keep_upper", "read_only_upper", "read_only_lower")
-        options = mvdown.Options(
-            **{flag: flag_of(request, flag) for flag in flags}, source=_branch(text_of(request, "source", ""))
-        )
         parts = path_of(request)
+        source = text_of(request, "source", "")
+        options = mvdown.Options(
+            **{flag: flag_of(request, flag) for flag in flags},
+            source=(await self._find(source)).path if source else b"",
+        )
         halt = Halt()
         self._moves += 1
         try:
@@ -115,10 +119,12 @@ class Carrying:
 
     async def sync(self, request: Message) -> dict[str, Any]:
         """Begin to merge branch `source` into `target`, or do nothing when that is under way."""
-        source, target = _branch(text_of(request, "source")), _branch(text_of(request, "target"))
+        named = text_of(request, "source"), text_of(request, "target")
         mode = text_of(request, "mode")
         if mode not in ("copy", "move"):
             raise UserError("mode must be copy or move", ExitCode.OPTION)
+        # After this: a sync may have begun, or the branches have changed; both is asked for below.
+        source, target = [(await self._find(path)).path for path in named]
         move = mode == "move"
         if self._running and self._sync is not None:
             now = self._sync
@@ -131,6 +137,9 @@ class Carrying:
         self._error = ""
         self.process.background.start_soon(self._run, self._sync)
         return {"joined": False}
+
+    async def _find(self, path: str) -> Branch:
+        return await rebranch.find(self.process.sb.branches, os.fsencode(path))
 
     async def _run(self, sync: syncdown.Sync) -> None:
         label = f"{printable(sync.src.path)} into {printable(sync.dst.path)}"
@@ -182,7 +191,3 @@ class Carrying:
         if self._sync is not None:
             self._sync.halt.asked = True
         return {}
-
-
-def _branch(path: str) -> bytes:
-    return os.fsencode(path).rstrip(b"/") or (b"/" if path else b"")

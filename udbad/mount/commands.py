@@ -26,7 +26,7 @@ from udbad.kernel.boundary import operations
 from udbad.logs import set_level
 from udbad.mount import rebranch
 from udbad.mount.carrying import Carrying
-from udbad.settings.options import MountOptions, find_branch, parse_mount_options, parse_remount
+from udbad.settings.options import MountOptions, parse_mount_options, parse_remount
 from udbad.tools import explain
 from udbad.types import Perm
 from udbad.union import reconfigure
@@ -138,10 +138,9 @@ class Commands:
         """What keeps a branch from being removed."""
         wanted = os.fsencode(text_of(request, "branch"))
         sb = self.process.sb
-        place = find_branch(rebranch.current_specs(sb.branches), wanted)
-        if place is None:
-            raise UserError(f"{os.fsdecode(wanted)} is not a branch", ExitCode.OPTION)
-        users = reconfigure.users(sb, sb.branches[place])
+        branch = await rebranch.find(sb.branches, wanted)
+        # After this: it may have gone from the mount, and then nothing of it is used.
+        users = reconfigure.users(sb, branch)
         return {"users": [{"pid": user.pid, "command": _command(user.pid), "what": user.what,
                            "path": os.fsdecode(user.path)} for user in users]}  # fmt: skip
 
@@ -221,7 +220,9 @@ class Commands:
         All or nothing: an option that cannot change while mounted is an error and nothing is done.
         """
         async with self._changing:
-            new = parse_remount(text_of(request, "options"), self.process.options)
+            text, now = text_of(request, "options"), self.process.options
+            # In a thread, as in rebranch.find. After this: the options are the same, `_changing` is held.
+            new = await trio.to_thread.run_sync(parse_remount, text, now, abandon_on_cancel=True)
             fixed = sorted(_changed(self.process.options, new) - _live(self.process.options, new))
             fixed = ["dirsync" if key == "kernel_flags" else key for key in fixed]
             if fixed:

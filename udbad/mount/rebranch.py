@@ -17,8 +17,9 @@ import trio
 from udbad.branch import mountflags, writelock
 from udbad.branch.accept import open_branches
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
+from udbad.branch.walk import printable
 from udbad.errors import ExitCode, UserError
-from udbad.settings.options import edit_branches
+from udbad.settings.options import edit_branches, find_branch
 from udbad.union import reconfigure
 
 if TYPE_CHECKING:
@@ -34,6 +35,17 @@ def current_specs(branches: BranchSet) -> list[BranchSpec]:
     return [BranchSpec(branch.path, branch.perm, branch.attrs, branch.udba) for branch in branches.branches]
 
 
+async def find(branches: BranchSet, path: bytes) -> Branch:
+    """The branch that `path` names: as it is written, else by where symbolic links lead. Raises UserError (OPTION).
+
+    In a thread, here and below: the path may lead into our own mount, which has to answer then, or into one that hangs.
+    """
+    place = await _in_thread(find_branch, current_specs(branches), path)
+    if place is None:
+        raise UserError(f"{printable(path)} is not a branch", ExitCode.OPTION)
+    return branches[place]
+
+
 async def change_branches(
     process: MountProcess, edits: Sequence[tuple[str, str]], check: Callable[[], None]
 ) -> BranchSet:
@@ -41,7 +53,9 @@ async def change_branches(
 
     Raises UserError: OPTION for bad edits.
     """
-    return await set_branches(process, edit_branches(current_specs(process.sb.branches), edits), check)
+    specs = current_specs(process.sb.branches)
+    # After this: the branches are the same, as one change at a time is made.
+    return await set_branches(process, await _in_thread(edit_branches, specs, edits), check)
 
 
 async def set_branches(

@@ -39,9 +39,8 @@ async def change_and_save(path: Path, runner: Runner, request: Message) -> tuple
     branches = list(runner.active.options.branches)
     try:
         edits = _edits(request)
-        # What only the file has can only be taken out of that.
-        live = [edit for edit in edits if edit[0] != "del" or not _only_in_file(runner, parse_path(edit[1]))]
-        planned = _edited(path, runner, request, edit_branches(branches, live))
+        # In a thread, here and below: a path may lead into a mount that hangs, and all mounts with it.
+        live, planned = await asyncio.to_thread(_plan, path, runner, request, branches, edits)
         configedit.check_writable(planned.file)
     except UserError as error:
         raise UserError(f"nothing was changed: {error.message}", error.code) from None
@@ -50,7 +49,7 @@ async def change_and_save(path: Path, runner: Runner, request: Message) -> tuple
         raise UserError(str(answer["error"]), ExitCode(answer.get("code", ExitCode.FAILURE)))
     specs = [parse_branch(text) for text in answer.get("specs", map(format_branch, branches))]
     try:
-        done = _edited(path, runner, request, specs)
+        done = await asyncio.to_thread(_edited, path, runner, request, specs)
         if done.after != done.before:
             await asyncio.to_thread(configedit.write, done.file, done.after)
     except UserError as error:
@@ -67,6 +66,15 @@ def _edits(request: Message) -> list[tuple[str, str]]:
     if request.get("op") == ("branches" if edits else "udba"):
         return edits
     raise UserError("only a mode or edits of the branches can be saved", ExitCode.OPTION)
+
+
+def _plan(
+    path: Path, runner: Runner, request: Message, branches: Sequence[BranchSpec], edits: Sequence[tuple[str, str]]
+) -> tuple[list[tuple[str, str]], Edited]:
+    """The edits that are for the mount, and what the file is going to be."""
+    # What only the file has can only be taken out of that.
+    live = [edit for edit in edits if edit[0] != "del" or not _only_in_file(runner, parse_path(edit[1]))]
+    return live, _edited(path, runner, request, edit_branches(branches, live))
 
 
 def _edited(path: Path, runner: Runner, request: Message, specs: Sequence[BranchSpec]) -> Edited:
