@@ -1,21 +1,26 @@
 """A real mount whose answers can be held back, to see what everything else does meanwhile.
 
 As a program (python -m tests.helpers.slow_mount GATE WORDS mount …) it is udbad itself, except that
-while the file GATE exists, the requests named in WORDS (comma separated: handlers of kernel/ops.py, and
-`transfer`, the bytes of a copy-up) are worked on but not finished. Each one that is held adds a byte to
-GATE.held. The word `no-epochs` makes the daemon believe that the kernel has no NOTIFY_INC_EPOCH,
-`coarse` that its time stamps are no finer than a tick of the clock (before Linux 6.13).
+while the file GATE exists, the requests named in WORDS (comma separated: operations, and `transfer`, the
+bytes of a copy-up) are worked on but not answered. They go the way they always go: what kernel/fast.py
+answers is held there, where a thread answers later as after a slow read; the rest, and what it hands over,
+in the handlers of kernel/ops.py. Each one that is held adds a line to GATE.held: where, and what. The word
+`no-epochs` makes the daemon believe that the kernel has no NOTIFY_INC_EPOCH, `coarse` that its time stamps
+are no finer than a tick of the clock (before Linux 6.13).
 
 In a test: with slow_daemon(gate, …): every mount made by tests/helpers/mount.py is such a daemon.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -46,15 +51,16 @@ class Gate:
     def open(self) -> None:
         self.path.unlink(missing_ok=True)
 
-    def held(self) -> int:
-        """How many requests were held since `close`."""
-        return self._held.stat().st_size
+    def held(self) -> Counter[str]:
+        """How many requests were held since `close`, by where and what: `fast lookup`, `pyfuse3 mkdir`, `thread
+        transfer`."""
+        return Counter(self._held.read_text().splitlines())
 
-    def wait_held(self, count: int) -> None:
-        """Wait until that many have been."""
+    def wait_held(self, kinds: Iterable[str], count: int = 1) -> None:
+        """Wait until that many of these kinds have been."""
         end = time.monotonic() + mount_module.DEADLINE
-        while self.held() < count:
-            assert time.monotonic() < end, f"only {self.held()} of {count} requests have come"
+        while sum(self.held()[kind] for kind in kinds) < count:
+            assert time.monotonic() < end, f"not {count} of {kinds}: {self.held()}"
             time.sleep(_POLL)
 
 
@@ -70,7 +76,7 @@ def slow_daemon(gate: Gate | None, *words: str) -> Iterator[None]:
 # -- the daemon's side ------------------------------------------------------------------------
 
 
-def _held(handler: Callable[..., Awaitable[Any]], gate: str) -> Callable[..., Awaitable[Any]]:
+def _held(handler: Callable[..., Awaitable[Any]], gate: str, what: str) -> Callable[..., Awaitable[Any]]:
     import trio
 
     async def slow(*args: Any) -> Any:
@@ -78,18 +84,52 @@ def _held(handler: Callable[..., Awaitable[Any]], gate: str) -> Callable[..., Aw
             return await handler(*args)
         finally:
             if _closed(gate):
-                _count(gate)
+                _count(gate, f"pyfuse3 {what}")
                 while _closed(gate):  # noqa: ASYNC110 - another process opens it
                     await trio.sleep(_POLL)
 
     return slow
 
 
-def _held_in_thread(function: Callable[..., Any], gate: str) -> Callable[..., Any]:
+def _held_native(method: Callable[..., Any], gate: str, what: str) -> Callable[..., Any]:
+    """A method of FastPath that answers a request: the answer or error comes from a thread when the gate opens."""
+    from udbad.kernel import fast
+    from udbad.union.superblock import NeedCopyUp
+
+    def slow(self: fast.FastPath, node: int, size: int) -> Any:
+        if not _closed(gate):
+            return method(self, node, size)
+        later: Callable[[], object]
+        try:
+            later = functools.partial(_give, method(self, node, size))
+        except fast._Later as waits:
+            call, *arguments = waits.args
+            later = functools.partial(call, *arguments)
+        except NeedCopyUp:
+            raise  # handed over
+        except OSError as error:
+            if error.errno == errno.ESTALE:
+                raise  # likewise
+            later = functools.partial(_raise, error)
+        self._undo = None
+        raise fast._Later(_held_in_thread(later, gate, f"fast {what}"))
+
+    return slow
+
+
+def _give(body: object) -> object:
+    return body
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _held_in_thread(function: Callable[..., Any], gate: str, what: str) -> Callable[..., Any]:
     def slow(*args: Any) -> Any:
         # A small copy-up is done on the event loop, which must never wait.
         if threading.current_thread() is not threading.main_thread() and _closed(gate):
-            _count(gate)
+            _count(gate, what)
             while _closed(gate):
                 time.sleep(_POLL)
         return function(*args)
@@ -101,10 +141,10 @@ def _closed(gate: str) -> bool:
     return os.path.exists(gate)
 
 
-def _count(gate: str) -> None:
+def _count(gate: str, what: str) -> None:
     fd = os.open(gate + ".held", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     try:
-        os.write(fd, b".")
+        os.write(fd, f"{what}\n".encode())
     finally:
         os.close(fd)
 
@@ -117,18 +157,19 @@ def _patch(gate: str, words: list[str]) -> None:
     from udbad.mount import mountproc
     from udbad.union import copyup
 
-    if any(word not in (NO_EPOCHS, COARSE, TRANSFER) for word in words):
-        # What is held are pyfuse3's handlers, so everything has to come to them.
-        mock.patch.object(fast, "HANDLERS", {}).start()
+    mock.patch.object(fast, "_WAITERS", 64).start()  # whoever is held must not keep others from being so
     for word in words:
         if word == NO_EPOCHS:
             mock.patch.object(mountproc, "Invalidator", lambda write, *_: Invalidator(write, False)).start()
         elif word == COARSE:
             mock.patch.object(branches, "MULTIGRAIN_KERNEL", False).start()
         elif word == TRANSFER:
-            mock.patch.object(copyup, "transfer", _held_in_thread(copyup.transfer, gate)).start()
+            mock.patch.object(copyup, "transfer", _held_in_thread(copyup.transfer, gate, f"thread {TRANSFER}")).start()
         else:
-            mock.patch.object(Operations, word, _held(getattr(Operations, word), gate)).start()
+            mock.patch.object(Operations, word, _held(getattr(Operations, word), gate, word)).start()
+            for name in {name for name in fast.HANDLERS.values() if name.rstrip("2") == word}:
+                method = getattr(fast.FastPath, f"_{name}")
+                mock.patch.object(fast.FastPath, f"_{name}", _held_native(method, gate, word)).start()
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def replay(plan: Plan, filling: Turns, turns: Turns) -> list[str]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="udbad-soak-")))
         here: Arena = stack.enter_context(arena(directory, plan.udba, plan.layout))
         for index, op in filling:
-            perform(op, here.mount.branches[index])
+            perform(op, here.mount.branches[index], True)
         here.mount.remount()
         return here.in_step(turns) or here.check(fresh=True)
 

@@ -39,14 +39,6 @@ LAYOUTS: Final = (("rw", "ro+wh", "ro"), ("rw", "rw", "ro"))
 DEADLINE: Final = 120.0
 """Seconds for the clients of one round."""
 
-_FINE: Final = frozenset(
-    {
-        errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EXDEV, errno.EINVAL,
-        errno.ELOOP, errno.ENODATA, errno.EMLINK, errno.ESTALE, errno.EBUSY,
-    }
-)  # fmt: skip
-"""What an operation may answer when others work on the same names. EIO and the like are failures."""
-
 _TEMPORARY: Final = re.compile(rb"\.wh\.\.wh\..*\.[0-9a-f]{4,}", re.DOTALL)
 # A storm may cost watches and events, above all when another one goes on beside it; being wrong is what it may not.
 ALLOWED_LOG: Final = r"and its whiteout are both|lost branch events|coherence limited"
@@ -80,8 +72,11 @@ def _write(path: bytes, flags: int, arg: int) -> None:
         os.close(fd)
 
 
+_RENAME_FLAGS: Final = (0, 0, 0, NOREPLACE, EXCHANGE)
+
+
 def _rename(path: bytes, other: bytes, arg: int) -> None:
-    renameat2(path, other, (0, 0, 0, NOREPLACE, EXCHANGE)[arg % 5])
+    renameat2(path, other, _RENAME_FLAGS[arg % len(_RENAME_FLAGS)])
 
 
 def _read(path: bytes, other: bytes, arg: int) -> None:
@@ -157,6 +152,54 @@ _ON_BRANCHES: Final[dict[str, tuple[int, Callable[[bytes, bytes, int], object]]]
 
 _ACTIONS: Final = {**_EVERYWHERE, **_ON_BRANCHES}
 
+_PATH: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
+"""Of every path: a name, or a directory above it, is not there (a symlink leads nowhere), or is no directory by now."""
+
+_OPENED: Final = frozenset({errno.EISDIR, errno.ELOOP})
+"""open(2) for writing: it is a directory, or with O_NOFOLLOW a symlink."""
+
+_RACES: Final[dict[str, frozenset[int]]] = {
+    "stat": frozenset(),
+    # It has become a directory, no symlink, or has lost the attribute between two of its calls.
+    "read": frozenset({errno.EISDIR, errno.EINVAL, errno.ENODATA}),
+    "list": frozenset(),
+    "create": frozenset({errno.EEXIST}),
+    "overwrite": _OPENED,
+    "append": _OPENED,
+    "replace": _OPENED,
+    "truncate": frozenset({errno.EISDIR}),
+    "chmod": frozenset(),
+    "utime": frozenset(),
+    "setxattr": frozenset(),
+    "removexattr": frozenset({errno.ENODATA}),
+    "mkdir": frozenset({errno.EEXIST}),
+    "tree": frozenset({errno.EEXIST}) | _OPENED,  # others are in the new directory before its files
+    "symlink": frozenset({errno.EEXIST}),
+    "link": frozenset({errno.EEXIST, errno.EPERM}),  # EPERM: of a directory
+    "unlink": frozenset({errno.EISDIR}),
+    "rmdir": frozenset({errno.ENOTEMPTY}),
+    # EINVAL: below itself. What depends on more than the kind is in `_explained`.
+    "rename": frozenset({errno.EISDIR, errno.ENOTEMPTY, errno.EINVAL}),
+    "whiteout": frozenset({errno.EEXIST}),
+    "unwhite": frozenset(),
+    "opaque": frozenset({errno.EEXIST}),
+    "unopaque": frozenset(),
+    "copyup": frozenset({errno.EISDIR, errno.EINVAL}),  # of a directory, or over one; no symlink by now
+    "rmtree": frozenset({errno.ENOTEMPTY}),  # others put something in meanwhile
+}
+"""What each operation may answer beside `_PATH` when others work on the same names: the errors of its man page that the
+state of the names explains. Never ESTALE: the kernel walks the path once more, and nobody exchanges names at full speed
+here. EIO and the like are failures."""
+
+
+def _explained(op: Op, number: int | None, on_branch: bool) -> bool:
+    """Whether a race explains this errno."""
+    if op.kind == "rename" and number == errno.EEXIST:
+        return _RENAME_FLAGS[op.arg % len(_RENAME_FLAGS)] == NOREPLACE
+    if op.kind == "rename" and number == errno.EXDEV:
+        return not on_branch  # of a directory that lower branches have a part of
+    return number in _PATH or number in _RACES[op.kind]
+
 
 def operations(seed: int, count: int, on_branch: bool) -> Iterator[Op]:
     """`count` random operations; the same for the same arguments."""
@@ -170,7 +213,7 @@ def operations(seed: int, count: int, on_branch: bool) -> Iterator[Op]:
         yield Op(kind, path, other, random_.randrange(1 << 20))
 
 
-def perform(op: Op, root: Path) -> int:
+def perform(op: Op, root: Path, on_branch: bool) -> int:
     """Do it below `root`; 0 or the errno. Raises OSError for one that no race explains."""
     base = os.fsencode(root)
     path, other = os.path.join(base, op.path), os.path.join(base, op.other)
@@ -181,7 +224,7 @@ def perform(op: Op, root: Path) -> int:
     except shutil.Error:
         return errno.EINVAL  # copy2 onto itself
     except OSError as error:
-        if error.errno not in _FINE and (op.kind, error.errno) != ("link", errno.EPERM):
+        if not _explained(op, error.errno, on_branch):
             error.add_note(f"{op} below {root}")
             raise
         return error.errno or 0
@@ -265,7 +308,7 @@ class Arena:
             if behind and not on_branch:
                 self.mount.flush()
                 behind = False
-            perform(op, root)
+            perform(op, root, on_branch)
             behind = behind or on_branch
         return []
 
@@ -323,14 +366,14 @@ def fill(arena_: Arena, seed: int, count: int) -> None:
     """Put something into the branches first, in every mode: a mount that trusts them has seen nothing yet."""
     for number, branch in enumerate(arena_.mount.branches):
         for op in operations(seed - number, count, True):
-            perform(op, branch)
+            perform(op, branch, True)
     arena_.mount.remount()
 
 
 def main(root: str, seed: str, count: str, on_branch: str) -> None:
     """One client."""
     for op in operations(int(seed), int(count), bool(int(on_branch))):
-        perform(op, Path(root))
+        perform(op, Path(root), bool(int(on_branch)))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from tests.t2_core.core import STRATEGIES, Core, core
 from tests.t2_core.test_fs import error_of
 from udbad.branch import syscalls
 from udbad.branch.policy import parse_create
+from udbad.types import ROOT_ID
 from udbad.union import copyup, lookup
 from udbad.union.fs import SetAttr
 
@@ -182,3 +183,23 @@ def test_a_name_that_never_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(syscalls, "open_dir_at", too_late)
         assert error_of(lambda: lookup.resolve(union.sb, union.sb.root, b"d")) == "ESTALE"
         assert 1 < asked < 100
+
+
+@modes
+@pytest.mark.parametrize(("opened", "expected"), [(False, "ESTALE"), (True, "ENOENT")])
+def test_a_link_to_what_was_replaced_directly(tmp_path: Path, udba: str, opened: bool, expected: str) -> None:
+    """The path leads to what is there now: after ESTALE the kernel walks it once more (do_linkat). An open file has no
+    name any more, which is ENOENT (vfs_link)."""
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top/f").write_text("old")
+    (tmp_path / "top/new").write_text("new")
+    with core(tmp_path, udba=udba) as union:
+        old = union.open("f").node if opened else union.find("f")
+        (tmp_path / "top/new").rename(tmp_path / "top/f")
+        if udba == "none":
+            union.sb.root.doubt(b"f")
+        new = union.find("f")
+        assert new.id != old.id
+        assert error_of(lambda: union.run(lambda: union.fs.link(old.id, ROOT_ID, b"link"))) == expected
+        union.run(lambda: union.fs.link(new.id, ROOT_ID, b"link"))
+        assert union.content("link") == b"new"

@@ -17,7 +17,7 @@ from udbad.coherence.notify import NotifyCoherence
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
 from udbad.types import ROOT_CALLER, ROOT_ID, Perm
-from udbad.union import readdir
+from udbad.union import lookup, readdir
 from udbad.union.superblock import Superblock
 
 NAMES = [b"d%d" % i for i in range(8)]
@@ -147,6 +147,85 @@ def test_what_could_not_be_interned_is_not_kept(kernel: Kernel, opened: int, mon
         assert kernel.ask(wire.LOOKUP, directory, b"d0\0")
         assert kernel.answer() == (errno.EIO, b"")
     assert (in_table(kernel), watches(kernel), kernel.fast.fs.table.open_fds) == (before, watched, descriptors)
+
+
+REFUSED: dict[str, tuple[int, bytes]] = {
+    "lookup": (wire.LOOKUP, b"dir\0"),
+    "create": (wire.CREATE, wire.FOUR_WORDS.pack(os.O_RDWR | os.O_CREAT, 0o100644, 0o022, 0) + b"new\0"),
+    "opendir": (wire.OPENDIR, bytes(8)),
+    "readdir": (wire.READDIRPLUS, b""),
+    "open": (wire.OPEN, bytes(8)),
+}
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EINVAL])
+@pytest.mark.parametrize("what", REFUSED)
+def test_our_answer_that_the_kernel_does_not_take(
+    kernel: Kernel, opened: int, what: str, number: int, monkeypatch: pytest.MonkeyPatch, expect_log: Any
+) -> None:
+    """write(2) says ENOENT: whoever asked was killed meanwhile; EINVAL: it makes no sense to the kernel, a bug."""
+    fs = kernel.fast.fs
+    assert kernel.ask(wire.CREATE, ROOT_ID, wire.FOUR_WORDS.pack(os.O_RDWR, 0o100644, 0, 0) + b"file\0")
+    body = kernel.answer()[1]
+    (file,), fh = wire.references(wire.CREATE, body)
+    before, handles = {number: node.nlookup for number, node in fs.table.nodes.items()}, len(fs.handles)
+    cached, watched = directory_of(kernel, opened).cached_opens, watches(kernel)
+    opcode, request = REFUSED[what]
+    if what == "readdir":
+        request = wire.READ_IN.pack(opened, 0, 1 << 16) + bytes(20)
+    refused = []
+
+    def refuse(fd: int, data: Any) -> int:
+        refused.append(data)
+        raise OSError(number, "refused")
+
+    if number == errno.EINVAL:
+        expect_log("cannot answer a request: refused")
+    with monkeypatch.context() as patch:
+        patch.setattr("udbad.kernel.fast.os.write", refuse)
+        patch.setattr("udbad.kernel.fast.os.writev", refuse)
+        node = {"open": file, "opendir": directory_of(kernel, opened).id}.get(what, ROOT_ID)
+        assert kernel.ask(opcode, node, request)
+    assert refused
+    after = {number: node.nlookup for number, node in fs.table.nodes.items()}
+    assert (after, len(fs.handles)) == (before, handles)
+    assert (directory_of(kernel, opened).cached_opens, watches(kernel)) == (cached, watched)
+    assert kernel.ask(wire.RELEASE, file, wire.QWORD.pack(fh or 0))
+    forget(kernel, [file])
+
+
+def directory_of(kernel: Kernel, fh: int) -> Dir:
+    return kernel.fast.fs.handles.directory(fh).node
+
+
+@pytest.mark.parametrize("fails", ["stat", "gone"])
+@pytest.mark.parametrize("which", [0, 3, 7])
+def test_an_entry_whose_status_cannot_be_had(
+    kernel: Kernel, opened: int, which: int, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a listing: one that is gone is left out, an error ends the reply before it."""
+    before = in_table(kernel)
+    asked = []
+
+    def stat(name: bytes, **where: Any) -> os.stat_result:
+        if name == NAMES[which]:
+            asked.append(name)
+            raise OSError(errno.EACCES if fails == "stat" else errno.ENOENT, "")
+        return os.stat(name, **where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(readdir, "_stat", stat)
+        patch.setattr(lookup, "_stat", stat)
+        error, nodes, after = read_directory(kernel, opened)
+    assert asked
+    order = [name for name in directory_of(kernel, opened).view or () if name in NAMES]
+    expected = len(NAMES) - 1 if fails == "gone" else order.index(NAMES[which])
+    assert (error if nodes else 0, len(nodes)) == (0, expected)
+    assert in_table(kernel) == before | set(nodes)
+    rest = read_directory(kernel, opened, after) if fails == "stat" else (0, [], after)
+    assert len(rest[1]) == (len(NAMES) - expected if fails == "stat" else 0), "once it can be had, the listing goes on"
+    forget(kernel, nodes + rest[1])
+    assert in_table(kernel) == before
 
 
 def entry_of(union_node: Node, st: os.stat_result) -> bytes:

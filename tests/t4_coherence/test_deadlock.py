@@ -58,6 +58,15 @@ def in_threads(calls: list[Callable[[], Any]]) -> Iterator[list[Future[Any]]]:
         yield [pool.submit(call) for call in calls]
 
 
+@contextmanager
+def opened_at_last(gate: Gate) -> Iterator[None]:
+    """Also when something fails: whoever is held would be waited for."""
+    try:
+        yield
+    finally:
+        gate.open()
+
+
 def copy_up(path: Path) -> None:
     with path.open("r+b", buffering=0) as stream:
         stream.write(b"changed")
@@ -74,14 +83,22 @@ CLIENTS: dict[str, Callable[[Path], list[Callable[[], Any]]]] = {
     TRANSFER: lambda d: [lambda n=n: copy_up(d / f"big{n}") for n in range(4)],  # type: ignore[misc]  # as above
     "unlink": lambda d: [lambda: (d / "f0").unlink()],
     "mkdir": lambda d: [lambda: (d / "made").mkdir()],
-    "rename": lambda d: [lambda: (d / "f1").rename(d / "s1" / "moved")],
+    "rename": lambda d: [lambda: (d / "own").rename(d / "moved")],
     "getattr": lambda d: [lambda: os.stat(d / "s2")],
 }
 """Operation that is held → calls that cause it below the directory d."""
 
-# At least so many reach the daemon while others of the kind wait for them: the kernel lets one call at a
-# time change or list a directory.
-AT_ONCE = {"lookup": 8, "read": 1, TRANSFER: 1}
+HELD = {
+    "lookup": "fast lookup", "readdir": "fast readdir", "read": "fast read", TRANSFER: f"thread {TRANSFER}",
+    "unlink": "fast unlink", "mkdir": "pyfuse3 mkdir", "rename": "fast rename", "getattr": "fast getattr",
+}  # fmt: skip
+"""Where each is held: the way that it always goes."""
+
+AT_ONCE = {"lookup": 8}
+"""At least so many reach the daemon: the kernel lets one call at a time change or list a directory."""
+
+LOCKING = ("lookup", "readdir", "unlink", "mkdir", "rename")
+"""While one of them is not answered, the kernel takes no invalidation of a name in the directory."""
 
 
 def change_directly(directory: Path) -> None:
@@ -120,14 +137,18 @@ def agree(mount: Mount) -> None:
 
 @pytest.mark.parametrize("held", [*CLIENTS, "everything"])
 def test_held_requests_and_thousands_of_invalidations(union: UnionFactory, base: Path, gate: Gate, held: str) -> None:
-    words = list(CLIENTS) if held == "everything" else [held]
+    # Each client would be held at the attributes of the directory, and nothing come to what locks it.
+    words = [word for word in CLIENTS if word != "getattr"] if held == "everything" else [held]
     with slow_daemon(gate, *words):
         mount = union({"top": "rw", "base": "ro"}, "notify", watchdog=WATCHDOG)
+        (mount.path / "d/own").touch()
         warm(mount)
+        (base / "d/direct").touch()  # so that the kernel has to ask for the listing again
+        mount.flush()
         gate.close()
         calls = [call for word in words for call in CLIENTS[word](mount.path / "d")]
-        with in_threads(calls) as futures:
-            gate.wait_held(AT_ONCE.get(held, 1))
+        with in_threads(calls) as futures, opened_at_last(gate):
+            gate.wait_held([HELD[word] for word in (LOCKING if held == "everything" else words)], AT_ONCE.get(held, 1))
             change_directly(base / "d")
             flushing = begin_flush(mount)
             # The event loop is free: the control socket answers, and the daemon has seen the changes.
@@ -135,7 +156,7 @@ def test_held_requests_and_thousands_of_invalidations(union: UnionFactory, base:
             assert statistics["coherence"]["state"] == "healthy"
             while mount.control({"op": "stats"})["coherence"]["events"] < CHANGES:
                 flushing.join(0.01)
-            if held in ("lookup", "readdir", "everything"):
+            if held in (*LOCKING, "everything"):
                 assert mount.control({"op": "stats"})["invalidator"]["pending"], "nothing waits for the held request"
                 assert flushing.is_alive()
             gate.open()

@@ -146,12 +146,21 @@ def open_file_at(dirfd: int, name: bytes, flags: int) -> tuple[int, os.stat_resu
 
     O_NONBLOCK keeps a FIFO that somebody put there from stopping the daemon.
     """
-    fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=dirfd)
+    try:
+        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=dirfd)
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
+        raise
     st = os.fstat(fd)
     if not st_mod.S_ISREG(st.st_mode):
         os.close(fd)
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
     return fd, st
+
+
+_NO_FILE = frozenset({errno.ELOOP, errno.EISDIR, errno.ENXIO})
+"""open(2) with O_NOFOLLOW of a symlink, for writing of a directory, and of a FIFO without a reader, a socket."""
 
 
 def reopen(fd: int, flags: int) -> int:
@@ -183,7 +192,13 @@ def proc_path(fd: int) -> bytes:
 
 
 def readlink_at(dirfd: int, name: bytes) -> bytes:
-    return os.readlink(name, dir_fd=dirfd)
+    """Target of a symlink; ESTALE when the name turned into something else."""
+    try:
+        return os.readlink(name, dir_fd=dirfd)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
+        raise
 
 
 def readlink_fd(fd: int) -> bytes:

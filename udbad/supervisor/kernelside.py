@@ -12,16 +12,19 @@ FUSECTL = Path("/sys/fs/fuse/connections")
 MOUNTINFO = Path("/proc/self/mountinfo")
 
 
+def unions() -> set[tuple[str, int]]:
+    """(mount point as the kernel has it, FUSE connection) of every union."""
+    return {
+        (os.fsdecode(mount.point), mount.connection) for mount in mountinfo.read(MOUNTINFO) if mount.fs_type == FS_TYPE
+    }
+
+
 def is_mounted(place: str, connection: int) -> bool:
     """Whether a union is on the mount point `place`, as the kernel has it, with this FUSE connection.
 
-    Both count: a number is given to the next mount as soon as it is free, of whatever
-    FUSE file system that is.
+    Both count: a number is given to the next mount as soon as it is free, of whatever FUSE file system that is.
     """
-    return any(
-        mount.fs_type == FS_TYPE and mount.connection == connection and os.fsdecode(mount.point) == place
-        for mount in mountinfo.read(MOUNTINFO)
-    )
+    return (place, connection) in unions()
 
 
 def abort(place: str, connection: int) -> str | None:

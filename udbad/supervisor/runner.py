@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from udbad.control import registry
 from udbad.control.protocol import Message, ask_async
@@ -28,6 +28,8 @@ from udbad.supervisor import kernelside
 from udbad.supervisor.workers import COMMAND, Pool, Worker, environment
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CONTROL_SECONDS = 30.0
 """For one answer of a mount process to a request that changes something."""
@@ -204,6 +206,7 @@ class Runner:
         if self.state is not State.RESTARTING:
             self._set(State.STARTING, "")
         settings = self.active if self._resume else self.settings
+        before = kernelside.unions()
         try:
             worker = await self.shared.pool.take()
         except OSError as error:
@@ -225,9 +228,26 @@ class Runner:
             return None
         await self._end(worker)
         self.worker = None
+        await self._know_what_is_left(before)
         if answer is None:
             return _Failure(f"process {worker.pid} ended before it was ready", 1)
         return _Failure(str(answer.get("error")), int(answer.get("code", 1)))
+
+    async def _know_what_is_left(self, before: set[tuple[str, int]]) -> None:
+        """A process that ended between its mount and its word has left a dead mount. The next one replaces it; without
+        a next one, `stop` has to know of it. before: the unions of before that process."""
+        appeared = kernelside.unions() - before
+        if not appeared:
+            return
+        mount_point = os.fsencode(self.settings.mount_point)
+        try:
+            async with asyncio.timeout(_END_SECONDS):
+                place = os.fsdecode(await _in_a_thread(lambda: registry.real_mount_point(mount_point)))
+        except TimeoutError:
+            return
+        for there, connection in appeared:
+            if there == place:
+                self.place, self.connection = there, connection
 
     async def _end(self, worker: Worker) -> None:
         """The end of a process whose start has failed, which it comes to by itself; one that hangs is killed."""
@@ -421,20 +441,25 @@ class Runner:
 
 
 async def _missing(paths: list[str]) -> list[str]:
-    """Which of these directories are not there. In a thread that nobody waits for at the end: NFS may hang."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[list[str]] = loop.create_future()
+    """Which of these directories are not there."""
+    return await _in_a_thread(lambda: [path for path in paths if not os.path.isdir(path)])
 
-    def answer(found: list[str]) -> None:
+
+async def _in_a_thread(look: Callable[[], T]) -> T:
+    """What `look` returns; in a thread that nobody waits for at the end: NFS may hang."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def answer(found: T) -> None:
         if not result.done():
             result.set_result(found)
 
-    def look() -> None:
-        found = [path for path in paths if not os.path.isdir(path)]
+    def run() -> None:
+        found = look()
         try:
             loop.call_soon_threadsafe(answer, found)
         except RuntimeError:  # the loop is closed, nobody wants to know
             return
 
-    threading.Thread(target=look, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     return await result

@@ -18,7 +18,7 @@ from typing import ParamSpec, TypeVar
 from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.credentials import Credentials
-from udbad.errors import enoent, erofs, os_error
+from udbad.errors import enoent, erofs, estale, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import MADE, Caller, Trigger
 from udbad.union import copydirs, lookup
@@ -215,7 +215,9 @@ def link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result
     """
     check_free(sb, parent, name)
     whited = sb.whited
-    if node.dead or (node.parent is None and not node.handles):
+    if not node.handles and (node.dead or node.parent is None):
+        raise estale()  # the path may lead to another one by now; if not, that is ENOENT
+    if node.dead:
         raise enoent()
     branch = node.branch
     limit = parent.floor if whited is None else min(parent.floor, whited)
