@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -267,3 +268,23 @@ def test_a_lease_holds_nobody_up(tmp_path: Path) -> None:
         finally:
             os.close(lease)
         assert union.fs.open(node, os.O_WRONLY, union.caller)
+
+
+def test_a_device_in_the_place_of_a_file_is_not_opened(tmp_path: Path) -> None:
+    """Opening some devices does something; alice, who can rename root's device in her directory, may not."""
+    with core(tmp_path) as union:
+        union.create("f", b"content")
+        union.fs.release(next(iter(union.fs.handles.files)))
+        node = union.find("f")
+        device = tmp_path / "top/device"
+        os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        renameat2(os.fsencode(device), os.fsencode(tmp_path / "top/f"), EXCHANGE)
+        root = union.sb.branches[0].root_fd
+        with pytest.raises(PermissionError):
+            os.open(b"f", os.O_RDONLY, dir_fd=root)
+        with pytest.raises(OSError, match="Stale"):
+            syscalls.open_file_at(root, b"f", os.O_RDONLY)
+        assert error_of(lambda: union.fs.open(node.id, os.O_RDONLY, union.caller)) == "ESTALE"
+        fd, st = syscalls.open_file_at(root, b"device", os.O_RDONLY)
+        os.close(fd)
+        assert st.st_size == len(b"content")

@@ -15,7 +15,7 @@ import errno
 import os
 import stat as st_mod
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -222,10 +222,16 @@ def _clone(anchor_fd: int) -> tuple[int, bool]:
     this name space or covers something that an unprivileged one must not uncover.
     """
     try:
-        return syscalls.clone_mount(syscalls.proc_path(anchor_fd)), True
+        fd = syscalls.clone_mount(syscalls.proc_path(anchor_fd))
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EINVAL):
             raise
+    else:
+        # Whoever opens a device does so through the union, where the kernel opens it. Root shall not open one that
+        # somebody puts in the place of a file.
+        with suppress(OSError):  # Linux 5.12
+            syscalls.set_mount_attributes(fd, syscalls.MOUNT_ATTR_NODEV, 0)
+        return fd, True
     return os.open(b".", _OPEN_DIR, dir_fd=anchor_fd), False
 
 

@@ -144,10 +144,15 @@ def open_listing_at(dirfd: int, name: bytes) -> int:
 def open_file_at(dirfd: int, name: bytes, flags: int) -> tuple[int, os.stat_result]:
     """Open an existing regular file, with its status; ESTALE when the name turned into something else.
 
-    O_NONBLOCK keeps a FIFO that somebody put there from stopping the daemon.
+    O_NONBLOCK keeps a FIFO that somebody put there from stopping the daemon. A device is not even opened, which may do
+    something: our mounts of the branches are nodev (accept.py), and then it is EACCES.
     """
     try:
         fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=dirfd)
+    except PermissionError:
+        if not st_mod.S_ISREG(stat_at(dirfd, name).st_mode):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
+        raise
     except OSError as error:
         if error.errno in _NO_FILE:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
@@ -446,6 +451,9 @@ class _MountAttr(ctypes.Structure):
         ("set", ctypes.c_uint64), ("clear", ctypes.c_uint64), ("propagation", ctypes.c_uint64),
         ("userns_fd", ctypes.c_uint64),
     )  # fmt: skip
+
+
+MOUNT_ATTR_NODEV: Final = 0x4
 
 
 def set_mount_attributes(mount_fd: int, on: int, off: int) -> None:
