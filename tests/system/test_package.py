@@ -26,6 +26,22 @@ pytestmark = [
 APT_KEEPS = (b"var/lib/dpkg", b"var/lib/apt", b"var/cache", b"var/log", b"tmp", b"root")
 """What apt and dpkg write for themselves."""
 
+PRESENT = (
+    "/etc/udbad/conf.d",
+    "/etc/udbad/udbad.toml",
+    "/usr/bin/udbad",
+    "/usr/sbin/mount.fuse.udba",
+    "/usr/sbin/mount.udba",
+    "/usr/share/bash-completion/completions/udbad",
+    "/usr/share/doc/udbad/examples/pool.toml",
+    "/usr/share/fish/vendor_completions.d/udbad.fish",
+    "/usr/share/man/man5/udbad.toml.5.gz",
+    "/usr/share/man/man8/mount.fuse.udba.8.gz",
+    "/usr/share/man/man8/mount.udba.8.gz",
+    "/usr/share/man/man8/udbad.8.gz",
+    "/usr/share/zsh/vendor-completions/_udbad",
+)
+
 BY_HAND = """
 mkdir -p /srv/top /srv/base
 echo base >/srv/base/file
@@ -93,8 +109,7 @@ def test_install_mount_purge(system: Path) -> None:
     lines = in_chroot(system, "sh", "-ec", BY_THE_DAEMON).splitlines()
     assert [line for line in lines if line in ("base", "serving", "0")] == ["base", "serving", "0"], lines
     listed = in_chroot(system, "dpkg", "--listfiles", "udbad").splitlines()
-    for wanted in ("/etc/udbad/udbad.toml", "/usr/share/doc/udbad/examples/pool.toml"):
-        assert wanted in listed
+    assert set(PRESENT) <= set(listed)
     assert any(path.endswith("/systemd/system/udbad.service") for path in listed)
     assert in_chroot(system, "dpkg", "--verify", "udbad") == ""
     in_chroot(system, "dpkg", "--purge", "udbad")
