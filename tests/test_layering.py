@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Low to high. The longest matching prefix counts, so a module named here leaves its package's level.
 LEVELS: list[list[str]] = [
-    ["udbad", "udbad.types", "udbad.errors", "udbad.logs"],
+    ["udbad", "udbad.types", "udbad.errors", "udbad.logs", "udbad.ourselves"],
     ["udbad.branch"],
     ["udbad.settings", "udbad.metrics"],
     ["udbad.inodes"],

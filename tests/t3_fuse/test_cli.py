@@ -131,6 +131,17 @@ def test_walk_through_with_both_branches_writable(tree: Path, way: type) -> None
         assert names(tree / "top") == ["common.txt", "foo.txt"]
 
 
+def test_modules_in_the_current_directory_are_not_ours(tree: Path) -> None:
+    """Root may mount while in a directory of somebody else, who has put his own `udbad` or `click` there."""
+    for name in ("udbad", "click"):
+        (tree / name).mkdir()
+        (tree / name / "__init__.py").write_text(f"open({str(tree / 'run')!r}, 'w')\n")
+    program = [sys.executable, "-P", "-m", "udbad"]  # as the installed one, which does not look here either
+    assert _run([*program, "mount", "-o", "br=./top:./base", "none", "./mnt"], tree) == Done(0, "", [])
+    assert _run([*program, "umount", "./mnt"], tree) == Done(0, "", [])
+    assert not (tree / "run").exists()
+
+
 def test_what_the_mount_process_says_is_not_waited_for(tree: Path) -> None:
     """A pipe on the output of `udbad mount` is not held open by the mount (as in `text=$(udbad mount ...)`)."""
     started = subprocess.run(

@@ -15,6 +15,7 @@ from udbad import logs
 from udbad.commands.common import run_dir_option, user_errors
 from udbad.commands.completion import mount_points
 from udbad.errors import ExitCode, UserError
+from udbad.ourselves import COMMAND, environment
 from udbad.settings.options import parse_mount_options
 from udbad.supervisor import sdnotify
 
@@ -78,7 +79,7 @@ def mount(
 def start_in_background(options: tuple[str, ...], verbose: bool, run_dir: str, source: str, mount_point: Path) -> int:
     """Start the mount process in a session of its own; 0 when it serves, its exit code when it could not."""
     read_fd, write_fd = os.pipe()
-    command = [sys.executable, "-m", "udbad", "mount", "-f", "--detach", "--ready-fd", str(write_fd)]
+    command = [*COMMAND, "mount", "-f", "--detach", "--ready-fd", str(write_fd)]
     command += ["--run-dir", run_dir]
     command += ["-v"] if verbose else []
     for option in options:
@@ -87,6 +88,7 @@ def start_in_background(options: tuple[str, ...], verbose: bool, run_dir: str, s
         [*command, "--", source, str(mount_point)],
         pass_fds=(write_fd,),
         stdin=subprocess.DEVNULL,
+        env=environment(),
         start_new_session=True,
     )
     os.close(write_fd)

@@ -22,10 +22,11 @@ from typing import Any, TypeVar
 from udbad.control import registry
 from udbad.control.protocol import Message, ask_async
 from udbad.errors import ExitCode
+from udbad.ourselves import COMMAND, environment
 from udbad.settings.file import DaemonSettings, MountSettings
 from udbad.settings.options import format_options, parse_mount_options
 from udbad.supervisor import kernelside
-from udbad.supervisor.workers import COMMAND, Pool, Worker, environment
+from udbad.supervisor.workers import Pool, Worker
 
 log = logging.getLogger(__name__)
 

@@ -12,20 +12,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-COMMAND = (sys.executable, "-m", "udbad")
+from udbad.ourselves import COMMAND, environment
+
 _FORK_SECONDS = 60.0
 """For the fork server to answer, the time of its imports included."""
 _EXPECT_SECONDS = 2.0
-
-
-def environment() -> dict[str, str]:
-    """For our own commands, which run in / and must be of this version, installed or not."""
-    path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 class Worker:
