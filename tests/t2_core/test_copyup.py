@@ -136,7 +136,7 @@ def test_a_change_within_a_tick_of_the_clock(
             overwrite(path, 1)
 
     meanwhile(unseen)
-    monkeypatch.setattr(copyup, "_stamp", lambda _st: (0, 0, 0))
+    monkeypatch.setattr(copyup, "stamp", lambda _st: (0, 0, 0, 0))
     monkeypatch.setattr(copyup, "is_racy", lambda *_: True)
     copy_up(union)
     assert (union["top"] / "file").read_bytes() == b"1" * SIZE

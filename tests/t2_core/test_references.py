@@ -272,12 +272,15 @@ def test_a_forgotten_directory_leaves_nothing_in_the_strategy(kernel: Kernel, op
     """Nor while IN_IGNORED has not been read, which comes for each watch, and never after an overflow."""
     coherence = kernel.fast.coherence
     assert isinstance(coherence, NotifyCoherence)
-    watcher = coherence._watcher
+    watcher = coherence._watches.watcher
     assert watcher is not None
 
     def held() -> list[int]:
         inotify = watcher._inotify
-        return [len(each) for each in (coherence._sent, coherence._watched, watcher._handles, inotify._watches)]
+        return [
+            len(each)
+            for each in (coherence._sent.stamps, coherence._watches.directories, watcher._handles, inotify._watches)
+        ]
 
     before = held()
     error, nodes, _ = read_directory(kernel, opened)

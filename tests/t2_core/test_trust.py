@@ -30,8 +30,9 @@ from udbad.branch.accept import open_branches
 from udbad.branch.branches import BranchSet, BranchSpec
 from udbad.branch.credentials import Credentials
 from udbad.branch.policy import parse_copyup, parse_create
-from udbad.coherence import notify as notify_module
+from udbad.coherence import watches as watches_module
 from udbad.coherence.base import Coherence
+from udbad.coherence.events import Events
 from udbad.coherence.none import NoneCoherence
 from udbad.coherence.notify import NotifyCoherence
 from udbad.coherence.reval import RevalCoherence
@@ -326,7 +327,7 @@ def new_world(
     try:
         with monkeypatch.context() as patch:
             patch.setattr(Watcher, "watch_directory", limited)
-            patch.setattr(notify_module, "watch_limit", lambda: world.limit)
+            patch.setattr(watches_module, "watch_limit", lambda: world.limit)
             yield world, paths
     finally:
         world.close()
@@ -339,7 +340,7 @@ def test_nothing_is_held_of_what_is_not_trusted(
     tmp_path: Path, mode: str, epochs: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # The watch limit, a name beside its whiteout: they come or do not.
-    for name in ("udbad.coherence.notify", "udbad.union.view"):
+    for name in ("udbad.coherence.watches", "udbad.union.view"):
         caplog.set_level(logging.ERROR, name)
     done: Counter[str] = Counter()
     held = compared = 0
@@ -520,13 +521,13 @@ def test_a_burst_that_fails_counts_as_lost(
     kernel = notify.kernel
     for name in (b"f0", b"f1", b"a"):
         kernel.look_up(ROOT_ID, name)
-    handle = NotifyCoherence._handle
+    handle = Events.handle
 
-    def fail(self: NotifyCoherence, changes: list[Change]) -> None:
-        monkeypatch.setattr(NotifyCoherence, "_handle", handle)
+    def fail(self: Events, changes: list[Change]) -> None:
+        monkeypatch.setattr(Events, "handle", handle)
         raise ValueError("the first event")
 
-    monkeypatch.setattr(NotifyCoherence, "_handle", fail)
+    monkeypatch.setattr(Events, "handle", fail)
     (tmp_path / "b0/f0").unlink()
     (tmp_path / "b1/f1").unlink()
     notify.coherence.drain()
@@ -539,9 +540,9 @@ def test_no_event_leads_back_to_the_strategy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It asks the branches, and judges what they say itself: `adopt` is for those who come from a request."""
-    for name in ("udbad.coherence.notify", "udbad.union.view"):  # as above
+    for name in ("udbad.coherence.watches", "udbad.union.view"):  # as above
         caplog.set_level(logging.ERROR, name)
-    adopt, name_changed = NotifyCoherence.adopt, NotifyCoherence._name_changed
+    adopt, name_changed = NotifyCoherence.adopt, Events.name_changed
     under_way: list[str] = []
     entered: Counter[tuple[str, ...]] = Counter()
 
@@ -560,12 +561,12 @@ def test_no_event_leads_back_to_the_strategy(
         with entering("adopt"):
             return adopt(self, node, changed)
 
-    def comparing(self: NotifyCoherence, node: Dir, name: bytes, kinds: int) -> Dir | None:
+    def comparing(self: Events, node: Dir, name: bytes, kinds: int) -> Dir | None:
         with entering("event"):
             return name_changed(self, node, name, kinds)
 
     monkeypatch.setattr(NotifyCoherence, "adopt", adopting)
-    monkeypatch.setattr(NotifyCoherence, "_name_changed", comparing)
+    monkeypatch.setattr(Events, "name_changed", comparing)
     for seed in SEEDS[:3]:
         with new_world(tmp_path / str(seed), "notify", monkeypatch) as (world, paths):
             chance = Chance(world, paths, seed, direct=True)
@@ -734,13 +735,13 @@ def test_watches_are_given_back_when_others_have_the_rest(
     notify: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
 ) -> None:
     expect_log("watch limit reached")
-    monkeypatch.setattr(notify_module, "watch_limit", lambda: 1000)
+    monkeypatch.setattr(watches_module, "watch_limit", lambda: 1000)
     reserve(notify, 10)
     notify.limit = 250  # the others have 750
     use_many(notify, tmp_path / "b1", 300)
     assert use_many(notify, tmp_path / "b1", 300) == 150
     notify.check_truth()
     notify.limit = 2000
-    monkeypatch.setattr(notify_module, "watch_limit", lambda: 2000)
+    monkeypatch.setattr(watches_module, "watch_limit", lambda: 2000)
     assert use_many(notify, tmp_path / "b1", 300) > 300
     assert notify.coherence.statistics().state == "healthy"

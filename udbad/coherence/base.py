@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from udbad.branch import state
 from udbad.branch.branches import Branch
 from udbad.inodes.table import Dir, Node
 from udbad.types import Perm
 from udbad.union.superblock import Superblock
-from udbad.union.times import is_racy
 
 FOREVER = 1.0e9
 """Seconds; the kernel keeps the answer until it is told otherwise or needs the memory."""
@@ -315,9 +315,8 @@ class Coherence:
         Compared with what was recorded at the last open: a change the kernel cannot see (a store
         through a shared mapping of the branch file) is at the latest seen at the next open.
         """
-        stamp = (st.st_mtime_ns, st.st_ctime_ns, st.st_size)
-        same = node.seen == stamp
-        node.seen = None if is_racy(node.branch, st) else stamp
+        same = node.seen == state.stamp(st)
+        node.seen = state.lasting_stamp(node.branch, st)
         return same
 
     def state_of(self, branch: Branch) -> str:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch
+from udbad.branch.state import Stamp
 from udbad.errors import estale
 from udbad.inodes.inomap import Identity
 from udbad.types import ROOT_ID, NodeId
@@ -112,7 +113,7 @@ class Node:
         self.plink: Plink | None = None
         self.orphan_fd = -1
         self.busy: Waiting | None = None
-        self.seen: tuple[int, ...] | None = None
+        self.seen: Stamp | None = None
 
     @property
     def identity(self) -> Identity:
@@ -219,7 +220,7 @@ class Dir(Node):
         self.listings: tuple[Listing, ...] = ()
         self.room = POSITIONS
         self.cached_opens = 0
-        self.times: list[int] | None = None
+        self.times: list[Stamp] | None = None
         self.version = 0
         self.resolved = -1
 

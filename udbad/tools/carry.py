@@ -27,24 +27,17 @@ from typing import Final
 from udbad.branch import compare, copydata, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.origin import Place
+from udbad.branch.state import ObjectStamp, is_racy, object_stamp
 from udbad.errors import estale
 from udbad.inodes.table import Dir, Node
 from udbad.union import copydirs, homes, lookup
 from udbad.union.superblock import Superblock
-from udbad.union.times import is_racy
 
 _PATIENCE: Final = 60
 _TICK: Final = 0.05  # seconds
 
 Work = Callable[[], None]
 """What a thread has to do; it raises OSError."""
-
-Stamp = tuple[int, int, int, int, int]
-
-
-def stamp(st: os.stat_result) -> Stamp:
-    """Tells two states of one object apart, and two objects."""
-    return (st.st_dev, st.st_ino, st.st_ctime_ns, st.st_mtime_ns, st.st_size)
 
 
 class Halt:
@@ -81,7 +74,7 @@ class Copy:
     name: bytes
     st: os.stat_result | None = None
     tmp: bytes = b""
-    made: Stamp | None = None
+    made: ObjectStamp | None = None
 
 
 def transfer(
@@ -101,7 +94,7 @@ def transfer(
         return st
     src_fd, now = syscalls.open_file_at(copy.src_dirfd, copy.name, os.O_RDONLY)
     try:
-        if stamp(now) != stamp(st):
+        if object_stamp(now) != object_stamp(st):
             raise estale()
         dst_fd = syscalls.create_file_at(copy.dst_dirfd, tmp, os.O_RDWR, 0o600)
         copy.tmp = tmp
@@ -156,7 +149,7 @@ def publish(copy: Copy) -> tuple[int, bytes] | None:
     """
     assert copy.st is not None
     try:
-        if stamp(_stat(copy.src_dirfd, copy.name)) != stamp(copy.st):
+        if object_stamp(_stat(copy.src_dirfd, copy.name)) != object_stamp(copy.st):
             raise Changed("changed while it was copied")
         old = None
         if copy.tmp:
@@ -165,7 +158,7 @@ def publish(copy: Copy) -> tuple[int, bytes] | None:
             copy.tmp = b""
         # Only now: together with the upper object, NAME hides all that the whiteout did.
         whiteout.remove(copy.dst_dirfd, copy.name)
-        copy.made = stamp(syscalls.stat_at(copy.dst_dirfd, copy.name))
+        copy.made = object_stamp(syscalls.stat_at(copy.dst_dirfd, copy.name))
         return old
     finally:
         discard(copy)
@@ -236,9 +229,9 @@ def uncover_names(sb: Superblock, names: Sequence[tuple[Dir | None, Copy]], targ
 
 def _check(copy: Copy) -> None:
     assert copy.st is not None
-    if stamp(_stat(copy.src_dirfd, copy.name)) != stamp(copy.st):
+    if object_stamp(_stat(copy.src_dirfd, copy.name)) != object_stamp(copy.st):
         raise Changed("changed after it was copied")
-    if stamp(_stat(copy.dst_dirfd, copy.name)) != copy.made:
+    if object_stamp(_stat(copy.dst_dirfd, copy.name)) != copy.made:
         raise Changed("the copy was changed directly")
 
 

@@ -23,6 +23,7 @@ from typing import Final
 
 from udbad.branch import copydata, sweep, syscalls, walk, whiteout
 from udbad.branch.branches import Branch
+from udbad.branch.state import object_stamp
 from udbad.errors import ExitCode, UserError, estale, os_error
 from udbad.inodes.table import Dir
 from udbad.tools import carry
@@ -313,7 +314,7 @@ class Sync:
     def _relink(self, links: _Links, copy: Copy) -> None:
         """A further name of a file that was copied: make the copy a link to the first one."""
         assert copy.st is not None
-        if carry.stamp(links.st) != carry.stamp(copy.st):
+        if object_stamp(links.st) != object_stamp(copy.st):
             raise Changed("changed while it was copied")
         parts, name = links.names[0]
         try:
@@ -347,7 +348,7 @@ class Sync:
                         self._leave(parts, name, "has names elsewhere, or is pseudo-linked", again=False)
             elif self.move:
                 # Further links have changed its ctime: only who it is counts.
-                self._away.add(File(links.names, links.st, (*links.made, 0, 0, 0)))
+                self._away.add(File(links.names, links.st, (*links.made, 0, 0, 0, 0)))
 
     # -- whiteouts and directories --------------------------------------------------------------------
 

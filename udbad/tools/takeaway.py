@@ -14,6 +14,7 @@ from typing import Final
 
 from udbad.branch import syscalls, walk, whiteout
 from udbad.branch.branches import Branch
+from udbad.branch.state import ObjectStamp, object_stamp
 from udbad.errors import os_error
 from udbad.inodes.table import Dir
 from udbad.tools import carry
@@ -61,7 +62,7 @@ class File:
 
     names: list[tuple[Parts, bytes]]
     st: os.stat_result
-    made: carry.Stamp
+    made: ObjectStamp
 
 
 @dataclass(slots=True)
@@ -216,13 +217,13 @@ def _parts(item: File | Whiteout | Directory) -> Parts:
     return item.names[0][0] if isinstance(item, File) else item.parts
 
 
-def _linked(dirfd: int, name: bytes, item: File) -> carry.Stamp:
+def _linked(dirfd: int, name: bytes, item: File) -> ObjectStamp:
     """The stamp of a lower file with several names; linking them has changed its ctime. Raises Changed."""
     now = syscalls.stat_at(dirfd, name)
     same = (now.st_dev, now.st_ino) == item.made[:2]
     if not same or (now.st_mtime_ns, now.st_size) != (item.st.st_mtime_ns, item.st.st_size):
         raise Changed("the copy was changed directly")
-    return carry.stamp(now)
+    return object_stamp(now)
 
 
 def whited_only(dirfd: int, name: bytes) -> bool:

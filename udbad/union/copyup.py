@@ -26,12 +26,12 @@ from dataclasses import dataclass
 from udbad.branch import compare, copydata, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.origin import Place
+from udbad.branch.state import is_racy, object_stamp, stamp
 from udbad.errors import erofs, estale, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import CopyMethod, Trigger
 from udbad.union import copydirs, lookup, plink
 from udbad.union.superblock import NeedCopyUp, Superblock
-from udbad.union.times import is_racy
 
 _ATTEMPTS = 3
 
@@ -257,7 +257,7 @@ def transfer(job: Job, cancelled: Callable[[], bool] | None = None) -> None:
         else:
             os.fsync(job.dst_fd)
         now = os.fstat(job.src_fd)
-        if not is_racy(job.source, st) and _stamp(now) == _stamp(st):
+        if not is_racy(job.source, st) and stamp(now) == stamp(st):
             return
         if result.method is CopyMethod.REFLINK or compare.same_bytes(job.dst_fd, job.src_fd, result.size):
             job.st = now
@@ -274,10 +274,6 @@ def _copy_attributes(job: Job) -> None:
         job.branch.attrs,
         follow_symlinks=True,
     )
-
-
-def _stamp(st: os.stat_result) -> tuple[int, int, int]:
-    return (st.st_ctime_ns, st.st_mtime_ns, st.st_size)
 
 
 def commit(sb: Superblock, job: Job) -> None:
@@ -326,7 +322,7 @@ def take_away(sb: Superblock, job: Job) -> None:
     try:
         dirfd = sb.layer_fd(parent, layer)
         st = syscalls.stat_at(dirfd, job.name)
-        if (st.st_dev, st.st_ino, *_stamp(st)) != (job.st.st_dev, job.st.st_ino, *_stamp(job.st)):
+        if object_stamp(st) != object_stamp(job.st):
             return
         if not syscalls.is_being_written(dirfd, job.name):
             syscalls.unlink_at(dirfd, job.name)

@@ -9,28 +9,14 @@ changes may leave the same times, and nothing is concluded from times that are n
 from __future__ import annotations
 
 import os
-from time import time_ns
 
-from udbad.branch.branches import Branch
+from udbad.branch import state
+from udbad.branch.state import Stamp
 from udbad.inodes.table import Dir
-from udbad.types import Perm
 from udbad.union.superblock import Superblock
-
-_SECOND_NS = 1_000_000_000
-_COARSE_NS = 50_000_000
-"""Within this time of a change a second one may leave the same times, where those are a tick of the clock."""
-_WHOLE_NS = 2_100_000_000
-"""The same where they are whole seconds (ext4 with inodes of 128 bytes), or even ones (vfat)."""
 
 MAX_LAYERS = 16
 """A directory merged from more is probed name by name: most names are found before so many were asked."""
-
-
-def is_racy(branch: Branch, st: os.stat_result) -> bool:
-    """Whether a change after this stat may leave the object the ctime it has ("racily clean", as git calls it)."""
-    if st.st_ctime_ns % _SECOND_NS:
-        return not branch.exact_times and time_ns() - st.st_ctime_ns <= _COARSE_NS
-    return branch.perm is not Perm.RR and time_ns() - st.st_ctime_ns <= _WHOLE_NS
 
 
 def unchanged(sb: Superblock, node: Dir) -> bool:
@@ -49,7 +35,7 @@ def unchanged(sb: Superblock, node: Dir) -> bool:
     return False
 
 
-def _times(sb: Superblock, node: Dir) -> list[int] | None:
+def _times(sb: Superblock, node: Dir) -> list[Stamp] | None:
     layers = node.layers
     if len(layers) > MAX_LAYERS:
         return None
@@ -59,10 +45,10 @@ def _times(sb: Superblock, node: Dir) -> list[int] | None:
             if not layer.branch.exact_times and not layer.branch.local:
                 return None
             st = os.fstat(layer.fd if layer.fd >= 0 else sb.layer_fd(node, layer))
-            if is_racy(layer.branch, st):
+            stamp = state.lasting_stamp(layer.branch, st)
+            if stamp is None:
                 return None
-            now.append(st.st_mtime_ns)
-            now.append(st.st_ctime_ns)
+            now.append(stamp)
     except OSError:  # ESTALE: moved or removed
         return None
     return now

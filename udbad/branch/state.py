@@ -1,0 +1,56 @@
+"""Whether a branch object is what it was: the same object, the same state of it, the same content.
+
+Everybody who compares a status with an earlier one does it by this module; what is kept is a stamp. What two
+different objects have in common, whichever branches they are on, is for compare.py.
+"""
+
+from __future__ import annotations
+
+import os
+from time import time_ns
+
+from udbad.branch.branches import Branch
+from udbad.types import Perm
+
+_SECOND_NS = 1_000_000_000
+_COARSE_NS = 50_000_000
+"""Within this time of a change a second one may leave the same times, where those are a tick of the clock."""
+_WHOLE_NS = 2_100_000_000
+"""The same where they are whole seconds (ext4 with inodes of 128 bytes), or even ones (vfat)."""
+
+Stamp = tuple[int, int, int, int]
+"""ctime and mtime (nanoseconds), size (bytes), links: what tells two states of one object apart."""
+ObjectStamp = tuple[int, int, int, int, int, int]
+"""Device and inode number, then a `Stamp`: what tells two objects apart as well."""
+
+
+def is_racy(branch: Branch, st: os.stat_result) -> bool:
+    """Whether a change after this stat may leave the object the ctime it has ("racily clean", as git calls it)."""
+    if st.st_ctime_ns % _SECOND_NS:
+        return not branch.exact_times and time_ns() - st.st_ctime_ns <= _COARSE_NS
+    return branch.perm is not Perm.RR and time_ns() - st.st_ctime_ns <= _WHOLE_NS
+
+
+def stamp(st: os.stat_result) -> Stamp:
+    """The state that a status shows. ctime changes with everything (inode(7)), the rest says what it was.
+
+    Two stamps that differ are two states. Two that are the same are one, unless the first status `is_racy`.
+    """
+    return (st.st_ctime_ns, st.st_mtime_ns, st.st_size, st.st_nlink)
+
+
+def lasting_stamp(branch: Branch, st: os.stat_result) -> Stamp | None:
+    """A stamp that no other state will have; None while there is no such thing, as the status `is_racy`."""
+    if is_racy(branch, st):
+        return None
+    return (st.st_ctime_ns, st.st_mtime_ns, st.st_size, st.st_nlink)
+
+
+def same_content(one: Stamp, other: Stamp) -> bool:
+    """Whether two states of one file differ in attributes at most, as far as mtime and size tell."""
+    return one[1:3] == other[1:3]
+
+
+def object_stamp(st: os.stat_result) -> ObjectStamp:
+    """`stamp` where the name may stand for another object by now."""
+    return (st.st_dev, st.st_ino, st.st_ctime_ns, st.st_mtime_ns, st.st_size, st.st_nlink)

@@ -1,0 +1,373 @@
+"""What an event on a branch means: classified first, then one short function a case.
+
+Events are hints, state decides. Whatever they say of a name, `classify` compares what is recorded of it with what the
+branches say now and changes nothing; of the kinds of an event (coherence/watcher.py) it believes only that a
+file whose content or attributes changed may be looked at first. Whiteouts are events of the name they hide, opaque
+marks of their directory (`subject`). A case brings what is recorded up to date, then tells the kernel what differs.
+
+Calls go one way. For an event, the union is asked only through functions that call nobody back (`lookup.resolve`,
+`lookup.set_layers`, ...); for a request, it is the union that calls `Events.adopt`. So `adopt` is never entered
+from the comparison of a name (tests/test_layering.py, tests/t2_core/test_trust.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from enum import Enum, auto
+
+from udbad.branch import syscalls, whiteout
+from udbad.coherence.base import Coherence
+from udbad.coherence.sent import SentAttributes
+from udbad.coherence.watcher import CONTENT, GONE, NAMES, Change
+from udbad.coherence.watches import Place, Watches
+from udbad.inodes.table import Dir, Node
+from udbad.union import homes, lookup
+from udbad.union.lookup import Found
+from udbad.union.superblock import Superblock, is_object
+
+log = logging.getLogger(__name__)
+
+
+class Case(Enum):
+    """What has become of a name, by what is recorded of it and what the branches say now."""
+
+    __hash__ = object.__hash__  # Enum's own is a Python function, and slow
+
+    NOTHING_HELD = auto()
+    """Its directory was removed through the mount, or is not trusted: the kernel holds nothing of it."""
+    ITSELF = auto()
+    """No name, but the directory's own attributes: the root's, which is in no other directory."""
+    SAME_FILE = auto()
+    """The file it was, with its content or attributes perhaps others; found without asking every branch."""
+    SAME_OBJECT = auto()
+    """The same, and every branch was asked."""
+    SAME_DIRECTORY = auto()
+    """The directory it was, with its layers or attributes perhaps others."""
+    REPLACED = auto()
+    """Another object than before."""
+    GONE = auto()
+    """A known object, which no branch shows any more under this name."""
+    APPEARED = auto()
+    """An object nobody has asked for yet: the kernel may hold that there is none."""
+    NOT_ASKED_FOR = auto()
+    """The same, but the event does not say that it was made: the kernel holds nothing of the name."""
+    ABSENT = auto()
+    """Nothing, as was recorded: it came and went, or a whiteout hides nothing."""
+
+
+Finding = tuple[Case, Node | None, Found | None, os.stat_result | None]
+"""The case; the node the name stood for; what `resolve` found, whose descriptors are the caller's for SAME_DIRECTORY
+and closed otherwise; the status of the object for SAME_FILE and SAME_OBJECT."""
+
+
+def classify(sb: Superblock, node: Dir, name: bytes, kinds: int) -> Finding:
+    """Which case a name of a directory is (b"": the directory itself), after events with these kind bits.
+
+    Raises OSError when the branches cannot say.
+    """
+    if node.dead:
+        return Case.NOTHING_HELD, None, None, None
+    if not name:
+        return Case.ITSELF, None, None, None
+    if not node.trusted:
+        return Case.NOTHING_HELD, None, None, None
+    child = node.children.get(name)
+    if child is not None and not kinds & NAMES:
+        st = _same_file(node, name, child)
+        if st is not None:
+            return Case.SAME_FILE, child, None, st
+    found = lookup.resolve(sb, node, name)
+    if found is None:
+        return Case.ABSENT if child is None else Case.GONE, child, None, None
+    if found.layers is None:
+        if child is None:
+            return Case.APPEARED if kinds & NAMES else Case.NOT_ASKED_FOR, None, found, None
+        st = _same_object(sb, node, name, child, found)
+        return Case.REPLACED if st is None else Case.SAME_OBJECT, child, found, st
+    if type(child) is Dir and not child.dead and lookup.same_directory(child, found.layers):
+        return Case.SAME_DIRECTORY, child, found, None
+    lookup.discard(sb, node, name, found)
+    if child is not None:
+        return Case.REPLACED, child, found, None
+    return Case.APPEARED if kinds & NAMES else Case.NOT_ASKED_FOR, None, found, None
+
+
+def _same_file(node: Dir, name: bytes, child: Node) -> os.stat_result | None:
+    """The status of a file that has kept its name, from its own branch; None when it may be another one by now."""
+    if type(child) is Dir or child.dead or child.plink is not None:
+        return None
+    layer = node.layer(child.branch.index)
+    if layer is None or layer.fd < 0:
+        return None
+    try:
+        st = syscalls.stat_at(layer.fd, name)
+    except OSError:
+        return None
+    return st if is_object(child, st) else None
+
+
+def _same_object(sb: Superblock, node: Dir, name: bytes, child: Node, found: Found) -> os.stat_result | None:
+    """The status of what is no directory, when it is what the name stood for, perhaps by way of a pseudo-link."""
+    if child.kind != found.kind or child.dead:
+        return None
+    st = found.st
+    if child.plink is not None and homes.leads(sb, node, name, found.branch, st, child.plink):
+        return sb.stat(child)
+    return st if child.identity == (st.st_dev, st.st_ino) else None
+
+
+def subject(place: Place, name: bytes) -> tuple[Dir, bytes] | None:
+    """The directory and the name in it that an event in a branch directory is about; None for a name of our own.
+
+    name: as the event has it, b"" for the branch directory itself.
+    """
+    node = place.node
+    if name.startswith(whiteout.RESERVED):
+        if name != whiteout.OPAQUE:
+            return None
+        name = b""
+    elif name.startswith(whiteout.PREFIX):
+        name = name[len(whiteout.PREFIX) :]
+    if name or node.parent is None:
+        return node, name
+    return node.parent, node.name
+
+
+class Events:
+    """The cases. Event loop only."""
+
+    def __init__(self, coherence: Coherence, watches: Watches, sent: SentAttributes) -> None:
+        """coherence: tells the kernel, and gives and takes trust."""
+        self.sb = coherence.sb
+        self.count = 0
+        """Events so far."""
+        self.echoes = 0
+        """Of these, those that told nothing new."""
+        self._coherence = coherence
+        self._notifier = coherence.notifier
+        self._watches = watches
+        self._sent = sent
+        self._cases: dict[Case, Callable[[Dir, bytes, Finding, int], Dir | None]] = {
+            Case.NOTHING_HELD: self._nothing_held,
+            Case.ITSELF: self._itself,
+            Case.SAME_FILE: self._same_file,
+            Case.SAME_OBJECT: self._same_object,
+            Case.SAME_DIRECTORY: self._same_directory,
+            Case.REPLACED: self._replaced,
+            Case.GONE: self._gone,
+            Case.APPEARED: self._appeared,
+            Case.NOT_ASKED_FOR: self._not_asked_for,
+            Case.ABSENT: self._absent,
+        }
+
+    # -- from events to names -----------------------------------------------------------------
+
+    def on_echo(self, handle: object, kinds: int) -> None:
+        """An event that was expected (`Watcher.expect`), so that of a directory watch."""
+        assert isinstance(handle, Place)
+        self._counted(handle.index, kinds)
+        self.echoes += 1
+
+    def _counted(self, index: int, kinds: int) -> None:
+        """One event on the branch with this index."""
+        self.count += 1
+        events = self._coherence.branch_events
+        key = (index, kinds)
+        events[key] = events.get(key, 0) + 1
+
+    def handle(self, changes: list[Change]) -> None:
+        """One burst: each name once, however often it is mentioned."""
+        names: dict[tuple[Dir, bytes], int] = {}
+        for change in changes:
+            handle = change.handle
+            if isinstance(handle, Place):
+                self._counted(handle.index, change.kinds)
+                if change.kinds & GONE:
+                    if self._watches.gone(handle):
+                        self._coherence.distrust(handle.node)
+                    continue
+                key = subject(handle, change.name)
+                if key is not None:
+                    names[key] = names.get(key, 0) | change.kinds
+            elif isinstance(handle, Node):
+                self._counted(handle.branch.index, change.kinds)
+                self._file_changed(handle, change)
+        table = self.sb.table
+        for (node, name), kinds in names.items():
+            if table.nodes.get(node.id) is node:
+                below = self.name_changed(node, name, kinds)
+                if below is not None:
+                    self._compare_below(below)
+            if table.over_budget():  # events come without requests, too
+                table.trim()
+
+    def _file_changed(self, node: Node, change: Change) -> None:
+        """An event of a file that is watched itself, as it has several names."""
+        if change.kinds & GONE:
+            self._watches.file_gone(node)
+        try:
+            st = self.sb.stat(node)
+        except OSError:
+            if not node.dead:  # else removed through the mount, and the kernel knows
+                self._notifier.attributes(node.id)
+            return
+        self._compare(node, st, change.kinds)
+
+    def name_changed(self, node: Dir, name: bytes, kinds: int) -> Dir | None:
+        """A name may stand for something else (b"": the directory itself is another): bring what is recorded up to
+        date, then tell the kernel what it must forget.
+
+        Returns the directory it stands for, when its names have to be compared as well (`_compare_below`).
+        """
+        try:
+            if kinds & NAMES:
+                self._names_changed(node, name)
+            finding = classify(self.sb, node, name, kinds)
+            return self._cases[finding[0]](node, name, finding, kinds)
+        except OSError as error:
+            # ESTALE, EIO: believe nothing of it any more.
+            log.debug("cannot resolve %r: %s", name, error)
+            self._coherence.distrust(node)
+            return None
+
+    def _names_changed(self, node: Dir, name: bytes) -> None:
+        """A branch directory has another name now, or one less, whatever the union shows of it."""
+        if name and node.trusted and not node.dead:
+            node.note_stacked(name)
+            if len(node.layers) > 1 and lookup.count_links(self.sb, node):
+                self._notifier.attributes(node.id)
+
+    # -- requests -----------------------------------------------------------------------------
+
+    def adopt(self, node: Dir, changed: bool) -> None:
+        """`Hooks.adopt`: a request found the layers of a directory."""
+        if self._judge(node, changed):
+            self._compare_below(node)
+
+    def _judge(self, node: Dir, changed: bool) -> bool:
+        """Have a directory watched whose layers were found, and trust it if that can be. changed: they are others.
+
+        True when the kernel may hold names in it that come from other branch directories now: `_compare_below`.
+        """
+        parent = node.parent
+        was = node.trusted
+        trusted = (parent is None or parent.trusted) and self._watches.cover(node)
+        self._coherence.judge(node, trusted)
+        return changed and was and trusted and node.nlookup > 0
+
+    def _compare_below(self, top: Dir) -> None:
+        """Drop every name of a directory that its new layers have changed, and of those below it that they changed.
+
+        The directory is still the same node and keeps its entry: without one, processes that sit in it
+        could not tell where they are (getcwd(2)).
+        """
+        waiting = [top]
+        while waiting:  # not recursive: trees may be deep
+            node = waiting.pop()
+            if not node.trusted:
+                continue  # by now, and the kernel has been told
+            self._coherence.tell_names(node)
+            for name in list(node.children):
+                below = self.name_changed(node, name, NAMES)
+                if below is not None:
+                    waiting.append(below)
+            self._coherence.forget_negatives(node)
+
+    # -- one a case ---------------------------------------------------------------------------
+
+    def _nothing_held(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
+        pass
+
+    def _itself(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
+        self._compare(node, self.sb.stat(node), kinds)
+
+    def _same_file(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
+        _, child, _, st = finding
+        assert child is not None
+        assert st is not None
+        self._compare(child, st, kinds)
+
+    def _same_object(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
+        self._remember_known(node, name, finding, kinds)
+        self._same_file(node, name, finding, kinds)
+
+    def _same_directory(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> Dir | None:
+        _, child, found, _ = finding
+        assert type(child) is Dir
+        assert found is not None
+        self._remember_known(node, name, finding, kinds)
+        before = [layer.identity for layer in child.layers]
+        below = self._judge(child, lookup.set_layers(self.sb, child, found, node.floor))
+        if [layer.identity for layer in child.layers] == before:
+            self._compare(child, self.sb.stat(child), kinds)
+        return child if below else None
+
+    def _replaced(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
+        child = finding[1]
+        assert child is not None
+        self._remember_known(node, name, finding, kinds)
+        self.sb.table.detach(child, node, name)
+        self._tell_entry(node, name)
+        # Whoever still has it open sees its new link count.
+        self._sent.doubt(child)
+        self._notifier.attributes(child.id)
+
+    def _gone(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
+        self._replaced(node, name, finding, kinds)  # by nothing
+
+    def _appeared(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
+        found = finding[2]
+        assert found is not None
+        self._remember_unknown(node, name, found, kinds)
+        if node.negatives is not None and name in node.negatives:
+            node.negatives.discard(name)
+            self._tell_entry(node, name)
+        else:
+            self._compare(node, self.sb.stat(node), kinds)
+        self._compare_other_name(found, kinds)
+
+    def _not_asked_for(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
+        lookup.remember(node, name, finding[2])
+        self.echoes += 1
+
+    def _absent(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
+        self._remember_unknown(node, name, None, kinds)
+        self._compare(node, self.sb.stat(node), kinds)  # its times may be others
+
+    # -- what is recorded, what the kernel is told ----------------------------------------------
+
+    def _remember_known(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
+        """The view gets what a name of a known object stands for."""
+        if kinds & NAMES and node.negatives is not None and name in node.negatives:
+            # A listing came across the name before its event, and it did not fit into a reply.
+            node.negatives.discard(name)
+            self._notifier.expire(node.id, name)
+        lookup.remember(node, name, finding[2])
+
+    def _remember_unknown(self, node: Dir, name: bytes, found: Found | None, kinds: int) -> None:
+        """The view gets what a name stands for that nobody has asked for; a listing that the kernel may keep goes, if
+        that makes it another one. Of a known object, its identity says that."""
+        view = node.view
+        listing = node.listed and kinds & NAMES and (view is None or name in view or found is not None)
+        lookup.remember(node, name, found)
+        if listing:
+            self._coherence.tell_names(node)
+
+    def _compare(self, node: Node, st: os.stat_result, kinds: int) -> None:
+        """Attributes of a node that is what it was."""
+        if self._sent.compare(node, st, bool(kinds & CONTENT)):
+            self.echoes += 1
+
+    def _compare_other_name(self, found: Found, kinds: int) -> None:
+        """A new name of something that the kernel may know by another one: link(2) sends no event to that one."""
+        if found.layers is None and found.st.st_nlink > 1:
+            identity = (found.st.st_dev, found.st.st_ino)
+            other = self.sb.table.nodes.get(self.sb.inomap.number(*identity))
+            if other is not None and other.identity == identity:
+                self._compare(other, found.st, kinds)
+
+    def _tell_entry(self, node: Dir, name: bytes) -> None:
+        self._notifier.entry(node.id, name)
+        self._coherence.tell_names(node)

@@ -1,0 +1,81 @@
+"""Which attributes the kernel was given with a time-out, so that it is told only when they are others by now.
+
+One stamp a node (branch/state.py) is enough: an event, or a change of our own that comes back as one, is compared with
+it. Event loop only.
+"""
+
+from __future__ import annotations
+
+import os
+
+from udbad.branch import state
+from udbad.branch.state import Stamp
+from udbad.coherence.base import KernelNotifier
+from udbad.inodes.handles import note_id_bits
+from udbad.inodes.table import Dir, Node
+from udbad.union.superblock import Superblock
+
+
+class SentAttributes:
+    def __init__(self, sb: Superblock, notifier: KernelNotifier) -> None:
+        self.stamps: dict[int, Stamp | None] = {}
+        """By node id. None: the kernel may hold some, but whether they are still right cannot be told from a stamp."""
+        self._sb = sb
+        self._notifier = notifier
+
+    def compare(self, node: Node, st: os.stat_result, content: bool) -> bool:
+        """Tell the kernel when the attributes of a node, which is what it was, differ from those it was given.
+
+        st: its status now. content: whether its content may be another one although the stamp does not show it.
+        True when they are the same, so that there was nothing to tell.
+        """
+        if node.id not in self.stamps:
+            return False  # the kernel has no attributes of it
+        sent = self.stamps[node.id]
+        now = state.lasting_stamp(node.branch, st)
+        if now == sent and now is not None:
+            return True
+        self.stamps[node.id] = now
+        if node.handles:
+            note_id_bits(node, st)
+        if node.handles and (content or sent is None or now is None or not state.same_content(now, sent)):
+            self._notifier.data(node.id)
+        else:
+            self._notifier.attributes(node.id)
+        return False
+
+    def doubt(self, node: Node) -> None:
+        """Whatever the kernel was given of a node, the next comparison finds a difference."""
+        if node.id in self.stamps:
+            self.stamps[node.id] = None
+
+    def before_own(self, node: Node, fd: int) -> None:
+        """Before an own change that will be recorded as sent: a foreign one not handled yet must not hide in it."""
+        sent = self.stamps.get(node.id)
+        if sent is None:
+            return
+        try:
+            now = state.lasting_stamp(node.branch, self._stat(node, fd))
+        except OSError:
+            return
+        if now != sent:
+            self._notifier.data(node.id)
+
+    def own_data(self, node: Node, content: bool, st: os.stat_result | None, fd: int) -> None:
+        """After an own change: the kernel knows the attributes that it has led to. Parameters: Hooks.own_data."""
+        sent = self.stamps.get(node.id)
+        if sent is None:
+            return
+        now = None
+        if not node.dead or node.handles:
+            try:
+                now = state.lasting_stamp(node.branch, self._stat(node, fd) if st is None else st)
+            except OSError:
+                pass
+        if now is not None and not content and not state.same_content(now, sent) and type(node) is not Dir:
+            self._notifier.data(node.id)  # only a foreign change can have done that
+        self.stamps[node.id] = now
+
+    def _stat(self, node: Node, fd: int) -> os.stat_result:
+        """By descriptor where there is one: for each write of a big file, the name would have to be looked for."""
+        return os.fstat(fd) if fd >= 0 else self._sb.stat(node)

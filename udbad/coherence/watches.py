@@ -1,0 +1,282 @@
+"""What is watched for udba=notify, and which directories go without when there are no more watches.
+
+A directory is watched on every branch it is on, but for branches of mode none; a file only when it has several names.
+Watches are the user's, of all programs together (fs.inotify.max_user_watches): a share is left to the others, and
+when the rest is in use, directories that were not used lately make room. Nothing is decided here about what the kernel
+may keep: a directory that loses its watches is handed to `on_lost`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from udbad.branch import syscalls, whiteout
+from udbad.branch.branches import Branch
+from udbad.coherence.watcher import Change, Watcher, WatchLimit, watch_limit
+from udbad.inodes.inomap import Identity
+from udbad.inodes.table import Dir, Layer, Node
+from udbad.union.superblock import Superblock
+
+log = logging.getLogger(__name__)
+
+_EVICT = 64
+"""Directories that lose their watches at once when the limit is reached."""
+_HEALED_SECONDS = 60.0
+"""Without meeting the limit; directories that nobody uses any more may be without a watch for longer."""
+
+
+@dataclass(slots=True)
+class Place:
+    """Handle of a directory watch: the branch directory of `node` on the branch with this index."""
+
+    node: Dir
+    index: int
+
+
+@dataclass(slots=True)
+class Watched:
+    """The watches of one directory."""
+
+    node: Dir
+    watches: dict[int, tuple[Any, Identity]] = field(default_factory=dict)
+    """By branch index: the watch, and the identity of the branch directory it is on."""
+
+
+class Watches:
+    """The watches of one mount. Event loop only."""
+
+    def __init__(self, sb: Superblock, mode_of: Callable[[Branch], str], on_lost: Callable[[Dir], None]) -> None:
+        """mode_of: the coherence mode that applies to a branch. on_lost: called with each directory that had to give
+        its watches away."""
+        self.watcher: Watcher | None = None
+        """None: no inotify instance was to be had, or it is closed."""
+        self.directories: OrderedDict[int, Watched] = OrderedDict()
+        """By node id; those that were passed over as used lately go to the end."""
+        self.state = "healthy"
+        """One of metrics.COHERENCE_STATES."""
+        self._sb = sb
+        self._mode_of = mode_of
+        self._on_lost = on_lost
+        self._files: dict[int, Any] = {}
+        """The watches of files, by node id."""
+        self._without: set[int] = set()
+        """Directories that have no watch because of the limit."""
+        self._limited_at = 0.0
+        self._refused = 0.0, 0
+        """When the kernel refused a watch, and what the limit was then."""
+
+    def __len__(self) -> int:
+        return 0 if self.watcher is None else len(self.watcher)
+
+    def open(
+        self,
+        on_changes: Callable[[list[Change]], None],
+        on_echo: Callable[[object, int], None],
+        on_overflow: Callable[[], None],
+    ) -> int:
+        """Begin to watch, with the callbacks of `Watcher`; the descriptor to wait for, -1 when none is to be had."""
+        try:
+            self.watcher = Watcher(on_changes, on_echo, on_overflow)
+            self.options_changed()
+        except OSError as error:
+            self._set_state("degraded", f"no inotify instance to be had ({error.strerror}); served as reval")
+        return -1 if self.watcher is None else self.watcher.fd
+
+    def close(self) -> None:
+        if self.watcher is not None:
+            self.watcher.close()
+            self.watcher = None
+        self.directories.clear()
+        self._files.clear()
+
+    def shrink(self) -> None:
+        """Give back the room that many nodes have taken."""
+        self._files = dict(self._files)
+        self.directories = OrderedDict(self.directories)
+        if self.watcher is not None:
+            self.watcher.shrink()
+
+    def _set_state(self, state: str, message: str) -> None:
+        if state != self.state:
+            self.state = state
+            log.log(logging.INFO if state == "healthy" else logging.WARNING, "coherence %s: %s", state, message)
+
+    # -- directories --------------------------------------------------------------------------
+
+    def cover(self, node: Dir) -> bool:
+        """Have every layer of a directory watched that needs it; False when that cannot be, or is not enough yet."""
+        watcher = self.watcher
+        if watcher is None:
+            return False
+        entry = self.directories.get(node.id)
+        if entry is not None and entry.node is not node:
+            self._uncover(node.id)
+            entry = None
+        wanted = self._wanted(node)
+        if wanted is None:
+            return False
+        if entry is None:
+            entry = self.directories[node.id] = Watched(node)
+        for index in [index for index in entry.watches if index not in wanted]:
+            watcher.unwatch(entry.watches.pop(index)[0], Place(node, index))
+        complete = True
+        for index, layer in wanted.items():
+            held = entry.watches.get(index)
+            if held is not None:
+                if held[1] == layer.identity:
+                    continue
+                watcher.unwatch(held[0], Place(node, index))
+                del entry.watches[index]
+            fd = self._sb.layer_fd(node, layer)
+            watch = self._add(watcher, node, index, fd)
+            if watch is None:
+                self._uncover(node.id)
+                return False
+            entry.watches[index] = (watch, layer.identity)
+            if layer.branch.whable and node.parent is not None and whiteout.opaque(fd) != (node.opaque == index):
+                complete = False  # an opaque mark came or went before the watch: its layers have to be found again
+        return complete
+
+    def _wanted(self, node: Dir) -> dict[int, Layer] | None:
+        """The layers that need a watch, by branch index; None when events would not tell of all there are."""
+        wanted = {}
+        for layer in node.layers:
+            mode = self._mode_of(layer.branch)
+            if mode == "reval":
+                return None
+            if mode == "notify":
+                wanted[layer.branch.index] = layer
+        return wanted
+
+    def _add(self, watcher: Watcher, node: Dir, index: int, fd: int) -> Any:
+        for attempt in range(2):
+            try:
+                watch = watcher.watch_directory(fd, Place(node, index))
+                if self.state == "limited":
+                    self._got_one(node)
+                return watch
+            except WatchLimit:
+                self._no_room(watcher)
+                if attempt or not self._evict(node):
+                    self._without.add(node.id)
+                    return None
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.EACCES, errno.ENOTDIR):
+                    raise
+                return None
+        return None
+
+    def _uncover(self, node_id: int) -> None:
+        entry = self.directories.pop(node_id, None)
+        if entry is not None and self.watcher is not None:
+            for index, (watch, _) in entry.watches.items():
+                self.watcher.unwatch(watch, Place(entry.node, index))
+
+    def gone(self, place: Place) -> bool:
+        """The kernel has dropped a watch (IN_IGNORED); whether what it was on is still a layer of its directory."""
+        node = place.node
+        entry = self.directories.get(node.id)
+        if entry is None or entry.node is not node:
+            return False
+        entry.watches.pop(place.index, None)
+        return node.layer(place.index) is not None and not node.dead
+
+    def forget(self, node: Node) -> None:
+        """The node has left the table."""
+        if type(node) is Dir:
+            self._without.discard(node.id)
+            entry = self.directories.get(node.id)
+            if entry is not None and entry.node is node:
+                self._uncover(node.id)
+        watch = self._files.pop(node.id, None)
+        if watch is not None and self.watcher is not None:
+            self.watcher.unwatch(watch, node)
+
+    # -- files --------------------------------------------------------------------------------
+
+    def cover_file(self, node: Node) -> bool:
+        """Have a file watched itself; False when that begins only now, so that what was read of it may be old."""
+        if node.id in self._files:
+            return True
+        if self.watcher is None or len(self._files) > watch_limit() // 4:
+            return False
+        try:
+            dirfd, name = self._sb.locate(node)
+            fd = syscalls.pin_at(dirfd, name)
+        except OSError:
+            return False
+        try:
+            self._files[node.id] = self.watcher.watch_file(fd, node)
+        except (WatchLimit, OSError):
+            pass
+        finally:
+            os.close(fd)
+        return False
+
+    def file_gone(self, node: Node) -> None:
+        """The kernel has dropped the watch of a file."""
+        self._files.pop(node.id, None)
+
+    # -- the limit ----------------------------------------------------------------------------
+
+    def options_changed(self) -> None:
+        if self.watcher is not None:
+            self.watcher.room = watch_limit() - self._reserve()
+
+    def _reserve(self) -> int:
+        """Watches that are left to other programs of the user: one limit is for all of them together."""
+        return watch_limit() * self._sb.options.watch_reserve // 100
+
+    def _no_room(self, watcher: Watcher) -> None:
+        """A watch was refused, by the kernel or because the reserve begins."""
+        self._limited_at = monotonic()
+        self._set_state("limited", f"watch limit reached at {len(watcher)}; the rest is served as reval")
+        limit = watch_limit()
+        if len(watcher) < watcher.room:
+            # Others have the rest. What they may still want is for us to give back.
+            self._refused = self._limited_at, limit
+            watcher.room = max(len(watcher) - self._reserve(), 0)
+        elif self._limited_at - self._refused[0] > _HEALED_SECONDS or limit != self._refused[1]:
+            self.options_changed()  # there may be more by now
+
+    def _got_one(self, node: Dir) -> None:
+        """A directory got a watch after the limit was met; one that somebody else gave back is not the end of it."""
+        self._without.discard(node.id)
+        if not self._without or monotonic() - self._limited_at > _HEALED_SECONDS:
+            self._without.clear()
+            self._set_state("healthy", "there are watches again")
+
+    def _evict(self, keep: Dir) -> bool:
+        """Take the watches of directories that were not used lately; a second chance for those that were."""
+        evicted = 0
+        for _ in range(2 * len(self.directories)):
+            node_id, entry = next(iter(self.directories.items()))
+            node = entry.node
+            if node.hot or node is self._sb.root or _is_above(node, keep):
+                node.hot = False
+                self.directories.move_to_end(node_id)
+                continue
+            self._uncover(node_id)
+            self._without.add(node_id)
+            self._on_lost(node)
+            evicted += 1
+            if evicted >= _EVICT:
+                break
+        return evicted > 0
+
+
+def _is_above(node: Dir, other: Dir) -> bool:
+    """Whether `node` is `other`, or a directory on the way to it."""
+    current: Dir | None = other
+    while current is not None:
+        if current is node:
+            return True
+        current = current.parent
+    return False
