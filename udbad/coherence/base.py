@@ -315,8 +315,9 @@ class Coherence:
         Compared with what was recorded at the last open: a change the kernel cannot see (a store
         through a shared mapping of the branch file) is at the latest seen at the next open.
         """
-        same = node.seen == state.stamp(st)
-        node.seen = state.lasting_stamp(node.branch, st)
+        lasting = state.lasting_stamp(node.branch, st)
+        same = node.seen == (lasting or state.stamp(st))
+        node.seen = lasting
         return same
 
     def state_of(self, branch: Branch) -> str:
