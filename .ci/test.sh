@@ -21,11 +21,11 @@ status=0
 # A process group of its own, to be ended as one.
 setsid .ci/lint.sh >"$output/lint" 2>&1 &
 lint=$!
-.ci/pytest.sh -m alone | tee "$output/alone" || status=1
+.ci/pytest.sh -m alone | tee -i "$output/alone" || status=1
 wait "$lint" || status=1
 lint=
 cat "$output/lint"
-.ci/pytest.sh -m 'not alone' -n "$workers" --dist worksteal | tee "$output/rest" || status=1
+.ci/pytest.sh -m 'not alone' -n "$workers" --dist worksteal | tee -i "$output/rest" || status=1
 mkdir -p artifacts
 sed -n '/ slowest .* durations /,/^=.* in [0-9.]*s/p' "$output/rest" "$output/alone" >artifacts/durations.txt
 exit "$status"

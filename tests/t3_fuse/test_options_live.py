@@ -309,7 +309,7 @@ def test_generic_options(union: UnionFactory, tmp_path: Path, udba: str) -> None
     options, source = mount_line(mount)
     assert {"rw", "noatime", "nosuid", "nodev", "noexec", "nodiratime"} <= options
     assert {"sync", "dirsync", "allow_other", "default_permissions"} <= options
-    assert source == "the\\040pool"
+    assert source == "the pool"
     flags = os.statvfs(mount.path).f_flag
     assert flags & (os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC) == os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
     assert errno_of(lambda: subprocess.run([mount.path / "true"], check=True, timeout=20)) == "EACCES"
