@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from enum import IntEnum
+from typing import Final
 
 
 class ExitCode(IntEnum):
@@ -49,6 +50,22 @@ class UserError(Exception):
         super().__init__(message)
         self.message = message
         self.code = code
+
+
+# -- "not there": which errno values of a branch mean what -------------------------------------------
+
+ABSENT: Final = (errno.ENOENT, errno.ENAMETOOLONG)
+"""A branch directory has no such name; the second one where its file system has shorter names than others. No other
+error makes a negative entry, which a view or the kernel may keep."""
+
+GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE})
+"""A known object is not where it was: removed or moved, it or a directory above it. Its name has to be asked anew."""
+
+REPLACED: Final = GONE | {errno.ELOOP}
+"""GONE, or its name turned into something that cannot be opened as the object was, a symbolic link for instance."""
+
+NO_DIRECTORY: Final = (FileNotFoundError, NotADirectoryError)
+"""Raised by opening a directory by name where there is nothing, or something else."""
 
 
 def os_error(number: int) -> OSError:

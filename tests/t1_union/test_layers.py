@@ -85,6 +85,11 @@ def test_marks_that_do_not_count(tmp_path: Path) -> None:
     assert stat.S_ISDIR(held.st.st_mode)
 
 
+def test_a_name_that_the_file_system_cannot_have(tmp_path: Path) -> None:
+    (held,) = looked([tmp_path], b"n" * 300, [True])
+    assert (held.st, held.end) == (None, None)
+
+
 # -- the others -------------------------------------------------------------------------------------
 
 WHATS = st.sampled_from(["-", "f", "l", "d", "d", "-w", "fw", "lw", "dw", "do", "dow"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from udbad.branch import syscalls, whiteout
+from udbad.errors import ABSENT, NO_DIRECTORY
 
 
 class Part(Enum):
@@ -70,8 +71,11 @@ def look(dirfd: int, name: bytes, marks: bool = True) -> Held:
         if st_mod.S_ISDIR(st.st_mode):
             held.fd = syscalls.open_dir_at(dirfd, name)
         held.st = st
-    except (FileNotFoundError, NotADirectoryError):
+    except NO_DIRECTORY:
         pass
+    except OSError as error:
+        if error.errno not in ABSENT:
+            raise
     try:
         held.whiteout = marks and whiteout.present(dirfd, name)
         held.opaque = marks and held.fd >= 0 and whiteout.opaque(held.fd)

@@ -5,7 +5,6 @@ May not follow a symbolic link or leave the branch through "..".
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import stat as st_mod
@@ -14,6 +13,7 @@ from contextlib import closing
 
 from udbad.branch import syscalls, whiteout
 from udbad.branch.walk import READ_DIR, Entries, descend, entries_of, join, objects_in, printable, walk
+from udbad.errors import GONE
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def sweep_temporaries(
     removed = 0
 
     def on_error(path: bytes, error: OSError) -> None:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):  # somebody has moved or removed it
+        if error.errno not in GONE:  # somebody has moved or removed it
             log.warning("sweep: %s: %s", printable(path), error.strerror)
 
     def sweep(directory: bytes, dirfd: int, name: bytes) -> int:

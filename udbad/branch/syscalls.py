@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Final, Literal
 
+from udbad.errors import ABSENT
+
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 RENAME_NOREPLACE: Final = 1
@@ -75,10 +77,8 @@ def exists_at(dirfd: int, name: bytes) -> bool:
     """Whether anything has this name; a name too long for the file system does not exist."""
     try:
         os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
+        if error.errno in ABSENT or error.errno == errno.ENOTDIR:
             return False
         raise
     return True

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from udbad.branch import syscalls, whiteout
-from udbad.errors import ExitCode, UserError
+from udbad.errors import NO_DIRECTORY, ExitCode, UserError
 
 READ_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WINDOW: Final = 100  # open directories of a walk; deeper ones are reached again name by name
@@ -50,7 +50,7 @@ def walk(root_fd: int, on_error: Callable[[bytes, OSError], None]) -> Generator[
     def enter(parent_fd: int, name: bytes) -> Entries | None:
         try:
             fd = os.open(name, READ_DIR, dir_fd=parent_fd)
-        except (FileNotFoundError, NotADirectoryError):
+        except NO_DIRECTORY:
             return None
         except OSError as error:
             on_error(join(path, name), error)
@@ -150,7 +150,7 @@ def objects_in(
             found = [(name, stat_or_none(fd, name)) for name in sorted(entries_of(fd))]
         finally:
             os.close(fd)
-    except (FileNotFoundError, NotADirectoryError):
+    except NO_DIRECTORY:
         return []
     except OSError as error:
         on_error(directory, error)

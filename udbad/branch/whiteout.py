@@ -16,7 +16,7 @@ import stat as st_mod
 
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch
-from udbad.errors import eio, os_error
+from udbad.errors import ABSENT, eio, os_error
 
 PREFIX = b".wh."
 BASE = b".wh..wh.aufs"
@@ -58,10 +58,8 @@ def present(dirfd: int, name: bytes) -> bool:
     """Whether this branch directory has a whiteout for `name`; EIO when it is not a regular file."""
     try:
         st = _stat(PREFIX + name, dir_fd=dirfd, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
+        if error.errno in ABSENT:
             return False
         raise
     if not _ISREG(st.st_mode):
@@ -115,12 +113,10 @@ def remove(dirfd: int, name: bytes) -> bool:
     """Remove the whiteout for `name`; False when there was none."""
     try:
         syscalls.unlink_at(dirfd, PREFIX + name)
-    except FileNotFoundError:
-        return False
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        return False
+        if error.errno in ABSENT:
+            return False
+        raise
     return True
 
 

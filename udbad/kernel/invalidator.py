@@ -34,6 +34,8 @@ _Key = tuple[str, int, bytes]
 _EPOCH: _Key = ("epoch", 0, b"")
 _NAMES = ("entry", "expire")
 _LOOK_SECONDS = 1.0
+_NOTHING_HELD = (errno.ENOENT, errno.ENOTDIR)
+"""The kernel's answer when it holds nothing of what it is to forget."""
 
 
 class State(Enum):
@@ -192,7 +194,7 @@ class Invalidator:
         try:
             self._write(message)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            if error.errno in _NOTHING_HELD:
                 shard.missed += 1
             elif error.errno != errno.ENODEV:  # unmounted already
                 shard.failed += 1

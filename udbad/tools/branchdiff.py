@@ -10,7 +10,6 @@ Read-only. The number of descriptors it needs grows with the depth of the tree, 
 
 from __future__ import annotations
 
-import errno
 import os
 import stat as st_mod
 from collections.abc import Generator, Iterator, Sequence
@@ -23,6 +22,7 @@ from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.branch.layers import look
 from udbad.branch.policy import parse_copyup, parse_create
 from udbad.branch.walk import open_branch
+from udbad.errors import GONE
 from udbad.inodes.table import Dir, Layer
 from udbad.types import Perm
 from udbad.union import lookup, view
@@ -203,7 +203,7 @@ def _compare(sb: Superblock, level: _Level, name: bytes, path: bytes) -> Change 
         differs = compare.differences(level.fd, name, sb.layer_fd(level.lower, layer), name)
         hides = is_dir and _hides(level.fd, name)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESTALE):
+        if error.errno not in GONE:
             raise
         return None
     finally:

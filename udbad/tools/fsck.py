@@ -23,7 +23,7 @@ from typing import Final
 from udbad.branch import origin, sweep, syscalls, whiteout, writelock
 from udbad.branch.dirtymark import DIRTY_MARK, was_dirty
 from udbad.branch.walk import Entries, descend, join, objects_in, open_branch, printable, stat_or_none, walk
-from udbad.errors import ExitCode
+from udbad.errors import NO_DIRECTORY, ExitCode
 from udbad.tools.homecheck import shown_by
 
 _ADMINISTRATIVE: Final = {
@@ -202,7 +202,7 @@ def repair(root_fd: int, defect: Defect) -> None:
     *directories, name = defect.path.split(b"/")
     try:
         dirfd = descend(root_fd, directories)
-    except (FileNotFoundError, NotADirectoryError):
+    except NO_DIRECTORY:
         return
     try:
         st = stat_or_none(dirfd, name)

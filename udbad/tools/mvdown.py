@@ -6,7 +6,6 @@ the union shows, and nothing between the two branches that would hide it where i
 
 from __future__ import annotations
 
-import errno
 import os
 import stat as st_mod
 from collections.abc import Generator, Sequence
@@ -18,7 +17,7 @@ from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.mountflags import writing_to
 from udbad.branch.walk import printable
-from udbad.errors import ExitCode, UserError
+from udbad.errors import REPLACED, ExitCode, UserError
 from udbad.inodes.table import Dir, Node
 from udbad.tools import carry
 from udbad.tools.carry import Changed, Copy, Halt, InUse, Work
@@ -89,8 +88,7 @@ def _attempts(
                 raise _refused(parts, str(change)) from None
             continue
         except OSError as error:
-            # ESTALE, ENOENT, ELOOP: it was replaced or removed between two looks at it.
-            if error.errno not in (errno.ESTALE, errno.ENOENT, errno.ELOOP) or attempt == _ATTEMPTS - 1:
+            if error.errno not in REPLACED or attempt == _ATTEMPTS - 1:
                 raise
             continue
         finally:

@@ -15,7 +15,7 @@ from typing import Final
 from udbad.branch import syscalls, walk, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.state import ObjectStamp, object_stamp
-from udbad.errors import os_error
+from udbad.errors import REPLACED, os_error
 from udbad.inodes.table import Dir
 from udbad.tools import carry
 from udbad.tools.carry import Changed, Copy, Halt, InUse, Work
@@ -24,7 +24,7 @@ from udbad.union.superblock import Superblock
 
 PENDING: Final = 2000
 """Names that wait for the lower file system to be synced, so that this is done once for all of them."""
-VANISHED: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP, errno.EAGAIN})
+VANISHED: Final = REPLACED | {errno.EAGAIN}
 """What is raised when an object was removed or replaced between two looks at it, or somebody has a lease on it."""
 _KEPT: Final = frozenset({errno.EPERM, errno.EACCES, errno.EBUSY})  # it is immutable, or something is mounted there
 _STRIDE: Final = 16  # names taken away before others may run

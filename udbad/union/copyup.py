@@ -27,7 +27,7 @@ from udbad.branch import compare, copydata, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.origin import Place
 from udbad.branch.state import is_racy, object_stamp, stamp
-from udbad.errors import erofs, estale, os_error
+from udbad.errors import GONE, erofs, estale, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import CopyMethod, Trigger
 from udbad.union import copydirs, lookup, plink
@@ -101,7 +101,7 @@ def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
     try:
         dirfd = copydirs.ensure_dir(sb, parent, branch)
     except OSError as error:
-        if as_link or error.errno not in (errno.ENOENT, errno.ESTALE) or sb.held_fd(node) < 0:
+        if as_link or error.errno not in GONE or sb.held_fd(node) < 0:
             raise
         return _begin_orphan(sb, need)  # its directory is gone
     before = os.fstat(dirfd)
@@ -158,10 +158,8 @@ def _still_there(sb: Superblock, node: Node) -> bool:
         st = sb.stat(node)
         dirfd, name = sb.locate(node)
         here = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
     except OSError as error:
-        if error.errno == errno.ESTALE:
+        if error.errno in GONE:
             return False
         raise
     if (here.st_dev, here.st_ino) != (st.st_dev, st.st_ino):
@@ -327,7 +325,7 @@ def take_away(sb: Superblock, job: Job) -> None:
         if not syscalls.is_being_written(dirfd, job.name):
             syscalls.unlink_at(dirfd, job.name)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ESTALE):
+        if error.errno not in GONE:
             raise
 
 

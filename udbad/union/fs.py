@@ -19,7 +19,7 @@ from typing import Final, Literal, TypeVar
 
 from udbad.branch import syscalls, whiteout
 from udbad.branch.credentials import Credentials, sgid_group
-from udbad.errors import erofs, estale, os_error
+from udbad.errors import REPLACED, erofs, estale, os_error
 from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, note_id_bits
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Trigger
@@ -379,7 +379,7 @@ class UnionFs:
                 dirfd, name = self.sb.locate(node)
                 fd, st = syscalls.open_file_at(dirfd, name, flags)
             except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP):
+                if error.errno not in REPLACED:
                     raise
             else:
                 if is_object(node, st):

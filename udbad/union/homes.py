@@ -21,7 +21,7 @@ from udbad.branch.accept import is_foreign
 from udbad.branch.branches import Branch
 from udbad.branch.origin import Place
 from udbad.branch.spec import shown
-from udbad.errors import os_error
+from udbad.errors import NO_DIRECTORY, os_error
 from udbad.inodes.table import Dir, Node, Plink
 from udbad.union.superblock import Superblock
 
@@ -195,7 +195,7 @@ def load(sb: Superblock) -> None:
             continue
         try:
             dirfd = open_directory(branch)
-        except (FileNotFoundError, NotADirectoryError):
+        except NO_DIRECTORY:
             continue
         except PermissionError:
             log.warning(

@@ -20,7 +20,7 @@ import stat as st_mod
 from collections.abc import Iterator
 
 from udbad.branch import whiteout
-from udbad.errors import enoent
+from udbad.errors import GONE, enoent
 from udbad.inodes.handles import OpenDir
 from udbad.inodes.table import POSITIONS, Dir, Hit, Layer, Node
 from udbad.union import lookup, view
@@ -152,7 +152,7 @@ def entries(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Entry]:
                 current = node.view.get(name, -1) if trusted and node.view is not None else hits.get(name)
                 found = None if current == -1 else _by_hit(sb, node, layers, name, current)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EIO):
+            if error.errno not in GONE and error.errno != errno.EIO:
                 raise
             continue  # gone meanwhile, or broken: asking for it by name says what is wrong
         if found is not None:

@@ -6,7 +6,6 @@ coherence strategy. Nothing here decides what is visible; that is lookup.py.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat as st_mod
 import sys
@@ -19,7 +18,7 @@ from typing import Protocol
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch, BranchSet
 from udbad.branch.policy import CopyUpPolicy, CreatePolicy
-from udbad.errors import estale
+from udbad.errors import GONE, NO_DIRECTORY, estale
 from udbad.inodes.handles import HandleTable
 from udbad.inodes.inomap import InoMap
 from udbad.inodes.table import Dir, InodeTable, Layer, Node, Plink
@@ -138,9 +137,6 @@ class Counters:
     depth_whiteout: list[int] = field(default_factory=lambda: [0] * (LAST_DEPTH + 1))
 
 
-_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE})
-
-
 def is_object(node: Node, st: os.stat_result) -> bool:
     """Whether `st` is the status of the object behind a node that is no directory.
 
@@ -234,7 +230,7 @@ class Superblock:
         for child, child_layer in reversed(missing):
             try:
                 fd = syscalls.open_dir_at(fd, child.name)
-            except (FileNotFoundError, NotADirectoryError):
+            except NO_DIRECTORY:
                 raise estale() from None
             st = os.fstat(fd)
             if (st.st_dev, st.st_ino) != child_layer.identity:
@@ -286,7 +282,7 @@ class Superblock:
                 dirfd, name = self.locate(node)
                 st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
             except OSError as error:
-                if error.errno not in _NOT_THERE:
+                if error.errno not in GONE:
                     raise
             else:
                 if is_object(node, st):
@@ -305,7 +301,7 @@ class Superblock:
             try:
                 fd = syscalls.pin_at(*self.locate(node))
             except OSError as error:
-                if error.errno not in _NOT_THERE:
+                if error.errno not in GONE:
                     raise
             else:
                 if is_object(node, os.fstat(fd)):
