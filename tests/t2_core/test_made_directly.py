@@ -167,7 +167,7 @@ def test_a_directory_that_vanishes_while_it_is_looked_at(tmp_path: Path, monkeyp
 
         with monkeypatch.context() as patch:
             patch.setattr(syscalls, "open_dir_at", too_late)
-            assert lookup.resolve(union.sb, union.sb.root, b"d", below=0) is None
+            assert lookup.resolve(union.sb, union.sb.root, b"d", below=0).answer is lookup.Answer.NEGATIVE
 
 
 def test_a_name_that_never_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from udbad.coherence.watcher import CONTENT, GONE, NAMES, Change
 from udbad.coherence.watches import Place, Watches
 from udbad.inodes.table import Dir, Node
 from udbad.union import homes, lookup
-from udbad.union.lookup import Found
+from udbad.union.lookup import Answer, Found
 from udbad.union.superblock import Superblock, is_object
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def classify(sb: Superblock, node: Dir, name: bytes, kinds: int) -> Finding:
         if st is not None:
             return Case.SAME_FILE, child, None, st
     found = lookup.resolve(sb, node, name)
-    if found is None:
+    if found.answer is not Answer.FOUND:
         return Case.ABSENT if child is None else Case.GONE, child, None, None
     if found.layers is None:
         if child is None:
@@ -329,7 +329,7 @@ class Events:
         self._compare_other_name(found, kinds)
 
     def _not_asked_for(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
-        lookup.remember(node, name, finding[2])
+        lookup.remember(node, name, finding[2] or lookup.CLEAR)
         self.echoes += 1
 
     def _absent(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
@@ -344,14 +344,14 @@ class Events:
             # A listing came across the name before its event, and it did not fit into a reply.
             node.negatives.discard(name)
             self._notifier.expire(node.id, name)
-        lookup.remember(node, name, finding[2])
+        lookup.remember(node, name, finding[2] or lookup.CLEAR)
 
     def _remember_unknown(self, node: Dir, name: bytes, found: Found | None, kinds: int) -> None:
         """The view gets what a name stands for that nobody has asked for; a listing that the kernel may keep goes, if
         that makes it another one. Of a known object, its identity says that."""
         view = node.view
         listing = node.listed and kinds & NAMES and (view is None or name in view or found is not None)
-        lookup.remember(node, name, found)
+        lookup.remember(node, name, found or lookup.CLEAR)
         if listing:
             self._coherence.tell_names(node)
 

@@ -26,6 +26,7 @@ from udbad.errors import GONE
 from udbad.inodes.table import Dir, Layer
 from udbad.types import Perm
 from udbad.union import lookup, view
+from udbad.union.lookup import Answer
 from udbad.union.superblock import Superblock, UnionOptions
 
 _KINDS = {
@@ -142,7 +143,7 @@ def _enter(sb: Superblock, level: _Level, name: bytes) -> _Level | None:
 
 def _below(sb: Superblock, lower: Dir, name: bytes) -> list[Layer] | None:
     found = lookup.resolve(sb, lower, name)
-    return None if found is None else found.layers
+    return found.layers if found.answer is Answer.FOUND else None
 
 
 def _names(sb: Superblock, level: _Level) -> Iterator[Change]:
@@ -165,7 +166,7 @@ def _names(sb: Superblock, level: _Level) -> Iterator[Change]:
                 yield change
         elif level.lower is not None:
             found = lookup.resolve(sb, level.lower, name)
-            if found is not None:
+            if found.answer is Answer.FOUND:
                 _discard(found)
                 yield Change(path, ChangeKind.DELETED, _KINDS.get(found.kind, "unknown"), "")
     level.todo.reverse()
@@ -191,8 +192,8 @@ def _compare(sb: Superblock, level: _Level, name: bytes, path: bytes) -> Change 
     is_dir = kind == st_mod.S_IFDIR
     if is_dir:
         level.todo.append(name)
-    found = None if level.lower is None else lookup.resolve(sb, level.lower, name)
-    if found is None:
+    found = lookup.CLEAR if level.lower is None else lookup.resolve(sb, level.lower, name)
+    if found.answer is not Answer.FOUND:
         return Change(path, ChangeKind.ADDED, label, "")
     try:
         if found.kind != kind:

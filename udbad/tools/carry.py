@@ -31,6 +31,7 @@ from udbad.branch.state import ObjectStamp, is_racy, object_stamp
 from udbad.errors import estale
 from udbad.inodes.table import Dir, Node
 from udbad.union import copydirs, homes, lookup
+from udbad.union.lookup import Answer
 from udbad.union.superblock import Superblock
 
 _PATIENCE: Final = 60
@@ -354,7 +355,7 @@ def resettle_view(sb: Superblock, parent: Dir, name: bytes) -> None:
     """As `resettle`, for a name that is no directory and whose node is brought up to date otherwise."""
     found = lookup.resolve(sb, parent, name)
     lookup.remember(parent, name, found)
-    if found is not None:
+    if found.answer is Answer.FOUND:
         lookup.discard(sb, parent, name, found)
 
 
@@ -371,10 +372,10 @@ def resettle(sb: Superblock, parent: Dir, name: bytes) -> None:
     """The branches below a name are others than before: have its node and its directory's view follow."""
     found = lookup.resolve(sb, parent, name)
     lookup.remember(parent, name, found)
-    if found is None:
-        lookup.forget_name(sb, parent, name)
-    else:
+    if found.answer is Answer.FOUND:
         lookup.intern(sb, parent, name, found)
+    else:
+        lookup.forget_name(sb, parent, name)
 
 
 def uncover_whiteout(src_dirfd: int, name: bytes) -> None:

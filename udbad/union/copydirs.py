@@ -15,6 +15,7 @@ from udbad.branch.policy import Facts
 from udbad.errors import erofs, estale
 from udbad.inodes.table import Dir, Layer
 from udbad.union import lookup
+from udbad.union.lookup import Answer
 from udbad.union.superblock import Superblock
 
 
@@ -76,10 +77,10 @@ def _made_directly(sb: Superblock, node: Dir, branch: Branch) -> int:
     assert parent is not None
     parent.doubt(node.name)
     found = lookup.resolve(sb, parent, node.name)
-    if found is not None and found.layers is not None and lookup.same_directory(node, found.layers):
-        lookup.adopt(sb, node, found, parent.floor)
-        return sb.branch_fd(node, branch)
-    if found is not None:
+    if found.answer is Answer.FOUND:
+        if found.layers is not None and lookup.same_directory(node, found.layers):
+            lookup.adopt(sb, node, found, parent.floor)
+            return sb.branch_fd(node, branch)
         lookup.discard(sb, parent, node.name, found)
     raise estale()
 

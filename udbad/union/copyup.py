@@ -31,6 +31,7 @@ from udbad.errors import GONE, erofs, estale, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import CopyMethod, Trigger
 from udbad.union import copydirs, lookup, plink
+from udbad.union.lookup import Answer
 from udbad.union.superblock import NeedCopyUp, Superblock
 
 _ATTEMPTS = 3
@@ -168,7 +169,7 @@ def _still_there(sb: Superblock, node: Node) -> bool:
         return True
     # Hidden by something newer above it: copying it up there would overwrite that.
     found = lookup.resolve(sb, node.parent, node.name)
-    if found is not None:
+    if found.answer is Answer.FOUND:
         lookup.discard(sb, node.parent, node.name, found)
         if found.st.st_ino == node.ino and found.st.st_dev == node.dev:
             return True
@@ -338,14 +339,14 @@ def _check_unmoved(sb: Superblock, job: Job) -> None:
     if node.identity != (job.st.st_dev, job.st.st_ino):  # another of its names was faster
         raise estale()
     found = lookup.resolve(sb, parent, job.name)
-    if found is not None:
+    if found.answer is Answer.FOUND:
         lookup.discard(sb, parent, job.name, found)
     if job.as_link:
-        if found is not None:
+        if found.answer is Answer.FOUND:
             parent.doubt(job.name)
             raise os_error(errno.EEXIST)
         return
-    if found is not None:
+    if found.answer is Answer.FOUND:
         if (found.st.st_dev, found.st.st_ino) == node.identity:
             return
         if node.plink is not None and found.layers is None and lookup.intern(sb, parent, job.name, found)[0] is node:

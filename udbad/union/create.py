@@ -22,6 +22,7 @@ from udbad.errors import enoent, erofs, estale, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import MADE, Caller, Trigger
 from udbad.union import copydirs, lookup
+from udbad.union.lookup import Answer, Found, Missing
 from udbad.union.superblock import NeedCopyUp, Superblock
 
 P = ParamSpec("P")
@@ -39,21 +40,17 @@ class Target:
 
 def prepare(sb: Superblock, parent: Dir, name: bytes, is_dir: bool = False) -> Target:
     """Check the name and choose the branch. Raises EEXIST, EROFS, EPERM (.wh.*), ENAMETOOLONG, ENOENT."""
-    nowhere = check_free(sb, parent, name)
+    missing = check_free(sb, parent, name)
     policy = sb.options.create
-    whited = sb.whited
-    known = copydirs.facts(sb, parent, None, whited, is_dir, policy.cache_seconds)
+    known = copydirs.facts(sb, parent, None, missing.whited, is_dir, policy.cache_seconds)
     branch = sb.branches[policy.select(known)]
-    asked = nowhere or lookup.asked_for_whiteout(parent, branch, whited)
+    asked = missing.excludes_whiteout(parent, branch)
     dirfd = copydirs.ensure_dir(sb, parent, branch)
     return Target(branch, dirfd, not asked and whiteout.present(dirfd, name))
 
 
-def check_free(sb: Superblock, parent: Dir, name: bytes) -> bool:
-    """Raises EEXIST when the union has the name; leaves sb.whited as the search for it did.
-
-    True when no branch has it, nor a whiteout for it.
-    """
+def check_free(sb: Superblock, parent: Dir, name: bytes) -> Missing:
+    """What the search for a name has shown, which must find nothing: EEXIST when the union has it."""
     whiteout.check_new_name(name)
     if sb.options.read_only:
         raise erofs()
@@ -62,14 +59,13 @@ def check_free(sb: Superblock, parent: Dir, name: bytes) -> bool:
     if not parent.trusted:
         lookup.refresh(sb, parent)
     if lookup.only_on(sb, parent, name) == lookup.NOWHERE:
-        sb.whited = None
-        return True
+        return lookup.CLEAR
     found = lookup.resolve(sb, parent, name)
-    if found is not None:
-        lookup.discard(sb, parent, name, found)
-        parent.doubt(name)
-        raise os_error(errno.EEXIST)
-    return False
+    if found.answer is not Answer.FOUND:
+        return found
+    lookup.discard(sb, parent, name, found)
+    parent.doubt(name)
+    raise os_error(errno.EEXIST)
 
 
 def _make(parent: Dir, name: bytes, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -169,18 +165,18 @@ def mkdir(
     with creds.creating(caller):
         _make(parent, name, syscalls.mkdir_at, target.dirfd, name, mode)
     fd = -1
-    found = None
+    found: Found | Missing = lookup.CLEAR
     try:
         if target.whited or sb.options.opaque_always:
             fd = syscalls.open_dir_at(target.dirfd, name)
             whiteout.make_opaque(target.branch, fd)
         # While it can still be undone: this opens the new directory and what it is merged with.
         found = lookup.resolve(sb, parent, name)
-        if found is None or found.layers is None:
+        if found.answer is not Answer.FOUND or found.layers is None:
             raise enoent()
         _finish(sb, parent, name, target)
     except BaseException:
-        if found is not None:
+        if found.answer is Answer.FOUND:
             lookup.discard(sb, parent, name, found)
         if fd >= 0:
             try:
@@ -213,8 +209,7 @@ def link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result
     Raises NeedCopyUp when the source has to be copied first: with pseudo-links only under the new
     name, and then the copy-up is the whole operation.
     """
-    check_free(sb, parent, name)
-    whited = sb.whited
+    whited = check_free(sb, parent, name).whited
     if not node.handles and (node.dead or node.parent is None):
         raise estale()  # the path may lead to another one by now; if not, that is ENOENT
     if node.dead:

@@ -25,7 +25,7 @@ from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Trigger
 from udbad.union import copyup, create, lookup, readdir, remove, rename
 from udbad.union.held import HeldWalks
-from udbad.union.superblock import LAST_DEPTH, NeedCopyUp, Superblock, is_object
+from udbad.union.superblock import NeedCopyUp, Superblock, is_object
 
 T = TypeVar("T")
 Attributes = tuple[Node, os.stat_result]
@@ -76,18 +76,9 @@ class UnionFs:
             if not self.sb.options.show_whiteouts:
                 raise os_error(errno.EPERM)
             return readdir.show_whiteout(self.sb, parent, name)
-        sb = self.sb
-        sb.examined = 0
-        sb.whited = None
-        found = lookup.lookup(sb, parent, name)
-        counters = sb.counters
-        if found is not None:
-            depths = counters.depth_found
-        else:
-            if len(name) > whiteout.NAME_MAX:  # some file systems have such names, and the kernel lets them pass
-                raise os_error(errno.ENAMETOOLONG)
-            depths = counters.depth_negative if sb.whited is None else counters.depth_whiteout
-        depths[sb.examined if sb.examined < LAST_DEPTH else LAST_DEPTH] += 1
+        found = lookup.lookup(self.sb, parent, name)
+        if found is None and len(name) > whiteout.NAME_MAX:  # some file systems have such names
+            raise os_error(errno.ENAMETOOLONG)
         return found
 
     def look_again(self, pid: int, parent_id: int, name: bytes, found: Attributes | None) -> Attributes | None:

@@ -16,13 +16,15 @@ from __future__ import annotations
 import errno
 import os
 import stat as st_mod
+from enum import Enum
+from typing import ClassVar, Literal
 
 from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import enoent, estale
 from udbad.inodes.table import LOAD_AT_LEAST, Dir, Layer, Node
 from udbad.union import homes, times
-from udbad.union.superblock import Superblock, lower_links
+from udbad.union.superblock import LAST_DEPTH, Superblock, lower_links
 from udbad.union.view import load_view
 
 _S_IFDIR = st_mod.S_IFDIR
@@ -32,63 +34,110 @@ _ABSENT = (errno.ENOENT, errno.ENAMETOOLONG)
 """What a branch says of a name it does not have; the second one where its file system has shorter names than others."""
 
 
+class Answer(Enum):
+    """What a search for a name came to, and so what whoever asked has to do next."""
+
+    FOUND = "found"
+    """An object is visible. It is for `intern` or `discard`, as a directory comes with descriptors."""
+    NEGATIVE = "negative"
+    """No layer shows the name and no whiteout ended the search. The last layer, where one hides nothing, was not
+    asked for it: who makes an object there has to look."""
+    WHITED = "whited"
+    """A whiteout hides the name. Who makes an object on its branch has to remove it afterwards."""
+    CLEAR = "clear"
+    """No branch has the name, nor a whiteout: an object can be made anywhere, without looking."""
+
+
 class Found:
     """A visible object: its top branch and attributes, and for a directory every merged layer."""
 
-    __slots__ = ("branch", "kind", "layers", "opaque", "st", "whited")
+    __slots__ = ("branch", "examined", "kind", "layers", "opaque", "st", "whited")
 
-    def __init__(self, kind: int, branch: Branch, st: os.stat_result, layers: list[Layer] | None) -> None:
+    answer: ClassVar[Literal[Answer.FOUND]] = Answer.FOUND
+
+    def __init__(
+        self, kind: int, branch: Branch, st: os.stat_result, layers: list[Layer] | None, examined: int = 0
+    ) -> None:
         self.kind = kind
         self.branch = branch
         self.st = st
         self.layers = layers
+        self.examined = examined
+        """Branches looked at."""
         self.whited: int | None = None
+        """Index of the branch whose whiteout ended the search for lower layers."""
         self.opaque: int | None = None
+        """Index of the branch whose opaque mark did."""
 
 
+class Missing:
+    """A name that nothing is visible of."""
+
+    __slots__ = ("answer", "examined", "whited")
+
+    def __init__(
+        self, answer: Literal[Answer.NEGATIVE, Answer.WHITED, Answer.CLEAR], examined: int, whited: int | None = None
+    ) -> None:
+        self.answer = answer
+        self.examined = examined
+        """Branches looked at."""
+        self.whited = whited
+        """Index of the branch whose whiteout hides the name."""
+
+    def excludes_whiteout(self, parent: Dir, branch: Branch) -> bool:
+        """Whether the search has shown that there is no whiteout on `branch`, where an object is going to be made."""
+        if self.answer is not Answer.NEGATIVE:
+            return self.answer is Answer.CLEAR
+        return branch.index < parent.layers[-1].branch.index and parent.layer(branch.index) is not None
+
+
+CLEAR = Missing(Answer.CLEAR, 0)
+_NEGATIVE = [Missing(Answer.NEGATIVE, examined) for examined in range(LAST_DEPTH + 1)]
+"""By the number of branches that were looked at: most searches that find nothing need no object of their own."""
 _TRIES = 16
 """How often a directory may vanish between stat and open, before the branch is said to change too fast."""
 
 
-def resolve(sb: Superblock, parent: Dir, name: bytes, below: int = -1, tries: int = _TRIES) -> Found | None:
-    """What `name` is in `parent` according to the branches now; None when nothing is visible.
+def _negative(examined: int) -> Missing:
+    return _NEGATIVE[examined] if examined <= LAST_DEPTH else Missing(Answer.NEGATIVE, examined)
+
+
+def resolve(sb: Superblock, parent: Dir, name: bytes, below: int = -1, tries: int = _TRIES) -> Found | Missing:
+    """What `name` is in `parent` according to the branches now.
 
     below: look only at branches with a larger index. Raises ESTALE when somebody changes the name all the time.
-    Side values for the caller: sb.examined (branches looked at) and sb.whited (index of the whiteout that
-    ended the search). Order inside a branch: the name first, then its whiteout, because a whiteout hides lower
-    branches only.
+    Order inside a branch: the name first, then its whiteout, because a whiteout hides lower branches only.
     """
-    sb.whited = None
     layers = parent.layers
     last = len(layers) - 1
     examined = 0
-    try:
-        for pos, layer in enumerate(layers):
-            branch = layer.branch
-            if branch.index <= below:
-                continue
-            fd = layer.fd
-            if fd < 0:
-                fd = sb.layer_fd(parent, layer)
-            examined += 1
-            try:
-                st = _stat(name, dir_fd=fd, follow_symlinks=False)
-            except OSError as error:
-                if error.errno not in _ABSENT:
-                    raise
-                if branch.whable and pos < last and whiteout.present(fd, name):
-                    sb.whited = branch.index
-                    return None
-                continue
-            kind = st.st_mode & _S_IFMT
-            if kind != _S_IFDIR:
-                return Found(kind, branch, st, None)
-            merged = _merge(sb, parent, name, pos, st, below, tries)
-            examined += sb.examined
-            return merged
-        return None
-    finally:
-        sb.examined = examined
+    for pos, layer in enumerate(layers):
+        branch = layer.branch
+        if branch.index <= below:
+            continue
+        fd = layer.fd
+        if fd < 0:
+            fd = sb.layer_fd(parent, layer)
+        examined += 1
+        try:
+            st = _stat(name, dir_fd=fd, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
+            if branch.whable and pos < last and whiteout.present(fd, name):
+                return Missing(Answer.WHITED, examined, branch.index)
+            continue
+        kind = st.st_mode & _S_IFMT
+        if kind != _S_IFDIR:
+            return Found(kind, branch, st, None, examined)
+        try:
+            return _merge(sb, parent, name, pos, st, examined)
+        except (FileNotFoundError, NotADirectoryError):
+            # Somebody changed the branch between stat and open: resolve again, from what is there now.
+            if not tries:
+                raise estale() from None
+            return resolve(sb, parent, name, below, tries - 1)
+    return _negative(examined)
 
 
 UNCLEAR, NOWHERE = -2, -1
@@ -107,21 +156,10 @@ def only_on(sb: Superblock, parent: Dir, name: bytes) -> int:
     return hit if type(hit) is int else UNCLEAR
 
 
-def asked_for_whiteout(parent: Dir, branch: Branch, whited: int | None) -> bool:
-    """Whether a search that found nothing has shown that there is no whiteout on `branch` either.
-
-    whited: sb.whited as `resolve` left it. It asks every layer for one, but for the last, where it hides nothing.
-    """
-    return whited is None and branch.index < parent.layers[-1].branch.index and parent.layer(branch.index) is not None
-
-
-def _merge(
-    sb: Superblock, parent: Dir, name: bytes, first: int, st: os.stat_result, below: int, tries: int
-) -> Found | None:
+def _merge(sb: Superblock, parent: Dir, name: bytes, first: int, st: os.stat_result, examined: int) -> Found:
     """Collect the layers of a directory whose topmost copy is at position `first` of the parent.
 
-    below, tries: of `resolve`, for when it has to begin again.
-    sb.examined: how many branches below that one were looked at.
+    examined: branches looked at so far. Raises FileNotFoundError, NotADirectoryError when it changed meanwhile.
     """
     known = parent.children.get(name)
     held = {layer.branch.index: layer for layer in known.layers} if type(known) is Dir else {}
@@ -164,25 +202,14 @@ def _merge(
             if branch.whable and pos < last and whiteout.present(fd, name):
                 whited = branch.index
                 break
-    except (FileNotFoundError, NotADirectoryError):
-        # Somebody changed the branch between stat and open: resolve again, from what is there now.
-        _close(opened)
-        if not tries:
-            raise estale() from None
-        return resolve(sb, parent, name, below, tries - 1)
     except BaseException:
-        _close(opened)
+        for child in opened:
+            os.close(child)
         raise
-    sb.examined = pos - first
-    found = Found(_S_IFDIR, layers[0].branch, top_st, layers)
+    found = Found(_S_IFDIR, layers[0].branch, top_st, layers, examined + pos - first)
     found.whited = whited
     found.opaque = opaque
     return found
-
-
-def _close(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
 
 
 def discard(sb: Superblock, parent: Dir, name: bytes, found: Found) -> None:
@@ -429,11 +456,11 @@ def _resolve_chain(sb: Superblock, chain: list[Dir]) -> None:
             if by_times and times.unchanged(sb, entry) and entry.resolved == parent.version:
                 continue
             found = resolve(sb, parent, entry.name)
-            if found is not None and found.layers is not None and same_directory(entry, found.layers):
-                adopt(sb, entry, found, parent.floor)
-                entry.resolved = parent.version
-                continue
-            if found is not None:
+            if found.answer is Answer.FOUND:
+                if found.layers is not None and same_directory(entry, found.layers):
+                    adopt(sb, entry, found, parent.floor)
+                    entry.resolved = parent.version
+                    continue
                 discard(sb, parent, entry.name, found)
         alive = [layer for layer in entry.layers if layer.fd >= 0 and os.fstat(layer.fd).st_nlink > 0]
         if not alive:
@@ -445,21 +472,21 @@ def _resolve_chain(sb: Superblock, chain: list[Dir]) -> None:
 
 
 def lookup(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_result] | None:
-    """Name to node and attributes; None when the union has no such name (it may be remembered)."""
+    """Name to node and attributes; None when the union has no such name (it may be remembered).
+
+    sb.counters get the number of branches that were looked at.
+    """
+    counters = sb.counters
     if parent.dead:
+        counters.depth_negative[0] += 1
         return None
     if not parent.trusted:
         refresh(sb, parent)
         if parent.times is None:
-            found = resolve(sb, parent, name)
-            if found is None:
-                forget_name(sb, parent, name)
-                return None
-            return intern(sb, parent, name, found)
+            return _ask(sb, parent, name)
         child = parent.children.get(name)
         if type(child) is Dir and child.resolved == parent.version and not child.dead and times.unchanged(sb, child):
-            sb.examined = len(child.layers)
-            sb.whited = None
+            counters.depth_found[min(len(child.layers), LAST_DEPTH)] += 1
             return child, os.fstat(sb.layer_fd(child, child.layers[0]))
     view = parent.view
     if view is None:
@@ -470,8 +497,7 @@ def lookup(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_resu
     if view is not None:
         hit = view.get(name, -1)
         if hit == -1:
-            sb.examined = 0
-            sb.whited = None
+            counters.depth_negative[0] += 1
             return None
         if type(hit) is int:
             layer = parent.layer(hit)
@@ -483,16 +509,23 @@ def lookup(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_resu
                     pass
                 else:
                     if st.st_mode & _S_IFMT != _S_IFDIR:
-                        sb.examined = 1
-                        sb.whited = None
+                        counters.depth_found[1] += 1
                         return intern_file(sb, parent, name, layer.branch, st)
+    return _ask(sb, parent, name)
+
+
+def _ask(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_result] | None:
+    """`lookup` by asking the branches; the view, if there is one, learns of it."""
     found = resolve(sb, parent, name)
-    if view is not None:
-        remember(parent, name, found)
-    if found is None:
-        forget_name(sb, parent, name)
-        return None
-    return intern(sb, parent, name, found)
+    depth = found.examined if found.examined < LAST_DEPTH else LAST_DEPTH
+    remember(parent, name, found)
+    if found.answer is Answer.FOUND:
+        sb.counters.depth_found[depth] += 1
+        return intern(sb, parent, name, found)
+    depths = sb.counters.depth_whiteout if found.answer is Answer.WHITED else sb.counters.depth_negative
+    depths[depth] += 1
+    forget_name(sb, parent, name)
+    return None
 
 
 def worth_loading(sb: Superblock, parent: Dir) -> bool:
@@ -507,12 +540,12 @@ def worth_loading(sb: Superblock, parent: Dir) -> bool:
     return parent.probes > parent.load_at
 
 
-def remember(parent: Dir, name: bytes, found: Found | None) -> None:
+def remember(parent: Dir, name: bytes, found: Found | Missing) -> None:
     """Put what was resolved into the directory's view, if it has one."""
     view = parent.view
     if view is None:
         return
-    if found is None:
+    if found.answer is not Answer.FOUND:
         view.pop(name, None)
     elif found.layers is None:
         view[name] = found.branch.index

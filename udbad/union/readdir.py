@@ -24,6 +24,7 @@ from udbad.errors import GONE, enoent
 from udbad.inodes.handles import OpenDir
 from udbad.inodes.table import POSITIONS, Dir, Hit, Layer, Node
 from udbad.union import lookup, view
+from udbad.union.lookup import Answer
 from udbad.union.superblock import Superblock
 
 Entry = tuple[bytes, Node, os.stat_result, int]
@@ -175,10 +176,10 @@ def _by_hit(
                 if st.st_mode & _S_IFMT != _S_IFDIR:
                     return lookup.intern_file(sb, parent, name, layer.branch, st)
     found = lookup.resolve(sb, parent, name)
-    if found is None:
-        lookup.forget_name(sb, parent, name)
-        return None
-    return lookup.intern(sb, parent, name, found)
+    if found.answer is Answer.FOUND:
+        return lookup.intern(sb, parent, name, found)
+    lookup.forget_name(sb, parent, name)
+    return None
 
 
 def show_whiteout(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_result]:

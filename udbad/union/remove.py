@@ -16,7 +16,7 @@ from udbad.errors import enoent, erofs, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import REMOVED
 from udbad.union import copydirs, lookup, plink, readdir
-from udbad.union.lookup import Found
+from udbad.union.lookup import Answer, Found
 from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
@@ -32,11 +32,11 @@ def find(sb: Superblock, parent: Dir, name: bytes) -> Found:
     if not parent.trusted:
         lookup.refresh(sb, parent)
     found = lookup.resolve(sb, parent, name)
-    if found is None:
-        lookup.forget_name(sb, parent, name)
-        lookup.remember(parent, name, None)
-        raise enoent()
-    return found
+    if found.answer is Answer.FOUND:
+        return found
+    lookup.forget_name(sb, parent, name)
+    lookup.remember(parent, name, found)
+    raise enoent()
 
 
 def covered_below(sb: Superblock, parent: Dir, name: bytes, branch: Branch) -> bool:
@@ -46,7 +46,7 @@ def covered_below(sb: Superblock, parent: Dir, name: bytes, branch: Branch) -> b
     if lookup.UNCLEAR < lookup.only_on(sb, parent, name) <= branch.index:
         return False
     found = lookup.resolve(sb, parent, name, below=branch.index)
-    if found is None:
+    if found.answer is not Answer.FOUND:
         return False
     lookup.discard(sb, parent, name, found)
     layer = parent.layer(branch.index)
@@ -86,7 +86,7 @@ def unlink(sb: Superblock, parent: Dir, name: bytes) -> None:
     if made:
         parent.note_stacked(name)
     gone(sb, parent, name, found.st, branch is not top)
-    lookup.remember(parent, name, None)
+    lookup.remember(parent, name, lookup.CLEAR)
     sb.hooks.own_change(parent, name)
 
 
@@ -140,7 +140,7 @@ def rmdir(sb: Superblock, parent: Dir, name: bytes) -> None:
         parent.note_stacked(name)
     sb.table.detach(node, parent, name)
     bury(sb, node)
-    lookup.remember(parent, name, None)
+    lookup.remember(parent, name, lookup.CLEAR)
     lookup.count_links(sb, parent)
     sb.hooks.own_change(parent, name)
 

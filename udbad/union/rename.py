@@ -18,7 +18,7 @@ from udbad.errors import enoent, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import MOVED_FROM, MOVED_TO, Trigger
 from udbad.union import copydirs, lookup, readdir, remove
-from udbad.union.lookup import Found
+from udbad.union.lookup import Answer, Found, Missing
 from udbad.union.superblock import NeedCopyUp, Superblock
 
 log = logging.getLogger(__name__)
@@ -43,15 +43,14 @@ def rename(sb: Superblock, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, f
     if not dst_dir.trusted:
         lookup.refresh(sb, dst_dir)
     nowhere = lookup.only_on(sb, dst_dir, dst) == lookup.NOWHERE
-    found = None if nowhere else lookup.resolve(sb, dst_dir, dst)
-    whited = None if nowhere else sb.whited
+    found = lookup.CLEAR if nowhere else lookup.resolve(sb, dst_dir, dst)
     dst_node = None
-    if found is not None:
+    if found.answer is Answer.FOUND:
         dst_node, _ = lookup.intern(sb, dst_dir, dst, found)
         if flags & syscalls.RENAME_NOREPLACE:
             raise os_error(errno.EEXIST)
     if flags & syscalls.RENAME_EXCHANGE:
-        if found is None or dst_node is None:
+        if found.answer is not Answer.FOUND or dst_node is None:
             raise enoent()
         _exchange(sb, src_dir, src, source, src_node, dst_dir, dst, found, dst_node)
         if known[1] not in (None, dst_node):
@@ -62,10 +61,13 @@ def rename(sb: Superblock, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, f
     _check_types(sb, src_node, dst_node)
     if src_node is dst_node:
         return  # two names of one file: rename(2) does nothing
-    limit = dst_dir.floor if whited is None else min(dst_dir.floor, whited)
-    limit = limit if found is None else min(limit, found.branch.index)
+    limit = dst_dir.floor
+    if found.answer is Answer.FOUND:
+        limit = min(limit, found.branch.index)
+    elif found.whited is not None:
+        limit = min(limit, found.whited)
     branch = _target(sb, src_dir, src, source, src_node, limit)
-    bare = nowhere or (found is None and lookup.asked_for_whiteout(dst_dir, branch, whited))
+    bare = found.answer is not Answer.FOUND and found.excludes_whiteout(dst_dir, branch)
     replace = not flags & syscalls.RENAME_NOREPLACE
     _move(sb, src_dir, src, src_node, dst_dir, dst, dst_node, found, branch, bare, replace)
     if known[0] not in (None, src_node) or not src_node.nlookup:
@@ -105,7 +107,7 @@ def _target(sb: Superblock, parent: Dir, name: bytes, found: Found, node: Node, 
 
 def _move(
     sb: Superblock, src_dir: Dir, src: bytes, src_node: Node, dst_dir: Dir, dst: bytes,
-    dst_node: Node | None, found: Found | None, branch: Branch, bare: bool, replace: bool,
+    dst_node: Node | None, found: Found | Missing, branch: Branch, bare: bool, replace: bool,
 ) -> None:  # fmt: skip
     """bare: nothing has the new name in any layer, and no whiteout on `branch` hides it, as far as is known. replace:
     what has got it directly meanwhile is replaced, as what was there before."""
@@ -119,7 +121,7 @@ def _move(
         if type(src_node) is Dir:
             if had_whiteout or lower_dst or sb.options.opaque_always:
                 marked = _make_opaque(sb, src_node, branch)
-            if found is not None and found.branch is branch:
+            if found.answer is Answer.FOUND and found.branch is branch:
                 # Only an empty directory can be replaced: hide what its marks hid, then take them out. The
                 # whiteout stays also when the rename fails, as the marks do not come back.
                 if lower_dst and whiteout.create(branch, dst_fd, dst):
@@ -144,7 +146,7 @@ def _move(
             whiteout.remove(dst_fd, dst)
         except OSError as error:
             log.warning("the whiteout beside the renamed %r stays: %s", dst, error.strerror)
-    if found is not None and dst_node is not None:
+    if found.answer is Answer.FOUND and dst_node is not None:
         if type(dst_node) is Dir:
             sb.table.detach(dst_node, dst_dir, dst)
             remove.bury(sb, dst_node)
@@ -185,7 +187,7 @@ def _moved(
     sb.table.detach(node, src_dir, src)
     sb.table.attach(node, dst_dir, dst)
     # A file is on one branch, and what was below its old name has been hidden: no need to ask every branch again.
-    lookup.remember(src_dir, src, None)
+    lookup.remember(src_dir, src, lookup.CLEAR)
     sb.hooks.own_change(src_dir, src)
     try:
         st = syscalls.stat_at(dst_fd, dst)
@@ -202,13 +204,13 @@ def _resettle(sb: Superblock, parent: Dir, name: bytes) -> None:
     _settle(sb, parent, name, lookup.resolve(sb, parent, name))
 
 
-def _settle(sb: Superblock, parent: Dir, name: bytes, found: Found | None) -> None:
+def _settle(sb: Superblock, parent: Dir, name: bytes, found: Found | Missing) -> None:
     lookup.remember(parent, name, found)
     st = None
-    if found is None:
-        lookup.forget_name(sb, parent, name)
-    else:
+    if found.answer is Answer.FOUND:
         st = lookup.intern(sb, parent, name, found)[1]
+    else:
+        lookup.forget_name(sb, parent, name)
     sb.hooks.own_change(parent, name, st)
 
 
@@ -245,7 +247,7 @@ def _exchange(
 def lookup_again(sb: Superblock, parent: Dir, name: bytes) -> Found:
     """Resolve a name that is known to exist. Raises ENOENT when it does not any more."""
     found = lookup.resolve(sb, parent, name)
-    if found is None:
+    if found.answer is not Answer.FOUND:
         raise enoent()
     lookup.intern(sb, parent, name, found)
     return found

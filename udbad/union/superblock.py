@@ -165,8 +165,6 @@ class Superblock:
         self.plink_fds: dict[int, int] = {}
         """Branch id to the descriptor of its .wh..wh.plnk directory."""
         self.warned: set[tuple[int, bytes]] = set()
-        self.examined = 0
-        self.whited: int | None = None
         self.trash: list[tuple[int, bytes]] = []
         """Branch directories out of sight that the background has to remove: (parent descriptor, name)."""
         self.held: dict[Node, tuple[int, float]] = {}
