@@ -22,6 +22,7 @@ LEVELS: list[list[str]] = [
     ["udbad.inodes"],
     # The read side of the union.
     [
+        "udbad.union.changes",
         "udbad.union.superblock",
         "udbad.union.homes",
         "udbad.union.times",
@@ -155,6 +156,31 @@ def test_supervisor_and_client_never_reach_pyfuse3(module: str) -> None:
     assert not [name for name in seen if _within(name, "udbad.kernel")]
 
 
+def hook_uses(source: str) -> list[int]:
+    """Lines that take something from the coherence strategy, `….hooks.…`."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and (
+            (isinstance(node.value, ast.Attribute) and node.value.attr == "hooks")
+            or (isinstance(node.value, ast.Name) and node.value.id == "hooks")
+        )
+    ]
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if _within(module, "udbad.union", "udbad.tools")])
+def test_only_changes_tells_the_coherence_strategy(module: str) -> None:
+    """An operation says once what it did; in which order view, table and strategy follow is for one module to know."""
+    lines = hook_uses(MODULES[module].read_text())
+    assert bool(lines) == (module == "udbad.union.changes"), lines
+
+
+@pytest.mark.parametrize("source", ["sb.hooks.own_change(node, name)", "hooks = sb.hooks\nhooks.own_data(node)"])
+def test_a_use_of_the_strategy_is_found(source: str) -> None:
+    assert len(hook_uses(source)) == 1
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
@@ -235,14 +261,14 @@ def test_the_checker_finds_assignments(source: str) -> None:
 
 
 def telling_functions(source: str) -> set[str]:
-    """Functions of a module that call a hook of the coherence strategy, themselves or through others of the module."""
+    """Functions of a module that say a change, so that the strategy is told, themselves or through others of it."""
     calls: dict[str, set[str]] = {}
     tells = set()
     for function in ast.parse(source).body:
         if isinstance(function, ast.FunctionDef):
             parts = list(ast.walk(function))
             calls[function.name] = {part.id for part in parts if isinstance(part, ast.Name)}
-            if any(isinstance(part, ast.Attribute) and part.attr == "hooks" for part in parts):
+            if any(isinstance(part, ast.Attribute) and part.attr == "changes" for part in parts):
                 tells.add(function.name)
     while more := {name for name, called in calls.items() if called & tells} - tells:
         tells |= more
@@ -260,7 +286,7 @@ def used_of_lookup(source: str) -> set[str]:
 def test_no_strategy_is_called_back_by_what_it_asks() -> None:
     """An event makes a strategy ask the union; were the answer told to the strategy as well, calls would go round."""
     telling = telling_functions(MODULES["udbad.union.lookup"].read_text())
-    assert {"adopt", "intern", "refresh", "forget_name"} <= telling
+    assert {"adopt", "intern", "refresh", "update"} <= telling
     used = {
         name: used_of_lookup(path.read_text()) for name, path in MODULES.items() if _within(name, "udbad.coherence")
     }

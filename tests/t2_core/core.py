@@ -117,7 +117,7 @@ class Core:
         return self.run(lambda: self.fs.write(handle.fh, offset, data))
 
     def read(self, handle: OpenFile, size: int = 1000, offset: int = 0) -> bytes:
-        return os.pread(self.fs.ready(handle.fh).fd, size, offset)
+        return os.pread(self.fs.handles.file(handle.fh).fd, size, offset)
 
     def content(self, path: str) -> bytes:
         handle = self.open(path)

@@ -19,8 +19,8 @@ from udbad.kernel.ops import Operations
 
 
 def operations(union: Core) -> Operations:
-    assert isinstance(union.sb.hooks, Coherence)
-    return Operations(union.fs, union.sb.hooks)
+    assert isinstance(union.sb.changes.hooks, Coherence)
+    return Operations(union.fs, union.sb.changes.hooks)
 
 
 @pytest.fixture(params=list(STRATEGIES))

@@ -467,7 +467,7 @@ def rebranch(union: Core, directory: Path, layers: dict[str, str], old: ExitStac
     before = union.sb.branches
     fresh = open_branches(parse_branches(text), False, os.fsencode(directory / "mnt"))
     new = reconfigure.carry_over(before, fresh)
-    strategy = union.sb.hooks
+    strategy = union.sb.changes.hooks
     assert isinstance(strategy, Coherence)
     strategy.hand_over()
     reconfigure.apply(union.sb, new)

@@ -89,7 +89,7 @@ class Coherence:
 
     def start(self) -> None:
         """Take over a tree, freshly mounted or handed over by another strategy: nothing in it is trusted yet."""
-        self.sb.attach_hooks(self)
+        self.sb.changes.attach_hooks(self)
         self.adopt(self.sb.root, False)
 
     async def run(self) -> None:
@@ -217,26 +217,26 @@ class Coherence:
     def shrink(self) -> None:
         pass
 
-    def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None) -> None:
+    def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None, moved: bool = False) -> None:
         # The kernel has dropped its listing, and what it knew of the name, by itself (fuse_dir_changed()).
         node.listed = False
         if node.negatives is not None:
             node.negatives.discard(name)
+        if moved and not node.trusted:
+            self.moved_in(node, name)
 
     def own_event(self, node: Dir, branch: Branch, name: bytes, event: int) -> None:
         pass
 
-    def own_mtime(self, node: Node) -> None:
-        """An operation through the mount set the times of a node: they are shown as they are."""
-        if type(node) is Dir and node.mtime_offset:
-            node.mtime_offset = 0
-            self.notifier.data(node.id)
-
     def before_own(self, node: Node, fd: int = -1) -> None:
         pass
 
-    def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1) -> None:
-        pass
+    def own_data(
+        self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1, mtime: bool = False
+    ) -> None:
+        if mtime and type(node) is Dir and node.mtime_offset:
+            node.mtime_offset = 0  # times that were set are shown as they are
+            self.notifier.data(node.id)
 
     def drop_dentry(self, node: Dir, name: bytes, lost: Node | None = None) -> None:
         if node.ttl:
@@ -257,6 +257,7 @@ class Coherence:
         self.notifier.attributes(node.id)
 
     def moved_in(self, node: Dir, name: bytes) -> None:
+        """A rename gave an object this name, in a directory that is not trusted."""
         # The kernel moves its dentry with the time-out that it had in another directory, which may have been trusted
         # when the rename began (d_move()), and asks for no attribute but ctime (fuse_rename_common()).
         self.notifier.expire(node.id, name)
@@ -264,7 +265,7 @@ class Coherence:
         if child is not None and type(child) is not Dir:  # a directory was adopted in its new place
             self._drop_file(child)
 
-    def side_effect(self, node: Node) -> None:
+    def drop_attributes(self, node: Node) -> None:
         if node.nlookup and (node.parent is None or node.parent.ttl):
             self.notifier.attributes(node.id)
 

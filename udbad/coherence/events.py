@@ -236,7 +236,7 @@ class Events:
         """A branch directory has another name now, or one less, whatever the union shows of it."""
         if name and node.trusted and not node.dead:
             node.note_stacked(name)
-            if len(node.layers) > 1 and lookup.count_links(self.sb, node):
+            if len(node.layers) > 1 and self.sb.count_links(node):
                 self._notifier.attributes(node.id)
 
     # -- requests -----------------------------------------------------------------------------

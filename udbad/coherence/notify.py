@@ -134,11 +134,15 @@ class NotifyCoherence(Coherence):
     def before_own(self, node: Node, fd: int = -1) -> None:
         self._sent.before_own(node, fd)
 
-    def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1) -> None:
+    def own_data(
+        self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1, mtime: bool = False
+    ) -> None:
+        if mtime:
+            super().own_data(node, mtime=True)
         self._sent.own_data(node, content, st, fd)
 
-    def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None) -> None:
-        super().own_change(node, name)
+    def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None, moved: bool = False) -> None:
+        super().own_change(node, name, st, moved)
         # The kernel marks the directory's attributes old by itself (fuse_dir_changed()), and asks for them when it
         # needs them.
         self._sent.stamps.pop(node.id, None)

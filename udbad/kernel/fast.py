@@ -400,7 +400,7 @@ class FastPath:
 
     def _read(self, node_id: int, size: int) -> bytearray:
         fh, offset, wanted = wire.READ_IN.unpack_from(self._buffer, wire.BODY)
-        handle = self.fs.ready(fh)
+        handle = self.fs.handles.file(fh)
         data = syscalls.read_cached(handle.fd, wanted, offset)
         if data is None:
             raise _Later(os.pread, handle.fd, wanted, offset)

@@ -291,7 +291,7 @@ class Operations(pyfuse3.Operations):
     async def read(  # type: ignore[override]  # any buffer will do, and a copy into bytes costs
         self, fh: int, offset: int, size: int
     ) -> bytes | bytearray:
-        handle = self.fs.ready(fh)
+        handle = self.fs.handles.file(fh)
         data = syscalls.read_cached(handle.fd, size, offset)
         if data is not None:
             return data
@@ -322,7 +322,7 @@ class Operations(pyfuse3.Operations):
     async def fsync(self, fh: int, datasync: bool) -> None:
         # Whatever the descriptor was opened for, as fsync(2) is about the file: `sync FILE` opens it for reading. On
         # a read-only branch too, where others write.
-        handle = self.fs.ready(fh)
+        handle = self.fs.handles.file(fh)
         # After this: nothing is used any more. As for a read, the descriptor stays while this is not answered.
         await trio.to_thread.run_sync(syscalls.sync_file, handle.fd, datasync, limiter=self._io_limit)
 

@@ -291,19 +291,16 @@ def _settle(
         sb.inomap.alias(new.st_dev, new.st_ino, number)
     for parent, name in names:
         if parent.view is not None:
-            resettle_view(sb, parent, name)
+            update_view(sb, parent, name)
         if other is not None and node is not None:
             # The copy is a further name of a file that is known already: who asks next is led to that one, who has
             # the old one open keeps it.
-            sb.table.detach(node, parent, name)
-            sb.hooks.drop_dentry(parent, name, node)
-        sb.hooks.own_data(parent, True)
-        sb.hooks.side_effect(parent)
+            sb.changes.lost(node, parent, name)
+        sb.changes.behind(parent, True)
     if node is None or other is not None:
         return
     sb.move_data(node, branch, new, fd)
-    sb.hooks.own_data(node)
-    sb.hooks.side_effect(node)
+    sb.changes.behind(node)
 
 
 # -- directories and whiteouts ------------------------------------------------------------------------
@@ -342,17 +339,15 @@ def uncover_directory(
     sb.inomap.drop(st.st_dev, st.st_ino)
     sb.inomap.alias(new.st_dev, new.st_ino, number)
     if parent is not None:
-        resettle(sb, parent, name)
-        sb.hooks.own_data(parent, True)
-        sb.hooks.side_effect(parent)
+        lookup.update(sb, parent, name, lookup.resolve(sb, parent, name))
+        sb.changes.behind(parent, True)
         if node is not None:
-            sb.hooks.own_data(node, True)
-            sb.hooks.side_effect(node)
+            sb.changes.behind(node, True)
     return True
 
 
-def resettle_view(sb: Superblock, parent: Dir, name: bytes) -> None:
-    """As `resettle`, for a name that is no directory and whose node is brought up to date otherwise."""
+def update_view(sb: Superblock, parent: Dir, name: bytes) -> None:
+    """As lookup.update, for a name that is no directory and whose node is brought up to date otherwise."""
     found = lookup.resolve(sb, parent, name)
     lookup.remember(parent, name, found)
     if found.answer is Answer.FOUND:
@@ -366,16 +361,6 @@ def release(sb: Superblock, parts: Sequence[bytes]) -> None:
         node = node.children.get(part) if type(node) is Dir else None
     if node is not None:
         sb.table.forget(node.id, 0)
-
-
-def resettle(sb: Superblock, parent: Dir, name: bytes) -> None:
-    """The branches below a name are others than before: have its node and its directory's view follow."""
-    found = lookup.resolve(sb, parent, name)
-    lookup.remember(parent, name, found)
-    if found.answer is Answer.FOUND:
-        lookup.intern(sb, parent, name, found)
-    else:
-        lookup.forget_name(sb, parent, name)
 
 
 def uncover_whiteout(src_dirfd: int, name: bytes) -> None:

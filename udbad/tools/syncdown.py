@@ -40,7 +40,7 @@ from udbad.tools.takeaway import (
     must_carry,
     whited_only,
 )
-from udbad.union import copydirs
+from udbad.union import copydirs, lookup
 from udbad.union.superblock import Superblock
 
 BATCH_FILES: Final = 64
@@ -462,7 +462,7 @@ class Sync:
         syscalls.utime_at(src_fd, b".", before.st_atime_ns, before.st_mtime_ns)
         parent = carry.find(self.sb, level.parts)
         if type(parent) is Dir:
-            carry.resettle(self.sb, parent, name)
+            lookup.update(self.sb, parent, name, lookup.resolve(self.sb, parent, name))
         return True
 
     def _is_bare(self, dirfd: int, name: bytes) -> bool:

@@ -120,25 +120,17 @@ def _copy_dir(sb: Superblock, node: Dir, branch: Branch, parent_fd: int) -> int:
     layers = [*node.layers[:position], layer, *node.layers[position:]]
     sb.table.open_fds += 1
     sb.table.note_fds(node)
-    parent = node.parent
-    assert parent is not None
-    parent.note_stacked(node.name)
     node.layers = layers
     if position == 0:
         node.branch, node.dev, node.ino = branch, made.st_dev, made.st_ino
         sb.inomap.alias(made.st_dev, made.st_ino, node.id)
-    if parent.view is not None:
-        parent.view[node.name] = tuple(entry.branch.index for entry in layers)
     try:
         if whited:
             whiteout.remove(parent_fd, node.name)
         restore_times(parent_fd, (before.st_atime_ns, before.st_mtime_ns))
     finally:
-        lookup.count_links(sb, node)
-        lookup.count_links(sb, parent)
-        sb.hooks.adopt(node, False)
-        sb.hooks.side_effect(node)
-        sb.hooks.side_effect(parent)
+        assert node.parent is not None
+        sb.changes.directory_copied_up(node, node.parent)
     return fd
 
 

@@ -376,7 +376,7 @@ def _settle(
 
     fd: a descriptor of the copy, O_PATH unless it is a regular file.
     """
-    parent.note_stacked(name)
+    parent.note_stacked(name)  # whatever fails from here on, the name is there
     src = source.st
     names = src.st_nlink + node.nlink_extra  # less those that were removed
     linked = _has_names(sb, node, as_link, src)
@@ -391,14 +391,8 @@ def _settle(
         # Without a pseudo-link the other names stay behind, as the lower file that they are (semantics 10.2).
         for other in node.names():
             if other != (parent, name):
-                sb.table.detach(node, *other)
-                sb.hooks.drop_dentry(*other, node)
-    if parent.view is not None:
-        parent.view[name] = branch.index
-    if as_link:
-        sb.table.attach(node, parent, name)
-    sb.hooks.own_data(node)
-    sb.hooks.side_effect(parent)
+                sb.changes.lost(node, *other)
+    sb.changes.copied_up(node, parent, name, as_link)
 
 
 def _copy_special(
@@ -438,12 +432,8 @@ def _link_plink(sb: Superblock, node: Node, parent: Dir, name: bytes) -> None:
         syscalls.unlink_at(dirfd, tmp)
         raise
     plink.name_arrived(node)
-    parent.note_stacked(name)
-    if parent.view is not None:
-        parent.view[name] = home.branch.index
+    sb.changes.copied_up(node, parent, name)
     copydirs.restore_times(dirfd, (before.st_atime_ns, before.st_mtime_ns))
-    sb.hooks.own_data(node)
-    sb.hooks.side_effect(parent)
 
 
 def run(sb: Superblock, need: NeedCopyUp) -> None:

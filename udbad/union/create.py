@@ -20,7 +20,7 @@ from udbad.branch.branches import Branch
 from udbad.branch.credentials import Credentials
 from udbad.errors import enoent, erofs, estale, os_error
 from udbad.inodes.table import Dir, Node
-from udbad.types import MADE, Caller, Trigger
+from udbad.types import Caller, Trigger
 from udbad.union import copydirs, lookup
 from udbad.union.lookup import Answer, Found, Missing
 from udbad.union.superblock import NeedCopyUp, Superblock
@@ -81,8 +81,11 @@ def _finish(sb: Superblock, parent: Dir, name: bytes, target: Target) -> None:
         whiteout.remove(target.dirfd, name)
 
 
-def _appear(sb: Superblock, parent: Dir, name: bytes, branch: Branch, st: os.stat_result) -> Node:
-    """The node of an object that was just made; never an old one whose inode number came round again."""
+def _appear(sb: Superblock, parent: Dir, name: bytes, branch: Branch, st: os.stat_result, sent: bool = False) -> Node:
+    """The node of an object that was just made; never an old one whose inode number came round again.
+
+    sent: making it has sent one event.
+    """
     identity = (st.st_dev, st.st_ino)
     number = sb.inomap.number(*identity)
     old = sb.table.nodes.get(number)
@@ -90,10 +93,9 @@ def _appear(sb: Superblock, parent: Dir, name: bytes, branch: Branch, st: os.sta
         if old.identity == identity:
             old.dead = True
         sb.inomap.fresh(*identity)
-    if parent.view is not None:
-        parent.view[name] = branch.index
+    sb.changes.made(parent, name, branch.index, branch if sent else None)
     node, _ = lookup.intern_file(sb, parent, name, branch, st)
-    sb.hooks.own_change(parent, name, st)
+    sb.changes.updated(parent, name, st)
     return node
 
 
@@ -104,11 +106,10 @@ def create_file(
     target = prepare(sb, parent, name)
     with creds.creating(caller):
         fd = _make(parent, name, syscalls.create_file_at, target.dirfd, name, flags, mode)
-    sb.hooks.own_event(parent, target.branch, name, MADE)
     try:
         _finish(sb, parent, name, target)
         st = os.fstat(fd)
-        return _appear(sb, parent, name, target.branch, st), st, fd
+        return _appear(sb, parent, name, target.branch, st, sent=True), st, fd
     except BaseException:
         syscalls.close_quietly(fd)
         _undo(target.dirfd, name)
@@ -195,11 +196,10 @@ def mkdir(
         if old.identity == top.identity:
             old.dead = True
         sb.inomap.fresh(top.dev, top.ino)
-    lookup.remember(parent, name, found)
+    sb.changes.made(parent, name, tuple(layer.branch.index for layer in found.layers))
     node, st = lookup.intern(sb, parent, name, found)
     assert type(node) is Dir
-    lookup.count_links(sb, parent)
-    sb.hooks.own_change(parent, name)
+    sb.changes.updated(parent, name, links=True)
     return node, st
 
 
@@ -237,11 +237,7 @@ def link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result
     except BaseException:
         _undo(dirfd, name)
         raise
-    if parent.view is not None:
-        parent.view[name] = branch.index
-    sb.table.attach(node, parent, name)
-    sb.hooks.own_change(parent, name)
-    sb.hooks.own_data(node)
+    sb.changes.linked(node, parent, name)
     return syscalls.stat_at(dirfd, name)
 
 

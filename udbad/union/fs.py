@@ -138,16 +138,12 @@ class UnionFs:
         """What a removal in this directory had left for the background is done: the directory has changed again."""
         node = self.table.nodes.get(parent_id)
         if type(node) is Dir and not node.dead:
-            lookup.count_links(self.sb, node)
-            self.sb.hooks.side_effect(node)
+            self.sb.count_links(node)
+            self.sb.changes.attributes(node)
 
     def rename(self, src_id: int, src: bytes, dst_id: int, dst: bytes, flags: int) -> None:
         src_dir, dst_dir = self._changing(src_id), self._changing(dst_id)
         rename.rename(self.sb, src_dir, src, dst_dir, dst, flags)
-        if not dst_dir.trusted:
-            self.sb.hooks.moved_in(dst_dir, dst)
-        if flags & syscalls.RENAME_EXCHANGE and not src_dir.trusted:
-            self.sb.hooks.moved_in(src_dir, src)
 
     def _changing(self, parent_id: int) -> Dir:
         if self.sb.options.read_only:
@@ -185,7 +181,7 @@ class UnionFs:
         try:
             content = changes.size is not None or changes.atime_ns is not None or changes.mtime_ns is not None
             if content:
-                self.sb.hooks.before_own(node)
+                self.sb.changes.before_data(node)
             if changes.size is not None:
                 self._truncate(node, fd, changes.size, fh, caller)
             if changes.uid is not None or changes.gid is not None:
@@ -194,9 +190,7 @@ class UnionFs:
                 syscalls.chmod_fd(fd, st_mod.S_IMODE(changes.mode))
             if changes.atime_ns is not None or changes.mtime_ns is not None:
                 syscalls.utime_fd(fd, changes.atime_ns, changes.mtime_ns)
-            self.sb.hooks.own_data(node, content)
-            if changes.mtime_ns is not None:
-                self.sb.hooks.own_mtime(node)
+            self.sb.changes.data(node, content, mtime=changes.mtime_ns is not None)
             st = os.fstat(fd)
             if node.handles:
                 note_id_bits(node, st)
@@ -290,13 +284,13 @@ class UnionFs:
                     syscalls.chmod(target, st_mod.S_IMODE(mode) & ~st_mod.S_ISGID)
 
         self._on_object(node, change)
-        self.sb.hooks.own_data(node)
+        self.sb.changes.data(node)
 
     def removexattr(self, node_id: int, key: bytes, caller: Caller) -> None:
         self._check_changing_xattr(key, caller)
         node = self._changing_xattr(node_id)
         self._on_object(node, lambda object_: syscalls.removexattr(object_, key))
-        self.sb.hooks.own_data(node)
+        self.sb.changes.data(node)
 
     def _on_object(self, node: Node, call: Callable[[syscalls.Object], T]) -> T:
         """`call` on the object itself: capabilities must not go to whatever has its name now."""
@@ -341,9 +335,9 @@ class UnionFs:
         fd, st = self._open_fd(node, wanted)
         try:
             if truncating:
-                self.sb.hooks.before_own(node)
+                self.sb.changes.before_data(node)
                 self._cut(fd, 0, caller, st)
-                self.sb.hooks.own_data(node, True)
+                self.sb.changes.data(node, True)
                 before, st = st, os.fstat(fd)
                 if (before.st_mode ^ st.st_mode) & ID_BITS:
                     self._id_bits_went(node, st)
@@ -382,26 +376,22 @@ class UnionFs:
                 return fd, os.fstat(fd)
             self.sb.lost_name(node)
 
-    def ready(self, fh: int) -> OpenFile:
-        """An open file by its number. Raises EBADF."""
-        return self.handles.file(fh)
-
     def write(self, fh: int, offset: int, data: bytes | memoryview) -> int:
         """Bytes written. Raises NeedCopyUp at the first write to a lower file."""
-        handle = self.ready(fh)
+        handle = self.handles.file(fh)
         if not handle.writable:
             if handle.flags & os.O_ACCMODE == os.O_RDONLY:
                 raise os_error(errno.EBADF)
             self.need_writable(handle.node, Trigger.WRITE)
             handle.reopen(handle.fd, True)  # its branch was not writable when it was opened
-        hooks = self.sb.hooks
-        hooks.before_own(handle.node, handle.fd)
+        changes = self.sb.changes
+        changes.before_data(handle.node, handle.fd)
         if handle.uid:
             with self.creds.writing(handle.uid, handle.gid, handle.group):
                 count = os.pwrite(handle.fd, data, offset)
         else:
             count = os.pwrite(handle.fd, data, offset)
-        hooks.own_data(handle.node, True, None, handle.fd)
+        changes.data(handle.node, True, None, handle.fd)
         if handle.id_bits:
             st = os.fstat(handle.fd)
             if st.st_mode & ID_BITS != handle.id_bits:
@@ -415,7 +405,7 @@ class UnionFs:
         fuse_truncate_update_attr()), as it leaves taking the bits away to us (FUSE_HANDLE_KILLPRIV).
         """
         note_id_bits(node, st)
-        self.sb.hooks.side_effect(node)
+        self.sb.changes.attributes(node)
 
     def needs_flush(self, flags: int) -> bool:
         """Whether close(2) of a file opened with `flags` has to be asked about (FLUSH).

@@ -153,8 +153,7 @@ def forget(sb: Superblock, plink: Plink) -> None:
 def part(sb: Superblock, node: Node) -> None:
     """Where the node's names lead has to be looked up again."""
     for parent, name in node.names():
-        sb.table.detach(node, parent, name)
-        sb.hooks.drop_dentry(parent, name)
+        sb.changes.lost(node, parent, name)
 
 
 def name_found(node: Node, home: Home) -> None:

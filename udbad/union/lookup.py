@@ -225,7 +225,7 @@ def discard(sb: Superblock, parent: Dir, name: bytes, found: Found) -> None:
 
 def adopt(sb: Superblock, node: Dir, found: Found, floor: int) -> None:
     """Give a directory the layers that `resolve` found; the coherence strategy says what that means."""
-    sb.hooks.adopt(node, set_layers(sb, node, found, floor))
+    sb.changes.resolved(node, set_layers(sb, node, found, floor))
 
 
 def set_layers(sb: Superblock, node: Dir, found: Found, floor: int) -> bool:
@@ -268,20 +268,6 @@ def set_layers(sb: Superblock, node: Dir, found: Found, floor: int) -> bool:
         node.nlink_extra = lower_links(new)
     sb.inomap.alias(top.dev, top.ino, node.id)
     return changed
-
-
-def count_links(sb: Superblock, node: Dir) -> bool:
-    """A branch directory of this one got or lost a subdirectory: see how many there are now. True when it shows."""
-    layers = node.layers
-    if len(layers) == 1:
-        return False
-    for layer in layers[1:]:
-        try:
-            layer.nlink = os.fstat(layer.fd if layer.fd >= 0 else sb.layer_fd(node, layer)).st_nlink
-        except OSError:
-            pass  # gone from where it was; as it was last seen, then
-    before, node.nlink_extra = node.nlink_extra, lower_links(layers)
-    return node.nlink_extra != before
 
 
 def intern(sb: Superblock, parent: Dir, name: bytes, found: Found) -> tuple[Node, os.stat_result]:
@@ -335,7 +321,7 @@ def intern_file(
         node = Node(number, kind, branch, dev, ino)
         table.add(node)
     node.branch = branch
-    _attach(sb, node, parent, name)
+    sb.changes.found(node, parent, name)
     return node, st
 
 
@@ -361,18 +347,8 @@ def _intern_home(sb: Superblock, parent: Dir, name: bytes, st: os.stat_result, h
     node.branch = branch
     sb.inomap.alias(st.st_dev, st.st_ino, number)
     homes.name_found(node, home)
-    _attach(sb, node, parent, name)
+    sb.changes.found(node, parent, name)
     return node
-
-
-def _attach(sb: Superblock, node: Node, parent: Dir, name: bytes) -> None:
-    old = parent.children.get(name)
-    above, before = node.parent, node.name
-    sb.table.attach(node, parent, name)
-    if old is not None and old is not node:
-        sb.hooks.drop_dentry(parent, name, old)
-    if type(node) is Dir and above is not None and (above is not parent or before != name):
-        sb.hooks.drop_dentry(above, before)  # moved directly; its event will find nothing to tell
 
 
 def _intern_dir(sb: Superblock, parent: Dir, name: bytes, found: Found) -> Dir:
@@ -393,7 +369,7 @@ def _intern_dir(sb: Superblock, parent: Dir, name: bytes, found: Found) -> Dir:
             sb.table.open_fds += len(layers)
             sb.table.note_fds(node)
     assert type(node) is Dir
-    _attach(sb, node, parent, name)
+    sb.changes.found(node, parent, name)
     adopt(sb, node, found, parent.floor)
     return node
 
@@ -418,11 +394,11 @@ def refresh(sb: Superblock, node: Dir) -> None:
         current = current.parent
     root = sb.root
     if current is root and not root.trusted:  # nobody looks it up
-        if not sb.hooks.by_times:
-            sb.hooks.adopt(root, False)
-            count_links(sb, root)
+        if not sb.changes.by_times:
+            sb.changes.resolved(root, False)
+            sb.count_links(root)
         elif not times.unchanged(sb, root):
-            count_links(sb, root)
+            sb.count_links(root)
     _resolve_chain(sb, chain)
 
 
@@ -439,13 +415,13 @@ def ask_again(sb: Superblock, node: Dir) -> None:
         if current is not sb.root:
             chain.append(current)
         current = current.parent
-    count_links(sb, sb.root)
+    sb.count_links(sb.root)
     _resolve_chain(sb, chain)
 
 
 def _resolve_chain(sb: Superblock, chain: list[Dir]) -> None:
     """Find the layers of directories, each in the next one of `chain`, from the last to the first."""
-    by_times = sb.hooks.by_times
+    by_times = sb.changes.by_times
     for entry in reversed(chain):
         parent = entry.parent
         above = None if parent is None else parent.parent
@@ -524,7 +500,7 @@ def _ask(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_result
         return intern(sb, parent, name, found)
     depths = sb.counters.depth_whiteout if found.answer is Answer.WHITED else sb.counters.depth_negative
     depths[depth] += 1
-    forget_name(sb, parent, name)
+    sb.changes.found_gone(parent, name)
     return None
 
 
@@ -553,9 +529,10 @@ def remember(parent: Dir, name: bytes, found: Found | Missing) -> None:
         view[name] = tuple(layer.branch.index for layer in found.layers)
 
 
-def forget_name(sb: Superblock, parent: Dir, name: bytes) -> None:
-    """A name turned out to be gone: its node, if any, is not reachable by it any more."""
-    node = parent.children.get(name)
-    if node is not None:
-        sb.table.detach(node, parent, name)
-        sb.hooks.drop_dentry(parent, name, node)
+def update(sb: Superblock, parent: Dir, name: bytes, found: Found | Missing) -> os.stat_result | None:
+    """Put the result of `resolve` into view, table and node; returns the attributes of what the name stands for."""
+    remember(parent, name, found)
+    if found.answer is Answer.FOUND:
+        return intern(sb, parent, name, found)[1]
+    sb.changes.found_gone(parent, name)
+    return None

@@ -178,7 +178,7 @@ def _by_hit(
     found = lookup.resolve(sb, parent, name)
     if found.answer is Answer.FOUND:
         return lookup.intern(sb, parent, name, found)
-    lookup.forget_name(sb, parent, name)
+    sb.changes.found_gone(parent, name)
     return None
 
 

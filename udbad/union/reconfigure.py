@@ -109,7 +109,7 @@ def apply(sb: Superblock, new: BranchSet) -> None:
             if node.ino in sb.plinks and node.plink is None:
                 homes.part(sb, node)  # whether a home that has come is its own is for the next lookup to say
         elif node.orphan_fd < 0:
-            _remove(sb, node)
+            sb.changes.left(node)
     for handle in sb.handles.files.values():
         if handle.writable and not handle.node.branch.writable and handle.node.orphan_fd < 0:
             _for_reading(handle)  # the next write copies up, or meets EROFS
@@ -153,7 +153,7 @@ def _rebuild_directory(sb: Superblock, node: Dir, by_id: dict[int, Branch]) -> N
             layer.fd = -1
             sb.table.open_fds -= 1
     if not layers:
-        _remove(sb, node)
+        sb.changes.left(node)
         return
     layers.sort(key=lambda layer: layer.branch.index)
     node.layers = layers
@@ -161,9 +161,3 @@ def _rebuild_directory(sb: Superblock, node: Dir, by_id: dict[int, Branch]) -> N
     # Until it is asked for again: anything above may hide or add to it.
     node.opaque = None
     node.floor = len(by_id) - 1
-
-
-def _remove(sb: Superblock, node: Node) -> None:
-    for parent, name in node.names():
-        sb.table.detach(node, parent, name)
-    node.dead = True

@@ -14,7 +14,6 @@ from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import enoent, erofs, os_error
 from udbad.inodes.table import Dir, Node
-from udbad.types import REMOVED
 from udbad.union import copydirs, lookup, plink, readdir
 from udbad.union.lookup import Answer, Found
 from udbad.union.superblock import Superblock
@@ -34,8 +33,7 @@ def find(sb: Superblock, parent: Dir, name: bytes) -> Found:
     found = lookup.resolve(sb, parent, name)
     if found.answer is Answer.FOUND:
         return found
-    lookup.forget_name(sb, parent, name)
-    lookup.remember(parent, name, found)
+    lookup.update(sb, parent, name, found)
     raise enoent()
 
 
@@ -72,6 +70,7 @@ def unlink(sb: Superblock, parent: Dir, name: bytes) -> None:
         lookup.intern(sb, parent, name, found)  # whether a pseudo-link has lost a name cannot be seen afterwards
     whited = branch is not top or covered_below(sb, parent, name, branch)
     made = whited and whiteout.create(branch, dirfd, name)
+    unlinked = False
     if branch is top:
         try:
             syscalls.unlink_at(dirfd, name)
@@ -82,38 +81,26 @@ def unlink(sb: Superblock, parent: Dir, name: bytes) -> None:
                 whiteout.remove(dirfd, name)
             raise
         else:
-            sb.hooks.own_event(parent, branch, name, REMOVED)
-    if made:
-        parent.note_stacked(name)
-    gone(sb, parent, name, found.st, branch is not top)
-    lookup.remember(parent, name, lookup.CLEAR)
-    sb.hooks.own_change(parent, name)
-
-
-def gone(sb: Superblock, parent: Dir, name: bytes, st: os.stat_result, was_lower: bool) -> None:
-    """The name is removed: let its node go, and mark it dead with its last name."""
+            unlinked = True
     node = parent.children.get(name)
     if node is None:
-        node = sb.table.nodes.get(sb.inomap.number(st.st_dev, st.st_ino))
-        if node is None:
-            if st.st_nlink <= 1 and not was_lower:
-                sb.inomap.drop(st.st_dev, st.st_ino)
-            return
-    sb.table.detach(node, parent, name)
-    if was_lower and node.plink is None:
-        node.nlink_extra -= 1  # the lower file keeps its link, the union has lost a name
+        node = sb.table.nodes.get(sb.inomap.number(found.st.st_dev, found.st.st_ino))
+    sb.changes.removed(parent, name, node, branch if unlinked else None, made)
+    if node is not None:
+        lost_link(sb, node, found.st, branch is not top)
+    elif found.st.st_nlink <= 1 and branch is top:
+        sb.inomap.drop(found.st.st_dev, found.st.st_ino)
+
+
+def lost_link(sb: Superblock, node: Node, st: os.stat_result, was_lower: bool) -> None:
+    """A name was removed from `node`, of the object with status `st`. was_lower: it is there still, and whited out."""
     if node.plink is not None:
-        if plink.name_removed(sb, node, st):
-            bury(sb, node)
-    elif st.st_nlink <= 1:
-        bury(sb, node)
-    sb.hooks.own_data(node)
-
-
-def bury(sb: Superblock, node: Node) -> None:
-    """No name is left. The branch may reuse the inode number as soon as no descriptor holds it."""
-    node.dead = True
-    sb.inomap.drop(node.dev, node.ino)
+        last = plink.name_removed(sb, node, st)
+    else:
+        if was_lower:
+            node.nlink_extra -= 1  # the lower file keeps its link, the union has lost a name
+        last = st.st_nlink <= 1
+    sb.changes.unlinked(node, last)
 
 
 def rmdir(sb: Superblock, parent: Dir, name: bytes) -> None:
@@ -136,13 +123,7 @@ def rmdir(sb: Superblock, parent: Dir, name: bytes) -> None:
             if made:
                 whiteout.remove(dirfd, name)
             raise
-    if made:
-        parent.note_stacked(name)
-    sb.table.detach(node, parent, name)
-    bury(sb, node)
-    lookup.remember(parent, name, lookup.CLEAR)
-    lookup.count_links(sb, parent)
-    sb.hooks.own_change(parent, name)
+    sb.changes.removed(parent, name, node, None, made)
 
 
 def _remove_branch_dir(sb: Superblock, dirfd: int, name: bytes) -> None:

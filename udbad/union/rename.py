@@ -16,7 +16,7 @@ from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import enoent, os_error
 from udbad.inodes.table import Dir, Node
-from udbad.types import MOVED_FROM, MOVED_TO, Trigger
+from udbad.types import Trigger
 from udbad.union import copydirs, lookup, readdir, remove
 from udbad.union.lookup import Answer, Found, Missing
 from udbad.union.superblock import NeedCopyUp, Superblock
@@ -54,12 +54,13 @@ def rename(sb: Superblock, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, f
             raise enoent()
         _exchange(sb, src_dir, src, source, src_node, dst_dir, dst, found, dst_node)
         if known[1] not in (None, dst_node):
-            sb.hooks.drop_dentry(src_dir, src, known[1])
+            sb.changes.mistaken(src_dir, src, known[1])
         if known[0] not in (None, src_node):
-            sb.hooks.drop_dentry(dst_dir, dst, known[0])
+            sb.changes.mistaken(dst_dir, dst, known[0])
         return
     _check_types(sb, src_node, dst_node)
     if src_node is dst_node:
+        sb.changes.updated(dst_dir, dst, moved=True)
         return  # two names of one file: rename(2) does nothing
     limit = dst_dir.floor
     if found.answer is Answer.FOUND:
@@ -72,7 +73,7 @@ def rename(sb: Superblock, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, f
     _move(sb, src_dir, src, src_node, dst_dir, dst, dst_node, found, branch, bare, replace)
     if known[0] not in (None, src_node) or not src_node.nlookup:
         # Replaced directly just before. The kernel has moved what it knew under the old name.
-        sb.hooks.drop_dentry(dst_dir, dst)
+        sb.changes.mistaken(dst_dir, dst)
 
 
 def _check_types(sb: Superblock, src: Node, dst: Node | None) -> None:
@@ -147,11 +148,9 @@ def _move(
         except OSError as error:
             log.warning("the whiteout beside the renamed %r stays: %s", dst, error.strerror)
     if found.answer is Answer.FOUND and dst_node is not None:
-        if type(dst_node) is Dir:
-            sb.table.detach(dst_node, dst_dir, dst)
-            remove.bury(sb, dst_node)
-        else:
-            remove.gone(sb, dst_dir, dst, found.st, found.branch is not branch)
+        sb.changes.replaced(dst_dir, dst, dst_node)
+        if type(dst_node) is not Dir:
+            remove.lost_link(sb, dst_node, found.st, found.branch is not branch)
     _moved(sb, src_node, src_dir, src, dst_dir, dst, branch, dst_fd)
 
 
@@ -175,43 +174,26 @@ def _moved(
     sb: Superblock, node: Node, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, branch: Branch, dst_fd: int
 ) -> None:
     """Bring nodes and views up to date after the branch was changed."""
+    sb.changes.moved(node, src_dir, src, dst_dir, dst, branch)
     if type(node) is Dir:
-        sb.table.attach(node, dst_dir, dst)
-        _resettle(sb, src_dir, src)
-        _resettle(sb, dst_dir, dst)
-        lookup.count_links(sb, src_dir)
-        lookup.count_links(sb, dst_dir)
+        _update(sb, src_dir, src, moved=False)
+        _update(sb, dst_dir, dst, moved=True)
         return
-    sb.hooks.own_event(src_dir, branch, src, MOVED_FROM)
-    sb.hooks.own_event(dst_dir, branch, dst, MOVED_TO)
-    sb.table.detach(node, src_dir, src)
-    sb.table.attach(node, dst_dir, dst)
-    # A file is on one branch, and what was below its old name has been hidden: no need to ask every branch again.
-    lookup.remember(src_dir, src, lookup.CLEAR)
-    sb.hooks.own_change(src_dir, src)
     try:
         st = syscalls.stat_at(dst_fd, dst)
     except FileNotFoundError:
         st = None
     if st is not None and (st.st_dev, st.st_ino) == node.identity:
-        _settle(sb, dst_dir, dst, Found(node.kind, branch, st, None))
+        st = lookup.update(sb, dst_dir, dst, Found(node.kind, branch, st, None))
+        sb.changes.updated(dst_dir, dst, st, moved=True)
     else:
-        _resettle(sb, dst_dir, dst)  # taken away or replaced directly, just now
+        _update(sb, dst_dir, dst, moved=True)  # taken away or replaced directly, just now
 
 
-def _resettle(sb: Superblock, parent: Dir, name: bytes) -> None:
+def _update(sb: Superblock, parent: Dir, name: bytes, moved: bool) -> None:
     """Resolve a name again and put the result into node, table and view."""
-    _settle(sb, parent, name, lookup.resolve(sb, parent, name))
-
-
-def _settle(sb: Superblock, parent: Dir, name: bytes, found: Found | Missing) -> None:
-    lookup.remember(parent, name, found)
-    st = None
-    if found.answer is Answer.FOUND:
-        st = lookup.intern(sb, parent, name, found)[1]
-    else:
-        lookup.forget_name(sb, parent, name)
-    sb.hooks.own_change(parent, name, st)
+    st = lookup.update(sb, parent, name, lookup.resolve(sb, parent, name))
+    sb.changes.updated(parent, name, st, links=True, moved=moved)
 
 
 def _exchange(
@@ -234,14 +216,9 @@ def _exchange(
                 undo.callback(_unmark, sb, node, branch)
         syscalls.rename_at(src_fd, src, dst_fd, dst, syscalls.RENAME_EXCHANGE)
         undo.pop_all()
-    sb.table.detach(src_node, src_dir, src)
-    sb.table.detach(dst_node, dst_dir, dst)
-    sb.table.attach(src_node, dst_dir, dst)
-    sb.table.attach(dst_node, src_dir, src)
-    _resettle(sb, src_dir, src)
-    _resettle(sb, dst_dir, dst)
-    lookup.count_links(sb, src_dir)
-    lookup.count_links(sb, dst_dir)
+    sb.changes.exchanged(src_node, src_dir, src, dst_node, dst_dir, dst)
+    _update(sb, src_dir, src, moved=True)
+    _update(sb, dst_dir, dst, moved=True)
 
 
 def lookup_again(sb: Superblock, parent: Dir, name: bytes) -> Found:

@@ -1,7 +1,7 @@
 """The state that all operations of one mount share, and how branch objects are reached from nodes.
 
-`Superblock` owns the branch set, the inode table, the inode numbers, the policies and the hooks of the
-coherence strategy. Nothing here decides what is visible; that is lookup.py.
+`Superblock` owns the branch set, the inode table, the inode numbers, the policies, and what tells the
+coherence strategy of changes. Nothing here decides what is visible; that is lookup.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch, BranchSet
@@ -23,6 +22,7 @@ from udbad.inodes.handles import HandleTable
 from udbad.inodes.inomap import InoMap
 from udbad.inodes.table import Dir, InodeTable, Layer, Node, Plink
 from udbad.types import ROOT_ID, Trigger
+from udbad.union.changes import Changes
 
 
 class NeedCopyUp(Exception):
@@ -47,63 +47,6 @@ class NeedCopyUp(Exception):
         self.length = length
         self.name = name
         self.limit = limit
-
-
-class Hooks(Protocol):
-    """What the union tells the coherence strategy (coherence/base.py has the full interface)."""
-
-    by_times: bool
-    """Whether a directory that is not trusted stays so, and need not be resolved while its times are the same."""
-
-    def adopt(self, node: Dir, changed: bool) -> None:
-        """A directory's layers were resolved; set `trusted` and `ttl`. changed: they differ from before."""
-
-    def dropped(self, node: Node) -> None:
-        """The node left the table."""
-
-    def shrink(self) -> None:
-        """Most nodes have left the table: give back the room that what was held for them has taken."""
-
-    def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None) -> None:
-        """An operation through the mount changed this name; the view is up to date already.
-
-        st: attributes of what the name stands for now, if they are known.
-        """
-
-    def own_event(self, node: Dir, branch: Branch, name: bytes, event: int) -> None:
-        """A system call of ours has just changed the name of what is no directory, in one branch directory.
-
-        It succeeded, so that it has sent exactly one event, `event` (types.MADE and the like). What the name stands
-        for now is told by `own_change`.
-        """
-
-    def own_mtime(self, node: Node) -> None:
-        """An operation through the mount set the modification time of this node."""
-
-    def before_own(self, node: Node, fd: int = -1) -> None:
-        """An operation through the mount is about to change content or times of this node.
-
-        fd: a descriptor of it, if there is one.
-        """
-
-    def own_data(self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1) -> None:
-        """An operation through the mount changed attributes of this node; content: or content, or times.
-
-        st: its attributes now, if they are known. fd: a descriptor of it, if there is one.
-        """
-
-    def drop_dentry(self, node: Dir, name: bytes, lost: Node | None = None) -> None:
-        """This name stands for another object than before, or for none, without an operation on it.
-
-        A link left behind; or a direct change that was found before its event came, which then finds nothing to tell.
-        lost: what had the name, and may be open still.
-        """
-
-    def moved_in(self, node: Dir, name: bytes) -> None:
-        """An operation through the mount gave an object this name, in a directory that is not trusted."""
-
-    def side_effect(self, node: Node) -> None:
-        """Attributes of this node changed without the kernel knowing (a directory during a copy-up)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,18 +131,12 @@ class Superblock:
         self.table = InodeTable(root, max_fds, self.handles.files, all_fds)
         self.table.leads_back = self._leads_back  # type: ignore[method-assign]  # so that the table asks no branch
         self.inomap.in_use = lambda number: number in self.table.nodes
-        self.hooks: Hooks
+        self.changes = Changes(self)
 
     def next_version(self) -> int:
         """For Dir.version: no two directories ever have the same, so none is taken for another one's."""
         self._version += 1
         return self._version
-
-    def attach_hooks(self, hooks: Hooks) -> None:
-        """Bind the coherence strategy; called once before the first operation and when the mode changes."""
-        self.hooks = hooks
-        self.table.on_drop = hooks.dropped  # type: ignore[method-assign]  # the table's callbacks
-        self.table.on_shrink = hooks.shrink  # type: ignore[method-assign]
 
     # -- reaching branch objects --------------------------------------------------------------
 
@@ -258,6 +195,19 @@ class Superblock:
         if layer is None:
             raise estale()
         return self.layer_fd(node, layer)
+
+    def count_links(self, node: Dir) -> bool:
+        """A branch directory of this one got or lost a subdirectory: see how many there are now. True when it shows."""
+        layers = node.layers
+        if len(layers) == 1:
+            return False
+        for layer in layers[1:]:
+            try:
+                layer.nlink = os.fstat(self.layer_fd(node, layer)).st_nlink
+            except OSError:
+                pass  # gone from where it was; as it was last seen, then
+        before, node.nlink_extra = node.nlink_extra, lower_links(layers)
+        return node.nlink_extra != before
 
     def locate(self, node: Node) -> tuple[int, bytes]:
         """(directory descriptor, name) of a non-directory's data. Raises ESTALE when no name is known."""
@@ -326,9 +276,7 @@ class Superblock:
         """The node's name stands for another object or for none: go on with another one. Raises ESTALE without one."""
         if node.parent is None or not node.aliases:
             raise estale()
-        lost = node.parent, node.name
-        self.table.detach(node, *lost)
-        self.hooks.drop_dentry(*lost, node)
+        self.changes.lost(node, node.parent, node.name)
 
     def move_data(self, node: Node, branch: Branch, st: os.stat_result, fd: int) -> None:
         """From now on the data of a node that is no directory is another object, and its open files go there with it.
