@@ -3,7 +3,7 @@
 A watch is put on the directory we opened, through /proc/self/fd, never on a path that may mean another
 directory by now, and is mapped back by its watch descriptor, never by path. Events are handed on in bursts: the
 descriptor is waited for once, then drained synchronously, which is what keeps up with a busy tree. No decisions
-here: what an event means is for notify.py, and the branch's state decides that.
+here: what an event means is for events.py, and the branch's state decides that.
 """
 
 from __future__ import annotations
