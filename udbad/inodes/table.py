@@ -50,13 +50,7 @@ MAX_STACKED = 10_000
 
 
 class Plink:
-    """A pseudo-link: the copied-up home of a file whose other names are still on lower branches.
-
-    dirfd, name: where the home is kept (the branch's .wh..wh.plnk directory); identity: who it is. source_dev,
-    source_ino: the lower file it was copied from, whose device is None until it is recognised. pending: how many names
-    still live on lower branches only (semantics 10.3); counted is False while that is a guess, because an earlier
-    mount made the pseudo-link. links: the most names that the lower file was seen to have.
-    """
+    """A pseudo-link: the copied-up home of a file whose other names are still on lower branches (semantics 10.3)."""
 
     __slots__ = ("branch", "counted", "dirfd", "identity", "links", "name", "pending", "source_dev", "source_ino")
 
@@ -66,13 +60,21 @@ class Plink:
     ) -> None:  # fmt: skip
         self.branch = branch
         self.dirfd = dirfd
+        """The branch's .wh..wh.plnk directory, where the home is kept."""
         self.name = name
+        """In that directory."""
         self.identity = identity
+        """Of the home."""
         self.source_dev = source_dev
+        """Device of the lower file it was copied from; None until that is recognised."""
         self.source_ino = source_ino
+        """Inode number of that file."""
         self.pending = pending
+        """How many names still live on lower branches only."""
         self.links = links
+        """The most names that the lower file was seen to have."""
         self.counted = counted
+        """False while `pending` is a guess, because an earlier mount made the pseudo-link."""
 
 
 class Waiting(Protocol):
@@ -82,12 +84,7 @@ class Waiting(Protocol):
 
 
 class Node:
-    """One inode of the mount that is not a directory, or the common part of a directory.
-
-    id: node id and st_ino. branch, dev, ino: where its data is and who it is there. parent, name: the
-    name it was last reached by; aliases: further names of a hard link. dead: no name is left; only
-    descriptors reach it.
-    """
+    """One inode of the mount that is not a directory, or the common part of a directory."""
 
     __slots__ = (
         "aliases", "branch", "busy", "dead", "dev", "handles", "id", "ino", "kind",
@@ -99,21 +96,34 @@ class Node:
 
     def __init__(self, node_id: int, kind: int, branch: Branch, dev: int, ino: int) -> None:
         self.id = NodeId(node_id)
+        """Node id, and st_ino."""
         self.kind = kind
+        """File type bits of st_mode."""
         self.branch = branch
+        """Where its data is."""
         self.dev = dev
+        """With `ino`: who it is there."""
         self.ino = ino
         self.parent: Dir | None = None
+        """With `name`: the name it was last reached by. None: of the root, and when no name is known."""
         self.name = b""
         self.nlookup = 0
+        """References of the kernel."""
         self.nlink_extra = 0
+        """What is added to the st_nlink that the branch says."""
         self.dead = False
+        """No name is left; only descriptors reach it."""
         self.aliases: set[tuple[Dir, bytes]] | None = None
+        """All names, where a hard link has further ones."""
         self.handles: list[OpenFile] | None = None
         self.plink: Plink | None = None
+        """The pseudo-link its data is reached by."""
         self.orphan_fd = -1
+        """Its copy without a name, made after the last one was removed."""
         self.busy: Waiting | None = None
+        """A copy-up of it is under way."""
         self.seen: Stamp | None = None
+        """Its state at the last open, for which the kernel may keep pages."""
 
     @property
     def identity(self) -> Identity:
@@ -159,23 +169,7 @@ POSITIONS = (0, 1 << 31)
 
 
 class Dir(Node):
-    """A directory of the mount.
-
-    layers: branch directories in visible range, top first (semantics 4.1). floor: the lowest branch
-    index at which something created here would be visible (opaque marks and whiteouts of this
-    directory and its ancestors). trusted: layers and view may be used without asking the branches;
-    ttl: how long the kernel may keep entries of this directory. Both are set by coherence/base.py alone.
-    probes: branches asked for single names since the view was lost; load_at: how many cost less than loading it.
-    view: merged names, or None when not loaded; UNKNOWN entries have to be looked at again. stacked: what else is in
-    the layers: names that have a whiteout, or that are in several layers, or had or were since the view was loaded
-    (None: it could be any). negatives: names that
-    the kernel was told not to exist, and may remember. times, version, resolved: of a directory that is not
-    trusted, the times its branch directories had when it was last asked (None: they tell nothing), a number that is
-    raised when they differ, and its parent's number when its own layers were found. listed: the kernel may have a
-    listing; cached_opens: handles that may be answered from it; listings: snapshots that a position may belong to,
-    newest last; room: where positions of the next one may lie; mtime_offset: nanoseconds added to mtime so
-    that the kernel looks again.
-    """
+    """A directory of the mount."""
 
     __slots__ = (
         "cached_opens",
@@ -204,25 +198,48 @@ class Dir(Node):
         top = layers[0]
         super().__init__(node_id, st_mod.S_IFDIR, top.branch, top.dev, top.ino)
         self.layers = layers
+        """Branch directories in visible range, top first (semantics 4.1)."""
         self.opaque: int | None = None
+        """Index of the branch whose opaque mark ends the layers."""
         self.floor = 0
+        """The lowest branch index at which something created here would be visible: opaque marks and whiteouts of this
+        directory and its ancestors."""
         self.children: dict[bytes, Node] = {}
+        """Nodes by the names they are known by here."""
         self.view: dict[bytes, Hit | None] | None = None
+        """Merged names; None: not loaded. UNKNOWN entries have to be looked at again."""
         self.stacked: set[bytes] | None = None
+        """What else is in the layers: names that have a whiteout, or that are in several layers, or had or were
+        since the view was loaded. None: it could be any."""
         self.negatives: set[bytes] | None = None
+        """Names that the kernel was told not to exist, and may remember."""
         self.trusted = False
+        """Layers and view may be used without asking the branches. Set by coherence/base.py alone."""
         self.ttl = 0.0
+        """Seconds the kernel may keep entries of this directory. Set by coherence/base.py alone."""
         self.probes = 0
+        """Branches asked for single names since the view was lost."""
         self.load_at = LOAD_AT_LEAST
+        """How many of these cost less than loading the view."""
         self.hot = True
+        """Used since its descriptors or watches were last looked at for some to give up."""
         self.listed = False
+        """The kernel may have a listing."""
         self.mtime_offset = 0
+        """Nanoseconds added to mtime so that the kernel looks again."""
         self.listings: tuple[Listing, ...] = ()
+        """Snapshots that a position may belong to, newest last."""
         self.room = POSITIONS
+        """Where positions of the next snapshot may lie."""
         self.cached_opens = 0
+        """Handles that may be answered from the kernel's listing."""
         self.times: list[Stamp] | None = None
+        """Of a directory that is not trusted: the times its branch directories had when it was last asked. None: they
+        tell nothing."""
         self.version = 0
+        """A number that is raised when these differ."""
         self.resolved = -1
+        """Its parent's `version` when its own layers were found."""
 
     def forget_names(self) -> None:
         """Drop what is known of the names in it. Whether its layers are trusted is another question."""

@@ -26,12 +26,7 @@ from udbad.union.changes import Changes
 
 
 class NeedCopyUp(Exception):
-    """The operation needs `node` on a writable branch first: copy it up, then start it again.
-
-    length: how many bytes of content are wanted (None: all), for a copy-up that a truncation caused.
-    name: the name that must exist above, where it matters which of a node's names that is. limit: the
-    largest branch index at which the copy would do.
-    """
+    """The operation needs `node` on a writable branch first: copy it up, then start it again."""
 
     def __init__(
         self,
@@ -45,8 +40,11 @@ class NeedCopyUp(Exception):
         self.node = node
         self.trigger = trigger
         self.length = length
+        """How many bytes of content are wanted, for a copy-up that a truncation caused; None: all."""
         self.name = name
+        """The name that must exist above, where it matters which of a node's names that is."""
         self.limit = limit
+        """The largest branch index at which the copy would do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +97,7 @@ class Superblock:
     def __init__(self, branches: BranchSet, options: UnionOptions, max_fds: int, all_fds: int = sys.maxsize) -> None:
         """max_fds: how many descriptors of directories may be held; all_fds: with those of open files."""
         self.branches = branches
+        """Swapped whole when the branches are changed (reconfigure.py)."""
         self.options = options
         self.inomap = InoMap(len({branch.dev for branch in branches.branches}))
         self.handles = HandleTable()
@@ -108,6 +107,7 @@ class Superblock:
         self.plink_fds: dict[int, int] = {}
         """Branch id to the descriptor of its .wh..wh.plnk directory."""
         self.warned: set[tuple[int, bytes]] = set()
+        """(node id, name) of which the log has said that it is beside its own whiteout."""
         self.trash: list[tuple[int, bytes]] = []
         """Branch directories out of sight that the background has to remove: (parent descriptor, name)."""
         self.held: dict[Node, tuple[int, float]] = {}
@@ -132,6 +132,7 @@ class Superblock:
         self.table.leads_back = self._leads_back  # type: ignore[method-assign]  # so that the table asks no branch
         self.inomap.in_use = lambda number: number in self.table.nodes
         self.changes = Changes(self)
+        """Whoever changes a name or an object, or finds it changed, says so here."""
 
     def next_version(self) -> int:
         """For Dir.version: no two directories ever have the same, so none is taken for another one's."""
