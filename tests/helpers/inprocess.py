@@ -36,9 +36,7 @@ class Union:
         """Node id, 0 for a name that does not exist; the kernel may keep either for ever."""
         found = self.fs.lookup(parent, name)
         if found is None:
-            directory = self.fs.table.directory(parent)
-            assert directory.ttl
-            self.coherence.sent_negative(directory, name)
+            assert self.coherence.negative_ttl(self.fs.table.directory(parent), name)
             return 0
         node, st = found
         self.coherence.attr_ttl(node, st)

@@ -151,10 +151,8 @@ class FakeKernel:
             found = self._perform(lambda: self.fs.lookup(parent, name), parent)
             if found is not None:
                 return self._told_entry(parent, name, found)
-            directory = self.fs.table.directory(parent)
             self.entries.pop((parent, name), None)
-            if directory.ttl:
-                self.coherence.sent_negative(directory, name)
+            if self.coherence.negative_ttl(self.fs.table.directory(parent), name):
                 self.entries[parent, name] = 0
             return 0
 

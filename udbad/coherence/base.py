@@ -269,8 +269,13 @@ class Coherence:
         if node.nlookup and (node.parent is None or node.parent.ttl):
             self.notifier.attributes(node.id)
 
-    def sent_negative(self, node: Dir, name: bytes) -> None:
-        """The kernel was told that a name does not exist, and may keep that."""
+    def negative_ttl(self, node: Node, name: bytes) -> float:
+        """How long (seconds) the kernel may keep that a directory has no such name; 0.0: not at all.
+
+        That it keeps it is remembered here, for when the name comes to be.
+        """
+        if type(node) is not Dir or not node.ttl:
+            return 0.0
         names = node.negatives
         if names is None:
             names = node.negatives = set()
@@ -278,6 +283,7 @@ class Coherence:
             self.forget_negatives(node)
             names = node.negatives = set()
         names.add(name)
+        return node.ttl
 
     def forget_negatives(self, node: Dir) -> None:
         """Have the kernel forget every name of a directory that it was told not to exist."""

@@ -299,10 +299,9 @@ class FastPath:
         if fs.walks.callers:
             found = fs.look_again(self._caller().pid, parent, name, found)
         if found is None:
-            directory = fs.table.nodes[parent]
-            if type(directory) is Dir and directory.ttl:
-                self.coherence.sent_negative(directory, name)
-                return wire.negative(directory.ttl)
+            ttl = self.coherence.negative_ttl(fs.table.nodes[parent], name)
+            if ttl:
+                return wire.negative(ttl)
             raise OSError(errno.ENOENT, "")
         node = found[0]
         self._undo = lambda: fs.forget(node.id, 1)

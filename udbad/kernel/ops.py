@@ -21,7 +21,7 @@ import trio
 
 from udbad.branch import syscalls, whiteout
 from udbad.coherence.base import Coherence
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.table import Node
 from udbad.kernel import wire
 from udbad.kernel.boundary import handler
 from udbad.types import Caller, Trigger
@@ -184,12 +184,11 @@ class Operations(pyfuse3.Operations):
         if fs.walks.callers:
             found = fs.look_again(ctx.pid, parent, name, found)
         if found is None:
-            directory = fs.table.nodes[parent]
-            if type(directory) is Dir and directory.ttl:
-                self.coherence.sent_negative(directory, name)
+            ttl = self.coherence.negative_ttl(fs.table.nodes[parent], name)
+            if ttl:
                 negative = pyfuse3.EntryAttributes()
                 negative.st_ino = 0
-                negative.entry_timeout = directory.ttl
+                negative.entry_timeout = ttl
                 return negative
             raise pyfuse3.FUSEError(errno.ENOENT)
         return self._entry(parent, found[0], found[1])

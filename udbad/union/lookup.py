@@ -13,7 +13,6 @@ from the union to the strategy or from the strategy to the union, and never roun
 
 from __future__ import annotations
 
-import errno
 import os
 import stat as st_mod
 from enum import Enum
@@ -21,7 +20,7 @@ from typing import ClassVar, Literal
 
 from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
-from udbad.errors import enoent, estale
+from udbad.errors import ABSENT, NO_DIRECTORY, enoent, estale
 from udbad.inodes.table import LOAD_AT_LEAST, Dir, Layer, Node
 from udbad.union import homes, times
 from udbad.union.superblock import LAST_DEPTH, Superblock, lower_links
@@ -30,8 +29,6 @@ from udbad.union.view import load_view
 _S_IFDIR = st_mod.S_IFDIR
 _S_IFMT = 0o170000
 _stat = os.stat
-_ABSENT = (errno.ENOENT, errno.ENAMETOOLONG)
-"""What a branch says of a name it does not have; the second one where its file system has shorter names than others."""
 
 
 class Answer(Enum):
@@ -122,7 +119,7 @@ def resolve(sb: Superblock, parent: Dir, name: bytes, below: int = -1, tries: in
         try:
             st = _stat(name, dir_fd=fd, follow_symlinks=False)
         except OSError as error:
-            if error.errno not in _ABSENT:
+            if error.errno not in ABSENT:
                 raise
             if branch.whable and pos < last and whiteout.present(fd, name):
                 return Missing(Answer.WHITED, examined, branch.index)
@@ -132,7 +129,7 @@ def resolve(sb: Superblock, parent: Dir, name: bytes, below: int = -1, tries: in
             return Found(kind, branch, st, None, examined)
         try:
             return _merge(sb, parent, name, pos, st, examined)
-        except (FileNotFoundError, NotADirectoryError):
+        except NO_DIRECTORY:
             # Somebody changed the branch between stat and open: resolve again, from what is there now.
             if not tries:
                 raise estale() from None
@@ -177,7 +174,7 @@ def _merge(sb: Superblock, parent: Dir, name: bytes, first: int, st: os.stat_res
                 try:
                     st = _stat(name, dir_fd=fd, follow_symlinks=False)
                 except OSError as error:
-                    if error.errno not in _ABSENT:
+                    if error.errno not in ABSENT:
                         raise
                     if branch.whable and pos < last and whiteout.present(fd, name):
                         whited = branch.index
