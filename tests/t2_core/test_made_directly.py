@@ -6,6 +6,8 @@ The answer may be an error, but never the same one for ever: what was found out 
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from udbad.branch.policy import parse_create
 from udbad.types import ROOT_ID
 from udbad.union import copyup, lookup
 from udbad.union.fs import SetAttr
+
+ROUNDS = 200
 
 modes = pytest.mark.parametrize("udba", list(STRATEGIES))
 
@@ -203,3 +207,31 @@ def test_a_link_to_what_was_replaced_directly(tmp_path: Path, udba: str, opened:
         assert error_of(lambda: union.run(lambda: union.fs.link(old.id, ROOT_ID, b"link"))) == expected
         union.run(lambda: union.fs.link(new.id, ROOT_ID, b"link"))
         assert union.content("link") == b"new"
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Path]:
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(tmp_path)], check=True)
+    try:
+        yield tmp_path
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.fuse  # as root, to mount
+def test_names_that_come_and_go_within_a_tick_on_tmpfs(tmpfs: Path) -> None:
+    """shmem_link() and shmem_unlink() give the directory the time of the file, not a new one of its own: two of them
+    within a tick leave times, size and link count of the directory as they were."""
+    with core(tmpfs, {"top": "rw", "base": "ro"}, "reval") as union:
+        directory = tmpfs / "base" / "d"
+        directory.mkdir()
+        for number in range(ROUNDS):
+            (directory / f"old{number}").touch()
+            (tmpfs / "base" / f"file{number}").touch()
+        node = union.find("d")
+        for number in range(ROUNDS):
+            new = b"new%d" % number
+            assert union.fs.lookup(node.id, new) is None
+            os.unlink(directory / f"old{number}")
+            os.link(tmpfs / "base" / f"file{number}", directory / os.fsdecode(new))
+            assert union.fs.lookup(node.id, new) is not None, number

@@ -22,6 +22,9 @@ def _is_multigrain(release: str) -> bool:
 MULTIGRAIN_KERNEL = _is_multigrain(os.uname().release)
 _MULTIGRAIN_FS = frozenset({"ext4", "xfs", "btrfs", "tmpfs"})
 """FS_MGTIME in the kernel's sources."""
+_BORROWED_TIMES_FS = frozenset({"tmpfs"})
+"""Where a directory gets the time of what was linked or unlinked in it, which nobody has looked at (shmem_unlink()):
+two such changes within a tick leave it the same times, whatever was looked at between them."""
 _LOCAL_FS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "f2fs", "vfat", "exfat"})
 """File systems whose times come from this machine's clock, and whose close(2) has no error to tell (no f_op->flush)."""
 _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
@@ -49,7 +52,8 @@ class Branch:
     private: it is one, and not that of the mount that everybody uses, because cloning was refused.
     anchor_fd: a descriptor through the visible mount, so that umount of the branch says EBUSY.
     restrictions: those of nosuid, nodev and noexec that its file system is mounted with.
-    exact_times: a directory or file that has changed after a stat always shows another ctime.
+    exact_times: an object that is no directory and has changed after a stat always shows another ctime.
+    exact_directory_times: the same of a directory and its names, which is not everywhere the same.
     local: its times come from this machine's clock, and close(2) always succeeds; false where that is not known.
     in_memory: nothing of it outlives the power, so there is nothing to sync.
     """
@@ -69,6 +73,7 @@ class Branch:
     writable: bool = field(init=False)
     whable: bool = field(init=False)
     exact_times: bool = field(init=False)
+    exact_directory_times: bool = field(init=False)
     local: bool = field(init=False)
     in_memory: bool = field(init=False)
 
@@ -77,6 +82,8 @@ class Branch:
         object.__setattr__(self, "whable", self.perm is Perm.RW or "wh" in self.attrs)
         exact = self.perm is Perm.RR or (MULTIGRAIN_KERNEL and self.fs_type in _MULTIGRAIN_FS)
         object.__setattr__(self, "exact_times", exact)
+        borrowed = self.perm is not Perm.RR and self.fs_type in _BORROWED_TIMES_FS
+        object.__setattr__(self, "exact_directory_times", exact and not borrowed)
         object.__setattr__(self, "local", self.fs_type in _LOCAL_FS)
         object.__setattr__(self, "in_memory", self.fs_type in _IN_MEMORY)
 

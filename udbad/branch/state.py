@@ -7,11 +7,14 @@ different objects have in common, whichever branches they are on, is for compare
 from __future__ import annotations
 
 import os
+import stat as st_mod
 from time import time_ns
 
 from udbad.branch.branches import Branch
 from udbad.types import Perm
 
+_S_IFDIR = st_mod.S_IFDIR
+_S_IFMT = 0o170000
 _SECOND_NS = 1_000_000_000
 _COARSE_NS = 50_000_000
 """Within this time of a change a second one may leave the same times, where those are a tick of the clock."""
@@ -27,7 +30,8 @@ ObjectStamp = tuple[int, int, int, int, int, int]
 def is_racy(branch: Branch, st: os.stat_result) -> bool:
     """Whether a change after this stat may leave the object the ctime it has ("racily clean", as git calls it)."""
     if st.st_ctime_ns % _SECOND_NS:
-        return not branch.exact_times and time_ns() - st.st_ctime_ns <= _COARSE_NS
+        exact = branch.exact_directory_times if st.st_mode & _S_IFMT == _S_IFDIR else branch.exact_times
+        return not exact and time_ns() - st.st_ctime_ns <= _COARSE_NS
     return branch.perm is not Perm.RR and time_ns() - st.st_ctime_ns <= _WHOLE_NS
 
 

@@ -42,7 +42,7 @@ def _times(sb: Superblock, node: Dir) -> list[Stamp] | None:
     now = []
     try:
         for layer in layers:
-            if not layer.branch.exact_times and not layer.branch.local:
+            if not layer.branch.exact_directory_times and not layer.branch.local:
                 return None
             st = os.fstat(layer.fd if layer.fd >= 0 else sb.layer_fd(node, layer))
             stamp = state.lasting_stamp(layer.branch, st)
