@@ -150,9 +150,10 @@ def open_file_at(dirfd: int, name: bytes, flags: int) -> tuple[int, os.stat_resu
     try:
         fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=dirfd)
     except PermissionError:
-        if not st_mod.S_ISREG(stat_at(dirfd, name).st_mode):
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
-        raise
+        with pinned(dirfd, name) as pin:  # whether it was a device: the name may stand for yet another object by now
+            if not st_mod.S_ISREG(os.stat(pin).st_mode):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
+            fd = os.open(pin, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in _NO_FILE:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error

@@ -169,7 +169,7 @@ def _print_status(answer: dict[str, Any]) -> None:
             "\n".join(process.get("branches", ["-"])),
         )  # fmt: skip
     # As wide as it is: a path that a terminal would cut is of no use in a pipe either.
-    Console(width=None if os.isatty(1) else 200).print(table)
+    Console(width=None if os.isatty(1) else 4096).print(table)
     for mount in answer["mounts"]:
         if mount["reason"]:
             click.echo(f"{mount['label']}: {mount['reason']}")

@@ -213,9 +213,11 @@ class Runner:
         except OSError as error:
             return _Failure(f"cannot start a process: {error.strerror}", 1)
         self.worker = worker
+        gave_up = False
         try:
             async with asyncio.timeout(self.shared.daemon.start_timeout):
                 answer = await worker.give(self._job(settings))
+                gave_up = answer is not None  # and has taken back what it had done
         except TimeoutError:
             answer = {"error": f"not ready after {self.shared.daemon.start_timeout:g} s", "code": 1}
         if answer is not None and answer.get("ready"):
@@ -229,7 +231,8 @@ class Runner:
             return None
         await self._end(worker)
         self.worker = None
-        await self._know_what_is_left(before)
+        if not gave_up:
+            await self._know_what_is_left(before)
         if answer is None:
             return _Failure(f"process {worker.pid} ended before it was ready", 1)
         return _Failure(str(answer.get("error")), int(answer.get("code", 1)))
@@ -237,7 +240,8 @@ class Runner:
     async def _know_what_is_left(self, before: set[tuple[str, int]]) -> None:
         """A process that ended between its mount and its word has left a dead mount. The next one replaces it; without
         a next one, `stop` has to know of it. before: the unions of before that process."""
-        appeared = kernelside.unions() - before
+        served = {(entry.mount_point, entry.connection) for entry in self._others()}
+        appeared = kernelside.unions() - before - served
         if not appeared:
             return
         mount_point = os.fsencode(self.settings.mount_point)
@@ -249,6 +253,10 @@ class Runner:
         for there, connection in appeared:
             if there == place:
                 self.place, self.connection = there, connection
+
+    def _others(self) -> list[registry.Entry]:
+        """Mounts that somebody serves. Nobody has to take those away."""
+        return [entry for entry in registry.entries(self.shared.daemon.run_dir) if registry.is_alive(entry)]
 
     async def _end(self, worker: Worker) -> None:
         """The end of a process whose start has failed, which it comes to by itself; one that hangs is killed."""
