@@ -57,7 +57,7 @@ def commands(wait: Callable[[], Awaitable[object]]) -> dict[str, Command]:
 
 @contextmanager
 def on_asyncio(path: str) -> Iterator[Serving]:
-    loop = asyncio.new_event_loop()
+    loop = asyncio.SelectorEventLoop()  # new_event_loop() is another one as soon as somebody has imported trio_asyncio
     gate = asyncio.Event()
     server = AsyncServer(commands(gate.wait))
     thread = threading.Thread(target=loop.run_forever)
