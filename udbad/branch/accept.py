@@ -19,7 +19,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Final
 
-from udbad.branch import mountinfo, syscalls
+from udbad.branch import mountinfo, syscalls, whiteout
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.branch.mountinfo import FS_TYPE, Mount
 from udbad.branch.spec import shown
@@ -29,9 +29,6 @@ from udbad.types import Perm
 MAX_BRANCHES: Final = 32767
 """The largest AUFS_BRANCH_MAX (fs/aufs/Kconfig)."""
 
-BASE_NAME: Final = b".wh..wh.aufs"
-PLINK_DIR: Final = b".wh..wh.plnk"
-ORPHAN_DIR: Final = b".wh..wh.orph"
 
 _FILE: Final = (st_mod.S_IFREG, "regular file")
 _DIRECTORY: Final = (st_mod.S_IFDIR, "directory")
@@ -365,7 +362,9 @@ def _holds(outer: _Candidate, place: _Place, fd: int) -> bool:
 
 def check_names(branch: Branch, plink: bool) -> None:
     """Raises UserError (BRANCH) when `prepare_writable` would, for a name of the wrong type; changes nothing."""
-    types = {BASE_NAME: _FILE, ORPHAN_DIR: _DIRECTORY} | ({PLINK_DIR: _DIRECTORY} if plink else {})
+    types = {whiteout.BASE: _FILE, whiteout.ORPHAN_DIR: _DIRECTORY} | (
+        {whiteout.PLINK_DIR: _DIRECTORY} if plink else {}
+    )
     for name, (wanted, word) in types.items():
         if syscalls.exists_at(branch.root_fd, name):
             _require_type(branch, name, wanted, word)
@@ -385,12 +384,12 @@ def is_foreign(root: os.stat_result, st: os.stat_result) -> bool:
 def _require_own_plinks(branch: Branch) -> None:
     """Pseudo-links say what names anywhere on lower branches show."""
     try:
-        st = syscalls.stat_at(branch.root_fd, PLINK_DIR)
+        st = syscalls.stat_at(branch.root_fd, whiteout.PLINK_DIR)
     except FileNotFoundError:
         return
     if is_foreign(os.fstat(branch.root_fd), st):
         raise _refused(
-            f"branch {shown(branch.path)}: {shown(PLINK_DIR)} belongs to uid {st.st_uid} with mode "
+            f"branch {shown(branch.path)}: {shown(whiteout.PLINK_DIR)} belongs to uid {st.st_uid} with mode "
             f"{st_mod.S_IMODE(st.st_mode):04o}, so others may have written what is there; change that, or use noplink"
         )
 
@@ -408,22 +407,22 @@ def prepare_writable(branch: Branch, plink: bool) -> None:
         existed = _base_exists(branch)
         if use_base or plink:
             _require_link(branch, existed)
-        if not use_base and syscalls.exists_at(branch.root_fd, BASE_NAME):
-            syscalls.unlink_at(branch.root_fd, BASE_NAME)
+        if not use_base and syscalls.exists_at(branch.root_fd, whiteout.BASE):
+            syscalls.unlink_at(branch.root_fd, whiteout.BASE)
         # Servers that map root to nobody need search permission there (fs/aufs/whout.c, au_whdir).
         mode = 0o711 if branch.fs_type.startswith("nfs") else 0o700
         if plink:
-            _ensure_dir(branch, PLINK_DIR, mode)
+            _ensure_dir(branch, whiteout.PLINK_DIR, mode)
             _require_own_plinks(branch)
-        _ensure_dir(branch, ORPHAN_DIR, mode)
+        _ensure_dir(branch, whiteout.ORPHAN_DIR, mode)
     except OSError as error:
         raise _refused(f"branch {shown(branch.path)} cannot be made writable: {error.strerror}") from None
 
 
 def _base_exists(branch: Branch) -> bool:
-    if not syscalls.exists_at(branch.root_fd, BASE_NAME):
+    if not syscalls.exists_at(branch.root_fd, whiteout.BASE):
         return False
-    _require_type(branch, BASE_NAME, *_FILE)
+    _require_type(branch, whiteout.BASE, *_FILE)
     return True
 
 
@@ -435,18 +434,18 @@ def _require_type(branch: Branch, name: bytes, wanted: int, word: str) -> None:
 def _require_link(branch: Branch, existed: bool) -> None:
     """Make the base file if need be, and see whether it can be linked (test_linkable)."""
     if not existed:
-        os.close(syscalls.create_file_at(branch.root_fd, BASE_NAME, os.O_WRONLY, _BASE_MODE))
-        syscalls.chmod_at(branch.root_fd, BASE_NAME, _BASE_MODE)  # whatever the umask took away
+        os.close(syscalls.create_file_at(branch.root_fd, whiteout.BASE, os.O_WRONLY, _BASE_MODE))
+        syscalls.chmod_at(branch.root_fd, whiteout.BASE, _BASE_MODE)  # whatever the umask took away
     # Temporary names in the form that is swept after a crash (semantics 1).
-    names = (BASE_NAME + b".%04x" % number for number in range(0x10000))
+    names = (whiteout.BASE + b".%04x" % number for number in range(0x10000))
     probe = next(name for name in names if not syscalls.exists_at(branch.root_fd, name))
     try:
-        syscalls.link_at(branch.root_fd, BASE_NAME, branch.root_fd, probe)
+        syscalls.link_at(branch.root_fd, whiteout.BASE, branch.root_fd, probe)
     except OSError as error:
         if error.errno == errno.EMLINK:  # linked as often as can be: links do work
             return
         if not existed:
-            syscalls.unlink_at(branch.root_fd, BASE_NAME)
+            syscalls.unlink_at(branch.root_fd, whiteout.BASE)
         if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
             raise _refused(
                 f"branch {shown(branch.path)}: its file system ({branch.fs_type}) has no hard links, "

@@ -80,7 +80,7 @@ def remove(dirfd: int, name: bytes) -> None:
         remove_tree(dirfd, name)
     else:
         syscalls.unlink_at(dirfd, name)
-    syscalls.utime_at(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
+    syscalls.restore_times(dirfd, before)
 
 
 def remove_tree(dirfd: int, name: bytes) -> None:

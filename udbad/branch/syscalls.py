@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Final, Literal
 
-from udbad.errors import ABSENT
+from udbad.errors import ABSENT, estale
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -150,18 +150,21 @@ def open_file_at(dirfd: int, name: bytes, flags: int) -> tuple[int, os.stat_resu
     try:
         fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=dirfd)
     except PermissionError:
-        with pinned(dirfd, name) as pin:  # whether it was a device: the name may stand for yet another object by now
-            if not st_mod.S_ISREG(os.stat(pin).st_mode):
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
-            fd = os.open(pin, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        pin = pin_at(dirfd, name)  # whether it was a device: the name may stand for yet another object by now
+        try:
+            if not st_mod.S_ISREG(os.fstat(pin).st_mode):
+                raise estale() from None
+            fd = reopen(pin, flags)
+        finally:
+            os.close(pin)
     except OSError as error:
         if error.errno in _NO_FILE:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
+            raise estale() from error
         raise
     st = os.fstat(fd)
     if not st_mod.S_ISREG(st.st_mode):
         os.close(fd)
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        raise estale()
     return fd, st
 
 
@@ -203,7 +206,7 @@ def readlink_at(dirfd: int, name: bytes) -> bytes:
         return os.readlink(name, dir_fd=dirfd)
     except OSError as error:
         if error.errno == errno.EINVAL:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from error
+            raise estale() from error
         raise
 
 
@@ -298,6 +301,11 @@ def writable(fd: int) -> Iterator[int]:
         yield opened
     finally:
         os.close(opened)
+
+
+def restore_times(dirfd: int, before: os.stat_result) -> None:
+    """Give a directory the times back that it had, after a change which nobody is to see by them."""
+    utime_at(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
 
 
 def utime_at(dirfd: int, name: bytes, atime_ns: int, mtime_ns: int) -> None:

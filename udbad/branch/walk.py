@@ -136,6 +136,17 @@ def printable(path: bytes) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+_KINDS: Final = {
+    st_mod.S_IFREG: "file", st_mod.S_IFDIR: "directory", st_mod.S_IFLNK: "symlink", st_mod.S_IFIFO: "fifo",
+    st_mod.S_IFSOCK: "socket", st_mod.S_IFCHR: "character device", st_mod.S_IFBLK: "block device",
+}  # fmt: skip
+
+
+def kind_name(mode: int) -> str:
+    """What an object is, in words, by its st_mode or the type in it."""
+    return _KINDS.get(st_mod.S_IFMT(mode), "unknown")
+
+
 def join(parent: bytes, name: bytes) -> bytes:
     return parent + b"/" + name if parent else name
 

@@ -24,8 +24,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
-from udbad.branch import syscalls
-from udbad.branch.accept import ORPHAN_DIR
+from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.spec import shown
 from udbad.errors import ExitCode, UserError
@@ -92,13 +91,15 @@ def lock(root_fd: int, path: bytes, refusal: str, end: float = 0.0) -> int:
     try:
         while True:
             made = _make(root_fd) or made
-            fd = syscalls.open_listing_at(root_fd, ORPHAN_DIR)
+            fd = syscalls.open_listing_at(root_fd, whiteout.ORPHAN_DIR)
             try:
                 locked = _try_lock(fd)
                 if not _is_private(os.fstat(fd)) and _replace(root_fd, fd):
-                    log.info("branch %s: %s could be opened by others; replaced", shown(path), shown(ORPHAN_DIR))
+                    log.info(
+                        "branch %s: %s could be opened by others; replaced", shown(path), shown(whiteout.ORPHAN_DIR)
+                    )
                     continue
-                if locked and os.path.samestat(os.fstat(fd), syscalls.stat_at(root_fd, ORPHAN_DIR)):
+                if locked and os.path.samestat(os.fstat(fd), syscalls.stat_at(root_fd, whiteout.ORPHAN_DIR)):
                     held, fd = fd, -1
                     return held
                 if not locked and time.monotonic() >= end:
@@ -113,14 +114,14 @@ def lock(root_fd: int, path: bytes, refusal: str, end: float = 0.0) -> int:
         log.debug("branch %s cannot be locked: %s", shown(path), error.strerror)
         if made:
             with suppress(OSError):
-                syscalls.rmdir_at(root_fd, ORPHAN_DIR)
+                syscalls.rmdir_at(root_fd, whiteout.ORPHAN_DIR)
         return -1
 
 
 def _make(root_fd: int) -> bool:
     """Whether the directory to be locked had to be made."""
     try:
-        syscalls.mkdir_at(root_fd, ORPHAN_DIR, 0o700)
+        syscalls.mkdir_at(root_fd, whiteout.ORPHAN_DIR, 0o700)
     except FileExistsError:
         return False
     return True
@@ -145,14 +146,14 @@ def _replace(root_fd: int, bad_fd: int) -> bool:
     Two mounts may do that at the same time: who finds that it has replaced another one's good directory puts it back.
     """
     # A temporary name as in branch/whiteout.py: what is left under it is invisible, and swept.
-    name = ORPHAN_DIR + b"." + secrets.token_hex(6).encode()
+    name = whiteout.ORPHAN_DIR + b"." + secrets.token_hex(6).encode()
     syscalls.mkdir_at(root_fd, name, 0o700)
     try:
         if not _is_private(syscalls.stat_at(root_fd, name)):  # a file system that keeps no owners
             return False
-        syscalls.rename_at(root_fd, name, root_fd, ORPHAN_DIR, syscalls.RENAME_EXCHANGE)
+        syscalls.rename_at(root_fd, name, root_fd, whiteout.ORPHAN_DIR, syscalls.RENAME_EXCHANGE)
         if not os.path.samestat(os.fstat(bad_fd), syscalls.stat_at(root_fd, name)):
-            syscalls.rename_at(root_fd, name, root_fd, ORPHAN_DIR, syscalls.RENAME_EXCHANGE)
+            syscalls.rename_at(root_fd, name, root_fd, whiteout.ORPHAN_DIR, syscalls.RENAME_EXCHANGE)
         return True
     finally:
         with suppress(OSError):  # not empty

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,16 @@ from udbad.control import client
 from udbad.control.protocol import Message
 from udbad.control.registry import DEFAULT_RUN_DIR
 from udbad.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def print_table(table: Table) -> None:
+    """As wide as it is into a pipe or a file: a path that a terminal would cut is of no use there."""
+    from rich.console import Console  # not for commands that print none
+
+    Console(width=None if os.isatty(1) else 4096).print(table)
 
 
 @contextmanager

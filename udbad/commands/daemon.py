@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from udbad.commands.common import need_root, run_dir_option, user_errors
+from udbad.commands.common import need_root, print_table, run_dir_option, user_errors
 from udbad.commands.completion import mounts
 from udbad.control import client, registry
 from udbad.control.protocol import NOT_ANSWERING
@@ -168,8 +166,7 @@ def _print_status(answer: dict[str, Any]) -> None:
             _duration(time.time() - mount["since"]), str(mount["restarts"]), _coherence(process),
             "\n".join(process.get("branches", ["-"])),
         )  # fmt: skip
-    # As wide as it is: a path that a terminal would cut is of no use in a pipe either.
-    Console(width=None if os.isatty(1) else 4096).print(table)
+    print_table(table)
     for mount in answer["mounts"]:
         if mount["reason"]:
             click.echo(f"{mount['label']}: {mount['reason']}")

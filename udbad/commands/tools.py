@@ -17,7 +17,7 @@ from rich.text import Text
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import parse_branch
 from udbad.branch.walk import printable
-from udbad.commands.common import need_root, run_dir_option, user_errors
+from udbad.commands.common import need_root, print_table, run_dir_option, user_errors
 from udbad.commands.completion import branches, files, mounts
 from udbad.commands.inspect import json_option
 from udbad.control import client
@@ -53,8 +53,7 @@ def diff(run_dir: str, as_json: bool, show_all: bool, branch: str, lowers: tuple
         path = printable(os.fsencode(one["path"]))
         table.add_row(Text(one["change"], _STYLES.get(one["change"], "")), one["type"], Text(path), one["detail"])
     if found:
-        # As wide as it is: a path that a terminal would cut is of no use in a pipe either.
-        Console(width=None if os.isatty(1) else 4096).print(table)
+        print_table(table)
     counts = {kind: sum(one["change"] == kind for one in found) for kind in _STYLES}
     click.echo(", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "no changes")
 

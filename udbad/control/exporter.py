@@ -12,14 +12,13 @@ import json
 import logging
 import selectors
 import socket
-import struct
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from time import monotonic
 from typing import Final
 
 from udbad import metrics
-from udbad.control.protocol import MAX_ANSWER, VERSION, encode
+from udbad.control.protocol import MAX_ANSWER, VERSION, encode, peer
 from udbad.errors import ExitCode, UserError
 from udbad.metrics import Reading, Samples, Server
 
@@ -79,7 +78,7 @@ def read(paths: Mapping[str, str], kept: Mapping[str, Samples]) -> dict[str, Rea
             sock.setblocking(False)
             try:
                 sock.connect(path)
-                pids[name] = _peer(sock)
+                pids[name] = peer(sock.getsockopt)[0]  # known even when it is stopped
                 sock.send(_REQUEST)
             except OSError:
                 continue
@@ -95,12 +94,6 @@ def read(paths: Mapping[str, str], kept: Mapping[str, Samples]) -> dict[str, Rea
         name: Reading(_samples(answers.get(name, b"")), pids.get(name), dict(kept.get(name, {})))
         for name in {**paths, **kept}
     }
-
-
-def _peer(sock: socket.socket) -> int:
-    """The process that listens there, known even when it is stopped (unix(7), SO_PEERCRED)."""
-    pid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[0]
-    return pid
 
 
 def _receive(sock: object) -> bytes:

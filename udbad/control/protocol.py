@@ -72,10 +72,10 @@ def bind(path: str) -> socket.socket:
 
 def may_ask(getsockopt: Callable[[int, int, int], bytes]) -> bool:
     """Whether the process at the other end (unix(7), SO_PEERCRED) is root's or of our own user."""
-    return _peer(getsockopt)[1] in (0, os.getuid())
+    return peer(getsockopt)[1] in (0, os.getuid())
 
 
-def _peer(getsockopt: Callable[[int, int, int], bytes]) -> tuple[int, int, int]:
+def peer(getsockopt: Callable[[int, int, int], bytes]) -> tuple[int, int, int]:
     """pid, uid and gid at the other end, in our own namespaces; pid 0 for a process that ours does not show."""
     pid, uid, gid = struct.unpack("3i", getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return pid, uid, gid
@@ -88,7 +88,7 @@ def server_pid(path: str) -> int:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as client:
         client.connect(path)
-        return _peer(client.getsockopt)[0]
+        return peer(client.getsockopt)[0]
 
 
 def encode(message: Message) -> bytes:

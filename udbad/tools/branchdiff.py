@@ -21,7 +21,7 @@ from udbad.branch import compare, syscalls, whiteout
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.branch.layers import look
 from udbad.branch.policy import parse_copyup, parse_create
-from udbad.branch.walk import open_branch
+from udbad.branch.walk import kind_name, open_branch
 from udbad.errors import GONE
 from udbad.inodes.table import Dir, Layer
 from udbad.types import Perm
@@ -29,10 +29,6 @@ from udbad.union import lookup, view
 from udbad.union.lookup import Answer
 from udbad.union.superblock import Superblock, UnionOptions
 
-_KINDS = {
-    st_mod.S_IFREG: "file", st_mod.S_IFDIR: "directory", st_mod.S_IFLNK: "symlink", st_mod.S_IFIFO: "fifo",
-    st_mod.S_IFSOCK: "socket", st_mod.S_IFCHR: "character device", st_mod.S_IFBLK: "block device",
-}  # fmt: skip
 _NO_NODE = 0  # directories here belong to no inode table
 
 
@@ -168,7 +164,7 @@ def _names(sb: Superblock, level: _Level) -> Iterator[Change]:
             found = lookup.resolve(sb, level.lower, name)
             if found.answer is Answer.FOUND:
                 _discard(found)
-                yield Change(path, ChangeKind.DELETED, _KINDS.get(found.kind, "unknown"), "")
+                yield Change(path, ChangeKind.DELETED, kind_name(found.kind), "")
     level.todo.reverse()
 
 
@@ -188,7 +184,7 @@ def _compare(sb: Superblock, level: _Level, name: bytes, path: bytes) -> Change 
     except FileNotFoundError:
         return None
     kind = st_mod.S_IFMT(st.st_mode)
-    label = _KINDS.get(kind, "unknown")
+    label = kind_name(kind)
     is_dir = kind == st_mod.S_IFDIR
     if is_dir:
         level.todo.append(name)
@@ -197,7 +193,7 @@ def _compare(sb: Superblock, level: _Level, name: bytes, path: bytes) -> Change 
         return Change(path, ChangeKind.ADDED, label, "")
     try:
         if found.kind != kind:
-            return Change(path, ChangeKind.TYPE, label, f"was a {_KINDS.get(found.kind, 'unknown')}")
+            return Change(path, ChangeKind.TYPE, label, f"was a {kind_name(found.kind)}")
         assert level.lower is not None
         layer = level.lower.layer(found.branch.index)
         assert layer is not None

@@ -27,7 +27,7 @@ from typing import Final
 from udbad.branch import compare, copydata, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.origin import Place
-from udbad.branch.state import ObjectStamp, is_racy, object_stamp
+from udbad.branch.state import ObjectStamp, is_racy, object_stamp, same_content, stamp
 from udbad.errors import estale
 from udbad.inodes.table import Dir, Node
 from udbad.union import copydirs, homes, lookup
@@ -253,27 +253,23 @@ def _hide(copy: Copy) -> None:
     syscalls.rename_at(copy.src_dirfd, copy.name, copy.src_dirfd, tmp)
     try:
         now = syscalls.stat_at(copy.src_dirfd, tmp)
-        if (now.st_mtime_ns, now.st_size) != (copy.st.st_mtime_ns, copy.st.st_size):
+        if not same_content(stamp(now), stamp(copy.st)):
             raise Changed("changed after it was copied")
         if syscalls.is_being_written(copy.src_dirfd, tmp):
             raise InUse("is open for writing")
     except BaseException:
         syscalls.rename_at(copy.src_dirfd, tmp, copy.src_dirfd, copy.name, syscalls.RENAME_NOREPLACE)
-        _restore(copy.src_dirfd, before)
+        syscalls.restore_times(copy.src_dirfd, before)
         raise
     syscalls.unlink_at(copy.src_dirfd, tmp)
-    _restore(copy.src_dirfd, before)
+    syscalls.restore_times(copy.src_dirfd, before)
 
 
 def _remove(copy: Copy) -> None:
     before = os.fstat(copy.src_dirfd)
     whiteout.remove(copy.src_dirfd, copy.name)
     syscalls.unlink_at(copy.src_dirfd, copy.name)
-    _restore(copy.src_dirfd, before)
-
-
-def _restore(dirfd: int, before: os.stat_result) -> None:
-    syscalls.utime_at(dirfd, b".", before.st_atime_ns, before.st_mtime_ns)
+    syscalls.restore_times(copy.src_dirfd, before)
 
 
 def _settle(
@@ -331,7 +327,7 @@ def uncover_directory(
             if error.errno != errno.ENOTEMPTY:
                 raise
             return False  # a direct change was faster
-        _restore(src_dirfd, before)
+        syscalls.restore_times(src_dirfd, before)
     finally:
         os.close(fd)
     number = sb.inomap.number(st.st_dev, st.st_ino)
@@ -367,7 +363,7 @@ def uncover_whiteout(src_dirfd: int, name: bytes) -> None:
     """Remove an upper whiteout below which nothing is left to hide."""
     before = os.fstat(src_dirfd)
     whiteout.remove(src_dirfd, name)
-    _restore(src_dirfd, before)
+    syscalls.restore_times(src_dirfd, before)
 
 
 def visible(sb: Superblock, parts: Sequence[bytes], src: Branch, src_fd: int, dst: Branch, dst_fd: int) -> Dir | None:

@@ -8,7 +8,6 @@ lookup would: copies that are hidden. Results are plain dictionaries, ready for 
 from __future__ import annotations
 
 import os
-import stat as st_mod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +15,9 @@ from typing import Any
 from udbad.branch import whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.layers import End, Held, Part, look, merge
+from udbad.branch.walk import kind_name
 from udbad.inodes.table import Dir, Node
 from udbad.union.superblock import Superblock
-
-_KINDS = {
-    st_mod.S_IFREG: "file", st_mod.S_IFDIR: "directory", st_mod.S_IFLNK: "symlink", st_mod.S_IFIFO: "fifo",
-    st_mod.S_IFSOCK: "socket", st_mod.S_IFCHR: "character device", st_mod.S_IFBLK: "block device",
-}  # fmt: skip
-
 
 _ROLES = {
     Part.TOP: "serves", Part.MERGED: "merged", Part.SKIPPED: "hidden", Part.COVERED: "hidden", Part.NOTHING: "absent",
@@ -122,7 +116,7 @@ def why(sb: Superblock, parts: Sequence[bytes]) -> dict[str, Any]:
 
 
 def _kind(st: os.stat_result | None) -> str | None:
-    return None if st is None else _KINDS.get(st_mod.S_IFMT(st.st_mode), "unknown")
+    return None if st is None else kind_name(st.st_mode)
 
 
 def _known(sb: Superblock, parts: Sequence[bytes]) -> Node | None:

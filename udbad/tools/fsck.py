@@ -264,7 +264,7 @@ def run_fsck(
         if lock_fd >= 0:
             if bare:
                 syscalls.rmdir_at(root_fd, whiteout.ORPHAN_DIR)
-                syscalls.utime_at(root_fd, b".", before.st_atime_ns, before.st_mtime_ns)
+                syscalls.restore_times(root_fd, before)
             os.close(lock_fd)
         for fd in (root_fd, *lower_fds):
             os.close(fd)

@@ -459,7 +459,7 @@ class Sync:
             whiteout.make_opaque(self.src, src_fd)
         whiteout.remove(level.src_fd, name)
         syscalls.unlink_at(src_fd, whiteout.OPAQUE)
-        syscalls.utime_at(src_fd, b".", before.st_atime_ns, before.st_mtime_ns)
+        syscalls.restore_times(src_fd, before)
         parent = carry.find(self.sb, level.parts)
         if type(parent) is Dir:
             lookup.update(self.sb, parent, name, lookup.resolve(self.sb, parent, name))

@@ -14,7 +14,7 @@ from typing import Final
 
 from udbad.branch import syscalls, walk, whiteout
 from udbad.branch.branches import Branch
-from udbad.branch.state import ObjectStamp, object_stamp
+from udbad.branch.state import ObjectStamp, object_stamp, same_content, stamp
 from udbad.errors import REPLACED, os_error
 from udbad.inodes.table import Dir
 from udbad.tools import carry
@@ -221,7 +221,7 @@ def _linked(dirfd: int, name: bytes, item: File) -> ObjectStamp:
     """The stamp of a lower file with several names; linking them has changed its ctime. Raises Changed."""
     now = syscalls.stat_at(dirfd, name)
     same = (now.st_dev, now.st_ino) == item.made[:2]
-    if not same or (now.st_mtime_ns, now.st_size) != (item.st.st_mtime_ns, item.st.st_size):
+    if not same or not same_content(stamp(now), stamp(item.st)):
         raise Changed("the copy was changed directly")
     return object_stamp(now)
 
