@@ -57,7 +57,6 @@ class Trigger(Enum):
     RENAME = "rename"
     LINK = "link"
     OPEN = "open"
-    MMAP = "mmap"
 
 
 class CopyMethod(Enum):

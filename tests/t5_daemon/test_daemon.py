@@ -203,6 +203,21 @@ def test_restart_of_a_mount_in_use_needs_force(daemon: Daemon) -> None:
     daemon.stop()
 
 
+def test_a_forced_restart_ends_a_process_that_does_not_answer(daemon: Daemon) -> None:
+    point = daemon.add("a")
+    (daemon.branch("a", "base") / "file").write_text("here")
+    daemon.settings.update(stop_timeout=1)
+    daemon.start()
+    pid = daemon.state("a")["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    daemon.command("restart", "--force", "a")
+    daemon.wait_for("a", not_pid=pid)
+    assert "did not stop: no answer; aborted" in daemon.log()
+    assert (point / "file").read_text() == "here"
+    assert daemon.state("a")["restarts"] == 0, "wanted, and no crash"
+    daemon.stop()
+
+
 def test_restart_of_a_mount_that_somebody_is_in(daemon: Daemon) -> None:
     point = daemon.add("a")
     (daemon.branch("a", "base") / "sub").mkdir()

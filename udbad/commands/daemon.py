@@ -85,7 +85,7 @@ def stop(run_dir: str, keep_mounts: bool) -> None:
 
 @click.command()
 @run_dir_option
-@click.option("--force", is_flag=True, help="Also when it is in use; whoever uses it gets errors.")
+@click.option("--force", is_flag=True, help="Also when it is in use or gives no answer; whoever uses it gets errors.")
 @click.argument("mount", shell_complete=mounts)
 def restart(run_dir: str, force: bool, mount: str) -> None:
     """Unmount MOUNT and mount it again, with its settings of now; mounts one that failed or was unmounted."""

@@ -375,19 +375,28 @@ class Runner:
         self._wake.set()
 
     async def restart(self, force: bool) -> str | None:
-        """Unmount and mount again, with the settings wanted; why not, if so."""
-        if self.worker is None or self.state is not State.SERVING:
+        """Unmount and mount again, with the settings wanted; why not, if so.
+
+        force: users get errors, and a process that gives no answer is ended.
+        """
+        worker = self.worker
+        if worker is None or self.state is not State.SERVING:
             self.retry()
             return None
         self._again = True
         answer = await self._ask_to_stop(force)
+        if answer is not None and force and worker.alive:
+            self.log.error("%s: did not stop: %s; aborted", self.label, answer)
+            await self._abort(worker)
+            return None
         if answer is not None:
             self._again = False
         return answer
 
     async def _ask_to_stop(self, force: bool) -> str | None:
         try:
-            answer = await self.request({"op": "stop", "force": force})
+            patience = min(CONTROL_SECONDS, self.shared.daemon.stop_timeout) if force else CONTROL_SECONDS
+            answer = await self.request({"op": "stop", "force": force}, patience)
         except OSError as error:
             worker = self.worker
             if worker is not None and isinstance(error, ConnectionError):
