@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -19,16 +18,18 @@ from types import FrameType
 from rich.console import Console
 
 from tests.bench import install, plot, process, report
+from tests.bench.budget import LEAST, Budget
 from tests.bench.data import FULL, QUICK, Data, Scale, mount_image
-from tests.bench.measure import Row, measure, versions
+from tests.bench.measure import Course, measure, versions
 from tests.bench.process import Failed
-from tests.bench.systems import REPOSITORY, SYSTEMS, System, mount_fusectl
-from tests.bench.workloads import Workload, all_workloads, check_name
+from tests.bench.systems import REPOSITORY, SYSTEMS, mount_fusectl
+from tests.bench.workloads import all_workloads, check_name
 
 # A fresh ext4 with default options, the same on every machine: what is under --scratch may be full, old, or without
 # a journal (ext4 then searches for a free inode past all that were freed within the last minute: a create costs 1 ms).
 EXT4 = ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"]
 EXT4_BYTES = 40 << 30  # sparse
+CLOSING = 20  # seconds of the time that are for taking all down and for the report
 INSIDE = "UDBAD_BENCH_NAMESPACE"
 HERE = Path(__file__).resolve().parent
 
@@ -38,11 +39,18 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few minutes: less data, fewer repetitions")
     parser.add_argument("--only", metavar="NAME,...", help="workloads to run (--list shows them)")
     parser.add_argument("--systems", metavar="NAME,...", help="systems to measure")
-    parser.add_argument("--repetitions", type=int, metavar="N", help="instead of the default")
+    parser.add_argument("--repetitions", type=int, metavar="N", help="at most so many, instead of the default")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="how long it may take, not the default; 0: without end",
+    )
     parser.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: ./bench-out")
     parser.add_argument("--scratch", type=Path, default="/var/tmp", metavar="DIR", help="where the data goes")
     parser.add_argument("--plain", action="store_true", help="measure --scratch itself, not a fresh ext4 in an image")
     parser.add_argument("--no-install", action="store_true", help="never call apt-get")
+    parser.add_argument("--publish", action="store_true", help="put the figures into the documentation of this clone")
     parser.add_argument("--list", action="store_true", help="show workloads and systems")
     return parser.parse_args(argv)
 
@@ -67,29 +75,22 @@ def on_signal(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def run(
-    images: Path, scratch: Path, scale: Scale, workloads: list[Workload], systems: list[System], console: Console
-) -> list[Row]:
-    """Generate the data and measure; the loop devices are unmounted in any case. Raises Failed."""
+def run(images: Path, scratch: Path, scale: Scale, courses: list[Course], budget: Budget, console: Console) -> None:
+    """Generate the data and measure; other file systems are unmounted in any case. Raises Failed."""
     client = images / "client"
     process.run(["gcc", "-O2", "-o", client, HERE / "client.c"], deadline=60)
     (scratch / "run").mkdir()
     data = Data(images, scratch, scale, client)
-    rows: list[Row] = []
     try:
         with console.status("making the data") as status:
             data.generate()
-            if any(workload.file_system for workload in workloads):
-                data.mount_loops()
-            for workload in workloads:
-                began = time.monotonic()
-                rows += measure(workload, systems, data, scale.repetitions, status.update)
-                console.log(f"{workload.name}: {time.monotonic() - began:.0f} s")
+            data.mount_others(sorted({kind for course in courses if (kind := course.workload.file_system)}))
+            console.log(f"data made, {budget.left():.0f} s left")
+            measure(courses, data, scale.repetitions, budget, status.update, console.log)
     except KeyboardInterrupt:
         console.print("interrupted: reporting what is there")
     finally:
-        data.umount_loops()
-    return rows
+        data.umount_others()
 
 
 def main(argv: list[str]) -> int:
@@ -97,6 +98,8 @@ def main(argv: list[str]) -> int:
     scale = QUICK if arguments.quick else FULL
     if arguments.repetitions:
         scale = replace(scale, repetitions=arguments.repetitions)
+    if arguments.minutes is not None:
+        scale = replace(scale, minutes=arguments.minutes)
     workloads = all_workloads(scale)
     console = Console(stderr=True)
     try:
@@ -117,9 +120,11 @@ def main(argv: list[str]) -> int:
         for package in install.install():
             console.print(f"{package}: not to be had; what needs it is reported as n/a")
     enter_namespace()
+    budget = Budget(max(scale.minutes * 60 - CLOSING, LEAST) if scale.minutes else 0)
     os.chdir(REPOSITORY)  # the daemons and the latency client are run with -m
     mount_fusectl()
     signal.signal(signal.SIGTERM, on_signal)
+    courses = [Course(workload, systems) for workload in workloads if workload.name in names]
     images = Path(tempfile.mkdtemp(prefix="udbad-bench-", dir=arguments.scratch)).resolve()
     scratch = images / "ext4"
     try:
@@ -128,7 +133,7 @@ def main(argv: list[str]) -> int:
         else:
             mount_image(images / "ext4.img", scratch, EXT4_BYTES, EXT4)
         machine = versions(scratch)
-        rows = run(images, scratch, scale, [w for w in workloads if w.name in names], systems, console)
+        run(images, scratch, scale, courses, budget, console)
     except (Failed, OSError) as error:
         console.print(f"the run could not start: {error}", markup=False)
         return 1
@@ -136,10 +141,15 @@ def main(argv: list[str]) -> int:
         if not arguments.plain:
             subprocess.run(["umount", scratch], check=False, timeout=300)
         shutil.rmtree(images, ignore_errors=True)
+    rows = [row for course in courses for row in course.figures()]
     settings: dict[str, object] = {"quick": arguments.quick, **asdict(scale)}
-    report.write(arguments.out, rows, machine, settings, plot.svg(rows))
+    svg = plot.svg(rows)
+    report.write(arguments.out, rows, machine, settings, svg)
     report.terminal(rows, Console())
     console.print(f"written: {arguments.out}/bench.json, bench.md, bench.svg", markup=False)
+    if arguments.publish:
+        report.publish(REPOSITORY, rows, machine, svg)
+        console.print("written: docs/performance.md, tests/bench/results", markup=False)
     return 0
 
 

@@ -265,6 +265,37 @@ static void op_unlink(char **a)
 	report(now() - start, l.count);
 }
 
+/* chmod ROOT LIST MODE: octal, one fchmodat for each name */
+static void op_chmod(char **a)
+{
+	int root = open_root(a[0]);
+	struct list l = read_list(a[1]);
+	mode_t mode = (mode_t)strtoul(a[2], NULL, 8);
+	double start = now();
+
+	for (size_t i = 0; i < l.count; i++)
+		if (fchmodat(root, l.name[i], mode, 0) < 0)
+			die("chmod %s: %s", l.name[i], strerror(errno));
+	report(now() - start, l.count);
+}
+
+/* evict ROOT LIST: what the page cache has of these files is dropped, of no others (clean pages only: sync first) */
+static void op_evict(char **a)
+{
+	int root = open_root(a[0]);
+	struct list l = read_list(a[1]);
+	double start = now();
+
+	for (size_t i = 0; i < l.count; i++) {
+		int fd = open_name(root, l.name[i], O_RDONLY);
+
+		if ((errno = posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED)))
+			die("fadvise %s: %s", l.name[i], strerror(errno));
+		close_name(fd, l.name[i]);
+	}
+	report(now() - start, l.count);
+}
+
 /* readdir DIRECTORY EXPECTED: names only, as `ls -f` reads them */
 static void op_readdir(char **a)
 {
@@ -472,7 +503,8 @@ static const struct operation {
 	{ "read", 2, op_read },		{ "create", 3, op_create },	    { "rename", 2, op_rename },
 	{ "unlink", 3, op_unlink },	{ "readdir", 2, op_readdir },	    { "seqwrite", 2, op_seqwrite },
 	{ "seqread", 1, op_seqread },	{ "random", 3, op_random },	    { "firstwrite", 1, op_firstwrite },
-	{ "storm", 4, op_storm },	{ "changes", 2, op_changes },
+	{ "storm", 4, op_storm },	{ "changes", 2, op_changes },	    { "chmod", 3, op_chmod },
+	{ "evict", 2, op_evict },
 };
 
 int main(int argc, char **argv)

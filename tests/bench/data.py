@@ -2,13 +2,14 @@
 
 May not touch a mount of a system under test. Layout below the scratch directory: data/lower (the read-only branch),
 data/many/bNNN (the branch sets), data/repo, data/files.tar, lists/*.txt (names for the client).
-XFS and btrfs are on loop devices beside it.
+XFS and btrfs are on loop devices beside it, and there is a tmpfs.
 """
 
 import os
 import random
 import subprocess
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -17,62 +18,81 @@ from tests.bench import process
 from tests.bench.process import Failed
 
 MIB = 1 << 20
+MAKE = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"]}
 
 
 @dataclass(frozen=True)
 class Scale:
     """How much of everything; two instances, FULL and QUICK."""
 
+    minutes: float  # for the whole run, from the making of the data to the report
+    repetitions: int  # at most
     small: int  # files of 2 KiB, 100 in a directory
+    levels: int  # directories above a few files
     mutations: int  # files created, renamed, removed
-    listing: int  # names in one directory
+    owned: int  # files of 2 KiB whose owner is changed
+    listing: int  # empty files in one directory, of which names are asked
+    flat: int  # the same, of which everything is asked
     inodes: int  # files for the memory figure
     big: int  # bytes of the file that is read and written in sequence
     first_writes: tuple[int, ...]  # MiB
+    random_file: int  # bytes of the file that is read and written at random
     random_ios: int
     repository: int  # files in the git repository
     archive: int  # files in the tar archive
     sources: int  # C files
     branch_counts: tuple[int, ...]
-    branch_names: int  # names looked up over many branches
+    branch_names: int  # names looked up over many branches: so many, but no more than
+    branch_lookups: int  # so many questions if each branch is asked for each name
     storm_seconds: float
     latency_samples: int
-    repetitions: int
 
 
 FULL = Scale(
+    minutes=24.5,
+    repetitions=5,
     small=20000,
+    levels=400,
     mutations=5000,
+    owned=5000,
     listing=100000,
-    inodes=200000,
+    flat=20000,
+    inodes=100000,
     big=1024 * MIB,
     first_writes=(1, 100, 1024),
+    random_file=256 * MIB,
     random_ios=50000,
     repository=10000,
     archive=10000,
     sources=100,
     branch_counts=(2, 8, 32, 100, 500),
     branch_names=2000,
-    storm_seconds=4,
-    latency_samples=1000,
-    repetitions=5,
+    branch_lookups=50000,
+    storm_seconds=2,
+    latency_samples=400,
 )
 QUICK = Scale(
+    minutes=6.5,
+    repetitions=3,
     small=4000,
+    levels=400,
     mutations=1000,
+    owned=500,
     listing=20000,
+    flat=4000,
     inodes=20000,
     big=64 * MIB,
     first_writes=(1, 64),
+    random_file=64 * MIB,
     random_ios=5000,
     repository=1500,
     archive=1500,
     sources=12,
     branch_counts=(2, 32, 500),
     branch_names=200,
+    branch_lookups=50000,
     storm_seconds=1,
     latency_samples=50,
-    repetitions=2,
 )
 GIT = {
     "GIT_CONFIG_GLOBAL": "/dev/null",
@@ -116,12 +136,14 @@ class Data:
         (self.scratch / "lists").mkdir(parents=True)
         self.lower.mkdir(parents=True)
         self._small()
+        self._deep()
         self._flat("listing", self.scale.listing)
-        self._tree("mem", "inodes", self.scale.inodes, 0)
+        self._flat("flat", self.scale.flat)
+        self._tree(self.lower, "mem", "inodes", self.scale.inodes, 0)
+        self._tree(self.lower, "owned", "owned", self.scale.owned, 2048)
         self.list_names("mutations", [f"w/new{i:06}" for i in range(self.scale.mutations)])
-        (self.lower / "big").mkdir()
-        for mib in {*self.scale.first_writes, self.scale.big // MIB}:
-            self._client("seqwrite", self.lower / f"big/{mib}M", mib * MIB)
+        self._big(self.lower, {*self.scale.first_writes, self.scale.big // MIB, self.scale.random_file // MIB})
+        self.list_names("big", [f"big/{self.scale.big // MIB}M"])
         self._project()
         self._repository()
         self._archive()
@@ -136,15 +158,37 @@ class Data:
     def _client(self, *argv: object) -> None:
         process.run([self.client, *map(str, argv)], deadline=600)
 
-    def _tree(self, directory: str, key: str, count: int, size: int) -> list[str]:
+    def read(self, path: Path) -> None:
+        """Read a branch's file, so that its data is in memory. Raises Failed."""
+        self._client("seqread", path)
+
+    def evict(self, root: Path, names: Path) -> None:
+        """Drop the data of a branch's files from memory; they are on the disk already. Raises Failed."""
+        self._client("evict", root, names)
+
+    def _tree(self, root: Path, directory: str, key: str, count: int, size: int) -> list[str]:
         names = [f"{directory}/d{i // 100:04}/f{i:06}" for i in range(count)]
         for parent in sorted({name.rpartition("/")[0] for name in names}):
-            (self.lower / parent).mkdir(parents=True)
-        self._client("create", self.lower, self.list_names(key, names), size)
+            (root / parent).mkdir(parents=True)
+        self._client("create", root, self.list_names(key, names), size)
         return names
 
+    def _deep(self) -> None:
+        """A few files below many directories; the list has each of them many times."""
+        directory = "deep" + "/d" * (self.scale.levels - 1)
+        (self.lower / directory).mkdir(parents=True)
+        names = [f"{directory}/f{i:02}" for i in range(20)]
+        for name in names:
+            (self.lower / name).touch()
+        self.list_names("deep", names * 25)
+
+    def _big(self, root: Path, sizes: Iterable[int]) -> None:
+        (root / "big").mkdir(parents=True)
+        for mib in sizes:
+            self._client("seqwrite", root / f"big/{mib}M", mib * MIB)
+
     def _small(self) -> None:
-        names = self._tree("small", "small", self.scale.small, 2048)
+        names = self._tree(self.lower, "small", "small", self.scale.small, 2048)
         shuffled = names.copy()
         self._random.shuffle(shuffled)
         self.list_names("small-shuffled", shuffled)
@@ -222,30 +266,36 @@ class Data:
         last.mkdir(parents=True)
         names = [f"dir/name{i:05}" for i in range(self.scale.branch_names)]
         self._client("create", self.many / "last", self.list_names("branch-present", names), 0)
-        self.list_names("branch-missing", [f"dir/none{i:05}" for i in range(self.scale.branch_names)])
+        for count in self.scale.branch_counts:
+            asked = min(self.scale.branch_names, self.scale.branch_lookups // count)
+            self.list_names(f"branch-present-{count}", names[:asked])
+            self.list_names(f"branch-missing-{count}", [f"dir/none{i:05}" for i in range(asked)])
         self.list_names("branch-prime", [f"dir/prime{i:03}" for i in range(64)])
 
     def branch_set(self, count: int) -> tuple[Path, ...]:
         """Lower branches, highest first, so that with the writable one on top there are count."""
         return (*(self.many / f"b{i:03}" for i in range(count - 2)), self.many / "last")
 
-    def mount_loops(self) -> None:
-        """XFS and btrfs on loop devices, each with the files whose first write is measured; errors are kept in
+    def mount_others(self, kinds: Iterable[str]) -> None:
+        """Of xfs, btrfs (loop devices) and tmpfs those that are wanted, each with a lower branch; errors are kept in
         loop_errors for the table."""
-        size = (max(self.scale.first_writes) * 3 + 1024) * MIB  # lower file, one copy, slack
-        for kind, make in (("xfs", ["mkfs.xfs", "-q", "-m", "reflink=1"]), ("btrfs", ["mkfs.btrfs", "-q"])):
-            image, mnt = self.images / f"{kind}.img", self.images / kind
+        for kind in kinds:
+            mnt = self.images / kind
             try:
-                mount_image(image, mnt, size, make)
-                (mnt / "lower/big").mkdir(parents=True)
-                for mib in self.scale.first_writes:
-                    self._client("seqwrite", mnt / f"lower/big/{mib}M", mib * MIB)
+                if kind == "tmpfs":
+                    mnt.mkdir()
+                    process.run(["mount", "-t", "tmpfs", "-o", "size=1g", "none", mnt], deadline=60)
+                    self._tree(mnt / "lower", "small", "small", self.scale.small, 2048)
+                else:
+                    size = (max(self.scale.first_writes) * 3 + 1024) * MIB  # lower file, one copy, slack
+                    mount_image(self.images / f"{kind}.img", mnt, size, MAKE[kind])
+                    self._big(mnt / "lower", self.scale.first_writes)
             except (Failed, OSError) as error:
                 self.loop_errors[kind] = str(error)
             else:
                 self.loops[kind] = mnt
 
-    def umount_loops(self) -> None:
+    def umount_others(self) -> None:
         for mnt in self.loops.values():
             subprocess.run(["umount", str(mnt)], check=False, timeout=120)
         self.loops.clear()

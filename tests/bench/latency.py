@@ -18,7 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.bench import process
-from tests.bench.session import Session
+from tests.bench.session import Figure, Session
+from tests.bench.workload import Workload
 
 STORM_CHANGES = 3  # a file is created, written, removed; four events
 STORM_RATE = 5000  # changes a second
@@ -173,8 +174,8 @@ def _coherence(session: Session) -> dict[str, float]:
     return {key: found["process"]["coherence"][key] for key in ("events", "overflows")}
 
 
-def workload(storm: bool) -> Callable[[Session], None]:
-    """The workload for workloads.py; the lower branch belongs to the session alone."""
+def _run(storm: bool) -> Callable[[Session], None]:
+    """The lower branch belongs to the session alone."""
     state = "storm" if storm else "idle"
 
     def run(session: Session) -> None:
@@ -208,6 +209,23 @@ def workload(storm: bool) -> Callable[[Session], None]:
                 session.record(f"seen after {kind}, {state}, {part}", value)
 
     return run
+
+
+def _workload(storm: bool) -> Workload:
+    keys = (Figure(key, "" if key == OVERFLOWS else "us", compare=False) for key in figure_keys(storm))
+    return Workload(
+        "latency-storm" if storm else "latency-idle",
+        _run(storm),
+        tuple(keys),
+        systems=("udbad-reval", "udbad-notify"),
+        once=True,
+        lowers=lambda data, base, name: (base / f"lat-{name}",),
+    )
+
+
+def workloads() -> list[Workload]:
+    """Those of this module, in the order of the table."""
+    return [_workload(storm=False), _workload(storm=True)]
 
 
 if __name__ == "__main__":

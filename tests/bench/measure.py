@@ -1,8 +1,10 @@
 """Repetition: every repetition of a workload runs on every system in turn, so that noise of the machine hits all alike.
 
-One run before the first is thrown away: it pays for what no cache had, programs included. The order
-rotates from one repetition to the next. May not know what the workloads do. A system that fails gets the reason in the
-result and is not asked again in that workload.
+The rounds go through all workloads, so that a repetition is minutes away from the next one of the same workload, and so
+that the run can end at any time with figures of all (budget.py). One run of each workload before its first is thrown
+away: it pays for what no cache had, programs included. The order of the systems rotates from one round to the next. May
+not know what the workloads do. A system that fails gets the reason in the result and is not asked again in that
+workload.
 """
 
 import contextlib
@@ -14,11 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.bench import process
+from tests.bench.budget import Budget
 from tests.bench.data import Data
 from tests.bench.process import Failed
 from tests.bench.session import Figure, Session
 from tests.bench.systems import SYSTEMS, System
-from tests.bench.workloads import Workload
+from tests.bench.workload import Workload
+
+NO_TIME = "no time was left"
 
 
 @dataclass
@@ -50,10 +55,10 @@ class Row:
     def median(self, name: str) -> float | None:
         return self.cells[name].median if name in self.cells else None
 
-    def best_peer(self) -> float | None:
-        """The lowest median among the FUSE competitors."""
-        medians = [self.median(name) for name, system in SYSTEMS.items() if system.kind == "peer"]
-        return min((value for value in medians if value is not None), default=None)
+    def best_peer(self, but: tuple[str, ...] = ()) -> float | None:
+        """The lowest median among the FUSE competitors, some left out."""
+        names = (name for name, system in SYSTEMS.items() if system.kind == "peer" and name not in but)
+        return min((value for name in names if (value := self.median(name)) is not None), default=None)
 
     def ratio(self, name: str, base: float | None) -> float | None:
         """Median of a system divided by base; None where one of them is missing or a ratio says nothing."""
@@ -61,21 +66,46 @@ class Row:
         return value / base if self.figure.compare and value is not None and base else None
 
 
-def applies(workload: Workload, system: System) -> bool:
-    """Does this workload make sense for this system?"""
-    if workload.systems is not None:
-        return system.name in workload.systems
-    return system.kind in workload.kinds
+class Course:
+    """One workload over all rounds. taken: seconds of the last repetition on each system that still takes part."""
+
+    def __init__(self, workload: Workload, systems: list[System]) -> None:
+        self.workload = workload
+        self.rows = [Row(workload.name, figure, {s.name: Cell() for s in systems}) for figure in workload.figures]
+        self.taken = {system.name: 0.0 for system in systems if workload.applies(system)}
+        self.repetitions = 0
+
+    def add(self, name: str, samples: dict[str, float], reason: str, seconds: float) -> None:
+        """What one session brought. A system that failed takes part no more."""
+        for row in self.rows:
+            cell = row.cells[name]
+            if row.figure.key in samples:
+                cell.samples.append(samples[row.figure.key])
+            elif reason and not (cell.samples and reason == NO_TIME):
+                cell.reason = reason
+        self.taken[name] = seconds
+        if reason:
+            del self.taken[name]
+
+    def figures(self) -> list[Row]:
+        """Rows that say something."""
+        return [row for row in self.rows if any(cell.samples or cell.reason for cell in row.cells.values())]
 
 
-def one_session(workload: Workload, system: System, data: Data) -> tuple[dict[str, float], str]:
+def rotated(names: list[str], turn: int) -> list[str]:
+    turn %= max(1, len(names))
+    return names[turn:] + names[:turn]
+
+
+def one_session(workload: Workload, system: System, data: Data, budget: Budget) -> tuple[dict[str, float], str]:
     """Run a workload once on a system; returns its samples and, if it failed, the reason."""
     base = data.scratch / "run"
     if workload.file_system is not None:
         if workload.file_system not in data.loops:
-            return {}, data.loop_errors.get(workload.file_system, "no such loop device")
+            return {}, data.loop_errors.get(workload.file_system, "no such file system")
         base = data.loops[workload.file_system]
-    session = Session(system, data, workload.lowers(data, base, system.name), base, workload.deadline)
+    deadline = budget.deadline(workload.deadline)
+    session = Session(system, data, workload.lowers(data, base, system.name), base, deadline)
     session.copies = workload.copies
     reason = ""
     try:
@@ -83,38 +113,51 @@ def one_session(workload: Workload, system: System, data: Data) -> tuple[dict[st
         workload.run(session)
     except (Failed, OSError, ValueError, KeyError) as error:  # what a client printed may be wrong in any way
         reason = str(error) or repr(error)
+        if deadline < workload.deadline and not budget.left():
+            reason = NO_TIME
     finally:
         session.close()
     return session.samples, reason
 
 
+def one_round(
+    course: Course, names: list[str], turn: int, data: Data, budget: Budget, progress: Callable[[str], None]
+) -> None:
+    """One repetition of a workload on these systems, and before the first one a run that is thrown away."""
+    workload = course.workload
+    if not course.repetitions and names and budget.left():
+        progress(f"{workload.name}: {names[0]}, thrown away")
+        one_session(workload, SYSTEMS[names[0]], data, budget)
+    for name in rotated(names, turn):
+        if not budget.left():
+            course.add(name, {}, NO_TIME, 0.0)
+            continue
+        progress(f"{workload.name}: {name}, repetition {course.repetitions + 1}")
+        began = budget.now()
+        samples, reason = one_session(workload, SYSTEMS[name], data, budget)
+        course.add(name, samples, reason, budget.now() - began)
+    course.repetitions += 1
+
+
 def measure(
-    workload: Workload,
-    systems: list[System],
+    courses: list[Course],
     data: Data,
     repetitions: int,
+    budget: Budget,
     progress: Callable[[str], None],
-) -> list[Row]:
-    """Run one workload on all systems, repetitions times; returns its rows."""
-    rows = [Row(workload.name, figure, {system.name: Cell() for system in systems}) for figure in workload.figures]
-    waiting = [system for system in systems if applies(workload, system)]
-    if waiting:
-        progress(f"{workload.name}: {waiting[0].name}, thrown away")
-        one_session(workload, waiting[0], data)
-    for repetition in range(repetitions):
-        turn = repetition % max(1, len(waiting))
-        for system in waiting[turn:] + waiting[:turn]:
-            progress(f"{workload.name}: {system.name} {repetition + 1}/{repetitions}")
-            samples, reason = one_session(workload, system, data)
-            for row in rows:
-                cell = row.cells[system.name]
-                if row.figure.key in samples:
-                    cell.samples.append(samples[row.figure.key])
-                elif reason:
-                    cell.reason = reason
-            if reason:
-                waiting = [other for other in waiting if other is not system]
-    return [row for row in rows if any(cell.samples or cell.reason for cell in row.cells.values())]
+    log: Callable[[str], None],
+) -> None:
+    """Round by round, until each workload has its repetitions or no time is left. The courses have the figures."""
+    for turn in range(repetitions):
+        for course in courses:
+            if turn and course.workload.once:
+                continue
+            names = budget.next_round(course.taken) if turn else list(course.taken)
+            if not names:
+                continue
+            began = budget.now()
+            one_round(course, names, turn, data, budget, progress)
+            log(f"round {turn + 1}: {course.workload.name}: {budget.now() - began:.0f} s")
 
 
 def versions(scratch: Path) -> dict[str, str]:

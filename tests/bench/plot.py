@@ -1,12 +1,14 @@
-"""The plot: one line for each figure, one dot for each system, the ratio to native on a logarithmic axis, as SVG.
+"""The plot as SVG: one line for each figure, one dot for each system, the ratio to native on a logarithmic axis.
 
-Figures without a native value are shown as ratios to the best FUSE peer and marked so. Pure: rows in, text out.
+Lines are those of the report. Figures without a native value are shown as ratios to the best FUSE peer and marked so.
+Pure: rows in, text out.
 """
 
 import math
 from xml.sax.saxutils import escape
 
 from tests.bench.measure import Row
+from tests.bench.report import Line, lines
 
 COLOURS = {
     "native": "#777777",
@@ -22,19 +24,20 @@ COLOURS = {
 LEFT, TOP, LINE, WIDTH, RIGHT = 270, 60, 18, 620, 30
 
 
-def points(row: Row) -> dict[str, float]:
-    """Ratio of each system to native, or to the best peer where native has no such figure."""
+def points(line: Line) -> dict[str, float]:
+    """Ratio of each column's system to native, or to the best peer where native has no such figure."""
+    row = line.row
     base = row.median("native") or row.best_peer()
-    ratios = {name: row.ratio(name, base) for name in row.cells}
-    return {name: ratio for name, ratio in ratios.items() if ratio}
+    ratios = {column: row.ratio(name, base) for column, name in line.columns.items()}
+    return {column: ratio for column, ratio in ratios.items() if ratio}
 
 
 def svg(rows: list[Row]) -> str:
     """The picture as text; a run with nothing to compare gives an empty picture."""
-    lines = [(row, found) for row in rows if len(found := points(row)) > 1]
-    values = [ratio for _, found in lines for ratio in found.values()] or [1.0]
+    drawn = [(line, found) for line in lines(rows) if len(found := points(line)) > 1]
+    values = [ratio for _, found in drawn for ratio in found.values()] or [1.0]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) or 1
-    height = TOP + LINE * len(lines) + 30
+    height = TOP + LINE * len(drawn) + 30
 
     def x(ratio: float) -> float:
         return LEFT + (math.log10(ratio) - low) / (high - low) * WIDTH
@@ -44,11 +47,11 @@ def svg(rows: list[Row]) -> str:
         'font-family="sans-serif" font-size="11">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
-    for i, name in enumerate(name for name in COLOURS if any(name in found for _, found in lines)):
+    for i, name in enumerate(name for name in COLOURS if any(name in found for _, found in drawn)):
         at = 10 + i * 103
         parts.append(f'<circle cx="{at}" cy="14" r="4" fill="{COLOURS[name]}"/>')
         parts.append(f'<text x="{at + 8}" y="18">{escape(name)}</text>')
-    bottom = TOP + LINE * len(lines)
+    bottom = TOP + LINE * len(drawn)
     for power in range(low, high + 1):
         for step in (1, 2, 5) if power < high else (1,):
             ratio = step * 10.0**power
@@ -57,9 +60,9 @@ def svg(rows: list[Row]) -> str:
                 f'<line x1="{x(ratio):.1f}" x2="{x(ratio):.1f}" y1="{TOP - 8}" y2="{bottom}" stroke="{colour}"/>'
             )
             parts.append(f'<text x="{x(ratio):.1f}" y="{TOP - 14}" text-anchor="middle">{ratio:g}</text>')
-    for i, (row, found) in enumerate(lines):
+    for i, (line, found) in enumerate(drawn):
         y = TOP + LINE * i + LINE / 2
-        label = row.figure.key + ("" if row.median("native") else " (to best peer)")
+        label = line.name + ("" if line.row.median("native") else " (to best peer)")
         parts.append(f'<text x="{LEFT - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(label)}</text>')
         for name, ratio in found.items():
             title = f"<title>{escape(name)}: {ratio:.2f}</title>"

@@ -6,7 +6,9 @@ wedged FUSE daemon can stop a child but not the run. Children die with this proc
 
 import contextlib
 import os
+import select
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,31 +39,49 @@ def run(
     wedged: Callable[[], None] | None = None,
     cwd: Path | None = None,
     env: dict[str, str] | None = None,
+    discard: bool = False,
 ) -> tuple[float, str]:
-    """Run a command to its end; returns (seconds, stdout).
+    """Run a command to its end; returns (seconds, stdout, "" if it is to be discarded).
 
-    wedged is called when deadline seconds have passed, before the child is killed: it must free the child (abort the
+    What it writes goes into files, not pipes: a daemon that it leaves behind may keep them open. wedged is called when
+    deadline seconds have passed, before the child is killed: it must free the child (abort the
     FUSE connection), since a process in uninterruptible sleep takes no SIGKILL. Raises Failed.
     """
-    began = time.perf_counter()
-    child = start(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=cwd, env=env)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        began = time.perf_counter()
+        target = subprocess.DEVNULL if discard else out
+        child = start(argv, stdout=target, stderr=err, stdin=subprocess.DEVNULL, cwd=cwd, env=env)
+        try:
+            _wait(child, deadline)
+        except subprocess.TimeoutExpired:
+            if wedged is not None:
+                wedged()
+            child.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=10)
+            raise Failed(f"{Path(str(argv[0])).name} not done after {deadline:.0f} s") from None
+        except BaseException:
+            child.kill()
+            raise
+        seconds = time.perf_counter() - began
+        for file in (out, err):
+            file.seek(0)
+        said = out.read()
+        if child.returncode:
+            raise Failed(reason(err.read() or said or f"{argv[0]}: status {child.returncode}"))
+        return seconds, said
+
+
+def _wait(child: "subprocess.Popen[str]", deadline: float) -> None:
+    """Wait at most deadline seconds, without a busy loop, which subprocess uses when it is given a time-out and which
+    would see the end up to 50 ms late. Raises subprocess.TimeoutExpired."""
+    descriptor = os.pidfd_open(child.pid)
     try:
-        out, err = child.communicate(timeout=deadline)
-    except subprocess.TimeoutExpired:
-        if wedged is not None:
-            wedged()
-        child.kill()
-        # Pipes of grandchildren may stay open: wait for the child only, and not for ever.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=10)
-        raise Failed(f"{Path(str(argv[0])).name} not done after {deadline:.0f} s") from None
-    except BaseException:
-        child.kill()
-        raise
-    seconds = time.perf_counter() - began
-    if child.returncode:
-        raise Failed(reason(err or out or f"{argv[0]}: status {child.returncode}"))
-    return seconds, out
+        if not select.select([descriptor], [], [], deadline)[0]:
+            raise subprocess.TimeoutExpired(child.args, deadline)
+    finally:
+        os.close(descriptor)
+    child.wait()
 
 
 def tree(pid: int) -> list[int]:

@@ -56,6 +56,13 @@ class Session:
         if level is not None:
             self.drop(level)
 
+    def mount_in_background(self) -> float:
+        """Mount as people type it, by a command that returns when the mount serves; returns how many seconds it took.
+        Only where the system is mounted by a program; its daemon cannot be asked anything."""
+        self.umount()
+        self.mounted = Mounted(self.system, self.place)
+        return self.mounted.open_in_background(self.deadline)
+
     def drop(self, level: int) -> None:
         process.drop_caches(self.data.scratch, level)
 
@@ -82,15 +89,21 @@ class Session:
         return got["seconds"] / got["count"] * 1e6
 
     def command(self, *argv: str | Path) -> float:
-        """Run a program under the deadline; returns seconds. Raises Failed."""
-        return self._run(list(argv))[0]
+        """Run a program under the deadline, its output thrown away; returns seconds. Raises Failed."""
+        return self._run(list(argv), discard=True)[0]
+
+    def check_copied_up(self, name: str) -> None:
+        """Raise Failed when a change of a lower file did not copy it up (mergerfs writes into the lower branch,
+        whatever its mode): its time would be compared with that of a copy."""
+        if not (self.place.upper / name).exists():
+            raise Failed("changed the lower branch, copied nothing up")
 
     def output(self, *argv: str | Path) -> str:
         return self._run(list(argv))[1]
 
-    def _run(self, argv: list[str | Path]) -> tuple[float, str]:
+    def _run(self, argv: list[str | Path], discard: bool = False) -> tuple[float, str]:
         abort = self.mounted.abort if self.mounted is not None else None
-        return process.run(argv, self.deadline, abort, env=os.environ | GIT)
+        return process.run(argv, self.deadline, abort, env=os.environ | GIT, discard=discard)
 
     def daemon(self) -> int:
         """Process id of the daemon. Raises Failed for systems that have none."""
