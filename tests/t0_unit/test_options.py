@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import (
@@ -21,7 +21,7 @@ from udbad.branch.spec import (
     unescape,
 )
 from udbad.errors import ExitCode, UserError
-from udbad.settings.options import MountOptions, format_options, parse_mount_options, validation_message
+from udbad.settings.options import FIELDS, MountOptions, WrongOptions, format_options, message_of, parse_mount_options
 from udbad.types import Perm
 
 ExpectLog = Callable[[str], None]
@@ -192,7 +192,7 @@ def test_branches_round_trip_through_options(branches: list[BranchSpec]) -> None
 def test_defaults() -> None:
     """Semantics 1: xino, udba=reval, plink, warn_perm, dio; create=tdp, cpup=tdp; dirwh 3, rdcache 10."""
     found = parse_mount_options("br=/a:/b")
-    assert dict(found) == {
+    assert vars(found) == {
         "branches": (A, B),
         "udba": "reval",
         "create": "tdp",
@@ -336,7 +336,7 @@ def test_what_has_no_meaning_is_listed_in_one_notice() -> None:
         item if item.startswith("xino=") else item.partition("=")[0] for item in IGNORED.split(",")
     } - {"xino=/tmp/x"} | {"xino="}
     assert len(listed) == len(set(listed)), "each once"
-    assert found.model_copy(update={"notices": ()}) == options("")
+    assert replace(found, notices=()) == options("")
 
 
 def test_dirren_is_answered_with_the_rule_that_holds() -> None:
@@ -427,7 +427,7 @@ def test_several_arguments_are_one_list_and_the_last_word_wins() -> None:
 
 
 def test_model_takes_typed_keys() -> None:
-    found = MountOptions.model_validate(
+    found = MountOptions.checked(
         {
             "branches": ["/a=rw", r"/b\:c=ro+wh"],
             "udba": "fsnotify",
@@ -439,7 +439,7 @@ def test_model_takes_typed_keys() -> None:
     assert found.branches == (BranchSpec(b"/a", Perm.RW), BranchSpec(b"/b:c", Perm.RO, frozenset({"wh"})))
     assert (found.udba, found.dirwh, found.plink) == ("notify", 5, False)
     assert found.kernel_flags == {"nosuid"}
-    assert MountOptions.model_validate({"branches": "/a:/b"}).branches == (A, B)
+    assert MountOptions.checked({"branches": "/a:/b"}).branches == (A, B)
 
 
 @pytest.mark.parametrize("word", ["bogus", "frobnicate", "x", "\udcff"])
@@ -453,23 +453,52 @@ def test_what_is_not_near_is_not_suggested(word: str) -> None:
     ("table", "message"),
     [
         ({}, "branches is missing: must be a list of PATH[=PERM[+ATTR...]]"),
-        ({"branches": []}, "branches=(): must be a list of PATH[=PERM[+ATTR...]]"),
+        ({"branches": []}, "branches=[]: must be a list of PATH[=PERM[+ATTR...]]"),
         ({"branches": 5}, "branches=5: must be a list of PATH[=PERM[+ATTR...]]"),
         ({"branches": "/a", "dirwh": "x"}, "dirwh=x: must be a whole number, 0 or more"),
+        ({"branches": "/a", "dirwh": True}, "dirwh=True: must be a whole number, 0 or more"),
         ({"branches": "/a", "plink": 1}, "plink=1: must be true or false"),
+        ({"branches": "/a", "kernel_flags": ["suit"]}, "kernel_flags=['suit']: must be a list of nosuid, nodev"),
+        ({"branches": "/a", "kernel_flags": [["suid"]]}, "kernel_flags=[['suid']]: must be a list of nosuid, nodev"),
+        ({"branches": "/a", "control": ""}, "control=: must be the path of a socket"),
         ({"branches": "/a", "udbaa": "none"}, "unknown option 'udbaa', the closest known one is 'udba'"),
         ({"branches": "/a", "allow_other": False}, "allow_other=False: must be true: others may always enter"),
     ],
 )
 def test_model_refuses(table: dict[str, object], message: str) -> None:
-    with pytest.raises(ValidationError) as caught:
-        MountOptions.model_validate(table)
-    assert validation_message(caught.value).startswith(message)
+    with pytest.raises(WrongOptions) as caught:
+        MountOptions.checked(table)
+    assert message_of(caught.value.wrong[0], {}).startswith(message)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["/a", "nosuid"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+"""What TOML has."""
+
+
+@given(st.dictionaries(st.sampled_from([*FIELDS, "bogus"]), values, max_size=3))
+def test_whatever_a_table_holds_is_taken_or_refused_in_words(table: dict[str, object]) -> None:
+    table = {"branches": "/a", **table}
+    try:
+        found = MountOptions.checked(table)
+    except UserError:  # of a branch or a policy
+        return
+    except WrongOptions as error:
+        wrong = error.wrong
+    else:
+        wrong = []
+        again = {name: value for name, value in vars(found).items() if name in table}
+        assert MountOptions.checked(again) == found, "what was taken is a value of its kind"
+    assert {one.key for one in wrong} <= table.keys()
+    assert all(message_of(one, {}) for one in wrong)
 
 
 def test_model_is_frozen() -> None:
-    with pytest.raises(ValidationError):
-        options("").udba = "none"
+    with pytest.raises(FrozenInstanceError):
+        options("").udba = "none"  # type: ignore[misc]  # that is the point
 
 
 # -- printing -------------------------------------------------------------------------------------
@@ -522,5 +551,5 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
     )
 )
 def test_format_parses_back(fields: dict[str, object]) -> None:
-    wanted = MountOptions.model_validate(fields)
+    wanted = MountOptions.checked(fields)
     assert parse_mount_options(format_options(wanted)) == wanted

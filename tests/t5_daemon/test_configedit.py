@@ -205,7 +205,7 @@ def test_conf_d_has_the_mount(tmp_path: Path) -> None:
             FILE,
             "line",
             [DropBranch(b"/l/top"), DropBranch(b"/l/base")],
-            "mounts.line.branches: found (), must be ",
+            "mounts.line.branches: found [], must be ",
         ),
         (FILE, "line", [put("/x\udcff=ro")], "is not UTF-8 and cannot be in a TOML file"),
     ],

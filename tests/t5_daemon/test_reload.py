@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from udbad.control.registry import Entry
 from udbad.mount.commands import LIVE
 from udbad.mount.mountproc import _union_options
 from udbad.settings.file import DaemonSettings, MetricsSettings, load
-from udbad.settings.options import MountOptions, parse_mount_options
+from udbad.settings.options import FIELDS, parse_mount_options
 from udbad.supervisor.configwatch import signature
 from udbad.supervisor.reload import OWN_KEYS, Outcome
 from udbad.supervisor.supervisor import Supervisor
 
 pytestmark = pytest.mark.fuse
 
-LIVE_VALUES: dict[str, object] = {
+LIVE_VALUES: dict[str, Any] = {
     "udba": "none", "create": "rr", "cpup": "bu", "dirwh": 7, "diropq": "always", "sum": True,
     "fsync_copyup": False, "verbose": True, "warn_perm": False, "rdcache": 3, "ro": True,
     "kernel_flags": ["noexec"], "watch_reserve": 20,
@@ -41,7 +42,7 @@ DAEMON_VALUES: dict[str, object] = {
     "watch": False, "run_dir": "/run/elsewhere",
 }  # fmt: skip
 METRICS_VALUES: dict[str, object] = {"listen": "127.0.0.1:9999", "tls_certificate": "/c", "tls_key": "/k"}
-MOUNT_KEYS = MountOptions.model_fields.keys() - {"branches", "notices", "control", "metrics", "allow_other"}
+MOUNT_KEYS = FIELDS.keys() - {"branches", "notices", "control", "metrics", "allow_other"}
 
 
 def test_every_mount_key_is_tried_below() -> None:
@@ -213,7 +214,7 @@ def test_what_needs_a_remount_is_in_force_after_it(daemon: Daemon, here: Union, 
 def test_the_union_is_told(key: str, tmp_path: Path) -> None:
     """What `told` shows above is what the operations look at."""
     plain = parse_mount_options(f"br={tmp_path}")
-    changed = plain.model_copy(update={key: LIVE_VALUES[key]})
+    changed = replace(plain, **{key: LIVE_VALUES[key]})
     assert getattr(_union_options(changed), key) == LIVE_VALUES[key]
     assert _union_options(changed) != _union_options(plain)
 

@@ -78,11 +78,11 @@ def command(
 def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: bool, verbose: bool) -> None:
     parsed = parse_mount_options(",".join(words))
     if parsed.fsname == "none" and source != "none":
-        parsed = parsed.model_copy(update={"fsname": source})
+        parsed = replace(parsed, fsname=source)
     # The daemon is in another directory than whoever calls us.
     branches = tuple(replace(spec, path=os.path.abspath(spec.path)) for spec in parsed.branches)
     control = parsed.control and os.path.abspath(parsed.control)
-    parsed = parsed.model_copy(update={"branches": branches, "control": control})
+    parsed = replace(parsed, branches=branches, control=control)
     if fake:
         return
     if os.geteuid() != 0:
@@ -111,9 +111,7 @@ def _serves_already(run_dir: str, mount_point: str, wanted: MountOptions) -> boo
         client.ask_mount(entry, {"op": "ping"}, timeout=10.0)
     except UserError:
         return False  # dead; the mount process takes it away
-    if parse_mount_options(entry.configured).model_copy(update={"notices": ()}) == wanted.model_copy(
-        update={"notices": ()}
-    ):
+    if replace(parse_mount_options(entry.configured), notices=()) == replace(wanted, notices=()):
         return True
     raise UserError(f"{mount_point} is mounted already, with other options (-o remount changes them)",
                     ExitCode.MOUNT_POINT)  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -48,7 +49,7 @@ def mount(
     with user_errors():
         parsed = parse_mount_options(options)
         if parsed.fsname == "none" and source != "none":
-            parsed = parsed.model_copy(update={"fsname": source})
+            parsed = replace(parsed, fsname=source)
         if os.geteuid() != 0:
             raise UserError("mounting needs root", ExitCode.NOT_ROOT)
         if not foreground:

@@ -26,7 +26,7 @@ from udbad.kernel.boundary import operations
 from udbad.logs import set_level
 from udbad.mount import rebranch
 from udbad.mount.carrying import Carrying
-from udbad.settings.options import MountOptions, parse_mount_options, parse_remount
+from udbad.settings.options import FIELDS, MountOptions, parse_mount_options, parse_remount
 from udbad.tools import explain
 from udbad.types import Perm
 from udbad.union import reconfigure
@@ -158,7 +158,7 @@ class Commands:
                 await self.process.set_mode(text_of(request, "mode"))
         except ValueError as error:
             raise UserError(str(error), ExitCode.OPTION) from None
-        self.process.options = self.process.options.model_copy(update={"udba": self.process.coherence.name})
+        self.process.options = replace(self.process.options, udba=self.process.coherence.name)
         self._write_entry()
         return {"mode": self.process.coherence.name}
 
@@ -184,7 +184,7 @@ class Commands:
 
     def _note_branches(self) -> None:
         specs = tuple(rebranch.current_specs(self.process.sb.branches))
-        self.process.options = self.process.options.model_copy(update={"branches": specs})
+        self.process.options = replace(self.process.options, branches=specs)
         self._write_entry()
 
     def _write_entry(self) -> None:
@@ -235,7 +235,7 @@ class Commands:
         process = self.process
         changed = _changed(process.options, new)
         live = _live(process.options, new)
-        target = process.options.model_copy(update={key: getattr(new, key) for key in live})
+        target = replace(process.options, **{key: getattr(new, key) for key in live})
         # What can be refused comes first.
         await self._change_access(target, "branches" in live)
         process.options = target
@@ -354,7 +354,7 @@ def _live(old: MountOptions, new: MountOptions) -> set[str]:
 
 
 def _changed(old: MountOptions, new: MountOptions) -> set[str]:
-    fields = MountOptions.model_fields.keys() - {"notices", "control", "metrics"}
+    fields = FIELDS.keys() - {"notices", "control", "metrics"}
     return {key for key in fields if getattr(old, key) != getattr(new, key)}
 
 

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -410,7 +410,7 @@ class MountProcess:
 
     def set_read_only(self, ro: bool) -> None:
         """Have the union refuse every change, or none; what that means for the branches is the caller's."""
-        self.options = self.options.model_copy(update={"ro": ro})
+        self.options = replace(self.options, ro=ro)
         self.apply_union_options()
 
     def settle_branch_mounts(self) -> None:

@@ -155,7 +155,7 @@ def _apply(
     document: tomlkit.TOMLDocument, settings: MountSettings, changes: Sequence[Change], live: Mapping[bytes, Perm]
 ) -> tuple[str, MountSettings]:
     table = document["mounts"][settings.name]
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     specs = list(settings.options.branches)
     for change in changes:
         if isinstance(change, SetKey):
@@ -166,7 +166,7 @@ def _apply(
     if branch_changes:
         _change_branches(specs, _entries(table), branch_changes, live)
         values["branches"] = tuple(specs)
-    options = settings.options.model_copy(update=values)
+    options = replace(settings.options, **values)
     return tomlkit.dumps(document), replace(settings, options=options)
 
 

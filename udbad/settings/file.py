@@ -30,7 +30,7 @@ from udbad.branch.branches import BranchSpec
 from udbad.branch.policy import parse_copyup, parse_create
 from udbad.branch.spec import escape, parse_branch, shown, split_escaped, suggestion
 from udbad.errors import ExitCode, UserError
-from udbad.settings.options import MountOptions
+from udbad.settings.options import FIELDS, MountOptions, Wrong, WrongOptions
 from udbad.types import Perm
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
@@ -173,6 +173,23 @@ class Config:
     origin: Mapping[str, str] = field(default_factory=dict)
 
 
+def allowed(table: type[BaseModel | MountOptions]) -> dict[str, str]:
+    """What may be the value of each key, in words."""
+    if issubclass(table, BaseModel):
+        return {name: one.description or "" for name, one in table.model_fields.items()}
+    return {name: one.metadata["allowed"] for name, one in FIELDS.items()}
+
+
+def _wrong(error: ValidationError) -> list[Wrong]:
+    """The first thing about each key: pydantic has one for each element of a list."""
+    kinds: dict[str, Literal["unknown", "missing"]] = {"extra_forbidden": "unknown", "missing": "missing"}
+    found: dict[str, Wrong] = {}
+    for one in error.errors():
+        key = str(one["loc"][0]) if one["loc"] else ""
+        found.setdefault(key, Wrong(key, kinds.get(one["type"], "value"), one["input"]))
+    return list(found.values())
+
+
 def config_files(path: Path) -> list[Path]:
     """The file and its conf.d/*.toml, in the order in which they are read; the latter need not exist."""
     return [path, *sorted((path.parent / "conf.d").glob("*.toml"))]
@@ -265,25 +282,21 @@ class _Loader:
         try:
             return model.model_validate(data)
         except ValidationError as error:
-            self._note_validation(file, key, error, model.model_fields)
+            self._note_wrong(file, key, _wrong(error), allowed(model))
         return None
 
-    def _note_validation(
-        self, file: str, key: str, error: ValidationError, fields: Mapping[str, Any], known: Iterable[str] = ()
+    def _note_wrong(
+        self, file: str, key: str, wrong: Iterable[Wrong], allowed: Mapping[str, str], known: Iterable[str] = ()
     ) -> None:
-        noted = set()
-        for one in error.errors():
-            name = str(one["loc"][0]) if one["loc"] else ""
-            if name in noted:
-                continue  # several words about the elements of one list
-            noted.add(name)
-            where = f"{key}.{name}"
-            if one["type"] == "extra_forbidden":
-                self.note(file, where, f"unknown key{suggestion(name, known or fields)}")
-            elif one["type"] == "missing":
-                self.note(file, where, f"missing, must be {fields[name].description}")
+        """allowed: what may be the value of each key. known: the keys to suggest, if these are not all of them."""
+        for one in wrong:
+            where = f"{key}.{one.key}"
+            if one.kind == "unknown":
+                self.note(file, where, f"unknown key{suggestion(one.key, known or allowed)}")
+            elif one.kind == "missing":
+                self.note(file, where, f"missing, must be {allowed[one.key]}")
             else:
-                self.note(file, where, f"found {_show(one['input'])}, must be {fields[name].description}")
+                self.note(file, where, f"found {_show(one.value)}, must be {allowed[one.key]}")
 
     def _mount(self, file: str, name: str, data: Mapping[str, object]) -> MountSettings | None:
         key = f"mounts.{name}"
@@ -293,7 +306,7 @@ class _Loader:
         own = {word: value for word, value in data.items() if word in MountKeys.model_fields}
         rest = {word: value for word, value in data.items() if word not in MountKeys.model_fields}
         keys = self._table(MountKeys, own, key)
-        known = (MountKeys.model_fields.keys() | MountOptions.model_fields.keys()) - INTERNAL
+        known = (MountKeys.model_fields.keys() | FIELDS.keys()) - INTERNAL
         for word in INTERNAL & rest.keys():
             del rest[word]
             reason = f", {_NOT_HERE[word]}" if word in _NOT_HERE else suggestion(word, known)
@@ -306,9 +319,9 @@ class _Loader:
             rest["branches"] = self._branches(file, f"{key}.branches", rest["branches"])
         options = None
         try:
-            options = MountOptions.model_validate(rest)
-        except ValidationError as error:
-            self._note_validation(file, key, error, MountOptions.model_fields, known)
+            options = MountOptions.checked(rest)
+        except WrongOptions as error:
+            self._note_wrong(file, key, error.wrong, allowed(MountOptions), known)
         if keys is None or options is None or len(self.problems) > before:
             return None
         return MountSettings(name, os.path.normpath(keys.mount_point), options, keys.enabled, keys.missing_branch)
@@ -352,7 +365,7 @@ class _Loader:
         try:
             table = BranchTable.model_validate(item)
         except ValidationError as error:
-            self._note_validation(file, place, error, BranchTable.model_fields)
+            self._note_wrong(file, place, _wrong(error), allowed(BranchTable))
             return None
         words: list[str] = [table.perm] if table.perm else []
         if (table.attributes or table.udba) and not words:

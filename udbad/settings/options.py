@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Annotated, Any, Final, Literal
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, Final, Literal
 
 from udbad.branch.branches import BranchSpec
 from udbad.branch.policy import parse_copyup, parse_create
@@ -33,76 +31,118 @@ from udbad.branch.spec import (
 )
 from udbad.errors import ExitCode, UserError
 
-KernelFlag = Literal[
-    "nosuid",
-    "nodev",
-    "noexec",
-    "suid",
-    "dev",
-    "exec",
-    "noatime",
-    "nodiratime",
-    "relatime",
-    "strictatime",
-    "lazytime",
-    "sync",
-    "dirsync",
-]
-"""mount(2) flags, under the names mount(8) gives them. suid, dev and exec: whatever the branches are mounted with."""
+# -- what the value of an option may be ------------------------------------------------------------
 
-_PERMITTED: Final = {"suid": "nosuid", "dev": "nodev", "exec": "noexec"}
-"""What is asked for, and the flag that a union does not take from its branches then."""
+
+@dataclass(frozen=True, slots=True)
+class Wrong:
+    """What is wrong about one key of a table: it is none, is missing, or has a value that it may not have."""
+
+    key: str
+    kind: Literal["unknown", "missing", "value"]
+    value: object = None
+
+
+class WrongOptions(ValueError):
+    """A table that makes no MountOptions; `wrong` is everything that is wrong with it, never empty."""
+
+    def __init__(self, wrong: Sequence[Wrong]) -> None:
+        super().__init__(wrong)
+        self.wrong = wrong
+
+
+Take = Callable[[object], object]
+"""A value as somebody wrote it to the one that is kept. Raises ValueError unless it is allowed."""
+
+
+def _option(default: object, allowed: str, take: Take) -> Any:
+    """A field of MountOptions; allowed: says what `take` takes, in the words of messages and of the documentation."""
+    return field(default=default, metadata={"allowed": allowed, "take": take})
+
+
+def _only_if(right: bool, value: object) -> Any:
+    if not right:
+        raise ValueError
+    return value
+
+
+def _switch(default: bool) -> Any:
+    return _option(default, "true or false", lambda value: _only_if(isinstance(value, bool), value))
+
+
+def _number(default: int, least: int, most: int, allowed: str) -> Any:
+    return _option(default, allowed, lambda value: _only_if(type(value) is int and least <= value <= most, value))
+
+
+def _text(default: str | None, allowed: str, is_right: Callable[[str], object] = bool) -> Any:
+    return _option(default, allowed, lambda value: _only_if(isinstance(value, str) and bool(is_right(value)), value))
+
+
+def _one_of(default: object, allowed: str, words: Mapping[Any, object]) -> Any:
+    """words: what may be written, and the value it means."""
+
+    def take(value: object) -> object:
+        return words[_only_if(isinstance(value, (str, bool)) and value in words, value)]
+
+    return _option(default, allowed, take)
 
 
 def _branches(value: object) -> object:
     """A configuration file has a string for each branch, or one string for all of them."""
     if isinstance(value, str):
         return tuple(parse_branches(value))
-    if isinstance(value, Sequence):
-        return tuple(parse_branch(item) if isinstance(item, str) else item for item in value)
-    return value
+    items = _only_if(isinstance(value, (list, tuple)) and len(value) > 0, value)
+    return tuple(parse_branch(_only_if(isinstance(item, str), item)) if not isinstance(item, BranchSpec) else item
+                 for item in items)  # fmt: skip
 
 
-def _alias(names: Mapping[str, object]) -> BeforeValidator:
-    return BeforeValidator(lambda value: names.get(value, value) if isinstance(value, str) else value)
-
-
-def _percent(value: object) -> object:
+def _percentage(value: object) -> object:
     """`10%` as well as 10."""
-    return int(value[:-1]) if isinstance(value, str) and re.fullmatch("[0-9]{1,3}%", value) else value
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,3}%", value):
+        value = int(value[:-1])
+    return _only_if(type(value) is int and 0 <= value <= 100, value)
 
 
-def _frozenset(value: object) -> object:
-    return frozenset(value) if isinstance(value, (list, tuple, set)) else value
+def _parsed_by(parse: Callable[[str], object]) -> Callable[[str], bool]:
+    """Right is what `parse` raises nothing for."""
+    return lambda value: (parse(value), True)[1]
 
 
-def _switch(default: bool) -> Any:
-    return Field(default=default, description="true or false")
+def _is_address(value: str) -> bool:
+    match = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^\[\]:\s]+):([0-9]{1,5})", value)
+    return match is not None and int(match[1]) <= 65535
 
 
-class MountOptions(BaseModel):
-    """The options of one mount (semantics 2), defaults as in aufs.
+KERNEL_FLAGS: Final = (
+    "nosuid", "nodev", "noexec", "suid", "dev", "exec", "noatime", "nodiratime", "relatime", "strictatime", "lazytime",
+    "sync", "dirsync",
+)  # fmt: skip
+"""mount(2) flags, under the names mount(8) gives them. suid, dev and exec: whatever the branches are mounted with."""
 
-    The description of a field says what its value may be, the text below it what it means; settings/reference.py makes
-    documentation of both.
+_PERMITTED: Final = {"suid": "nosuid", "dev": "nodev", "exec": "noexec"}
+"""What is asked for, and the flag that a union does not take from its branches then."""
 
-    Raises UserError (OPTION) for a bad branch or policy, pydantic.ValidationError for anything else;
-    validation_message() makes the one line of the latter.
+
+def _flags(value: object) -> object:
+    flags = _only_if(isinstance(value, (list, tuple, set, frozenset)), value)
+    return frozenset(_only_if(flag in KERNEL_FLAGS, flag) for flag in flags)
+
+
+@dataclass(frozen=True)
+class MountOptions:
+    """The options of one mount (semantics 2), defaults as in aufs; made by `checked` or from another one by replace().
+
+    What stands with a field says what its value may be, the text below it what it means; settings/reference.py makes
+    documentation of both. Not pydantic's, as the tables of a file are: importing that takes as long as a mount.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-    branches: Annotated[tuple[BranchSpec, ...], BeforeValidator(_branches)] = Field(
-        min_length=1, description="a list of PATH[=PERM[+ATTR...]]"
-    )
+    branches: tuple[BranchSpec, ...] = field(metadata={"allowed": "a list of PATH[=PERM[+ATTR...]]", "take": _branches})
     """Top first, never empty: see Branches."""
-    udba: Annotated[Literal["none", "reval", "notify"], _alias(UDBA_MODES)] = Field(
-        default="reval", description="none, reval or notify"
-    )
+    udba: str = _one_of("reval", "none, reval or notify", UDBA_MODES)
     """Which direct changes of the branches are seen, and when: see Modes."""
-    create: str = Field(default="tdp", description="a create policy")
+    create: str = _text("tdp", "a create policy", _parsed_by(parse_create))
     """Which branch gets a new object: see Create policies."""
-    cpup: str = Field(default="tdp", description="a copy-up policy")
+    cpup: str = _text("tdp", "a copy-up policy", _parsed_by(parse_copyup))
     """Which branch receives a copy-up: see Copy-up policies."""
     plink: bool = _switch(True)
     """One file with names on several branches stays one file after a copy-up."""
@@ -110,17 +150,16 @@ class MountOptions(BaseModel):
     """Without an effect: inode numbers are computed, nothing is stored."""
     shwh: bool = _switch(False)
     """Whiteouts are listed and can be read."""
-    dirwh: int = Field(default=3, ge=0, description="a whole number, 0 or more")
+    dirwh: int = _number(3, 0, 1 << 63, "a whole number, 0 or more")
     """A removed directory with more whiteouts than this is cleaned up in the background."""
-    diropq: Annotated[Literal["always", "whiteouted"], _alias({"a": "always", "w": "whiteouted"})] = Field(
-        default="whiteouted", description="always (a) or whiteouted (w)"
-    )
+    diropq: str = _one_of(
+        "whiteouted", "always (a) or whiteouted (w)",
+        {"always": "always", "a": "always", "whiteouted": "whiteouted", "w": "whiteouted"},
+    )  # fmt: skip
     """When a new directory gets an opaque mark: always, or where it takes the place of a whiteout."""
-    watch_reserve: Annotated[int, BeforeValidator(_percent)] = Field(
-        default=10, ge=0, le=100, description="a percentage from 0% to 100%"
-    )
+    watch_reserve: int = _option(10, "a percentage from 0% to 100%", _percentage)
     """For `notify`: the share of fs.inotify.max_user_watches that is left to other programs of the same user."""
-    rdcache: int = Field(default=10, ge=0, le=3600, description="a whole number of seconds from 0 to 3600")
+    rdcache: int = _number(10, 0, 3600, "a whole number of seconds from 0 to 3600")
     """Without an effect: listings are never older than the mode allows."""
     dirperm1: bool = _switch(False)
     """Without an effect, for it is always so: the top directory's permissions count, and branches are read as root."""
@@ -136,28 +175,24 @@ class MountOptions(BaseModel):
     """Without an effect."""
     ro: bool = _switch(False)
     """Every change is EROFS, branches are not touched at all."""
-    kernel_flags: Annotated[frozenset[KernelFlag], BeforeValidator(_frozenset)] = Field(
-        default=frozenset(),
-        description="a list of nosuid, nodev, noexec, suid, dev, exec, noatime, nodiratime, relatime, "
-        "strictatime, lazytime, sync, dirsync",
-    )
+    kernel_flags: frozenset[str] = _option(frozenset(), f"a list of {', '.join(KERNEL_FLAGS)}", _flags)
     """As in mount(8), enforced by the kernel. A union with a branch that is mounted `nosuid`, `nodev` or `noexec` is
     so, too, unless `suid`, `dev` or `exec` says otherwise; a notice tells it. The flags of access times hold on the
     branches that are written to (without one, what their own mounts have), for reads that the kernel has not cached."""
-    fsname: str = Field(default="none", min_length=1, description="a name that is not empty")
+    fsname: str = _text("none", "a name that is not empty")
     """First column of /proc/mounts, for `findmnt -S NAME`, `umount NAME`, `udbad umount NAME`. Where it is not given:
     SOURCE of the mount command, or the name in the configuration."""
-    allow_other: Literal[True] = Field(default=True, description="true: others may always enter, as in any file system")
+    allow_other: Literal[True] = _one_of(True, "true: others may always enter, as in any file system", {True: True})
     """Always on, as `default_permissions` is."""
-    fsync_copyup: Annotated[bool, _alias({"on": True, "off": False})] = Field(
-        default=True, description="on or off (true or false in a file)"
+    fsync_copyup: bool = _one_of(
+        True, "on or off (true or false in a file)", {"on": True, "off": False, True: True, False: False}
     )
     """The content of a copy-up is on disk before it is visible: see Durability."""
-    metrics: str | None = Field(default=None, description="HOST:PORT, PORT from 0 to 65535, an IPv6 HOST in []")
+    metrics: str | None = _text(None, "HOST:PORT, PORT from 0 to 65535, an IPv6 HOST in []", _is_address)
     """Serve Prometheus metrics of this mount. Not in a file, where [metrics] is for all mounts."""
-    control: str | None = Field(default=None, min_length=1, description="the path of a socket")
+    control: str | None = _text(None, "the path of a socket")
     """A control socket for this mount; the commands of udbad do not know the mount then. Not in a file."""
-    notices: tuple[str, ...] = ()
+    notices: tuple[str, ...] = _option((), "", lambda value: _only_if(isinstance(value, tuple), value))
     """Lines for the user about what was accepted and has no effect."""
 
     def mount_flags(self, restrictions: frozenset[str]) -> frozenset[str]:
@@ -170,26 +205,29 @@ class MountOptions(BaseModel):
         flags = self.kernel_flags - _PERMITTED.keys() | restrictions - permitted
         return flags | {"ro"} if self.ro else flags
 
-    @field_validator("create")
     @classmethod
-    def _check_create(cls, value: str) -> str:
-        parse_create(value)
-        return value
+    def checked(cls, table: Mapping[str, object]) -> MountOptions:
+        """From what was written for each field. Raises WrongOptions; UserError (OPTION) for a bad branch or policy."""
+        kept: dict[str, Any] = {}
+        wrong = []
+        for name, one in FIELDS.items():
+            if name not in table:
+                if one.default is MISSING:
+                    wrong.append(Wrong(name, "missing"))
+                continue
+            value = table[name]
+            try:
+                # None where it says that nothing was written: options as they are come back here for a remount.
+                kept[name] = None if value is None and one.default is None else one.metadata["take"](value)
+            except ValueError:
+                wrong.append(Wrong(name, "value", value))
+        wrong += [Wrong(name, "unknown", value) for name, value in table.items() if name not in FIELDS]
+        if wrong:
+            raise WrongOptions(wrong)
+        return cls(**kept)
 
-    @field_validator("cpup")
-    @classmethod
-    def _check_cpup(cls, value: str) -> str:
-        parse_copyup(value)
-        return value
 
-    @field_validator("metrics")
-    @classmethod
-    def _check_metrics(cls, value: str | None) -> str | None:
-        if value is not None:
-            match = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^\[\]:\s]+):([0-9]{1,5})", value)
-            if match is None or int(match[1]) > 65535:
-                raise ValueError
-        return value
+FIELDS: Final = {one.name: one for one in fields(MountOptions)}
 
 
 # -- what may be written after -o (semantics 2; mount(8) for the generic ones) -----------------
@@ -312,7 +350,7 @@ def parse_remount(text: str, current: MountOptions) -> MountOptions:
         raise _no_branch_left()
     reader.initial = branches
     reader.edits = []
-    same = {name: getattr(current, name) for name in MountOptions.model_fields if name not in ("branches", "notices")}
+    same = {name: getattr(current, name) for name in FIELDS if name not in ("branches", "notices")}
     reader.values = {**same, **reader.values}
     return reader.result()
 
@@ -369,11 +407,11 @@ class _Reader:
         if not branches:
             raise UserError("no branch given: use -o br=PATH[=PERM][:PATH[=PERM]...]", ExitCode.OPTION)
         notices = [f"accepted without effect here: {', '.join(dict.fromkeys(self.ignored))}"] if self.ignored else []
-        fields = {**self.values, "branches": branches, "kernel_flags": self.kernel, "notices": tuple(notices)}
+        table = {**self.values, "branches": branches, "kernel_flags": self.kernel, "notices": tuple(notices)}
         try:
-            return MountOptions.model_validate(fields)
-        except ValidationError as error:
-            raise UserError(validation_message(error, self.spelled), ExitCode.OPTION) from None
+            return MountOptions.checked(table)
+        except WrongOptions as error:
+            raise UserError(message_of(error.wrong[0], self.spelled), ExitCode.OPTION) from None
 
 
 def _needs_value(key: str, raw: str) -> str:
@@ -389,27 +427,25 @@ _DIGITS: Final = re.compile("[0-9]{1,9}")
 
 
 def _typed(field: str, value: str) -> str | int:
-    """Decimal digits become a number where the field is one; everything else is for the model to refuse."""
-    return int(value) if MountOptions.model_fields[field].annotation is int and _DIGITS.fullmatch(value) else value
+    """Decimal digits become a number where the field is one; everything else is for `checked` to refuse."""
+    return int(value) if FIELDS[field].type == "int" and _DIGITS.fullmatch(value) else value
 
 
 def _allowed(field: str) -> str:
-    return MountOptions.model_fields[field].description or "as the documentation says"
+    return str(FIELDS[field].metadata["allowed"])
 
 
-def validation_message(error: ValidationError, spelled: Mapping[str, str] | None = None) -> str:
-    """One line for the first thing wrong: key, value, what is allowed.
+def message_of(wrong: Wrong, spelled: Mapping[str, str]) -> str:
+    """One line: key, value, what is allowed.
 
     `spelled` gives the name the user wrote for a field where that is not the field's own.
     """
-    first = error.errors()[0]
-    field = str(first["loc"][0]) if first["loc"] else "options"
-    key = (spelled or {}).get(field, field)
-    if field not in MountOptions.model_fields:
-        return f"unknown option {key!r}{suggestion(field, MountOptions.model_fields)}"
-    if first["type"] == "missing":
-        return f"{key} is missing: must be {_allowed(field)}"
-    return f"{key}={shown(str(first['input']))}: must be {_allowed(field)}"
+    key = spelled.get(wrong.key, wrong.key)
+    if wrong.kind == "unknown":
+        return f"unknown option {key!r}{suggestion(wrong.key, FIELDS)}"
+    if wrong.kind == "missing":
+        return f"{key} is missing: must be {_allowed(wrong.key)}"
+    return f"{key}={shown(str(wrong.value))}: must be {_allowed(wrong.key)}"
 
 
 def edit_branches(branches: Sequence[BranchSpec], edits: Sequence[tuple[str, str]]) -> list[BranchSpec]:
@@ -480,9 +516,9 @@ _ITEM_SPECIAL: Final = "\\,"
 def format_options(options: MountOptions) -> str:
     """The branches and every option that is not at its default, comma separated, as -o takes them back."""
     words = ["ro" if options.ro else "rw", *sorted(options.kernel_flags), f"br={format_branches(options.branches)}"]
-    for name, field in MountOptions.model_fields.items():
+    for name, one in FIELDS.items():
         value = getattr(options, name)
-        if value == field.default or name in ("branches", "ro", "kernel_flags", "notices"):
+        if value == one.default or name in ("branches", "ro", "kernel_flags", "notices"):
             continue
         if name == "fsync_copyup":
             words.append("copyup_fsync=off")

@@ -18,6 +18,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -25,8 +26,8 @@ from udbad import metrics
 from udbad.branch.policy import COPYUP_POLICIES, CREATE_POLICIES, CopyUpPolicy, CreatePolicy
 from udbad.branch.spec import ATTRIBUTES
 from udbad.errors import ExitCode
-from udbad.settings.file import INTERNAL, BranchTable, DaemonSettings, MetricsSettings, MountKeys
-from udbad.settings.options import IGNORED, LIST_OPTIONS, MountOptions, words_for
+from udbad.settings.file import INTERNAL, BranchTable, DaemonSettings, MetricsSettings, MountKeys, allowed
+from udbad.settings.options import FIELDS, IGNORED, LIST_OPTIONS, MountOptions, words_for
 from udbad.types import Perm
 
 
@@ -60,13 +61,12 @@ def explained(cls: type) -> dict[str, str]:
     return found
 
 
-def entries(model: type[BaseModel]) -> list[Entry]:
-    """The keys of a table, in the order of the model. Raises KeyError for one that nobody has explained."""
-    meanings = explained(model)
-    return [
-        Entry(name, (), field.description or "", _default(field.default), meanings[name])
-        for name, field in model.model_fields.items()
-    ]
+def entries(table: type[BaseModel | MountOptions]) -> list[Entry]:
+    """The keys of a table, in the order of its class. Raises KeyError for one that nobody has explained."""
+    meanings = explained(table)
+    fields: Mapping[str, Any] = table.model_fields if issubclass(table, BaseModel) else FIELDS
+    values = allowed(table)
+    return [Entry(name, (), values[name], _default(one.default), meanings[name]) for name, one in fields.items()]
 
 
 def mount_options() -> list[Entry]:

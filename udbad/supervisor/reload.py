@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 
 from udbad.settings.file import DaemonSettings, MetricsSettings, MountSettings
-from udbad.settings.options import MountOptions
+from udbad.settings.options import FIELDS, MountOptions
 
 OWN_KEYS = ("mount_point", "missing_branch", "enabled")
 """Keys of a mount that are not mount options."""
@@ -41,7 +41,7 @@ class Verdict:
 
 def changed_options(old: MountOptions, new: MountOptions) -> list[str]:
     """Mount options that differ."""
-    names = MountOptions.model_fields.keys() - {"notices"}
+    names = FIELDS.keys() - {"notices"}
     return sorted(name for name in names if getattr(old, name) != getattr(new, name))
 
 
