@@ -27,7 +27,7 @@ from udbad.coherence.reval import RevalCoherence
 from udbad.inodes.handles import OpenFile
 from udbad.inodes.table import Dir, Node
 from udbad.types import ROOT_CALLER, ROOT_ID, Caller
-from udbad.union import homes
+from udbad.union import homes, ranges
 from udbad.union.fs import UnionFs
 from udbad.union.superblock import Superblock, UnionOptions
 
@@ -118,6 +118,36 @@ class Core:
 
     def read(self, handle: OpenFile, size: int = 1000, offset: int = 0) -> bytes:
         return os.pread(self.fs.handles.file(handle.fh).fd, size, offset)
+
+    def change(self, begin: Callable[[], ranges.Change]) -> int:
+        """Run a change of a range, with the copy-up it needs; the bytes it says."""
+        change = self.run(begin)
+        failed = True
+        try:
+            count = change.run()
+            failed = False
+        finally:
+            self.fs.changed(change, failed)
+        return count
+
+    def fallocate(self, handle: OpenFile, mode: int, offset: int, length: int) -> int:
+        return self.change(lambda: self.fs.fallocate(handle.fh, mode, offset, length))
+
+    def copy_range(self, source: OpenFile, at: int, target: OpenFile, to: int, length: int) -> int:
+        return self.change(lambda: self.fs.copy_file_range(source.fh, at, target.fh, to, length))
+
+    def tmpfile(self, directory: str = "", content: bytes = b"", mode: int = 0o644) -> OpenFile:
+        parent = self.find(directory).id
+        handle, _ = self.run(lambda: self.fs.tmpfile(parent, os.O_RDWR, mode, self.caller))
+        self.took(handle.node)
+        if content:
+            self.write(handle, content)
+        return handle
+
+    def publish(self, handle: OpenFile, path: str) -> Node:
+        """link(2) of an open file, as by /proc/self/fd."""
+        parent, name = self.parent(path)
+        return self.took(self.run(lambda: self.fs.link(handle.node.id, parent, name))[0])
 
     def content(self, path: str) -> bytes:
         handle = self.open(path)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
+from time import monotonic
 from typing import Final
 
 from udbad.branch import syscalls
@@ -27,6 +28,8 @@ from udbad.types import CopyMethod
 
 KERNEL_CHUNK: Final = 8 << 20  # bytes per copy_file_range(2): what passes between two looks at `cancelled`
 USER_CHUNK: Final = 1 << 20  # bytes per pread(2)
+RANGE_CHUNK: Final = 64 << 20  # bytes per copy_file_range(2) of `copy_range`: a moment for a disk, none for a reflink
+RANGE_SECONDS: Final = 0.5
 _ZERO_BLOCK: Final = bytes(4096)
 
 # copy_file_range(2) refuses this pair of files, which says nothing about reading and writing them: two file systems
@@ -204,13 +207,7 @@ class _Copier:
         return len(data)
 
     def _copy_in_kernel(self, offset: int, count: int) -> int:
-        """copy_file_range(2); 0 when it refuses."""
-        try:
-            return os.copy_file_range(self.src_fd, self.dst_fd, count, offset, offset)
-        except OSError as error:
-            if error.errno in _REFUSED:
-                return 0
-            raise
+        return _copy_in_kernel(self.src_fd, offset, self.dst_fd, offset, count)
 
     def _write(self, data: memoryview, offset: int) -> None:
         while data:
@@ -219,6 +216,49 @@ class _Copier:
                 raise os_error(errno.EIO)
             data = data[count:]
             offset += count
+
+
+def copy_range(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, length: int) -> int:
+    """copy_file_range(2), between any two files; how many bytes were copied, 0 only at the end of the source.
+
+    Fewer than `length` after RANGE_SECONDS, since whoever waits for it cannot be killed meanwhile. Blocks are shared
+    where the file systems can; else the kernel copies, or, from one file system to another, we do. src_fd: readable.
+    dst_fd: writable, without O_APPEND. May be the same file, for ranges that do not overlap. Raises OSError when
+    nothing was copied.
+    """
+    until = monotonic() + RANGE_SECONDS
+    copied = 0
+    in_kernel = True
+    while copied < length and (not copied or monotonic() < until):
+        source, target, left = src_offset + copied, dst_offset + copied, length - copied
+        try:
+            count = 0
+            if in_kernel:
+                count = _copy_in_kernel(src_fd, source, dst_fd, target, min(left, RANGE_CHUNK))
+                in_kernel = count > 0  # as in `_Copier._copy_chunk`
+            if not count:
+                data = os.pread(src_fd, min(left, USER_CHUNK), source)
+                if not data:
+                    break
+                count = os.pwrite(dst_fd, data, target)
+        except OSError:
+            if copied:
+                break  # whoever copies the rest is told
+            raise
+        if not count:
+            raise os_error(errno.EIO)  # as in `_Copier._write`
+        copied += count
+    return copied
+
+
+def _copy_in_kernel(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, count: int) -> int:
+    """copy_file_range(2); 0 when it refuses."""
+    try:
+        return os.copy_file_range(src_fd, dst_fd, count, src_offset, dst_offset)
+    except OSError as error:
+        if error.errno in _REFUSED:
+            return 0
+        raise
 
 
 def _knows_holes(fd: int) -> bool:

@@ -223,9 +223,10 @@ def create_file_at(dirfd: int, name: bytes, flags: int, mode: int) -> int:
     return os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=dirfd)
 
 
-def open_tmpfile(dirfd: int, mode: int) -> int:
-    """An unnamed regular file in the directory (O_TMPFILE, open(2)); EOPNOTSUPP where unsupported."""
-    return os.open(b".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode, dir_fd=dirfd)
+def open_tmpfile(dirfd: int, mode: int, flags: int = os.O_RDWR) -> int:
+    """An unnamed regular file in the directory (O_TMPFILE, open(2)), which `link_fd` can give a name; EOPNOTSUPP where
+    unsupported. flags: for writing, at least; `mode` is subject to the process umask."""
+    return os.open(b".", os.O_TMPFILE | flags | os.O_CLOEXEC, mode, dir_fd=dirfd)
 
 
 def mkdir_at(dirfd: int, name: bytes, mode: int) -> None:
@@ -375,6 +376,34 @@ def reflink(src_fd: int, dst_fd: int) -> bool:
             return False
         raise
     return True
+
+
+_fallocate: Final = getattr(_libc, "fallocate64", _libc.fallocate)  # 64 bits on every machine, where there is a choice
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2). mode: FALLOC_FL_*. Raises OSError: EOPNOTSUPP where the file system has no such mode."""
+    _check(_fallocate(fd, mode, offset, length))
+
+
+def seek_data(fd: int, offset: int, whence: int) -> int:
+    """lseek(2) with SEEK_DATA or SEEK_HOLE. ENXIO: nothing of the kind from `offset` on. Moves the descriptor's own
+    position, which nobody goes by. All is data where the file system cannot tell (generic_file_llseek())."""
+    try:
+        return os.lseek(fd, offset, whence)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    return all_data(fd, offset, whence)
+
+
+def all_data(fd: int, offset: int, whence: int) -> int:
+    """What `seek_data` says of a file without holes."""
+    size = os.fstat(fd).st_size
+    if not 0 <= offset < size:
+        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+    return offset if whence == os.SEEK_DATA else size
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Making objects: create, mkdir, mknod, symlink, link (semantics 6.5 and 6.7).
+"""Making objects: create, O_TMPFILE, mkdir, mknod, symlink, link (semantics 6.5 and 6.7).
 
 Order of every one: the name must be free in the merged view, a policy picks the branch, missing parents
 are made there, the object is made under its own name with the caller's ids, and only then a whiteout
@@ -21,7 +21,7 @@ from udbad.branch.credentials import Credentials
 from udbad.errors import enoent, erofs, estale, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Trigger
-from udbad.union import copydirs, lookup
+from udbad.union import copydirs, homes, lookup
 from udbad.union.lookup import Answer, Found, Missing
 from udbad.union.superblock import NeedCopyUp, Superblock
 
@@ -41,23 +41,31 @@ class Target:
 def prepare(sb: Superblock, parent: Dir, name: bytes, is_dir: bool = False) -> Target:
     """Check the name and choose the branch. Raises EEXIST, EROFS, EPERM (.wh.*), ENAMETOOLONG, ENOENT."""
     missing = check_free(sb, parent, name)
-    policy = sb.options.create
-    known = copydirs.facts(sb, parent, None, missing.whited, is_dir, policy.cache_seconds)
-    branch = sb.branches[policy.select(known)]
+    branch = _choose(sb, parent, missing, is_dir)
     asked = missing.excludes_whiteout(parent, branch)
     dirfd = copydirs.ensure_dir(sb, parent, branch)
     return Target(branch, dirfd, not asked and whiteout.present(dirfd, name))
 
 
-def check_free(sb: Superblock, parent: Dir, name: bytes) -> Missing:
-    """What the search for a name has shown, which must find nothing: EEXIST when the union has it."""
-    whiteout.check_new_name(name)
+def _choose(sb: Superblock, parent: Dir, missing: Missing, is_dir: bool) -> Branch:
+    policy = sb.options.create
+    return sb.branches[policy.select(copydirs.facts(sb, parent, None, missing.whited, is_dir, policy.cache_seconds))]
+
+
+def _check_directory(sb: Superblock, parent: Dir) -> None:
+    """Whether anything can be made in a directory, which is up to date then."""
     if sb.options.read_only:
         raise erofs()
     if parent.dead:
         raise enoent()
     if not parent.trusted:
         lookup.refresh(sb, parent)
+
+
+def check_free(sb: Superblock, parent: Dir, name: bytes) -> Missing:
+    """What the search for a name has shown, which must find nothing: EEXIST when the union has it."""
+    whiteout.check_new_name(name)
+    _check_directory(sb, parent)
     if lookup.only_on(sb, parent, name) == lookup.NOWHERE:
         return lookup.CLEAR
     found = lookup.resolve(sb, parent, name)
@@ -86,17 +94,21 @@ def _appear(sb: Superblock, parent: Dir, name: bytes, branch: Branch, st: os.sta
 
     sent: making it has sent one event.
     """
-    identity = (st.st_dev, st.st_ino)
-    number = sb.inomap.number(*identity)
-    old = sb.table.nodes.get(number)
-    if old is not None:
-        if old.identity == identity:
-            old.dead = True
-        sb.inomap.fresh(*identity)
+    _new_number(sb, st)
     sb.changes.made(parent, name, branch.index, branch if sent else None)
     node, _ = lookup.intern_file(sb, parent, name, branch, st)
     sb.changes.updated(parent, name, st)
     return node
+
+
+def _new_number(sb: Superblock, st: os.stat_result) -> None:
+    """Have an object that was just made get a number of its own, whoever had that when the inode was another one."""
+    identity = (st.st_dev, st.st_ino)
+    old = sb.table.nodes.get(sb.inomap.number(*identity))
+    if old is not None:
+        if old.identity == identity:
+            old.dead = True
+        sb.inomap.fresh(*identity)
 
 
 def create_file(
@@ -114,6 +126,30 @@ def create_file(
         syscalls.close_quietly(fd)
         _undo(target.dirfd, name)
         raise
+
+
+def tmpfile(
+    sb: Superblock, creds: Credentials, parent: Dir, flags: int, mode: int, caller: Caller
+) -> tuple[Node, os.stat_result, int]:
+    """open(2) with O_TMPFILE: a file of no name, where one of a name that nothing has would be made.
+
+    Returns node, attributes and the open descriptor, by which alone it is reached until `link` gives it a name. Nothing
+    is left of it after a crash. Raises EOPNOTSUPP where the branch's file system has no such files.
+    """
+    _check_directory(sb, parent)
+    branch = _choose(sb, parent, lookup.CLEAR, False)
+    dirfd = copydirs.ensure_dir(sb, parent, branch)
+    with creds.creating(caller):
+        fd = syscalls.open_tmpfile(dirfd, mode, flags)
+    try:
+        st = os.fstat(fd)
+        _new_number(sb, st)
+        node = Node(homes.own_number(sb, st), st_mod.S_IFREG, branch, st.st_dev, st.st_ino)
+        sb.table.add(node)
+    except BaseException:
+        syscalls.close_quietly(fd)
+        raise
+    return node, st, fd
 
 
 def _undo(dirfd: int, name: bytes) -> None:
@@ -218,7 +254,7 @@ def link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result
     limit = parent.floor if whited is None else min(parent.floor, whited)
     if not branch.writable or branch.index > limit:
         if node.parent is None:
-            raise enoent()
+            raise os_error(errno.EXDEV)  # it has no name to be copied up by
         if node.plink is not None and node.plink.branch.writable:
             # The home is on a branch that cannot show the new name.
             raise os_error(errno.EXDEV)

@@ -23,7 +23,7 @@ from udbad.errors import REPLACED, erofs, estale, os_error
 from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, note_id_bits
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Trigger
-from udbad.union import copyup, create, lookup, readdir, remove, rename
+from udbad.union import copyup, create, lookup, ranges, readdir, remove, rename
 from udbad.union.held import HeldWalks
 from udbad.union.superblock import NeedCopyUp, Superblock, is_object
 
@@ -114,6 +114,14 @@ class UnionFs:
         handle.id_bits = st.st_mode & ID_BITS
         return handle, st
 
+    def tmpfile(self, parent_id: int, flags: int, mode: int, caller: Caller) -> tuple[OpenFile, os.stat_result]:
+        """Make and open a file without a name, which `link` can give one. EOPNOTSUPP where its branch has no such."""
+        wanted = flags & _OPEN_FLAGS
+        node, st, fd = create.tmpfile(self.sb, self.creds, self._changing(parent_id), wanted, mode, caller)
+        handle = self.handles.add_file(node, fd, wanted, caller, True)
+        handle.id_bits = st.st_mode & ID_BITS
+        return handle, st
+
     def mknod(self, parent_id: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attributes:
         return create.mknod(self.sb, self.creds, self._changing(parent_id), name, mode, rdev, caller)
 
@@ -157,6 +165,15 @@ class UnionFs:
         if type(node) is Dir and not node.trusted and not node.dead:
             self._refresh_if_there(node)
         return node, self.sb.stat(node)
+
+    def birth_ns(self, node: Node) -> int:
+        """When the object behind a node was made, ns since the epoch; 0 where its branch does not tell.
+
+        A copy-up is a birth, too, as on overlayfs: what was born is the object that the attributes are of.
+        """
+        fd = self.sb.held_fd(node)
+        dirfd, name = (fd, b"") if fd >= 0 else self.sb.locate(node)
+        return syscalls.birth_ns(dirfd, name, node.ino)
 
     def _refresh_if_there(self, node: Dir) -> None:
         """Bring an untrusted directory up to date, unless it is gone: then the descriptor serves, as natively.
@@ -340,7 +357,7 @@ class UnionFs:
                 self.sb.changes.data(node, True)
                 before, st = st, os.fstat(fd)
                 if (before.st_mode ^ st.st_mode) & ID_BITS:
-                    self._id_bits_went(node, st)
+                    ranges.id_bits_went(self.sb, node, st)
             handle = self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable)
             if writing:
                 handle.group = sgid_group(caller, st)
@@ -380,10 +397,7 @@ class UnionFs:
         """Bytes written. Raises NeedCopyUp at the first write to a lower file."""
         handle = self.handles.file(fh)
         if not handle.writable:
-            if handle.flags & os.O_ACCMODE == os.O_RDONLY:
-                raise os_error(errno.EBADF)
-            self.need_writable(handle.node, Trigger.WRITE)
-            handle.reopen(handle.fd, True)  # its branch was not writable when it was opened
+            ranges.require_writable(handle)
         changes = self.sb.changes
         changes.before_data(handle.node, handle.fd)
         if handle.uid:
@@ -395,17 +409,21 @@ class UnionFs:
         if handle.id_bits:
             st = os.fstat(handle.fd)
             if st.st_mode & ID_BITS != handle.id_bits:
-                self._id_bits_went(handle.node, st)
+                ranges.id_bits_went(self.sb, handle.node, st)
         return count
 
-    def _id_bits_went(self, node: Node, st: os.stat_result) -> None:
-        """The branch took setuid or setgid away with new content (file_remove_privs()).
+    def fallocate(self, fh: int, mode: int, offset: int, length: int) -> ranges.Change:
+        """To be run in a thread, then given to `changed` (ranges.py). mode: FALLOC_FL_*; offset, length: bytes."""
+        return ranges.fallocate(self.sb, self.creds, self.handles.file(fh), mode, offset, length)
 
-        The kernel does not ask for the mode after a WRITE or an OPEN that truncates (fuse_write_update_attr(),
-        fuse_truncate_update_attr()), as it leaves taking the bits away to us (FUSE_HANDLE_KILLPRIV).
-        """
-        note_id_bits(node, st)
-        self.sb.changes.attributes(node)
+    def copy_file_range(self, fh_in: int, offset_in: int, fh_out: int, offset_out: int, length: int) -> ranges.Change:
+        """To be run in a thread, then given to `changed` (ranges.py). offsets, length: bytes."""
+        source, target = self.handles.file(fh_in), self.handles.file(fh_out)
+        return ranges.copy(self.sb, self.creds, source, offset_in, target, offset_out, length)
+
+    def changed(self, change: ranges.Change, failed: bool) -> None:
+        """A change was run; failed: it raised."""
+        ranges.end(self.sb, change, failed)
 
     def needs_flush(self, flags: int) -> bool:
         """Whether close(2) of a file opened with `flags` has to be asked about (FLUSH).
