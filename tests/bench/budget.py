@@ -1,18 +1,13 @@
 """The time a run may take, and what it is spent on: fewer repetitions before fewer rows.
 
 Pure but for the clock. In the first round every workload runs once on every system; in each further one those run whose
-last repetition says that they will end in time. In further rounds a system that takes much longer than what is to be
-compared does not run (union file systems that ask the branches at every step): its figure is far from the others', and
-its time is better spent on repetitions of these.
+last repetition says that they will end in time (measure.py says on which systems).
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 
-PACE = ("udbad-none", "udbad-notify")
-SLOW = 2.0
-"""A system is slow in a workload when it takes more than so many times what the slowest of PACE takes."""
 LEAST = 5.0
 """Seconds that one client may take even at the end of the run."""
 
@@ -32,13 +27,10 @@ class Budget:
         """The deadline of one client that would have so many seconds if there were no end."""
         return min(seconds, max(self.left(), LEAST))
 
-    def next_round(self, taken: Mapping[str, float]) -> list[str]:
-        """Systems to run a workload on once more, in their order; none when they would not end in time.
+    @property
+    def bounded(self) -> bool:
+        return self._end < math.inf
 
-        taken: seconds that each one's last repetition of it took.
-        """
-        if self._end == math.inf:
-            return list(taken)
-        limit = SLOW * max((taken[name] for name in PACE if name in taken), default=math.inf)
-        chosen = {system: seconds for system, seconds in taken.items() if seconds <= limit}
-        return list(chosen) if sum(chosen.values()) <= self.left() else []
+    def allows(self, seconds: Iterable[float]) -> bool:
+        """Whether what takes so many seconds each ends in time."""
+        return sum(seconds) <= self.left()

@@ -162,7 +162,7 @@ def _clients_workload(count: int) -> Workload:
         *figures("x", f"{count} clients, p99 of the slowest / median", compare=False),
         *figures("x", f"{count} clients, worst / median", compare=False),
     )
-    return Workload(f"clients-{count}", _clients(count), keys, io=count > 4)
+    return Workload(f"clients-{count}", _clients(count), keys, io=count > 4, once=count <= 4)
 
 
 def workloads(scale: Scale) -> list[Workload]:

@@ -68,7 +68,7 @@ FULL = Scale(
     branch_counts=(2, 8, 32, 100, 500),
     branch_names=2000,
     branch_lookups=50000,
-    storm_seconds=2,
+    storm_seconds=1.5,
     latency_samples=400,
 )
 QUICK = Scale(
@@ -90,7 +90,7 @@ QUICK = Scale(
     sources=12,
     branch_counts=(2, 32, 500),
     branch_names=200,
-    branch_lookups=50000,
+    branch_lookups=20000,
     storm_seconds=1,
     latency_samples=50,
 )

@@ -85,19 +85,25 @@ def _branches(count: int) -> Callable[[Session], None]:
     return run
 
 
-def _branch_workload(count: int) -> Workload:
+def _branch_workload(count: int, counts: tuple[int, ...]) -> Workload:
     keys = (f"lookup present, {count} branches", f"lookup missing, {count} branches")
     return Workload(
         f"branches-{count}",
         _branches(count),
         figures("us", *keys),
         kinds=("kernel", "peer", "udbad"),
+        once=count not in (min(counts), max(counts)),
         lowers=lambda data, base, name: data.branch_set(count),
     )
 
 
+def branch_workloads(scale: Scale) -> list[Workload]:
+    """Lookups over many branches."""
+    return [_branch_workload(count, scale.branch_counts) for count in scale.branch_counts]
+
+
 def workloads(scale: Scale) -> list[Workload]:
-    """Those of this module, in the order of the table."""
+    """The others of this module, in the order of the table."""
     listing = ("readdir cold", "readdir warm", "find -name cold, one directory")
     return [
         Workload("stat", _stat, figures("us", "stat cold, shuffled", "stat cold, in order", "stat warm")),
@@ -107,5 +113,4 @@ def workloads(scale: Scale) -> list[Workload]:
         Workload("ls", _ls, figures("ms", "ls -l warm")),
         Workload("mutate", _mutate, figures("us", "create", "rename", "unlink")),
         Workload("chown", _chown, figures("ms", "chown -R of lower files"), copies=("owned",)),
-        *(_branch_workload(count) for count in scale.branch_counts),
     ]

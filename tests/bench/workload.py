@@ -16,8 +16,8 @@ FUSE: tuple[Kind, ...] = ("peer", "udbad")
 class Workload:
     """kinds: the systems it makes sense for, or systems: their names. io: the io modes of udbad that are not the
     default take part, too. lowers: the branches, given the data, the base directory and the system's name; base: where
-    a session's own directories go. copies: directories it writes into that native gets as a copy. once: many samples
-    are taken in one repetition, or all would be the same."""
+    a session's own directories go. copies: directories it writes into that native gets as a copy. once: no repetitions,
+    for many samples are taken in one, all would be the same, or the figures only lie between those of others."""
 
     name: str
     run: Callable[[Session], None]

@@ -17,6 +17,7 @@ def all_workloads(scale: Scale) -> list[Workload]:
         *contents.workloads(scale),
         *programs.workloads(),
         *daemon.workloads(),
+        *names.branch_workloads(scale),
         *latency.workloads(),
     ]
 

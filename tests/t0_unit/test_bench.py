@@ -42,35 +42,20 @@ def cached(monkeypatch: pytest.MonkeyPatch) -> None:
 # Budget
 
 
-def test_a_round_runs_when_its_last_one_says_that_it_ends_in_time() -> None:
+def test_what_ends_in_time_is_allowed() -> None:
     clock = Clock()
     budget = Budget(100, clock)
-    taken = {"native": 10.0, "udbad-none": 40.0, "udbad-notify": 40.0}
-    assert budget.next_round(taken) == list(taken)
+    assert budget.bounded
     clock.now += 10
-    assert budget.next_round(taken) == list(taken)
+    assert budget.allows([10, 40, 40])
     clock.now += 1
-    assert budget.next_round(taken) == []
+    assert not budget.allows([10, 40, 40])
 
 
-def test_what_is_much_slower_than_udbad_takes_no_part_in_further_rounds() -> None:
-    taken = {"native": 1.0, "unionfs-fuse": 21.0, "mergerfs": 20.0, "udbad-none": 5.0, "udbad-notify": 10.0}
-    assert budgets.SLOW == 2
-    assert Budget(100, Clock()).next_round(taken) == ["native", "mergerfs", "udbad-none", "udbad-notify"]
-
-
-def test_without_a_pace_nobody_is_slow() -> None:
-    taken = {"native": 1.0, "unionfs-fuse": 50.0}
-    assert Budget(100, Clock()).next_round(taken) == list(taken)
-
-
-def test_nobody_left_is_no_round() -> None:
-    assert Budget(100, Clock()).next_round({}) == []
-
-
-def test_without_an_end_everybody_runs() -> None:
+def test_without_an_end_everything_is_allowed() -> None:
     budget = Budget(0, Clock())
-    assert budget.next_round({"udbad-none": 1.0, "udbad-reval": 1e9}) == ["udbad-none", "udbad-reval"]
+    assert not budget.bounded
+    assert budget.allows([1e9])
     assert budget.deadline(120) == 120
 
 
@@ -165,6 +150,27 @@ def test_what_no_time_was_left_for_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     _, courses = run_rounds(monkeypatch, {"a": False, "b": False}, ["native", "udbad-none"], seconds=4)
     rows = [row for course in courses for row in course.figures()]
     assert report.reasons(rows) == [f"native: {NO_TIME} (b)", f"udbad-none: {NO_TIME} (b)"]
+
+
+def test_what_cannot_be_the_best_is_not_repeated() -> None:
+    names = ["native", "overlayfs", "mergerfs", "fuse-overlayfs", "unionfs-fuse", "udbad-reval", "udbad-none"]
+    workload = Workload("w", nothing, (*figures("us", "a", "b"), *figures("x", "c", compare=False)))
+    course = Course(workload, [SYSTEMS[name] for name in names])
+    for name in names:
+        course.add(name, {"a": 10, "b": 10, "c": 10}, "", 1)
+    course.add("mergerfs", {"a": 100, "b": 15, "c": 10}, "", 1)
+    course.rows[0].cells["unionfs-fuse"].samples = [16]
+    course.rows[1].cells["unionfs-fuse"].samples = [16]
+    assert measure.CONTENDER == 1.5
+    assert course.contenders() == ["native", "overlayfs", "mergerfs", "fuse-overlayfs", "udbad-none"]
+
+
+def test_all_is_repeated_when_there_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    systems = ["udbad-none", "udbad-reval"]
+    ran, _ = run_rounds(monkeypatch, {"a": False}, systems, seconds=0, repetitions=2)
+    assert ran.count(("a", "udbad-reval")) == 2
+    ran, _ = run_rounds(monkeypatch, {"a": False}, systems, seconds=1000, repetitions=2)
+    assert ran.count(("a", "udbad-reval")) == 1
 
 
 def test_a_system_that_failed_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
