@@ -18,11 +18,10 @@ from pathlib import Path
 import click
 
 from udbad import __version__
+from udbad.branch.capabilities import SYSTEM_CONFIG, SYSTEM_RUN_DIR
 from udbad.branch.policy import COPYUP_POLICIES, CREATE_POLICIES
 from udbad.branch.spec import ATTRIBUTES
 from udbad.cli import main as program
-from udbad.commands.daemon import DEFAULT_CONFIG
-from udbad.control.registry import DEFAULT_RUN_DIR
 from udbad.settings import reference
 from udbad.settings.file import BranchTable, DaemonSettings, MetricsSettings, MountKeys
 from udbad.settings.options import IGNORED
@@ -182,11 +181,15 @@ def _udbad(date: str) -> str:
         ),
         _section("COMMANDS", commands),
         _section("EXIT STATUS", *(_item(_literal(str(code)), text) for code, text in reference.exit_codes().items())),
-        _section("ENVIRONMENT", _item(_literal("UDBAD_RUN_DIR"), f"Instead of `{DEFAULT_RUN_DIR}`.")),
+        _section("ENVIRONMENT", _item(_literal("UDBAD_RUN_DIR"), f"Instead of `{SYSTEM_RUN_DIR}`.")),
         _section(
             "FILES",
-            _item(_literal(DEFAULT_CONFIG), "The configuration of the daemon, with `conf.d/*.toml` beside it."),
-            _item(_literal(DEFAULT_RUN_DIR), "Sockets, and what is known about each mount."),
+            _item(_literal(SYSTEM_CONFIG), "The configuration of the daemon, with `conf.d/*.toml` beside it."),
+            _item(_literal(SYSTEM_RUN_DIR), "Sockets, and what is known about each mount."),
+            _item(
+                ", ".join(map(_literal, ("~/.config/udbad/udbad.toml", "$XDG_RUNTIME_DIR/udbad"))),
+                "The same of an ordinary user.",
+            ),
         ),
         _see_also("mount.udba(8)", "udbad.toml(5)", "mount(8)", "inotify(7)"),
     )
@@ -305,7 +308,7 @@ def _udbad_toml(date: str, examples: Mapping[str, str]) -> str:
         _section(
             "DESCRIPTION",
             _paragraph(
-                f"`{DEFAULT_CONFIG}` is TOML. `conf.d/*.toml` beside it is read after it, in the order of the names; a "
+                f"`{SYSTEM_CONFIG}` is TOML. `conf.d/*.toml` beside it is read after it, in the order of the names; a "
                 "table may be in one file only. The daemon notices changes by itself, and takes up what can change "
                 "while mounted at once. `udbad check-config` says everything that is wrong."
             ),

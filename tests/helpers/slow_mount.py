@@ -160,7 +160,7 @@ def _patch(gate: str, words: list[str]) -> None:
     mock.patch.object(fast, "_WAITERS", 64).start()  # whoever is held must not keep others from being so
     for word in words:
         if word == NO_EPOCHS:
-            mock.patch.object(mountproc, "Invalidator", lambda write, *_: Invalidator(write, False)).start()
+            mock.patch.object(mountproc, "Invalidator", lambda tell, *_: Invalidator(tell, False)).start()
         elif word == COARSE:
             mock.patch.object(branches, "MULTIGRAIN_KERNEL", False).start()
         elif word == TRANSFER:

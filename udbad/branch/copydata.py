@@ -22,7 +22,7 @@ from itertools import groupby
 from time import monotonic
 from typing import Final
 
-from udbad.branch import syscalls
+from udbad.branch import capabilities, syscalls
 from udbad.errors import os_error
 from udbad.types import CopyMethod
 
@@ -322,14 +322,34 @@ def copy_metadata(
     The order matters. chown(2) clears set-id bits and security.capability, so it is first. The mode of a file with an
     ACL has the ACL's mask where the group's bits are, so chmod(2) before the ACL would open the file to its group for a
     moment; after it, chmod(2) changes nothing but the set-id bits. Times are last because nothing may touch them again.
+
+    An ordinary user cannot give files away: what is copied is his then, in the source's group where he is in it, and
+    without the set-id bits and file capabilities that would be his, too, as by `cp -p`.
     """
     _check_form(src_path, follow_symlinks)
     _check_form(dst_path, follow_symlinks)
-    os.chown(dst_path, src.st_uid, src.st_gid, follow_symlinks=follow_symlinks)
+    mode = st_mod.S_IMODE(src.st_mode) & ~_copy_owner(src, dst_path, follow_symlinks)
     copy_xattrs(src_path, dst_path, ignore, follow_symlinks=follow_symlinks)
     if not st_mod.S_ISLNK(src.st_mode):
-        os.chmod(dst_path, st_mod.S_IMODE(src.st_mode), follow_symlinks=follow_symlinks)
+        os.chmod(dst_path, mode, follow_symlinks=follow_symlinks)
     os.utime(dst_path, ns=(src.st_atime_ns, src.st_mtime_ns), follow_symlinks=follow_symlinks)
+
+
+def _copy_owner(src: os.stat_result, dst_path: bytes, follow_symlinks: bool) -> int:
+    """Give the destination owner and group of the source; returns the mode bits that it may not have."""
+    try:
+        os.chown(dst_path, src.st_uid, src.st_gid, follow_symlinks=follow_symlinks)
+    except PermissionError:
+        if capabilities.acts_for_others():
+            raise
+        if src.st_uid == os.geteuid():
+            return st_mod.S_ISGID
+        try:
+            os.chown(dst_path, -1, src.st_gid, follow_symlinks=follow_symlinks)
+        except PermissionError:
+            return st_mod.S_ISUID | st_mod.S_ISGID
+        return st_mod.S_ISUID
+    return 0
 
 
 def copy_special(
@@ -410,7 +430,7 @@ def copy_xattrs(src_path: bytes, dst_path: bytes, ignore: frozenset[str], *, fol
         try:
             os.setxattr(dst_path, name, value, follow_symlinks=follow_symlinks)
         except OSError as error:
-            if error.errno in _NEVER_IGNORED or not _forgiven(name, ignore):
+            if error.errno in _NEVER_IGNORED or not (_forgiven(name, ignore) or _is_root_s(name, error)):
                 raise
 
 
@@ -448,6 +468,13 @@ def _remove_acls(path: bytes, follow_symlinks: bool) -> None:
         except OSError as error:
             if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
                 raise
+
+
+def _is_root_s(name: str, error: OSError) -> bool:
+    """Whether an attribute, file capabilities for instance, is one that an ordinary user as we are cannot set."""
+    return (
+        error.errno == errno.EPERM and name.startswith(("security.", "trusted.")) and not capabilities.acts_for_others()
+    )
 
 
 def _forgiven(name: str, ignore: frozenset[str]) -> bool:

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from udbad.branch import syscalls
+from udbad.branch import capabilities, syscalls
 from udbad.types import Caller
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -28,38 +28,13 @@ _CAP_FSETID = 1 << 4
 _CAP_SYS_RESOURCE = 1 << 24
 _CAP_MKNOD = 1 << 27
 _FS_CAPS = 0b1_1111 | 1 << 9 | 1 << 27 | 1 << 32  # CAP_FS_SET, include/linux/capability.h
-_VERSION_3 = 0x20080522
 
 
-class _Header(ctypes.Structure):
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
-class _Data(ctypes.Structure):
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
-
-
-_DataPair = _Data * 2
-
-
-def _read() -> tuple[int, int, int]:
-    header = _Header(_VERSION_3, 0)
-    data = _DataPair()
-    if _libc.capget(ctypes.byref(header), ctypes.byref(data)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return (
-        data[0].effective | data[1].effective << 32,
-        data[0].permitted | data[1].permitted << 32,
-        data[0].inheritable | data[1].inheritable << 32,
-    )
-
-
-def _data(effective: int, permitted: int, inheritable: int) -> ctypes.Array[_Data]:
+def _data(effective: int, permitted: int, inheritable: int) -> ctypes.Array[capabilities.Data]:
     mask = 0xFFFFFFFF
-    return _DataPair(
-        _Data(effective & mask, permitted & mask, inheritable & mask),
-        _Data(effective >> 32, permitted >> 32, inheritable >> 32),
+    return capabilities.DataPair(
+        capabilities.Data(effective & mask, permitted & mask, inheritable & mask),
+        capabilities.Data(effective >> 32, permitted >> 32, inheritable >> 32),
     )
 
 
@@ -72,15 +47,15 @@ class Credentials:
     """
 
     def __init__(self) -> None:
-        self.privileged = os.geteuid() == 0
+        self.privileged = capabilities.acts_for_others()
         self._groups = os.getgroups()
         os.umask(0)
         if not self.privileged:
             return
-        effective, permitted, inheritable = _read()
+        effective, permitted, inheritable = capabilities.read()
         effective &= ~_CAP_SYS_RESOURCE
         keep = effective & (_CAP_DAC_OVERRIDE | _CAP_DAC_READ_SEARCH | _CAP_FSETID | _CAP_MKNOD)
-        self._header = ctypes.byref(_Header(_VERSION_3, 0))
+        self._header = ctypes.byref(capabilities.header())
         self._creating = _data(effective & ~_FS_CAPS | keep, permitted, inheritable)
         data = _data(effective, permitted, inheritable)
         _libc.capset(self._header, ctypes.byref(data))

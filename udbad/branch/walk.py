@@ -7,13 +7,14 @@ whose name starts with `.wh.` are no part of the merged tree and are never desce
 
 from __future__ import annotations
 
+import errno
 import os
 import stat as st_mod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Final
 
-from udbad.branch import syscalls, whiteout
+from udbad.branch import capabilities, syscalls, whiteout
 from udbad.errors import NO_DIRECTORY, ExitCode, UserError
 
 READ_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -189,11 +190,19 @@ def descend(root_fd: int, names: list[bytes]) -> int:
 
 
 def open_branch(path: bytes) -> int:
-    """A private clone of the branch's mount: what is mounted below is no part of it (semantics 4.2 note 0)."""
+    """A private clone of the branch's mount: what is mounted below is no part of it (semantics 4.2 note 0).
+
+    An ordinary user gets the directory itself, with what is mounted below it.
+    """
     try:
-        fd = syscalls.clone_mount(path)
-    except PermissionError as error:
-        raise UserError(f"{printable(path)}: checking a branch needs root", ExitCode.NOT_ROOT) from error
+        try:
+            fd = syscalls.clone_mount(path)
+        except PermissionError as error:
+            if error.errno != errno.EPERM:
+                raise
+            if capabilities.acts_for_others():
+                raise UserError(f"{printable(path)}: checking a branch needs root", ExitCode.NOT_ROOT) from error
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
         raise UserError(f"{printable(path)}: {error.strerror}", ExitCode.BRANCH) from error
     if not st_mod.S_ISDIR(os.fstat(fd).st_mode):

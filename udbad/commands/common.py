@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from udbad.branch import capabilities
 from udbad.branch.spec import escape, split_escaped, unescape
 from udbad.branch.walk import printable
 from udbad.control import client
 from udbad.control.protocol import Message
-from udbad.control.registry import DEFAULT_RUN_DIR
-from udbad.errors import ExitCode, UserError
+from udbad.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,9 +46,9 @@ def for_terminal(text: str) -> str:
 
 run_dir_option = click.option(
     "--run-dir",
-    default=DEFAULT_RUN_DIR,
+    default=capabilities.run_dir,
     envvar="UDBAD_RUN_DIR",
-    show_default=True,
+    show_default=capabilities.SYSTEM_RUN_DIR,
     help="Where the daemon and the mount processes have their sockets.",
 )
 
@@ -57,11 +57,6 @@ def ask_mount(run_dir: str, where: str, request: Message) -> Message:
     """Ask the mount that a path is in, or that has this name. Raises UserError, also for a refusal."""
     entry, _ = client.locate(run_dir, where)
     return client.ask_mount(entry, request)
-
-
-def need_root() -> None:
-    if os.geteuid() != 0:
-        raise UserError("this needs root", ExitCode.NOT_ROOT)
 
 
 def absolute_branch(branch: str) -> str:

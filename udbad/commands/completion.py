@@ -12,15 +12,16 @@ import os
 import click
 from click.shell_completion import CompletionItem
 
+from udbad.branch import capabilities
 from udbad.branch.spec import parse_branches, split_escaped
-from udbad.control.registry import DEFAULT_RUN_DIR, Entry, entries
+from udbad.control.registry import Entry, entries
 from udbad.errors import UserError
 
 
 def _entries(context: click.Context) -> list[Entry]:
     logging.disable()  # what is passed over is no news at TAB
     # A command without the option --run-dir has the variable all the same.
-    return entries(context.params.get("run_dir") or os.environ.get("UDBAD_RUN_DIR", DEFAULT_RUN_DIR))
+    return entries(context.params.get("run_dir") or os.environ.get("UDBAD_RUN_DIR") or capabilities.run_dir())
 
 
 def _matching(words: list[str], incomplete: str) -> list[CompletionItem]:

@@ -10,17 +10,17 @@ from typing import Any
 import click
 from rich.table import Table
 
-from udbad.commands.common import need_root, print_table, run_dir_option, user_errors
+from udbad.branch import capabilities
+from udbad.commands.common import print_table, run_dir_option, user_errors
 from udbad.commands.completion import mounts
 from udbad.control import client, registry
 from udbad.control.protocol import NOT_ANSWERING
 from udbad.errors import ExitCode, UserError
 from udbad.settings.file import LOG_LEVELS, ConfigError, load
 
-DEFAULT_CONFIG = "/etc/udbad/udbad.toml"
-
 config_option = click.option(
-    "-c", "--config", type=click.Path(path_type=Path), default=DEFAULT_CONFIG, show_default=True,
+    "-c", "--config", type=click.Path(path_type=Path), default=capabilities.config_file,
+    show_default=capabilities.SYSTEM_CONFIG,
     help="The configuration file; conf.d/*.toml beside it is read too.",
 )  # fmt: skip
 
@@ -33,7 +33,6 @@ def run(config: Path, log_format: str | None) -> None:
     from udbad.supervisor import supervisor
 
     with user_errors():
-        need_root()
         supervisor.run(config.absolute(), log_format)
 
 

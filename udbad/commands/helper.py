@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from udbad.branch import capabilities
 from udbad.branch.spec import split_escaped
 from udbad.commands.common import absolute_branch
 from udbad.commands.mounting import start_in_background
@@ -59,7 +60,7 @@ def command(
     directory: Path,
 ) -> None:
     """Mount a union on DIRECTORY, or change one with -o remount; mount(8) calls this."""
-    run_dir = os.environ.get("UDBAD_RUN_DIR", registry.DEFAULT_RUN_DIR)
+    run_dir = os.environ.get("UDBAD_RUN_DIR") or capabilities.run_dir()
     words = [word for text in options for word in split_escaped(text, ",")]
     words = [word for word in words if word and word.partition("=")[0] not in _OF_THE_KERNEL]
     try:
@@ -85,8 +86,6 @@ def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: b
     parsed = replace(parsed, branches=branches, control=control)
     if fake:
         return
-    if os.geteuid() != 0:
-        raise UserError("mounting needs root", ExitCode.NOT_ROOT)
     mount_point = os.fsdecode(registry.real_mount_point(os.fsencode(directory)))
     text = format_options(parsed)
     if _serves_already(run_dir, mount_point, parsed):

@@ -50,8 +50,6 @@ def mount(
         parsed = parse_mount_options(options)
         if parsed.fsname == "none" and source != "none":
             parsed = replace(parsed, fsname=source)
-        if os.geteuid() != 0:
-            raise UserError("mounting needs root", ExitCode.NOT_ROOT)
         if not foreground:
             sys.exit(start_in_background(options, verbose, run_dir, source, mount_point))
         from udbad.mount import mountproc  # the supervisor and the tools must not load pyfuse3

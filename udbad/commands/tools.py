@@ -17,7 +17,7 @@ from rich.text import Text
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import parse_branch
 from udbad.branch.walk import printable
-from udbad.commands.common import need_root, print_table, run_dir_option, user_errors
+from udbad.commands.common import print_table, run_dir_option, user_errors
 from udbad.commands.completion import branches, files, mounts
 from udbad.commands.inspect import json_option
 from udbad.control import client
@@ -41,7 +41,6 @@ def diff(run_dir: str, as_json: bool, show_all: bool, branch: str, lowers: tuple
     Whiteouts in LOWER count, unless it is given as LOWER=ro. Files are compared by content.
     """
     with user_errors():
-        need_root()
         found = _changes(run_dir, branch, lowers, show_all)
     if as_json:
         click.echo(json.dumps(found, indent=2))

@@ -34,7 +34,6 @@ from udbad.control import private
 
 log = logging.getLogger(__name__)
 
-DEFAULT_RUN_DIR = "/run/udbad"
 SOCKET_NAME = "udbad.sock"  # of the supervisor, in the run directory
 ENTRY = "mount.json"
 ALIVE = "alive"

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from enum import Enum
 from time import monotonic
 
-from udbad.kernel import protocol
 from udbad.metrics import INVALIDATION_BUCKETS, Counts
 
 log = logging.getLogger(__name__)
@@ -95,13 +94,14 @@ class Invalidator:
     """Implements coherence.base.KernelNotifier."""
 
     def __init__(
-        self, write: Callable[[bytes], None], epochs: bool, mounts_inside: Callable[[], bool] = lambda: False
+        self, tell: Callable[[str, int, bytes], None], epochs: bool, mounts_inside: Callable[[], bool] = lambda: False
     ) -> None:
-        """write: puts a notification on /dev/fuse; may block; raises OSError. epochs: NOTIFY_INC_EPOCH is known.
+        """tell: gives the kernel one notification, by its kind (a key of protocol.NOTIFICATIONS), node and name; may
+        block; raises OSError. epochs: NOTIFY_INC_EPOCH is known.
 
         mounts_inside: whether something is mounted inside the union, which an epoch would detach.
         """
-        self._write = write
+        self._tell = tell
         self.epochs = epochs
         self._mounts_inside = mounts_inside
         self._looked = -1.0
@@ -180,19 +180,9 @@ class Invalidator:
 
     def _send(self, key: _Key, shard: _Shard) -> None:
         kind, node, name = key
-        if kind == "entry":
-            message = protocol.inval_entry(node, name)
-        elif kind == "expire":
-            message = protocol.inval_entry(node, name, protocol.EXPIRE_ONLY)
-        elif kind == "attributes":
-            message = protocol.inval_attributes(node)
-        elif kind == "data":
-            message = protocol.inval_data(node)
-        else:
-            message = protocol.inc_epoch()
         shard.sent[kind] += 1
         try:
-            self._write(message)
+            self._tell(kind, node, name)
         except OSError as error:
             if error.errno in _NOTHING_HELD:
                 shard.missed += 1

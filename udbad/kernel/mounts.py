@@ -7,11 +7,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
+import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from udbad.branch import mountinfo
+from udbad.branch import capabilities, mountinfo
 from udbad.branch.mountinfo import FS_TYPE, Mount, mount_id
 from udbad.errors import ExitCode, UserError
 
@@ -165,10 +167,10 @@ def unmount(path: bytes, wanted: int, lazy: bool = False) -> None:
     """
     with opened(path, wanted) as fd:
         if lazy:
-            _umount(b"/proc/self/fd/%d" % fd, _MNT_DETACH)
+            _take_away(path, b"/proc/self/fd/%d" % fd, _MNT_DETACH)
             return
     # By path now: a descriptor of the mount would be its user.
-    _umount(path, 0)
+    _take_away(path, path, 0)
 
 
 def unmount_top(path: bytes, lazy: bool = False) -> None:
@@ -177,6 +179,40 @@ def unmount_top(path: bytes, lazy: bool = False) -> None:
     if not there:
         raise _gone(path)
     unmount(path, there[0].id, lazy)
+
+
+def _take_away(path: bytes, target: bytes, flags: int) -> None:
+    """umount2(2) of `target`; where that is not for us, what lies on `path` through the helper that has mounted it."""
+    try:
+        _umount(target, flags)
+    except PermissionError:
+        if capabilities.may_mount():
+            raise
+        _ask_helper(path, flags)
+
+
+FUSERMOUNT: Final = "fusermount3"
+"""Of the package fuse3; setuid root, mounts and unmounts for users."""
+
+
+def _ask_helper(path: bytes, flags: int) -> None:
+    """Raises OSError: EPERM without the helper, or when the mount is not ours."""
+    helper = shutil.which(FUSERMOUNT)
+    if helper is None:
+        raise OSError(errno.EPERM, f"a user needs {FUSERMOUNT} to unmount", os.fsdecode(path))
+    words = [helper, "-u", *(["-z"] if flags & _MNT_DETACH else []), "--", os.fsdecode(path)]
+    done = subprocess.run(words, check=False, capture_output=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise helper_error(done.stderr, path)
+
+
+def helper_error(said: bytes, path: bytes) -> OSError:
+    """What the helper wrote to stderr, as the error that it met: EPERM for what is a rule of its own."""
+    lines = os.fsdecode(said).strip().splitlines() or [os.strerror(errno.EPERM)]
+    line = lines[-1].removeprefix(f"{FUSERMOUNT}: ")
+    known = (errno.EBUSY, errno.EINVAL, errno.EACCES, errno.ENOENT, errno.ENOTCONN, errno.ENOTDIR)
+    number = next((one for one in known if line.endswith(os.strerror(one))), errno.EPERM)
+    return OSError(number, line, os.fsdecode(path))
 
 
 def _umount(path: bytes, flags: int) -> None:

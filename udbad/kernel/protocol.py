@@ -10,6 +10,8 @@ unpacking, no I/O.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from typing import Final
 
 _IN_HEADER = struct.Struct("<IIQQIIIHH")
 _OUT_HEADER = struct.Struct("<IiQ")
@@ -109,3 +111,18 @@ def inval_entry(parent: int, name: bytes, flags: int = 0) -> bytes:
 def inc_epoch() -> bytes:
     """Have every cached name looked up again (7.44)."""
     return _notify(NOTIFY_INC_EPOCH, b"")
+
+
+NOTIFICATIONS: Final[dict[str, Callable[[int, bytes], bytes]]] = {
+    "entry": inval_entry,
+    "expire": lambda node, name: inval_entry(node, name, EXPIRE_ONLY),
+    "attributes": lambda node, name: inval_attributes(node),
+    "data": lambda node, name: inval_data(node),
+    "epoch": lambda node, name: inc_epoch(),
+}
+"""What the kernel can be told to forget, by kind: node id and name to the message."""
+
+
+def teller(write: Callable[[bytes], None]) -> Callable[[str, int, bytes], None]:
+    """What the invalidator tells, as messages for /dev/fuse. write: as Session.notify."""
+    return lambda kind, node, name: write(NOTIFICATIONS[kind](node, name))

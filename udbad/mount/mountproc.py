@@ -41,6 +41,7 @@ from udbad.kernel.fast import FastPath
 from udbad.kernel.invalidator import Invalidator
 from udbad.kernel.mounts import lying, mounts_inside, unions
 from udbad.kernel.ops import Operations
+from udbad.kernel.protocol import teller
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import Samples, Server
 from udbad.mount.commands import Commands
@@ -133,7 +134,7 @@ class MountProcess:
             self.session = Session(self.mount_point, self._source(), self.flags_for(options), options.acl)
             ending.callback(self.session.close)
             self.invalidator = Invalidator(
-                self.session.notify, self.session.has_epochs, lambda: mounts_inside(self.session.connection)
+                teller(self.session.notify), self.session.has_epochs, lambda: mounts_inside(self.session.connection)
             )
             ending.callback(self._stop_invalidator)
             self.coherence = STRATEGIES[options.udba](self.sb, self.invalidator)

@@ -26,6 +26,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from udbad.branch import capabilities
 from udbad.branch.branches import BranchSpec
 from udbad.branch.policy import parse_copyup, parse_create
 from udbad.branch.spec import escape, parse_branch, shown, split_escaped, suggestion
@@ -75,8 +76,9 @@ def _seconds(default: float, least: float = 0.0) -> Any:
 class DaemonSettings(_Table):
     """[daemon]. Times are in seconds."""
 
-    run_dir: str = Field(default="/run/udbad", pattern="^/", description="an absolute path")
-    """Where the sockets are, and what is known about each mount."""
+    run_dir: str = Field(default_factory=capabilities.run_dir, pattern="^/", description="an absolute path")
+    """Where the sockets are, and what is known about each mount: `/run/udbad`, of a user's own daemon
+    `$XDG_RUNTIME_DIR/udbad`."""
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="debug, info, warning or error"
     )
