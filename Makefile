@@ -8,7 +8,7 @@ BENCH_ARGS ?=
 MINUTES ?= 10
 
 .NOTPARALLEL:
-.PHONY: help run check test bench soak lint docs deb deb-test clean packages test-packages deb-packages
+.PHONY: compiled help run check test bench soak lint docs deb deb-test clean packages test-packages deb-packages
 
 help:
 	@echo "make run    mount the walk-through tree and serve it until Ctrl-C"
@@ -31,11 +31,15 @@ deb-packages:
 	@.ci/install-debian.sh run deb
 
 # The packages come first: building pyfuse3 needs a compiler and libfuse3's headers.
-$(VENV)/.stamp: pyproject.toml .ci/venv.sh | packages
+$(VENV)/.stamp: pyproject.toml setup.py .ci/venv.sh | packages
 	@.ci/venv.sh "$(PYTHON)" $(VENV)
 	@touch $@
 
-run: $(VENV)/.stamp
+# Compiled modules that were made from other sources are made anew; where there are none, in less than a minute.
+compiled: $(VENV)/.stamp
+	@.ci/compile.sh $(VENV)
+
+run: compiled
 	@config/walkthrough.sh
 
 lint: $(VENV)/.stamp
@@ -44,18 +48,18 @@ lint: $(VENV)/.stamp
 docs: $(VENV)/.stamp
 	@.ci/docs.sh
 
-check: test-packages $(VENV)/.stamp
+check: test-packages compiled
 	@.ci/check.sh
 
 # Lints, too, unless PYTEST_ARGS choose some tests.
-test: test-packages $(VENV)/.stamp
+test: test-packages compiled
 	@.ci/test.sh $(PYTEST_ARGS)
 
-bench: test-packages $(VENV)/.stamp
+bench: test-packages compiled
 	$(VENV)/bin/python -m tests.bench $(if $(QUICK),--quick) $(BENCH_ARGS)
 
 # In a mount namespace of its own, without copies of other unions: a copy keeps a daemon from ending.
-soak: test-packages $(VENV)/.stamp
+soak: test-packages compiled
 	@UDBAD_TEST_PROFILE=soak .ci/test.sh $(PYTEST_ARGS)
 	unshare --mount --propagation private bash -c ' \
 	    findmnt --raw --noheadings --output TARGET --types fuse.udba | \
@@ -69,4 +73,5 @@ deb-test: test-packages deb $(VENV)/.stamp
 	UDBAD_DEB=$$(ls -t $$PWD/dist/udbad_*.deb | head -n 1) .ci/pytest.sh tests/system/test_package.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist site
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist site udbad/compiled.txt
+	find udbad -name '*.so' -delete

@@ -7,6 +7,7 @@ TYPE_CHECKING. A new module gets its package's level; a new file directly in udb
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Low to high. The longest matching prefix counts, so a module named here leaves its package's level.
 LEVELS: list[list[str]] = [
-    ["udbad", "udbad.types", "udbad.errors", "udbad.logs", "udbad.ourselves"],
+    ["udbad", "udbad.compiled", "udbad.types", "udbad.errors", "udbad.logs", "udbad.ourselves"],
     ["udbad.branch"],
     ["udbad.settings", "udbad.metrics"],
     ["udbad.inodes"],
@@ -294,3 +295,51 @@ def test_no_strategy_is_called_back_by_what_it_asks() -> None:
     }
     assert {"resolve", "set_layers"} <= set.union(*used.values())
     assert not {name: found for name, names in used.items() if (found := names & telling)}
+
+
+def stored(source: str) -> dict[str, set[str]]:
+    """By class of a module: the attributes that its methods give `self`."""
+    found: dict[str, set[str]] = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = {
+                part.attr
+                for part in ast.walk(node)
+                if isinstance(part, ast.Attribute)
+                and isinstance(part.ctx, ast.Store)
+                and isinstance(part.value, ast.Name)
+                and part.value.id == "self"
+            }
+    return found
+
+
+def declared(pxd: str) -> dict[str, set[str]]:
+    """By `cdef class`: its attributes, and those of its bases."""
+    found: dict[str, set[str]] = {}
+    for head, base, body in re.findall(r"^cdef class (\w+)(?:\((\w+)\))?:\n((?:    .*\n)*)", pxd, re.MULTILINE):
+        names = found[head] = set(found.get(base, set()))
+        for line in re.findall(r"^    cdef (?:public|readonly) (.*)$", body, re.MULTILINE):
+            first, *others = line.split(", ")
+            names.update(re.sub(r"\W.*", "", name.split()[-1]) for name in (first, *others))
+    return found
+
+
+DECLARATIONS = sorted((ROOT / "udbad").rglob("*.pxd"))
+
+
+@pytest.mark.parametrize("path", DECLARATIONS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_attributes_are_declared_for_the_compiler(path: Path) -> None:
+    """A class that a .pxd declares is compiled with exactly the attributes that stand there."""
+    classes = stored(path.with_suffix(".py").read_text())
+    for name, attributes in declared(path.read_text()).items():
+        missing = classes[name] - attributes
+        assert not missing, f"{path.name}: class {name} needs a line `cdef public object {', '.join(sorted(missing))}`"
+
+
+def test_the_checker_finds_what_is_not_declared() -> None:
+    source = (
+        "class A:\n def f(self):\n  self.b = self.c = 1\n  self.d.e = 2\nclass B(A):\n def f(self): self.g: int = 1"
+    )
+    pxd = "cdef class A:\n    cdef public int b, c\ncdef class B(A):\n    cdef public unsigned long long g\n"
+    assert stored(source) == {"A": {"b", "c"}, "B": {"g"}}
+    assert declared(pxd) == {"A": {"b", "c"}, "B": {"b", "c", "g"}}

@@ -23,7 +23,7 @@ from typing import Any
 
 import trio
 
-from udbad import __version__
+from udbad import __version__, compiled
 from udbad.branch import mountflags
 from udbad.branch.accept import open_branches, permission_warnings
 from udbad.branch.branches import BranchSet
@@ -94,6 +94,8 @@ class MountProcess:
         self.started = time.time()
         for notice in options.notices:
             log.info("%s", notice)
+        if compiled.why_not():
+            log.info("runs uncompiled, which takes more CPU time: %s", compiled.why_not())
         max_fds, all_fds = _raise_fd_limit()
         self.control_path = ""  # of the socket that is served, once there is one
         self._registration: registry.Registration | None = None

@@ -256,8 +256,8 @@ def set_layers(sb: Superblock, node: Dir, found: Found, floor: int) -> bool:
     top = new[0]
     node.branch, node.dev, node.ino = top.branch, top.dev, top.ino
     node.opaque = found.opaque
-    limits = [limit for limit in (found.opaque, found.whited) if limit is not None]
-    lowest = min([floor, *limits])
+    limits = [limit for limit in (found.opaque, found.whited, floor) if limit is not None]
+    lowest = min(limits)
     if lowest != node.floor:
         node.floor = lowest
         node.version = sb.next_version()  # the children's floors follow from it

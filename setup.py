@@ -1,0 +1,77 @@
+"""Builds the hot modules with Cython (udbad/compiled.py); everything else about the package is in pyproject.toml.
+
+Without a compiler, or without Cython, the package is built all the same, and runs the Python sources.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+COMPILED = runpy.run_path(os.path.join(ROOT, "udbad", "compiled.py"), run_name="compiled")
+FLAGS = ["-O1", "-g0", "-w", *os.environ.get("UDBAD_CFLAGS", "").split()]
+"""-O2 takes twice as long and gains nothing that can be measured; Cython's C has warnings that are nobody's to mend.
+UDBAD_CFLAGS: more of them, for a sanitizer for instance."""
+DIRECTIVES = {
+    "language_level": 3,
+    "nonecheck": True,  # an attribute of None is an AttributeError, as in Python, and not a crash
+}
+
+
+class BuildHotModules(build_ext):
+    """All of them or none, and at the end the fingerprint of what they were made from."""
+
+    failed = False
+
+    def finalize_options(self) -> None:
+        try:
+            from Cython.Build import cythonize
+
+            self.distribution.ext_modules = cythonize(
+                self.distribution.ext_modules,
+                build_dir=os.path.join("build", "cython"),
+                compiler_directives=DIRECTIVES,
+                quiet=True,
+            )
+        except Exception as error:  # there is no Cython, or it does not take a source
+            self._give_up(error)
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
+    def run(self) -> None:
+        stamp = os.path.join(ROOT if self.inplace else self.build_lib, "udbad", COMPILED["STAMP"])
+        if os.path.exists(stamp):
+            os.unlink(stamp)
+        if self.failed:
+            return
+        made_from = COMPILED["fingerprint"](os.path.join(ROOT, "udbad"))
+        try:
+            super().run()
+        except Exception as error:  # there is no compiler, or no Python.h
+            self._give_up(error)
+            return
+        with open(stamp, "w") as file:
+            file.write(made_from)
+
+    def _give_up(self, error: Exception) -> None:
+        if os.environ.get("UDBAD_REQUIRE_COMPILED"):
+            raise error
+        print(f"udbad: not compiled, the Python sources will run instead: {error}", file=sys.stderr)
+        self.failed = True
+        self.distribution.ext_modules = []
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), os.path.join(self.build_lib, "udbad", COMPILED["STAMP"])]
+
+
+setup(
+    ext_modules=[
+        Extension(name, [name.replace(".", "/") + ".py"], extra_compile_args=FLAGS) for name in COMPILED["MODULES"]
+    ],
+    cmdclass={"build_ext": BuildHotModules},
+)

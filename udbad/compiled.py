@@ -1,0 +1,93 @@
+"""The hot modules, compiled or not: which there are, and whether the compiled ones are used.
+
+`setup.py` compiles `MODULES` with Cython, from the same files that the interpreter can run; a `.pxd` beside one of them
+gives types of C. A compiled module lies beside its source, where Python takes it first. That would be a trap: whoever
+changes the source, or goes to another commit, would run what was there before. So the build leaves a fingerprint of all
+sources, and compiled modules are imported only while they are those of the sources that lie here. All or none of them:
+they know each other's memory layout.
+
+Imported by `udbad` itself, before any of them. Nothing is read before the first one is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import cache
+from hashlib import blake2b
+from importlib.abc import MetaPathFinder
+from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
+from importlib.util import spec_from_file_location
+from types import ModuleType
+from typing import Final
+
+MODULES: Final = (
+    "udbad.branch.state",
+    "udbad.inodes.inomap",
+    "udbad.inodes.table",
+    "udbad.union.lookup",
+)
+"""Dotted names; each is a Python source that runs uncompiled as well."""
+
+STAMP: Final = "compiled.txt"
+"""In the package: the fingerprint of what the compiled modules were made from. Written last, removed first."""
+
+PACKAGE: Final = os.path.dirname(os.path.abspath(__file__))
+
+
+def sources(package: str = PACKAGE) -> list[str]:
+    """The files that the compiled modules are made from; package: the directory of `udbad`."""
+    found = []
+    for module in MODULES:
+        path = os.path.join(package, *module.split(".")[1:])
+        found += [path + suffix for suffix in (".py", ".pxd") if suffix == ".py" or os.path.exists(path + suffix)]
+    return found
+
+
+def fingerprint(package: str = PACKAGE) -> str:
+    """Of all sources, as they are now, and of the Python that they are compiled for. Raises OSError."""
+    hashed = blake2b(EXTENSION_SUFFIXES[0].encode(), digest_size=16)
+    for path in sources(package):
+        with open(path, "rb") as file:
+            content = file.read()
+        hashed.update(b"%s %d\n" % (os.path.basename(path).encode(), len(content)))
+        hashed.update(content)
+    return hashed.hexdigest()
+
+
+def wanted() -> bool:
+    """Whether compiled modules may be used: not with UDBAD_PURE=1 in the environment."""
+    return os.environ.get("UDBAD_PURE", "") in ("", "0")
+
+
+@cache
+def why_not() -> str:
+    """Why this process runs the Python sources; empty when it runs what was compiled from them."""
+    if not wanted():
+        return "UDBAD_PURE is set"
+    try:
+        with open(os.path.join(PACKAGE, STAMP)) as file:
+            made_from = file.read()
+        if made_from != fingerprint():
+            return "the sources are not those that were compiled"
+    except FileNotFoundError:
+        return "not compiled"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return ""
+
+
+class _Finder(MetaPathFinder):
+    """Leads to the source of a module of `MODULES` where what lies beside it, compiled, is not to be used."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in MODULES or not why_not():
+            return None  # Python's own finder, which prefers a compiled one
+        return spec_from_file_location(name, os.path.join(PACKAGE, *name.split(".")[1:]) + ".py")
+
+
+def install() -> None:
+    """Have imports of the hot modules go the right way; once in a process."""
+    sys.meta_path.insert(0, _Finder)

@@ -1,0 +1,39 @@
+# Memory layout of what there is one of for each inode that the kernel knows. Numbers are those of C: what does not fit
+# is an OverflowError. A new attribute of one of these classes needs a line here (tests/test_layering.py).
+
+cdef class Plink:
+    cdef public object branch, source_dev, identity
+    cdef public bytes name
+    cdef public int dirfd
+    cdef public unsigned long long source_ino
+    cdef public long long pending, links
+    cdef public bint counted
+
+cdef class Node:
+    cdef public unsigned long long id, dev, ino
+    cdef public unsigned int kind
+    cdef public int orphan_fd
+    cdef public long long nlookup, nlink_extra
+    cdef public object branch, busy, seen
+    cdef public Dir parent
+    cdef public bytes name
+    cdef public set aliases
+    cdef public list handles
+    cdef public Plink plink
+    cdef public bint dead
+
+cdef class Layer:
+    cdef public object branch
+    cdef public unsigned long long dev, ino
+    cdef public long long nlink
+    cdef public int fd
+
+cdef class Dir(Node):
+    cdef public list layers, times
+    cdef public dict children, view
+    cdef public set stacked, negatives
+    cdef public tuple listings, room
+    cdef public object opaque
+    cdef public long long floor, probes, load_at, version, resolved, cached_opens, mtime_offset
+    cdef public double ttl
+    cdef public bint trusted, hot, listed
