@@ -152,7 +152,9 @@ def _command(words: str, command: click.Command) -> list[str]:
     for option in _options(command):
         names = ", ".join(_literal(name) for name in [*option.opts, *option.secondary_opts])
         value = _value(option)
-        default = f" Default: `{option.default}`." if option.show_default else ""
+        # A default that depends on who asks is shown as the text that stands for it.
+        shown = option.show_default if isinstance(option.show_default, str) else option.default
+        default = f" Default: `{shown}`." if option.show_default else ""
         head = f"{names} \\fI{_escaped(value)}\\fP" if value else names
         lines += _item(head, (option.help or "") + default)
     return [f'.SS "{_escaped(words)}"', *lines]
