@@ -29,7 +29,7 @@ from tests.bench.workloads import all_workloads, check_name
 # a journal (ext4 then searches for a free inode past all that were freed within the last minute: a create costs 1 ms).
 EXT4 = ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"]
 EXT4_BYTES = 16 << 30  # sparse; 40 GiB would be 640 MiB of inode tables to write
-CLOSING = 20  # seconds of the time that are for taking all down and for the report
+CLOSING = 30  # seconds of the time that are for taking all down (unmounting writes what is dirty) and for the report
 INSIDE = "UDBAD_BENCH_NAMESPACE"
 HERE = Path(__file__).resolve().parent
 

@@ -60,7 +60,8 @@ def used(rows: Iterable[Row]) -> list[str]:
 
 
 def lines(rows: list[Row]) -> list[Line]:
-    """The lines of the table, in the order of the rows."""
+    """The lines of the table, in the order of the rows; none for a row without any figure (`reasons` has it)."""
+    rows = [row for row in rows if any(cell.samples for cell in row.cells.values())]
     columns = used(rows)
     checked = checks(rows)
     found = []

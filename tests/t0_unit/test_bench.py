@@ -302,6 +302,13 @@ def test_workloads_of_udbad_alone_have_a_table_of_their_own() -> None:
     assert [[line.row for line in part] for part in report.split(report.lines(rows))] == [rows[:2], [alone]]
 
 
+def test_a_row_without_figures_is_no_line_but_a_reason() -> None:
+    row = make_row("find cold")
+    row.cells = {"udbad-none": Cell(reason=NO_TIME)}
+    assert report.lines([row]) == []
+    assert report.reasons([row]) == [f"udbad-none: {NO_TIME} (workload)"]
+
+
 def test_fewer_repetitions_are_said() -> None:
     row = make_row("find cold", mergerfs=1, udbad_reval=2)
     row.cells["mergerfs"].samples.append(2.0)
