@@ -1,7 +1,8 @@
 """The paths in docs/architecture.md are those of the code: each function is there, and refers to those under it.
 
 Under a path's heading, `udbad.module.Class.function` at the beginning of a list item; an item that is further in is
-called by the one it stands under. "through `TABLE`" in that one: by way of a table of its module, which names it.
+called by the one it stands under. "through `TABLE`" in that one: by way of a table that its function or class uses, of
+its module or imported into it, which names it.
 """
 
 from __future__ import annotations
@@ -85,6 +86,22 @@ def mentions(scope: ast.AST, word: str) -> bool:
     return False
 
 
+def outermost(name: str) -> ast.AST:
+    """The class of a method, or the function itself."""
+    module, scope = module_of(name)
+    first = name.removeprefix(module + ".").partition(".")[0]
+    return next(node for node in scope.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == first)
+
+
+def home(table: str, name: str) -> ast.Module:
+    """The module that the table is in which the module of `name` uses."""
+    scope = module_of(name)[1]
+    for node in scope.body:
+        if isinstance(node, ast.ImportFrom) and any(alias.name == table for alias in node.names):
+            return module_of(f"{node.module}.{table}")[1]
+    return scope
+
+
 def broken(path: list[Step]) -> list[str]:
     """What a path says that the code does not, one line each."""
     found = []
@@ -101,8 +118,12 @@ def broken(path: list[Step]) -> list[str]:
             caller = above[-1]
             scope: ast.AST = definition(caller.name)
             word = step.name.rpartition(".")[2]
-            if not mentions(scope, word) and caller.table is not None and mentions(scope, caller.table):
-                scope = module_of(caller.name)[1]
+            if (
+                not mentions(scope, word)
+                and caller.table is not None
+                and mentions(outermost(caller.name), caller.table)
+            ):
+                scope = home(caller.table, caller.name)
             if not mentions(scope, word):
                 found.append(f"{caller.name} does not call {step.name}")
         above.append(step)

@@ -35,6 +35,7 @@ LEVELS: list[list[str]] = [
     ["udbad.coherence"],
     ["udbad.union.fs"],
     ["udbad.kernel"],
+    ["udbad.edge"],
     ["udbad.tools"],  # what people run on a union; asks no kernel and no process
     ["udbad.control"],
     ["udbad.mount"],
@@ -54,7 +55,7 @@ def _within(module: str, *packages: str) -> bool:
 
 # Who may import a library that is kept in one place.
 FENCES: dict[str, Callable[[str], bool]] = {
-    "pyfuse3": lambda module: _within(module, "udbad.kernel"),
+    "pyfuse3": lambda module: module == "udbad.edge.portable",
     "trio": lambda module: not _within(module, *SYNC_CORE),
     "asyncio": lambda module: not _within(module, *SYNC_CORE),
     "trio_asyncio": lambda module: module == "udbad.coherence.watcher",
@@ -155,7 +156,7 @@ def test_supervisor_and_client_never_reach_pyfuse3(module: str) -> None:
             target = imported_module(name)
             if target in MODULES and target not in seen:
                 queue.append(target)
-    assert not [name for name in seen if _within(name, "udbad.kernel")]
+    assert not [name for name in seen if _within(name, "udbad.kernel", "udbad.edge")]
 
 
 def hook_uses(source: str) -> list[int]:
@@ -194,7 +195,9 @@ def test_a_use_of_the_strategy_is_found(source: str) -> None:
         ("udbad.union.copyup", "from udbad.union import fs"),
         ("udbad.union.copyup", "from . import fs"),
         ("udbad.coherence.none", "def late():\n    from udbad.union.fs import Fs"),
-        ("udbad.kernel.ops", "from ..mount import mountproc"),
+        ("udbad.kernel.session", "from ..edge import native"),
+        ("udbad.edge.native", "from ..mount import mountproc"),
+        ("udbad.edge.native", "import pyfuse3"),
         ("udbad.control.trioserver", "from udbad.supervisor.supervisor import run"),
         ("udbad.control.client", "import udbad.cli"),
         ("udbad.types", "from udbad.branch.branches import Branch"),
@@ -223,7 +226,7 @@ def test_the_checker_finds(module: str, source: str) -> None:
         ("udbad.union.lookup", "from udbad.branch.whiteout import PREFIX"),
         ("udbad.union.fs", "from udbad.coherence.base import Coherence"),
         ("udbad.union.fs", "from udbad.union import copyup, lookup"),
-        ("udbad.kernel.ops", "import pyfuse3\nimport trio\nfrom udbad.union.fs import Fs"),
+        ("udbad.edge.portable", "import pyfuse3\nimport trio\nfrom udbad.union.fs import Fs"),
         ("udbad.coherence.watcher", "import asyncinotify, trio_asyncio, trio"),
         ("udbad.supervisor.supervisor", "import asyncio\nfrom udbad.union import fsck"),
         ("udbad.cli", "from udbad import __version__\nfrom udbad.daemon import supervisor, mountproc"),

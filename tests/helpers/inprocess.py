@@ -1,6 +1,6 @@
 """A union with the notify strategy in this process: no kernel, no event loop, and events only when asked for.
 
-The test plays the kernel (`look_up` answers as kernel/ops.py answers LOOKUP and keeps count) and decides
+The test plays the kernel (`look_up` answers as edge/operations.py answers LOOKUP and keeps count) and decides
 when the strategy may read its events (`coherence.drain()`), so every order of the two can be had.
 """
 

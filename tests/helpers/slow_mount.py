@@ -2,25 +2,23 @@
 
 As a program (python -m tests.helpers.slow_mount GATE WORDS mount …) it is udbad itself, except that
 while the file GATE exists, the requests named in WORDS (comma separated: operations, and `transfer`, the
-bytes of a copy-up) are worked on but not answered. They go the way they always go: what kernel/fast.py
-answers is held there, where a thread answers later as after a slow read; the rest, and what it hands over,
-in the handlers of kernel/ops.py. Each one that is held adds a line to GATE.held: where, and what. The word
-`no-epochs` makes the daemon believe that the kernel has no NOTIFY_INC_EPOCH, `coarse` that its time stamps
-are no finer than a tick of the clock (before Linux 6.13).
+bytes of a copy-up) are worked on but not answered: a thread answers later, as after a slow read. Each one that is held
+adds a line to GATE.held. The word `no-epochs` makes the daemon believe that the kernel has no NOTIFY_INC_EPOCH,
+`coarse` that its time stamps are no finer than a tick of the clock (before Linux 6.13).
 
 In a test: with slow_daemon(gate, …): every mount made by tests/helpers/mount.py is such a daemon.
 """
 
 from __future__ import annotations
 
-import errno
+import dataclasses
 import functools
 import os
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -52,8 +50,7 @@ class Gate:
         self.path.unlink(missing_ok=True)
 
     def held(self) -> Counter[str]:
-        """How many requests were held since `close`, by where and what: `fast lookup`, `pyfuse3 mkdir`, `thread
-        transfer`."""
+        """How many requests were held since `close`, by their word."""
         return Counter(self._held.read_text().splitlines())
 
     def wait_held(self, kinds: Iterable[str], count: int = 1) -> None:
@@ -76,43 +73,27 @@ def slow_daemon(gate: Gate | None, *words: str) -> Iterator[None]:
 # -- the daemon's side ------------------------------------------------------------------------
 
 
-def _held(handler: Callable[..., Awaitable[Any]], gate: str, what: str) -> Callable[..., Awaitable[Any]]:
-    import trio
-
-    async def slow(*args: Any) -> Any:
-        try:
-            return await handler(*args)
-        finally:
-            if _closed(gate):
-                _count(gate, f"pyfuse3 {what}")
-                while _closed(gate):  # noqa: ASYNC110 - another process opens it
-                    await trio.sleep(_POLL)
-
-    return slow
-
-
-def _held_native(method: Callable[..., Any], gate: str, what: str) -> Callable[..., Any]:
-    """A method of FastPath that answers a request: the answer or error comes from a thread when the gate opens."""
-    from udbad.kernel import fast
+def _held(operation: Callable[..., Any], gate: str, what: str) -> Callable[..., Any]:
+    """An operation of the table: the answer or error comes from a thread when the gate opens."""
+    from udbad.edge.operations import Later
+    from udbad.edge.waiting import RETRIED
     from udbad.union.superblock import NeedCopyUp
 
-    def slow(self: fast.FastPath, node: int, size: int) -> Any:
+    def slow(*arguments: Any) -> Any:
         if not _closed(gate):
-            return method(self, node, size)
+            return operation(*arguments)
         later: Callable[[], object]
         try:
-            later = functools.partial(_give, method(self, node, size))
-        except fast._Later as waits:
-            call, *arguments = waits.args
-            later = functools.partial(call, *arguments)
+            later = functools.partial(_give, operation(*arguments))
+        except Later as waits:
+            later = functools.partial(waits.call, *waits.args)
         except NeedCopyUp:
-            raise  # handed over
+            raise  # begins again
         except OSError as error:
-            if error.errno == errno.ESTALE:
-                raise  # likewise
+            if error.errno in RETRIED:
+                raise
             later = functools.partial(_raise, error)
-        self._undo = None
-        raise fast._Later(_held_in_thread(later, gate, f"fast {what}"))
+        raise Later(True, _held_in_thread(later, gate, what))
 
     return slow
 
@@ -151,25 +132,24 @@ def _count(gate: str, what: str) -> None:
 
 def _patch(gate: str, words: list[str]) -> None:
     from udbad.branch import branches
-    from udbad.kernel import fast
+    from udbad.edge import table, waiting
     from udbad.kernel.invalidator import Invalidator
-    from udbad.kernel.ops import Operations
     from udbad.mount import mountproc
     from udbad.union import copyup
 
-    mock.patch.object(fast, "_WAITERS", 64).start()  # whoever is held must not keep others from being so
+    mock.patch.object(waiting, "READERS", 64).start()  # whoever is held must not keep others from being so
     for word in words:
         if word == NO_EPOCHS:
             mock.patch.object(mountproc, "Invalidator", lambda tell, *_: Invalidator(tell, False)).start()
         elif word == COARSE:
             mock.patch.object(branches, "MULTIGRAIN_KERNEL", False).start()
         elif word == TRANSFER:
-            mock.patch.object(copyup, "transfer", _held_in_thread(copyup.transfer, gate, f"thread {TRANSFER}")).start()
+            mock.patch.object(copyup, "transfer", _held_in_thread(copyup.transfer, gate, TRANSFER)).start()
         else:
-            mock.patch.object(Operations, word, _held(getattr(Operations, word), gate, word)).start()
-            for name in {name for name in fast.HANDLERS.values() if name.rstrip("2") == word}:
-                method = getattr(fast.FastPath, f"_{name}")
-                mock.patch.object(fast.FastPath, f"_{name}", _held_native(method, gate, word)).start()
+            rows = {opcode: row for opcode, row in table.TABLE.items() if row.name == word}
+            assert rows, word
+            for opcode, row in rows.items():
+                table.TABLE[opcode] = dataclasses.replace(row, operation=_held(row.operation, gate, word))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The kernel's side of a mount as far as it remembers: entries, attributes, listings, and what drops them.
 
-It asks the union as kernel/fast.py and kernel/ops.py let it, keeps what it was told with a time-out, and changes it
+It asks the union as edge/operations.py lets it, keeps what it was told with a time-out, and changes it
 with its own operations as fs/fuse/dir.c and file.c do; the strategy's notifications arrive at once.
 """
 
@@ -120,7 +120,7 @@ class FakeKernel:
         return node.id
 
     def _perform(self, operation: Callable[[], T], *directories: int) -> T:
-        """As kernel/ops.py: once more when a branch changed underneath."""
+        """As edge/waiting.py: once more when a branch changed underneath."""
         try:
             return self.fs.run(operation)
         except OSError as error:
@@ -175,7 +175,7 @@ class FakeKernel:
             return held
         node, st = self._perform(lambda: self.fs.getattr(number))
         if type(node) is Dir and node.cached_opens and not node.trusted:
-            node.mtime_offset += 1  # as kernel/fast.py
+            node.mtime_offset += 1  # as edge/operations.py
         self._told_attributes(node, st)
         return fields(node, st)
 
@@ -246,7 +246,7 @@ class FakeKernel:
         self.fs.release(handle.fh)
 
     def read_directory(self, number: int) -> list[bytes]:
-        """READDIRPLUS of a whole directory, kept where kernel/fast.py lets it be (FOPEN_CACHE_DIR)."""
+        """READDIRPLUS of a whole directory, kept where edge/operations.py lets it be (FOPEN_CACHE_DIR)."""
         handle = self._perform(lambda: self.fs.opendir(number), number)
         node = handle.node
         names = []

@@ -37,7 +37,7 @@ def replace(path: Path, text: str) -> None:
 
 
 def walk(union: Core, name: str, pid: int = PID) -> Node:
-    """What LOOKUP does (kernel/fast.py)."""
+    """What LOOKUP does (edge/operations.py)."""
     found = union.fs.lookup(ROOT_ID, name.encode())
     if union.fs.walks.callers:
         found = union.fs.look_again(pid, ROOT_ID, name.encode(), found)

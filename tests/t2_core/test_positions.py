@@ -27,7 +27,7 @@ def union(tmp_path: Path) -> Iterator[Core]:
 
 
 def opened(union: Core, cached: bool = True) -> OpenDir:
-    """As kernel/fast.py opens one; cached: the kernel may answer for it from what another one has read."""
+    """As edge/operations.py opens one; cached: the kernel may answer for it from what another one has read."""
     handle = union.fs.opendir(ROOT_ID)
     if cached:
         handle.cached = True

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from tests.helpers.inprocess import notify_union
-from tests.t2_core.test_fast import Kernel
+from tests.t2_core.test_native import Kernel
 from udbad.coherence.notify import NotifyCoherence
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
-from udbad.types import ROOT_CALLER, ROOT_ID, Perm
+from udbad.types import ROOT_ID, Perm
 from udbad.union import lookup, readdir
 from udbad.union.superblock import Superblock
 
@@ -36,15 +36,35 @@ def kernel(tmp_path: Path) -> Iterator[Kernel]:
 
 
 def in_table(kernel: Kernel) -> set[int]:
-    return set(kernel.fast.fs.table.nodes)
+    return set(kernel.native.fs.table.nodes)
+
+
+def references(opcode: int, body: bytes) -> tuple[list[int], int | None]:
+    """What an answer gives the kernel: nodes, once for each reference, and a handle."""
+    if opcode in (wire.OPEN, wire.OPENDIR):
+        return [], wire.OPENED.unpack_from(body)[0]
+    if opcode != wire.READDIRPLUS:
+        (node,) = wire.QWORD.unpack_from(body)
+        return [node], wire.OPENED.unpack_from(body, wire.ENTRY_SIZE)[0] if opcode == wire.CREATE else None
+    nodes = []
+    at = 0
+    while at < len(body):
+        (node,) = wire.QWORD.unpack_from(body, at)
+        at += wire.ENTRY_SIZE
+        _, _, size, _ = struct.unpack_from("<QQII", body, at)
+        at += wire.DIRENT_SIZE
+        if node and body[at : at + size] not in (b".", b".."):  # which are no look-up (fuse_direntplus_link())
+            nodes.append(node)
+        at += size + 7 & ~7
+    return nodes, None
 
 
 def read_directory(kernel: Kernel, fh: int, start: int = 0, room: int = 1 << 16) -> tuple[int, list[int], int]:
     """READDIRPLUS: (errno, nodes that the kernel takes a reference of, offset after the last entry)."""
-    assert kernel.ask(wire.READDIRPLUS, ROOT_ID, wire.READ_IN.pack(fh, start, room) + bytes(20))
+    kernel.ask(wire.READDIRPLUS, ROOT_ID, wire.READ_IN.pack(fh, start, room) + bytes(20))
     error, body = kernel.answer()
     assert len(body) <= room
-    nodes, _ = wire.references(wire.READDIRPLUS, body)
+    nodes, _ = references(wire.READDIRPLUS, body)
     at, after = 0, start
     while at < len(body):
         _, after, size, _ = struct.unpack_from("<QQII", body, at + wire.ENTRY_SIZE)
@@ -54,24 +74,24 @@ def read_directory(kernel: Kernel, fh: int, start: int = 0, room: int = 1 << 16)
 
 def forget(kernel: Kernel, nodes: list[int]) -> None:
     for node in nodes:
-        assert kernel.ask(wire.FORGET, node, wire.QWORD.pack(1))
+        kernel.ask(wire.FORGET, node, wire.QWORD.pack(1))
 
 
 @pytest.fixture
 def opened(kernel: Kernel) -> Iterator[int]:
     """Handle of the directory, which the kernel knows; afterwards it has forgotten everything."""
-    assert kernel.ask(wire.LOOKUP, ROOT_ID, b"dir\0")
+    kernel.ask(wire.LOOKUP, ROOT_ID, b"dir\0")
     (node,) = wire.QWORD.unpack_from(kernel.answer()[1])
-    assert kernel.ask(wire.OPENDIR, node, bytes(8))
+    kernel.ask(wire.OPENDIR, node, bytes(8))
     (fh, *_) = wire.OPENED.unpack(kernel.answer()[1])
     yield fh
-    assert kernel.ask(wire.RELEASEDIR, node, wire.QWORD.pack(fh))
+    kernel.ask(wire.RELEASEDIR, node, wire.QWORD.pack(fh))
     forget(kernel, [node])
     assert in_table(kernel) == {ROOT_ID}
 
 
 def watches(kernel: Kernel) -> int:
-    return kernel.fast.coherence.statistics().watches
+    return kernel.native.operations.coherence.statistics().watches
 
 
 def test_an_entry_that_does_not_fit_is_not_kept(kernel: Kernel, opened: int) -> None:
@@ -109,7 +129,7 @@ def test_an_error_comes_after_what_there_is(
     assert in_table(kernel) == before | set(nodes)
     assert read_directory(kernel, opened, after) == (errno.EACCES, [], after)
     assert in_table(kernel) == before | set(nodes)
-    assert all(kernel.fast.fs.table.nodes[node].nlookup == 1 for node in nodes)
+    assert all(kernel.native.fs.table.nodes[node].nlookup == 1 for node in nodes)
     forget(kernel, nodes)
 
 
@@ -125,18 +145,18 @@ def test_an_answer_that_becomes_an_error_counts_nothing(
             raise ZeroDivisionError
         return 0.0
 
-    monkeypatch.setattr(kernel.fast.coherence, "attr_ttl", attr_ttl)
+    monkeypatch.setattr(kernel.native.operations.coherence, "attr_ttl", attr_ttl)
     expect_log("readdir of node 1 failed")
     assert read_directory(kernel, opened)[:2] == (errno.EIO, [])
     assert in_table(kernel) - before == {told[-1].id}, "where the bug struck"
-    kernel.fast.fs.table.not_sent(told[-1])
+    kernel.native.fs.table.not_sent(told[-1])
 
 
 def test_what_could_not_be_interned_is_not_kept(kernel: Kernel, opened: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The directory is there, and its watch cannot be had: EIO, and nothing is left of it."""
     before, watched = in_table(kernel), watches(kernel)
-    descriptors = kernel.fast.fs.table.open_fds
-    coherence = kernel.fast.coherence
+    descriptors = kernel.native.fs.table.open_fds
+    coherence = kernel.native.operations.coherence
 
     def fails(node: Dir, changed: bool) -> None:
         raise OSError(errno.EIO, "")
@@ -144,14 +164,18 @@ def test_what_could_not_be_interned_is_not_kept(kernel: Kernel, opened: int, mon
     directory = next(node for node in before if node != ROOT_ID)
     with monkeypatch.context() as patch:
         patch.setattr(coherence, "adopt", fails)
-        assert kernel.ask(wire.LOOKUP, directory, b"d0\0")
+        kernel.ask(wire.LOOKUP, directory, b"d0\0")
         assert kernel.answer() == (errno.EIO, b"")
-    assert (in_table(kernel), watches(kernel), kernel.fast.fs.table.open_fds) == (before, watched, descriptors)
+    assert (in_table(kernel), watches(kernel), kernel.native.fs.table.open_fds) == (before, watched, descriptors)
 
 
 REFUSED: dict[str, tuple[int, bytes]] = {
     "lookup": (wire.LOOKUP, b"dir\0"),
     "create": (wire.CREATE, wire.FOUR_WORDS.pack(os.O_RDWR | os.O_CREAT, 0o100644, 0o022, 0) + b"new\0"),
+    "mkdir": (wire.MKDIR, wire.TWO_WORDS.pack(0o755, 0) + b"made\0"),
+    "mknod": (wire.MKNOD, wire.FOUR_WORDS.pack(0o100644, 0, 0, 0) + b"node\0"),
+    "symlink": (wire.SYMLINK, b"link\0target\0"),
+    "link": (wire.LINK, b""),
     "opendir": (wire.OPENDIR, bytes(8)),
     "readdir": (wire.READDIRPLUS, b""),
     "open": (wire.OPEN, bytes(8)),
@@ -164,15 +188,17 @@ def test_our_answer_that_the_kernel_does_not_take(
     kernel: Kernel, opened: int, what: str, number: int, monkeypatch: pytest.MonkeyPatch, expect_log: Any
 ) -> None:
     """write(2) says ENOENT: whoever asked was killed meanwhile; EINVAL: it makes no sense to the kernel, a bug."""
-    fs = kernel.fast.fs
-    assert kernel.ask(wire.CREATE, ROOT_ID, wire.FOUR_WORDS.pack(os.O_RDWR, 0o100644, 0, 0) + b"file\0")
+    fs = kernel.native.fs
+    kernel.ask(wire.CREATE, ROOT_ID, wire.FOUR_WORDS.pack(os.O_RDWR, 0o100644, 0, 0) + b"file\0")
     body = kernel.answer()[1]
-    (file,), fh = wire.references(wire.CREATE, body)
+    (file,), fh = references(wire.CREATE, body)
     before, handles = {number: node.nlookup for number, node in fs.table.nodes.items()}, len(fs.handles)
     cached, watched = directory_of(kernel, opened).cached_opens, watches(kernel)
     opcode, request = REFUSED[what]
     if what == "readdir":
         request = wire.READ_IN.pack(opened, 0, 1 << 16) + bytes(20)
+    if what == "link":
+        request = wire.QWORD.pack(file) + b"linked\0"
     refused = []
 
     def refuse(fd: int, data: Any) -> int:
@@ -182,20 +208,21 @@ def test_our_answer_that_the_kernel_does_not_take(
     if number == errno.EINVAL:
         expect_log("cannot answer a request: refused")
     with monkeypatch.context() as patch:
-        patch.setattr("udbad.kernel.fast.os.write", refuse)
-        patch.setattr("udbad.kernel.fast.os.writev", refuse)
+        patch.setattr("udbad.edge.native.os.write", refuse)
+        patch.setattr("udbad.edge.native.os.writev", refuse)
         node = {"open": file, "opendir": directory_of(kernel, opened).id}.get(what, ROOT_ID)
-        assert kernel.ask(opcode, node, request)
+        kernel.ask(opcode, node, request)
     assert refused
     after = {number: node.nlookup for number, node in fs.table.nodes.items()}
     assert (after, len(fs.handles)) == (before, handles)
-    assert (directory_of(kernel, opened).cached_opens, watches(kernel)) == (cached, watched)
-    assert kernel.ask(wire.RELEASE, file, wire.QWORD.pack(fh or 0))
+    # With a second name, a file is watched itself.
+    assert (directory_of(kernel, opened).cached_opens, watches(kernel)) == (cached, watched + (what == "link"))
+    kernel.ask(wire.RELEASE, file, wire.QWORD.pack(fh or 0))
     forget(kernel, [file])
 
 
 def directory_of(kernel: Kernel, fh: int) -> Dir:
-    return kernel.fast.fs.handles.directory(fh).node
+    return kernel.native.fs.handles.directory(fh).node
 
 
 @pytest.mark.parametrize("fails", ["stat", "gone"])
@@ -228,49 +255,9 @@ def test_an_entry_whose_status_cannot_be_had(
     assert in_table(kernel) == before
 
 
-def entry_of(union_node: Node, st: os.stat_result) -> bytes:
-    union_node.nlookup += 1
-    return wire.entry(union_node, st, 0.0, 0.0)
-
-
-@pytest.mark.parametrize("opcode", [wire.MKDIR, wire.CREATE, wire.OPENDIR, wire.READDIRPLUS])
-def test_an_answer_of_pyfuse3_that_the_kernel_does_not_take(
-    kernel: Kernel, opened: int, opcode: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever asked was killed meanwhile, or the connection aborted: write(2) says ENOENT."""
-    fs = kernel.fast.fs
-    before, handles = in_table(kernel), len(fs.handles)
-    monkeypatch.delitem(kernel.fast._handlers, opcode, raising=False)
-    assert not kernel.ask(opcode, ROOT_ID, bytes(24) + b"new\0"), "handed over"
-    if opcode == wire.MKDIR:
-        body = entry_of(*fs.mkdir(ROOT_ID, b"new", 0o755, ROOT_CALLER))
-    elif opcode == wire.CREATE:
-        handle, st = fs.create(ROOT_ID, b"new", os.O_RDWR, 0o644, ROOT_CALLER)
-        body = entry_of(handle.node, st) + wire.OPENED.pack(handle.fh, 0, 0)
-    elif opcode == wire.OPENDIR:
-        body = wire.OPENED.pack(fs.opendir(ROOT_ID).fh, 0, 0)
-    else:
-        body = b""
-        for name, node, st, after in fs.readdir(opened, 0):
-            dots = name in (b".", b"..")
-            body += wire.entry(node, st, 0.0, 0.0) if dots else entry_of(node, st)
-            body += wire.dirent(node.id, node.kind, name, after)
-    assert opcode == wire.OPENDIR or in_table(kernel) > before
-    kernel.pyfuse3s.send(wire.REPLY.pack(16 + len(body), 0, 7) + body)
-
-    def gone(fd: int, data: bytes) -> int:
-        raise OSError(errno.ENOENT, "")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("udbad.kernel.fast.os.write", gone)
-        kernel.fast.relay()
-    assert (in_table(kernel), len(fs.handles)) == (before, handles)
-    assert not kernel.fast._handed_over
-
-
 def test_a_forgotten_directory_leaves_nothing_in_the_strategy(kernel: Kernel, opened: int) -> None:
     """Nor while IN_IGNORED has not been read, which comes for each watch, and never after an overflow."""
-    coherence = kernel.fast.coherence
+    coherence = kernel.native.operations.coherence
     assert isinstance(coherence, NotifyCoherence)
     watcher = coherence._watches.watcher
     assert watcher is not None
@@ -288,10 +275,10 @@ def test_a_forgotten_directory_leaves_nothing_in_the_strategy(kernel: Kernel, op
     assert held()[1] == before[1] + len(NAMES)
     forget(kernel, nodes)
     assert held() == before
-    kernel.fast.fs.table._give_back()
+    kernel.native.fs.table._give_back()
     assert held() == before
     (directory,) = in_table(kernel) - {ROOT_ID}
-    assert kernel.ask(wire.LOOKUP, directory, b"d0\0"), "all goes on as before"
+    kernel.ask(wire.LOOKUP, directory, b"d0\0")  # all goes on as before
     (node,) = wire.QWORD.unpack_from(kernel.answer()[1])
     assert held()[1] == before[1] + 1
     forget(kernel, [node])

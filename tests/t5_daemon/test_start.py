@@ -11,14 +11,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import pyfuse3
 import pytest
+import trio
 
 from tests.helpers.leaks import mounts_under
 from tests.helpers.mount import DEADLINE, REPOSITORY, UnionFactory
 from udbad.branch.writelock import WriteLocks
 from udbad.coherence.notify import NotifyCoherence
 from udbad.control import registry, trioserver
+from udbad.edge import native, waiting
 from udbad.errors import UserError
 from udbad.kernel import mounts, newmount, session
 from udbad.kernel.invalidator import Invalidator
@@ -35,15 +36,15 @@ STEPS: dict[str, tuple[object, str]] = {
     "mark": (Writing, "begin"),
     "pseudo-links": (homes, "load"),
     "connection": (newmount, "_configure"),
-    "socket pair": (session, "_enlarge"),
     "INIT": (session, "InitRequest"),
     "invalidator": (Invalidator, "__init__"),
     "coherence": (NotifyCoherence, "start"),
-    "operations": (mountproc, "Operations"),
-    "fast path": (mountproc, "FastPath"),
+    "edge": (mountproc, "Native"),
+    "event loop": (native, "Loop"),
+    "threads": (waiting, "ThreadPoolExecutor"),
     "commands": (mountproc, "Commands"),
     "control socket": (trioserver, "listen"),
-    "pyfuse3": (pyfuse3, "init"),
+    "trio": (trio.lowlevel, "start_guest_run"),
     "mount": (newmount, "attach"),
     "connection number": (mounts, "unions"),
     "entry": (mountproc.MountProcess, "write_entry"),
@@ -91,7 +92,6 @@ def test_a_step_that_fails(tmp_path: Path, step: str) -> None:
         (tmp_path / name).mkdir()
     (tmp_path / "top" / ".wh..wh.plnk").mkdir()
     failures: list[Exception] = [OSError(5, "injected"), UserError("injected")]
-    failures += [RuntimeError("injected")] if step == "pyfuse3" else []
     for failure in failures:
         # The last step is no reason not to serve when it fails as a full run directory makes it fail.
         if step == "entry" and isinstance(failure, OSError):
@@ -154,7 +154,7 @@ def test_a_taken_metrics_port_is_a_warning(union: UnionFactory) -> None:
 
 
 def test_as_root_of_a_user_namespace(tmp_path: Path) -> None:
-    """Without CAP_NET_ADMIN the buffers are smaller, and so are requests; large reads and writes come whole."""
+    """Large reads and writes come whole."""
     for name in ("top", "base", "mnt"):
         (tmp_path / name).mkdir()
     data = os.urandom(3 << 20)

@@ -182,8 +182,8 @@ class Watcher:
     async def run(self) -> None:
         """Hand on events until cancelled.
 
-        The asyncio loop only tells us that there is something to read, so that others can read it, too: `drain`, and
-        kernel/reader.py while requests keep coming.
+        For an edge whose event loop is not ours (Native.takes_events). The asyncio loop only tells us that there is
+        something to read, so that others can read it, too: `drain`.
         """
         async with trio_asyncio.open_loop() as loop:
             if self._closed:

@@ -17,9 +17,9 @@ import os
 import stat as st_mod
 import sys
 from collections import OrderedDict
-from collections.abc import Awaitable, Sized
+from collections.abc import Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch
@@ -77,12 +77,6 @@ class Plink:
         """False while `pending` is a guess, because an earlier mount made the pseudo-link."""
 
 
-class Waiting(Protocol):
-    """Something to wait on while a node is being copied up (a trio.Event; this layer knows no trio)."""
-
-    def wait(self) -> Awaitable[None]: ...
-
-
 class Node:
     """One inode of the mount that is not a directory, or the common part of a directory."""
 
@@ -120,8 +114,8 @@ class Node:
         """The pseudo-link its data is reached by."""
         self.orphan_fd = -1
         """Its copy without a name, made after the last one was removed."""
-        self.busy: Waiting | None = None
-        """A copy-up of it is under way."""
+        self.busy: object = None
+        """The copy-up of it that is under way, if there is one (edge/waiting.py)."""
         self.seen: Stamp | None = None
         """Its state at the last open, for which the kernel may keep pages."""
 

@@ -1,10 +1,8 @@
 """The parts of the FUSE wire format that udbad speaks itself (linux/fuse.h, protocol 7.x).
 
-INIT is answered here and not by libfuse, because pyfuse3 cannot ask for what a union needs: DONT_MASK
-(the umask is ignored under a default ACL), HANDLE_KILLPRIV_V2 (one request less per write) and SETXATTR_EXT
-(setting an ACL clears setgid).
-Notifications are written raw because pyfuse3 has no call for some of them. Pure packing and
-unpacking, no I/O.
+INIT asks for what a union needs, as DONT_MASK (the umask is ignored under a default ACL), HANDLE_KILLPRIV_V2 (one
+request less per write) and SETXATTR_EXT (setting an ACL clears setgid). Notifications tell the kernel what to forget.
+Pure packing and unpacking, no I/O.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ _INVAL_ENTRY = struct.Struct("<QII")
 
 OPCODE_INIT = 26
 MAX_REQUEST = 1 << 20
-"""Bytes of data in one READ or WRITE: 256 pages, what libfuse's buffers hold."""
+"""Bytes of data in one READ or WRITE: 256 pages, as much as any kernel takes without fs.fuse.max_pages_limit."""
 
 _ASYNC_READ = 1 << 0
 _ATOMIC_O_TRUNC = 1 << 3
@@ -45,7 +43,10 @@ _WANTED = (
     | _ASYNC_DIO | _PARALLEL_DIROPS | _ABORT_ERROR | _MAX_PAGES | _SETXATTR_EXT
 )  # fmt: skip
 
-_MAX_MINOR = 38  # the newest protocol whose requests libfuse 3.14 knows how to take apart
+_MAX_MINOR = 45
+"""The newest protocol that wire.py was compared with. What came since 7.23 and changes the form of a request or an
+answer comes with a flag only (SETXATTR_EXT, SECURITY_CTX and CREATE_SUPP_GROUP, ALLOW_IDMAP), or is an opcode of its
+own, which is answered ENOSYS."""
 
 NOTIFY_INVAL_INODE = 2
 NOTIFY_INVAL_ENTRY = 3
@@ -63,30 +64,21 @@ class InitRequest:
         fields = _IN_HEADER.unpack_from(raw)
         if fields[1] != OPCODE_INIT:
             raise ValueError(f"first FUSE request has opcode {fields[1]}, not INIT")
-        self.raw = raw
         self.unique: int = fields[2]
         self.major, self.minor, self.max_readahead, self.flags = _INIT_IN.unpack_from(raw, _IN_HEADER.size)
         self.setxattr_ext = self.flags & _SETXATTR_EXT != 0
-        """Whether SETXATTR has the longer form (Linux 5.13), which libfuse does not expect: it must not get one."""
+        """Whether SETXATTR has the longer form (Linux 5.13)."""
 
-    def reply(self, acl: bool, most: int = MAX_REQUEST) -> bytes:
-        """Our answer; acl: let the kernel enforce POSIX ACLs. most: bytes of data in a request, whole pages."""
+    def reply(self, acl: bool) -> bytes:
+        """Our answer; acl: let the kernel enforce POSIX ACLs."""
         wanted = _WANTED | (_POSIX_ACL if acl else 0)
         wanted |= _HANDLE_KILLPRIV_V2 if self.flags & _HANDLE_KILLPRIV_V2 else _HANDLE_KILLPRIV
         body = _INIT_OUT.pack(
             7, min(self.minor, _MAX_MINOR), self.max_readahead, self.flags & wanted,
             64, 48,  # max_background, congestion_threshold
-            most, 1, most // 4096, 0, 0, 0, 0,
+            MAX_REQUEST, 1, MAX_REQUEST // 4096, 0, 0, 0, 0,
         )  # fmt: skip
         return _OUT_HEADER.pack(_OUT_HEADER.size + len(body), 0, self.unique) + body
-
-    def for_libfuse(self) -> bytes:
-        """The request as libfuse gets to see it: protocol 7.13, below which it does not splice.
-
-        Requests are small; splicing them through a pipe costs more system calls than one read.
-        """
-        offset = _IN_HEADER.size + 4
-        return self.raw[:offset] + struct.pack("<I", 13) + self.raw[offset + 4 :]
 
 
 def _notify(code: int, body: bytes) -> bytes:

@@ -1,6 +1,7 @@
-"""Requests and replies of the operations that kernel/fast.py answers (linux/fuse.h, protocol 7.x).
+"""Requests and replies in the form that the kernel has them (linux/fuse.h, protocol 7.x).
 
-Pure packing and unpacking, no I/O. Times in nanoseconds, time-outs in seconds.
+Numbers, structs and the packing of answers; edge/table.py says which operation takes what. No I/O. Times in
+nanoseconds, time-outs in seconds.
 """
 
 from __future__ import annotations
@@ -11,20 +12,18 @@ from functools import lru_cache
 
 from udbad.inodes.table import Node
 
-REQUEST = struct.Struct("<4xIQQ")
-"""Of fuse_in_header: opcode, unique, node id; the length before them is known."""
-CALLER, CALLER_AT = struct.Struct("<III"), REQUEST.size
-"""uid, gid, pid; after them the length of extensions, and padding."""
+REQUEST = struct.Struct("<IIQQIII")
+"""Of fuse_in_header: length, opcode, unique, node id, uid, gid, pid; then the length of extensions, and padding."""
 BODY = 40
+"""Bytes of a fuse_in_header: where the request's own struct begins."""
 REPLY = struct.Struct("<IiQ")
 """fuse_out_header: length, error, unique."""
 
-LOOKUP, FORGET, GETATTR, SETATTR, UNLINK, RENAME, OPEN, READ, WRITE = 1, 2, 3, 4, 10, 12, 14, 15, 16
-RELEASE, SETXATTR, GETXATTR, FLUSH, OPENDIR, RELEASEDIR, CREATE, INTERRUPT = 18, 21, 22, 25, 27, 29, 35, 36
+LOOKUP, FORGET, GETATTR, SETATTR, READLINK, SYMLINK, MKNOD, MKDIR = 1, 2, 3, 4, 5, 6, 8, 9
+UNLINK, RMDIR, RENAME, LINK, OPEN, READ, WRITE, STATFS, RELEASE = 10, 11, 12, 13, 14, 15, 16, 17, 18
+FSYNC, SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR, FLUSH, OPENDIR = 20, 21, 22, 23, 24, 25, 27
+READDIR, RELEASEDIR, FSYNCDIR, CREATE, INTERRUPT, DESTROY = 28, 29, 30, 35, 36, 38
 BATCH_FORGET, READDIRPLUS, RENAME2 = 42, 44, 45
-SYMLINK, MKNOD, MKDIR, LINK = 6, 8, 9, 13
-REFERRING = frozenset({LOOKUP, SYMLINK, MKNOD, MKDIR, LINK, OPEN, OPENDIR, CREATE, READDIRPLUS})
-"""Their answers give the kernel a reference on a node, or a handle."""
 
 KEEP_CACHE, CACHE_DIR, NO_FLUSH = 1 << 1, 1 << 3, 1 << 5
 """FOPEN_*: flags of the replies to OPEN and OPENDIR. NO_FLUSH is unknown before Linux 5.16, which then asks."""
@@ -32,6 +31,9 @@ KEEP_CACHE, CACHE_DIR, NO_FLUSH = 1 << 1, 1 << 3, 1 << 5
 TWO_WORDS = struct.Struct("<II")
 FOUR_WORDS = struct.Struct("<IIII")
 QWORD = struct.Struct("<Q")
+QWORD_AND_WORD = struct.Struct("<QI4x")
+"""RENAME2: directory, flags. FSYNC, FSYNCDIR: handle, FSYNC_DATA_ONLY."""
+FSYNC_DATA_ONLY = 1
 FORGET_ONE = struct.Struct("<QQ")
 READ_IN = struct.Struct("<QQI")
 """READ, WRITE, READDIR: handle, offset, size in bytes."""
@@ -47,6 +49,8 @@ ACL_KILL_SGID = 1
 WRITE_DATA = BODY + 40
 OPENED = struct.Struct("<QII")
 
+STATFS_OUT = struct.Struct("<QQQQQIII28x")
+"""fuse_kstatfs: blocks, free, available, files, free files, block size, longest name, fragment size."""
 _ATTR_OUT = struct.Struct("<QIIQQQqqqIIIIIIIIII")
 _ENTRY_OUT = struct.Struct("<QQQQIIQQQqqqIIIIIIIIII")
 _ATIME, _MTIME, _CTIME = 7, 8, 9
@@ -122,23 +126,3 @@ def dirent(number: int, kind: int, name: bytes, after: int) -> bytes:
 _PADDING = [b"\0" * (-size & 7) for size in range(8)]
 NO_ENTRY = bytes(ENTRY_SIZE)
 """Before "." and ".." of a READDIRPLUS: nothing is looked up by them."""
-
-
-def references(opcode: int, body: bytes) -> tuple[list[int], int | None]:
-    """What the answer to one of `REFERRING` gives the kernel: nodes, once for each reference, and a handle."""
-    if opcode in (OPEN, OPENDIR):
-        return [], OPENED.unpack_from(body)[0]
-    if opcode != READDIRPLUS:
-        (node,) = QWORD.unpack_from(body)
-        return [node] if node else [], OPENED.unpack_from(body, ENTRY_SIZE)[0] if opcode == CREATE else None
-    nodes = []
-    at = 0
-    while at < len(body):
-        (node,) = QWORD.unpack_from(body, at)
-        at += ENTRY_SIZE
-        size = _DIRENT.unpack_from(body, at)[2]
-        at += DIRENT_SIZE
-        if node and body[at : at + size] not in (b".", b".."):  # which are no look-up (fuse_direntplus_link())
-            nodes.append(node)
-        at += size + 7 & ~7
-    return nodes, None

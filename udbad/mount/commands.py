@@ -115,7 +115,7 @@ class Commands:
             },
             "copyups": [
                 {"path": os.fsdecode(reconfigure.path_of(job.node)), "size": job.st.st_size, "done": job.progress}
-                for job in process.operations.copyups.values()
+                for job in (copy.job for copy in process.edge.waiting.copyups.values())
             ],
             "open_handles": len(process.sb.handles),
             "connection": process.session.connection,

@@ -1,7 +1,7 @@
 """The mount process: builds everything one mount needs, serves it, and takes it down in order.
 
-Order of the end: stop the watcher, drain and join the invalidator, unmount, let pyfuse3's loop return,
-close. A mount that ends cleanly marks its writable branches clean; after any other end the next mount
+Order of the end: unmount, let the event loop return, give up what waits, stop the watcher, drain and join the
+invalidator, close. A mount that ends cleanly marks its writable branches clean; after any other end the next mount
 sweeps them for temporary names first.
 """
 
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -36,11 +37,11 @@ from udbad.coherence.notify import NotifyCoherence
 from udbad.coherence.reval import RevalCoherence
 from udbad.control import exporter, registry, trioserver
 from udbad.control.protocol import ask
+from udbad.edge.holding import Holding
+from udbad.edge.native import Native
 from udbad.errors import ExitCode, UserError
-from udbad.kernel.fast import FastPath
 from udbad.kernel.invalidator import Invalidator
 from udbad.kernel.mounts import lying, mounts_inside, unions
-from udbad.kernel.ops import Operations
 from udbad.kernel.protocol import teller
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import Samples, Server
@@ -142,14 +143,12 @@ class MountProcess:
             self.coherence = STRATEGIES[options.udba](self.sb, self.invalidator)
             ending.callback(lambda: self.coherence.stop())  # the one of then
             self.coherence.start()
-            self.operations = Operations(self.fs, self.coherence)
-            self.fast = FastPath(
-                self.session.fd, self.session.pyfuse3s, self.fs, self.coherence, self.operations.perform,
-                self.operations.stale, self.session.setxattr_ext,
-            )  # fmt: skip
-            ending.callback(self.fast.close)
+            stale = Holding(self.fs.walks).stale
+            self.edge = Native(self.session.fd, self.fs, self.coherence, stale, self.session.setxattr_ext)
+            ending.callback(self.edge.close)
             self.readings = MetricsReader(self)
             self.background: trio.Nursery  # of serve(): what ends with the mount
+            self._changing_mode = trio.CancelScope()
             self._commands = Commands(self)
             self.ready = False
             self._ending = ending.pop_all()
@@ -267,7 +266,6 @@ class MountProcess:
             nullcontext() if listener is None else listener.socket,
             trio.open_signal_receiver(*_STOPPING) as signals,
         ):
-            self.session.attach(self.operations)
             self.session.mount(self._dead)
             try:
                 self.write_entry()
@@ -280,15 +278,16 @@ class MountProcess:
             async with trio.open_nursery() as nursery:
                 self.background = nursery
                 nursery.start_soon(self._stop_on_signal, signals)
-                nursery.start_soon(self._run_coherence)
+                if not self.edge.takes_events:
+                    nursery.start_soon(self._run_coherence)
                 self.writing.sweep(nursery)
                 if listener is not None:
                     nursery.start_soon(trioserver.serve, listener, self._commands.table())
                 try:
-                    await self.session.serve(self.fast)
+                    await self.edge.serve()
                 finally:
                     nursery.cancel_scope.cancel()
-        if self.session.aborted:
+        if self.edge.aborted:
             raise UserError(f"{text(self.mount_point)}: the connection was aborted; its users get errors until it is "
                             "unmounted or mounted again", ExitCode.FAILURE)  # fmt: skip
 
@@ -323,13 +322,13 @@ class MountProcess:
                     error = other
             if self.session.mounted:
                 log.warning("%s: %s; the session ends all the same", text(self.mount_point), error.strerror)
-            self.session.terminate()
+            self.edge.terminate()
             return
         # Normally the loop has ended with the mount. It has not where a copy of the mount is left in
         # another mount namespace (a container, a service with private mounts).
         await trio.sleep(_LINGER_SECONDS)
         log.info("the mount is still in use in another mount namespace; ending all the same")
-        self.session.terminate()
+        self.edge.terminate()
 
     def close(self) -> None:
         """The end after serving: release everything, in order, and mark the branches clean."""
@@ -430,7 +429,7 @@ class MountProcess:
     def restart_coherence(self, mode: str | None = None) -> None:
         """Begin anew with a strategy (None: the same one) after one that has handed over."""
         strategy = STRATEGIES[mode or self.coherence.name]
-        self.coherence = self.operations.coherence = self.fast.coherence = strategy(self.sb, self.invalidator)
+        self.coherence = self.edge.operations.coherence = strategy(self.sb, self.invalidator)
         self.coherence.start()
         self._changing_mode.cancel()
 
@@ -507,12 +506,12 @@ def run(
     for number in _STOPPING:
         signal.signal(number, process.on_late_signal)
     try:
-        trio.run(process.serve, lambda: on_ready(process))
+        process.edge.run(partial(process.serve, lambda: on_ready(process)))
     except BaseException as error:
         if process.ready:
             raise
         process.abandon()
-        if isinstance(error, (OSError, RuntimeError)):  # the latter: pyfuse3
+        if isinstance(error, OSError):
             raise _no_start(mount_point, error) from error
         raise
     process.close()

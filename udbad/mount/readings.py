@@ -1,7 +1,7 @@
 """What a mount process says about itself at a scrape: every metric of origin mount, as metrics.Samples.
 
 Everything is read from counters and tables that exist anyway; only copy-ups are counted here, by the
-callbacks of kernel/ops.py. Branches are asked in threads and given up after PROBE_SECONDS: a branch that
+callbacks of edge/waiting.py. Branches are asked in threads and given up after PROBE_SECONDS: a branch that
 hangs must not hang the scrape, and it gets no second question before it has answered the first.
 
 Event loop only. Must not fail because of a branch, and must not touch the mount.
@@ -55,8 +55,8 @@ class MetricsReader:
         self._copied = 0
         self._failures: dict[str, int] = {}
         self._asked: set[int] = set()
-        process.operations.on_copyup = self._copied_up
-        process.operations.on_copyup_failed = self._copyup_failed
+        process.edge.waiting.on_copyup = self._copied_up
+        process.edge.waiting.on_copyup_failed = self._copyup_failed
 
     def _copied_up(self, job: Job, seconds: float) -> None:
         key = (job.trigger.value, job.method.value)
@@ -119,7 +119,7 @@ class MetricsReader:
         return {
             "udbad_copyup_duration_seconds": [(key, counts.value()) for key, counts in self._copyups.items()],
             "udbad_copyup_bytes_total": [((), self._copied)],
-            "udbad_copyups_in_flight": [((), len(self._process.operations.copyups))],
+            "udbad_copyups_in_flight": [((), len(self._process.edge.waiting.copyups))],
             "udbad_copyup_failures_total": [((name,), count) for name, count in self._failures.items()],
         }
 

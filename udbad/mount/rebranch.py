@@ -144,11 +144,11 @@ def _written(branches: BranchSet, ro: bool) -> list[Branch]:
 
 
 async def _no_copyups(process: MountProcess) -> None:
-    while process.operations.copyups:
+    while copies := process.edge.waiting.copyups:
+        ended = trio.Event()
+        next(iter(copies.values())).ended.append(ended.set)
         # After this: another request may have started a copy-up; look again.
-        busy = next(iter(process.operations.copyups.values())).node.busy
-        if busy is not None:
-            await busy.wait()
+        await ended.wait()
 
 
 async def _no_writers(process: MountProcess) -> None:

@@ -1,7 +1,7 @@
 """The supervisor: many mounts from one configuration, changed while they run.
 
 One mount process per mount (runner.py), a control socket, reload on SIGHUP, on request and
-when a file of the configuration changes (configwatch.py). May not import pyfuse3 or anything that does, nor
+when a file of the configuration changes (configwatch.py). May not import what serves a mount, nor
 touch a mount point. When it dies the mounts go on; the next supervisor finds them under the run directory
 and adopts them.
 """

@@ -8,7 +8,7 @@ Three steps, so that the bytes can travel in a worker thread while the mount is 
 
 Everything but regular files is small enough to be done inside `begin`. A failure leaves the lower
 object untouched and visible and no temporary behind. While a copy-up is under way node.busy is set,
-and operations on that node wait (kernel/ops.py).
+and operations on that node wait (edge/waiting.py).
 
 The data is on disk before the name is (as in overlayfs, ovl_copy_up_file): else a power failure could leave an empty
 file that hides the whole lower one. Names, directories and attributes need no sync for that: file systems keep them in

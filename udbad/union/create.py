@@ -259,7 +259,9 @@ def link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result
             # The home is on a branch that cannot show the new name.
             raise os_error(errno.EXDEV)
         if sb.options.plink:
-            raise NeedCopyUp(node, Trigger.LINK, None, (parent, name), limit)
+            need = NeedCopyUp(node, Trigger.LINK, None, (parent, name), limit)
+            need.then = lambda: (node, _finish_link(sb, node, parent, name))
+            raise need
         raise NeedCopyUp(node, Trigger.LINK, None, None, limit)
     dirfd = copydirs.ensure_dir(sb, parent, branch)
     fd, owned = sb.open_object(node)
@@ -277,7 +279,7 @@ def link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result
     return syscalls.stat_at(dirfd, name)
 
 
-def finish_link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result:
+def _finish_link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result:
     """After a copy-up under the new name of a link: the link exists; remove a whiteout that hid the name."""
     whiteout.remove(copydirs.ensure_dir(sb, parent, node.branch), name)
     return sb.stat(node)

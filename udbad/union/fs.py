@@ -1,4 +1,4 @@
-"""One synchronous method per file system operation; the facade that kernel/ops.py calls.
+"""One synchronous method per file system operation; the facade that edge/operations.py calls.
 
 Locking: there is none. An operation is atomic because nothing else runs on the event loop until it
 returns; no method awaits, and only `copyup.transfer` runs in another thread, on descriptors of its
@@ -508,6 +508,5 @@ class UnionFs:
                 return operation()
             except NeedCopyUp as need:
                 copyup.run(self.sb, need)
-                if need.trigger is Trigger.LINK and need.name is not None:
-                    parent, name = need.name
-                    return (need.node, create.finish_link(self.sb, need.node, parent, name))  # type: ignore[return-value]  # link's own result type
+                if need.then is not None:
+                    return need.then()  # type: ignore[no-any-return]  # what the operation returns

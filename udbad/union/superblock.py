@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch, BranchSet
@@ -45,6 +46,9 @@ class NeedCopyUp(Exception):
         """The name that must exist above, where it matters which of a node's names that is."""
         self.limit = limit
         """The largest branch index at which the copy would do."""
+        self.then: Callable[[], Any] | None = None
+        """What is left to do where the copy is the whole operation, which must not be started again then; returns what
+        the operation would have."""
 
 
 @dataclass(frozen=True, slots=True)

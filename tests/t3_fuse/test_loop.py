@@ -1,8 +1,9 @@
-"""A request that is taken back before it is read must neither stop nor end the event loop (kernel/reader.py)."""
+"""The event loop of a mount (edge/loop.py): a request that is taken back, and everything else beside requests."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,11 +16,10 @@ from tests.helpers.mount import DEADLINE, UnionFactory
 pytestmark = pytest.mark.fuse
 
 # The request is there when the descriptor is waited for, and gone when it is read: the window is a few
-# microseconds wide, so it is made here by saying "readable" once when nothing is: to what reads /dev/fuse
-# (REQUEST), or to pyfuse3 (HANDED).
+# microseconds wide, so it is made here by saying "readable" once when nothing is.
 _SPURIOUS = """
 import os
-from udbad.kernel import reader
+from udbad.edge import loop
 
 def once():
     try:
@@ -28,24 +28,15 @@ def once():
         return False
     return True
 
-poll = reader._ppoll
+poll = loop._ppoll
 
 def ppoll(polls, *rest):
     if once():
-        polls[0].revents, polls[1].revents = 1, 0
+        polls[0].revents = 1
         return 1
     return poll(polls, *rest)
 
-real = reader.Reader.wait_readable
-
-async def wait_readable(self, fd):
-    if not once():
-        await real(self, fd)
-
-if {handed}:
-    reader.Reader.wait_readable = wait_readable
-else:
-    reader._ppoll = ppoll
+loop._ppoll = ppoll
 
 from udbad.cli import main
 
@@ -53,21 +44,43 @@ main()
 """
 
 
-@pytest.mark.parametrize("handed", [False, True], ids=["request", "handed"])
 def test_mount_goes_on_when_there_is_nothing_to_read(
-    union: UnionFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handed: bool
+    union: UnionFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trigger = tmp_path / "trigger"
     script = tmp_path / "daemon.py"
-    script.write_text(_SPURIOUS.format(trigger=str(trigger), handed=handed))
+    script.write_text(_SPURIOUS.format(trigger=str(trigger)))
     monkeypatch.setattr("tests.helpers.mount.DAEMON", (sys.executable, str(script)))
     mount = union(udba="notify")
     trigger.touch()
-    (mount.path / "made").mkdir()  # one for pyfuse3; after it the loop reads although there is nothing
+    (mount.path / "made").mkdir()
     assert mount.control({"op": "flush"})["ok"]
     assert not trigger.exists()
     assert not (mount.path / "a third name").exists()
     assert (mount.path / "made").is_dir()
+
+
+def test_a_killed_client_ends_its_copy_up(union: UnionFactory, tmp_path: Path) -> None:
+    """And the lower file, the branch above it and everybody else are as if it had not been tried."""
+    lower = tmp_path / "base" / "big"
+    lower.parent.mkdir()
+    with lower.open("wb") as stream:
+        for _ in range(64):
+            stream.write(os.urandom(1 << 20) * 8)
+    mount = union({"top": "rw", "base": "ro"}, "notify")
+    before = lower.stat()
+    with subprocess.Popen(["chmod", "600", mount.path / "big"]) as client:
+        end = time.monotonic() + DEADLINE
+        while not mount.control({"op": "stats"})["copyups"]:
+            assert time.monotonic() < end
+        client.send_signal(signal.SIGKILL)
+        assert client.wait(DEADLINE) == -signal.SIGKILL
+    assert mount.control({"op": "stats"})["copyups"] == []
+    assert [name for name in os.listdir(mount["top"]) if "big" in name] == []
+    after = lower.stat()
+    assert (after.st_mode, after.st_ctime_ns) == (before.st_mode, before.st_ctime_ns)
+    (mount.path / "big").chmod(0o640)
+    assert (mount["top"] / "big").stat().st_mode & 0o7777 == 0o640
 
 
 def test_what_is_not_in_memory_is_read_from_the_disk(union: UnionFactory, tmp_path: Path) -> None:

@@ -1,0 +1,267 @@
+"""Requests that wait (edge/waiting.py): any number of them, and none for nothing; a socket pair is /dev/fuse."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.inprocess import Union, notify_union
+from tests.helpers.mount import DEADLINE
+from tests.t2_core.test_native import Kernel
+from udbad.branch import syscalls
+from udbad.edge.waiting import is_dying
+from udbad.kernel import wire
+from udbad.types import ROOT_ID, Perm
+from udbad.union import copyup
+
+FILES = 150
+CHMOD = struct.pack("<IIQQQqqqIIIIIIII", wire.SET_MODE, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0o100600, 0, 0, 0, 0)
+
+
+class World:
+    """A union of `top` over `base`, whose files f0 … are lower ones."""
+
+    def __init__(self, union: Union, top: Path, base: Path) -> None:
+        self.union = union
+        self.top = top
+        self.base = base
+        self.kernel = Kernel(union)
+        self._unique = 1000
+
+    def look_up(self, name: bytes) -> int:
+        self.kernel.ask(wire.LOOKUP, ROOT_ID, name + b"\0")
+        error, body = self.kernel.answer()
+        assert error == 0
+        return int.from_bytes(body[:8], "little")
+
+    def ask(self, opcode: int, node: int, body: bytes, pid: int = 1) -> int:
+        """Send a request; its unique number."""
+        self._unique += 1
+        self.kernel.ask(opcode, node, body, self._unique, pid)
+        return self._unique
+
+    def open(self, node: int, flags: int = os.O_RDONLY) -> int:
+        self.kernel.ask(wire.OPEN, node, wire.TWO_WORDS.pack(flags, 0))
+        error, body = self.kernel.answer()
+        assert error == 0
+        return int.from_bytes(body[:8], "little")
+
+    def temporaries(self) -> list[str]:
+        return [name for name in os.listdir(self.top) if name.startswith(".wh.")]
+
+    def run_until(self, done: Callable[[], bool]) -> None:
+        """Have the event loop go on."""
+        end = time.monotonic() + DEADLINE
+        while not done():
+            assert time.monotonic() < end
+            self.kernel.native.loop.call_posted()
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        for fh in list(self.union.fs.handles.files):
+            self.union.fs.release(fh)
+        self.kernel.forget_all()
+        self.kernel.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    top, base = tmp_path / "top", tmp_path / "base"
+    for each in (top, base):
+        each.mkdir()
+    for number in range(FILES):
+        (base / f"f{number}").write_bytes(bytes(100_000))
+    with notify_union([(top, Perm.RW), (base, Perm.RO)], tmp_path / "mnt") as union:
+        made = World(union, top, base)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """While it is not set, no copy-up comes to its end, and no fsync; a copy-up asks whether it is wanted."""
+    opened = threading.Event()
+    transfer, sync = copyup.transfer, syscalls.sync_file
+
+    def held(job: copyup.Job, cancelled: Callable[[], bool]) -> None:
+        while not opened.wait(0.005):
+            if cancelled():
+                raise OSError(errno.ECANCELED, "given up")
+        transfer(job, cancelled)
+
+    def held_sync(fd: int, data_only: bool) -> None:
+        assert opened.wait(DEADLINE)
+        sync(fd, data_only)
+
+    monkeypatch.setattr(copyup, "transfer", held)
+    monkeypatch.setattr(syscalls, "sync_file", held_sync)
+    yield opened
+    opened.set()
+
+
+@pytest.fixture
+def process() -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+    """A process that a test can kill."""
+    made = []
+
+    def start(script: str) -> subprocess.Popen[bytes]:
+        made.append(subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.kill()
+        each.wait()
+        if each.stdout is not None:
+            each.stdout.close()
+
+
+def test_hundreds_wait_and_others_are_served(world: World, gate: threading.Event) -> None:
+    """Neither the number of threads nor anything else is a limit to how many may wait."""
+    nodes = [world.look_up(b"f%d" % number) for number in range(FILES)]
+    handles = [world.open(node) for node in nodes]
+    begun = time.monotonic()
+    waiting = {world.ask(wire.SETATTR, node, CHMOD) for node in nodes}
+    waiting |= {world.ask(wire.FSYNC, nodes[0], wire.QWORD_AND_WORD.pack(fh, 0)) for fh in handles}
+    assert len(waiting) == 2 * FILES
+    assert world.kernel.answers() == {}
+    world.kernel.ask(wire.GETATTR, nodes[0], bytes(16))
+    assert world.kernel.answer()[0] == 0, "beside them"
+    assert time.monotonic() - begun < DEADLINE / 4
+    assert len(world.kernel.native.waiting.copyups) == FILES
+    gate.set()
+    answers = world.kernel.wait(2 * FILES)
+    assert {unique: error for unique, (error, _) in answers.items()} == dict.fromkeys(waiting, 0)
+    assert (world.top / f"f{FILES - 1}").stat().st_mode & 0o7777 == 0o600
+    assert world.temporaries() == []
+
+
+def test_many_wait_for_one_copy(world: World, gate: threading.Event) -> None:
+    node = world.look_up(b"f0")
+    waiting = [world.ask(wire.SETATTR, node, CHMOD) for _ in range(20)]
+    assert len(world.kernel.native.waiting.copyups) == 1
+    gate.set()
+    answers = world.kernel.wait(20)
+    assert sorted(answers) == waiting
+    assert all(error == 0 for error, _ in answers.values())
+
+
+def test_a_write_that_waits_keeps_its_data(world: World, gate: threading.Event) -> None:
+    node = world.look_up(b"f0")
+    fh = world.open(node, os.O_RDWR)
+    body = struct.pack("<QQIIQII", fh, 10, 5, 0, 0, 0, 0)
+    world.ask(wire.WRITE, node, body + b"first")
+    world.ask(wire.WRITE, node, struct.pack("<QQIIQII", fh, 20, 5, 0, 0, 0, 0) + b"other")
+    world.look_up(b"f1")
+    gate.set()
+    assert all(answer == (0, wire.TWO_WORDS.pack(5, 0)) for answer in world.kernel.wait(2).values())
+    assert (world.top / "f0").read_bytes()[10:25] == b"first" + bytes(5) + b"other"
+    assert (world.base / "f0").read_bytes() == bytes(100_000)
+
+
+def test_a_copy_that_fails_is_told_to_all(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of those that wait tries for itself."""
+    tried = []
+
+    def full(job: copyup.Job, cancelled: object) -> None:
+        tried.append(job)
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(copyup, "transfer", full)
+    node = world.look_up(b"f0")
+    for _ in range(3):
+        world.ask(wire.SETATTR, node, CHMOD)
+    assert [error for error, _ in world.kernel.wait(3).values()] == [errno.ENOSPC] * 3
+    assert len(tried) == 3
+    assert (world.temporaries(), os.listdir(world.top)) == ([], [])
+
+
+# -- INTERRUPT ------------------------------------------------------------------------------------
+
+
+def interrupt(world: World, unique: int) -> None:
+    world.ask(wire.INTERRUPT, 0, wire.QWORD.pack(unique))
+
+
+def killed(process: subprocess.Popen[bytes]) -> int:
+    """Its number, when it is dead and nobody has waited for it."""
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    process.wait()
+    return process.pid
+
+
+def test_a_copy_that_nobody_waits_for_is_given_up(world: World, gate: threading.Event, process: Any) -> None:
+    dead = killed(process("exec sleep 60"))
+    unique = world.ask(wire.SETATTR, world.look_up(b"f0"), CHMOD, pid=dead)
+    before = (world.base / "f0").stat()
+    interrupt(world, unique)
+    assert world.kernel.wait() == {unique: (errno.EINTR, b"")}
+    assert not gate.is_set()
+    assert os.listdir(world.top) == []
+    after = (world.base / "f0").stat()
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+    gate.set()
+    world.ask(wire.SETATTR, world.look_up(b"f0"), CHMOD)
+    assert [error for error, _ in world.kernel.wait().values()] == [0], "the next one is made"
+
+
+def test_a_copy_that_another_one_waits_for_goes_on(world: World, gate: threading.Event, process: Any) -> None:
+    dead = killed(process("exec sleep 60"))
+    node = world.look_up(b"f0")
+    first = world.ask(wire.SETATTR, node, CHMOD, pid=dead)
+    second = world.ask(wire.SETATTR, node, CHMOD)
+    interrupt(world, first)
+    assert world.kernel.wait() == {first: (errno.EINTR, b"")}
+    assert len(world.kernel.native.waiting.copyups) == 1
+    gate.set()
+    assert [(unique, error) for unique, (error, _) in world.kernel.wait().items()] == [(second, 0)]
+
+
+def test_a_signal_that_does_not_kill_changes_nothing(world: World, gate: threading.Event, process: Any) -> None:
+    """SIGALRM with a handler, SIGCHLD: no system call on a file is ended by it. One that kills later is noticed."""
+    client = process("trap : ALRM; echo ready; while :; do sleep 60; done")
+    assert client.stdout.readline() == b"ready\n"
+    unique = world.ask(wire.SETATTR, world.look_up(b"f0"), CHMOD, pid=client.pid)
+    client.send_signal(signal.SIGALRM)
+    interrupt(world, unique)
+    time.sleep(0.05)
+    world.kernel.native.loop.call_posted()
+    assert world.kernel.answers() == {}
+    killed(client)
+    assert world.kernel.wait() == {unique: (errno.EINTR, b"")}
+    assert world.temporaries() == []
+
+
+def test_who_is_dying() -> None:
+    assert not is_dying(os.getpid())
+    assert not is_dying(0), "somebody in another pid namespace"
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        assert not is_dying(child.pid)
+    finally:
+        child.kill()
+        child.wait()
+    assert is_dying(child.pid)
+
+
+def test_the_end_of_the_connection_gives_up_what_waits(world: World, gate: threading.Event) -> None:
+    node = world.look_up(b"f0")
+    world.ask(wire.SETATTR, node, CHMOD)
+    world.kernel.native.waiting.close()
+    world.kernel.native.loop.call_posted()
+    assert [error for error, _ in world.kernel.answers().values()] == [errno.EINTR]
+    assert os.listdir(world.top) == []
+    assert world.kernel.native.waiting.copyups == {}

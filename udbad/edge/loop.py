@@ -1,0 +1,189 @@
+"""The event loop of a mount that is served natively: requests first, everything else when it has something to do.
+
+It waits for three descriptors: /dev/fuse, the branch events of the coherence strategy, and an eventfd by which any
+thread has something called here (`post`). Trio, which all else runs on (control socket, signals, what a command sets
+off), is a guest of this loop (trio.lowlevel.start_guest_run): it waits for its own descriptors in a thread and posts
+its turns. So a request costs nothing of trio, and trio nothing of a request.
+
+- While requests follow one another at once, the next one is looked for without sleeping, for SPIN_SECONDS: to be put to
+  sleep and woken takes a third of what a client waits for a lookup. The first one that does not come in that time ends
+  it. Not on a machine with one processor.
+- While requests keep coming, branch events are looked at every TURN_SECONDS at most, so that what gathers is done in
+  one go; our own changes send events, too.
+- A request may be taken back between "readable" and read(2): its client was killed (request_wait_answer() in
+  fs/fuse/dev.c). A blocking read would then hold everything else until the next request, so no descriptor blocks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import select
+from collections import deque
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+from typing import Any, Protocol
+
+import trio
+
+from udbad.kernel import boundary
+
+log = logging.getLogger(__name__)
+
+BLOCK_SECONDS = 0.0001
+"""Without a request for so long, branch events are looked at, however young the last look is."""
+TURN_SECONDS = 0.0005
+SPIN_SECONDS = 0.00003
+
+
+class _PollFd(ctypes.Structure):
+    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+# ppoll(2): select.poll knows milliseconds only, select.select no descriptor above 1023.
+_ppoll = ctypes.CDLL(None).ppoll
+_BLOCK = ctypes.byref(_Timespec(0, int(BLOCK_SECONDS * 1e9)))
+_NOT_AT_ALL = ctypes.byref(_Timespec(0, 0))
+
+
+class Server(Protocol):
+    """What the loop serves."""
+
+    def take(self) -> None:
+        """Serve one request, if there is one."""
+
+    def events(self) -> int:
+        """The descriptor of branch events now, -1 for none."""
+
+    def take_events(self) -> None:
+        """Take notice of some of them."""
+
+
+class Loop:
+    """Runs in one thread from `run` to its return; `post` and `close` may be called before and after."""
+
+    def __init__(self) -> None:
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._calls: deque[Callable[[], object]] = deque()
+        # poll(2) leaves a negative descriptor out.
+        self._polls = (_PollFd * 3)(*(_PollFd(fd, select.POLLIN, 0) for fd in (-1, self._wake, -1)))
+        self._look = select.poll()  # half the time of _ppoll, for what need not wait
+        self._look.register(self._wake, select.POLLIN)
+        self._may_spin = len(os.sched_getaffinity(0)) > 1
+        self._server: Server | None = None
+
+    def post(self, call: Callable[[], object]) -> None:
+        """Have something called on the loop, soon. Any thread."""
+        self._calls.append(call)
+        os.eventfd_write(self._wake, 1)
+
+    def serve(self, fd: int, server: Server) -> None:
+        """From now on requests come from `fd`, /dev/fuse, non-blocking."""
+        self._polls[0].fd = fd
+        self._look.register(fd, select.POLLIN)
+        self._server = server
+
+    def leave(self) -> None:
+        """There are no requests any more, nor events."""
+        if self._server is not None:
+            self._look.unregister(self._polls[0].fd)
+            self._polls[0].fd = self._polls[2].fd = -1
+            self._server = None
+
+    def run(self, main: Callable[[], Awaitable[None]]) -> None:
+        """Run `main` on trio, and serve meanwhile. Raises what it raises."""
+        outcomes: list[Any] = []
+        trio.lowlevel.start_guest_run(
+            main,
+            run_sync_soon_threadsafe=self.post,
+            run_sync_soon_not_threadsafe=self._calls.append,
+            done_callback=outcomes.append,
+        )
+        while not outcomes:
+            if self._server is None:
+                self._wait(None)
+                self.call_posted()
+            else:
+                self._serve(self._server, outcomes)
+        outcomes[0].unwrap()
+
+    def call_posted(self) -> None:
+        """Call what was posted up to now; what that posts has to wait, as requests come first."""
+        for _ in range(len(self._calls)):
+            call = self._calls.popleft()
+            try:
+                call()
+            except Exception:
+                log.exception("posted work failed")
+
+    def _wait(self, timeout: Any) -> int:
+        if self._calls:
+            timeout = _NOT_AT_ALL
+        self._polls[0].revents = self._polls[1].revents = self._polls[2].revents = 0
+        ready: int = _ppoll(self._polls, 3, timeout, None)
+        if self._polls[1].revents:
+            self._awake()
+        return ready
+
+    def _awake(self) -> None:
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            pass
+
+    def _serve(self, server: Server, outcomes: list[Any]) -> None:
+        """The loop proper, until there is another server or trio has ended."""
+        requests, wake, events = self._polls
+        fd, calls, look, take = requests.fd, self._calls, self._look.poll, server.take
+        at_once = False
+        """Whether the last request came within SPIN_SECONDS."""
+        looked = 0.0
+        while self._server is server and not outcomes:
+            if calls:
+                self.call_posted()
+                if self._server is not server or outcomes:
+                    return
+            now = perf_counter()
+            asked = woken = False
+            if now - looked >= TURN_SECONDS and at_once:
+                looked = now
+                events.fd = server.events()
+                self._wait(_NOT_AT_ALL)
+                boundary.settle()
+                if events.revents:
+                    server.take_events()
+                asked = requests.revents != 0
+                woken = wake.revents != 0
+            while at_once and not (asked or woken):
+                for number, _ in look(0):
+                    if number == fd:
+                        asked = True
+                    else:
+                        woken = True
+                        self._awake()
+                at_once = perf_counter() - now < SPIN_SECONDS
+            if not (asked or woken or calls):
+                requests.revents = wake.revents = 0
+                if now - looked < TURN_SECONDS and _ppoll(self._polls, 2, _BLOCK, None):
+                    if wake.revents:
+                        self._awake()
+                else:
+                    boundary.settle()
+                    events.fd = server.events()
+                    self._wait(None)
+                    looked = perf_counter()
+                    if events.revents:
+                        server.take_events()
+                at_once = self._may_spin and perf_counter() - now < SPIN_SECONDS
+                asked = requests.revents != 0
+            if asked:
+                take()
+
+    def close(self) -> None:
+        """After `run` has returned. What is posted from now on is not called."""
+        os.close(self._wake)

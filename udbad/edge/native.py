@@ -1,0 +1,238 @@
+"""The native edge: reads requests from /dev/fuse, performs them, and answers in one go.
+
+One request after the other, on the event loop and without a turn of trio: read, taken apart, performed and packed by
+its row of table.py, written. What cannot be answered at once goes to waiting.py, and is answered from there. The kernel
+may take a request back while it is served (its caller was killed): then it does not take the answer either, and what
+the answer would have given it is taken back here.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+from typing import Any
+
+import trio
+
+from udbad.coherence.base import Coherence
+from udbad.edge.loop import Loop
+from udbad.edge.operations import Later, Operations
+from udbad.edge.table import OLD_SETXATTR, TABLE, Body, Row, forgotten, interrupted
+from udbad.edge.waiting import RETRIED, Request, Waiting
+from udbad.kernel import boundary, wire
+from udbad.kernel.protocol import MAX_REQUEST
+from udbad.union.fs import UnionFs
+from udbad.union.superblock import NeedCopyUp
+
+log = logging.getLogger(__name__)
+
+_GONE = (errno.ENOENT, errno.EINTR)
+_TAKEN_BACK = (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED)
+"""Errors of an answer that nobody waits for any more."""
+_BIG_REPLY = 4096
+"""Bytes of data from which on copying it behind a header costs more than a second vector."""
+_SILENT = (wire.FORGET, wire.BATCH_FORGET)
+
+Bound = tuple[Any, Any, Any, int, boundary.OpStats, Row]
+"""parse, operation, encode, least size of the request in bytes, counters, and the whole row."""
+
+
+class _Waiter(Request):
+    """A request that is not answered yet."""
+
+    __slots__ = ("_arguments", "_native", "_node", "_row", "_start", "_stats")
+
+    def __init__(
+        self, native: Native, row: Row, stats: boundary.OpStats, head: Any, arguments: tuple[Any, ...], start: float
+    ) -> None:
+        _, _, unique, node, _, _, pid = head
+        super().__init__(unique, pid, tuple(arguments[index] for index in row.directories))
+        self._native = native
+        self._row = row
+        self._stats = stats
+        self._node = node
+        # The buffer will hold other requests.
+        self._arguments = tuple(bytes(each) if type(each) is memoryview else each for each in arguments)
+        self._start = start
+
+    def perform(self) -> object:
+        return self._row.operation(self._native.operations, *self._arguments)
+
+    def _deliver(self, result: object, error: Exception | None) -> int:
+        """Write the answer; returns its errno. Any thread, where the row has no `undo`."""
+        row, native = self._row, self._native
+        number = 0
+        body: Body = b""
+        if error is None:
+            try:
+                body = row.encode(result)
+            except Exception as another:
+                error, result = another, None
+        if error is not None:
+            number = boundary.number_of(error, self._stats, row.name, self._node)
+        if not native.send(self.unique, number, body) and not number and row.undo is not None:
+            row.undo(native.operations, result)
+        return number
+
+    def answer(self, result: object, error: Exception | None) -> None:
+        number = self._deliver(result, error)
+        if number == errno.ESTALE:
+            self._native.stale(self.pid)
+        self._stats.count(perf_counter() - self._start, number)
+
+    def answer_from_thread(self, result: object, error: Exception | None) -> None:
+        number = self._deliver(result, error)
+        boundary.count_in_thread(self._stats, perf_counter() - self._start, number)
+
+
+class Native:
+    """Serves the requests of one mount."""
+
+    takes_events = True
+    """Branch events are taken between requests; Coherence.run has nothing to do."""
+
+    def __init__(
+        self,
+        fd: int,
+        fs: UnionFs,
+        coherence: Coherence,
+        stale: Callable[[int], None],
+        setxattr_ext: bool = True,
+    ) -> None:
+        """fd: /dev/fuse, non-blocking. stale: told the process (thread) id of who is told ESTALE. setxattr_ext:
+        FUSE_SETXATTR_EXT was agreed on."""
+        self._fd = fd
+        self.fs = fs
+        self.stale = stale
+        self.waiting = Waiting(fs, lambda call: self.loop.post(call))
+        self.operations = Operations(fs, coherence, self.waiting.background)
+        self.aborted = False
+        """Whether the connection has ended because somebody has aborted it, through fusectl."""
+        self._over: trio.Event | None = None
+        self._buffer = bytearray(MAX_REQUEST + 4096)
+        self._into = [self._buffer]
+        rows = TABLE if setxattr_ext else {**TABLE, wire.SETXATTR: OLD_SETXATTR}
+        self._rows: dict[int, Bound] = {
+            opcode: (row.parse, row.operation, row.encode, row.least, boundary.operation(row.name), row)
+            for opcode, row in rows.items()
+        }
+        self.loop = Loop()  # last: it has a descriptor
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def run(self, main: Callable[[], Awaitable[None]]) -> None:
+        """Run `main` on trio; requests are served while it is in `serve`. Raises what it raises."""
+        self.loop.run(main)
+
+    async def serve(self) -> None:
+        """Serve until the mount is gone, the connection aborted, or `terminate` called."""
+        self._over = trio.Event()
+        self.loop.serve(self._fd, self)
+        await self._over.wait()
+
+    def terminate(self) -> None:
+        """End `serve`; event loop only."""
+        self.loop.leave()
+        if self._over is not None:
+            self._over.set()
+
+    def close(self) -> None:
+        """Give up what waits, and wait for the threads; after `run`, before the descriptor is closed."""
+        self.waiting.close()
+        self.loop.call_posted()
+        self.loop.close()
+
+    # -- what the loop asks for ------------------------------------------------------------------
+
+    def events(self) -> int:
+        return self.operations.coherence.events
+
+    def take_events(self) -> None:
+        self.operations.coherence.take_events()
+
+    def take(self) -> None:
+        """Serve one request, if there is one."""
+        try:
+            size = os.readv(self._fd, self._into)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno not in _GONE:  # else taken back while it was read
+                self.aborted = error.errno == errno.ECONNABORTED  # FUSE_ABORT_ERROR; unmounted: ENODEV
+                self.terminate()
+            return
+        table = self.fs.table
+        if table.over_budget():  # between operations, none of which has a descriptor of a directory
+            table.trim()
+        buffer = self._buffer
+        head = wire.REQUEST.unpack_from(buffer)
+        bound = self._rows.get(head[1])
+        if bound is None or size < bound[3] or head[0] != size:
+            self._take_other(head, size)
+            return
+        parse, operation, encode, _, stats, row = bound
+        start = perf_counter()
+        number = 0
+        body: Body = b""
+        arguments: tuple[Any, ...] = ()
+        result = None
+        try:
+            arguments = parse(head, buffer, size)
+            result = operation(self.operations, *arguments)
+            body = encode(result)
+        except (NeedCopyUp, Later) as error:
+            self.waiting.go_on(_Waiter(self, row, stats, head, arguments, start), error)
+            return
+        except OSError as error:
+            if error.errno in RETRIED:
+                self.waiting.go_on(_Waiter(self, row, stats, head, arguments, start), error)
+                return
+            number = boundary.number_of(error, stats, row.name, head[3])
+        except Exception as error:
+            number = boundary.number_of(error, stats, row.name, head[3])
+        stats.count(perf_counter() - start, number)
+        undo = row.undo
+        if (not self.send(head[2], number, body) or number) and undo is not None and result is not None:
+            undo(self.operations, result)
+
+    def _take_other(self, head: Any, size: int) -> None:
+        """A request that is no operation, or one that makes no sense."""
+        length, opcode, unique, node = head[:4]
+        if size < wire.BODY:  # what follows is of an earlier request
+            log.error("malformed request of %d bytes", size)
+            return
+        try:
+            if length != size or opcode in self._rows:
+                raise boundary.Malformed(f"{length} bytes long, of which {size} came")
+            if opcode in _SILENT:
+                for one, times in forgotten(opcode, head, self._buffer, size):
+                    self.operations.forget(one, times)
+                return
+            if opcode == wire.INTERRUPT:
+                self.waiting.interrupt(interrupted(self._buffer, size))
+                return
+        except Exception as error:
+            number = boundary.number_of(error, boundary.operation("forget"), f"opcode {opcode}", node)
+            if opcode not in _SILENT:
+                self.send(unique, number, b"")
+            return
+        # For an operation that we do not have. The kernel does not ask for it again then.
+        self.send(unique, 0 if opcode == wire.DESTROY else errno.ENOSYS, b"")
+
+    def send(self, unique: int, number: int, body: Body) -> bool:
+        """Any thread. False when the kernel has not taken the answer, because whoever asked was killed meanwhile."""
+        try:
+            if number:
+                os.write(self._fd, wire.REPLY.pack(16, -number, unique))
+            elif len(body) > _BIG_REPLY:
+                os.writev(self._fd, [wire.REPLY.pack(16 + len(body), 0, unique), body])
+            else:
+                os.write(self._fd, wire.REPLY.pack(16 + len(body), 0, unique) + body)
+        except OSError as error:
+            if error.errno not in _TAKEN_BACK:
+                log.error("cannot answer a request: %s", error.strerror)
+            return False
+        return True

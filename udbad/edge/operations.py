@@ -1,0 +1,297 @@
+"""Every operation that the kernel asks for, once, in plain values: what both edges (native.py, portable.py) call.
+
+A method takes node ids, bytes, numbers and a Caller, runs to its end on the event loop, and returns what the answer
+says. Of nodes that it names the kernel then holds a reference, of handles that they are open: who cannot deliver the
+answer takes both back (`unlisted`, `forget`, `release`, `releasedir`). Nothing here waits. An operation raises
+
+- NeedCopyUp, before it has changed anything: it is started again after the copy-up (waiting.py), or, where the copy-up
+  is the whole operation, is ended by `NeedCopyUp.then`;
+- Later, when what is left may take long (a disk, a server) and needs no event loop;
+- OSError: ESTALE, EMFILE and ENFILE have changed nothing either.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from udbad.branch import syscalls, whiteout
+from udbad.coherence.base import Coherence
+from udbad.inodes.table import Dir, Node
+from udbad.kernel.wire import CACHE_DIR, KEEP_CACHE, NO_FLUSH
+from udbad.types import Caller
+from udbad.union import remove
+from udbad.union.fs import SetAttr, UnionFs
+from udbad.union.superblock import NeedCopyUp
+
+Attributes = tuple[Node, os.stat_result, float]
+"""node, status, how long (seconds) the kernel may keep it."""
+Entry = tuple[Node, os.stat_result, float, float]
+"""node, status, how long the name may be kept, how long the status; a reference on the node goes with it."""
+Opened = tuple[int, int]
+"""handle, FOPEN_* flags (kernel/wire.py)."""
+Listed = tuple[bytes, Node, os.stat_result, float, float, int, bool]
+"""name, node, status, time-outs as in Entry, position of the entry after it, whether a reference goes with it."""
+
+DOTS: Final = (b".", b"..")
+
+
+@dataclass(frozen=True, slots=True)
+class Negative:
+    """The answer to LOOKUP of a name that does not exist: how long (seconds) that may be kept."""
+
+    ttl: float
+
+
+class Space(NamedTuple):
+    """The answer to STATFS, statvfs(3)."""
+
+    block_size: int
+    fragment_size: int
+    blocks: int
+    free: int
+    available: int
+    files: int
+    files_free: int
+    longest_name: int
+
+
+class Later(Exception):
+    """What is left of an operation: `call` with `args`, to be made in a thread; what it returns is the result.
+
+    quick: a read, which keeps a disk busy for a moment; otherwise something that may take seconds (fsync). There is
+    nothing to check afterwards. The kernel sends RELEASE only after the last READ, FLUSH and FSYNC were answered, and a
+    copy-up meanwhile puts the new file under the same descriptor.
+    """
+
+    def __init__(self, quick: bool, call: Callable[..., object], *args: object) -> None:
+        super().__init__()
+        self.quick = quick
+        self.call = call
+        self.args = args
+
+
+Background = Callable[[Callable[[], object], Callable[[], object]], None]
+"""Have the first called in a thread, and then the second one on the event loop."""
+
+
+class Operations:
+    """The operations of one mount. `coherence` is another one after the mode was changed."""
+
+    def __init__(self, fs: UnionFs, coherence: Coherence, background: Background, keep_listings: bool = True) -> None:
+        """keep_listings: the edge can tell the kernel to keep the listing of a directory (FOPEN_CACHE_DIR)."""
+        self.fs = fs
+        self.coherence = coherence
+        self._background = background
+        self._keep_listings = keep_listings
+
+    # -- what the kernel holds ----------------------------------------------------------------
+
+    def _entry(self, parent: int, node: Node, st: os.stat_result) -> Entry:
+        """An entry of the directory `parent`, which need not be the node's: one of several links."""
+        node.nlookup += 1
+        return node, st, self.fs.table.nodes[parent].ttl, self.coherence.attr_ttl(node, st)
+
+    def forget(self, node_id: int, count: int) -> None:
+        """The kernel has given back that many references."""
+        self.fs.forget(node_id, count)
+
+    # -- names --------------------------------------------------------------------------------
+
+    def lookup(self, parent: int, name: bytes, pid: int) -> Entry | Negative:
+        """pid: who asks. Raises ENOENT where the kernel may not keep that there is no such name."""
+        fs = self.fs
+        found = fs.lookup(parent, name)
+        if fs.walks.callers:
+            found = fs.look_again(pid, parent, name, found)
+        if found is None:
+            ttl = self.coherence.negative_ttl(fs.table.nodes[parent], name)
+            if ttl:
+                return Negative(ttl)
+            raise OSError(errno.ENOENT, "")
+        return self._entry(parent, *found)
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Entry:
+        return self._entry(parent, *self.fs.mknod(parent, name, mode, rdev, caller))
+
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Entry:
+        return self._entry(parent, *self.fs.mkdir(parent, name, mode & 0o7777, caller))
+
+    def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Entry:
+        return self._entry(parent, *self.fs.symlink(parent, name, target, caller))
+
+    def link(self, node_id: int, parent: int, name: bytes) -> Entry:
+        try:
+            found = self.fs.link(node_id, parent, name)
+        except NeedCopyUp as need:
+            finish = need.then
+            if finish is not None:
+                need.then = lambda: self._entry(parent, *finish())
+            raise
+        return self._entry(parent, *found)
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        self.fs.unlink(parent, name)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        fs = self.fs
+        fs.rmdir(parent, name)
+        if fs.sb.trash:
+            trash, fs.sb.trash = fs.sb.trash, []
+            # After this: nothing is used but the number, which may be that of another directory by now; it is asked
+            # again.
+            self._background(lambda: remove.empty_trash(trash), lambda: fs.removed_later(parent))
+
+    def rename(self, src_dir: int, src: bytes, dst_dir: int, dst: bytes, flags: int) -> None:
+        self.fs.rename(src_dir, src, dst_dir, dst, flags)
+
+    def readlink(self, node_id: int) -> bytes:
+        return self.fs.readlink(node_id)
+
+    # -- attributes ---------------------------------------------------------------------------
+
+    def getattr(self, node_id: int) -> Attributes:
+        node, st = self.fs.getattr(node_id)
+        if type(node) is Dir and node.cached_opens and not node.trusted:
+            node.mtime_offset += 1  # somebody who has it open from better times must not be shown a listing of then
+        return node, st, self.coherence.attr_ttl(node, st)
+
+    def setattr(self, node_id: int, changes: SetAttr, fh: int | None, caller: Caller) -> Attributes:
+        node, st = self.fs.setattr(node_id, changes, fh, caller)
+        return node, st, self.coherence.attr_ttl(node, st)
+
+    def getxattr(self, node_id: int, key: bytes) -> bytes:
+        return self.fs.getxattr(node_id, key)
+
+    def listxattr(self, node_id: int, caller: Caller) -> list[bytes]:
+        return self.fs.listxattr(node_id, caller)
+
+    def setxattr(
+        self, node_id: int, key: bytes, value: bytes, caller: Caller, flags: int = 0, kill_sgid: bool = False
+    ) -> None:
+        self.fs.setxattr(node_id, key, value, caller, flags, kill_sgid)
+
+    def removexattr(self, node_id: int, key: bytes, caller: Caller) -> None:
+        self.fs.removexattr(node_id, key, caller)
+
+    # -- files --------------------------------------------------------------------------------
+
+    def create(self, parent: int, name: bytes, flags: int, mode: int, caller: Caller) -> tuple[Entry, Opened]:
+        handle, st = self.fs.create(parent, name, flags, mode & 0o7777, caller)
+        self.coherence.keep_cache(handle.node, st)
+        opened = handle.fh, 0 if self.fs.needs_flush(flags) else NO_FLUSH
+        return self._entry(parent, handle.node, st), opened
+
+    def open(self, node_id: int, flags: int, caller: Caller) -> Opened:
+        handle, st = self.fs.open(node_id, flags, caller)
+        answer = 0 if self.fs.needs_flush(flags) else NO_FLUSH
+        if self.coherence.keep_cache(handle.node, st):
+            answer |= KEEP_CACHE
+        return handle.fh, answer
+
+    def read(self, fh: int, offset: int, size: int) -> bytes | bytearray:
+        """What is in memory; for the rest, Later."""
+        fd = self.fs.handles.file(fh).fd
+        data = syscalls.read_cached(fd, size, offset)
+        if data is None:
+            raise Later(True, os.pread, fd, size, offset)
+        return data
+
+    def write(self, fh: int, offset: int, data: bytes | memoryview) -> int:
+        return self.fs.write(fh, offset, data)
+
+    def flush(self, fh: int) -> None:
+        # Never ENOSYS, which would hold for branches that are added later, too: OPEN says per file whether to ask.
+        fd = self.fs.flush(fh)
+        if fd is not None:
+            raise Later(False, syscalls.flush, fd)
+
+    def fsync(self, fh: int, data_only: bool) -> None:
+        # Whatever the descriptor was opened for, as fsync(2) is about the file: `sync FILE` opens it for reading. On
+        # a read-only branch too, where others write.
+        raise Later(False, syscalls.sync_file, self.fs.handles.file(fh).fd, data_only)
+
+    def release(self, fh: int) -> None:
+        self.fs.release(fh)
+
+    # -- directories --------------------------------------------------------------------------
+
+    def opendir(self, node_id: int, pid: int) -> Opened:
+        handle = self.fs.opendir(node_id, pid)
+        node = handle.node
+        if not self._keep_listings or not node.ttl or self.fs.sb.options.show_whiteouts:
+            return handle.fh, 0
+        handle.cached = True
+        node.cached_opens += 1
+        return handle.fh, CACHE_DIR | KEEP_CACHE
+
+    def entries(self, fh: int, start: int) -> Generator[Listed, None, None]:
+        """Entries from a position on, with attributes. Who takes one asks for the next; who has no room for one closes
+        the generator, and then no reference goes with it.
+
+        An error comes as from getdents64(2): first what there is, and it when it is met again at the start of a reply.
+        """
+        fs, attr_ttl = self.fs, self.coherence.attr_ttl
+        directory = fs.handles.directory(fh).node
+        given: list[Node] = []
+        begun = False
+        try:
+            for name, node, st, after in fs.readdir(fh, start):
+                try:
+                    if name in DOTS:
+                        yield name, node, st, 0.0, 0.0, after, False
+                    else:
+                        yield name, node, st, directory.ttl, attr_ttl(node, st), after, True
+                        node.nlookup += 1
+                        given.append(node)
+                except GeneratorExit:
+                    self.coherence.not_sent(node)
+                    fs.table.not_sent(node)
+                    return
+                begun = True
+        except OSError:
+            if not begun:
+                raise
+        except Exception:
+            self.unlisted(given)
+            raise
+
+    def unlisted(self, nodes: list[Node]) -> None:
+        """The kernel has not taken these entries after all."""
+        for node in nodes:
+            self.fs.forget(node.id, 1)
+
+    def releasedir(self, fh: int) -> None:
+        self.fs.releasedir(fh)
+
+    def fsyncdir(self, fh: int, data_only: bool) -> None:
+        raise Later(False, _sync_all, self.fs.directory_fds(fh), data_only)
+
+    # -- the whole ----------------------------------------------------------------------------
+
+    def statfs(self) -> Space:
+        parts = self.fs.statfs()
+        size = min(part.f_frsize for part in parts)
+        return Space(
+            block_size=parts[0].f_bsize,
+            fragment_size=size,
+            blocks=sum(part.f_blocks * part.f_frsize for part in parts) // size,
+            free=sum(part.f_bfree * part.f_frsize for part in parts) // size,
+            available=sum(part.f_bavail * part.f_frsize for part in parts) // size,
+            files=sum(part.f_files for part in parts),
+            files_free=sum(part.f_ffree for part in parts),
+            longest_name=whiteout.MAX_NAME,
+        )
+
+
+def _sync_all(fds: list[int], data_only: bool) -> None:
+    """fsync(2) of directories, by descriptors that are closed then. In a thread."""
+    try:
+        for fd in fds:
+            syscalls.sync_file(fd, data_only)
+    finally:
+        for fd in fds:
+            os.close(fd)
