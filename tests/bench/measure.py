@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import udbad
 from tests.bench import process
 from tests.bench.budget import Budget
 from tests.bench.data import Data
@@ -23,6 +24,7 @@ from tests.bench.process import Failed
 from tests.bench.session import Figure, Session
 from tests.bench.systems import SYSTEMS, System
 from tests.bench.workload import Workload
+from udbad import compiled
 
 NO_TIME = "no time was left"
 FIRST_ROUND_ONLY = ("udbad-reval",)
@@ -179,7 +181,8 @@ def measure(
 
 def versions(scratch: Path) -> dict[str, str]:
     """What was measured, on what."""
-    found = {"kernel": platform.release(), "python": platform.python_version()}
+    found = {"udbad": f"{udbad.__version__} ({compiled.why_not() or 'compiled'})"}
+    found |= {"kernel": platform.release(), "python": platform.python_version()}
     for name, argv in {
         "fuse-overlayfs": ["fuse-overlayfs", "--version"],
         "mergerfs": ["mergerfs", "--version"],

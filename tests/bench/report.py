@@ -210,7 +210,7 @@ def short(rows: list[Row], machine: dict[str, str]) -> str:
         if line.checks:
             cells = [best_text(line) if head == BEST_PEER else figure_text(line, head) for head in heads[1:-2]]
             body.append([line.label, *cells, goal_text(line), met_text(line)])
-    of = "; ".join(f"{key} {machine[key]}" for key in ("kernel", "cpus", "cpu") if key in machine)
+    of = "; ".join(f"{key} {machine[key]}" for key in ("udbad", "kernel", "cpus", "cpu") if key in machine)
     return "\n".join([*_table(heads, body), "", f"{summary(checks(rows))}. Measured on: {of}."]) + "\n"
 
 
