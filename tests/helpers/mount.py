@@ -47,6 +47,9 @@ DEADLINE: Final = 20.0
 WATCHDOG: Final = 300.0
 """Seconds a mount may last unless the test says otherwise."""
 
+IO: Final = os.environ.get("UDBAD_TEST_IO", "")
+"""`io=` of every mount that does not ask for one itself, to run any test in another io mode."""
+
 _BAD_LOG: Final = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|Traceback|Exception ignored|\w+Warning: ")
 _CAP_SYS_ADMIN: Final = 21  # linux/capability.h
 
@@ -205,6 +208,8 @@ class Mount:
         ensure_fusectl()
         self.path.mkdir(exist_ok=True)
         words = f"br={self._branch_option},udba={self.udba},control={self._control_path}"
+        if IO and "io=" not in self.options:
+            words += f",io={IO}"
         if self.options:
             words += f",{self.options}"
         ready, ready_end = os.pipe()

@@ -195,6 +195,7 @@ def test_defaults() -> None:
     assert vars(found) == {
         "branches": (A, B),
         "udba": "reval",
+        "io": "requests",
         "create": "tdp",
         "cpup": "tdp",
         "plink": True,
@@ -225,6 +226,7 @@ def test_defaults() -> None:
     ("text", "field", "value"),
     [
         ("udba=none", "udba", "none"),
+        ("io=passthrough", "io", "passthrough"),
         ("udba=fsnotify", "udba", "notify"),
         ("udba=notify", "udba", "notify"),
         ("create=mfsrr:10G:60", "create", "mfsrr:10G:60"),

@@ -29,8 +29,11 @@ pytestmark = pytest.mark.fuse
 
 MODES = ("none", "reval", "notify")
 STATES = ("positive", "negative", "listed", "open", "mapped", "inside")
-SCENES = tuple((mode, state) for mode in MODES for state in (scaled(STATES[:1], STATES) if mode == "none" else STATES))
+USUAL = tuple((mode, state) for mode in MODES for state in (scaled(STATES[:1], STATES) if mode == "none" else STATES))
 """After the remount that `none` waits for, it does not matter much what the kernel had cached before."""
+OPENED = tuple((mode, state) for mode in ("reval", "notify") for state in ("open", "mapped"))
+SCENES = (*(("", *scene) for scene in USUAL), *(("passthrough", *scene) for scene in scaled(OPENED, USUAL)))
+"""io= (the default one for ""), mode and state: who reads a file matters for those that are open."""
 NEVER = "d/never"
 """A name that no change makes."""
 
@@ -213,13 +216,15 @@ class Scene:
         if self.mode == "notify":
             self.mount.flush()
 
-    def check(self, case: Case) -> None:
-        """The case's directory as it must be now: by name and listed, in the order that its state does not spoil."""
-        expected = case.expected(self.mount.branches)
+    def check_quiet(self, case: Case) -> None:
         if self.mode == "notify":
             before = asked(self.mount)
             lstat_each([self.path(case, QUIET)])
             assert asked(self.mount) == before, "something that had not changed was forgotten"
+
+    def check(self, case: Case) -> None:
+        """The case's directory as it must be now: by name and listed, in the order that its state does not spoil."""
+        expected = case.expected(self.mount.branches)
         names = case.change.names
         root = self.path(case)
         if self.state == "listed":
@@ -232,7 +237,7 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    mode, state = request.param
+    io, mode, state = request.param
     root = tmp_path_factory.mktemp("matrix")
     branches = [root / letter for letter in LETTERS]
     for branch in branches:
@@ -240,7 +245,7 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for case in CASES:
         case.build(branches)
     words = [f"{branch}={permission}" for branch, permission in zip(branches, PERMISSIONS, strict=True)]
-    with mounted(words, root / "mnt", mode) as mount:
+    with mounted(words, root / "mnt", mode, io and f"io={io}") as mount:
         scene = Scene(mount, mode, state)
         if mode == "none":
             # Nothing is promised before the remount, so one is enough for all cases.
@@ -254,7 +259,9 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield scene
 
 
-@pytest.mark.parametrize("scene", SCENES, indirect=True, ids="-".join, scope="module")
+@pytest.mark.parametrize(
+    "scene", SCENES, indirect=True, ids=lambda scene: "-".join(filter(None, scene)), scope="module"
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_a_direct_change_is_seen(scene: Scene, case: Case) -> None:
     if scene.mode == "none":
@@ -264,5 +271,6 @@ def test_a_direct_change_is_seen(scene: Scene, case: Case) -> None:
         with scene.warmed(case) as check_held:
             case.act(scene.mount.branches)
             scene.settle()
+            scene.check_quiet(case)
             check_held()
     scene.check(case)

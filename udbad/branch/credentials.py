@@ -57,8 +57,9 @@ class Credentials:
         keep = effective & (_CAP_DAC_OVERRIDE | _CAP_DAC_READ_SEARCH | _CAP_FSETID | _CAP_MKNOD)
         self._header = ctypes.byref(capabilities.header())
         self._creating = _data(effective & ~_FS_CAPS | keep, permitted, inheritable)
-        data = _data(effective, permitted, inheritable)
-        _libc.capset(self._header, ctypes.byref(data))
+        self._passing = _data(effective & ~_CAP_FSETID, permitted, inheritable)
+        self._usual = _data(effective, permitted, inheritable)
+        _libc.capset(self._header, ctypes.byref(self._usual))
         self._creating_ref = ctypes.byref(self._creating)
 
     def creating(self, caller: Caller) -> _Creating:
@@ -95,6 +96,22 @@ class Credentials:
             syscalls.set_fs_ids(0, 0)
             if group is not None:
                 syscalls.set_groups(self._groups)
+
+    @contextmanager
+    def passing(self, uid: int, gid: int) -> Iterator[None]:
+        """Give the kernel a file that this user has opened, and others may open: it goes on with these credentials.
+
+        Never with CAP_FSETID, so that suid, sgid and capabilities go whoever writes.
+        """
+        if self.privileged and uid == 0:
+            _libc.capset(self._header, ctypes.byref(self._passing))
+            try:
+                yield
+            finally:
+                _libc.capset(self._header, ctypes.byref(self._usual))
+            return
+        with self.writing(uid, gid):
+            yield
 
 
 class _Creating:

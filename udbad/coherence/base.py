@@ -20,6 +20,7 @@ from typing import Protocol
 
 from udbad.branch import state
 from udbad.branch.branches import Branch
+from udbad.inodes.handles import written_behind
 from udbad.inodes.table import Dir, Node
 from udbad.types import Perm
 from udbad.union.superblock import Superblock
@@ -314,7 +315,15 @@ class Coherence:
         parent = node.parent
         if type(node) is Dir:
             return node.ttl if parent is None else min(node.ttl, parent.ttl)
-        return 0.0 if parent is None else parent.ttl
+        return 0.0 if parent is None or (node.handles and written_behind(node)) else parent.ttl
+
+    def opened_behind(self, node: Node, st: os.stat_result) -> None:
+        """The kernel will use the file, whose status now is `st`, without asking: what it has of its attributes may be
+        from before a store through a mapping, of which nobody tells."""
+        lasting = state.lasting_stamp(node.branch, st)
+        if node.seen is not None and node.seen != lasting:
+            self.notifier.attributes(node.id)
+        node.seen = lasting
 
     def keep_cache(self, node: Node, st: os.stat_result) -> bool:
         """Whether pages cached at an earlier open still show the file whose status now is `st`.

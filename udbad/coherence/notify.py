@@ -26,6 +26,7 @@ from udbad.coherence.events import Events
 from udbad.coherence.sent import SentAttributes
 from udbad.coherence.watcher import Change, watch_limit
 from udbad.coherence.watches import Watches
+from udbad.inodes.handles import written_behind
 from udbad.inodes.table import Dir, Node
 from udbad.union.superblock import Superblock
 
@@ -115,12 +116,18 @@ class NotifyCoherence(Coherence):
             return ttl
         if parent is None or not parent.ttl:
             return 0.0
+        if node.handles and written_behind(node):
+            stamps.pop(node.id, None)
+            return 0.0
         stamps[node.id] = new
         if st.st_nlink > 1 and not self._watches.cover_file(node):
             # Somebody may change it through a name in a directory that is not watched. This answer was
             # taken before the watch, so it is good for now only.
             return 0.0
         return FOREVER
+
+    def opened_behind(self, node: Node, st: os.stat_result) -> None:
+        self._sent.compare(node, st, False)
 
     def not_sent(self, node: Node) -> None:
         self._sent.doubt(node)

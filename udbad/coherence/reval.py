@@ -11,8 +11,10 @@ directories are the same; elsewhere every name is probed for on every branch.
 
 from __future__ import annotations
 
+import os
+
 from udbad.coherence.base import Coherence
-from udbad.inodes.table import Dir
+from udbad.inodes.table import Dir, Node
 
 
 class RevalCoherence(Coherence):
@@ -21,6 +23,9 @@ class RevalCoherence(Coherence):
 
     def adopt(self, node: Dir, changed: bool) -> None:
         self.judge(node, False)
+
+    def opened_behind(self, node: Node, st: os.stat_result) -> None:
+        pass  # the kernel keeps no attributes
 
     def moved_in(self, node: Dir, name: bytes) -> None:
         pass  # out of another one that was never trusted

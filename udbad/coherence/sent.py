@@ -11,7 +11,7 @@ import os
 from udbad.branch import state
 from udbad.branch.state import Stamp
 from udbad.coherence.base import KernelNotifier
-from udbad.inodes.handles import note_id_bits
+from udbad.inodes.handles import backing_id, note_id_bits, written_behind
 from udbad.inodes.table import Dir, Node
 from udbad.union.superblock import Superblock
 
@@ -30,15 +30,20 @@ class SentAttributes:
         True when they are the same, so that there was nothing to tell.
         """
         if node.id not in self.stamps:
-            return False  # the kernel has no attributes of it
+            return written_behind(node)  # the kernel has no attributes of it
         sent = self.stamps[node.id]
         now = state.lasting_stamp(node.branch, st)
         if now == sent and now is not None:
             return True
+        if written_behind(node):
+            del self.stamps[node.id]
+            self._notifier.attributes(node.id)
+            return False
         self.stamps[node.id] = now
         if node.handles:
             note_id_bits(node, st)
-        if node.handles and (content or sent is None or now is None or not state.same_content(now, sent)):
+        pages = node.handles and not backing_id(node)
+        if pages and (content or sent is None or now is None or not state.same_content(now, sent)):
             self._notifier.data(node.id)
         else:
             self._notifier.attributes(node.id)

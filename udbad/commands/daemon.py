@@ -156,19 +156,21 @@ def _print_status(answer: dict[str, Any]) -> None:
         click.echo("no mounts")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("MOUNT", "STATE", "MOUNT POINT", "PID", "SINCE", "RESTARTS", "UDBA", "BRANCHES"):
+    for column in ("MOUNT", "STATE", "MOUNT POINT", "PID", "SINCE", "RESTARTS", "UDBA", "IO", "BRANCHES"):
         table.add_column(column, overflow="fold")
     for mount in answer["mounts"]:
         process = mount.get("process", {})
         table.add_row(
             mount["label"], mount["state"], mount["mount_point"], str(mount["pid"] or "-"),
             _duration(time.time() - mount["since"]), str(mount["restarts"]), _coherence(process),
-            "\n".join(process.get("branches", ["-"])),
+            process.get("io", "-"), "\n".join(process.get("branches", ["-"])),
         )  # fmt: skip
     print_table(table)
     for mount in answer["mounts"]:
         if mount["reason"]:
             click.echo(f"{mount['label']}: {mount['reason']}")
+        for line in mount.get("process", {}).get("io_fallbacks", ()):
+            click.echo(f"{mount['label']}: {line}")
         served_by = mount.get("process", {}).get("udbad", answer["udbad"])
         if answer["udbad"] is not None and served_by != answer["udbad"]:
             click.echo(f"{mount['label']}: still served by version {served_by}; udbad restart {mount['label']}")

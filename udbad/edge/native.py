@@ -23,6 +23,7 @@ from udbad.edge.operations import Later, Operations
 from udbad.edge.table import OLD_SETXATTR, TABLE, Body, Row, forgotten, interrupted
 from udbad.edge.waiting import RETRIED, Request, Waiting
 from udbad.kernel import boundary, wire
+from udbad.kernel.passthrough import Passthrough
 from udbad.kernel.protocol import MAX_REQUEST
 from udbad.union.fs import UnionFs
 from udbad.union.superblock import NeedCopyUp
@@ -101,14 +102,15 @@ class Native:
         coherence: Coherence,
         stale: Callable[[int], None],
         setxattr_ext: bool = True,
+        passthrough: Passthrough | None = None,
     ) -> None:
         """fd: /dev/fuse, non-blocking. stale: told the process (thread) id of who is told ESTALE. setxattr_ext:
-        FUSE_SETXATTR_EXT was agreed on."""
+        FUSE_SETXATTR_EXT was agreed on. passthrough: gives files to the kernel, where that was agreed on."""
         self._fd = fd
         self.fs = fs
         self.stale = stale
         self.waiting = Waiting(fs, lambda call: self.loop.post(call))
-        self.operations = Operations(fs, coherence, self.waiting.background)
+        self.operations = Operations(fs, coherence, self.waiting.background, passthrough=passthrough)
         self.aborted = False
         """Whether the connection has ended because somebody has aborted it, through fusectl."""
         self._over: trio.Event | None = None

@@ -20,8 +20,10 @@ from typing import Final, NamedTuple
 
 from udbad.branch import syscalls, whiteout
 from udbad.coherence.base import Coherence
+from udbad.inodes.handles import OpenFile
 from udbad.inodes.table import Dir, Node
-from udbad.kernel.wire import CACHE_DIR, KEEP_CACHE, NO_FLUSH
+from udbad.kernel.passthrough import Passthrough
+from udbad.kernel.wire import CACHE_DIR, KEEP_CACHE, NO_FLUSH, PASSTHROUGH
 from udbad.types import Caller
 from udbad.union import remove
 from udbad.union.fs import SetAttr, UnionFs
@@ -31,8 +33,8 @@ Attributes = tuple[Node, os.stat_result, float]
 """node, status, how long (seconds) the kernel may keep it."""
 Entry = tuple[Node, os.stat_result, float, float]
 """node, status, how long the name may be kept, how long the status; a reference on the node goes with it."""
-Opened = tuple[int, int]
-"""handle, FOPEN_* flags (kernel/wire.py)."""
+Opened = tuple[int, int, int]
+"""handle, FOPEN_* flags (kernel/wire.py), backing id (kernel/passthrough.py)."""
 Listed = tuple[bytes, Node, os.stat_result, float, float, int, bool]
 """name, node, status, time-outs as in Entry, position of the entry after it, whether a reference goes with it."""
 
@@ -81,12 +83,21 @@ Background = Callable[[Callable[[], object], Callable[[], object]], None]
 class Operations:
     """The operations of one mount. `coherence` is another one after the mode was changed."""
 
-    def __init__(self, fs: UnionFs, coherence: Coherence, background: Background, keep_listings: bool = True) -> None:
-        """keep_listings: the edge can tell the kernel to keep the listing of a directory (FOPEN_CACHE_DIR)."""
+    def __init__(
+        self,
+        fs: UnionFs,
+        coherence: Coherence,
+        background: Background,
+        keep_listings: bool = True,
+        passthrough: Passthrough | None = None,
+    ) -> None:
+        """keep_listings: the edge can tell the kernel to keep the listing of a directory (FOPEN_CACHE_DIR).
+        passthrough: gives files to the kernel; None: it asks for all it does with them."""
         self.fs = fs
         self.coherence = coherence
         self._background = background
         self._keep_listings = keep_listings
+        self._passthrough = passthrough
 
     # -- what the kernel holds ----------------------------------------------------------------
 
@@ -181,16 +192,28 @@ class Operations:
 
     def create(self, parent: int, name: bytes, flags: int, mode: int, caller: Caller) -> tuple[Entry, Opened]:
         handle, st = self.fs.create(parent, name, flags, mode & 0o7777, caller)
-        self.coherence.keep_cache(handle.node, st)
-        opened = handle.fh, 0 if self.fs.needs_flush(flags) else NO_FLUSH
+        opened = self._opened(handle, flags, st, keep=False)
         return self._entry(parent, handle.node, st), opened
 
     def open(self, node_id: int, flags: int, caller: Caller) -> Opened:
         handle, st = self.fs.open(node_id, flags, caller)
+        try:
+            return self._opened(handle, flags, st, keep=True)
+        except BaseException:
+            self.fs.release(handle.fh)
+            raise
+
+    def _opened(self, handle: OpenFile, flags: int, st: os.stat_result, keep: bool) -> Opened:
+        """How the kernel is to go on with a file that was opened; keep: it may have pages from earlier."""
+        if self._passthrough is not None:
+            backing = self._passthrough.give(handle, flags, st)
+            if backing:
+                self.coherence.opened_behind(handle.node, st)
+                return handle.fh, PASSTHROUGH | NO_FLUSH, backing
         answer = 0 if self.fs.needs_flush(flags) else NO_FLUSH
-        if self.coherence.keep_cache(handle.node, st):
+        if self.coherence.keep_cache(handle.node, st) and keep:
             answer |= KEEP_CACHE
-        return handle.fh, answer
+        return handle.fh, answer, 0
 
     def read(self, fh: int, offset: int, size: int) -> bytes | bytearray:
         """What is in memory; for the rest, Later."""
@@ -223,10 +246,10 @@ class Operations:
         handle = self.fs.opendir(node_id, pid)
         node = handle.node
         if not self._keep_listings or not node.ttl or self.fs.sb.options.show_whiteouts:
-            return handle.fh, 0
+            return handle.fh, 0, 0
         handle.cached = True
         node.cached_opens += 1
-        return handle.fh, CACHE_DIR | KEEP_CACHE
+        return handle.fh, CACHE_DIR | KEEP_CACHE, 0
 
     def entries(self, fh: int, start: int) -> Generator[Listed, None, None]:
         """Entries from a position on, with attributes. Who takes one asks for the next; who has no room for one closes

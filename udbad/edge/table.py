@@ -298,11 +298,11 @@ def _attributes(result: Attributes) -> bytes:
 
 
 def _opened(result: Opened) -> bytes:
-    return wire.OPENED.pack(*result, 0)
+    return wire.OPENED.pack(*result)
 
 
 def _created(result: tuple[Entry, Opened]) -> bytes:
-    return wire.entry(*result[0]) + wire.OPENED.pack(*result[1], 0)
+    return wire.entry(*result[0]) + wire.OPENED.pack(*result[1])
 
 
 def _sized(result: _Sized) -> bytes:

@@ -22,10 +22,11 @@ class OpenFile:
 
     group: of the opener's supplementary groups the one that keeps the setgid bit, if any.
     writable: whether `fd` may be written. id_bits: setuid and setgid bits that the file had when the kernel was told of
-    them; a write may take them away.
+    them; a write may take them away. backing_id: of the branch's file, when the kernel uses that itself
+    (kernel/passthrough.py), else 0; of all open files of a node it is the same.
     """
 
-    __slots__ = ("fd", "fh", "flags", "gid", "group", "id_bits", "node", "pid", "uid", "writable")
+    __slots__ = ("backing_id", "fd", "fh", "flags", "gid", "group", "id_bits", "node", "pid", "uid", "writable")
 
     def __init__(self, fh: Fh, node: Node, fd: int, flags: int, caller: Caller, writable: bool) -> None:
         self.fh = fh
@@ -37,6 +38,7 @@ class OpenFile:
         self.pid = caller.pid
         self.group: int | None = None
         self.id_bits = 0
+        self.backing_id = 0
         self.writable = writable
 
     def reopen(self, fd: int, writable: bool) -> None:
@@ -63,6 +65,16 @@ class OpenFile:
             os.dup2(opened, self.fd, inheritable=False)
             syscalls.close_quietly(opened)  # the other descriptor of it tells, when that is closed
         self.writable = writable and flags & os.O_ACCMODE != os.O_RDONLY
+
+
+def backing_id(node: Node) -> int:
+    """By which the kernel uses the branch's file of a node itself, whose data must stay there then. 0: it does not."""
+    return node.handles[0].backing_id if node.handles else 0
+
+
+def written_behind(node: Node) -> bool:
+    """Whether the kernel may write to a node's file without telling, so that attributes are good for now only."""
+    return backing_id(node) != 0 and any(handle.writable for handle in node.handles or ())
 
 
 ID_BITS = st_mod.S_ISUID | st_mod.S_ISGID

@@ -14,6 +14,7 @@ from typing import Final
 _IN_HEADER = struct.Struct("<IIQQIIIHH")
 _OUT_HEADER = struct.Struct("<IiQ")
 _INIT_IN = struct.Struct("<IIII")
+_FLAGS2 = struct.Struct("<I")
 _INIT_OUT = struct.Struct("<IIIIHHIIHHIIH22x")
 _INVAL_INODE = struct.Struct("<Qqq")
 _INVAL_ENTRY = struct.Struct("<QII")
@@ -37,6 +38,9 @@ _ABORT_ERROR = 1 << 21
 _MAX_PAGES = 1 << 22
 _HANDLE_KILLPRIV_V2 = 1 << 28
 _SETXATTR_EXT = 1 << 29
+_INIT_EXT = 1 << 30
+_PASSTHROUGH = 1 << 37 - 32
+"""Of flags2."""
 
 _WANTED = (
     _ASYNC_READ | _ATOMIC_O_TRUNC | _BIG_WRITES | _DONT_MASK | _AUTO_INVAL_DATA | _DO_READDIRPLUS
@@ -47,6 +51,9 @@ _MAX_MINOR = 45
 """The newest protocol that wire.py was compared with. What came since 7.23 and changes the form of a request or an
 answer comes with a flag only (SETXATTR_EXT, SECURITY_CTX and CREATE_SUPP_GROUP, ALLOW_IDMAP), or is an opcode of its
 own, which is answered ENOSYS."""
+_STACKING = 1
+"""How many file systems lie below us, branches that the kernel uses itself not counted: with one, an overlayfs on top
+of us is still possible, but none below (FILESYSTEM_MAX_STACK_DEPTH is 2)."""
 
 NOTIFY_INVAL_INODE = 2
 NOTIFY_INVAL_ENTRY = 3
@@ -68,15 +75,23 @@ class InitRequest:
         self.major, self.minor, self.max_readahead, self.flags = _INIT_IN.unpack_from(raw, _IN_HEADER.size)
         self.setxattr_ext = self.flags & _SETXATTR_EXT != 0
         """Whether SETXATTR has the longer form (Linux 5.13)."""
+        flags2 = _FLAGS2.unpack_from(raw, _IN_HEADER.size + _INIT_IN.size)[0] if self.flags & _INIT_EXT else 0
+        self.passthrough = flags2 & _PASSTHROUGH != 0
+        """Whether files can be given to the kernel (Linux 6.9)."""
 
-    def reply(self, acl: bool) -> bytes:
-        """Our answer; acl: let the kernel enforce POSIX ACLs."""
+    def reply(self, acl: bool, passthrough: bool = False) -> bytes:
+        """Our answer; acl: let the kernel enforce POSIX ACLs. passthrough: files will be given to the kernel, which
+        must have offered it."""
         wanted = _WANTED | (_POSIX_ACL if acl else 0)
         wanted |= _HANDLE_KILLPRIV_V2 if self.flags & _HANDLE_KILLPRIV_V2 else _HANDLE_KILLPRIV
+        flags2, depth = 0, 0
+        if passthrough:
+            wanted |= _INIT_EXT
+            flags2, depth = _PASSTHROUGH, _STACKING
         body = _INIT_OUT.pack(
             7, min(self.minor, _MAX_MINOR), self.max_readahead, self.flags & wanted,
             64, 48,  # max_background, congestion_threshold
-            MAX_REQUEST, 1, MAX_REQUEST // 4096, 0, 0, 0, 0,
+            MAX_REQUEST, 1, MAX_REQUEST // 4096, 0, flags2, depth, 0,
         )  # fmt: skip
         return _OUT_HEADER.pack(_OUT_HEADER.size + len(body), 0, self.unique) + body
 

@@ -27,8 +27,12 @@ class Session:
     mounted: whether it is on its mount point, as far as we know.
     """
 
-    def __init__(self, mount_point: bytes, fsname: str, flags: frozenset[str], acl: bool) -> None:
+    def __init__(
+        self, mount_point: bytes, fsname: str, flags: frozenset[str], acl: bool, passthrough: bool = False
+    ) -> None:
         """Begin a connection and answer INIT; nobody can see it yet. flags: names as in mount(8).
+
+        passthrough: files are to be given to the kernel, where it can do that.
 
         Raises UserError without /dev/fuse or permission.
         """
@@ -50,7 +54,8 @@ class Session:
                 raise self._refused(error) from error
             undo.callback(os.close, self._mount_fd)
             request = InitRequest(os.read(self.fd, MAX_REQUEST))
-            os.write(self.fd, request.reply(acl))
+            self.passthrough = passthrough and request.passthrough
+            os.write(self.fd, request.reply(acl, self.passthrough))
             self.has_epochs = request.minor >= EPOCH_MINOR
             self.setxattr_ext = request.setxattr_ext
             os.set_blocking(self.fd, False)

@@ -25,7 +25,7 @@ FSYNC, SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR, FLUSH, OPENDIR = 20, 21, 22, 
 READDIR, RELEASEDIR, FSYNCDIR, CREATE, INTERRUPT, DESTROY = 28, 29, 30, 35, 36, 38
 BATCH_FORGET, READDIRPLUS, RENAME2 = 42, 44, 45
 
-KEEP_CACHE, CACHE_DIR, NO_FLUSH = 1 << 1, 1 << 3, 1 << 5
+KEEP_CACHE, CACHE_DIR, NO_FLUSH, PASSTHROUGH = 1 << 1, 1 << 3, 1 << 5, 1 << 7
 """FOPEN_*: flags of the replies to OPEN and OPENDIR. NO_FLUSH is unknown before Linux 5.16, which then asks."""
 
 TWO_WORDS = struct.Struct("<II")
@@ -48,6 +48,7 @@ ACL_KILL_SGID = 1
 """FUSE_SETXATTR_ACL_KILL_SGID: the caller is not in the file's group, so that an ACL costs the setgid bit."""
 WRITE_DATA = BODY + 40
 OPENED = struct.Struct("<QII")
+"""fuse_open_out: handle, flags, backing id."""
 
 STATFS_OUT = struct.Struct("<QQQQQIII28x")
 """fuse_kstatfs: blocks, free, available, files, free files, block size, longest name, fragment size."""

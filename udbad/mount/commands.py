@@ -84,6 +84,7 @@ class Commands:
 
     async def status(self, request: Message) -> dict[str, Any]:
         process = self.process
+        io, fallbacks = process.io()
         return {
             "name": process.identity.name,
             "mount_point": os.fsdecode(process.mount_point),
@@ -91,6 +92,8 @@ class Commands:
             "udbad": __version__,
             "uptime": time.time() - process.started,
             "udba": process.coherence.name,
+            "io": io,
+            "io_fallbacks": fallbacks,
             "branches": [branch.describe() for branch in process.sb.branches.branches],
             "requests": sum(stats.requests for stats in operations().values()),
             "open_handles": len(process.sb.handles),
@@ -100,6 +103,7 @@ class Commands:
 
     async def stats(self, request: Message) -> dict[str, Any]:
         process = self.process
+        passed = process.passthrough
         return {
             "requests": {name: stats.requests for name, stats in operations().items()},
             "seconds": {name: stats.seconds for name, stats in operations().items()},
@@ -113,6 +117,7 @@ class Commands:
                 "negative": process.sb.counters.depth_negative,
                 "whiteout": process.sb.counters.depth_whiteout,
             },
+            "passthrough": {"opens": passed.opens, "in_use": passed.in_use} if passed is not None else {},
             "copyups": [
                 {"path": os.fsdecode(reconfigure.path_of(job.node)), "size": job.st.st_size, "done": job.progress}
                 for job in (copy.job for copy in process.edge.waiting.copyups.values())

@@ -42,6 +42,7 @@ from udbad.edge.native import Native
 from udbad.errors import ExitCode, UserError
 from udbad.kernel.invalidator import Invalidator
 from udbad.kernel.mounts import lying, mounts_inside, unions
+from udbad.kernel.passthrough import Passthrough
 from udbad.kernel.protocol import teller
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import Samples, Server
@@ -65,6 +66,7 @@ _OTHER_FDS = 1024
 """Descriptors that are neither of directories nor of open files: branches, sockets, copy-ups, one operation's own."""
 _SWITCH_SECONDS = 0.0005
 _LINGER_SECONDS = 2
+_NO_PASSTHROUGH = "no passthrough: the kernel does not offer it (Linux 6.9, CONFIG_FUSE_PASSTHROUGH)"
 _STOPPING = signal.SIGINT, signal.SIGTERM
 _MAX_DIRECTORY_FDS = 100_000
 
@@ -134,7 +136,9 @@ class MountProcess:
                 ending.callback(endpoint.close)
             self.restrictions = self.branches.restrictions
             _tell_restrictions(self.branches, options)
-            self.session = Session(self.mount_point, self._source(), self.flags_for(options), options.acl)
+            self.session = Session(
+                self.mount_point, self._source(), self.flags_for(options), options.acl, options.io == "passthrough"
+            )
             ending.callback(self.session.close)
             self.invalidator = Invalidator(
                 teller(self.session.notify), self.session.has_epochs, lambda: mounts_inside(self.session.connection)
@@ -143,8 +147,13 @@ class MountProcess:
             self.coherence = STRATEGIES[options.udba](self.sb, self.invalidator)
             ending.callback(lambda: self.coherence.stop())  # the one of then
             self.coherence.start()
+            self.passthrough = Passthrough(self.session.fd, self.fs) if self.session.passthrough else None
+            if options.io == "passthrough" and self.passthrough is None:
+                log.info("%s", _NO_PASSTHROUGH)
             stale = Holding(self.fs.walks).stale
-            self.edge = Native(self.session.fd, self.fs, self.coherence, stale, self.session.setxattr_ext)
+            self.edge = Native(
+                self.session.fd, self.fs, self.coherence, stale, self.session.setxattr_ext, self.passthrough
+            )
             ending.callback(self.edge.close)
             self.readings = MetricsReader(self)
             self.background: trio.Nursery  # of serve(): what ends with the mount
@@ -152,6 +161,12 @@ class MountProcess:
             self._commands = Commands(self)
             self.ready = False
             self._ending = ending.pop_all()
+
+    def io(self) -> tuple[str, list[str]]:
+        """Who reads and writes files, by the name of the option, and where it cannot be as asked for: a line each."""
+        if self.passthrough is not None:
+            return "passthrough", self.passthrough.fallbacks
+        return "requests", [_NO_PASSTHROUGH] if self.options.io == "passthrough" else []
 
     def _claim_mount_point(self) -> registry.Claim | None:
         """Held until others can see that we serve. Raises UserError when another process is at it."""

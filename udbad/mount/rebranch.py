@@ -195,9 +195,13 @@ def _check_unused(process: MountProcess, fresh: BranchSet) -> None:
     for branch in reconfigure.missing(process.sb.branches, fresh):
         users = reconfigure.users(process.sb, branch)
         if users:
-            first = users[0]
-            raise UserError(
-                f"branch {os.fsdecode(branch.path)} is in use: {first.what} {os.fsdecode(first.path)} "
-                f"of process {first.pid}" + (f" and {len(users) - 1} more" if len(users) > 1 else ""),
-                ExitCode.BRANCH,
-            )
+            raise _in_use(f"branch {os.fsdecode(branch.path)} is in use", users)
+    writers = reconfigure.written_behind(process.sb, fresh)
+    if writers:
+        raise _in_use("the kernel writes to a branch that is to be read-only (io=passthrough)", writers)
+
+
+def _in_use(what: str, users: Sequence[reconfigure.InUse]) -> UserError:
+    first = users[0]
+    more = f" and {len(users) - 1} more" if len(users) > 1 else ""
+    return UserError(f"{what}: {first.what} {os.fsdecode(first.path)} of process {first.pid}{more}", ExitCode.BRANCH)

@@ -119,6 +119,8 @@ KERNEL_FLAGS: Final = (
 )  # fmt: skip
 """mount(2) flags, under the names mount(8) gives them. suid, dev and exec: whatever the branches are mounted with."""
 
+IO_MODES: Final = {"requests": "requests", "passthrough": "passthrough"}
+
 _PERMITTED: Final = {"suid": "nosuid", "dev": "nodev", "exec": "noexec"}
 """What is asked for, and the flag that a union does not take from its branches then."""
 
@@ -140,6 +142,8 @@ class MountOptions:
     """Top first, never empty: see Branches."""
     udba: str = _one_of("reval", "none, reval or notify", UDBA_MODES)
     """Which direct changes of the branches are seen, and when: see Modes."""
+    io: str = _one_of("requests", "requests or passthrough", IO_MODES)
+    """Who reads and writes files: this process, or the kernel itself where that can be: see Modes."""
     create: str = _text("tdp", "a create policy", _parsed_by(parse_create))
     """Which branch gets a new object: see Create policies."""
     cpup: str = _text("tdp", "a copy-up policy", _parsed_by(parse_copyup))
@@ -252,7 +256,10 @@ _NO_CHANGE: Final = frozenset({"default_permissions", "nodirren"})
 """Words without a value that ask for what is always so."""
 
 _VALUES: Final = {
-    **{name: name for name in ("udba", "dirwh", "diropq", "rdcache", "watch_reserve", "fsname", "metrics", "control")},
+    **{
+        name: name
+        for name in ("udba", "io", "dirwh", "diropq", "rdcache", "watch_reserve", "fsname", "metrics", "control")
+    },
     **dict.fromkeys(("create", "create_policy"), "create"),
     **dict.fromkeys(("cpup", "copyup", "copyup_policy"), "cpup"),
     "copyup_fsync": "fsync_copyup",  # without a value: on

@@ -29,6 +29,7 @@ from udbad.branch.branches import Branch
 from udbad.branch.origin import Place
 from udbad.branch.state import ObjectStamp, is_racy, object_stamp, same_content, stamp
 from udbad.errors import estale
+from udbad.inodes.handles import backing_id
 from udbad.inodes.table import Dir, Node
 from udbad.union import copydirs, homes, lookup
 from udbad.union.lookup import Answer
@@ -210,6 +211,8 @@ def uncover_names(sb: Superblock, names: Sequence[tuple[Dir | None, Copy]], targ
             raise InUse("is being copied up")
         if any(handle.writable for handle in node.handles or ()):
             raise InUse("is open for writing")
+        if backing_id(node):
+            raise InUse("is open, and the kernel uses it where it is (io=passthrough)")
     rest = [copy for _, copy in names]
     fd = -1
     try:

@@ -28,6 +28,7 @@ from udbad.branch.branches import Branch
 from udbad.branch.origin import Place
 from udbad.branch.state import is_racy, object_stamp, stamp
 from udbad.errors import GONE, erofs, estale, os_error
+from udbad.inodes.handles import backing_id
 from udbad.inodes.table import Dir, Node
 from udbad.types import CopyMethod, Trigger
 from udbad.union import copydirs, lookup, plink
@@ -81,6 +82,9 @@ def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
         else:
             copydirs.ensure_dir(sb, node, copydirs.target_branch(sb, node.parent, node.branch.index))
         return None
+    if backing_id(node):
+        # The kernel goes on with the file that it has.
+        raise os_error(errno.EXDEV if need.trigger in (Trigger.RENAME, Trigger.LINK) else errno.EBUSY)
     as_link = need.trigger is Trigger.LINK and need.name is not None
     parent, name = need.name if need.name is not None else (node.parent, node.name)
     if parent is None or node.dead or (need.name is None and not _still_there(sb, node)):

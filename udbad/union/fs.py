@@ -20,7 +20,7 @@ from typing import Final, Literal, TypeVar
 from udbad.branch import syscalls, whiteout
 from udbad.branch.credentials import Credentials, sgid_group
 from udbad.errors import REPLACED, erofs, estale, os_error
-from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, note_id_bits
+from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, backing_id, note_id_bits
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Trigger
 from udbad.union import copyup, create, lookup, ranges, readdir, remove, rename
@@ -31,6 +31,8 @@ T = TypeVar("T")
 Attributes = tuple[Node, os.stat_result]
 
 _OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
+_COPYING = frozenset({"coo_reg", "coo_all", "moo"})
+"""Attributes of branches whose files are copied up when they are opened."""
 _ATTEMPTS = 8
 """To hold what a name stands for, while somebody replaces it all the time."""
 _ACL_PREFIX = b"system.posix_acl_"
@@ -64,6 +66,8 @@ class UnionFs:
         self.table = sb.table
         self.handles = sb.handles
         self.walks = HeldWalks(sb)
+        self.on_unused_backing: Callable[[int], None] = lambda number: None
+        """The last open file with this backing id was closed; replaced by who gives them out."""
 
     # -- names --------------------------------------------------------------------------------
 
@@ -347,6 +351,8 @@ class UnionFs:
                 raise NeedCopyUp(node, Trigger.TRUNCATE, 0)
             if not self.sb.branches.writable_above(branch.index):
                 raise erofs()
+            if backing_id(node):
+                raise os_error(errno.EBUSY)  # since the branch, or the mount, was made another one
             wanted = wanted & ~(os.O_ACCMODE | os.O_APPEND) | os.O_RDONLY
             writable = False
         fd, st = self._open_fd(node, wanted)
@@ -369,7 +375,7 @@ class UnionFs:
 
     def _copy_on_open(self, node: Node) -> None:
         """coo_reg, coo_all, moo: every open copies up, to the nearest writable branch above (semantics 3)."""
-        if node.branch.attrs & {"coo_reg", "coo_all", "moo"} and self.sb.branches.writable_above(node.branch.index):
+        if node.branch.attrs & _COPYING and self.sb.branches.writable_above(node.branch.index):
             raise NeedCopyUp(node, Trigger.OPEN)
 
     def _open_fd(self, node: Node, flags: int) -> tuple[int, os.stat_result]:
@@ -439,8 +445,25 @@ class UnionFs:
         handle = self.handles.file(fh)
         return handle.fd if handle.writable and not handle.node.branch.local else None
 
+    def stays(self, node: Node, st: os.stat_result) -> bool:
+        """Whether a file's data stays where it is while it is open, and may be written without us: no copy-up can
+        become due for a write, close(2) has no error to tell, and no setuid or setgid bit goes with new content.
+
+        A rename or link that would copy it up to a branch above is EXDEV then (copyup.begin).
+        """
+        branch = node.branch
+        return (
+            (branch.writable or self.sb.options.read_only)
+            and branch.local
+            and not branch.attrs & _COPYING
+            and node.busy is None
+            and not st.st_mode & ID_BITS
+        )
+
     def release(self, fh: int) -> None:
         handle = self.handles.remove_file(fh)
+        if handle.backing_id and not handle.node.handles:
+            self.on_unused_backing(handle.backing_id)
         self.table.release_handles(handle.node)
 
     # -- directories --------------------------------------------------------------------------

@@ -92,6 +92,19 @@ def users(sb: Superblock, branch: Branch) -> list[InUse]:
     return found
 
 
+def written_behind(sb: Superblock, fresh: BranchSet) -> list[InUse]:
+    """What keeps a branch from not being written to any more: files that the kernel may write to without asking."""
+    writable = {_identity(branch) for branch in fresh.branches if branch.writable}
+    return [
+        InUse(path_of(handle.node), handle.pid, "open file")
+        for handle in sb.handles.files.values()
+        if handle.backing_id
+        and handle.writable
+        and handle.node.orphan_fd < 0
+        and _identity(handle.node.branch) not in writable
+    ]
+
+
 def apply(sb: Superblock, new: BranchSet) -> None:
     """Make `new` (from `carry_over`) the branches of the union. Precondition: no copy-up is under way, and
     nothing uses what is removed (`users`). The caller closes the removed branches afterwards."""
