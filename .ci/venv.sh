@@ -17,5 +17,3 @@ if ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>
 fi
 # compat: a line in a .pth file. The default is a finder, whose imports cost every command 20 ms.
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e '.[dev]'
-# Also where PYTHONDONTWRITEBYTECODE is set, which would have every command compile what it imports.
-"$venv/bin/python" -m compileall -q udbad

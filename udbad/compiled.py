@@ -15,10 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import cache
-from hashlib import blake2b
-from importlib.abc import MetaPathFinder
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
-from importlib.util import spec_from_file_location
 from types import ModuleType
 from typing import Final
 
@@ -47,6 +44,8 @@ def sources(package: str = PACKAGE) -> list[str]:
 
 def fingerprint(package: str = PACKAGE) -> str:
     """Of all sources, as they are now, and of the Python that they are compiled for. Raises OSError."""
+    from hashlib import blake2b  # not for a command, which imports none of these modules
+
     hashed = blake2b(EXTENSION_SUFFIXES[0].encode(), digest_size=16)
     for path in sources(package):
         with open(path, "rb") as file:
@@ -78,13 +77,15 @@ def why_not() -> str:
     return ""
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Leads to the source of a module of `MODULES` where what lies beside it, compiled, is not to be used."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in MODULES or not why_not():
             return None  # Python's own finder, which prefers a compiled one
+        from importlib.util import spec_from_file_location
+
         return spec_from_file_location(name, os.path.join(PACKAGE, *name.split(".")[1:]) + ".py")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import logging.handlers
 import sys
-from datetime import UTC, datetime
+
+LEVELS = ("debug", "info", "warning", "error")
 
 
 class JsonFormatter(logging.Formatter):
@@ -17,6 +17,8 @@ class JsonFormatter(logging.Formatter):
         self.mount = mount
 
     def format(self, record: logging.LogRecord) -> str:
+        from datetime import UTC, datetime
+
         words: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -51,6 +53,8 @@ def set_level(level: str) -> None:
 
 def to_syslog() -> None:
     """From now on log where a process without a terminal does, to syslog(3); nowhere when none listens."""
+    import logging.handlers
+
     handler: logging.Handler
     try:
         syslog = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)

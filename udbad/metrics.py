@@ -12,15 +12,15 @@ table is never exported; label values come from closed sets, from the configurat
 
 from __future__ import annotations
 
-import ssl
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
-from wsgiref.simple_server import WSGIServer
 
 if TYPE_CHECKING:
+    from wsgiref.simple_server import WSGIServer
+
     from prometheus_client.core import Metric as Family
 
 DEPTH_BUCKETS: Final = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
@@ -205,6 +205,8 @@ def serve(host: str, port: int, source: Source, tls: Mapping[str, str] | None = 
     port: 0 takes a free one. tls: certfile, keyfile, and for client certificates client_cafile or client_capath;
     clients must then have one. Raises OSError when it cannot listen or the certificate cannot be read.
     """
+    import ssl
+
     from prometheus_client import CollectorRegistry, start_http_server
 
     registry = CollectorRegistry()

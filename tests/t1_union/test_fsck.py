@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from udbad.branch import dirtymark, sweep, syscalls, walk
+from udbad.branch import dirtymark, spec, sweep, syscalls
 from udbad.branch.accept import open_branches
 from udbad.branch.branches import BranchSpec
 from udbad.errors import ExitCode, UserError
@@ -236,7 +236,7 @@ def test_each_defect_is_found_and_repaired_and_nothing_else_changes(branch: Path
 
     lines: list[str] = []
     assert fsck.run_fsck(os.fsencode(branch), no, lines.append) is ExitCode.FSCK_DEFECTS
-    assert lines[0].startswith(walk.printable(case.path))
+    assert lines[0].startswith(spec.printable(case.path))
     assert lines[-1] == f"{branch}: 1 defects, 0 repaired"
     assert snapshot(branch) == before
 
@@ -509,7 +509,7 @@ def test_without_the_privilege_it_says_so(branch: Path, monkeypatch: pytest.Monk
 
 
 def test_names_cannot_write_to_the_terminal() -> None:
-    assert walk.printable(b"a\x1b[31m\n\xffb/\xc3\xa4") == "a\\x1b[31m\\n\\xffb/ä"
+    assert spec.printable(b"a\x1b[31m\n\xffb/\xc3\xa4") == "a\\x1b[31m\\n\\xffb/ä"
 
 
 def test_what_is_mounted_below_the_branch_is_not_part_of_it(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ attributes nor a mode of its own, because the syntax has no way to say it.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
@@ -102,6 +101,8 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
     When none is near: all of them, when they are few, or nothing.
     """
+    import difflib  # most words are right
+
     words = sorted(known)
     near = difflib.get_close_matches(word, words, 1, cutoff=_NEAR)
     if near:
@@ -113,6 +114,12 @@ def shown(text: str | bytes) -> str:
     """A path or word for a message of one line: quoted with escapes only where it is not printable."""
     text = os.fsdecode(text)
     return text if text.isprintable() else repr(text)
+
+
+def printable(path: bytes) -> str:
+    """`path` for a terminal: whatever is not printable UTF-8 is escaped (a name may hold any byte)."""
+    text = path.decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def parse_branches(text: str) -> list[BranchSpec]:

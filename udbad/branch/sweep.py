@@ -12,7 +12,8 @@ from collections.abc import Callable
 from contextlib import closing
 
 from udbad.branch import syscalls, whiteout
-from udbad.branch.walk import READ_DIR, Entries, descend, entries_of, join, objects_in, printable, walk
+from udbad.branch.spec import printable
+from udbad.branch.walk import READ_DIR, Entries, descend, entries_of, join, objects_in, walk
 from udbad.errors import GONE
 
 log = logging.getLogger(__name__)

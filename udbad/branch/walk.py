@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from udbad.branch import capabilities, syscalls, whiteout
+from udbad.branch.spec import printable
 from udbad.errors import NO_DIRECTORY, ExitCode, UserError
 
 READ_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -129,12 +130,6 @@ def _reopen(root_fd: int, levels: list[_Level]) -> None:
         if parent_fd != root_fd and all(level.fd != parent_fd for level in levels):
             os.close(parent_fd)
         raise
-
-
-def printable(path: bytes) -> str:
-    """`path` for a terminal: whatever is not printable UTF-8 is escaped (a name may hold any byte)."""
-    text = path.decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 _KINDS: Final = {

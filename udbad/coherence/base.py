@@ -86,7 +86,7 @@ class Coherence:
         self.sb = sb
         self.notifier = notifier
         self.branch_events: dict[tuple[int, int], int] = {}
-        """(branch index, kind bits of coherence/watcher.py) to number of events."""
+        """(branch index, kind bits of coherence/inotify.py) to number of events."""
 
     def start(self) -> None:
         """Take over a tree, freshly mounted or handed over by another strategy: nothing in it is trusted yet."""

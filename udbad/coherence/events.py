@@ -1,7 +1,7 @@
 """What an event on a branch means: classified first, then one short function a case.
 
 Events are hints, state decides. Whatever they say of a name, `classify` compares what is recorded of it with what the
-branches say now and changes nothing; of the kinds of an event (coherence/watcher.py) it believes only that a
+branches say now and changes nothing; of the kinds of an event (coherence/inotify.py) it believes only that a
 file whose content or attributes changed may be looked at first. Whiteouts are events of the name they hide, opaque
 marks of their directory (`subject`). A case brings what is recorded up to date, then tells the kernel what differs.
 
@@ -19,8 +19,9 @@ from enum import Enum, auto
 
 from udbad.branch import syscalls, whiteout
 from udbad.coherence.base import Coherence
+from udbad.coherence.inotify import CONTENT, GONE, NAMES
 from udbad.coherence.sent import SentAttributes
-from udbad.coherence.watcher import CONTENT, GONE, NAMES, Change
+from udbad.coherence.watcher import Change
 from udbad.coherence.watches import Place, Watches
 from udbad.inodes.table import Dir, Node
 from udbad.union import homes, lookup

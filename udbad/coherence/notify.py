@@ -23,8 +23,9 @@ from udbad.branch import state
 from udbad.branch.branches import Branch
 from udbad.coherence.base import FOREVER, Coherence, CoherenceStatistics, KernelNotifier
 from udbad.coherence.events import Events
+from udbad.coherence.inotify import watch_limit
 from udbad.coherence.sent import SentAttributes
-from udbad.coherence.watcher import Change, watch_limit
+from udbad.coherence.watcher import Change
 from udbad.coherence.watches import Watches
 from udbad.inodes.handles import written_behind
 from udbad.inodes.table import Dir, Node

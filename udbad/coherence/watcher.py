@@ -16,12 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import TYPE_CHECKING
 
 import trio
-import trio_asyncio
 from asyncinotify import Inotify, Mask, Watch
 
 from udbad.branch import syscalls
+from udbad.coherence.inotify import ATTRIBUTES, CONTENT, GONE, NAMES, queue_limit, watch_limit
+
+if TYPE_CHECKING:
+    import trio_asyncio
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +50,6 @@ _READ_BYTES = 16 << 10
 _LONGEST = _EVENT.size + 256
 """Bytes of an event with the longest name. When that had found room in a read(2), there were no more events."""
 
-NAMES, CONTENT, ATTRIBUTES, GONE = 1, 2, 4, 8
-"""What a change concerns, as bits."""
-
-_SETTINGS = "/proc/sys/fs/inotify/"
 _NO_PATH = Path()
 
 
@@ -185,6 +185,8 @@ class Watcher:
         For an edge whose event loop is not ours (Native.takes_events). The asyncio loop only tells us that there is
         something to read, so that others can read it, too: `drain`.
         """
+        import trio_asyncio  # not where an edge takes the events itself
+
         async with trio_asyncio.open_loop() as loop:
             if self._closed:
                 return  # while the loop was opened
@@ -281,18 +283,3 @@ def _kinds(mask: int) -> int:
     if mask & _GONE:
         kinds |= GONE
     return kinds
-
-
-def watch_limit() -> int:
-    """fs.inotify.max_user_watches."""
-    return _setting("max_user_watches")
-
-
-def queue_limit() -> int:
-    """fs.inotify.max_queued_events."""
-    return _setting("max_queued_events")
-
-
-def _setting(name: str) -> int:
-    with open(_SETTINGS + name) as file:
-        return int(file.read())

@@ -19,7 +19,8 @@ from typing import Any
 
 from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
-from udbad.coherence.watcher import Change, Watcher, WatchLimit, watch_limit
+from udbad.coherence.inotify import watch_limit
+from udbad.coherence.watcher import Change, Watcher, WatchLimit
 from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Layer, Node
 from udbad.union.superblock import Superblock

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from udbad.branch import capabilities
-from udbad.branch.spec import escape, split_escaped, unescape
-from udbad.branch.walk import printable
+from udbad.branch.spec import escape, printable, split_escaped, unescape
 from udbad.control import client
 from udbad.control.protocol import Message
 from udbad.errors import UserError

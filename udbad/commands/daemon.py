@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 
+from udbad import logs
 from udbad.branch import capabilities
 from udbad.commands.common import print_table, run_dir_option, user_errors
 from udbad.commands.completion import mounts
 from udbad.control import client, registry
 from udbad.control.protocol import NOT_ANSWERING
 from udbad.errors import ExitCode, UserError
-from udbad.settings.file import LOG_LEVELS, ConfigError, load
 
 config_option = click.option(
     "-c", "--config", type=click.Path(path_type=Path), default=capabilities.config_file,
@@ -43,6 +42,7 @@ def check_config(config: Path) -> None:
 
     What the files say, and what of it is there: branches and mount points are looked at as for a mount.
     """
+    from udbad.settings.file import ConfigError, load
     from udbad.supervisor import check
 
     with user_errors():
@@ -94,7 +94,7 @@ def restart(run_dir: str, force: bool, mount: str) -> None:
 
 @click.command("log-level")
 @run_dir_option
-@click.argument("level", type=click.Choice(LOG_LEVELS))
+@click.argument("level", type=click.Choice(logs.LEVELS))
 @click.argument("mount", required=False, shell_complete=mounts)
 def log_level(run_dir: str, level: str, mount: str | None) -> None:
     """Change how much is logged, by MOUNT or by the daemon and all its mounts, until the next start."""
@@ -155,6 +155,8 @@ def _print_status(answer: dict[str, Any]) -> None:
     if not answer["mounts"]:
         click.echo("no mounts")
         return
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("MOUNT", "STATE", "MOUNT POINT", "PID", "SINCE", "RESTARTS", "UDBA", "IO", "BRANCHES"):
         table.add_column(column, overflow="fold")

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import click
 
+from udbad import logs
 from udbad.branch import capabilities
 from udbad.branch.spec import split_escaped
 from udbad.commands.common import absolute_branch
-from udbad.commands.mounting import start_in_background
+from udbad.commands.mounting import serve_in_background
 from udbad.control import client, registry
 from udbad.errors import ExitCode, UserError
 from udbad.settings.options import MountOptions, format_options, parse_mount_options
@@ -87,16 +88,17 @@ def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: b
     if fake:
         return
     mount_point = os.fsdecode(registry.real_mount_point(os.fsencode(directory)))
-    text = format_options(parsed)
     if _serves_already(run_dir, mount_point, parsed):
         click.echo(f"mount.udba: {mount_point} is mounted so already", err=True)
         return
+    request = {"op": "mount", "mount_point": mount_point, "options": format_options(parsed)}
     try:
-        client.ask_supervisor(run_dir, {"op": "mount", "mount_point": mount_point, "options": text}, timeout=600.0)
+        client.ask_supervisor(run_dir, request, timeout=600.0)
     except UserError as error:
         if error.code is not ExitCode.NO_DAEMON:
             raise
-        code = start_in_background((text,), verbose, run_dir, "none", Path(mount_point))
+        logs.set_up("debug" if verbose else "info", "plain")
+        code = serve_in_background(replace(parsed, notices=()), Path(mount_point), run_dir)
         if code:
             sys.exit(_USAGE if code == ExitCode.OPTION else _FAILED)
 

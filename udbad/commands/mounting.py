@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,9 +17,12 @@ from udbad import logs
 from udbad.commands.common import run_dir_option, user_errors
 from udbad.commands.completion import mount_points
 from udbad.errors import ExitCode, UserError
-from udbad.ourselves import COMMAND, environment
-from udbad.settings.options import parse_mount_options
-from udbad.supervisor import sdnotify
+
+if TYPE_CHECKING:
+    from udbad.mount.mountproc import MountProcess
+    from udbad.settings.options import MountOptions
+
+_READY = b"READY\n"
 
 
 @click.command()
@@ -30,7 +34,6 @@ from udbad.supervisor import sdnotify
     help="Lines for people, or JSON.",
 )  # fmt: skip
 @click.option("--ready-fd", type=int, default=-1, hidden=True)
-@click.option("--detach", is_flag=True, hidden=True)
 @run_dir_option
 @click.argument("source")
 @click.argument("mount_point", type=click.Path(path_type=Path))
@@ -40,61 +43,87 @@ def mount(
     verbose: bool,
     log_format: str,
     ready_fd: int,
-    detach: bool,
     run_dir: str,
     source: str,
     mount_point: Path,
 ) -> None:
     """Mount a union on MOUNT_POINT. SOURCE is shown in /proc/mounts and has no meaning otherwise."""
+    from udbad.settings.options import parse_mount_options
+
     with user_errors():
         parsed = parse_mount_options(options)
         if parsed.fsname == "none" and source != "none":
             parsed = replace(parsed, fsname=source)
-        if not foreground:
-            sys.exit(start_in_background(options, verbose, run_dir, source, mount_point))
-        from udbad.mount import mountproc  # the supervisor and the tools must not load pyfuse3
-
-        def ready(process: mountproc.MountProcess) -> None:
-            if detach:
-                # Whoever started us may be waiting for the end of what we could still write.
-                logs.to_syslog()
-                null = os.open(os.devnull, os.O_RDWR)
-                os.dup2(null, 1)
-                os.dup2(null, 2)
-                os.close(null)
-            else:
-                sdnotify.notify("READY=1", f"STATUS=serves {os.fsdecode(process.mount_point)}")
-            if ready_fd >= 0:
-                with suppress(BrokenPipeError):  # whoever started us is gone, which is no reason not to serve
-                    os.write(ready_fd, b"READY\n")
-                os.close(ready_fd)
-
         logs.set_up("debug" if verbose else "info", log_format)
-        # Whoever names a control socket looks after the mount; it is not listed for others.
-        identity = mountproc.Identity(run_dir=None if parsed.control else run_dir)
-        mountproc.run(parsed, os.fsencode(mount_point.absolute()), ready, identity)
+        if foreground:
+            serve(parsed, mount_point, run_dir, lambda process: _say_ready(process, ready_fd))
+        else:
+            sys.exit(serve_in_background(parsed, mount_point, run_dir))
 
 
-def start_in_background(options: tuple[str, ...], verbose: bool, run_dir: str, source: str, mount_point: Path) -> int:
-    """Start the mount process in a session of its own; 0 when it serves, its exit code when it could not."""
+def serve(options: MountOptions, mount_point: Path, run_dir: str, on_ready: Callable[[MountProcess], None]) -> None:
+    """Mount and serve in this process until unmounted. Raises UserError."""
+    from udbad.mount import mountproc  # the supervisor and the tools must not load pyfuse3
+
+    # Whoever names a control socket looks after the mount; it is not listed for others.
+    identity = mountproc.Identity(run_dir=None if options.control else run_dir)
+    mountproc.run(options, os.fsencode(mount_point.absolute()), on_ready, identity)
+
+
+def _say_ready(process: MountProcess, ready_fd: int) -> None:
+    from udbad.supervisor import sdnotify
+
+    sdnotify.notify("READY=1", f"STATUS=serves {os.fsdecode(process.mount_point)}")
+    if ready_fd >= 0:
+        with suppress(BrokenPipeError):  # whoever started us is gone, which is no reason not to serve
+            os.write(ready_fd, _READY)
+        os.close(ready_fd)
+
+
+def serve_in_background(options: MountOptions, mount_point: Path, run_dir: str) -> int:
+    """Have a child, in a session of its own, serve; 0 when it does, its exit code when it cannot.
+
+    Forked and nothing executed: what is imported by now need not be imported again. Precondition: no threads, and no
+    descriptor above 2 that the child could need.
+    """
     read_fd, write_fd = os.pipe()
-    command = [*COMMAND, "mount", "-f", "--detach", "--ready-fd", str(write_fd)]
-    command += ["--run-dir", run_dir]
-    command += ["-v"] if verbose else []
-    for option in options:
-        command += ["-o", option]
-    process = subprocess.Popen(
-        [*command, "--", source, str(mount_point)],
-        pass_fds=(write_fd,),
-        stdin=subprocess.DEVNULL,
-        env=environment(),
-        start_new_session=True,
-    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        with user_errors():
+            _detach(write_fd)
+            serve(options, mount_point, run_dir, lambda process: _let_go(write_fd))
+        sys.exit(0)
     os.close(write_fd)
-    with os.fdopen(read_fd, "rb") as ready:
-        if ready.read(6) == b"READY\n":
+    with open(read_fd, "rb") as said:
+        if said.read(len(_READY)) == _READY:
             return 0
-    return process.wait() or int(ExitCode.FAILURE)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) or int(ExitCode.FAILURE)
+
+
+def _detach(write_fd: int) -> None:
+    """Leave the session and every descriptor of whoever started us, but for where errors are shown."""
+    os.setsid()
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd != write_fd:
+            with suppress(OSError):  # the one that the directory was read with
+                os.close(fd)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.close(null)
+
+
+def _let_go(write_fd: int) -> None:
+    """Say that we serve; from now on nobody waits for the end of what we could still write."""
+    with suppress(BrokenPipeError):  # whoever started us is gone, which is no reason not to serve
+        os.write(write_fd, _READY)
+    os.close(write_fd)
+    logs.to_syslog()
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    os.close(null)
 
 
 @click.command()

@@ -9,15 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import parse_branch
-from udbad.branch.walk import printable
-from udbad.commands.common import print_table, run_dir_option, user_errors
+from udbad.commands.common import for_terminal, print_table, run_dir_option, user_errors
 from udbad.commands.completion import branches, files, mounts
 from udbad.commands.inspect import json_option
 from udbad.control import client
@@ -45,11 +40,14 @@ def diff(run_dir: str, as_json: bool, show_all: bool, branch: str, lowers: tuple
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("CHANGE", "TYPE", "PATH", "WHAT"):
         table.add_column(column, overflow="fold")
     for one in found:
-        path = printable(os.fsencode(one["path"]))
+        path = for_terminal(one["path"])
         table.add_row(Text(one["change"], _STYLES.get(one["change"], "")), one["type"], Text(path), one["detail"])
     if found:
         print_table(table)
@@ -76,11 +74,7 @@ def mvdown(run_dir: str, path: str, **words: Any) -> None:
         entry, inside = client.locate(run_dir, path)
         answer = client.ask_mount(entry, {"op": "mvdown", "path": inside, **words}, _HOURS)
     verb = "copied" if answer["kept"] else "moved"
-    click.echo(f"{verb} from {_shown(answer['from'])} to {_shown(answer['to'])}, {answer['size']} bytes")
-
-
-def _shown(path: str) -> str:
-    return printable(os.fsencode(path))
+    click.echo(f"{verb} from {for_terminal(answer['from'])} to {for_terminal(answer['to'])}, {answer['size']} bytes")
 
 
 @click.group()
@@ -111,6 +105,9 @@ def sync_move(run_dir: str, mount: str, source: str, target: str) -> None:
 
 
 def _sync(run_dir: str, mount: str, mode: str, source: str, target: str) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     entry, _ = client.locate(run_dir, mount)
     words = {"mode": mode, "source": os.path.abspath(source), "target": os.path.abspath(target)}
     client.ask_mount(entry, {"op": "sync", **words})
@@ -137,11 +134,11 @@ def _report(answer: Mapping[str, Any]) -> None:
     if answer["error_text"]:
         raise UserError(f"sync: {answer['error_text']}", ExitCode(answer["error_code"]))
     for path, reason in answer["left"].items():
-        click.echo(f"stays: {_shown(path)}: {reason}")
+        click.echo(f"stays: {for_terminal(path)}: {reason}")
     more = answer["left_count"] - len(answer["left"])
     if more > 0:
         click.echo(f"stays: {more} more")
-    target = _shown(answer["target"])
+    target = for_terminal(answer["target"])
     if answer["move"]:
         click.echo(f"{answer['moved']} names moved into {target}")
     else:

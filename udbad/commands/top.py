@@ -7,19 +7,17 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from udbad.commands.common import run_dir_option
 from udbad.control import client, registry
 from udbad.control.protocol import NOT_ANSWERING
 from udbad.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 _ASK_SECONDS = 1.0
 
@@ -77,6 +75,11 @@ def _depths(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[float]:
 
 def render(labels: Mapping[str, str], stats: Mapping[str, Any], shown: Mapping[str, Rates], bars: bool = True) -> Group:
     """labels: key to what a mount is called; stats: its last answer, None when it gave none. bars: for a terminal."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("MOUNT", overflow="fold")
     for column in ("OPS/S", "LATENCY", "DEPTH", "EVENTS/S", "INVAL/S", "NODES", "OPEN", "STATE"):
@@ -111,6 +114,9 @@ def top(run_dir: str, delay: float, count: int | None) -> None:
 
     Into a pipe or a file goes one table after the other.
     """
+    from rich.console import Console
+    from rich.live import Live
+
     console = Console(width=None if os.isatty(1) else 200)
     before: dict[str, tuple[float, Any]] = {}
     looked = 0

@@ -7,7 +7,6 @@ bytes. server.py answers, here are the lines themselves and the clients.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import json
 import math
@@ -161,7 +160,8 @@ def edits_of(request: Message) -> list[tuple[str, str]]:
     return [(checked_text(key, "edits"), checked_text(value, "edits")) for key, value in edits]
 
 
-def _decode_answer(line: bytes, path: str) -> Message:
+def decode_answer(line: bytes, path: str) -> Message:
+    """What a server at `path` has said. Raises ConnectionError unless it is one whole line of JSON."""
     try:
         answer = json.loads(line)
     except ValueError:
@@ -183,18 +183,4 @@ def ask(path: str, request: Message, timeout: float) -> Message:
         client.settimeout(timeout)
         client.sendall(encode({"version": VERSION, **request}))
         with client.makefile("rb") as stream:
-            return _decode_answer(stream.readline(MAX_ANSWER), path)
-
-
-async def ask_async(path: str, request: Message, timeout: float) -> Message:
-    """`ask` for the supervisor's event loop."""
-    async with asyncio.timeout(timeout):
-        reader, writer = await asyncio.open_unix_connection(path, limit=MAX_ANSWER)
-        try:
-            writer.write(encode({"version": VERSION, **request}))
-            await writer.drain()
-            return _decode_answer(await reader.readline(), path)
-        except ValueError as error:  # StreamReader: a line above the limit
-            raise ConnectionError(f"{path}: {error}") from None
-        finally:
-            writer.close()
+            return decode_answer(stream.readline(MAX_ANSWER), path)

@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -81,6 +79,8 @@ class Entry:
 
 def mount_id(mount_point: bytes) -> str:
     """The si of a mount: 16 hexadecimal digits."""
+    import hashlib  # not at TAB: it loads all of OpenSSL
+
     return hashlib.blake2b(mount_point, digest_size=8).hexdigest()
 
 
@@ -203,7 +203,7 @@ class Registration:
                 claim = Claim(str(self.path.parent), self._mount_point, 0)
                 try:
                     if self._is_ours():
-                        shutil.rmtree(self.path)
+                        _remove(self.path)
                 finally:
                     claim.release()
         except OSError as error:
@@ -290,9 +290,15 @@ def sweep(run_dir: str, mounted: Collection[tuple[str, int]]) -> None:
         try:
             # Since it was read, another process may have begun there, and have given up its claim.
             if not is_alive(entry):
-                shutil.rmtree(entry.directory, ignore_errors=True)
+                _remove(entry.directory, ignore_errors=True)
         finally:
             claim.release()
+
+
+def _remove(directory: str | Path, ignore_errors: bool = False) -> None:
+    import shutil  # not at TAB
+
+    shutil.rmtree(directory, ignore_errors)
 
 
 def find(run_dir: str, path: str) -> tuple[Entry, str] | None:

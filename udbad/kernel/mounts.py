@@ -7,8 +7,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import shutil
-import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -197,6 +195,9 @@ FUSERMOUNT: Final = "fusermount3"
 
 def _ask_helper(path: bytes, flags: int) -> None:
     """Raises OSError: EPERM without the helper, or when the mount is not ours."""
+    import shutil
+    import subprocess  # root unmounts without
+
     helper = shutil.which(FUSERMOUNT)
     if helper is None:
         raise OSError(errno.EPERM, f"a user needs {FUSERMOUNT} to unmount", os.fsdecode(path))

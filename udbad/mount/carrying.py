@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from udbad.branch.branches import Branch
-from udbad.branch.walk import printable
+from udbad.branch.spec import printable
 from udbad.control.protocol import Message, flag_of, path_of, text_of
 from udbad.errors import ExitCode, UserError
 from udbad.mount import rebranch
-from udbad.tools import mvdown, syncdown
-from udbad.tools.carry import Halt, Work
 
 if TYPE_CHECKING:
     from udbad.mount.mountproc import MountProcess
+    from udbad.tools import syncdown
+    from udbad.tools.carry import Halt, Work
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,9 @@ class Carrying:
 
     async def mvdown(self, request: Message) -> dict[str, Any]:
         """Move one file down; answers when it is done. Words as in mvdown.Options."""
+        from udbad.tools import mvdown
+        from udbad.tools.carry import Halt
+
         flags = ("overwrite_lower", "keep_upper", "read_only_upper", "read_only_lower")
         parts = path_of(request)
         source = text_of(request, "source", "")
@@ -119,6 +122,9 @@ class Carrying:
 
     async def sync(self, request: Message) -> dict[str, Any]:
         """Begin to merge branch `source` into `target`, or do nothing when that is under way."""
+        from udbad.tools import syncdown
+        from udbad.tools.carry import Halt
+
         named = text_of(request, "source"), text_of(request, "target")
         mode = text_of(request, "mode")
         if mode not in ("copy", "move"):

@@ -27,7 +27,6 @@ from udbad.logs import set_level
 from udbad.mount import rebranch
 from udbad.mount.carrying import Carrying
 from udbad.settings.options import FIELDS, MountOptions, parse_mount_options, parse_remount
-from udbad.tools import explain
 from udbad.types import Perm
 from udbad.union import reconfigure
 
@@ -132,11 +131,15 @@ class Commands:
 
     async def where(self, request: Message) -> dict[str, Any]:
         """Which branch serves a path, and every copy of it."""
+        from udbad.tools import explain
+
         return explain.where(self.process.sb, path_of(request))
 
     async def why(self, request: Message) -> dict[str, Any]:
         """How a path is resolved, name by name and branch by branch."""
         options = self.process.options
+        from udbad.tools import explain
+
         return {**explain.why(self.process.sb, path_of(request)), "create": options.create, "cpup": options.cpup}
 
     async def busy(self, request: Message) -> dict[str, Any]:

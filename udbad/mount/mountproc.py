@@ -33,7 +33,6 @@ from udbad.branch.policy import parse_copyup, parse_create
 from udbad.branch.writelock import WriteLocks
 from udbad.coherence.base import Coherence
 from udbad.coherence.none import NoneCoherence
-from udbad.coherence.notify import NotifyCoherence
 from udbad.coherence.reval import RevalCoherence
 from udbad.control import exporter, registry, trioserver
 from udbad.control.protocol import ask
@@ -46,6 +45,7 @@ from udbad.kernel.passthrough import Passthrough
 from udbad.kernel.protocol import teller
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import Samples, Server
+from udbad.mount import later
 from udbad.mount.commands import Commands
 from udbad.mount.readings import MetricsReader, text
 from udbad.mount.writing import Writing
@@ -55,12 +55,6 @@ from udbad.union.fs import UnionFs
 from udbad.union.superblock import Superblock, UnionOptions
 
 log = logging.getLogger(__name__)
-
-STRATEGIES: dict[str, type[Coherence]] = {
-    "none": NoneCoherence,
-    "reval": RevalCoherence,
-    "notify": NotifyCoherence,
-}
 
 _OTHER_FDS = 1024
 """Descriptors that are neither of directories nor of open files: branches, sockets, copy-ups, one operation's own."""
@@ -144,7 +138,7 @@ class MountProcess:
                 teller(self.session.notify), self.session.has_epochs, lambda: mounts_inside(self.session.connection)
             )
             ending.callback(self._stop_invalidator)
-            self.coherence = STRATEGIES[options.udba](self.sb, self.invalidator)
+            self.coherence = strategy_of(options.udba)(self.sb, self.invalidator)
             ending.callback(lambda: self.coherence.stop())  # the one of then
             self.coherence.start()
             self.passthrough = Passthrough(self.session.fd, self.fs) if self.session.passthrough else None
@@ -296,6 +290,7 @@ class MountProcess:
                 if not self.edge.takes_events:
                     nursery.start_soon(self._run_coherence)
                 self.writing.sweep(nursery)
+                nursery.start_soon(later.load_in_thread)
                 if listener is not None:
                     nursery.start_soon(trioserver.serve, listener, self._commands.table())
                 try:
@@ -384,8 +379,7 @@ class MountProcess:
 
         Raises ValueError for a mode that does not exist.
         """
-        if mode not in STRATEGIES:
-            raise ValueError(f"unknown mode {mode!r}; known are {', '.join(STRATEGIES)}")
+        strategy_of(mode)
         log.info("coherence mode changes from %s to %s", self.coherence.name, mode)
         self.coherence.hand_over()
         self.restart_coherence(mode)
@@ -443,10 +437,22 @@ class MountProcess:
 
     def restart_coherence(self, mode: str | None = None) -> None:
         """Begin anew with a strategy (None: the same one) after one that has handed over."""
-        strategy = STRATEGIES[mode or self.coherence.name]
+        strategy = strategy_of(mode or self.coherence.name)
         self.coherence = self.edge.operations.coherence = strategy(self.sb, self.invalidator)
         self.coherence.start()
         self._changing_mode.cancel()
+
+
+def strategy_of(mode: str) -> type[Coherence]:
+    """Raises ValueError for a mode that does not exist."""
+    if mode == "notify":
+        from udbad.coherence.notify import NotifyCoherence  # with it comes asyncio, which others can wait for
+
+        return NotifyCoherence
+    known: dict[str, type[Coherence]] = {"none": NoneCoherence, "reval": RevalCoherence}
+    if mode not in known:
+        raise ValueError(f"unknown mode {mode!r}; known are {', '.join(known)}, notify")
+    return known[mode]
 
 
 def _tell_restrictions(branches: BranchSet, options: MountOptions) -> None:

@@ -18,7 +18,7 @@ import trio
 
 from udbad import __version__
 from udbad.branch.branches import Branch
-from udbad.coherence import watcher
+from udbad.coherence import inotify
 from udbad.kernel.boundary import operations
 from udbad.metrics import COHERENCE_STATES, COPYUP_BUCKETS, DEPTH_BUCKETS, EVENT_KINDS, Counts, Samples
 from udbad.types import Trigger
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 PROBE_SECONDS: Final = 0.3
 
 _KIND_BITS: Final = {
-    "gone": watcher.GONE,
-    "names": watcher.NAMES,
-    "content": watcher.CONTENT,
-    "attributes": watcher.ATTRIBUTES,
+    "gone": inotify.GONE,
+    "names": inotify.NAMES,
+    "content": inotify.CONTENT,
+    "attributes": inotify.ATTRIBUTES,
 }
 assert set(_KIND_BITS) == set(EVENT_KINDS)
 
@@ -146,7 +146,7 @@ class MetricsReader:
             "udbad_invalidations_total": [((kind,), count) for kind, count in sent.sent.items()],
             "udbad_invalidation_latency_seconds": [((), sent.latency_counts)],
             "udbad_watches": [((), statistics.watches)],
-            "udbad_watch_limit": [((), statistics.watch_limit or watcher.watch_limit())],
+            "udbad_watch_limit": [((), statistics.watch_limit or inotify.watch_limit())],
         }
 
     def _tables(self) -> Samples:

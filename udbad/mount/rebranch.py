@@ -17,7 +17,7 @@ import trio
 from udbad.branch import mountflags, writelock
 from udbad.branch.accept import open_branches
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
-from udbad.branch.walk import printable
+from udbad.branch.spec import printable
 from udbad.errors import ExitCode, UserError
 from udbad.settings.options import edit_branches, find_branch
 from udbad.union import reconfigure

@@ -11,7 +11,7 @@ from typing import Any
 
 from udbad import logs
 from udbad.errors import UserError
-from udbad.mount import forkserver, mountproc
+from udbad.mount import forkserver, later, mountproc
 from udbad.settings.options import parse_mount_options
 
 log = logging.getLogger(__name__)
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 def main() -> int:
     """The exit code of the fork server, and of every mount process forked from it."""
+    later.load()
     return forkserver.main(work)
 
 

@@ -34,7 +34,6 @@ from udbad.errors import ExitCode, UserError
 from udbad.settings.options import FIELDS, MountOptions, Wrong, WrongOptions
 from udbad.types import Perm
 
-LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _NAME_FORM: Final = "1 to 64 letters, digits, '_', '.' and '-', beginning with a letter or digit"
 _NOT_HERE: Final = {"control": "the daemon gives each mount its own socket", "metrics": "the daemon serves [metrics]"}

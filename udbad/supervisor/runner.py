@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from udbad.control import registry
-from udbad.control.protocol import Message, ask_async
+from udbad.control.asyncclient import ask_async
+from udbad.control.protocol import Message
 from udbad.errors import ExitCode
 from udbad.ourselves import COMMAND, environment
 from udbad.settings.file import DaemonSettings, MountSettings

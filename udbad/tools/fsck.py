@@ -22,7 +22,8 @@ from typing import Final
 
 from udbad.branch import origin, sweep, syscalls, whiteout, writelock
 from udbad.branch.dirtymark import DIRTY_MARK, was_dirty
-from udbad.branch.walk import Entries, descend, join, objects_in, open_branch, printable, stat_or_none, walk
+from udbad.branch.spec import printable
+from udbad.branch.walk import Entries, descend, join, objects_in, open_branch, stat_or_none, walk
 from udbad.errors import NO_DIRECTORY, ExitCode
 from udbad.tools.homecheck import shown_by
 

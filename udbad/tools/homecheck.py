@@ -9,7 +9,8 @@ from contextlib import closing
 from udbad.branch import origin, whiteout
 from udbad.branch.layers import look
 from udbad.branch.origin import Origin, Place
-from udbad.branch.walk import descend, join, objects_in, printable, stat_or_none, walk
+from udbad.branch.spec import printable
+from udbad.branch.walk import descend, join, objects_in, stat_or_none, walk
 
 
 def shown_by(

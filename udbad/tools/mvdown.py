@@ -16,7 +16,7 @@ from typing import Any
 from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.mountflags import writing_to
-from udbad.branch.walk import printable
+from udbad.branch.spec import printable
 from udbad.errors import REPLACED, ExitCode, UserError
 from udbad.inodes.table import Dir, Node
 from udbad.tools import carry

@@ -23,6 +23,7 @@ from typing import Final
 
 from udbad.branch import copydata, sweep, syscalls, walk, whiteout
 from udbad.branch.branches import Branch
+from udbad.branch.spec import printable
 from udbad.branch.state import object_stamp
 from udbad.errors import ExitCode, UserError, estale, os_error
 from udbad.inodes.table import Dir
@@ -74,21 +75,21 @@ def check(sb: Superblock, source: bytes, target: bytes, move: bool) -> tuple[Bra
     by_path = {branch.path: branch for branch in sb.branches.branches}
     for given in (source, target):
         if given not in by_path:
-            raise UserError(f"{walk.printable(given)} is not a branch", ExitCode.OPTION)
+            raise UserError(f"{printable(given)} is not a branch", ExitCode.OPTION)
     src, dst = by_path[source], by_path[target]
     if sb.options.read_only:
         raise UserError("the union is mounted read-only", ExitCode.REFUSED)
     if dst.index <= src.index:
-        raise UserError(f"{walk.printable(target)} is not below {walk.printable(source)}", ExitCode.REFUSED)
+        raise UserError(f"{printable(target)} is not below {printable(source)}", ExitCode.REFUSED)
     if dst.index != src.index + 1:
-        between = walk.printable(sb.branches[src.index + 1].path)
+        between = printable(sb.branches[src.index + 1].path)
         raise UserError(
             f"{between} is between the two and would hide what is merged down; merge into that first",
             ExitCode.REFUSED,
         )
     for branch, needed in ((dst, True), (src, move)):
         if needed and not branch.writable:
-            path = walk.printable(branch.path)
+            path = printable(branch.path)
             raise UserError(
                 f"{path} is {branch.perm.value}; udbad branch mod MOUNT {path}=rw makes it writable", ExitCode.REFUSED
             )

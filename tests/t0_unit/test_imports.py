@@ -1,0 +1,140 @@
+"""What a start does not import: whole libraries cost more than all that the command does. Modules are counted, no time.
+
+Also that a process that goes on for long has imported all that it can ever want of udbad, see mount/later.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.mount import REPOSITORY
+
+EVENT_LOOPS = {"trio", "asyncio", "trio_asyncio", "asyncinotify", "pyfuse3"}
+HEAVY = {
+    *EVENT_LOOPS,
+    *("pydantic", "prometheus_client", "rich", "tomlkit", "tomllib"),
+    *("concurrent.futures", "email", "hashlib", "http", "importlib.metadata", "logging.handlers"),
+    *("multiprocessing", "random", "ssl", "subprocess", "tempfile", "wsgiref"),
+}
+"""Libraries, and modules of the standard library that bring many others or are big themselves."""
+SERVING = {"trio", "hashlib", "random", "ssl", "subprocess", "tempfile", "concurrent.futures"}
+"""trio with what it brings, and a pool of threads."""
+
+SAYS_ITS_MODULES = """
+import sys
+before = set(sys.modules)  # .pth files of an environment bring some
+from udbad.cli import main
+try:
+    main(prog_name="udbad")
+except SystemExit:
+    pass
+print(*sorted(set(sys.modules) - before), file=sys.stderr)
+"""
+
+
+def run(script: str, *words: str, **environment: str) -> list[str]:
+    """The last line that a Python with this script says on stderr, as words."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, *words], check=True, capture_output=True, text=True, timeout=60, cwd="/",
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+    )  # fmt: skip
+    return done.stderr.splitlines()[-1].split()
+
+
+def heavy(modules: list[str], allowed: set[str] | None = None) -> set[str]:
+    assert "udbad.errors" in modules, "udbad was loaded"
+    return {name for name in HEAVY - (allowed or set()) if name in modules}
+
+
+def test_help() -> None:
+    assert heavy(run(SAYS_ITS_MODULES, "--help")) == set()
+    assert heavy(run(SAYS_ITS_MODULES, "mount", "--help")) == set()
+
+
+@pytest.mark.parametrize("line", ["udbad ", "udbad umount ", "udbad branch del m "])
+def test_tab(line: str, tmp_path: Path) -> None:
+    variables = {"_UDBAD_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    assert heavy(run(SAYS_ITS_MODULES, UDBAD_RUN_DIR=str(tmp_path), **variables)) == set()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("mount", "-o", "br=/nowhere,plink=3", "none", "/nowhere"),
+        ("umount", "/nowhere"),
+        ("status", "--json"),
+        ("flush", "/nowhere"),
+        ("branch", "add", "/nowhere", "/a=ro"),
+    ],
+)
+def test_a_command_that_ends_with_one_line(words: tuple[str, ...], tmp_path: Path) -> None:
+    assert heavy(run(SAYS_ITS_MODULES, *words, UDBAD_RUN_DIR=str(tmp_path))) == set()
+
+
+SAYS_THE_MODULES_OF_A_MOUNT = """
+import os, signal, sys
+before = set(sys.modules)
+from udbad.commands import mounting
+from udbad.cli import main
+def ready(process, ready_fd):
+    names = sorted(set(sys.modules) - before)
+    os.kill(os.getpid(), signal.SIGTERM)
+    mounting.end = lambda: print(*names, file=sys.stderr)
+mounting._say_ready = ready
+try:
+    main(prog_name="udbad")
+except SystemExit:
+    pass
+mounting.end()
+"""
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize(("udba", "needs"), [("reval", set()), ("notify", {"asyncio", "asyncinotify"})])
+def test_a_mount_that_begins_to_serve(udba: str, needs: set[str], tmp_path: Path) -> None:
+    for name in ("top", "base", "mnt"):
+        (tmp_path / name).mkdir()
+    options = f"br={tmp_path}/top=rw:{tmp_path}/base=ro,udba={udba},control={tmp_path}/ctl"
+    words = ["mount", "-f", "-o", options, "none", f"{tmp_path}/mnt"]
+    assert heavy(run(SAYS_THE_MODULES_OF_A_MOUNT, *words), SERVING) == needs
+
+
+LOADED_FOR_EVER = """
+import sys
+import udbad.mount.worker
+from udbad.mount import later
+later.load()
+print(*sorted(sys.modules), file=sys.stderr)
+"""
+
+
+def imported_by_functions(path: Path) -> Iterator[str]:
+    """Modules of udbad that the functions of a module import, as far as their names show."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("udbad"):
+                for alias in node.names:
+                    inner = REPOSITORY / f"{node.module}.{alias.name}".replace(".", "/")
+                    is_module = inner.with_suffix(".py").exists() or inner.is_dir()
+                    yield f"{node.module}.{alias.name}" if is_module else str(node.module)
+            elif isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names if alias.name.startswith("udbad"))
+
+
+def test_a_mount_process_has_all_of_udbad_that_it_can_want() -> None:
+    """A version that is installed meanwhile must not bring parts of its own into it."""
+    loaded = set(run(LOADED_FOR_EVER))
+    ours = [name for name in loaded if name.startswith("udbad.") and name != "udbad.mount.later"]
+    paths = [REPOSITORY / f"{name.replace('.', '/')}.py" for name in ours]
+    wanted = {name for path in paths if path.exists() for name in imported_by_functions(path)}
+    assert {"udbad.tools.explain", "udbad.tools.syncdown", "udbad.coherence.notify"} <= wanted
+    assert wanted <= loaded
