@@ -71,7 +71,9 @@ class BuildHotModules(build_ext):
 
 setup(
     ext_modules=[
-        Extension(name, [name.replace(".", "/") + ".py"], extra_compile_args=FLAGS) for name in COMPILED["MODULES"]
+        Extension(name, [name.replace(".", "/") + suffix], extra_compile_args=FLAGS)
+        for names, suffix in ((COMPILED["MODULES"], ".py"), (COMPILED["IN_C"], ".pyx"))
+        for name in names
     ],
     cmdclass={"build_ext": BuildHotModules},
 )

@@ -27,6 +27,9 @@ MODULES: Final = (
 )
 """Dotted names; each is a Python source that runs uncompiled as well."""
 
+IN_C: Final = ("udbad.branch.cstat", "udbad.kernel.cwire")
+"""What those use in the place of functions of Python, system calls and structures of C; there only when compiled."""
+
 STAMP: Final = "compiled.txt"
 """In the package: the fingerprint of what the compiled modules were made from. Written last, removed first."""
 
@@ -36,9 +39,11 @@ PACKAGE: Final = os.path.dirname(os.path.abspath(__file__))
 def sources(package: str = PACKAGE) -> list[str]:
     """The files that the compiled modules are made from; package: the directory of `udbad`."""
     found = []
-    for module in MODULES:
+    for module in MODULES + IN_C:
         path = os.path.join(package, *module.split(".")[1:])
-        found += [path + suffix for suffix in (".py", ".pxd") if suffix == ".py" or os.path.exists(path + suffix)]
+        found += [path + (".py" if module in MODULES else ".pyx")]
+        if os.path.exists(path + ".pxd"):
+            found.append(path + ".pxd")
     return found
 
 
@@ -82,8 +87,10 @@ class _Finder:
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in MODULES or not why_not():
+        if name not in MODULES + IN_C or not why_not():
             return None  # Python's own finder, which prefers a compiled one
+        if name in IN_C:
+            raise ModuleNotFoundError(f"{name}: {why_not()}", name=name)
         from importlib.util import spec_from_file_location
 
         return spec_from_file_location(name, os.path.join(PACKAGE, *name.split(".")[1:]) + ".py")

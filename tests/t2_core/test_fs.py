@@ -623,12 +623,11 @@ def test_a_branch_with_shorter_names_than_others(tmp_path: Path, udba: str, monk
     """eCryptfs: 143 bytes. What it cannot have it does not have; only what no branch can have is too long."""
     with core(tmp_path, udba=udba) as union:
         base = union.sb.branches[1].root_fd
-        real = os.stat
 
-        def stat(path: bytes, *, dir_fd: int, follow_symlinks: bool) -> os.stat_result:
-            if dir_fd == base and len(path) > 143:
+        def stat(dirfd: int, name: bytes) -> os.stat_result:
+            if dirfd == base and len(name) > 143:
                 raise OSError(errno.ENAMETOOLONG, "")
-            return real(path, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+            return syscalls.stat_at(dirfd, name)
 
         monkeypatch.setattr(lookup, "_stat", stat)
         assert not union.exists("n" * 200)

@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers.inprocess import notify_union
 from tests.t2_core.test_native import Kernel
+from udbad.branch import syscalls
 from udbad.coherence.notify import NotifyCoherence
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
@@ -234,11 +235,11 @@ def test_an_entry_whose_status_cannot_be_had(
     before = in_table(kernel)
     asked = []
 
-    def stat(name: bytes, **where: Any) -> os.stat_result:
+    def stat(dirfd: int, name: bytes) -> os.stat_result:
         if name == NAMES[which]:
             asked.append(name)
             raise OSError(errno.EACCES if fails == "stat" else errno.ENOENT, "")
-        return os.stat(name, **where)
+        return syscalls.stat_at(dirfd, name)
 
     with monkeypatch.context() as patch:
         patch.setattr(readdir, "_stat", stat)

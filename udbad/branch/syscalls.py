@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Final, Literal
 
+from udbad import compiled
 from udbad.errors import ABSENT, estale
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -71,6 +72,11 @@ def _check(result: int) -> int:
 def stat_at(dirfd: int, name: bytes) -> os.stat_result:
     """fstatat(2) without following; ENOENT when absent."""
     return os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+
+
+def fstat(fd: int) -> os.stat_result:
+    """fstat(2)."""
+    return os.fstat(fd)
 
 
 def exists_at(dirfd: int, name: bytes) -> bool:
@@ -515,6 +521,9 @@ def set_groups(groups: Sequence[int]) -> None:
     if _SYS_SETGROUPS is not None:
         _check(_libc.syscall(_SYS_SETGROUPS, len(groups), (ctypes.c_uint32 * len(groups))(*groups)))
 
+
+if not compiled.why_not():
+    from udbad.branch.cstat import fstat, stat_at  # noqa: F401  # the same without Python between
 
 if sys.platform != "linux":  # pragma: no cover
     raise ImportError("udbad needs Linux")

@@ -37,7 +37,7 @@ TEMPORARY = re.compile(rb"\.wh\.\.wh\..+\.(?:[0-9a-fA-F]{4}|[0-9a-f]{12})", re.D
 
 _TEMPORARY_ROOM = 255 - len(RESERVED) - 1 - 12
 
-_stat = os.stat
+_stat = syscalls.stat_at
 _ISREG = st_mod.S_ISREG
 
 
@@ -57,7 +57,7 @@ def check_not_reserved(name: bytes) -> None:
 def present(dirfd: int, name: bytes) -> bool:
     """Whether this branch directory has a whiteout for `name`; EIO when it is not a regular file."""
     try:
-        st = _stat(PREFIX + name, dir_fd=dirfd, follow_symlinks=False)
+        st = _stat(dirfd, PREFIX + name)
     except OSError as error:
         if error.errno in ABSENT:
             return False
@@ -70,7 +70,7 @@ def present(dirfd: int, name: bytes) -> bool:
 def opaque(dirfd: int) -> bool:
     """Whether this branch directory hides everything that same-named lower ones contain."""
     try:
-        _stat(OPAQUE, dir_fd=dirfd, follow_symlinks=False)
+        _stat(dirfd, OPAQUE)
     except FileNotFoundError:
         return False
     return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from udbad.branch import state
+from udbad.branch import state, syscalls
 from udbad.branch.state import Stamp
 from udbad.coherence.base import KernelNotifier
 from udbad.inodes.handles import backing_id, note_id_bits, written_behind
@@ -83,4 +83,4 @@ class SentAttributes:
 
     def _stat(self, node: Node, fd: int) -> os.stat_result:
         """By descriptor where there is one: for each write of a big file, the name would have to be looked for."""
-        return os.fstat(fd) if fd >= 0 else self._sb.stat(node)
+        return syscalls.fstat(fd) if fd >= 0 else self._sb.stat(node)

@@ -10,6 +10,7 @@ import os
 import struct
 from functools import lru_cache
 
+from udbad import compiled
 from udbad.inodes.table import Node
 
 REQUEST = struct.Struct("<IIQQIII")
@@ -127,3 +128,6 @@ def dirent(number: int, kind: int, name: bytes, after: int) -> bytes:
 _PADDING = [b"\0" * (-size & 7) for size in range(8)]
 NO_ENTRY = bytes(ENTRY_SIZE)
 """Before "." and ".." of a READDIRPLUS: nothing is looked up by them."""
+
+if not compiled.why_not():
+    from udbad.kernel.cwire import attributes, dirent, entry  # noqa: F401  # the same, as structures of C

@@ -120,7 +120,7 @@ def create_file(
         fd = _make(parent, name, syscalls.create_file_at, target.dirfd, name, flags, mode)
     try:
         _finish(sb, parent, name, target)
-        st = os.fstat(fd)
+        st = syscalls.fstat(fd)
         return _appear(sb, parent, name, target.branch, st, sent=True), st, fd
     except BaseException:
         syscalls.close_quietly(fd)
@@ -142,7 +142,7 @@ def tmpfile(
     with creds.creating(caller):
         fd = syscalls.open_tmpfile(dirfd, mode, flags)
     try:
-        st = os.fstat(fd)
+        st = syscalls.fstat(fd)
         _new_number(sb, st)
         node = Node(homes.own_number(sb, st), st_mod.S_IFREG, branch, st.st_dev, st.st_ino)
         sb.table.add(node)

@@ -212,7 +212,7 @@ class UnionFs:
             if changes.atime_ns is not None or changes.mtime_ns is not None:
                 syscalls.utime_fd(fd, changes.atime_ns, changes.mtime_ns)
             self.sb.changes.data(node, content, mtime=changes.mtime_ns is not None)
-            st = os.fstat(fd)
+            st = syscalls.fstat(fd)
             if node.handles:
                 note_id_bits(node, st)
             return node, st

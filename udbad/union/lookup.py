@@ -28,7 +28,7 @@ from udbad.union.view import load_view
 
 _S_IFDIR = st_mod.S_IFDIR
 _S_IFMT = 0o170000
-_stat = os.stat
+_stat, _fstat = syscalls.stat_at, syscalls.fstat
 
 
 class Answer(Enum):
@@ -117,7 +117,7 @@ def resolve(sb: Superblock, parent: Dir, name: bytes, below: int = -1, tries: in
             fd = sb.layer_fd(parent, layer)
         examined += 1
         try:
-            st = _stat(name, dir_fd=fd, follow_symlinks=False)
+            st = _stat(fd, name)
         except OSError as error:
             if error.errno not in ABSENT:
                 raise
@@ -172,7 +172,7 @@ def _merge(sb: Superblock, parent: Dir, name: bytes, first: int, st: os.stat_res
             fd = above.fd if above.fd >= 0 else sb.layer_fd(parent, above)
             if pos > first:
                 try:
-                    st = _stat(name, dir_fd=fd, follow_symlinks=False)
+                    st = _stat(fd, name)
                 except OSError as error:
                     if error.errno not in ABSENT:
                         raise
@@ -273,7 +273,7 @@ def intern(sb: Superblock, parent: Dir, name: bytes, found: Found) -> tuple[Node
         try:
             directory = _intern_dir(sb, parent, name, found)
             # Asked again after the strategy has put its watches, so that no change falls between.
-            return directory, os.fstat(sb.layer_fd(directory, directory.layers[0]))
+            return directory, _fstat(sb.layer_fd(directory, directory.layers[0]))
         except BaseException:
             made = parent.children.get(name)
             if made is not None:
@@ -460,7 +460,7 @@ def lookup(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_resu
         child = parent.children.get(name)
         if type(child) is Dir and child.resolved == parent.version and not child.dead and times.unchanged(sb, child):
             counters.depth_found[min(len(child.layers), LAST_DEPTH)] += 1
-            return child, os.fstat(sb.layer_fd(child, child.layers[0]))
+            return child, _fstat(sb.layer_fd(child, child.layers[0]))
     view = parent.view
     if view is None:
         # Learning the directory costs a scan; single questions are cheaper until enough were asked.
@@ -477,7 +477,7 @@ def lookup(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_resu
             if layer is not None:
                 fd = layer.fd if layer.fd >= 0 else sb.layer_fd(parent, layer)
                 try:
-                    st = _stat(name, dir_fd=fd, follow_symlinks=False)
+                    st = _stat(fd, name)
                 except FileNotFoundError:
                     pass
                 else:

@@ -19,7 +19,7 @@ import os
 import stat as st_mod
 from collections.abc import Iterator
 
-from udbad.branch import whiteout
+from udbad.branch import syscalls, whiteout
 from udbad.errors import GONE, enoent
 from udbad.inodes.handles import OpenDir
 from udbad.inodes.table import POSITIONS, Dir, Hit, Layer, Node
@@ -32,7 +32,7 @@ Entry = tuple[bytes, Node, os.stat_result, int]
 
 DOTS = 2
 _S_IFMT, _S_IFDIR = 0o170000, st_mod.S_IFDIR
-_stat = os.stat
+_stat = syscalls.stat_at
 _KEPT = 4
 """Snapshots of one directory whose names are kept while somebody may be reading them from the kernel's listing."""
 
@@ -169,7 +169,7 @@ def _by_hit(
         if layer is not None:
             fd = layer.fd if layer.fd >= 0 else sb.layer_fd(parent, layer)
             try:
-                st = _stat(name, dir_fd=fd, follow_symlinks=False)
+                st = _stat(fd, name)
             except FileNotFoundError:
                 pass
             else:
@@ -186,7 +186,7 @@ def show_whiteout(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.st
     """A `.wh.NAME` as an ordinary read-only file (option shwh). Raises ENOENT where no branch has it."""
     for layer in parent.layers:
         try:
-            st = os.stat(name, dir_fd=sb.layer_fd(parent, layer), follow_symlinks=False)
+            st = _stat(sb.layer_fd(parent, layer), name)
         except FileNotFoundError:
             continue
         return lookup.intern_file(sb, parent, name, layer.branch, st)

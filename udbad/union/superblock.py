@@ -229,11 +229,11 @@ class Superblock:
         """
         fd = self.held_fd(node)
         if fd >= 0:
-            return os.fstat(fd)
+            return syscalls.fstat(fd)
         while True:
             try:
                 dirfd, name = self.locate(node)
-                st = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+                st = syscalls.stat_at(dirfd, name)
             except OSError as error:
                 if error.errno not in GONE:
                     raise
@@ -257,7 +257,7 @@ class Superblock:
                 if error.errno not in GONE:
                     raise
             else:
-                if is_object(node, os.fstat(fd)):
+                if is_object(node, syscalls.fstat(fd)):
                     return fd, True
                 os.close(fd)
             self.lost_name(node)

@@ -8,9 +8,7 @@ changes may leave the same times, and nothing is concluded from times that are n
 
 from __future__ import annotations
 
-import os
-
-from udbad.branch import state
+from udbad.branch import state, syscalls
 from udbad.branch.state import Stamp
 from udbad.inodes.table import Dir
 from udbad.union.superblock import Superblock
@@ -44,7 +42,7 @@ def _times(sb: Superblock, node: Dir) -> list[Stamp] | None:
         for layer in layers:
             if not layer.branch.exact_directory_times and not layer.branch.local:
                 return None
-            st = os.fstat(layer.fd if layer.fd >= 0 else sb.layer_fd(node, layer))
+            st = syscalls.fstat(layer.fd if layer.fd >= 0 else sb.layer_fd(node, layer))
             stamp = state.lasting_stamp(layer.branch, st)
             if stamp is None:
                 return None

@@ -1,0 +1,130 @@
+"""What is in C where the hot modules are compiled says the same as the Python beside it."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from udbad import compiled
+from udbad.branch import syscalls
+from udbad.branch.branches import Branch
+from udbad.inodes.table import Dir, Layer, Node
+from udbad.kernel import wire
+from udbad.types import Perm
+
+
+def in_python(module: ModuleType) -> ModuleType:
+    """The same module once more, as it is where nothing is compiled."""
+    assert module.__file__ is not None
+    spec = importlib.util.spec_from_file_location(f"{module.__name__}_in_python", module.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "why_not", lambda: "a test wants it so")
+        spec.loader.exec_module(again)
+    return again
+
+
+PYTHON_WIRE = in_python(wire)
+BRANCH = Branch(0, 0, b"/", Perm.RO, frozenset(), None, -1, -1, 0, "ext4")
+U32 = st.integers(0, (1 << 32) - 1)
+U64 = st.integers(0, (1 << 63) - 1)
+TIME_NS = st.integers(-(1 << 31) * 10**9, (1 << 33) * 10**9)
+TIMEOUT = st.floats(0, 1e9)
+
+
+@st.composite
+def statuses(draw: st.DrawFn) -> os.stat_result:
+    """Any that a file system can give."""
+    times = [draw(TIME_NS) for _ in range(3)]
+    mode, links, uid, gid = draw(U32), draw(st.integers(0, (1 << 32) - 1)), draw(U32), draw(U32)
+    return os.stat_result(
+        (mode, draw(U64), draw(U64), links, uid, gid, draw(U64), *(time // 10**9 for time in times)),
+        {
+            "st_atime_ns": times[0], "st_mtime_ns": times[1], "st_ctime_ns": times[2],
+            "st_blksize": draw(st.sampled_from([512, 4096, 1 << 20])), "st_blocks": draw(U64), "st_rdev": draw(U64),
+        },
+    )  # fmt: skip
+
+
+@st.composite
+def nodes(draw: st.DrawFn) -> Node:
+    number = draw(st.integers(2, (1 << 64) - 1))
+    node = Node(number, 0o100000, BRANCH, 1, 2)
+    if draw(st.booleans()):
+        node = Dir(number, [Layer(BRANCH, 1, 2, 2, -1)])
+        node.mtime_offset = draw(st.integers(0, 10**12))
+    node.dead = draw(st.booleans())
+    node.nlink_extra = draw(st.sampled_from([0, 0, 1, 7, -1, -3]))
+    return node
+
+
+@given(nodes(), statuses(), TIMEOUT, TIMEOUT)
+def test_entries(node: Node, status: os.stat_result, entry_timeout: float, attr_timeout: float) -> None:
+    made = wire.entry(node, status, entry_timeout, attr_timeout)
+    assert made == PYTHON_WIRE.entry(node, status, entry_timeout, attr_timeout)
+    assert wire.attributes(node, status, attr_timeout) == PYTHON_WIRE.attributes(node, status, attr_timeout)
+
+
+@given(st.integers(1, (1 << 64) - 1), st.sampled_from([0o040000, 0o100000, 0o120000]), st.binary(max_size=300), U64)
+def test_directory_entries(number: int, kind: int, name: bytes, after: int) -> None:
+    assert wire.dirent(number, kind, name, after) == PYTHON_WIRE.dirent(number, kind, name, after)
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link", "fifo", "device", "old"])
+def test_a_status(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "name"
+    match kind:
+        case "directory":
+            path.mkdir()
+        case "link":
+            path.symlink_to("nowhere")
+        case "fifo":
+            os.mkfifo(path)
+        case "device":
+            os.mknod(path, 0o020644, os.makedev(300, 70000))
+        case _:
+            path.write_bytes(b"content")
+    if kind == "old":
+        os.utime(path, ns=(-1, -(10**9) - 1))
+    expected = os.lstat(path)
+    directory = os.open(tmp_path, os.O_PATH)
+    file = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        for found in (syscalls.stat_at(directory, b"name"), syscalls.fstat(file)):
+            names = [name for name in dir(found) if name.startswith("st_")]
+            assert {"st_mode", "st_ino", "st_dev", "st_nlink", "st_mtime_ns", "st_rdev", "st_blksize"} <= set(names)
+            assert {name: getattr(found, name) for name in names} == {name: getattr(expected, name) for name in names}
+            assert [found[index] for index in (7, 8, 9)] == [expected[index] for index in (7, 8, 9)]
+            node = Node(5, found.st_mode & 0o170000, BRANCH, found.st_dev, found.st_ino)
+            assert wire.entry(node, found, 1.5, 0.0) == PYTHON_WIRE.entry(node, expected, 1.5, 0.0)
+    finally:
+        os.close(file)
+        os.close(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [(b"nothing", errno.ENOENT), (b"file/below", errno.ENOTDIR), (b"n" * 300, errno.ENAMETOOLONG)]
+)
+def test_errors(tmp_path: Path, name: bytes, number: int) -> None:
+    (tmp_path / "file").touch()
+    directory = os.open(tmp_path, os.O_PATH)
+    try:
+        with pytest.raises(OSError, match=os.strerror(number)) as caught:
+            syscalls.stat_at(directory, name)
+        assert caught.value.errno == number
+        assert type(caught.value) is type(OSError(number, ""))
+        with pytest.raises(ValueError, match="null"):
+            syscalls.stat_at(directory, b"file\0x")
+    finally:
+        os.close(directory)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        syscalls.fstat(directory)

@@ -1,0 +1,6 @@
+"""As syscalls.py has them; what they return has the attributes of an os.stat_result."""
+
+import os
+
+def stat_at(dirfd: int, name: bytes) -> os.stat_result: ...
+def fstat(fd: int) -> os.stat_result: ...

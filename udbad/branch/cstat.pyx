@@ -1,0 +1,140 @@
+# The calls of syscalls.py that most requests make, as those of the C library: no arguments to be taken apart, and no
+# object for each number of a status. Used where the hot modules are compiled. The interpreter's lock is released while
+# a branch is asked, for that may wait for a disk or a server.
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING
+from cpython.exc cimport PyErr_SetFromErrno
+from libc.string cimport strlen
+from posix.fcntl cimport AT_SYMLINK_NOFOLLOW
+
+
+@cython.freelist(64)
+@cython.final
+cdef class Status:
+    """In the place of an os.stat_result: the attributes of that which somebody asks for, with the same values."""
+
+    @property
+    def st_mode(self):
+        return self.c.st_mode
+
+    @property
+    def st_ino(self):
+        return self.c.st_ino
+
+    @property
+    def st_dev(self):
+        return self.c.st_dev
+
+    @property
+    def st_nlink(self):
+        return self.c.st_nlink
+
+    @property
+    def st_uid(self):
+        return self.c.st_uid
+
+    @property
+    def st_gid(self):
+        return self.c.st_gid
+
+    @property
+    def st_rdev(self):
+        return self.c.st_rdev
+
+    @property
+    def st_size(self):
+        return self.c.st_size
+
+    @property
+    def st_blksize(self):
+        return self.c.st_blksize
+
+    @property
+    def st_blocks(self):
+        return self.c.st_blocks
+
+    @property
+    def st_atime_ns(self):
+        return nanoseconds(&self.c.st_atim)
+
+    @property
+    def st_mtime_ns(self):
+        return nanoseconds(&self.c.st_mtim)
+
+    @property
+    def st_ctime_ns(self):
+        return nanoseconds(&self.c.st_ctim)
+
+    @property
+    def st_atime(self):
+        return self.c.st_atim.tv_sec + self.c.st_atim.tv_nsec * 1e-9
+
+    @property
+    def st_mtime(self):
+        return self.c.st_mtim.tv_sec + self.c.st_mtim.tv_nsec * 1e-9
+
+    @property
+    def st_ctime(self):
+        return self.c.st_ctim.tv_sec + self.c.st_ctim.tv_nsec * 1e-9
+
+    def __getitem__(self, int index):
+        """The times in whole seconds, of a stat_result as a tuple."""
+        if index == 7:
+            return self.c.st_atim.tv_sec
+        if index == 8:
+            return self.c.st_mtim.tv_sec
+        if index == 9:
+            return self.c.st_ctim.tv_sec
+        raise IndexError(index)
+
+    def __repr__(self):
+        return f"<Status {self.c.st_dev}:{self.c.st_ino} mode={self.c.st_mode:o} size={self.c.st_size}>"
+
+
+cdef object nanoseconds(timespec *time):
+    # The seconds of a file may be any 64-bit number, and so more than nanoseconds of 64 bits: then by Python's numbers.
+    if -9_000_000_000 < time.tv_sec < 9_000_000_000:
+        return <long long>time.tv_sec * 1_000_000_000 + time.tv_nsec
+    return <object>time.tv_sec * 1_000_000_000 + time.tv_nsec
+
+
+cpdef Status stat_at(int dirfd, bytes name):
+    """fstatat(2) without following. Raises OSError, ValueError for a name with a zero byte."""
+    if name is None:
+        raise TypeError("a name is bytes")
+    cdef Status status = Status.__new__(Status)
+    cdef const char *text = PyBytes_AS_STRING(name)
+    cdef int failed
+    if strlen(text) != <size_t>len(name):
+        raise ValueError("embedded null byte")
+    with nogil:
+        failed = fstatat_c(dirfd, text, &status.c, AT_SYMLINK_NOFOLLOW)
+    if failed:
+        PyErr_SetFromErrno(OSError)
+    return status
+
+
+cpdef Status fstat(int fd):
+    """fstat(2). Raises OSError."""
+    cdef Status status = Status.__new__(Status)
+    cdef int failed
+    with nogil:
+        failed = fstat_c(fd, &status.c)
+    if failed:
+        PyErr_SetFromErrno(OSError)
+    return status
+
+
+cdef int fill(stat_t *c, object st) except -1:
+    """The structure for any status, one of os.stat() too."""
+    if type(st) is Status:
+        c[0] = (<Status>st).c
+        return 0
+    c.st_dev, c.st_ino, c.st_nlink, c.st_rdev = st.st_dev, st.st_ino, st.st_nlink, st.st_rdev
+    c.st_mode, c.st_uid, c.st_gid = st.st_mode, st.st_uid, st.st_gid
+    c.st_size, c.st_blocks, c.st_blksize = st.st_size, st.st_blocks, st.st_blksize
+    c.st_atim.tv_sec, c.st_atim.tv_nsec = divmod(st.st_atime_ns, 1_000_000_000)
+    c.st_mtim.tv_sec, c.st_mtim.tv_nsec = divmod(st.st_mtime_ns, 1_000_000_000)
+    c.st_ctim.tv_sec, c.st_ctim.tv_nsec = divmod(st.st_ctime_ns, 1_000_000_000)
+    return 0

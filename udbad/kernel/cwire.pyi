@@ -1,0 +1,9 @@
+"""As wire.py has them."""
+
+import os
+
+from udbad.inodes.table import Node
+
+def attributes(node: Node, st: os.stat_result, timeout: float) -> bytes: ...
+def entry(node: Node, st: os.stat_result, entry_timeout: float, attr_timeout: float) -> bytes: ...
+def dirent(number: int, kind: int, name: bytes, after: int) -> bytes: ...

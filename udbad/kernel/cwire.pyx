@@ -1,0 +1,87 @@
+# The answers of wire.py that most requests get, as the structures of linux/fuse.h. Used where the hot modules are
+# compiled.
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from udbad.branch.cstat cimport fill, stat_t
+from udbad.inodes.table cimport Dir, Node
+
+cdef struct fuse_attr:
+    uint64_t ino, size, blocks, atime, mtime, ctime
+    uint32_t atimensec, mtimensec, ctimensec, mode, nlink, uid, gid, rdev, blksize, flags
+
+cdef struct fuse_attr_out:
+    uint64_t attr_valid
+    uint32_t attr_valid_nsec, dummy
+    fuse_attr attr
+
+cdef struct fuse_entry_out:
+    uint64_t nodeid, generation, entry_valid, attr_valid
+    uint32_t entry_valid_nsec, attr_valid_nsec
+    fuse_attr attr
+
+cdef struct fuse_dirent:
+    uint64_t ino, off
+    uint32_t namelen, type
+    # the name, without a zero byte, and padding to 8 bytes
+
+cdef int64_t BILLION = 1_000_000_000
+
+
+cdef int put_attributes(fuse_attr *attr, Node node, object st) except -1:
+    cdef stat_t c
+    cdef int64_t seconds, nanoseconds, links
+    fill(&c, st)
+    seconds, nanoseconds = c.st_mtim.tv_sec, c.st_mtim.tv_nsec
+    if type(node) is Dir and (<Dir>node).mtime_offset:
+        nanoseconds += (<Dir>node).mtime_offset
+        seconds += nanoseconds // BILLION
+        nanoseconds %= BILLION
+    links = c.st_nlink
+    if node.nlink_extra:  # wire.links
+        links = max(links + node.nlink_extra, 0 if node.dead or not links else 1)
+    attr.ino, attr.size, attr.blocks = node.id, c.st_size, c.st_blocks
+    attr.atime, attr.mtime, attr.ctime = c.st_atim.tv_sec, seconds, c.st_ctim.tv_sec
+    attr.atimensec, attr.mtimensec, attr.ctimensec = c.st_atim.tv_nsec, nanoseconds, c.st_ctim.tv_nsec
+    attr.mode, attr.nlink, attr.uid, attr.gid = c.st_mode, links, c.st_uid, c.st_gid
+    attr.rdev, attr.blksize, attr.flags = <uint32_t>c.st_rdev, c.st_blksize, 0
+    return 0
+
+
+def attributes(Node node not None, object st, double timeout):
+    """fuse_attr_out."""
+    body = PyBytes_FromStringAndSize(NULL, sizeof(fuse_attr_out))
+    cdef fuse_attr_out *out = <fuse_attr_out *>PyBytes_AS_STRING(body)
+    out.attr_valid = <uint64_t>timeout
+    out.attr_valid_nsec = <uint32_t>((timeout - <double>out.attr_valid) * BILLION)
+    out.dummy = 0
+    put_attributes(&out.attr, node, st)
+    return body
+
+
+def entry(Node node not None, object st, double entry_timeout, double attr_timeout):
+    """fuse_entry_out."""
+    body = PyBytes_FromStringAndSize(NULL, sizeof(fuse_entry_out))
+    cdef fuse_entry_out *out = <fuse_entry_out *>PyBytes_AS_STRING(body)
+    out.nodeid, out.generation = node.id, 0
+    out.entry_valid = <uint64_t>entry_timeout
+    out.entry_valid_nsec = <uint32_t>((entry_timeout - <double>out.entry_valid) * BILLION)
+    out.attr_valid = <uint64_t>attr_timeout
+    out.attr_valid_nsec = <uint32_t>((attr_timeout - <double>out.attr_valid) * BILLION)
+    put_attributes(&out.attr, node, st)
+    return body
+
+
+def dirent(uint64_t number, uint32_t kind, bytes name not None, uint64_t after):
+    """fuse_dirent. kind: S_IFMT bits. after: offset of the entry that follows."""
+    cdef Py_ssize_t size = len(name)
+    cdef Py_ssize_t padded = (size + 7) & ~7
+    body = PyBytes_FromStringAndSize(NULL, sizeof(fuse_dirent) + padded)
+    cdef char *start = PyBytes_AS_STRING(body)
+    cdef fuse_dirent *out = <fuse_dirent *>start
+    out.ino, out.off, out.namelen, out.type = number, after, size, kind >> 12
+    memcpy(start + sizeof(fuse_dirent), PyBytes_AS_STRING(name), size)
+    memset(start + sizeof(fuse_dirent) + size, 0, padded - size)
+    return body
