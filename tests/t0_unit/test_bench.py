@@ -153,6 +153,13 @@ def test_what_no_time_was_left_for_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     assert report.reasons(rows) == [f"native: {NO_TIME} (b)", f"udbad-none: {NO_TIME} (b)"]
 
 
+def test_what_asks_at_every_step_comes_when_all_others_have_been(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, _ = run_rounds(monkeypatch, {"a": False, "b": False}, ["udbad-reval", "udbad-none"], seconds=1000)
+    late = [i for i, (_, system) in enumerate(ran) if system == "udbad-reval"]
+    assert ran[:4] == [(name, "udbad-none") for name in "aabb"]  # the first one of each is thrown away
+    assert late == [4, 5]
+
+
 def test_what_cannot_be_the_best_is_not_repeated() -> None:
     names = ["native", "overlayfs", "mergerfs", "fuse-overlayfs", "unionfs-fuse", "udbad-reval", "udbad-none"]
     workload = Workload("w", nothing, (*figures("us", "a", "b"), *figures("x", "c", compare=False)))
