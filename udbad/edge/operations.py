@@ -41,7 +41,7 @@ Listed = tuple[bytes, Node, os.stat_result, float, float, int, bool]
 DOTS: Final = (b".", b"..")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Negative:
     """The answer to LOOKUP of a name that does not exist: how long (seconds) that may be kept."""
 

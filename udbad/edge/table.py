@@ -9,7 +9,7 @@ in operations.py, a row here.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, TypeVarTuple
 
@@ -394,23 +394,19 @@ OLD_SETXATTR: Final = row("setxattr", 9, _setxattr, _O.setxattr, _done)
 """The row of SETXATTR where FUSE_SETXATTR_EXT was not agreed on."""
 
 
-def forgotten(opcode: int, head: Head, buffer: bytearray, size: int) -> list[tuple[int, int]]:
-    """What FORGET or BATCH_FORGET give back: (node id, references)."""
-    if opcode == wire.FORGET:
-        if size < _BODY + wire.QWORD.size:
-            raise Malformed("too short")
-        return [(head[_NODE], wire.QWORD.unpack_from(buffer, _BODY)[0])]
+def first_number(buffer: bytearray, size: int) -> int:
+    """Of FORGET: how many references are given back. Of INTERRUPT: the unique number of the request it is about."""
+    if size < _BODY + wire.QWORD.size:
+        raise Malformed("too short")
+    number: int = wire.QWORD.unpack_from(buffer, _BODY)[0]
+    return number
+
+
+def forgotten(buffer: bytearray, size: int) -> Iterator[tuple[int, int]]:
+    """What BATCH_FORGET gives back: (node id, references)."""
     start = _BODY + wire.TWO_WORDS.size
     count = wire.TWO_WORDS.unpack_from(buffer, _BODY)[0] if size >= start else 1
     end = start + count * wire.FORGET_ONE.size
     if end > size:
         raise Malformed("less than it says")
-    return list(wire.FORGET_ONE.iter_unpack(memoryview(buffer)[start:end]))
-
-
-def interrupted(buffer: bytearray, size: int) -> int:
-    """The unique number of the request that an INTERRUPT is about."""
-    if size < _BODY + wire.QWORD.size:
-        raise Malformed("too short")
-    number: int = wire.QWORD.unpack_from(buffer, _BODY)[0]
-    return number
+    return wire.FORGET_ONE.iter_unpack(memoryview(buffer)[start:end])

@@ -98,8 +98,9 @@ def attributes(node: Node, st: os.stat_result, timeout: float) -> bytes:
 
 def entry(node: Node, st: os.stat_result, entry_timeout: float, attr_timeout: float) -> bytes:
     """fuse_entry_out."""
-    entry_valid, entry_nsec = _seconds(entry_timeout)
-    attr_valid, attr_nsec = _seconds(attr_timeout)
+    entry_valid, entry_nsec = attr_valid, attr_nsec = _seconds(entry_timeout)
+    if attr_timeout != entry_timeout:
+        attr_valid, attr_nsec = _seconds(attr_timeout)
     mtime, mtime_nsec = st[_MTIME], st.st_mtime_ns % BILLION
     if node.mtime_offset:
         mtime, mtime_nsec = divmod(st.st_mtime_ns + node.mtime_offset, BILLION)
