@@ -147,6 +147,12 @@ def _create(head: Head, buffer: bytearray, size: int) -> tuple[int, bytes, int, 
     return head[_NODE], _last_name(buffer, _BODY + 16, size), flags, mode, _caller(head, umask)
 
 
+def _tmpfile(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int, Caller]:
+    """As CREATE; the name is that of no file."""
+    node_id, _, flags, mode, caller = _create(head, buffer, size)
+    return node_id, flags, mode, caller
+
+
 def _setattr(head: Head, buffer: bytearray, size: int) -> tuple[int, SetAttr, int | None, Caller]:
     valid, fh, length, atime, mtime, _, atime_nsec, mtime_nsec, _, mode, uid, gid = wire.SETATTR_IN.unpack_from(
         buffer, _BODY
@@ -229,6 +235,26 @@ def _fsync(head: Head, buffer: bytearray, size: int) -> tuple[int, bool]:
     return fh, flags & wire.FSYNC_DATA_ONLY != 0
 
 
+def _fallocate(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int, int]:
+    fh, offset, length, mode = wire.FALLOCATE_IN.unpack_from(buffer, _BODY)
+    return fh, mode, offset, length
+
+
+def _lseek(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int]:
+    arguments: tuple[int, int, int] = wire.LSEEK_IN.unpack_from(buffer, _BODY)
+    return arguments
+
+
+def _copy(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int, int, int]:
+    """What the answer to COPY_FILE_RANGE has room for."""
+    return *_copy_64(head, buffer, size)[:4], min(wire.COPY_IN.unpack_from(buffer, _BODY)[5], wire.MOST_COPIED)
+
+
+def _copy_64(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int, int, int]:
+    fh_in, offset_in, _, fh_out, offset_out, length = wire.COPY_IN.unpack_from(buffer, _BODY)
+    return fh_in, offset_in, fh_out, offset_out, length
+
+
 # -- operations that have to know how much room there is --------------------------------------------
 
 _Sized = bytes | int
@@ -295,6 +321,14 @@ def _entry(result: Entry) -> bytes:
 
 def _attributes(result: Attributes) -> bytes:
     return wire.attributes(*result)
+
+
+def _attributes_and_birth(result: tuple[Attributes, int]) -> bytes:
+    return wire.statx(*result[0], result[1])
+
+
+def _number(result: int) -> bytes:
+    return wire.QWORD.pack(result)
 
 
 def _opened(result: Opened) -> bytes:
@@ -387,6 +421,12 @@ TABLE: Final[dict[int, Row]] = {
     wire.RELEASEDIR: row("releasedir", 8, _handle, _O.releasedir, _done),
     wire.FSYNCDIR: row("fsyncdir", 16, _fsync, _O.fsyncdir, _done),
     wire.CREATE: row("create", 17, _create, _O.create, _created, _not_created, _FIRST),
+    wire.TMPFILE: row("tmpfile", 17, _tmpfile, _O.tmpfile, _created, _not_created, _FIRST),
+    wire.FALLOCATE: row("fallocate", wire.FALLOCATE_IN.size, _fallocate, _O.fallocate, _done),
+    wire.LSEEK: row("lseek", wire.LSEEK_IN.size, _lseek, _O.lseek, _number),
+    wire.COPY_FILE_RANGE: row("copy_file_range", wire.COPY_IN.size, _copy, _O.copy_file_range, _written),
+    wire.COPY_FILE_RANGE_64: row("copy_file_range", wire.COPY_IN.size, _copy_64, _O.copy_file_range, _number),
+    wire.STATX: row("statx", 24, _node, _O.statx, _attributes_and_birth),
 }
 """What is answered. A second form of an operation is counted with the first."""
 

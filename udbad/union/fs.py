@@ -57,6 +57,13 @@ class SetAttr:
     mtime_ns: Time | None = None
 
 
+def _note_privileges(handle: OpenFile, st: os.stat_result, caller: Caller) -> None:
+    """What a write through this handle may take away from the file, and what keeps it."""
+    if st.st_mode & ID_BITS:
+        handle.group = sgid_group(caller, st)
+        handle.id_bits = st.st_mode & ID_BITS
+
+
 class UnionFs:
     """The union of one mount."""
 
@@ -115,7 +122,7 @@ class UnionFs:
             raise estale() from None
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         handle = self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable)
-        handle.id_bits = st.st_mode & ID_BITS
+        _note_privileges(handle, st, caller)
         return handle, st
 
     def tmpfile(self, parent_id: int, flags: int, mode: int, caller: Caller) -> tuple[OpenFile, os.stat_result]:
@@ -123,7 +130,7 @@ class UnionFs:
         wanted = flags & _OPEN_FLAGS
         node, st, fd = create.tmpfile(self.sb, self.creds, self._changing(parent_id), wanted, mode, caller)
         handle = self.handles.add_file(node, fd, wanted, caller, True)
-        handle.id_bits = st.st_mode & ID_BITS
+        _note_privileges(handle, st, caller)
         return handle, st
 
     def mknod(self, parent_id: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attributes:
@@ -366,8 +373,7 @@ class UnionFs:
                     ranges.id_bits_went(self.sb, node, st)
             handle = self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable)
             if writing:
-                handle.group = sgid_group(caller, st)
-                handle.id_bits = st.st_mode & ID_BITS
+                _note_privileges(handle, st, caller)
             return handle, st
         except BaseException:
             syscalls.close_quietly(fd)
