@@ -83,18 +83,17 @@ def _held(operation: Callable[..., Any], gate: str, what: str) -> Callable[..., 
         if not _closed(gate):
             return operation(*arguments)
         later: Callable[[], object]
-        then: Callable[[Exception | None], object] | None = None
         try:
             later = functools.partial(_give, operation(*arguments))
         except Later as waits:
-            later, then = functools.partial(waits.call, *waits.args), waits.then
+            later = functools.partial(waits.call, *waits.args)
         except NeedCopyUp:
             raise  # begins again
         except OSError as error:
             if error.errno in RETRIED:
                 raise
             later = functools.partial(_raise, error)
-        raise Later(True, _held_in_thread(later, gate, what), then=then)
+        raise Later(True, _held_in_thread(later, gate, what))
 
     return slow
 

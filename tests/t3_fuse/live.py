@@ -33,6 +33,22 @@ def errno_of(call: Callable[[], object]) -> str:
     return ""
 
 
+def as_nobody(call: Callable[[], object]) -> None:
+    """In a child, which must not fail."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            call()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def names(branch: Path) -> list[str]:
     """What is in a branch directory, its own administration aside."""
     return sorted(name for name in os.listdir(branch) if os.fsencode(name) not in _ADMINISTRATION)

@@ -13,7 +13,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.mount import Mount, UnionFactory
-from tests.t3_fuse.live import errno_of, modes
+from tests.t3_fuse.live import as_nobody, errno_of, modes
 
 pytestmark = pytest.mark.fuse
 
@@ -30,7 +30,6 @@ PASSING = "io=passthrough"
 POOL = {"a": "rw", "b": "rw"}
 PAGE = mmap.PAGESIZE
 CONTENT = b"old." * PAGE
-NOBODY = 65534
 LIBC = ctypes.CDLL(None)
 """For mappings whose descriptor is closed: mmap.mmap keeps one."""
 LIBC.mmap.restype = ctypes.c_void_p
@@ -60,22 +59,6 @@ def ended(mount: Mount) -> bool:
             return True
         os.sched_yield()
     return False
-
-
-def as_nobody(call: Callable[[], object]) -> None:
-    """In a child, which must not fail."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            call()
-            code = 0
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.fixture

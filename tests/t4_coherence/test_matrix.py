@@ -32,8 +32,13 @@ STATES = ("positive", "negative", "listed", "open", "mapped", "inside")
 USUAL = tuple((mode, state) for mode in MODES for state in (scaled(STATES[:1], STATES) if mode == "none" else STATES))
 """After the remount that `none` waits for, it does not matter much what the kernel had cached before."""
 OPENED = tuple((mode, state) for mode in ("reval", "notify") for state in ("open", "mapped"))
-SCENES = (*(("", *scene) for scene in USUAL), *(("passthrough", *scene) for scene in scaled(OPENED, USUAL)))
-"""io= (the default one for ""), mode and state: who reads a file matters for those that are open."""
+UNTOLD = tuple(scene for scene in USUAL if scene[0] != "reval")
+SCENES = (
+    *(("", *scene) for scene in USUAL),
+    *(("passthrough", *scene) for scene in scaled(OPENED, USUAL)),
+    *(("cached", *scene) for scene in scaled(OPENED[2:], UNTOLD)),
+)
+"""io= (the default one for ""; cached is not for reval), mode and state. Who reads a file matters where it is open."""
 NEVER = "d/never"
 """A name that no change makes."""
 

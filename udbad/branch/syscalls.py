@@ -373,6 +373,14 @@ def read_cached(fd: int, size: int, offset: int) -> bytearray | None:
     return buffer
 
 
+def read_and_close(fd: int, size: int, offset: int) -> bytes:
+    """pread(2) of a descriptor that is for this only."""
+    try:
+        return os.pread(fd, size, offset)
+    finally:
+        os.close(fd)
+
+
 def reflink(src_fd: int, dst_fd: int) -> bool:
     """Share all data blocks (FICLONE, ioctl_ficlone(2)); False where the file systems cannot."""
     try:

@@ -207,7 +207,7 @@ class Coherence:
 
     def _drop_file(self, node: Node) -> None:
         """Have the kernel ask for the attributes of what is no directory, and for its pages when they are in use."""
-        if node.handles:
+        if node.handles or self.sb.kernel_opens:
             self.notifier.data(node.id)
         elif node.nlookup:
             self.notifier.attributes(node.id)

@@ -31,8 +31,6 @@ class SentAttributes:
         """
         if node.id not in self.stamps:
             return written_behind(node)  # the kernel has no attributes of it
-        if node in self._sb.changing:
-            return True  # by a thread of ours, whose end is recorded as an own change
         sent = self.stamps[node.id]
         now = state.lasting_stamp(node.branch, st)
         if now == sent and now is not None:
@@ -44,7 +42,7 @@ class SentAttributes:
         self.stamps[node.id] = now
         if node.handles:
             note_id_bits(node, st)
-        pages = node.handles and not backing_id(node)
+        pages = type(node) is not Dir and (self._sb.kernel_opens or (node.handles and not backing_id(node)))
         if pages and (content or sent is None or now is None or not state.same_content(now, sent)):
             self._notifier.data(node.id)
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat as st_mod
+from collections.abc import Callable
 
 from udbad.branch import syscalls
 from udbad.errors import os_error
@@ -111,6 +112,8 @@ class HandleTable:
         self.files: dict[int, OpenFile] = {}
         self.dirs: dict[int, OpenDir] = {}
         self._next = 1
+        self.on_missing: Callable[[int], OpenFile] | None = None
+        """Opens the file for a negative number, which no open(2) has given (union/kept.py)."""
 
     def _number(self) -> Fh:
         fh = self._next
@@ -126,6 +129,16 @@ class HandleTable:
             node.handles.append(handle)
         return handle
 
+    def add_kept(self, node: Node, fd: int, flags: int, caller: Caller) -> OpenFile:
+        """An open file of the node itself, whose number is the node's, negative."""
+        handle = OpenFile(Fh(-node.id), node, fd, flags, caller, False)
+        self.files[handle.fh] = handle
+        if node.handles is None:
+            node.handles = [handle]
+        else:
+            node.handles.insert(0, handle)
+        return handle
+
     def add_dir(self, node: Dir, pid: int) -> OpenDir:
         handle = OpenDir(self._number(), node, pid)
         self.dirs[handle.fh] = handle
@@ -136,7 +149,9 @@ class HandleTable:
         try:
             return self.files[fh]
         except KeyError:
-            raise os_error(errno.EBADF) from None
+            if fh >= 0 or self.on_missing is None:
+                raise os_error(errno.EBADF) from None
+        return self.on_missing(fh)
 
     def directory(self, fh: int) -> OpenDir:
         try:

@@ -31,6 +31,7 @@ _HAS_IOCTL_DIR = 1 << 11
 _AUTO_INVAL_DATA = 1 << 12
 _DO_READDIRPLUS = 1 << 13
 _ASYNC_DIO = 1 << 15
+_NO_OPEN_SUPPORT = 1 << 17
 _PARALLEL_DIROPS = 1 << 18
 _HANDLE_KILLPRIV = 1 << 19
 _POSIX_ACL = 1 << 20
@@ -78,12 +79,16 @@ class InitRequest:
         flags2 = _FLAGS2.unpack_from(raw, _IN_HEADER.size + _INIT_IN.size)[0] if self.flags & _INIT_EXT else 0
         self.passthrough = flags2 & _PASSTHROUGH != 0
         """Whether files can be given to the kernel (Linux 6.9)."""
+        self.no_open = self.flags & _NO_OPEN_SUPPORT != 0
+        """Whether the kernel can open files by itself, when OPEN is answered with ENOSYS (Linux 3.15)."""
 
-    def reply(self, acl: bool, passthrough: bool = False) -> bytes:
-        """Our answer; acl: let the kernel enforce POSIX ACLs. passthrough: files will be given to the kernel, which
-        must have offered it."""
+    def reply(self, acl: bool, passthrough: bool = False, no_open: bool = False) -> bytes:
+        """Our answer; acl: let the kernel enforce POSIX ACLs. passthrough, no_open: files will be given to the kernel,
+        or opened by it, which must have offered it."""
         wanted = _WANTED | (_POSIX_ACL if acl else 0)
         wanted |= _HANDLE_KILLPRIV_V2 if self.flags & _HANDLE_KILLPRIV_V2 else _HANDLE_KILLPRIV
+        if no_open:
+            wanted &= ~_ATOMIC_O_TRUNC  # else the kernel would take an open(2) of its own to have emptied the file
         flags2, depth = 0, 0
         if passthrough:
             wanted |= _INIT_EXT

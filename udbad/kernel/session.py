@@ -27,12 +27,10 @@ class Session:
     mounted: whether it is on its mount point, as far as we know.
     """
 
-    def __init__(
-        self, mount_point: bytes, fsname: str, flags: frozenset[str], acl: bool, passthrough: bool = False
-    ) -> None:
+    def __init__(self, mount_point: bytes, fsname: str, flags: frozenset[str], acl: bool, io: str = "requests") -> None:
         """Begin a connection and answer INIT; nobody can see it yet. flags: names as in mount(8).
 
-        passthrough: files are to be given to the kernel, where it can do that.
+        io: as in the mount options, where the kernel can do that.
 
         Raises UserError without /dev/fuse or permission.
         """
@@ -54,8 +52,9 @@ class Session:
                 raise self._refused(error) from error
             undo.callback(os.close, self._mount_fd)
             request = InitRequest(os.read(self.fd, MAX_REQUEST))
-            self.passthrough = passthrough and request.passthrough
-            os.write(self.fd, request.reply(acl, self.passthrough))
+            self.passthrough = io == "passthrough" and request.passthrough
+            self.no_open = io == "cached" and request.no_open
+            os.write(self.fd, request.reply(acl, self.passthrough, self.no_open))
             self.has_epochs = request.minor >= EPOCH_MINOR
             self.setxattr_ext = request.setxattr_ext
             os.set_blocking(self.fd, False)

@@ -106,6 +106,7 @@ class Carrying:
         options = mvdown.Options(
             **{flag: flag_of(request, flag) for flag in flags},
             source=(await self._find(source)).path if source else b"",
+            openers=await self.process.openers(),
         )
         halt = Halt()
         self._moves += 1

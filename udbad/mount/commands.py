@@ -148,7 +148,7 @@ class Commands:
         sb = self.process.sb
         branch = await rebranch.find(sb.branches, wanted)
         # After this: it may have gone from the mount, and then nothing of it is used.
-        users = reconfigure.users(sb, branch)
+        users = reconfigure.users(sb, branch, await self.process.openers())
         return {"users": [{"pid": user.pid, "command": _command(user.pid), "what": user.what,
                            "path": os.fsdecode(user.path)} for user in users]}  # fmt: skip
 
@@ -290,7 +290,9 @@ class Commands:
         except OSError as error:
             place = os.fsdecode(self.process.mount_point)
             if error.errno == errno.EBUSY and error.strerror == os.strerror(errno.EBUSY):
-                raise UserError(f"{place} is busy: {self._who(writing=True)}", ExitCode.FAILURE) from None
+                raise UserError(
+                    f"{place} is busy: {self._who(await self.process.openers(), True)}", ExitCode.FAILURE
+                ) from None
             raise UserError(f"{place}: {error.strerror}", ExitCode.FAILURE) from None
 
     async def _change_branches(self, target: MountOptions, branches: bool) -> None:
@@ -324,18 +326,23 @@ class Commands:
         except OSError as error:
             place = os.fsdecode(self.process.mount_point)
             if error.errno == errno.EBUSY and error.strerror == os.strerror(errno.EBUSY):
-                raise UserError(f"{place} is busy: {self._who()}", ExitCode.FAILURE) from None
+                raise UserError(
+                    f"{place} is busy: {self._who(await self.process.openers())}", ExitCode.FAILURE
+                ) from None
             raise UserError(f"{place}: {error.strerror}", ExitCode.FAILURE) from None
         return {}
 
-    def _who(self, writing: bool = False) -> str:
+    def _who(self, openers: Sequence[tuple[int, int]], writing: bool = False) -> str:
         """Who keeps the mount from being unmounted, or from being made read-only, as far as it is known here."""
         handles = self.process.sb.handles
         opened = [
             ("open file", one.node, one.pid)
             for one in handles.files.values()
-            if not writing or one.flags & os.O_ACCMODE != os.O_RDONLY or one.node.parent is None
+            if one.fh > 0 and (not writing or one.flags & os.O_ACCMODE != os.O_RDONLY or one.node.parent is None)
         ]
+        nodes = self.process.sb.table.nodes
+        untold = [(nodes[number], pid) for number, pid in openers if number in nodes and not writing]
+        opened += [("open file", node, pid) for node, pid in untold if not node.is_dir()]
         if writing and not opened:
             return "somebody writes to it"
         opened += [("open directory", one.node, one.pid) for one in handles.dirs.values() if not writing]

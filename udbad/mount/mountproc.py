@@ -41,17 +41,19 @@ from udbad.edge.native import Native
 from udbad.errors import ExitCode, UserError
 from udbad.kernel.invalidator import Invalidator
 from udbad.kernel.mounts import lying, mounts_inside, unions
+from udbad.kernel.openers import openers
 from udbad.kernel.passthrough import Passthrough
 from udbad.kernel.protocol import teller
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import Samples, Server
-from udbad.mount import later
+from udbad.mount import iomode, later
 from udbad.mount.commands import Commands
 from udbad.mount.readings import MetricsReader, text
 from udbad.mount.writing import Writing
 from udbad.settings.options import MountOptions, format_options
 from udbad.union import homes
 from udbad.union.fs import UnionFs
+from udbad.union.kept import WRITING_SECONDS, KeptFiles
 from udbad.union.superblock import Superblock, UnionOptions
 
 log = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ _OTHER_FDS = 1024
 """Descriptors that are neither of directories nor of open files: branches, sockets, copy-ups, one operation's own."""
 _SWITCH_SECONDS = 0.0005
 _LINGER_SECONDS = 2
-_NO_PASSTHROUGH = "no passthrough: the kernel does not offer it (Linux 6.9, CONFIG_FUSE_PASSTHROUGH)"
+_OPENERS_SECONDS = 10
 _STOPPING = signal.SIGINT, signal.SIGTERM
 _MAX_DIRECTORY_FDS = 100_000
 
@@ -94,6 +96,7 @@ class MountProcess:
         if compiled.why_not():
             log.info("runs uncompiled, which takes more CPU time: %s", compiled.why_not())
         max_fds, all_fds = _raise_fd_limit()
+        self._io_fallbacks: list[str] = []
         self.control_path = ""  # of the socket that is served, once there is one
         self._registration: registry.Registration | None = None
         with ExitStack() as ending:
@@ -130,9 +133,8 @@ class MountProcess:
                 ending.callback(endpoint.close)
             self.restrictions = self.branches.restrictions
             _tell_restrictions(self.branches, options)
-            self.session = Session(
-                self.mount_point, self._source(), self.flags_for(options), options.acl, options.io == "passthrough"
-            )
+            asked = self._possible_io()
+            self.session = Session(self.mount_point, self._source(), self.flags_for(options), options.acl, asked)
             ending.callback(self.session.close)
             self.invalidator = Invalidator(
                 teller(self.session.notify), self.session.has_epochs, lambda: mounts_inside(self.session.connection)
@@ -143,7 +145,11 @@ class MountProcess:
             self.coherence.start()
             self.passthrough = Passthrough(self.session.fd, self.fs) if self.session.passthrough else None
             if options.io == "passthrough" and self.passthrough is None:
-                log.info("%s", _NO_PASSTHROUGH)
+                self._fall_back(iomode.NO_PASSTHROUGH)
+            if self.session.no_open:
+                self.fs.keep_files(max(all_fds // 4, 64))
+            elif asked == "cached":
+                self._fall_back(iomode.NO_CACHED)
             stale = Holding(self.fs.walks).stale
             self.edge = Native(
                 self.session.fd, self.fs, self.coherence, stale, self.session.setxattr_ext, self.passthrough
@@ -160,7 +166,32 @@ class MountProcess:
         """Who reads and writes files, by the name of the option, and where it cannot be as asked for: a line each."""
         if self.passthrough is not None:
             return "passthrough", self.passthrough.fallbacks
-        return "requests", [_NO_PASSTHROUGH] if self.options.io == "passthrough" else []
+        return "requests" if self.fs.kept is None else "cached", self._io_fallbacks
+
+    def _possible_io(self) -> str:
+        """`io` of the options, as far as they allow it."""
+        options = self.options
+        if options.io == "cached":
+            reason = iomode.why_not_cached(options, self.branches)
+            if reason is not None:
+                self._fall_back(f"io=cached cannot be: {reason}")
+                return "requests"
+        return options.io
+
+    def _fall_back(self, line: str) -> None:
+        self._io_fallbacks.append(line)
+        log.info("%s", line)
+
+    async def openers(self) -> list[tuple[int, int]]:
+        """(node id, pid) of files that are open or mapped, where the kernel does not tell of that (io=cached).
+
+        In a thread, which may wait for a process that waits for us. Raises UserError when it does so too long.
+        """
+        if self.fs.kept is None:
+            return []
+        with trio.move_on_after(_OPENERS_SECONDS):
+            return await trio.to_thread.run_sync(openers, self.session.connection, abandon_on_cancel=True)
+        raise UserError("who has files open cannot be found out at the moment: try again", ExitCode.FAILURE)
 
     def _claim_mount_point(self) -> registry.Claim | None:
         """Held until others can see that we serve. Raises UserError when another process is at it."""
@@ -291,6 +322,8 @@ class MountProcess:
                     nursery.start_soon(self._run_coherence)
                 self.writing.sweep(nursery)
                 nursery.start_soon(later.load_in_thread)
+                if self.fs.kept is not None:
+                    nursery.start_soon(self._rest, self.fs.kept)
                 if listener is not None:
                     nursery.start_soon(trioserver.serve, listener, self._commands.table())
                 try:
@@ -300,6 +333,11 @@ class MountProcess:
         if self.edge.aborted:
             raise UserError(f"{text(self.mount_point)}: the connection was aborted; its users get errors until it is "
                             "unmounted or mounted again", ExitCode.FAILURE)  # fmt: skip
+
+    async def _rest(self, kept: KeptFiles) -> None:
+        while True:
+            await trio.sleep(WRITING_SECONDS)
+            kept.rest()
 
     def on_late_signal(self, number: int, frame: FrameType | None) -> None:
         """A signal when `serve` does not wait for it. After the mount has gone it comes too late: dying half-way

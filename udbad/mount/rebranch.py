@@ -21,6 +21,7 @@ from udbad.branch.spec import printable
 from udbad.errors import ExitCode, UserError
 from udbad.settings.options import edit_branches, find_branch
 from udbad.union import reconfigure
+from udbad.union.fs import COPYING
 
 if TYPE_CHECKING:
     from udbad.mount.mountproc import MountProcess
@@ -81,8 +82,12 @@ async def set_branches(
         await _in_thread(process.writing.begin, _written(fresh, ro), process.options.plink)
         await process.restrict(fresh)  # before anything of a new branch shows
         await _no_copyups(process)
+        openers = await process.openers()
+        # After this: requests were served. Who has opened a file since then, without telling, gets ESTALE for what the
+        # kernel has not of it.
         check()
-        _check_unused(process, fresh)
+        _check_unused(process, fresh, openers)
+        _check_opens(process, fresh)
     except BaseException:
         await _keep(process, before)
         await process.relax(restrictions)
@@ -92,6 +97,8 @@ async def set_branches(
     after = _written(new, ro)
     gone = reconfigure.removed(old, new)
     process.coherence.hand_over()
+    if process.fs.kept is not None:
+        process.fs.kept.leave({number for number, _ in openers})
     reconfigure.apply(sb, new)
     process.branches = new
     process.set_read_only(ro)
@@ -154,6 +161,8 @@ async def _no_copyups(process: MountProcess) -> None:
 async def _no_writers(process: MountProcess) -> None:
     """The kernel tells of the close of a file after the fact (RELEASE). Raises UserError when that does not come."""
     end = trio.current_time() + writelock.PATIENCE
+    if process.fs.kept is not None:
+        process.fs.kept.rest(0)
     while writers := [handle for handle in process.sb.handles.files.values() if handle.writable]:
         if trio.current_time() >= end:
             path = os.fsdecode(reconfigure.path_of(writers[0].node))
@@ -191,14 +200,21 @@ async def _lock(process: MountProcess, written: Sequence[Branch]) -> None:
         await trio.sleep(_PAUSE)
 
 
-def _check_unused(process: MountProcess, fresh: BranchSet) -> None:
+def _check_unused(process: MountProcess, fresh: BranchSet, openers: Sequence[tuple[int, int]]) -> None:
     for branch in reconfigure.missing(process.sb.branches, fresh):
-        users = reconfigure.users(process.sb, branch)
+        users = reconfigure.users(process.sb, branch, openers)
         if users:
             raise _in_use(f"branch {os.fsdecode(branch.path)} is in use", users)
     writers = reconfigure.written_behind(process.sb, fresh)
     if writers:
         raise _in_use("the kernel writes to a branch that is to be read-only (io=passthrough)", writers)
+
+
+def _check_opens(process: MountProcess, fresh: BranchSet) -> None:
+    for branch in fresh.branches:
+        if process.fs.kept is not None and branch.attrs & COPYING:
+            text = f"{branch.describe()} is to copy files up when they are opened, of which io=cached does not tell"
+            raise UserError(text, ExitCode.BRANCH)
 
 
 def _in_use(what: str, users: Sequence[reconfigure.InUse]) -> UserError:

@@ -40,6 +40,8 @@ class Options:
     read_only_upper: bool = False
     read_only_lower: bool = False
     source: bytes = b""
+    openers: Sequence[tuple[int, int]] = ()
+    """(node id, pid) of files that the kernel has opened without telling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,10 @@ def _check(sb: Superblock, parts: Sequence[bytes], options: Options, published: 
     st = sb.stat(node)
     if st.st_nlink != 1:
         raise _refused(parts, f"it has {st.st_nlink} names; only a file with one can be moved")
-    users = sorted({handle.pid for handle in node.handles or ()})
+    users = sorted(
+        {handle.pid for handle in node.handles or () if handle.fh > 0}
+        | {pid for number, pid in options.openers if number == node.id}
+    )
     if users and not options.keep_upper:
         raise _refused(parts, f"it is open, by process {', '.join(map(str, users))}")
     if node.busy is not None:

@@ -25,13 +25,14 @@ from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Trigger
 from udbad.union import copyup, create, lookup, ranges, readdir, remove, rename
 from udbad.union.held import HeldWalks
+from udbad.union.kept import KeptFiles
 from udbad.union.superblock import NeedCopyUp, Superblock, is_object
 
 T = TypeVar("T")
 Attributes = tuple[Node, os.stat_result]
 
 _OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
-_COPYING = frozenset({"coo_reg", "coo_all", "moo"})
+COPYING = frozenset({"coo_reg", "coo_all", "moo"})
 """Attributes of branches whose files are copied up when they are opened."""
 _ATTEMPTS = 8
 """To hold what a name stands for, while somebody replaces it all the time."""
@@ -57,13 +58,6 @@ class SetAttr:
     mtime_ns: Time | None = None
 
 
-def _note_privileges(handle: OpenFile, st: os.stat_result, caller: Caller) -> None:
-    """What a write through this handle may take away from the file, and what keeps it."""
-    if st.st_mode & ID_BITS:
-        handle.group = sgid_group(caller, st)
-        handle.id_bits = st.st_mode & ID_BITS
-
-
 class UnionFs:
     """The union of one mount."""
 
@@ -75,6 +69,13 @@ class UnionFs:
         self.walks = HeldWalks(sb)
         self.on_unused_backing: Callable[[int], None] = lambda number: None
         """The last open file with this backing id was closed; replaced by who gives them out."""
+        self.kept: KeptFiles | None = None
+        """The open files of io=cached; None: the kernel tells of each open(2)."""
+
+    def keep_files(self, most: int) -> None:
+        """The kernel opens files by itself (kept.py). most: how many of them to keep open."""
+        self.kept = KeptFiles(self.sb, most, self._open_fd)
+        self.sb.kernel_opens = True
 
     # -- names --------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class UnionFs:
             raise estale() from None
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         handle = self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable)
-        _note_privileges(handle, st, caller)
+        handle.id_bits = st.st_mode & ID_BITS
         return handle, st
 
     def tmpfile(self, parent_id: int, flags: int, mode: int, caller: Caller) -> tuple[OpenFile, os.stat_result]:
@@ -130,7 +131,7 @@ class UnionFs:
         wanted = flags & _OPEN_FLAGS
         node, st, fd = create.tmpfile(self.sb, self.creds, self._changing(parent_id), wanted, mode, caller)
         handle = self.handles.add_file(node, fd, wanted, caller, True)
-        _note_privileges(handle, st, caller)
+        handle.id_bits = st.st_mode & ID_BITS
         return handle, st
 
     def mknod(self, parent_id: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attributes:
@@ -148,7 +149,10 @@ class UnionFs:
         return node, create.link(self.sb, node, parent, name)
 
     def unlink(self, parent_id: int, name: bytes) -> None:
-        remove.unlink(self.sb, self._changing(parent_id), name)
+        parent = self._changing(parent_id)
+        if self.kept is not None:
+            self.kept.hold(parent.children.get(name))
+        remove.unlink(self.sb, parent, name)
 
     def rmdir(self, parent_id: int, name: bytes) -> None:
         remove.rmdir(self.sb, self._changing(parent_id), name)
@@ -162,6 +166,8 @@ class UnionFs:
 
     def rename(self, src_id: int, src: bytes, dst_id: int, dst: bytes, flags: int) -> None:
         src_dir, dst_dir = self._changing(src_id), self._changing(dst_id)
+        if self.kept is not None:
+            self.kept.hold(dst_dir.children.get(dst))
         rename.rename(self.sb, src_dir, src, dst_dir, dst, flags)
 
     def _changing(self, parent_id: int) -> Dir:
@@ -373,7 +379,8 @@ class UnionFs:
                     ranges.id_bits_went(self.sb, node, st)
             handle = self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable)
             if writing:
-                _note_privileges(handle, st, caller)
+                handle.group = sgid_group(caller, st)
+                handle.id_bits = st.st_mode & ID_BITS
             return handle, st
         except BaseException:
             syscalls.close_quietly(fd)
@@ -381,7 +388,7 @@ class UnionFs:
 
     def _copy_on_open(self, node: Node) -> None:
         """coo_reg, coo_all, moo: every open copies up, to the nearest writable branch above (semantics 3)."""
-        if node.branch.attrs & _COPYING and self.sb.branches.writable_above(node.branch.index):
+        if node.branch.attrs & COPYING and self.sb.branches.writable_above(node.branch.index):
             raise NeedCopyUp(node, Trigger.OPEN)
 
     def _open_fd(self, node: Node, flags: int) -> tuple[int, os.stat_result]:
@@ -424,17 +431,37 @@ class UnionFs:
                 ranges.id_bits_went(self.sb, handle.node, st)
         return count
 
+    def write_kept(self, fh: int, offset: int, data: bytes | memoryview, flags: int) -> int:
+        """`write`, perhaps to a kept file. flags: of the open(2) that the kernel has not told of."""
+        if fh >= 0 or self.kept is None:
+            return self.write(fh, offset, data)
+        return self.kept.write(self.creds, self.handles.file(fh), offset, data, flags)
+
     def fallocate(self, fh: int, mode: int, offset: int, length: int) -> ranges.Change:
         """To be run in a thread, then given to `changed` (ranges.py). mode: FALLOC_FL_*; offset, length: bytes."""
-        return ranges.fallocate(self.sb, self.creds, self.handles.file(fh), mode, offset, length)
+        handle = self.handles.file(fh)
+        change = ranges.fallocate(self.sb, self.creds, handle, mode, offset, length)
+        self._begin(handle)
+        return change
 
     def copy_file_range(self, fh_in: int, offset_in: int, fh_out: int, offset_out: int, length: int) -> ranges.Change:
         """To be run in a thread, then given to `changed` (ranges.py). offsets, length: bytes."""
         source, target = self.handles.file(fh_in), self.handles.file(fh_out)
-        return ranges.copy(self.sb, self.creds, source, offset_in, target, offset_out, length)
+        change = ranges.copy(self.sb, self.creds, source, offset_in, target, offset_out, length)
+        self._begin(target)
+        return change
+
+    def _begin(self, handle: OpenFile) -> None:
+        """A thread uses the descriptor, until `changed`."""
+        if handle.fh < 0 and self.kept is not None:
+            self.kept.use(handle)
+            self.kept.written(handle)
 
     def changed(self, change: ranges.Change, failed: bool) -> None:
         """A change was run; failed: it raised."""
+        handle = change.handle
+        if handle.fh < 0 and self.kept is not None:
+            self.kept.used(handle)
         ranges.end(self.sb, change, failed)
 
     def needs_flush(self, flags: int) -> bool:
@@ -461,7 +488,7 @@ class UnionFs:
         return (
             (branch.writable or self.sb.options.read_only)
             and branch.local
-            and not branch.attrs & _COPYING
+            and not branch.attrs & COPYING
             and node.busy is None
             and not st.st_mode & ID_BITS
         )
@@ -518,6 +545,10 @@ class UnionFs:
         return [os.statvfs(syscalls.proc_path(branch.root_fd)) for branch in distinct.values()]
 
     def forget(self, node_id: int, count: int) -> None:
+        if self.kept is not None:
+            node = self.table.nodes.get(node_id)
+            if node is not None and node.nlookup <= count:
+                self.kept.forget(node_id)
         self.table.forget(node_id, count)
 
     def recover(self, node_id: int) -> None:

@@ -9,6 +9,7 @@ and has the kernel forget everything afterwards.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from udbad.branch import syscalls
@@ -78,17 +79,25 @@ def path_of(node: Node) -> bytes:
     return b"/" + b"/".join(reversed(parts))
 
 
-def users(sb: Superblock, branch: Branch) -> list[InUse]:
-    """What keeps a branch from being removed: files open on it, directories open that are only on it."""
+def users(sb: Superblock, branch: Branch, openers: Iterable[tuple[int, int]] = ()) -> list[InUse]:
+    """What keeps a branch from being removed: files open on it, directories open that are only on it.
+
+    openers: (node id, pid) of files that the kernel has opened without telling.
+    """
+    opened = [(handle.node, handle.pid) for handle in sb.handles.files.values() if handle.fh > 0]
+    for number, pid in openers:
+        node = sb.table.nodes.get(number)
+        if node is not None and type(node) is not Dir and (node, pid) not in opened:
+            opened.append((node, pid))
     found = [
-        InUse(path_of(handle.node), handle.pid, "open file")
-        for handle in sb.handles.files.values()
-        if handle.node.branch.id == branch.id and handle.node.orphan_fd < 0
+        InUse(path_of(node), pid, "open file")
+        for node, pid in opened
+        if node.branch.id == branch.id and node.orphan_fd < 0
     ]
-    for opened in sb.handles.dirs.values():
-        layers = opened.node.layers
+    for directory in sb.handles.dirs.values():
+        layers = directory.node.layers
         if len(layers) == 1 and layers[0].branch.id == branch.id:
-            found.append(InUse(path_of(opened.node), opened.pid, "open directory"))
+            found.append(InUse(path_of(directory.node), directory.pid, "open directory"))
     return found
 
 

@@ -1,0 +1,169 @@
+"""io=cached: open files of nodes that the kernel opens by itself, without telling (no_open, linux/fuse.h).
+
+A request about such a file names no handle. It is served by one open file for each node, which is opened when the
+first request needs it and kept: of nodes with a name as long as there is room, of those without, which nothing else
+leads to any more, until the kernel forgets them. In the table of handles its number is the node's, negative, so that
+whatever is done for open files (moving to a copy, telling the kernel of new content) is done for it.
+
+Who opened the file in the kernel, and whether to write, is not known. It is opened for reading, for writing with the
+first write, and closed soon after the last one: a file that is open for writing cannot be executed on its branch.
+New content is written with nobody's rights, so that setuid and setgid bits go, whoever writes.
+"""
+
+from __future__ import annotations
+
+import os
+import stat as st_mod
+from collections import OrderedDict
+from collections.abc import Callable, Container
+from time import monotonic
+from typing import Final
+
+from udbad.branch import syscalls
+from udbad.branch.credentials import Credentials
+from udbad.inodes.handles import ID_BITS, OpenFile
+from udbad.inodes.table import Node
+from udbad.types import Caller
+from udbad.union import ranges
+from udbad.union.superblock import Superblock
+
+_NOBODY: Final = Caller(65534, 65534, 0, 0)
+WRITING_SECONDS: Final = 1.0
+"""How long a file stays open for writing after the last write."""
+
+
+class KeptFiles:
+    """The open files that nobody closes. Event loop only."""
+
+    def __init__(self, sb: Superblock, most: int, open_fd: Callable[[Node, int], tuple[int, os.stat_result]]) -> None:
+        """most: how many of nodes with a name are kept. open_fd: opens the object of a node (UnionFs)."""
+        self._sb = sb
+        self._most = most
+        self._open_fd = open_fd
+        self._named: OrderedDict[int, OpenFile] = OrderedDict()
+        """By node id, oldest first; some of their nodes may have lost their names."""
+        self._nameless: dict[int, OpenFile] = {}
+        self._in_use: dict[int, int] = {}
+        """By node id: how many threads use the descriptor."""
+        self._written: dict[int, float] = {}
+        """By node id: when it was last written to."""
+        sb.handles.on_missing = self.open
+
+    def open(self, fh: int) -> OpenFile:
+        """The open file of the node -fh, which has none yet. Raises ESTALE when nothing leads to it."""
+        node = self._sb.table.node(-fh)
+        fd, st = self._open_fd(node, os.O_RDONLY)
+        handle = self._sb.handles.add_kept(node, fd, os.O_RDWR, _NOBODY)
+        handle.id_bits = st.st_mode & ID_BITS
+        self._named[node.id] = handle
+        if len(self._named) > self._most:
+            self._make_room()
+        return handle
+
+    def _make_room(self) -> None:
+        for _ in range(len(self._named)):
+            node_id, handle = self._named.popitem(last=False)
+            node = handle.node
+            if node.dead or node.parent is None:
+                self._nameless[node_id] = handle
+            elif node_id in self._in_use or handle.writable:
+                self._named[node_id] = handle
+                continue
+            else:
+                self._close(handle)
+            if len(self._named) <= self._most:
+                return
+
+    def hold(self, node: Node | None) -> None:
+        """A node may be about to lose its last name, and somebody may have it open."""
+        if node is None or node.kind != st_mod.S_IFREG or node.nlookup <= 0 or node.handles or node.orphan_fd >= 0:
+            return
+        try:
+            self.open(-node.id)
+        except OSError:
+            pass  # gone already
+
+    def forget(self, node_id: int) -> None:
+        """The kernel has forgotten the node: nobody has it open."""
+        handle = self._named.pop(node_id, None) or self._nameless.pop(node_id, None)
+        if handle is not None:
+            self._close(handle)
+
+    def leave(self, opened: Container[int]) -> None:
+        """Close all but those that somebody has open, by their node ids: the branches will be others."""
+        for files in (self._named, self._nameless):
+            for node_id, handle in list(files.items()):
+                if node_id not in opened and node_id not in self._in_use:
+                    del files[node_id]
+                    self._close(handle)
+
+    def _close(self, handle: OpenFile) -> None:
+        self._written.pop(handle.node.id, None)
+        self._sb.handles.remove_file(handle.fh)
+
+    # -- while it is used ---------------------------------------------------------------------------
+
+    def use(self, handle: OpenFile) -> None:
+        """A thread is about to use the descriptor; `used` says that it has."""
+        node_id = handle.node.id
+        self._in_use[node_id] = self._in_use.get(node_id, 0) + 1
+
+    def used(self, handle: OpenFile) -> None:
+        node_id = handle.node.id
+        left = self._in_use[node_id] - 1
+        if left:
+            self._in_use[node_id] = left
+        else:
+            del self._in_use[node_id]
+
+    def write(self, creds: Credentials, handle: OpenFile, offset: int, data: bytes | memoryview, flags: int) -> int:
+        """Bytes written, which `flags` of open(2) are about. Raises NeedCopyUp at the first write to a lower file."""
+        if not handle.writable:
+            ranges.require_writable(handle)
+        self.written(handle)
+        changes = self._sb.changes
+        changes.before_data(handle.node, handle.fd)
+        with creds.writing(handle.uid, handle.gid):
+            count = os.pwritev(handle.fd, [data], offset, _write_flags(flags))
+        changes.data(handle.node, True, None, handle.fd)
+        if handle.id_bits:
+            st = os.fstat(handle.fd)
+            if st.st_mode & ID_BITS != handle.id_bits:
+                ranges.id_bits_went(self._sb, handle.node, st)
+        return count
+
+    def written(self, handle: OpenFile) -> None:
+        self._written[handle.node.id] = monotonic()
+
+    def rest(self, seconds: float = WRITING_SECONDS) -> None:
+        """Have nothing open for writing that has not been written to for so long; called from time to time."""
+        before = monotonic() - seconds
+        for node_id in [node_id for node_id, last in self._written.items() if last <= before]:
+            handle = self._sb.handles.files.get(-node_id)
+            if node_id in self._in_use:
+                continue
+            del self._written[node_id]
+            if handle is None or not handle.writable:
+                continue
+            node = handle.node
+            if node.dead or node.parent is None:
+                continue  # nobody will execute it
+            fd = syscalls.reopen(handle.fd, os.O_RDONLY)
+            os.dup2(fd, handle.fd, inheritable=False)
+            os.close(fd)
+            handle.writable = False
+
+    def __len__(self) -> int:
+        return len(self._named) + len(self._nameless)
+
+
+def _write_flags(flags: int) -> int:
+    """RWF_* of pwritev2(2) for the flags of an open file."""
+    result = 0
+    if flags & os.O_APPEND:
+        result |= os.RWF_APPEND
+    if flags & os.O_SYNC == os.O_SYNC:
+        result |= os.RWF_SYNC
+    elif flags & os.O_DSYNC:
+        result |= os.RWF_DSYNC
+    return result
