@@ -4,7 +4,8 @@ As a program (python -m tests.helpers.slow_mount GATE WORDS mount …) it is udb
 while the file GATE exists, the requests named in WORDS (comma separated: operations, and `transfer`, the
 bytes of a copy-up) are worked on but not answered: a thread answers later, as after a slow read. Each one that is held
 adds a line to GATE.held. The word `no-epochs` makes the daemon believe that the kernel has no NOTIFY_INC_EPOCH,
-`coarse` that its time stamps are no finer than a tick of the clock (before Linux 6.13).
+`coarse` that its time stamps are no finer than a tick of the clock (before Linux 6.13), `unwatched` has `reval` watch no
+directory, as where no file system sends events.
 
 In a test: with slow_daemon(gate, …): every mount made by tests/helpers/mount.py is such a daemon.
 """
@@ -29,6 +30,7 @@ from tests.helpers import mount as mount_module
 NO_EPOCHS: Final = "no-epochs"
 COARSE: Final = "coarse"
 TRANSFER: Final = "transfer"
+UNWATCHED: Final = "unwatched"
 _POLL: Final = 0.005
 """Seconds between two looks at the gate."""
 
@@ -132,6 +134,7 @@ def _count(gate: str, what: str) -> None:
 
 def _patch(gate: str, words: list[str]) -> None:
     from udbad.branch import branches
+    from udbad.coherence import silence
     from udbad.edge import table, waiting
     from udbad.kernel.invalidator import Invalidator
     from udbad.mount import mountproc
@@ -143,6 +146,8 @@ def _patch(gate: str, words: list[str]) -> None:
             mock.patch.object(mountproc, "Invalidator", lambda tell, *_: Invalidator(tell, False)).start()
         elif word == COARSE:
             mock.patch.object(branches, "MULTIGRAIN_KERNEL", False).start()
+        elif word == UNWATCHED:
+            mock.patch.object(silence, "tells", return_value=False).start()
         elif word == TRANSFER:
             mock.patch.object(copyup, "transfer", _held_in_thread(copyup.transfer, gate, TRANSFER)).start()
         else:

@@ -45,8 +45,8 @@ ROWS = (
     Row("notify", "rw", "rr+udba=notify", "flush", "flush", 4, True),
     Row("notify", "rw", "rr+udba=reval", "now", "now", 0, False),
     Row("notify", "rw+udba=reval", "ro+udba=none", "now", "now", 0, False),
-    Row("reval", "rw", "ro+udba=none", "now", "now", 0, False),
-    Row("reval", "rw", "rr", "now", "now", 0, False),
+    Row("reval", "rw", "ro+udba=none", "now", "now", 4, False),
+    Row("reval", "rw", "rr", "now", "now", 2, False),
     Row("none", "rw", "ro", "remount", "remount", 0, True),
     Row("none", "rw", "ro+udba=reval", "now", "now", 0, False),
 )

@@ -1,7 +1,8 @@
 """Changes that follow each other faster than a clock ticks: what is concluded from time stamps must hold for them, too.
 
-reval believes what it knows of a directory while the times of its branch directories are the same; notify takes an
-event for an echo while the times of a file are what the kernel was told.
+reval believes what it knows of a directory while its watches say nothing, and where it has none while the times of its
+branch directories are the same; notify takes an event for an echo while the times of a file are what the kernel was
+told.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pytest
 from tests.helpers.merge import Tree, diff, merge, snapshot
 from tests.helpers.mount import DEADLINE, Mount, UnionFactory
 from tests.helpers.profile import scaled
-from tests.helpers.slow_mount import COARSE, slow_daemon
+from tests.helpers.slow_mount import COARSE, UNWATCHED, slow_daemon
 
 pytestmark = pytest.mark.fuse
 
@@ -99,7 +100,7 @@ def agree(mount: Mount, names: list[str]) -> None:
         assert exists(mount.path / path) == (path.encode() in expected), path
 
 
-@pytest.mark.parametrize("words", [(), (COARSE,)], ids=["exact", "coarse"])
+@pytest.mark.parametrize("words", [(), (UNWATCHED,), (UNWATCHED, COARSE)], ids=["watched", "exact", "coarse"])
 @pytest.mark.parametrize("seed", range(scaled(1, 3)))
 def test_reval_and_a_fast_hand(union: UnionFactory, tmp_path: Path, seed: int, words: tuple[str, ...]) -> None:
     layers = {"top": "rw", "middle": "rw", "base": "ro"}

@@ -99,6 +99,12 @@ class Coherence:
     def take_events(self) -> None:
         """Take notice of some of what can be read from `events`, without a turn of the event loop."""
 
+    def catch_up(self) -> None:
+        pass
+
+    def listen(self, node: Dir) -> bool:
+        return False
+
     def drain(self) -> None:
         """Take notice of every direct change that has happened up to now; the notifier then has the rest."""
 

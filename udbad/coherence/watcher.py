@@ -33,6 +33,7 @@ _DIRECTORY = (
     Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE
     | Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.ONLYDIR | Mask.EXCL_UNLINK
 )  # fmt: skip
+_DIRECTORY_NAMES = Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.ONLYDIR
 _FILE = Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE
 
 # Plain numbers: an operation on an enum takes longer than all else that is done with an event here.
@@ -53,8 +54,11 @@ _LONGEST = _EVENT.size + 256
 _NO_PATH = Path()
 
 
-class WatchLimit(Exception):
-    """No more watches may be had (fs.inotify.max_user_watches, or memory), or are for us to take."""
+class WatchLimit(OSError):
+    """ENOSPC: no more watches may be had (fs.inotify.max_user_watches, or memory), or are for us to take."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, "no more watches")
 
 
 @dataclass(slots=True)
@@ -114,6 +118,10 @@ class Watcher:
         self._on_echo = on_echo
         self._on_overflow = on_overflow
         self._closed = False
+        self._queue = queue_limit() + 1
+        """What the kernel's queue can hold, which it keeps for good (inotify_init(2)), and its overflow."""
+        self._emptied = False
+        """The last burst was all there was when it was read."""
         self._loop: trio_asyncio.BaseTrioEventLoop | None = None
 
     def __len__(self) -> int:
@@ -131,6 +139,10 @@ class Watcher:
     def watch_directory(self, fd: int, handle: object) -> Watch:
         """Watch the directory behind an O_PATH descriptor. Raises WatchLimit, OSError."""
         return self._add(fd, _DIRECTORY, handle)
+
+    def watch_names(self, fd: int, handle: object) -> Watch:
+        """Watch which names a directory has, and nothing else of it. Raises as above."""
+        return self._add(fd, _DIRECTORY_NAMES, handle)
 
     def watch_file(self, fd: int, handle: object) -> Watch:
         """Watch one file itself: it may change through names in directories nobody watches. Raises as above."""
@@ -210,10 +222,10 @@ class Watcher:
 
     def drain(self) -> None:
         """Hand on everything that has happened up to now, without waiting for the loop."""
-        remaining = queue_limit() + 1  # what the kernel's queue can hold, and its overflow
+        remaining = self._queue
         while remaining > 0:
             handled = self._hand_on()
-            if not handled:
+            if not handled or self._emptied:
                 return
             remaining -= handled
 
@@ -259,7 +271,8 @@ class Watcher:
             if mask & _IGNORED:
                 self._handles.pop(wd, None)
                 self._inotify.ignored(wd)
-        if len(data) <= _READ_BYTES - _LONGEST:
+        self._emptied = len(data) <= _READ_BYTES - _LONGEST
+        if self._emptied:
             expected.clear()  # everything sent was read: what has not come was lost, and must not stand for another
         if changes:
             self._on_changes(changes)

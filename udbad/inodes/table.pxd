@@ -34,6 +34,6 @@ cdef class Dir(Node):
     cdef public set stacked, negatives
     cdef public tuple listings, room
     cdef public object opaque
-    cdef public long long floor, probes, load_at, version, resolved, cached_opens, mtime_offset
+    cdef public long long floor, probes, load_at, version, resolved, sure, cached_opens, mtime_offset
     cdef public double ttl
-    cdef public bint trusted, hot, listed
+    cdef public bint trusted, hot, listed, quiet

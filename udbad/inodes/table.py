@@ -178,9 +178,11 @@ class Dir(Node):
         "negatives",
         "opaque",
         "probes",
+        "quiet",
         "resolved",
         "room",
         "stacked",
+        "sure",
         "times",
         "trusted",
         "ttl",
@@ -230,6 +232,13 @@ class Dir(Node):
         self.times: list[Stamp] | None = None
         """Of a directory that is not trusted: the times its branch directories had when it was last asked. None: they
         tell nothing."""
+        self.quiet = False
+        """Its branch directories are watched, and have the names they had when it was last asked, as of the last
+        `Hooks.catch_up`. Set by union/times.py, taken away by coherence/silence.py and by whoever gives it other
+        layers."""
+        self.sure = -1
+        """`Superblock.version` when it and every directory above it were seen to be quiet, with the layers that they
+        have; no version has been given since when it is the same."""
         self.version = 0
         """A number that is raised when these differ."""
         self.resolved = -1
@@ -239,6 +248,8 @@ class Dir(Node):
         """Drop what is known of the names in it. Whether its layers are trusted is another question."""
         self.view = None
         self.times = None
+        self.quiet = False
+        self.sure = -1
         self.resolved = -1
 
     def note_stacked(self, name: bytes) -> None:

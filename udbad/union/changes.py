@@ -27,6 +27,12 @@ class Hooks(Protocol):
     by_times: bool
     """Whether a directory that is not trusted stays so, and need not be resolved while its times are the same."""
 
+    def catch_up(self) -> None:
+        """Before a directory that is not trusted is asked: take `Dir.quiet` from those that others have changed."""
+
+    def listen(self, node: Dir) -> bool:
+        """Have `catch_up` tell from now on when others change the names of a directory; False when it cannot."""
+
     def adopt(self, node: Dir, changed: bool) -> None:
         """A directory's layers were resolved; set `trusted` and `ttl`. changed: they differ from before."""
 
@@ -74,6 +80,14 @@ class Hooks(Protocol):
         """Attributes of this node changed without the kernel knowing (of a directory, by a copy-up)."""
 
 
+class _CatchUp(Protocol):
+    def __call__(self) -> None: ...
+
+
+class _Listen(Protocol):
+    def __call__(self, node: Dir) -> bool: ...
+
+
 class _BeforeData(Protocol):
     def __call__(self, node: Node, fd: int = -1) -> None: ...
 
@@ -89,6 +103,9 @@ class Changes:
 
     by_times: bool
     """As in `Hooks`."""
+    catch_up: _CatchUp
+    """As in `Hooks`, and so is the next. Without a step in between: it is called for each request."""
+    listen: _Listen
     before_data: _BeforeData
     """Content or times of a node are about to be changed. Without a step in between: it is called for each write."""
     data: _Data
@@ -103,6 +120,8 @@ class Changes:
         """Bind the coherence strategy; called once before the first operation and when the mode changes."""
         self.hooks = hooks
         self.by_times = hooks.by_times
+        self.catch_up = hooks.catch_up
+        self.listen = hooks.listen
         self.before_data = hooks.before_own
         self.data = hooks.own_data
         self._table.on_drop = hooks.dropped  # type: ignore[method-assign]  # the table's callbacks

@@ -121,6 +121,7 @@ def _copy_dir(sb: Superblock, node: Dir, branch: Branch, parent_fd: int) -> int:
     sb.table.open_fds += 1
     sb.table.note_fds(node)
     node.layers = layers
+    node.quiet = False  # the new one is not watched
     if position == 0:
         node.branch, node.dev, node.ino = branch, made.st_dev, made.st_ino
         sb.inomap.alias(made.st_dev, made.st_ino, node.id)

@@ -248,6 +248,7 @@ def set_layers(sb: Superblock, node: Dir, found: Found, floor: int) -> bool:
     changed = changed or (old is not new and node.opaque != found.opaque)
     if changed:
         node.times = None
+        node.quiet = False
         node.version = sb.next_version()
     node.layers = new
     if changed or old is new:
@@ -384,6 +385,12 @@ def refresh(sb: Superblock, node: Dir) -> None:
     directory that was moved away directly stays usable through the descriptors we hold, as a native current
     directory does. Raises ENOENT when it is gone.
     """
+    by_times = sb.changes.by_times
+    if by_times:
+        sb.changes.catch_up()
+        if node.sure == sb.version:
+            return
+    version = sb.version
     chain: list[Dir] = []
     current: Dir | None = node
     while current is not None and not current.trusted and current is not sb.root:
@@ -391,12 +398,14 @@ def refresh(sb: Superblock, node: Dir) -> None:
         current = current.parent
     root = sb.root
     if current is root and not root.trusted:  # nobody looks it up
-        if not sb.changes.by_times:
+        if not by_times:
             sb.changes.resolved(root, False)
             sb.count_links(root)
         elif not times.unchanged(sb, root):
             sb.count_links(root)
     _resolve_chain(sb, chain)
+    if current is root and root.quiet and sb.version == version and all(entry.quiet for entry in chain):
+        node.sure = version
 
 
 def ask_again(sb: Superblock, node: Dir) -> None:
@@ -421,6 +430,8 @@ def _resolve_chain(sb: Superblock, chain: list[Dir]) -> None:
     by_times = sb.changes.by_times
     for entry in reversed(chain):
         parent = entry.parent
+        if entry.quiet and parent is not None and entry.resolved == parent.version and not entry.dead:
+            continue
         above = None if parent is None else parent.parent
         if above is not None and sb.table.over_budget():
             # A path may be deeper than there are descriptors. Who asks for a refresh holds none yet.
@@ -455,7 +466,7 @@ def lookup(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_resu
         return None
     if not parent.trusted:
         refresh(sb, parent)
-        if parent.times is None:
+        if parent.times is None and not parent.quiet:
             return _ask(sb, parent, name)
         child = parent.children.get(name)
         if type(child) is Dir and child.resolved == parent.version and not child.dead and times.unchanged(sb, child):

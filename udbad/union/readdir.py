@@ -46,7 +46,7 @@ def snapshot(sb: Superblock, handle: OpenDir) -> None:
         return
     if not node.trusted:
         lookup.refresh(sb, node)
-    if not node.trusted and node.times is None:
+    if not node.trusted and node.times is None and not node.quiet:
         handle.hits = view.scan(sb, node)
     else:
         loaded = node.view if node.view is not None else view.load_view(sb, node)

@@ -121,7 +121,8 @@ class Superblock:
         self.in_doubt = 0
         """How many `carrying` are under way."""
         self._free: dict[int, tuple[float, int]] = {}
-        self._version = 0
+        self.version = 0
+        """The last one that `next_version` has given."""
         layers = []
         for branch in branches.branches:
             st = os.fstat(branch.root_fd)
@@ -142,8 +143,8 @@ class Superblock:
 
     def next_version(self) -> int:
         """For Dir.version: no two directories ever have the same, so none is taken for another one's."""
-        self._version += 1
-        return self._version
+        self.version += 1
+        return self.version
 
     # -- reaching branch objects --------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""Whether a directory that nobody watches has changed since it was last asked: by the times of its branch directories.
+"""Whether a directory that is not trusted has changed since it was last asked: by what its watches have told, or else
+by the times of its branch directories.
 
 A name that comes, goes or is replaced changes mtime and ctime of the directory it is in. So one fstat a branch
 directory can take the place of probing every branch for every component of a path. With multigrain time
@@ -23,7 +24,14 @@ def unchanged(sb: Superblock, node: Dir) -> bool:
     When not, its view is dropped and `Dir.version` raised, so that children are resolved again. What is to be
     kept of the directory must be read after this call.
     """
-    now = _times(sb, node)
+    if node.quiet:
+        return True
+    if len(node.layers) > MAX_LAYERS:
+        now = None
+    else:
+        # A watch is for a directory that is used again. It comes before the times, so that no change falls between.
+        node.quiet = node.version > 0 and sb.changes.listen(node)
+        now = _times(sb, node)
     if now is not None and now == node.times:
         return True
     node.times = now
@@ -34,12 +42,9 @@ def unchanged(sb: Superblock, node: Dir) -> bool:
 
 
 def _times(sb: Superblock, node: Dir) -> list[Stamp] | None:
-    layers = node.layers
-    if len(layers) > MAX_LAYERS:
-        return None
     now = []
     try:
-        for layer in layers:
+        for layer in node.layers:
             if not layer.branch.exact_directory_times and not layer.branch.local:
                 return None
             st = syscalls.fstat(layer.fd if layer.fd >= 0 else sb.layer_fd(node, layer))
