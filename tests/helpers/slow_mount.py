@@ -4,8 +4,8 @@ As a program (python -m tests.helpers.slow_mount GATE WORDS mount …) it is udb
 while the file GATE exists, the requests named in WORDS (comma separated: operations, and `transfer`, the
 bytes of a copy-up) are worked on but not answered: a thread answers later, as after a slow read. Each one that is held
 adds a line to GATE.held. The word `no-epochs` makes the daemon believe that the kernel has no NOTIFY_INC_EPOCH,
-`coarse` that its time stamps are no finer than a tick of the clock (before Linux 6.13), `unwatched` has `reval` watch no
-directory, as where no file system sends events.
+`coarse` that its time stamps are no finer than a tick of the clock (before Linux 6.13), `unwatched` has `reval`
+watch no directory, as where no file system sends events.
 
 In a test: with slow_daemon(gate, …): every mount made by tests/helpers/mount.py is such a daemon.
 """

@@ -4,7 +4,7 @@ A FUSE file served by this module as a program (python -m tests.helpers.volatile
 with a loop device on it. Each write goes to the image CURRENT, and is copied to STABLE when the disk is told to
 flush: a file system's flush becomes fsync of the loop device's file, and that an FSYNC here.
 
-    with volatile_disk(path) as disk:            # ext4, mounted at disk.path
+    with volatile_disk(path) as disk:            # ext4 or XFS, mounted at disk.path
         …
         with disk.after_power_failure() as path:  # what a machine would find that lost its power now
 """
@@ -26,8 +26,14 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     import pyfuse3
 
-SIZE: Final = 64 << 20
-"""Bytes; sparse."""
+SIZES: Final = {"ext4": 64 << 20, "xfs": 320 << 20}
+"""Bytes; sparse. mkfs.xfs refuses less than 300 MiB."""
+_MAKE: Final = {
+    "ext4": ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"],
+    "xfs": ["mkfs.xfs", "-q"],
+}
+_OPTIONS: Final = {"ext4": "commit=600", "xfs": "defaults"}
+"""The journal is committed when somebody syncs, and not because five seconds have passed (XFS: thirty)."""
 _DISK: Final = 2
 """Inode number of the file."""
 _PATIENCE: Final = 20
@@ -37,9 +43,10 @@ _PATIENCE: Final = 20
 class Disk:
     """path: where its file system is mounted."""
 
-    def __init__(self, path: Path, stable: Path) -> None:
+    def __init__(self, path: Path, stable: Path, file_system: str) -> None:
         self.path = path
         self._stable = stable
+        self._file_system = file_system
 
     @contextmanager
     def after_power_failure(self) -> Iterator[Path]:
@@ -48,7 +55,8 @@ class Disk:
         shutil.copyfile(self._stable, image)
         path = self.path.with_name(self.path.name + ".after")
         path.mkdir(exist_ok=True)
-        _call("mount", "-t", "ext4", "-o", "loop", str(image), str(path))
+        options = "loop,nouuid" if self._file_system == "xfs" else "loop"
+        _call("mount", "-t", self._file_system, "-o", options, str(image), str(path))
         try:
             yield path
         finally:
@@ -56,12 +64,12 @@ class Disk:
 
 
 @contextmanager
-def volatile_disk(path: Path) -> Iterator[Disk]:
-    """A new disk with an ext4 on it, mounted at `path`, which is made."""
+def volatile_disk(path: Path, file_system: str = "ext4") -> Iterator[Disk]:
+    """A new disk with a file system (ext4, xfs) on it, mounted at `path`, which is made."""
     current, stable = path.with_suffix(".current"), path.with_suffix(".stable")
     with current.open("xb") as stream:
-        stream.truncate(SIZE)
-    _call("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", str(current))
+        stream.truncate(SIZES[file_system])
+    _call(*_MAKE[file_system], str(current))
     _call("cp", "--sparse=always", str(current), str(stable))
     device = path.with_suffix(".device")
     for directory in (path, device):
@@ -78,10 +86,9 @@ def volatile_disk(path: Path) -> Iterator[Disk]:
             time.sleep(0.01)
         loop = _call("losetup", "--find", "--show", str(device / "disk"))
         stack.callback(_call, "losetup", "--detach", loop)
-        # The journal is committed when somebody syncs, and not because five seconds have passed.
-        _call("mount", "-t", "ext4", "-o", "commit=600", loop, str(path))
+        _call("mount", "-t", file_system, "-o", _OPTIONS[file_system], loop, str(path))
         stack.callback(_call, "umount", "-l", str(path))
-        yield Disk(path, stable)
+        yield Disk(path, stable, file_system)
 
 
 def _call(*words: str) -> str:
@@ -97,6 +104,7 @@ def main() -> None:
     import trio
 
     current, stable = (os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in sys.argv[2:4])
+    length = os.fstat(current).st_size
     unflushed: set[tuple[int, int]] = set()
 
     class Server(pyfuse3.Operations):
@@ -104,7 +112,7 @@ def main() -> None:
             entry = pyfuse3.EntryAttributes()
             entry.st_ino = inode
             entry.st_mode = stat.S_IFREG | 0o600 if inode == _DISK else stat.S_IFDIR | 0o700
-            entry.st_size = SIZE if inode == _DISK else 0
+            entry.st_size = length if inode == _DISK else 0
             entry.st_nlink = 1
             entry.attr_timeout = entry.entry_timeout = 600
             return entry

@@ -378,7 +378,8 @@ def test_full_file_system_in_the_kernel(foreign: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EFBIG])
 @pytest.mark.parametrize("call", ["copy_file_range", "pread", "pwrite", "ftruncate", "lseek"])
 def test_errors_of_the_disk_pass(tmp_path: Path, call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "src").write_bytes(b"content")
+    (tmp_path / "src").write_bytes(b"content" * copydata.SMALL)
+    os.truncate(tmp_path / "src", 8 * copydata.SMALL)  # a hole at the end
     force("cfr" if call == "copy_file_range" else "rw", monkeypatch)
     monkeypatch.setattr(os, call, refuse(number))
     with pytest.raises(OSError, match=r".") as caught:

@@ -31,7 +31,7 @@ def union(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Core]:
     (tmp_path / "base").mkdir()
     (tmp_path / "base/file").write_bytes(b"0" * SIZE)
     with core(tmp_path, udba=request.param) as made:
-        on_a(made, "ext4")
+        on_a(made, "nfs")
         yield made
 
 
@@ -57,11 +57,11 @@ def meanwhile(union: Core, monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
     return install
 
 
-def on_a(union: Core, file_system: str) -> None:
-    """Have the top branch look as one on another file system, whatever this one is."""
+def on_a(union: Core, file_system: str, ordered: bool = False) -> None:
+    """Have the top branch look as one on another file system, whatever this one is; ordered: Branch.keeps_order."""
     branch = union.sb.branches[0]
-    as_there = replace(branch, fs_type=file_system)
-    for name in ("fs_type", "in_memory"):
+    as_there = replace(branch, fs_type=file_system, keeps_order=ordered)
+    for name in ("fs_type", "in_memory", "local", "may_reflink", "keeps_order"):
         object.__setattr__(branch, name, getattr(as_there, name))
 
 
@@ -174,6 +174,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(owner, name, call)
 
     record(os, "fsync")
+    record(syscalls, "write_out")
     record(syscalls, "flush")
     record(syscalls, "rename_at")
     return done
@@ -184,22 +185,31 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     [
         ("ext4", {}, b"data", None, ["fsync", "rename_at"]),
         ("ext4", {}, b"data", 2, ["fsync", "rename_at"]),
-        ("ext4", {}, b"data", 0, ["flush", "rename_at"]),
-        ("ext4", {}, b"", None, ["flush", "rename_at"]),
-        ("tmpfs", {}, b"data", None, ["flush", "rename_at"]),
-        ("ext4", {"fsync_copyup": False}, b"data", None, ["flush", "rename_at"]),
+        ("ext4", {}, b"data", 0, ["rename_at"]),
+        ("ext4", {}, b"", None, ["rename_at"]),
+        ("ext4, ordered", {}, b"data", None, ["write_out", "rename_at"]),
+        ("ext4, ordered", {}, b"data", 0, ["rename_at"]),
+        ("tmpfs", {}, b"data", None, ["rename_at"]),
+        ("ext4", {"fsync_copyup": False}, b"data", None, ["rename_at"]),
+        ("ext4, ordered", {"fsync_copyup": False}, b"data", None, ["rename_at"]),
+        ("nfs", {}, b"data", None, ["fsync", "rename_at"]),
+        ("nfs", {}, b"data", 0, ["flush", "rename_at"]),
+        ("nfs", {}, b"", None, ["flush", "rename_at"]),
+        ("nfs", {"fsync_copyup": False}, b"data", None, ["flush", "rename_at"]),
     ],
 )
 def test_content_is_on_disk_before_it_has_a_name(
     tmp_path: Path, steps: list[str], monkeypatch: pytest.MonkeyPatch,
     file_system: str, options: dict[str, Any], content: bytes, length: int | None, expected: list[str],
 ) -> None:  # fmt: skip
-    """Nothing to sync: no content is wanted, or none would outlive the power anyway. close(2) is asked at least."""
+    """Nothing to sync: no content is wanted, or none would outlive the power anyway. close(2) is asked at least, where
+    it has something to tell."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base/file").write_bytes(content)
     monkeypatch.setattr(syscalls, "reflink", lambda *_: False)
     with core(tmp_path, **options) as union:
-        on_a(union, file_system)
+        name, _, ordered = file_system.partition(", ")
+        on_a(union, name, bool(ordered))
         copyup.run(union.sb, NeedCopyUp(union.find("file"), Trigger.TRUNCATE, length))
     assert steps == expected
 
@@ -232,12 +242,17 @@ def test_the_home_of_a_pseudo_link_is_synced_and_an_unnamed_copy_is_not(union: C
     assert union.content("two") == b"DATA"
 
 
-def test_an_error_that_close_would_tell_comes_before_the_name(union: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file_system", [("nfs",), ("ext4",), ("ext4", True)])
+def test_an_error_that_close_would_tell_comes_before_the_name(
+    union: Core, monkeypatch: pytest.MonkeyPatch, file_system: tuple[Any, ...]
+) -> None:
     def over_quota(_fd: int) -> None:
         raise OSError(errno.EDQUOT, "injected")
 
-    monkeypatch.setattr(syscalls, "flush", over_quota)
+    for call in ("flush", "write_out"):
+        monkeypatch.setattr(syscalls, call, over_quota)
     monkeypatch.setattr(os, "fsync", over_quota)
+    on_a(union, *file_system)
     with pytest.raises(OSError, match="injected"):
         copy_up(union)
     assert [name for name in os.listdir(union["top"]) if "file" in name] == []

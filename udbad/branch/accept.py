@@ -22,6 +22,7 @@ from typing import Final
 from udbad.branch import mountinfo, syscalls, whiteout
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.branch.mountinfo import FS_TYPE, Mount
+from udbad.branch.ordering import keeps_order
 from udbad.branch.spec import shown
 from udbad.errors import ExitCode, UserError
 from udbad.types import Perm
@@ -127,6 +128,7 @@ def open_branches(specs: Sequence[BranchSpec], ro: bool, mount_point: bytes) -> 
                 fs_type=one.place.fs_type,
                 restrictions=one.restrictions,
                 private=one.private,
+                keeps_order=keeps_order(one.place.fs_type, one.dev),
             )
             for index, one in enumerate(found)
         )

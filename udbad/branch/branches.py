@@ -28,6 +28,7 @@ two such changes within a tick leave it the same times, whatever was looked at b
 _LOCAL_FS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "f2fs", "vfat", "exfat"})
 """File systems whose times come from this machine's clock, and whose close(2) has no error to tell (no f_op->flush)."""
 _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
+_NO_REFLINK_FS = frozenset({"ext2", "ext3", "ext4", "tmpfs", "ramfs", "vfat", "exfat"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class Branch:
     exact_directory_times: the same of a directory and its names, which is not everywhere the same.
     local: its times come from this machine's clock, and close(2) always succeeds; false where that is not known.
     in_memory: nothing of it outlives the power, so there is nothing to sync.
+    keeps_order: content that has been written comes before a later rename after a power failure, too (ordering.py).
+    may_reflink: files of it may be able to share blocks.
     """
 
     id: int
@@ -70,12 +73,14 @@ class Branch:
     fs_type: str
     restrictions: frozenset[str] = frozenset()
     private: bool = False
+    keeps_order: bool = False
     writable: bool = field(init=False)
     whable: bool = field(init=False)
     exact_times: bool = field(init=False)
     exact_directory_times: bool = field(init=False)
     local: bool = field(init=False)
     in_memory: bool = field(init=False)
+    may_reflink: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "writable", self.perm is Perm.RW)
@@ -86,6 +91,7 @@ class Branch:
         object.__setattr__(self, "exact_directory_times", exact and not borrowed)
         object.__setattr__(self, "local", self.fs_type in _LOCAL_FS)
         object.__setattr__(self, "in_memory", self.fs_type in _IN_MEMORY)
+        object.__setattr__(self, "may_reflink", self.fs_type not in _NO_REFLINK_FS)
 
     def describe(self) -> str:
         """`path=perm+attr`, as aufs shows a branch in sysfs."""

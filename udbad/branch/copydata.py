@@ -15,7 +15,7 @@ import errno
 import os
 import re
 import stat as st_mod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -30,6 +30,7 @@ KERNEL_CHUNK: Final = 8 << 20  # bytes per copy_file_range(2): what passes betwe
 USER_CHUNK: Final = 1 << 20  # bytes per pread(2)
 RANGE_CHUNK: Final = 64 << 20  # bytes per copy_file_range(2) of `copy_range`: a moment for a disk, none for a reflink
 RANGE_SECONDS: Final = 0.5
+SMALL: Final = 128 << 10  # bytes that are read at once without advice (read_ahead_kb)
 _ZERO_BLOCK: Final = bytes(4096)
 
 # copy_file_range(2) refuses this pair of files, which says nothing about reading and writing them: two file systems
@@ -79,32 +80,41 @@ def copy_contents(
     length: int | None = None,
     progress: Callable[[int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
+    reflink: bool = True,
+    write_out: bool = False,
 ) -> CopyResult:
     """Copy the data of a regular file: reflink, else copy_file_range(2), else read and write; holes stay holes.
 
     src_fd: readable, without O_DIRECT; its file offset moves. dst_fd: writable, without O_APPEND, of an empty file.
     length: only the first `length` bytes are wanted (copy-up for truncate(2)); None: all. progress: called in this
-    thread with the offset reached in bytes, never decreasing. cancelled: asked before every chunk.
+    thread with the offset reached in bytes, never decreasing. cancelled: asked before every chunk. reflink: False where
+    that is known to be impossible. write_out: have the disk begin with what is copied, as somebody will wait for it.
 
     A source that grows meanwhile is copied up to the size it had at first; one that shrinks gives the smaller size.
     OSError: ECANCELED when `cancelled` said so; else what the file systems said. The destination is then incomplete.
     """
-    wanted = os.fstat(src_fd).st_size if length is None else min(length, os.fstat(src_fd).st_size)
+    status = os.fstat(src_fd)
+    wanted = status.st_size if length is None else min(length, status.st_size)
     if wanted == 0:
         return CopyResult(CopyMethod.NONE, 0, 0)
     copier = _Copier(src_fd, dst_fd, progress or _ignore_progress, cancelled or _never)
     copier.check_cancelled()
-    if syscalls.reflink(src_fd, dst_fd):
+    if reflink and syscalls.reflink(src_fd, dst_fd):
         return _finish_reflink(dst_fd, length, copier.progress)
-    os.posix_fadvise(src_fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    try:
-        copier.copy(wanted)
-    finally:
-        # The advice belongs to the open file, which may go on serving reads. What is cached stays so: the copy is
-        # about to be used, and the source's pages may be in use through other paths.
-        os.posix_fadvise(src_fd, 0, 0, os.POSIX_FADV_NORMAL)
+    if wanted <= SMALL:
+        copier.copy(wanted, status)
+    else:
+        copier.write_out = write_out
+        os.posix_fadvise(src_fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        try:
+            copier.copy(wanted, status)
+        finally:
+            # The advice belongs to the open file, which may go on serving reads. What is cached stays so: the copy is
+            # about to be used, and the source's pages may be in use through other paths.
+            os.posix_fadvise(src_fd, 0, 0, os.POSIX_FADV_NORMAL)
     size = min(wanted, os.fstat(src_fd).st_size)
-    os.ftruncate(dst_fd, size)  # makes the last hole, and drops what the source has lost meanwhile
+    if size != copier.reached or copier.skip_zeros:
+        os.ftruncate(dst_fd, size)  # makes the last hole, and drops what the source has lost meanwhile
     if size > copier.reached:
         copier.progress(size)
     return CopyResult(copier.method(), copier.kernel_bytes + copier.user_bytes, size)
@@ -141,6 +151,7 @@ class _Copier:
         "skip_zeros",
         "src_fd",
         "user_bytes",
+        "write_out",
     )
 
     def __init__(
@@ -152,6 +163,7 @@ class _Copier:
         self.cancelled = cancelled
         self.in_kernel = True
         self.skip_zeros = False
+        self.write_out = False
         self.kernel_bytes = 0
         self.user_bytes = 0
         self.reached = 0
@@ -165,9 +177,11 @@ class _Copier:
         if self.cancelled():
             raise os_error(errno.ECANCELED)
 
-    def copy(self, end: int) -> None:
-        """Copy [0, end); stops early where the source ends now."""
-        if _knows_holes(self.src_fd):
+    def copy(self, end: int, status: os.stat_result) -> None:
+        """Copy [0, end); stops early where the source ends now. status: of the source."""
+        if status.st_size <= len(_ZERO_BLOCK) and status.st_blocks:
+            self._copy_range(0, end)  # data and a hole would be a block each
+        elif _knows_holes(self.src_fd, status):
             for start, stop in _extents(self.src_fd, end):
                 if not self._copy_range(start, stop):
                     return
@@ -184,6 +198,8 @@ class _Copier:
             count = self._copy_chunk(start, stop - start)
             if count == 0:
                 return False
+            if self.write_out:
+                syscalls.start_writing(self.dst_fd, start, count)
             start += count
             self.reached = start
             self.progress(start)
@@ -261,13 +277,12 @@ def _copy_in_kernel(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, 
         raise
 
 
-def _knows_holes(fd: int) -> bool:
+def _knows_holes(fd: int, status: os.stat_result) -> bool:
     """Whether SEEK_HOLE finds the holes of this file.
 
     generic_file_llseek() of file systems without own support answers that all is data (lseek(2) allows it); fewer
     blocks than bytes show that this is not so, or that the file is compressed, where skipping zeros does no harm.
     """
-    status = os.fstat(fd)
     try:
         first_hole = os.lseek(fd, 0, os.SEEK_HOLE)
     except OSError as error:
@@ -329,7 +344,8 @@ def copy_metadata(
     _check_form(src_path, follow_symlinks)
     _check_form(dst_path, follow_symlinks)
     mode = st_mod.S_IMODE(src.st_mode) & ~_copy_owner(src, dst_path, follow_symlinks)
-    copy_xattrs(src_path, dst_path, ignore, follow_symlinks=follow_symlinks)
+    acls = _ACLS if st_mod.S_ISDIR(src.st_mode) else () if st_mod.S_ISLNK(src.st_mode) else _ACLS[:1]
+    copy_xattrs(src_path, dst_path, ignore, follow_symlinks=follow_symlinks, acls=acls)
     if not st_mod.S_ISLNK(src.st_mode):
         os.chmod(dst_path, mode, follow_symlinks=follow_symlinks)
     os.utime(dst_path, ns=(src.st_atime_ns, src.st_mtime_ns), follow_symlinks=follow_symlinks)
@@ -404,13 +420,16 @@ def copied_names(path: bytes, *, follow_symlinks: bool) -> list[str]:
     return [name for name in _names(path, follow_symlinks) if _value(path, name, follow_symlinks) is not None]
 
 
-def copy_xattrs(src_path: bytes, dst_path: bytes, ignore: frozenset[str], *, follow_symlinks: bool) -> None:
+def copy_xattrs(
+    src_path: bytes, dst_path: bytes, ignore: frozenset[str], *, follow_symlinks: bool, acls: Sequence[str] = _ACLS
+) -> None:
     """Copy all extended attributes, POSIX ACLs included (semantics 6.8, au_cpup_xattr of aufs).
 
     src_path, dst_path: `/proc/self/fd/N` (a pinned object, a symlink too) with follow_symlinks true, or
     `/proc/self/fd/N/NAME` with false; anything else is a ValueError, because it would read the attributes of the link
     in /proc, or follow a symlink out of the branch. ignore: attributes of the destination branch; icex, icexsec,
-    icexsys, icextr, icexusr and icexoth forgive that an attribute cannot be set.
+    icexsys, icextr, icexusr and icexoth forgive that an attribute cannot be set. acls: what such an object
+    may have of them.
 
     ACLs that the destination inherited from its directory are removed first. Not copied are trusted.overlay.*,
     overlayfs' own record of an object in one of its layers (redirect, origin, opaque) and wrong anywhere else, and
@@ -422,8 +441,8 @@ def copy_xattrs(src_path: bytes, dst_path: bytes, ignore: frozenset[str], *, fol
     """
     _check_form(src_path, follow_symlinks)
     _check_form(dst_path, follow_symlinks)
-    _remove_acls(dst_path, follow_symlinks)
-    for name in _names(src_path, follow_symlinks):
+    _remove_acls(dst_path, follow_symlinks, acls)
+    for name in _names(src_path, follow_symlinks, acls):
         value = _value(src_path, name, follow_symlinks)
         if value is None:
             continue
@@ -440,7 +459,7 @@ def _check_form(path: bytes, follow_symlinks: bool) -> None:
         raise ValueError(f"{path!r} is not a path of this module with follow_symlinks={follow_symlinks}")
 
 
-def _names(path: bytes, follow_symlinks: bool) -> list[str]:
+def _names(path: bytes, follow_symlinks: bool, acls: Sequence[str] = _ACLS) -> list[str]:
     """All names to copy; the ACLs are always asked for, as not every file system lists them."""
     try:
         listed = os.listxattr(path, follow_symlinks=follow_symlinks)
@@ -448,7 +467,7 @@ def _names(path: bytes, follow_symlinks: bool) -> list[str]:
         if error.errno in (errno.EOPNOTSUPP, errno.ENODATA):
             return []
         raise
-    return [*_ACLS, *(name for name in listed if name not in _ACLS and not name.startswith(_NEVER_COPIED))]
+    return [*acls, *(name for name in listed if name not in _ACLS and not name.startswith(_NEVER_COPIED))]
 
 
 def _value(path: bytes, name: str, follow_symlinks: bool) -> bytes | None:
@@ -461,8 +480,8 @@ def _value(path: bytes, name: str, follow_symlinks: bool) -> bytes | None:
         raise
 
 
-def _remove_acls(path: bytes, follow_symlinks: bool) -> None:
-    for name in _ACLS:
+def _remove_acls(path: bytes, follow_symlinks: bool, acls: Sequence[str]) -> None:
+    for name in acls:
         try:
             os.removexattr(path, name, follow_symlinks=follow_symlinks)
         except OSError as error:

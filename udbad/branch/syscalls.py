@@ -43,6 +43,9 @@ _NO_REFLINK: Final = frozenset(
     getattr(errno, name)
     for name in ("EOPNOTSUPP", "EXDEV", "EINVAL", "ENOTTY", "ENOSYS", "EPERM", "ETXTBSY", "EBADF", "EACCES")
 )
+_SYNC_WAIT_BEFORE: Final = 1
+_SYNC_WRITE: Final = 2
+_SYNC_WAIT: Final = 4
 _RWF_NOWAIT: Final = os.RWF_NOWAIT
 
 _O_DIR: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -418,6 +421,19 @@ def all_data(fd: int, offset: int, whence: int) -> int:
     if not 0 <= offset < size:
         raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
     return offset if whence == os.SEEK_DATA else size
+
+
+def start_writing(fd: int, offset: int, count: int) -> None:
+    """Have these bytes of a file written to its disk, without waiting for it (sync_file_range(2)). Never fails: what is
+    wrong is told to who waits for it."""
+    _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_WRITE)
+
+
+def write_out(fd: int) -> None:
+    """Wait until a file's content is written, not until it can be found after a power failure: see ordering.py."""
+    _check(
+        _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_WAIT_BEFORE | _SYNC_WRITE | _SYNC_WAIT)
+    )
 
 
 @contextmanager

@@ -12,7 +12,8 @@ and operations on that node wait (edge/waiting.py).
 
 The data is on disk before the name is (as in overlayfs, ovl_copy_up_file): else a power failure could leave an empty
 file that hides the whole lower one. Names, directories and attributes need no sync for that: file systems keep them in
-order, and a rename that is lost with the power leaves the lower file visible.
+order, and a rename that is lost with the power leaves the lower file visible. Where a file system keeps the data in
+that order too once it is written (branch/ordering.py), it is written and not synced.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from udbad.inodes.table import Dir, Node
 from udbad.types import CopyMethod, Trigger
 from udbad.union import copydirs, lookup, plink
 from udbad.union.lookup import Answer
-from udbad.union.superblock import NeedCopyUp, Superblock
+from udbad.union.superblock import NeedCopyUp, Superblock, is_object
 
 _ATTEMPTS = 3
 
@@ -87,7 +88,8 @@ def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
         raise os_error(errno.EXDEV if need.trigger in (Trigger.RENAME, Trigger.LINK) else errno.EBUSY)
     as_link = need.trigger is Trigger.LINK and need.name is not None
     parent, name = need.name if need.name is not None else (node.parent, node.name)
-    if parent is None or node.dead or (need.name is None and not _still_there(sb, node)):
+    st = None
+    if parent is None or node.dead or (need.name is None and (st := _still_there(sb, node)) is None):
         return _begin_orphan(sb, need)
     source = node.branch.index if need.limit is None else min(node.branch.index, need.limit + 1)
     if node.plink is not None and node.plink.branch.writable:  # else it is copied up like any other file
@@ -101,7 +103,7 @@ def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
     else:
         branch = copydirs.target_branch(sb, parent, source)
     src_dirfd, src_name = sb.locate(node)
-    if _has_names(sb, node, as_link, syscalls.stat_at(src_dirfd, src_name)):
+    if _has_names(sb, node, as_link, syscalls.stat_at(src_dirfd, src_name) if st is None else st):
         plink.directory(sb, branch)  # while nothing has been changed: it may fail
     try:
         dirfd = copydirs.ensure_dir(sb, parent, branch)
@@ -157,28 +159,35 @@ def _publish_in(parent: Dir, src_dirfd: int, tmp: bytes, dst_dirfd: int, name: b
         raise estale() from None
 
 
-def _still_there(sb: Superblock, node: Node) -> bool:
-    """Whether the node's name still leads to its object; if not, only descriptors do."""
+def _still_there(sb: Superblock, node: Node) -> os.stat_result | None:
+    """The status of a node that its name still leads to; None if only descriptors do."""
+    if node.plink is None and node.parent is not None:
+        # Nothing newer is above it, either: copying it up there would overwrite that.
+        found = lookup.resolve(sb, node.parent, node.name)
+        if found.answer is Answer.FOUND:
+            if found.layers is None and is_object(node, found.st):
+                return found.st
+            lookup.discard(sb, node.parent, node.name, found)
     try:
         st = sb.stat(node)
         dirfd, name = sb.locate(node)
         here = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
     except OSError as error:
         if error.errno in GONE:
-            return False
+            return None
         raise
     if (here.st_dev, here.st_ino) != (st.st_dev, st.st_ino):
-        return False
+        return None
     if node.plink is not None or node.parent is None:
-        return True
-    # Hidden by something newer above it: copying it up there would overwrite that.
+        return here
+    # Hidden by something newer above it; or that name was lost, and there is another one.
     found = lookup.resolve(sb, node.parent, node.name)
     if found.answer is Answer.FOUND:
         lookup.discard(sb, node.parent, node.name, found)
-        if found.st.st_ino == node.ino and found.st.st_dev == node.dev:
-            return True
+        if found.layers is None and is_object(node, found.st):
+            return found.st
     node.parent.doubt(node.name)
-    return False
+    return None
 
 
 def _begin_orphan(sb: Superblock, need: NeedCopyUp) -> Job:
@@ -250,13 +259,19 @@ def transfer(job: Job, cancelled: Callable[[], bool] | None = None) -> None:
     for attempt in range(_ATTEMPTS):
         if attempt:
             os.ftruncate(job.dst_fd, 0)
-        st = job.st = os.fstat(job.src_fd)
-        result = copydata.copy_contents(job.src_fd, job.dst_fd, job.length, report, cancelled)
+            job.st = os.fstat(job.src_fd)
+        st = job.st
+        result = copydata.copy_contents(
+            job.src_fd, job.dst_fd, job.length, report, cancelled, job.branch.may_reflink, job.fsync
+        )
         job.method = result.method
         job.copied = result.bytes_copied
         _copy_attributes(job)
         if not job.fsync or result.method is CopyMethod.REFLINK:  # blocks that are shared are on disk already
-            syscalls.flush(job.dst_fd)
+            if not job.branch.local:
+                syscalls.flush(job.dst_fd)
+        elif job.branch.keeps_order:
+            syscalls.write_out(job.dst_fd)
         else:
             os.fsync(job.dst_fd)
         now = os.fstat(job.src_fd)

@@ -237,9 +237,11 @@ class UnionFs:
     def _chown(fd: int, changes: SetAttr, caller: Caller) -> None:
         """chown drops suid and sgid by itself, but for the setgid bit without group execution, which goes
         unless the caller is in the group (setattr_should_drop_sgid)."""
-        st = os.fstat(fd)
+        st = None if caller.uid == 0 else os.fstat(fd)
         syscalls.chown_fd(fd, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid)
-        odd = st_mod.S_ISREG(st.st_mode) and st.st_mode & 0o2010 == 0o2000 and caller.uid != 0
+        if st is None:
+            return
+        odd = st_mod.S_ISREG(st.st_mode) and st.st_mode & 0o2010 == 0o2000
         if odd and caller.gid != st.st_gid and sgid_group(caller, st) is None:
             syscalls.chmod_fd(fd, st_mod.S_IMODE(os.fstat(fd).st_mode) & ~st_mod.S_ISGID)
 
