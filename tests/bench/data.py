@@ -126,6 +126,7 @@ class Data:
         self.many = scratch / "data/many"
         self.repository = scratch / "data/repo"
         self.own = scratch / "data/own"  # what is read of a writable branch
+        self.deep = "deep" + "/d" * (scale.levels - 1)  # a directory of the lower branch
         self.archive = scratch / "data/files.tar"
         self.loops: dict[str, Path] = {}  # file system -> where it is mounted
         self.loop_errors: dict[str, str] = {}
@@ -177,11 +178,11 @@ class Data:
 
     def _deep(self) -> None:
         """A few files below many directories; the list has each of them many times."""
-        directory = "deep" + "/d" * (self.scale.levels - 1)
-        (self.lower / directory).mkdir(parents=True)
-        names = [f"{directory}/f{i:02}" for i in range(20)]
+        directory = self.lower / self.deep
+        directory.mkdir(parents=True)
+        names = [f"f{i:02}" for i in range(20)]
         for name in names:
-            (self.lower / name).touch()
+            (directory / name).touch()
         self.list_names("deep", names * 25)
 
     def _big(self, root: Path, sizes: Iterable[int]) -> None:
