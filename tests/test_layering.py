@@ -55,7 +55,7 @@ def _within(module: str, *packages: str) -> bool:
 
 # Who may import a library that is kept in one place.
 FENCES: dict[str, Callable[[str], bool]] = {
-    "pyfuse3": lambda module: module == "udbad.edge.portable",
+    "pyfuse3": lambda module: module in ("udbad.edge.portable", "udbad.edge.portable_session"),
     "trio": lambda module: not _within(module, *SYNC_CORE),
     "asyncio": lambda module: not _within(module, *SYNC_CORE),
     "trio_asyncio": lambda module: module == "udbad.coherence.watcher",

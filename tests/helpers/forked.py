@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import importlib
 import json
 import os
 import select
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 _PR_SET_CHILD_SUBREAPER: Final = 36  # linux/prctl.h
+_PR_SET_DUMPABLE: Final = 4
 _DEADLINE: Final = 60.0
 """Seconds for an answer of the fork server: it may still be importing, on a machine that is busy."""
 
@@ -89,9 +91,9 @@ class _ForkServer:
         self._socket.close()
         self._process.wait(_DEADLINE)
 
-    def start(self, words: Sequence[str], output: int, ready: int) -> Process:
+    def start(self, words: Sequence[str], output: int, ready: int, user: int) -> Process:
         """`udbad WORDS`, which writes to the descriptors `output` and `ready`; READY among the words stands for it."""
-        job = {"words": words, "environment": dict(os.environ)}
+        job = {"words": words, "environment": dict(os.environ), "user": user}
         order = os.memfd_create("order")
         libc = ctypes.CDLL(None)
         try:
@@ -115,14 +117,15 @@ def prepare() -> None:
         _server = _ForkServer()
 
 
-def start(words: Sequence[str], output: int, ready: int) -> Process:
+def start(words: Sequence[str], output: int, ready: int, user: int = 0) -> Process:
     """`udbad WORDS` as a child of this process, with its environment, in `/`.
 
     output: descriptor for stdout and stderr. ready: a descriptor that it inherits; READY in the words is its number.
+    user: uid and gid of the process; what it may not read, as the interpreter perhaps, it has in memory.
     """
     prepare()
     assert _server is not None
-    return _server.start(words, output, ready)
+    return _server.start(words, output, ready, user)
 
 
 # -- the fork server --------------------------------------------------------------------------
@@ -166,12 +169,26 @@ def _become(order: int, output: int, ready: int) -> None:
     os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir("/")
+    become(job["user"])
     sys.argv = ["udbad", *(word.replace(READY, str(ready)) for word in job["words"])]
+
+
+def become(user: int) -> None:
+    """Be an ordinary user, as by exec: such a process may look at itself in /proc (proc(5), /proc/PID)."""
+    if user:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
 def main() -> None:
     from udbad.cli import main as udbad
-    from udbad.mount import mountproc  # noqa: F401 - what `udbad mount` imports later
+    from udbad.mount import later, worker  # noqa: F401 - what `udbad mount` imports later
+
+    # What is imported later would not be found by a user whom the interpreter's directory is closed to.
+    importlib.import_module("difflib")  # click, at short options
+    later.load()
 
     gc.collect()
     gc.freeze()

@@ -134,10 +134,10 @@ class _Watchdog:
         return self._process.returncode == 0
 
 
-def _start(words: Sequence[str], log: int, ready: int) -> Process:
+def _start(words: Sequence[str], log: int, ready: int, user: int) -> Process:
     """`udbad mount -f WORDS`, in a process of its own when a test has put something else in the place of DAEMON."""
     if DAEMON is _UDBAD:
-        return forked.start(["mount", "-f", "--ready-fd", forked.READY, *words], log, ready)
+        return forked.start(["mount", "-f", "--ready-fd", forked.READY, *words], log, ready, user)
     return subprocess.Popen(
         [*DAEMON, "mount", "-f", "--ready-fd", str(ready), *words],
         stdin=subprocess.DEVNULL,
@@ -165,12 +165,14 @@ class Mount:
         *,
         allow_log: str | None = None,
         watchdog: float = WATCHDOG,
+        user: int = 0,
     ) -> None:
         self.path = mount_point.parent.resolve() / mount_point.name
         self.branches = [Path(branch.rpartition("=")[0] or branch) for branch in branches]
         self.udba = udba
         self.options = options
         self._branch_option = ":".join(branches)
+        self._user = user
         self._allow_log = None if allow_log is None else re.compile(allow_log)
         self._watchdog_seconds = watchdog
         self._watchdog: _Watchdog | None = None
@@ -180,6 +182,7 @@ class Mount:
         self._scratch = Path(tempfile.mkdtemp(prefix="udbad-"))
         self._log_path = self._scratch / "log"
         self._control_path = self._scratch / "ctl"
+        os.chown(self._scratch, user, user)
 
     def __getitem__(self, name: str) -> Path:
         for branch in self.branches:
@@ -216,7 +219,7 @@ class Mount:
         try:
             try:
                 with self._log_path.open("ab") as log:
-                    self._process = _start(["-o", words, "none", str(self.path)], log.fileno(), ready_end)
+                    self._process = _start(["-o", words, "none", str(self.path)], log.fileno(), ready_end, self._user)
             finally:
                 os.close(ready_end)
             self._wait_ready(ready)
@@ -364,14 +367,17 @@ def mounted(
     *,
     allow_log: str | None = None,
     watchdog: float = WATCHDOG,
+    user: int = 0,
 ) -> Iterator[Mount]:
     """A union of `branches` (aufs syntax, 'PATH=rw') at `mount_point`, which is made if it is missing.
+
+    user: who mounts.
 
     options: more words for -o. allow_log, watchdog: see UnionFactory. At the end of the block it is
     unmounted, and the daemon must have ended with code 0 and without a warning in its log; an
     exception from the block goes on with the log as a note.
     """
-    mount = Mount(branches, mount_point, udba, options, allow_log=allow_log, watchdog=watchdog)
+    mount = Mount(branches, mount_point, udba, options, allow_log=allow_log, watchdog=watchdog, user=user)
     try:
         mount.start()
         try:

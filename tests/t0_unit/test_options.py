@@ -210,6 +210,7 @@ def test_defaults() -> None:
         "sum": False,
         "acl": True,
         "dio": True,
+        "edge": "auto",
         "verbose": False,
         "ro": False,
         "kernel_flags": frozenset(),
@@ -227,6 +228,8 @@ def test_defaults() -> None:
     [
         ("udba=none", "udba", "none"),
         ("io=passthrough", "io", "passthrough"),
+        ("edge=pyfuse3", "edge", "pyfuse3"),
+        ("edge=native", "edge", "native"),
         ("udba=fsnotify", "udba", "notify"),
         ("udba=notify", "udba", "notify"),
         ("create=mfsrr:10G:60", "create", "mfsrr:10G:60"),

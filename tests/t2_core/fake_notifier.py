@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from udbad.kernel.protocol import NOTIFICATIONS
+
 DEADLINE = 30.0
 """Seconds until a test gives up waiting for a thread."""
 
@@ -74,6 +76,10 @@ class HeldWrite:
             self._changed.notify_all()
             if self.fail_with:
                 raise OSError(self.fail_with, os.strerror(self.fail_with))
+
+    def tell(self, kind: str, node: int, name: bytes) -> None:
+        """As Session.tell."""
+        self(NOTIFICATIONS[kind](node, name))
 
     def hold(self, which: Callable[[Message], bool] = lambda message: True) -> None:
         """From now on keep the writes of these messages; those of others that were kept go on."""

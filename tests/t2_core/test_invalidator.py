@@ -17,13 +17,12 @@ import pytest
 from tests.t2_core.fake_notifier import DEADLINE, HeldWrite, Message
 from udbad.kernel import invalidator as module
 from udbad.kernel.invalidator import Invalidator, State
-from udbad.kernel.protocol import teller
 
 
 @contextmanager
 def running(write: HeldWrite, epochs: bool = True) -> Iterator[Invalidator]:
     """An invalidator that is stopped at the end, with no thread left."""
-    invalidator = Invalidator(teller(write), epochs)
+    invalidator = Invalidator(write.tell, epochs)
     try:
         yield invalidator
     finally:
@@ -243,7 +242,7 @@ def test_states_and_stop_joins_after_sending_what_waits() -> None:
     write = HeldWrite()
     write.hold()
     before = set(threading.enumerate())
-    invalidator = Invalidator(teller(write), True)
+    invalidator = Invalidator(write.tell, True)
     threads = set(threading.enumerate()) - before
     assert threads
     assert invalidator.statistics().state == State.ACCEPTING.value
@@ -271,7 +270,7 @@ def test_states_and_stop_joins_after_sending_what_waits() -> None:
 def test_stop_says_when_a_thread_is_stuck_in_the_kernel() -> None:
     write = HeldWrite()
     write.hold()
-    invalidator = Invalidator(teller(write), True)
+    invalidator = Invalidator(write.tell, True)
     put(invalidator, entry(0))
     write.wait_entered(entry(0))
     assert not invalidator.stop(0.01)
@@ -282,7 +281,7 @@ def test_stop_says_when_a_thread_is_stuck_in_the_kernel() -> None:
 def test_flush_ends_when_the_invalidator_is_stopped_meanwhile() -> None:
     write = HeldWrite()
     write.hold()
-    invalidator = Invalidator(teller(write), True)
+    invalidator = Invalidator(write.tell, True)
     put(invalidator, entry(0))
     write.wait_entered(entry(0))
     flushing = in_thread(invalidator.flush)

@@ -47,6 +47,7 @@ class Union(RuleBasedStateMachine):
 
     permissions: tuple[str, ...] = ("rw",)
     udba = "none"
+    options = ""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class Union(RuleBasedStateMachine):
         words = [f"{branch}={perm}" for branch, perm in zip(self.branches, self.permissions, strict=True)]
         # A name beside its whiteout, which random layers may have, is rightly warned about.
         self.mount: Mount = self.stack.enter_context(
-            mounted(words, self.root / "mnt", self.udba, allow_log=r"whiteout|\.wh\.")
+            mounted(words, self.root / "mnt", self.udba, self.options, allow_log=r"whiteout|\.wh\.")
         )
 
     @rule(data=st.data())
@@ -164,10 +165,13 @@ def name_of(number: int) -> str:
 
 @pytest.mark.fuse
 @pytest.mark.stress
-@pytest.mark.parametrize("udba", ["none", "reval"])
-@pytest.mark.parametrize("permissions", LAYOUTS, ids=":".join)
-def test_random_operations(permissions: tuple[str, ...], udba: str) -> None:
-    machine = type("Machine", (Union,), {"permissions": permissions, "udba": udba})
+@pytest.mark.parametrize(
+    ("permissions", "udba", "options"),
+    [*((layout, udba, "") for layout in LAYOUTS for udba in ("none", "reval")), (LAYOUTS[0], "notify", "edge=pyfuse3")],
+    ids=lambda value: value if isinstance(value, str) else ":".join(value),
+)
+def test_random_operations(permissions: tuple[str, ...], udba: str, options: str) -> None:
+    machine = type("Machine", (Union,), {"permissions": permissions, "udba": udba, "options": options})
     run_state_machine_as_test(
         machine,
         settings=settings(

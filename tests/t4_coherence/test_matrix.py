@@ -32,13 +32,15 @@ STATES = ("positive", "negative", "listed", "open", "mapped", "inside")
 USUAL = tuple((mode, state) for mode in MODES for state in (scaled(STATES[:1], STATES) if mode == "none" else STATES))
 """After the remount that `none` waits for, it does not matter much what the kernel had cached before."""
 OPENED = tuple((mode, state) for mode in ("reval", "notify") for state in ("open", "mapped"))
+PORTABLE = (("reval", "open"), ("notify", "negative"), ("notify", "mapped"))
 UNTOLD = tuple(scene for scene in USUAL if scene[0] != "reval")
 SCENES = (
     *(("", *scene) for scene in USUAL),
-    *(("passthrough", *scene) for scene in scaled(OPENED, USUAL)),
-    *(("cached", *scene) for scene in scaled(OPENED[2:], UNTOLD)),
+    *(("io=passthrough", *scene) for scene in scaled(OPENED, USUAL)),
+    *(("io=cached", *scene) for scene in scaled(OPENED[2:], UNTOLD)),
+    *(("edge=pyfuse3", *scene) for scene in scaled(PORTABLE[:2], PORTABLE)),
 )
-"""io= (the default one for ""; cached is not for reval), mode and state. Who reads a file matters where it is open."""
+"""Options, mode and state. io=cached is not for reval; who reads a file matters where it is open."""
 NEVER = "d/never"
 """A name that no change makes."""
 
@@ -242,7 +244,7 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    io, mode, state = request.param
+    options, mode, state = request.param
     root = tmp_path_factory.mktemp("matrix")
     branches = [root / letter for letter in LETTERS]
     for branch in branches:
@@ -250,7 +252,7 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for case in CASES:
         case.build(branches)
     words = [f"{branch}={permission}" for branch, permission in zip(branches, PERMISSIONS, strict=True)]
-    with mounted(words, root / "mnt", mode, io and f"io={io}") as mount:
+    with mounted(words, root / "mnt", mode, options) as mount:
         scene = Scene(mount, mode, state)
         if mode == "none":
             # Nothing is promised before the remount, so one is enough for all cases.

@@ -17,7 +17,6 @@ from tests.t6_metrics.daemon import small_tmpfs
 from tests.t6_metrics.scrape import Page, scrape, stir, wait_for
 from udbad.kernel.boundary import operations
 from udbad.kernel.invalidator import Invalidator
-from udbad.kernel.protocol import teller
 from udbad.metrics import METRICS
 
 pytestmark = pytest.mark.fuse
@@ -248,7 +247,7 @@ def test_own_changes_come_back_as_echoes(union: UnionFactory) -> None:
 def test_lag_is_the_age_of_what_the_kernel_was_not_told_of() -> None:
     """Deterministic, so without a mount: the write to the kernel is held."""
     write = HeldWrite()
-    invalidator = Invalidator(teller(write), epochs=True)
+    invalidator = Invalidator(write.tell, epochs=True)
     try:
         assert invalidator.statistics().oldest == 0
         write.hold()

@@ -138,11 +138,18 @@ def sgid_group(caller: Caller, st: os.stat_result) -> int | None:
     """
     if st.st_mode & 0o2010 != 0o2000 or caller.uid == 0 or caller.gid == st.st_gid:
         return None
+    return st.st_gid if in_group(caller, st.st_gid) else None
+
+
+def in_group(caller: Caller, gid: int) -> bool:
+    """Whether it is the caller's group, or one of his supplementary ones: /proc knows."""
+    if caller.gid == gid:
+        return True
     try:
         with open(f"/proc/{caller.pid}/status") as lines:
             for line in lines:
                 if line.startswith("Groups:"):
-                    return st.st_gid if str(st.st_gid) in line.split()[1:] else None
+                    return str(gid) in line.split()[1:]
     except OSError:
         pass
-    return None
+    return False

@@ -171,11 +171,14 @@ def _print_status(answer: dict[str, Any]) -> None:
     for mount in answer["mounts"]:
         if mount["reason"]:
             click.echo(f"{mount['label']}: {mount['reason']}")
-        for line in mount.get("process", {}).get("io_fallbacks", ()):
+        process = mount.get("process", {})
+        for line in process.get("io_fallbacks", ()):
             click.echo(f"{mount['label']}: {line}")
-        served_by = mount.get("process", {}).get("udbad", answer["udbad"])
+        served_by = process.get("udbad", answer["udbad"])
         if answer["udbad"] is not None and served_by != answer["udbad"]:
             click.echo(f"{mount['label']}: still served by version {served_by}; udbad restart {mount['label']}")
+        if process.get("lacks"):
+            click.echo(f"{mount['label']}: served through {process['edge']}, without {'; '.join(process['lacks'])}")
         if mount["pending"]:
             click.echo(f"{mount['label']}: at the next mount: {', '.join(mount['pending'])}")
 

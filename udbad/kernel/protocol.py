@@ -133,8 +133,3 @@ NOTIFICATIONS: Final[dict[str, Callable[[int, bytes], bytes]]] = {
     "epoch": lambda node, name: inc_epoch(),
 }
 """What the kernel can be told to forget, by kind: node id and name to the message."""
-
-
-def teller(write: Callable[[bytes], None]) -> Callable[[str, int, bytes], None]:
-    """What the invalidator tells, as messages for /dev/fuse. write: as Session.notify."""
-    return lambda kind, node, name: write(NOTIFICATIONS[kind](node, name))

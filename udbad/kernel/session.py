@@ -18,14 +18,18 @@ from contextlib import ExitStack
 from udbad.branch.mountinfo import mount_id
 from udbad.errors import ExitCode, UserError
 from udbad.kernel import mounts, newmount
-from udbad.kernel.protocol import EPOCH_MINOR, MAX_REQUEST, InitRequest
+from udbad.kernel.protocol import EPOCH_MINOR, MAX_REQUEST, NOTIFICATIONS, InitRequest
 
 
 class Session:
     """A mount from its beginning to its end. `connection` is the number under /sys/fs/fuse/connections.
 
+    edge, lacks: by which way requests come, and what a union cannot do because of it.
     mounted: whether it is on its mount point, as far as we know.
     """
+
+    edge = "native"
+    lacks: tuple[str, ...] = ()
 
     def __init__(self, mount_point: bytes, fsname: str, flags: frozenset[str], acl: bool, io: str = "requests") -> None:
         """Begin a connection and answer INIT; nobody can see it yet. flags: names as in mount(8).
@@ -83,10 +87,10 @@ class Session:
             os.close(self._mount_fd)
             self._mount_fd = -1
 
-    def notify(self, message: bytes) -> None:
-        """Write a notification. May block while a request it concerns is being served: never on the event
-        loop, never in a handler. Raises OSError; ENOENT means the kernel has nothing of the kind."""
-        os.write(self.fd, message)
+    def tell(self, kind: str, node: int, name: bytes) -> None:
+        """Have the kernel forget; kind: a key of protocol.NOTIFICATIONS. May block while a request it concerns is
+        being served: never on the event loop. Raises OSError; ENOENT means the kernel has nothing of the kind."""
+        os.write(self.fd, NOTIFICATIONS[kind](node, name))
 
     def unmount(self, lazy: bool = False) -> None:
         """Take the mount away. In a thread: it may wait for requests that the event loop has to serve.

@@ -93,6 +93,8 @@ class Commands:
             "udba": process.coherence.name,
             "io": io,
             "io_fallbacks": fallbacks,
+            "edge": process.session.edge,
+            "lacks": process.session.lacks,
             "branches": [branch.describe() for branch in process.sb.branches.branches],
             "requests": sum(stats.requests for stats in operations().values()),
             "open_handles": len(process.sb.handles),

@@ -20,12 +20,12 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from udbad import __version__, compiled
-from udbad.branch import mountflags
+from udbad.branch import capabilities, mountflags
 from udbad.branch.accept import open_branches, permission_warnings
 from udbad.branch.branches import BranchSet
 from udbad.branch.credentials import Credentials
@@ -43,7 +43,6 @@ from udbad.kernel.invalidator import Invalidator
 from udbad.kernel.mounts import lying, mounts_inside, unions
 from udbad.kernel.openers import openers
 from udbad.kernel.passthrough import Passthrough
-from udbad.kernel.protocol import teller
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import Samples, Server
 from udbad.mount import iomode, later
@@ -55,6 +54,10 @@ from udbad.union import homes
 from udbad.union.fs import UnionFs
 from udbad.union.kept import WRITING_SECONDS, KeptFiles
 from udbad.union.superblock import Superblock, UnionOptions
+
+if TYPE_CHECKING:
+    from udbad.edge.portable import Portable
+    from udbad.edge.portable_session import PortableSession
 
 log = logging.getLogger(__name__)
 
@@ -133,27 +136,25 @@ class MountProcess:
                 ending.callback(endpoint.close)
             self.restrictions = self.branches.restrictions
             _tell_restrictions(self.branches, options)
+            self._is_portable = options.edge == "pyfuse3" or (options.edge == "auto" and not capabilities.may_mount())
             asked = self._possible_io()
-            self.session = Session(self.mount_point, self._source(), self.flags_for(options), options.acl, asked)
+            self.session = self._begin_session(asked)
             ending.callback(self.session.close)
             self.invalidator = Invalidator(
-                teller(self.session.notify), self.session.has_epochs, lambda: mounts_inside(self.session.connection)
+                self.session.tell, self.session.has_epochs, lambda: mounts_inside(self.session.connection)
             )
             ending.callback(self._stop_invalidator)
             self.coherence = strategy_of(options.udba)(self.sb, self.invalidator)
             ending.callback(lambda: self.coherence.stop())  # the one of then
             self.coherence.start()
-            self.passthrough = Passthrough(self.session.fd, self.fs) if self.session.passthrough else None
-            if options.io == "passthrough" and self.passthrough is None:
+            self.passthrough: Passthrough | None = None
+            self.edge = self._make_edge()
+            if asked == "passthrough" and self.passthrough is None:
                 self._fall_back(iomode.NO_PASSTHROUGH)
             if self.session.no_open:
                 self.fs.keep_files(max(all_fds // 4, 64))
             elif asked == "cached":
                 self._fall_back(iomode.NO_CACHED)
-            stale = Holding(self.fs.walks).stale
-            self.edge = Native(
-                self.session.fd, self.fs, self.coherence, stale, self.session.setxattr_ext, self.passthrough
-            )
             ending.callback(self.edge.close)
             self.readings = MetricsReader(self)
             self.background: trio.Nursery  # of serve(): what ends with the mount
@@ -171,6 +172,9 @@ class MountProcess:
     def _possible_io(self) -> str:
         """`io` of the options, as far as they allow it."""
         options = self.options
+        if options.io != "requests" and self._is_portable:
+            self._fall_back(f"io={options.io} cannot be through pyfuse3")
+            return "requests"
         if options.io == "cached":
             reason = iomode.why_not_cached(options, self.branches)
             if reason is not None:
@@ -192,6 +196,24 @@ class MountProcess:
         with trio.move_on_after(_OPENERS_SECONDS):
             return await trio.to_thread.run_sync(openers, self.session.connection, abandon_on_cancel=True)
         raise UserError("who has files open cannot be found out at the moment: try again", ExitCode.FAILURE)
+
+    def _begin_session(self, io: str) -> Session | PortableSession:
+        if not self._is_portable:
+            return Session(self.mount_point, self._source(), self.flags_for(self.options), self.options.acl, io)
+        # Not for everybody: importing pyfuse3 takes a while.
+        from udbad.edge.portable_session import PortableSession
+
+        return PortableSession(self.mount_point, self._source(), self.flags_for(self.options), self.options.acl)
+
+    def _make_edge(self) -> Native | Portable:
+        session, stale = self.session, Holding(self.fs.walks).stale
+        if isinstance(session, Session):
+            if session.passthrough:
+                self.passthrough = Passthrough(session.fd, self.fs)
+            return Native(session.fd, self.fs, self.coherence, stale, session.setxattr_ext, self.passthrough)
+        from udbad.edge.portable import Portable
+
+        return Portable(session, self.fs, self.coherence, stale)
 
     def _claim_mount_point(self) -> registry.Claim | None:
         """Held until others can see that we serve. Raises UserError when another process is at it."""
@@ -313,6 +335,8 @@ class MountProcess:
                 log.warning("not registered in %s: %s", self.identity.run_dir, error.strerror)
             if self._claim is not None:
                 self._claim.release()
+            if self.session.lacks:
+                log.info("served through %s, without %s", self.session.edge, "; ".join(self.session.lacks))
             on_ready()
             self.ready = True
             async with trio.open_nursery() as nursery:
@@ -570,7 +594,7 @@ def run(
         if process.ready:
             raise
         process.abandon()
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, RuntimeError)):  # the latter: pyfuse3
             raise _no_start(mount_point, error) from error
         raise
     process.close()

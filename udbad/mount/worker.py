@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from udbad import logs
+from udbad.edge import portable  # noqa: F401  # MountProcess imports it for some mounts only
 from udbad.errors import UserError
 from udbad.mount import forkserver, later, mountproc
 from udbad.settings.options import parse_mount_options

@@ -175,6 +175,9 @@ class MountOptions:
     """POSIX ACLs of the top copy are enforced and shown."""
     dio: bool = _switch(True)
     """O_DIRECT goes to the branch; without this it is EINVAL."""
+    edge: str = _one_of("auto", "auto, native or pyfuse3", {"auto": "auto", "native": "native", "pyfuse3": "pyfuse3"})
+    """How requests come in: over a /dev/fuse of our own (native), or through pyfuse3 and fusermount3, as an ordinary
+    user has to; auto: whichever is possible. What pyfuse3 lacks: see Without root."""
     verbose: bool = _switch(False)
     """Without an effect."""
     ro: bool = _switch(False)
@@ -258,7 +261,18 @@ _NO_CHANGE: Final = frozenset({"default_permissions", "nodirren"})
 _VALUES: Final = {
     **{
         name: name
-        for name in ("udba", "io", "dirwh", "diropq", "rdcache", "watch_reserve", "fsname", "metrics", "control")
+        for name in (
+            "udba",
+            "io",
+            "dirwh",
+            "diropq",
+            "rdcache",
+            "watch_reserve",
+            "fsname",
+            "metrics",
+            "control",
+            "edge",
+        )
     },
     **dict.fromkeys(("create", "create_policy"), "create"),
     **dict.fromkeys(("cpup", "copyup", "copyup_policy"), "cpup"),

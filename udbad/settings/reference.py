@@ -119,6 +119,7 @@ _LINKS = {
     ": see Modes": ": [Modes](modes.md)",
     ": see Create policies": ": [Create policies](#create-policies)",
     ": see Copy-up policies": ": [Copy-up policies](#copy-up-policies)",
+    ": see Without root": ": [Without root](guide.md#without-root)",
     ": see Durability": ": [Durability](modes.md#durability)",
 }
 """Where in docs/ that is which a meaning sends its reader to."""
