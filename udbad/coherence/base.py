@@ -99,6 +99,13 @@ class Coherence:
     def take_events(self) -> None:
         """Take notice of some of what can be read from `events`, without a turn of the event loop."""
 
+    def known_state(self, node: Node) -> object | None:
+        return True if self._in_trusted(node) else None
+
+    @staticmethod
+    def _in_trusted(node: Node) -> bool:
+        return (node if type(node) is Dir else node.parent or node).ttl > 0.0
+
     def catch_up(self) -> None:
         pass
 
@@ -173,6 +180,7 @@ class Coherence:
         waiting, count = [node], 0
         while waiting:
             node = waiting.pop()
+            node.lacks = None
             count += 1
             if type(node) is Dir:
                 waiting += node.children.values()
@@ -205,6 +213,7 @@ class Coherence:
 
     def _lose(self, node: Dir) -> None:
         """A directory is not trusted; the caller has its names dropped, if it was."""
+        node.lacks = None
         node.forget_names()
         if node.trusted:
             node.trusted = False
@@ -213,6 +222,7 @@ class Coherence:
 
     def _drop_file(self, node: Node) -> None:
         """Have the kernel ask for the attributes of what is no directory, and for its pages when they are in use."""
+        node.lacks = None
         if node.handles or self.sb.kernel_opens:
             self.notifier.data(node.id)
         elif node.nlookup:

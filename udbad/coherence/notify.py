@@ -102,6 +102,13 @@ class NotifyCoherence(Coherence):
         mode = super().mode_of(branch)
         return "reval" if mode == "notify" and branch.index in self._silent else mode
 
+    def known_state(self, node: Node) -> object | None:
+        # An event or an answer may have the stamp recorded anew; it is another one, by its ctime, after any change.
+        stamp = self._sent.stamps.get(node.id) if self._in_trusted(node) else None
+        if stamp is not None and stamp[3] > 1 and type(node) is not Dir:
+            return None  # it may be changed by a name in a directory that nobody watches
+        return stamp
+
     def adopt(self, node: Dir, changed: bool) -> None:
         self._events.adopt(node, changed)
 

@@ -14,7 +14,7 @@ cdef class Node:
     cdef public unsigned int kind
     cdef public int orphan_fd
     cdef public long long nlookup, nlink_extra
-    cdef public object branch, busy, seen
+    cdef public object branch, busy, seen, lacks
     cdef public Dir parent
     cdef public bytes name
     cdef public set aliases

@@ -77,11 +77,20 @@ class Plink:
         """False while `pending` is a guess, because an earlier mount made the pseudo-link."""
 
 
+XATTR_BITS = {
+    b"security.capability": 1,
+    b"security.selinux": 2,
+    b"system.posix_acl_access": 4,
+    b"system.posix_acl_default": 8,
+}
+"""Extended attributes that are asked for again and again (`ls -l`, each write), and hardly any file has."""
+
+
 class Node:
     """One inode of the mount that is not a directory, or the common part of a directory."""
 
     __slots__ = (
-        "aliases", "branch", "busy", "dead", "dev", "handles", "id", "ino", "kind",
+        "aliases", "branch", "busy", "dead", "dev", "handles", "id", "ino", "kind", "lacks",
         "name", "nlink_extra", "nlookup", "orphan_fd", "parent", "plink", "seen",
     )  # fmt: skip
 
@@ -110,6 +119,9 @@ class Node:
         self.aliases: set[tuple[Dir, bytes]] | None = None
         """All names, where a hard link has further ones."""
         self.handles: list[OpenFile] | None = None
+        self.lacks: tuple[int, object] | None = None
+        """Extended attributes that it was found not to have, as bits of XATTR_BITS, and the `Hooks.known_state` it had
+        then."""
         self.plink: Plink | None = None
         """The pseudo-link its data is reached by."""
         self.orphan_fd = -1

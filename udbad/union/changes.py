@@ -27,6 +27,12 @@ class Hooks(Protocol):
     by_times: bool
     """Whether a directory that is not trusted stays so, and need not be resolved while its times are the same."""
 
+    def known_state(self, node: Node) -> object | None:
+        """Something that is different after each change of others to this node's attributes that can be noticed.
+
+        None where nobody would tell of one. Own changes may leave it as it is.
+        """
+
     def catch_up(self) -> None:
         """Before a directory that is not trusted is asked: take `Dir.quiet` from those that others have changed."""
 
@@ -88,6 +94,10 @@ class _Listen(Protocol):
     def __call__(self, node: Dir) -> bool: ...
 
 
+class _KnownState(Protocol):
+    def __call__(self, node: Node) -> object | None: ...
+
+
 class _BeforeData(Protocol):
     def __call__(self, node: Node, fd: int = -1) -> None: ...
 
@@ -102,6 +112,8 @@ class Changes:
     """The changes of one mount's union."""
 
     by_times: bool
+    """As in `Hooks`."""
+    known_state: _KnownState
     """As in `Hooks`."""
     catch_up: _CatchUp
     """As in `Hooks`, and so is the next. Without a step in between: it is called for each request."""
@@ -120,6 +132,7 @@ class Changes:
         """Bind the coherence strategy; called once before the first operation and when the mode changes."""
         self.hooks = hooks
         self.by_times = hooks.by_times
+        self.known_state = hooks.known_state
         self.catch_up = hooks.catch_up
         self.listen = hooks.listen
         self.before_data = hooks.before_own

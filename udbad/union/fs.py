@@ -21,7 +21,7 @@ from udbad.branch import syscalls, whiteout
 from udbad.branch.credentials import Credentials, sgid_group
 from udbad.errors import REPLACED, erofs, estale, os_error
 from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, backing_id, note_id_bits
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.table import XATTR_BITS, Dir, Node
 from udbad.types import Caller, Trigger
 from udbad.union import copyup, create, lookup, ranges, readdir, remove, rename
 from udbad.union.held import HeldWalks
@@ -289,7 +289,20 @@ class UnionFs:
 
     def getxattr(self, node_id: int, key: bytes) -> bytes:
         self._check_xattr(key)
-        return self._on_object(self.table.node(node_id), lambda object_: syscalls.getxattr(object_, key))
+        node = self.table.node(node_id)
+        bit = XATTR_BITS.get(key)
+        if bit is None:
+            return self._on_object(node, lambda object_: syscalls.getxattr(object_, key))
+        state = self.sb.changes.known_state(node)
+        known = 0 if node.lacks is None or node.lacks[1] != state else node.lacks[0]
+        if known & bit:
+            raise os_error(errno.ENODATA)
+        try:
+            return self._on_object(node, lambda object_: syscalls.getxattr(object_, key))
+        except OSError as error:
+            if error.errno == errno.ENODATA and state is not None:
+                node.lacks = known | bit, state
+            raise
 
     def listxattr(self, node_id: int, caller: Caller) -> list[bytes]:
         names = self._on_object(self.table.node(node_id), syscalls.listxattr)
@@ -320,6 +333,7 @@ class UnionFs:
                     syscalls.chmod(target, st_mod.S_IMODE(mode) & ~st_mod.S_ISGID)
 
         self._on_object(node, change)
+        node.lacks = None
         self.sb.changes.data(node)
 
     def removexattr(self, node_id: int, key: bytes, caller: Caller) -> None:

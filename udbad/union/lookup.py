@@ -249,6 +249,7 @@ def set_layers(sb: Superblock, node: Dir, found: Found, floor: int) -> bool:
     if changed:
         node.times = None
         node.quiet = False
+        node.lacks = None
         node.version = sb.next_version()
     node.layers = new
     if changed or old is new:
@@ -335,6 +336,7 @@ def _intern_home(sb: Superblock, parent: Dir, name: bytes, st: os.stat_result, h
             # Its file was known before the home's branch was added, and has lost its names (reconfigure.apply).
             node.dev, node.ino = identity
             node.seen = None
+            node.lacks = None
         else:
             number = sb.inomap.fresh(dev, ino)
             node = None

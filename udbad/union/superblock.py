@@ -293,6 +293,7 @@ class Superblock:
         open files and mappings outlive that. st: the object's status. fd: a descriptor of it, of a regular file.
         """
         self.let_go(node)
+        node.lacks = None
         node.branch, node.dev, node.ino = branch, st.st_dev, st.st_ino
         for handle in node.handles or ():
             handle.reopen(fd, branch.writable)

@@ -1,0 +1,134 @@
+"""What an object was found not to have of extended attributes is remembered, and not after anybody gave it one."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.inprocess import notify_union
+from tests.helpers.syscalls import counted
+from tests.t2_core.core import core
+from udbad.inodes.table import XATTR_BITS
+from udbad.types import ROOT_CALLER, ROOT_ID, Perm
+from udbad.union.fs import SetAttr, UnionFs
+
+KEY = b"security.capability"
+VALUE = bytes.fromhex("0100000200040000000000000000000000000000")  # cap_net_bind_service+p
+Settle = Callable[[], object]
+
+
+@contextmanager
+def trusting(place: Path, mode: str) -> Iterator[tuple[UnionFs, int, Settle]]:
+    """A union with d/file on its lower branch; the file's node id; and what makes direct changes known."""
+    top, base = place / "top", place / "base"
+    top.mkdir()
+    (base / "d").mkdir(parents=True)
+    (base / "d" / "file").write_bytes(b"x")
+    if mode == "notify":
+        with notify_union([(top, Perm.RW), (base, Perm.RO)], place / "mnt") as union:
+            yield union.fs, union.look_up(union.look_up(ROOT_ID, b"d"), b"file"), union.told
+        return
+    with core(place, udba=mode) as made:
+        yield made.fs, made.find("d/file").id, lambda: None
+
+
+def missing(fs: UnionFs, node: int, key: bytes = KEY) -> bool:
+    try:
+        fs.getxattr(node, key)
+    except OSError as error:
+        if error.errno != errno.ENODATA:
+            raise
+        return True
+    return False
+
+
+@pytest.mark.parametrize("mode", ["none", "notify"])
+@pytest.mark.parametrize("key", XATTR_BITS)
+def test_a_second_question_costs_no_system_call(tmp_path: Path, mode: str, key: bytes) -> None:
+    with trusting(tmp_path, mode) as (fs, node, _):
+        assert missing(fs, node, key)
+        with counted() as calls:
+            assert missing(fs, node, key)
+        assert not calls
+
+
+def test_reval_asks_each_time(tmp_path: Path) -> None:
+    with trusting(tmp_path, "reval") as (fs, node, _):
+        assert missing(fs, node)
+        os.setxattr(tmp_path / "base/d/file", KEY, VALUE)
+        assert not missing(fs, node)
+
+
+@pytest.mark.parametrize("mode", ["none", "notify", "reval"])
+def test_given_through_the_mount(tmp_path: Path, mode: str) -> None:
+    with trusting(tmp_path, mode) as (fs, node, _):
+        assert missing(fs, node)
+        fs.run(lambda: fs.setxattr(node, KEY, VALUE, ROOT_CALLER))
+        assert not missing(fs, node)
+        fs.removexattr(node, KEY, ROOT_CALLER)
+        assert missing(fs, node)
+
+
+@pytest.mark.parametrize("between", ["nothing", "attributes", "own change", "own content"])
+def test_given_directly(tmp_path: Path, between: str) -> None:
+    """Also when something else has its new times recorded before the event is read."""
+    with trusting(tmp_path, "notify") as (fs, node, settle):
+        fs.run(lambda: fs.setattr(node, SetAttr(mode=0o600), None, ROOT_CALLER))
+        settle()
+        fs.sb.changes.hooks.attr_ttl(*fs.getattr(node))  # type: ignore[attr-defined]  # as kernel/ does
+        assert missing(fs, node)
+        assert missing(fs, node)
+        os.setxattr(tmp_path / "top/d/file", KEY, VALUE)
+        if between == "attributes":
+            fs.sb.changes.hooks.attr_ttl(*fs.getattr(node))  # type: ignore[attr-defined]
+        elif between == "own change":
+            fs.setattr(node, SetAttr(mode=0o644), None, ROOT_CALLER)
+        elif between == "own content":
+            fs.setattr(node, SetAttr(mtime_ns=10**18), None, ROOT_CALLER)
+        settle()
+        assert not missing(fs, node)
+
+
+def test_given_directly_by_a_name_that_nobody_watches(tmp_path: Path) -> None:
+    with trusting(tmp_path, "notify") as (fs, node, settle):
+        os.link(tmp_path / "base/d/file", tmp_path / "elsewhere")
+        settle()
+        fs.sb.changes.hooks.attr_ttl(*fs.getattr(node))  # type: ignore[attr-defined]  # as kernel/ does
+        assert missing(fs, node)
+        os.setxattr(tmp_path / "elsewhere", KEY, VALUE)
+        assert not missing(fs, node)
+
+
+@pytest.mark.parametrize("mode", ["none", "notify"])
+def test_when_nothing_is_believed_any_more(tmp_path: Path, mode: str) -> None:
+    """The path is invalidated, as after a change under `none`; or all is, as after lost events."""
+    with trusting(tmp_path, mode) as (fs, node, _):
+        strategy = fs.sb.changes.hooks
+        for forget in (
+            lambda: strategy.invalidate([b"d", b"file"]),  # type: ignore[attr-defined]
+            lambda: strategy.invalidate([b"d"]),  # type: ignore[attr-defined]
+            strategy.drop_everything,  # type: ignore[attr-defined]
+        ):
+            assert missing(fs, node)
+            os.setxattr(tmp_path / "base/d/file", KEY, VALUE)
+            forget()
+            found = fs.lookup(ROOT_ID, b"d")
+            assert found is not None
+            assert fs.lookup(found[0].id, b"file") is not None
+            assert not missing(fs, node)
+            os.removexattr(tmp_path / "base/d/file", KEY)
+            forget()
+            fs.lookup(found[0].id, b"file")
+
+
+def test_after_a_copy_up_it_is_the_copy_that_is_asked(tmp_path: Path) -> None:
+    with trusting(tmp_path, "none") as (fs, node, _):
+        assert missing(fs, node)
+        os.setxattr(tmp_path / "base/d/file", KEY, VALUE)  # which `none` may not notice, but the copy has it
+        fs.run(lambda: fs.setattr(node, SetAttr(mode=0o600), None, ROOT_CALLER))
+        assert not missing(fs, node)
