@@ -1,9 +1,10 @@
 """Repetition: every repetition of a workload runs on every system in turn, so that noise of the machine hits all alike.
 
 The rounds go through all workloads, so that a repetition is minutes away from the next one of the same workload, and so
-that the run can end at any time with figures of all (budget.py). A run with an end repeats what ratios and goals are
-made of: a FUSE peer that is far from being the best in any figure of a workload, and udba=reval, run in the first round
-only. One run of each workload before its first is thrown away: it pays for what no cache had, programs included. The
+that the run can end at any time with figures of all (budget.py). A run with an end spends its time on what ratios and
+goals are made of: first once on everything but udba=reval, which takes as long as all others together, then once on
+that, and then it repeats the rest, but for FUSE peers that are far from being the best in any figure of a workload.
+One run of each workload before its first is thrown away: it pays for what no cache had, programs included. The
 order of the systems rotates from one round to the next. May not know what the workloads do. A system that fails gets
 the reason in the result and is not asked again in that workload.
 """
@@ -27,7 +28,7 @@ from tests.bench.workload import Workload
 from udbad import compiled
 
 NO_TIME = "no time was left"
-FIRST_ROUND_ONLY = ("udbad-reval",)
+ONCE = ("udbad-reval",)
 CONTENDER = 1.5
 """A peer may still turn out to be the best when its first figure is so many times the best one's."""
 
@@ -99,7 +100,7 @@ class Course:
 
     def _contends(self, system: System) -> bool:
         if system.kind != "peer":
-            return system.name not in FIRST_ROUND_ONLY
+            return system.name not in ONCE
         for row in self.rows:
             best, mine = row.best_peer(), row.median(system.name)
             if row.figure.compare and best is not None and mine is not None and mine <= CONTENDER * best:
@@ -151,7 +152,7 @@ def one_round(
         if not budget.left():
             course.add(name, {}, NO_TIME, 0.0)
             continue
-        progress(f"{workload.name}: {name}, repetition {course.repetitions + 1}")
+        progress(f"{workload.name}: {name}, round {turn + 1}")
         began = budget.now()
         samples, reason = one_session(workload, SYSTEMS[name], data, budget)
         course.add(name, samples, reason, budget.now() - began)
@@ -167,16 +168,22 @@ def measure(
     log: Callable[[str], None],
 ) -> None:
     """Round by round, until each workload has its repetitions or no time is left. The courses have the figures."""
-    for turn in range(repetitions):
-        for course in courses:
-            if turn and course.workload.once:
-                continue
-            names = course.contenders() if turn and budget.bounded else list(course.taken)
-            if not names or (turn and not budget.allows(course.taken[name] for name in names)):
-                continue
+
+    def go_on(course: Course, turn: int, names: list[str]) -> None:
+        if names:
             began = budget.now()
             one_round(course, names, turn, data, budget, progress)
             log(f"round {turn + 1}: {course.workload.name}: {budget.now() - began:.0f} s")
+
+    once = ONCE if budget.bounded else ()
+    for late in (False, True):
+        for course in courses:
+            go_on(course, 0, [name for name in course.taken if (name in once) is late])
+    for turn in range(1, repetitions):
+        for course in courses:
+            names = course.contenders() if budget.bounded else list(course.taken)
+            if not course.workload.once and budget.allows(course.taken[name] for name in names):
+                go_on(course, turn, names)
 
 
 def versions(scratch: Path) -> dict[str, str]:

@@ -340,6 +340,43 @@ class Model:
         i = self._own(path)
         edit(self.layers[i].nodes[path].final())
 
+    def copy_range(self, dst: PathT, src: PathT, offset_in: int, offset_out: int, count: int) -> None:
+        """open(2) of `dst` for writing and of `src` for reading, copy_file_range(2); no data, no change."""
+        new = self.existing(dst, follow=True)
+        if not stat.S_ISREG(new.kind):
+            raise fail(errno.EISDIR if new.is_dir else errno.ENXIO)  # fifo(7): without a reader
+        old = self.existing(src, follow=True)
+        if not stat.S_ISREG(old.kind):
+            raise fail(errno.EISDIR if old.is_dir else errno.EINVAL)
+        data = old.data[offset_in : offset_in + count]
+        if not data:
+            return
+        if old is new and offset_out < offset_in + len(data) and offset_in < offset_out + len(data):
+            raise fail(errno.EINVAL)
+        self.change(dst, lambda node: setattr(node, "data", spliced(node.data, offset_out, data)))
+
+    def open_trunc(self, path: PathT) -> None:
+        """open(2) with O_RDONLY | O_TRUNC, which empties a file and does nothing to a FIFO."""
+        node = self.existing(path, follow=True)
+        if node.is_dir:
+            raise fail(errno.EISDIR)
+        if stat.S_ISREG(node.kind):
+            self.change(path, lambda node: setattr(node, "data", b""))
+
+    def tmpfile(self, path: PathT, node: Node) -> None:
+        """open(2) with O_TMPFILE of the directory, then linkat(2): where the file is was chosen before its name was."""
+        self.walk(path)
+        parent = path[:-1]
+        top = self.top(parent)
+        assert top is not None
+        i = self._writable_at_or_above((*parent, b"/"), top)
+        self._ensure_dir(parent, i)
+        if self.get(path) is not None:
+            raise fail(errno.EEXIST)
+        if not self._can_host(path, i):
+            raise fail(errno.EXDEV)
+        self._place(path, node, i)
+
     # -- rename ---------------------------------------------------------------------------------
 
     def rename(self, src: PathT, dst: PathT, flags: int = 0) -> None:
@@ -421,6 +458,11 @@ class Model:
             layer.whiteouts.discard(path)
             if layer.is_dir(path) and below[path]:
                 layer.opaque.add(path)
+
+
+def spliced(data: bytes, offset: int, new: bytes) -> bytes:
+    """`data` after a write of `new` at `offset`."""
+    return data[:offset].ljust(offset, b"\0") + new + data[offset + len(new) :]
 
 
 def node_view(node: Node) -> tuple[object, ...]:

@@ -17,8 +17,8 @@ from typing import Protocol, TypeVar
 
 from hypothesis import strategies as st
 
-from tests.helpers.model import Layer, Model, Node, PathT, fail
-from tests.helpers.posix import EXCHANGE, NOREPLACE, renameat2
+from tests.helpers.model import Layer, Model, Node, PathT, fail, spliced
+from tests.helpers.posix import EXCHANGE, KEEP_SIZE, NOREPLACE, PUNCH_HOLE, ZERO_RANGE, fallocate, renameat2
 
 DANGLING = b"no/such/target"
 """Where every symlink points."""
@@ -64,17 +64,13 @@ def payload(arg: int) -> bytes:
     return b"%d" % (arg % 10) * CHUNK
 
 
-def _spliced(data: bytes, offset: int, new: bytes) -> bytes:
-    return data[:offset].ljust(offset, b"\0") + new + data[offset + len(new) :]
-
-
 def _edit_write(offset: int) -> Callable[[Node], None]:
     def edit(node: Node) -> None:
         if node.is_dir:
             raise fail(errno.EISDIR)
         if stat.S_ISFIFO(node.kind):
             raise fail(errno.ENXIO)  # fifo(7): O_WRONLY | O_NONBLOCK without a reader
-        node.data = _spliced(node.data, offset, payload(offset))
+        node.data = spliced(node.data, offset, payload(offset))
 
     return edit
 
@@ -84,6 +80,35 @@ def _edit_truncate(size: int) -> Callable[[Node], None]:
         if not stat.S_ISREG(node.kind):
             raise fail(errno.EISDIR if node.is_dir else errno.EINVAL)
         node.data = node.data[:size].ljust(size, b"\0")
+
+    return edit
+
+
+ALLOCATIONS = (
+    (0, 3, 10),
+    (KEEP_SIZE, 0, 6000),
+    (KEEP_SIZE | PUNCH_HOLE, 2, 6),
+    (KEEP_SIZE | PUNCH_HOLE, 0, 5000),
+    (ZERO_RANGE, 4, 4100),
+    (ZERO_RANGE | KEEP_SIZE, 4, 4100),
+)
+"""(mode, offset, length) of fallocate(2), by the `arg` of an Op."""
+
+COPIES = ((0, 0, 4), (0, 5, 4), (3, 0, 100), (0, 5000, 100), (5000, 0, 1))
+"""(offset in the source, in the destination, length) of copy_file_range(2), likewise."""
+
+
+def _edit_fallocate(arg: int) -> Callable[[Node], None]:
+    mode, offset, length = ALLOCATIONS[arg]
+
+    def edit(node: Node) -> None:
+        if not stat.S_ISREG(node.kind):
+            raise fail(errno.EISDIR if node.is_dir else errno.ENXIO)
+        size = len(node.data)
+        data = node.data.ljust(offset + length, b"\0")
+        if mode & (PUNCH_HOLE | ZERO_RANGE):
+            data = spliced(data, offset, bytes(length))
+        node.data = data[:size] if mode & KEEP_SIZE else data
 
     return edit
 
@@ -117,6 +142,38 @@ def _real_write(path: bytes, _other: bytes, offset: int) -> None:
         os.close(fd)
 
 
+def _real_fallocate(path: bytes, _other: bytes, arg: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        fallocate(fd, *ALLOCATIONS[arg])
+    finally:
+        os.close(fd)
+
+
+def _real_copy_range(path: bytes, other: bytes, arg: int) -> None:
+    offset_in, offset_out, count = COPIES[arg]
+    dst = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        src = os.open(other, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            os.copy_file_range(src, dst, count, offset_in, offset_out)
+        finally:
+            os.close(src)
+    finally:
+        os.close(dst)
+
+
+def _real_tmpfile(path: bytes, _other: bytes, arg: int) -> None:
+    fd = os.open(os.path.dirname(path), os.O_TMPFILE | os.O_WRONLY, 0o644)
+    try:
+        assert os.fstat(fd).st_nlink == 0
+        os.write(fd, payload(arg))
+        os.link(b"/proc/self/fd/%d" % fd, path, src_dir_fd=fd)  # with a dir_fd it is linkat(2), which can follow
+        assert os.fstat(fd).st_nlink == 1
+    finally:
+        os.close(fd)
+
+
 _MODEL: dict[str, Callable[[Model, Op], None]] = {
     "create": lambda m, o: m.create(o.path, Node(stat.S_IFREG, 0o644, payload(o.arg))),
     "mkdir": lambda m, o: m.create(o.path, Node(stat.S_IFDIR, 0o755)),
@@ -128,6 +185,10 @@ _MODEL: dict[str, Callable[[Model, Op], None]] = {
     "rename": lambda m, o: m.rename(o.path, o.other, o.arg),
     "write": lambda m, o: m.change(o.path, _edit_write(o.arg)),
     "truncate": lambda m, o: m.change(o.path, _edit_truncate(o.arg)),
+    "fallocate": lambda m, o: m.change(o.path, _edit_fallocate(o.arg)),
+    "copy range": lambda m, o: m.copy_range(o.path, o.other, *COPIES[o.arg]),
+    "open trunc": lambda m, o: m.open_trunc(o.path),
+    "tmpfile": lambda m, o: m.tmpfile(o.path, Node(stat.S_IFREG, 0o644, payload(o.arg))),
     "chmod": lambda m, o: m.change(o.path, _edit_mode(o.arg)),
     "setxattr": lambda m, o: m.change(o.path, _edit_xattr(o.arg)),
 }
@@ -143,6 +204,10 @@ _REAL: dict[str, Callable[[bytes, bytes, int], None]] = {
     "rename": lambda p, o, a: renameat2(p, o, a),
     "write": _real_write,
     "truncate": lambda p, _o, a: os.truncate(p, a),
+    "fallocate": _real_fallocate,
+    "copy range": _real_copy_range,
+    "open trunc": lambda p, _o, _a: os.close(os.open(p, os.O_RDONLY | os.O_TRUNC | os.O_NONBLOCK)),
+    "tmpfile": _real_tmpfile,
     "chmod": lambda p, _o, a: os.chmod(p, a),
     "setxattr": lambda p, _o, a: os.setxattr(p, "user.t", payload(a)),
 }
@@ -167,10 +232,15 @@ _ARGS: dict[str, tuple[int, ...]] = {
     "rename": (0, 0, NOREPLACE, EXCHANGE),
     "write": _OFFSETS,
     "truncate": _OFFSETS,
+    "fallocate": tuple(range(len(ALLOCATIONS))),
+    "copy range": tuple(range(len(COPIES))),
+    "open trunc": (0,),
+    "tmpfile": _NUMBERS,
     "chmod": (0o600, 0o755, 0o4711),
     "setxattr": _NUMBERS,
 }
-_MAKES = frozenset({"create", "mkdir", "symlink", "mkfifo"})
+_MAKES = frozenset({"create", "mkdir", "symlink", "mkfifo", "tmpfile"})
+_ON_TWO = frozenset({"link", "rename", "copy range"})
 _ON_DIRECTORIES = frozenset({"rmdir", "rename dir"})
 _CHOICES = (*_ARGS, "mkdir", "unlink", "rmdir", "write", "link", "rename", "rename dir", "rename dir", "rename dir")
 
@@ -197,7 +267,7 @@ def random_op(pick: Pick, model: Model) -> Op:
         return pick(fitting) if fitting and bool(pick(_NUMBERS[:share])) else anywhere()
 
     path = anywhere() if name in _MAKES else likely(5)
-    other = likely(2) if name in ("link", "rename") else ()
+    other = likely(2) if name in _ON_TWO else ()
     return Op(name, path, other, pick(_ARGS[name]))
 
 

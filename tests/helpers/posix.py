@@ -15,6 +15,7 @@ import pickle
 import select
 import signal
 import stat
+import struct
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from typing import Any, Concatenate, Final, ParamSpec
 
 NOREPLACE: Final = 1  # linux/fs.h, renameat2(2)
 EXCHANGE: Final = 2
+KEEP_SIZE: Final = 1  # linux/falloc.h, fallocate(2)
+PUNCH_HOLE: Final = 2
+COLLAPSE_RANGE: Final = 8
+ZERO_RANGE: Final = 0x10
 AT_FDCWD: Final = -100
 TIMEOUT: Final = 30.0
 """Seconds a child may take."""
@@ -45,6 +50,28 @@ def _check(result: int) -> int:
 def renameat2(src: bytes, dst: bytes, flags: int = 0) -> None:
     """renameat2(2) on paths; with flags 0 plain rename(2)."""
     _check(_libc.renameat2(AT_FDCWD, src, AT_FDCWD, dst, flags))
+
+
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2); os.posix_fallocate() writes where a file system cannot."""
+    _check(_libc.fallocate(fd, mode, offset, length))
+
+
+def link_fd(fd: int, path: str, by_proc: bool = True) -> None:
+    """Give an open file a name: linkat(2) by /proc/self/fd, or with AT_EMPTY_PATH."""
+    source, flags = (b"/proc/self/fd/%d" % fd, 0x400) if by_proc else (b"", 0x1000)  # AT_SYMLINK_FOLLOW
+    _check(_libc.linkat(AT_FDCWD if by_proc else fd, source, AT_FDCWD, os.fsencode(path), flags))
+
+
+def birth_ns(path: str) -> int:
+    """When something was made (statx(2), STATX_BTIME), ns since the epoch; 0 where nobody knows."""
+    buffer = ctypes.create_string_buffer(256)
+    _check(_libc.statx(AT_FDCWD, os.fsencode(path), 0x100, 0x800, buffer))  # AT_SYMLINK_NOFOLLOW
+    mask, seconds, nanoseconds = struct.unpack_from("<I76xqI", buffer.raw)  # stx_mask, stx_btime
+    return int(seconds * 10**9 + nanoseconds) if mask & 0x800 else 0
 
 
 def cached_mode(path: str) -> str:

@@ -13,6 +13,7 @@ import stat
 import struct
 from pathlib import Path
 
+from tests.helpers import scenarios_ranges
 from tests.helpers.posix import EXCHANGE, NOREPLACE, Identity, Probe, Scenario, cached_mode, renameat2
 
 ALICE, BOB, TEAM = 1001, 1002, 2000
@@ -625,4 +626,5 @@ SCENARIOS: tuple[Scenario, ...] = (
     acl_checks,
     acl_costs_setgid,
     symlinks,
+    *scenarios_ranges.SCENARIOS,
 )

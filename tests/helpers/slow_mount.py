@@ -85,17 +85,18 @@ def _held(operation: Callable[..., Any], gate: str, what: str) -> Callable[..., 
         if not _closed(gate):
             return operation(*arguments)
         later: Callable[[], object]
+        then: Callable[[Exception | None], object] | None = None
         try:
             later = functools.partial(_give, operation(*arguments))
         except Later as waits:
-            later = functools.partial(waits.call, *waits.args)
+            later, then = functools.partial(waits.call, *waits.args), waits.then
         except NeedCopyUp:
             raise  # begins again
         except OSError as error:
             if error.errno in RETRIED:
                 raise
             later = functools.partial(_raise, error)
-        raise Later(True, _held_in_thread(later, gate, what))
+        raise Later(True, _held_in_thread(later, gate, what), then=then)
 
     return slow
 

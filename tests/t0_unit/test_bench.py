@@ -14,10 +14,9 @@ from tests.bench.data import FULL, QUICK, Data, Scale
 from tests.bench.goals import Goal, checks, goals
 from tests.bench.measure import NO_TIME, Cell, Course, Row
 from tests.bench.session import Figure, Session
-from tests.bench.systems import REPOSITORY, SYSTEMS, Place, System
+from tests.bench.systems import REPOSITORY, SYSTEMS, System
 from tests.bench.workload import Workload, figures
 from tests.bench.workloads import all_workloads
-from udbad.settings.options import MountOptions, parse_mount_options
 
 
 class Clock:
@@ -35,7 +34,7 @@ def make_row(key: str, unit: str = "us", *, compare: bool = True, **medians: flo
 
 @pytest.fixture
 def cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system with io=cached, whether or not udbad has that."""
+    """A system with an io mode of its own, whether or not the benchmark has one."""
     system = System("udbad-notify-cached", "udbad", lambda place: [], io="cached")
     monkeypatch.setitem(SYSTEMS, system.name, system)
 
@@ -151,6 +150,13 @@ def test_what_no_time_was_left_for_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     _, courses = run_rounds(monkeypatch, {"a": False, "b": False}, ["native", "udbad-none"], seconds=4)
     rows = [row for course in courses for row in course.figures()]
     assert report.reasons(rows) == [f"native: {NO_TIME} (b)", f"udbad-none: {NO_TIME} (b)"]
+
+
+def test_what_asks_at_every_step_comes_when_all_others_have_been(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, _ = run_rounds(monkeypatch, {"a": False, "b": False}, ["udbad-reval", "udbad-none"], seconds=1000)
+    late = [i for i, (_, system) in enumerate(ran) if system == "udbad-reval"]
+    assert ran[:4] == [(name, "udbad-none") for name in "aabb"]  # the first one of each is thrown away
+    assert late == [4, 5]
 
 
 def test_what_cannot_be_the_best_is_not_repeated() -> None:
@@ -325,14 +331,6 @@ def test_a_page_takes_the_new_table() -> None:
 
 def test_the_page_of_the_figures_has_a_place_for_them() -> None:
     assert report.replaced((REPOSITORY / "docs/performance.md").read_text(), "new\n")
-
-
-def test_every_io_mode_is_one_that_udbad_has() -> None:
-    place = Place((Path("/lower"),), Path("/upper"), Path("/work"), Path("/mnt"))
-    for system in SYSTEMS.values():
-        if system.kind == "udbad":
-            argv = system.argv(place)
-            assert parse_mount_options([argv[argv.index("-o") + 1]]).io == (system.io or MountOptions.io)
 
 
 def test_the_plot_has_a_colour_for_each_system() -> None:

@@ -54,6 +54,30 @@ def test_attributes(tmp_path: Path, branch: Branch, mtime: int) -> None:
     assert len(raw) == wire.ENTRY_SIZE == len(wire.NO_ENTRY) == len(wire.negative(1.0))
 
 
+@pytest.mark.parametrize("birth", [0, 1, 1_700_000_000_123_456_789])
+def test_statx(tmp_path: Path, branch: Branch, birth: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    os.utime(path, ns=(-1, 1_700_000_000_123_456_789))
+    st = path.stat()
+    node = Node(1 << 50 | 7, stat.S_IFREG, branch, st.st_dev, st.st_ino)
+    raw = wire.statx(node, st, 1.5, birth)
+    # struct fuse_statx_out, then struct fuse_statx
+    assert struct.unpack_from("<QIIQQ", raw) == (1, 500_000_000, 0, 0, 0)
+    found = struct.unpack("<IIQIIIHHQQQQ" + "qIi" * 4 + "IIII14Q", raw[32:])
+    assert len(raw) == 288
+    mask, blksize, attributes, nlink, uid, gid, mode, _, ino, size, blocks, attributes_mask = found[:12]
+    assert mask == 0x7FF | (0x800 if birth else 0)  # STATX_BASIC_STATS, STATX_BTIME
+    assert (blksize, nlink, uid, gid) == (st.st_blksize, st.st_nlink, st.st_uid, st.st_gid)
+    assert (mode, ino, size, blocks) == (st.st_mode, node.id, st.st_size, st.st_blocks)
+    assert (attributes, attributes_mask) == (0, 0)
+    times = [found[at] * 10**9 + found[at + 1] for at in (12, 15, 18, 21)]
+    assert times == [st.st_atime_ns, birth, st.st_ctime_ns, st.st_mtime_ns]
+    assert found[24:] == (0,) * 18
+    device = Path("/dev/null").stat()
+    assert struct.unpack_from("<II", wire.statx(node, device, 1.5, 0), 32 + 128) == (1, 3)
+
+
 def test_links_and_times_that_only_the_union_knows(tmp_path: Path, branch: Branch) -> None:
     st = tmp_path.stat()
     node = Dir(5, [Layer(branch, st.st_dev, st.st_ino, st.st_nlink, -1)])

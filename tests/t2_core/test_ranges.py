@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.inprocess import Union, notify_union
+from tests.helpers.posix import COLLAPSE_RANGE, KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from tests.t2_core.core import STRATEGIES, Core, core
 from tests.t2_core.fake_notifier import Message
 from tests.t3_fuse.live import errno_of
@@ -20,8 +21,6 @@ from udbad.types import ROOT_CALLER, ROOT_ID, Caller, Perm, Trigger
 from udbad.union import ranges
 from udbad.union.superblock import NeedCopyUp
 
-KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 0x10  # linux/falloc.h
-COLLAPSE_RANGE = 8
 PUNCH = KEEP_SIZE | PUNCH_HOLE
 PAGE = 4096
 CONTENT = b"0123456789" * PAGE
@@ -232,7 +231,20 @@ def test_an_own_change_of_a_range_is_no_news(notifying: Union) -> None:
     fs.release(target)
 
 
-def test_a_direct_change_meanwhile_is_told(notifying: Union, tmp_path: Path) -> None:
+def test_its_event_may_come_before_its_end(notifying: Union) -> None:
+    """A thread makes the change, and the event loop has other things to do before it hears of that."""
+    fs = notifying.fs
+    node, target = opened(notifying, b"f", os.O_RDWR)
+    change = fs.fallocate(target, 0, 0, 2 * len(CONTENT))
+    change.run()
+    assert notifying.told() == set()
+    fs.changed(change, False)
+    assert notifying.told() == set()
+    assert fs.getattr(node)[1].st_size == 2 * len(CONTENT)
+    fs.release(target)
+
+
+def test_a_direct_change_before_it_is_told(notifying: Union, tmp_path: Path) -> None:
     fs = notifying.fs
     node, target = opened(notifying, b"f", os.O_RDWR)
     with (tmp_path / "top/f").open("r+b") as stream:

@@ -46,7 +46,10 @@ def references(opcode: int, body: bytes) -> tuple[list[int], int | None]:
         return [], wire.OPENED.unpack_from(body)[0]
     if opcode != wire.READDIRPLUS:
         (node,) = wire.QWORD.unpack_from(body)
-        return [node], wire.OPENED.unpack_from(body, wire.ENTRY_SIZE)[0] if opcode == wire.CREATE else None
+        return [node], wire.OPENED.unpack_from(body, wire.ENTRY_SIZE)[0] if opcode in (
+            wire.CREATE,
+            wire.TMPFILE,
+        ) else None
     nodes = []
     at = 0
     while at < len(body):
@@ -172,6 +175,7 @@ def test_what_could_not_be_interned_is_not_kept(kernel: Kernel, opened: int, mon
 
 REFUSED: dict[str, tuple[int, bytes]] = {
     "lookup": (wire.LOOKUP, b"dir\0"),
+    "tmpfile": (wire.TMPFILE, wire.FOUR_WORDS.pack(os.O_RDWR, 0o100644, 0o022, 0) + b"/\0"),
     "create": (wire.CREATE, wire.FOUR_WORDS.pack(os.O_RDWR | os.O_CREAT, 0o100644, 0o022, 0) + b"new\0"),
     "mkdir": (wire.MKDIR, wire.TWO_WORDS.pack(0o755, 0) + b"made\0"),
     "mknod": (wire.MKNOD, wire.FOUR_WORDS.pack(0o100644, 0, 0, 0) + b"node\0"),

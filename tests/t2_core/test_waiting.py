@@ -188,6 +188,108 @@ def test_a_copy_that_fails_is_told_to_all(world: World, monkeypatch: pytest.Monk
     assert (world.temporaries(), os.listdir(world.top)) == ([], [])
 
 
+# -- changes of ranges ----------------------------------------------------------------------------
+
+
+def fallocate(fh: int, mode: int, offset: int, length: int) -> bytes:
+    return struct.pack("<QQQII", fh, offset, length, mode, 0)  # struct fuse_fallocate_in
+
+
+def test_a_range_is_changed_beside_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread, after a copy-up; its end is on the event loop, and then comes the answer."""
+    opened, ended = threading.Event(), []
+    real, changed = syscalls.fallocate, world.union.fs.changed
+
+    def held(*arguments: int) -> None:
+        assert opened.wait(DEADLINE)
+        assert threading.current_thread() is not threading.main_thread()
+        real(*arguments)
+
+    def end(change: object, failed: bool) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        assert world.kernel.answers() == {}
+        ended.append(failed)
+        changed(change, failed)  # type: ignore[arg-type]  # what it was given
+
+    monkeypatch.setattr(syscalls, "fallocate", held)
+    monkeypatch.setattr(world.union.fs, "changed", end)
+    node = world.look_up(b"f0")
+    fh = world.open(node, os.O_RDWR)
+    unique = world.ask(wire.FALLOCATE, node, fallocate(fh, 3, 0, 10))
+    world.run_until(lambda: (world.top / "f0").exists())
+    world.kernel.ask(wire.GETATTR, node, bytes(16))
+    assert world.kernel.answer()[0] == 0
+    opened.set()
+    assert world.kernel.wait() == {unique: (0, b"")}
+    assert ended == [False]
+    assert world.kernel.native.operations.fs.getattr(node)[1].st_size == 100_000
+
+
+def test_a_range_that_cannot_be_changed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never ENOSYS, which the kernel remembers for ever."""
+    failed = []
+    monkeypatch.setattr(world.union.fs, "changed", lambda change, how: failed.append(how))
+    node = world.look_up(b"f0")
+    fh = world.open(node, os.O_RDWR)
+    for number, told in ((errno.EOPNOTSUPP, errno.EOPNOTSUPP), (errno.ENOSYS, errno.EIO), (errno.ENOSPC, errno.ENOSPC)):
+
+        def refuse(*_: int, number: int = number) -> None:
+            raise OSError(number, "")
+
+        monkeypatch.setattr(syscalls, "fallocate", refuse)
+        unique = world.ask(wire.FALLOCATE, node, fallocate(fh, 0, 0, 10))
+        assert world.kernel.wait() == {unique: (told, b"")}
+    assert failed == [True] * 3
+
+
+@pytest.mark.parametrize("opcode", [wire.COPY_FILE_RANGE, wire.COPY_FILE_RANGE_64])
+def test_copying_a_range(world: World, opcode: int) -> None:
+    (world.base / "f0").write_bytes(b"0123456789")
+    source, target = world.look_up(b"f0"), world.look_up(b"f1")
+    fh_in, fh_out = world.open(source), world.open(target, os.O_WRONLY)
+    # struct fuse_copy_file_range_in
+    unique = world.ask(opcode, source, struct.pack("<QQQQQQQ", fh_in, 2, target, fh_out, 5, 1 << 62, 0))
+    form = "<Q" if opcode == wire.COPY_FILE_RANGE_64 else "<II"  # fuse_copy_file_range_out, fuse_write_out
+    count = struct.pack(form, *(8,) if opcode == wire.COPY_FILE_RANGE_64 else (8, 0))
+    assert world.kernel.wait() == {unique: (0, count)}
+    assert (world.top / "f1").read_bytes()[:20] == bytes(5) + b"23456789" + bytes(7)
+
+
+def test_looking_for_holes(world: World) -> None:
+    with (world.base / "f0").open("wb") as stream:
+        stream.truncate(1 << 20)
+        stream.seek(1 << 19)
+        stream.write(b"x")
+    node = world.look_up(b"f0")
+    fh = world.open(node)
+
+    def seek(offset: int, whence: int) -> tuple[int, bytes]:
+        world.kernel.ask(wire.LSEEK, node, struct.pack("<QqII", fh, offset, whence, 0))  # struct fuse_lseek_in
+        answer: tuple[int, bytes] = world.kernel.answer()
+        return answer
+
+    assert seek(0, os.SEEK_DATA) == (0, struct.pack("<Q", 1 << 19))
+    assert seek(0, os.SEEK_HOLE) == (0, bytes(8))
+    assert seek(-1, os.SEEK_DATA) == (errno.ENXIO, b"")
+    assert seek(0, os.SEEK_END) == (errno.EINVAL, b"")
+
+
+def test_a_file_without_a_name(world: World) -> None:
+    """The kernel sends "/" for the name (vfs_tmpfile())."""
+    world.kernel.ask(wire.TMPFILE, ROOT_ID, struct.pack("<IIII", os.O_RDWR, 0o100640, 0o022, 0) + b"/\0")
+    error, body = world.kernel.answer()
+    assert (error, len(body)) == (0, wire.ENTRY_SIZE + wire.OPENED.size)
+    (node,) = struct.unpack_from("<Q", body)
+    mode, links = struct.unpack_from("<II", body, 40 + 60)  # struct fuse_attr
+    assert (mode, links) == (0o100640, 0)
+    world.kernel.ask(wire.LINK, ROOT_ID, struct.pack("<Q", node) + b"new\0")
+    error, body = world.kernel.answer()
+    assert error == 0
+    assert struct.unpack_from("<Q", body) == (node,)
+    assert struct.unpack_from("<I", body, 40 + 64) == (1,)
+    assert (world.top / "new").exists()
+
+
 # -- INTERRUPT ------------------------------------------------------------------------------------
 
 

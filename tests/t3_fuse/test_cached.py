@@ -327,3 +327,26 @@ def test_more_files_than_may_be_kept(union: UnionFactory, tmp_path: Path, monkey
     finally:
         for fd in removed:
             os.close(fd)
+
+
+@without_reval
+def test_ranges(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """fallocate(2), lseek(2) and copy_file_range(2), of files on both branches."""
+    fill(tmp_path)
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top/file").write_bytes(CONTENT)
+    mount = union(LAYERS, udba, CACHED)
+    source, target = os.open(mount.path / "d/f0", os.O_RDONLY), os.open(mount.path / "file", os.O_RDWR)
+    try:
+        os.posix_fallocate(target, 0, 2 * len(CONTENT))
+        assert os.fstat(target).st_size == 2 * len(CONTENT)
+        assert os.copy_file_range(source, target, 100, 0, len(CONTENT)) == 100
+        assert os.pread(target, 1 << 20, 0) == CONTENT + CONTENT[:100] + bytes(len(CONTENT) - 100)
+        assert os.lseek(target, 0, os.SEEK_DATA) == 0
+        assert os.lseek(target, 0, os.SEEK_HOLE) == 2 * len(CONTENT)
+    finally:
+        os.close(source)
+        os.close(target)
+    assert (tmp_path / "top/file").read_bytes()[: len(CONTENT) + 100] == CONTENT + CONTENT[:100]
+    requests = mount.requests()
+    assert (requests["fallocate"], requests["copy_file_range"]) == (1, 1)

@@ -16,6 +16,7 @@ from asyncinotify import Watch
 
 from tests.helpers.inprocess import Union, notify_union
 from tests.helpers.mount import Mount, UnionFactory
+from tests.helpers.posix import KEEP_SIZE, PUNCH_HOLE, fallocate, link_fd
 from tests.helpers.profile import scaled
 from tests.t2_core.fake_notifier import Message
 from udbad.coherence.watcher import Watcher
@@ -87,6 +88,7 @@ def change_in_every_other_way(root: Path) -> None:
         os.utime(file, ns=(1, 2))
         os.setxattr(file, "user.t", b"1")
         os.removexattr(file, "user.t")
+        change_ranges(directory)
         (directory / "sym").symlink_to("file")
         os.mkfifo(directory / "fifo")
         os.link(file, directory / "second")
@@ -98,6 +100,23 @@ def change_in_every_other_way(root: Path) -> None:
         for name in ("sym", "fifo", "file"):
             (moved / name).unlink()
         moved.rmdir()
+
+
+def change_ranges(directory: Path) -> None:
+    """And publish a file that had no name."""
+    fd = os.open(directory / "file", os.O_RDWR)
+    nameless = os.open(directory, os.O_TMPFILE | os.O_RDWR)
+    try:
+        fallocate(fd, 0, 0, 10_000)
+        fallocate(fd, KEEP_SIZE | PUNCH_HOLE, 0, 4096)
+        os.copy_file_range(fd, nameless, 5000, 0, 0)
+        link_fd(nameless, str(directory / "published"))
+        os.copy_file_range(nameless, fd, 10, 0, 20_000)
+        assert os.fstat(fd).st_size == 20_010
+    finally:
+        os.close(fd)
+        os.close(nameless)
+    (directory / "published").unlink()
 
 
 def test_every_other_own_change_invalidates_nothing(union: UnionFactory) -> None:

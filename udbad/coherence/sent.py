@@ -31,6 +31,8 @@ class SentAttributes:
         """
         if node.id not in self.stamps:
             return written_behind(node)  # the kernel has no attributes of it
+        if node in self._sb.changing:
+            return True  # by a thread of ours, whose end is recorded as an own change
         sent = self.stamps[node.id]
         now = state.lasting_stamp(node.branch, st)
         if now == sent and now is not None:

@@ -20,7 +20,7 @@ import trio
 from udbad.coherence.base import Coherence
 from udbad.edge.loop import Loop
 from udbad.edge.operations import Later, Operations
-from udbad.edge.table import OLD_SETXATTR, TABLE, Body, Row, forgotten, interrupted, without_open
+from udbad.edge.table import OLD_SETXATTR, TABLE, Body, Row, first_number, forgotten, without_open
 from udbad.edge.waiting import RETRIED, Request, Waiting
 from udbad.kernel import boundary, wire
 from udbad.kernel.passthrough import Passthrough
@@ -35,6 +35,8 @@ _TAKEN_BACK = (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED)
 """Errors of an answer that nobody waits for any more."""
 _BIG_REPLY = 4096
 """Bytes of data from which on copying it behind a header costs more than a second vector."""
+_header = wire.REQUEST.unpack_from
+_reply = wire.REPLY.pack
 _SILENT = (wire.FORGET, wire.BATCH_FORGET)
 
 Bound = tuple[Any, Any, Any, int, boundary.OpStats, Row]
@@ -172,12 +174,15 @@ class Native:
         if table.over_budget():  # between operations, none of which has a descriptor of a directory
             table.trim()
         buffer = self._buffer
-        head = wire.REQUEST.unpack_from(buffer)
+        head = _header(buffer)
         bound = self._rows.get(head[1])
-        if bound is None or size < bound[3] or head[0] != size:
+        if bound is None or head[0] != size:
             self._take_other(head, size)
             return
-        parse, operation, encode, _, stats, row = bound
+        parse, operation, encode, least, stats, row = bound
+        if size < least:
+            self._take_other(head, size)
+            return
         start = perf_counter()
         number = 0
         body: Body = b""
@@ -198,25 +203,27 @@ class Native:
         except Exception as error:
             number = boundary.number_of(error, stats, row.name, head[3])
         stats.count(perf_counter() - start, number)
-        undo = row.undo
-        if (not self.send(head[2], number, body) or number) and undo is not None and result is not None:
-            undo(self.operations, result)
+        if (not self.send(head[2], number, body) or number) and row.undo is not None and result is not None:
+            row.undo(self.operations, result)
 
     def _take_other(self, head: Any, size: int) -> None:
         """A request that is no operation, or one that makes no sense."""
-        length, opcode, unique, node = head[:4]
+        length, opcode, unique, node, _, _, _ = head
         if size < wire.BODY:  # what follows is of an earlier request
             log.error("malformed request of %d bytes", size)
             return
         try:
             if length != size or opcode in self._rows:
                 raise boundary.Malformed(f"{length} bytes long, of which {size} came")
-            if opcode in _SILENT:
-                for one, times in forgotten(opcode, head, self._buffer, size):
-                    self.operations.forget(one, times)
+            if opcode == wire.FORGET:
+                self.fs.forget(node, first_number(self._buffer, size))
+                return
+            if opcode == wire.BATCH_FORGET:
+                for one, times in forgotten(self._buffer, size):
+                    self.fs.forget(one, times)
                 return
             if opcode == wire.INTERRUPT:
-                self.waiting.interrupt(interrupted(self._buffer, size))
+                self.waiting.interrupt(first_number(self._buffer, size))
                 return
         except Exception as error:
             number = boundary.number_of(error, boundary.operation("forget"), f"opcode {opcode}", node)
@@ -230,11 +237,11 @@ class Native:
         """Any thread. False when the kernel has not taken the answer, because whoever asked was killed meanwhile."""
         try:
             if number:
-                os.write(self._fd, wire.REPLY.pack(16, -number, unique))
+                os.write(self._fd, _reply(16, -number, unique))
             elif len(body) > _BIG_REPLY:
-                os.writev(self._fd, [wire.REPLY.pack(16 + len(body), 0, unique), body])
+                os.writev(self._fd, [_reply(16 + len(body), 0, unique), body])
             else:
-                os.write(self._fd, wire.REPLY.pack(16 + len(body), 0, unique) + body)
+                os.write(self._fd, _reply(16 + len(body), 0, unique) + body)
         except OSError as error:
             if error.errno not in _TAKEN_BACK:
                 log.error("cannot answer a request: %s", error.strerror)

@@ -6,7 +6,7 @@ answer takes both back (`unlisted`, `forget`, `release`, `releasedir`). Nothing 
 
 - NeedCopyUp, before it has changed anything: it is started again after the copy-up (waiting.py), or, where the copy-up
   is the whole operation, is ended by `NeedCopyUp.then`;
-- Later, when what is left may take long (a disk, a server) and needs no event loop;
+- Later, when what is left may take long (a disk, a server) and needs no event loop, but for its end;
 - OSError: ESTALE, EMFILE and ENFILE have changed nothing either.
 """
 
@@ -16,7 +16,7 @@ import errno
 import os
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, NoReturn
 
 from udbad.branch import syscalls, whiteout
 from udbad.coherence.base import Coherence
@@ -27,6 +27,7 @@ from udbad.kernel.wire import CACHE_DIR, KEEP_CACHE, NO_FLUSH, PASSTHROUGH
 from udbad.types import Caller
 from udbad.union import remove
 from udbad.union.fs import SetAttr, UnionFs
+from udbad.union.ranges import Change, seeker
 from udbad.union.superblock import NeedCopyUp
 
 Attributes = tuple[Node, os.stat_result, float]
@@ -41,7 +42,7 @@ Listed = tuple[bytes, Node, os.stat_result, float, float, int, bool]
 DOTS: Final = (b".", b"..")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Negative:
     """The answer to LOOKUP of a name that does not exist: how long (seconds) that may be kept."""
 
@@ -64,16 +65,25 @@ class Space(NamedTuple):
 class Later(Exception):
     """What is left of an operation: `call` with `args`, to be made in a thread; what it returns is the result.
 
+    then: called on the event loop before the answer, with what `call` has raised, None if nothing.
+
     quick: a read, which keeps a disk busy for a moment; otherwise something that may take seconds (fsync). There is
     nothing to check afterwards. The kernel sends RELEASE only after the last READ, FLUSH and FSYNC were answered, and a
     copy-up meanwhile puts the new file under the same descriptor.
     """
 
-    def __init__(self, quick: bool, call: Callable[..., object], *args: object) -> None:
+    def __init__(
+        self,
+        quick: bool,
+        call: Callable[..., object],
+        *args: object,
+        then: Callable[[Exception | None], object] | None = None,
+    ) -> None:
         super().__init__()
         self.quick = quick
         self.call = call
         self.args = args
+        self.then = then
 
 
 Background = Callable[[Callable[[], object], Callable[[], object]], None]
@@ -170,6 +180,11 @@ class Operations:
             node.mtime_offset += 1  # somebody who has it open from better times must not be shown a listing of then
         return node, st, self.coherence.attr_ttl(node, st)
 
+    def statx(self, node_id: int) -> tuple[Attributes, int]:
+        """Attributes, and when it was made: ns since the epoch, 0 where nobody knows."""
+        attributes = self.getattr(node_id)
+        return attributes, self.fs.birth_ns(attributes[0])
+
     def setattr(self, node_id: int, changes: SetAttr, fh: int | None, caller: Caller) -> Attributes:
         node, st = self.fs.setattr(node_id, changes, fh, caller)
         return node, st, self.coherence.attr_ttl(node, st)
@@ -191,7 +206,12 @@ class Operations:
     # -- files --------------------------------------------------------------------------------
 
     def create(self, parent: int, name: bytes, flags: int, mode: int, caller: Caller) -> tuple[Entry, Opened]:
-        handle, st = self.fs.create(parent, name, flags, mode & 0o7777, caller)
+        return self._created(parent, flags, *self.fs.create(parent, name, flags, mode & 0o7777, caller))
+
+    def tmpfile(self, parent: int, flags: int, mode: int, caller: Caller) -> tuple[Entry, Opened]:
+        return self._created(parent, flags, *self.fs.tmpfile(parent, flags, mode & 0o7777, caller))
+
+    def _created(self, parent: int, flags: int, handle: OpenFile, st: os.stat_result) -> tuple[Entry, Opened]:
         opened = self._opened(handle, flags, st, keep=False)
         return self._entry(parent, handle.node, st), opened
 
@@ -231,6 +251,23 @@ class Operations:
     def write_kept(self, fh: int, offset: int, data: bytes | memoryview, flags: int) -> int:
         """flags: of the open(2) that nobody has told of."""
         return self.fs.write_kept(fh, offset, data, flags)
+
+    def fallocate(self, fh: int, mode: int, offset: int, length: int) -> None:
+        self._change(self.fs.fallocate(fh, mode, offset, length))
+
+    def copy_file_range(self, fh_in: int, offset_in: int, fh_out: int, offset_out: int, length: int) -> int:
+        self._change(self.fs.copy_file_range(fh_in, offset_in, fh_out, offset_out, length))
+
+    def _change(self, change: Change) -> NoReturn:
+        """Zeros to write, extents to look for, data to copy."""
+        raise Later(False, change.run, then=lambda error: self.fs.changed(change, error is not None))
+
+    def lseek(self, fh: int, offset: int, whence: int) -> int:
+        handle = self.fs.handles.file(fh)
+        seek = seeker(handle, whence)
+        if fh >= 0 and not handle.node.branch.local:
+            raise Later(True, seek, handle.fd, offset, whence)
+        return seek(handle.fd, offset, whence)
 
     def flush(self, fh: int) -> None:
         # Never ENOSYS, which would hold for branches that are added later, too: OPEN says per file whether to ask.

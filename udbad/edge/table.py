@@ -9,7 +9,7 @@ in operations.py, a row here.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar, TypeVarTuple
 
@@ -147,6 +147,12 @@ def _create(head: Head, buffer: bytearray, size: int) -> tuple[int, bytes, int, 
     return head[_NODE], _last_name(buffer, _BODY + 16, size), flags, mode, _caller(head, umask)
 
 
+def _tmpfile(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int, Caller]:
+    """As CREATE; the name is that of no file."""
+    node_id, _, flags, mode, caller = _create(head, buffer, size)
+    return node_id, flags, mode, caller
+
+
 def _setattr(head: Head, buffer: bytearray, size: int) -> tuple[int, SetAttr, int | None, Caller]:
     valid, fh, length, atime, mtime, _, atime_nsec, mtime_nsec, _, mode, uid, gid = wire.SETATTR_IN.unpack_from(
         buffer, _BODY
@@ -229,14 +235,46 @@ def _fsync(head: Head, buffer: bytearray, size: int) -> tuple[int, bool]:
     return fh, flags & wire.FSYNC_DATA_ONLY != 0
 
 
-def _kept(
-    parse: Callable[[Head, bytearray, int], tuple[Any, ...]],
-) -> Callable[[Head, bytearray, int], tuple[Any, ...]]:
+def _fallocate(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int, int]:
+    fh, offset, length, mode = wire.FALLOCATE_IN.unpack_from(buffer, _BODY)
+    return fh, mode, offset, length
+
+
+def _lseek(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int]:
+    arguments: tuple[int, int, int] = wire.LSEEK_IN.unpack_from(buffer, _BODY)
+    return arguments
+
+
+def _copy(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int, int, int]:
+    """What the answer to COPY_FILE_RANGE has room for."""
+    return *_copy_64(head, buffer, size)[:4], min(wire.COPY_IN.unpack_from(buffer, _BODY)[5], wire.MOST_COPIED)
+
+
+def _copy_64(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int, int, int]:
+    fh_in, offset_in, _, fh_out, offset_out, length = wire.COPY_IN.unpack_from(buffer, _BODY)
+    return fh_in, offset_in, fh_out, offset_out, length
+
+
+_Parser = Callable[[Head, bytearray, int], tuple[Any, ...]]
+
+
+def _kept(parse: _Parser) -> _Parser:
     """`parse`, whose first argument is a handle, with the number of the node's kept file in the place of none."""
 
     def parse_kept(head: Head, buffer: bytearray, size: int) -> tuple[Any, ...]:
         arguments = parse(head, buffer, size)
         return arguments if arguments[0] else (-head[_NODE], *arguments[1:])
+
+    return parse_kept
+
+
+def _both_kept(parse: _Parser) -> _Parser:
+    """The same of a copy: the source's handle is the first argument, the target's the third."""
+
+    def parse_kept(head: Head, buffer: bytearray, size: int) -> tuple[Any, ...]:
+        fh_in, offset_in, fh_out, *rest = parse(head, buffer, size)
+        target = wire.COPY_IN.unpack_from(buffer, _BODY)[2]
+        return fh_in or -head[_NODE], offset_in, fh_out or -target, *rest
 
     return parse_kept
 
@@ -314,6 +352,14 @@ def _entry(result: Entry) -> bytes:
 
 def _attributes(result: Attributes) -> bytes:
     return wire.attributes(*result)
+
+
+def _attributes_and_birth(result: tuple[Attributes, int]) -> bytes:
+    return wire.statx(*result[0], result[1])
+
+
+def _number(result: int) -> bytes:
+    return wire.QWORD.pack(result)
 
 
 def _opened(result: Opened) -> bytes:
@@ -406,6 +452,12 @@ TABLE: Final[dict[int, Row]] = {
     wire.RELEASEDIR: row("releasedir", 8, _handle, _O.releasedir, _done),
     wire.FSYNCDIR: row("fsyncdir", 16, _fsync, _O.fsyncdir, _done),
     wire.CREATE: row("create", 17, _create, _O.create, _created, _not_created, _FIRST),
+    wire.TMPFILE: row("tmpfile", 17, _tmpfile, _O.tmpfile, _created, _not_created, _FIRST),
+    wire.FALLOCATE: row("fallocate", wire.FALLOCATE_IN.size, _fallocate, _O.fallocate, _done),
+    wire.LSEEK: row("lseek", wire.LSEEK_IN.size, _lseek, _O.lseek, _number),
+    wire.COPY_FILE_RANGE: row("copy_file_range", wire.COPY_IN.size, _copy, _O.copy_file_range, _written),
+    wire.COPY_FILE_RANGE_64: row("copy_file_range", wire.COPY_IN.size, _copy_64, _O.copy_file_range, _number),
+    wire.STATX: row("statx", 24, _node, _O.statx, _attributes_and_birth),
 }
 """What is answered. A second form of an operation is counted with the first."""
 
@@ -413,10 +465,8 @@ OLD_SETXATTR: Final = row("setxattr", 9, _setxattr, _O.setxattr, _done)
 """The row of SETXATTR where FUSE_SETXATTR_EXT was not agreed on."""
 
 
-_ONE_HANDLE: Final = (wire.READ, wire.FSYNC, 43, 46)
-"""Opcodes whose first argument is a handle; those beside READ and FSYNC are FALLOCATE and LSEEK, if they have rows."""
-_TWO_HANDLES: Final = (47, 53)
-"""COPY_FILE_RANGE, and its form with 64 bits: where it is ENOSYS, the kernel copies piece by piece."""
+_ONE_HANDLE: Final = (wire.READ, wire.FSYNC, wire.FALLOCATE, wire.LSEEK)
+_TWO_HANDLES: Final = (wire.COPY_FILE_RANGE, wire.COPY_FILE_RANGE_64)
 
 
 def without_open(rows: Mapping[int, Row]) -> dict[int, Row]:
@@ -424,30 +474,28 @@ def without_open(rows: Mapping[int, Row]) -> dict[int, Row]:
 
     There is no OPEN and no FLUSH: the first of each is ENOSYS, and none follows. Handle 0 is the node's kept file.
     """
-    kept = {opcode: each for opcode, each in rows.items() if opcode not in (wire.OPEN, wire.FLUSH, *_TWO_HANDLES)}
-    for opcode in kept.keys() & set(_ONE_HANDLE):
+    kept = {opcode: each for opcode, each in rows.items() if opcode not in (wire.OPEN, wire.FLUSH)}
+    for opcode in _ONE_HANDLE:
         kept[opcode] = replace(kept[opcode], parse=_kept(kept[opcode].parse))
+    for opcode in _TWO_HANDLES:
+        kept[opcode] = replace(kept[opcode], parse=_both_kept(kept[opcode].parse))
     kept[wire.WRITE] = replace(kept[wire.WRITE], parse=_write_kept, operation=_O.write_kept)
     return kept
 
 
-def forgotten(opcode: int, head: Head, buffer: bytearray, size: int) -> list[tuple[int, int]]:
-    """What FORGET or BATCH_FORGET give back: (node id, references)."""
-    if opcode == wire.FORGET:
-        if size < _BODY + wire.QWORD.size:
-            raise Malformed("too short")
-        return [(head[_NODE], wire.QWORD.unpack_from(buffer, _BODY)[0])]
+def first_number(buffer: bytearray, size: int) -> int:
+    """Of FORGET: how many references are given back. Of INTERRUPT: the unique number of the request it is about."""
+    if size < _BODY + wire.QWORD.size:
+        raise Malformed("too short")
+    number: int = wire.QWORD.unpack_from(buffer, _BODY)[0]
+    return number
+
+
+def forgotten(buffer: bytearray, size: int) -> Iterator[tuple[int, int]]:
+    """What BATCH_FORGET gives back: (node id, references)."""
     start = _BODY + wire.TWO_WORDS.size
     count = wire.TWO_WORDS.unpack_from(buffer, _BODY)[0] if size >= start else 1
     end = start + count * wire.FORGET_ONE.size
     if end > size:
         raise Malformed("less than it says")
-    return list(wire.FORGET_ONE.iter_unpack(memoryview(buffer)[start:end]))
-
-
-def interrupted(buffer: bytearray, size: int) -> int:
-    """The unique number of the request that an INTERRUPT is about."""
-    if size < _BODY + wire.QWORD.size:
-        raise Malformed("too short")
-    number: int = wire.QWORD.unpack_from(buffer, _BODY)[0]
-    return number
+    return wire.FORGET_ONE.iter_unpack(memoryview(buffer)[start:end])

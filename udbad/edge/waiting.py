@@ -131,7 +131,12 @@ class Waiting:
         Only NeedCopyUp, Later and OSError have a remedy; all else, and what is raised again, is the answer.
         """
         if isinstance(error, Later):
-            (self._readers if error.quick else self._syncers).submit(_finish, request, error)
+            pool = self._readers if error.quick else self._syncers
+            if error.then is None:
+                pool.submit(_finish, request, error)
+            else:
+                # After this: `then` knows what it is about.
+                pool.submit(self._finish_on_loop, request, error, error.then)
             return
         try:
             copy = self._remedy(request, error)
@@ -314,6 +319,24 @@ class Waiting:
             then()
 
         self._in_pool(self._syncers, call, done)
+
+    def _finish_on_loop(self, request: Request, later: Later, then: Callable[[Exception | None], object]) -> None:
+        """In a thread: a Later whose end is for the event loop."""
+        result, error = None, None
+        try:
+            result = later.call(*later.args)
+        except Exception as raised:
+            error = raised
+
+        def end() -> None:
+            try:
+                then(error)
+            except Exception as another:
+                request.answer(None, error or another)
+            else:
+                request.answer(result, error)
+
+        self.post(end)
 
     def _in_pool(
         self, pool: ThreadPoolExecutor, call: Callable[[], object], then: Callable[[Exception | None], object]

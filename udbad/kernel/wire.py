@@ -24,7 +24,8 @@ LOOKUP, FORGET, GETATTR, SETATTR, READLINK, SYMLINK, MKNOD, MKDIR = 1, 2, 3, 4, 
 UNLINK, RMDIR, RENAME, LINK, OPEN, READ, WRITE, STATFS, RELEASE = 10, 11, 12, 13, 14, 15, 16, 17, 18
 FSYNC, SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR, FLUSH, OPENDIR = 20, 21, 22, 23, 24, 25, 27
 READDIR, RELEASEDIR, FSYNCDIR, CREATE, INTERRUPT, DESTROY = 28, 29, 30, 35, 36, 38
-BATCH_FORGET, READDIRPLUS, RENAME2 = 42, 44, 45
+BATCH_FORGET, FALLOCATE, READDIRPLUS, RENAME2, LSEEK, COPY_FILE_RANGE = 42, 43, 44, 45, 46, 47
+TMPFILE, STATX, COPY_FILE_RANGE_64 = 51, 52, 53
 
 KEEP_CACHE, CACHE_DIR, NO_FLUSH, PASSTHROUGH = 1 << 1, 1 << 3, 1 << 5, 1 << 7
 """FOPEN_*: flags of the replies to OPEN and OPENDIR. NO_FLUSH is unknown before Linux 5.16, which then asks."""
@@ -48,6 +49,14 @@ SETXATTR_FLAGS = struct.Struct("<I4x")
 """What fuse_setxattr_in has after size and flags where FUSE_SETXATTR_EXT was agreed on."""
 ACL_KILL_SGID = 1
 """FUSE_SETXATTR_ACL_KILL_SGID: the caller is not in the file's group, so that an ACL costs the setgid bit."""
+FALLOCATE_IN = struct.Struct("<QqqI4x")
+"""fuse_fallocate_in: handle, offset, length, mode."""
+LSEEK_IN = struct.Struct("<QqI4x")
+"""fuse_lseek_in: handle, offset, whence."""
+COPY_IN = struct.Struct("<QqQQqQ8x")
+"""fuse_copy_file_range_in: handle and offset of the source; node, handle and offset of the target; length."""
+MOST_COPIED = 0xFFFFF000
+"""Bytes that the answer to COPY_FILE_RANGE can tell of (struct fuse_write_out), in whole pages."""
 WRITE_FLAGS_AT = BODY + 32
 WRITE_DATA = BODY + 40
 OPENED = struct.Struct("<QII")
@@ -57,6 +66,10 @@ STATFS_OUT = struct.Struct("<QQQQQIII28x")
 """fuse_kstatfs: blocks, free, available, files, free files, block size, longest name, fragment size."""
 _ATTR_OUT = struct.Struct("<QIIQQQqqqIIIIIIIIII")
 _ENTRY_OUT = struct.Struct("<QQQQIIQQQqqqIIIIIIIIII")
+_STATX_OUT = struct.Struct("<QI20xII8xIIIH2xQQQ8xqI4xqI4xqI4xqI4xII120x")
+"""fuse_statx_out; times in the order atime, btime, ctime, mtime."""
+_BASIC_STATS, _BTIME = 0x7FF, 0x800
+"""STATX_*: what of it is said."""
 _ATIME, _MTIME, _CTIME = 7, 8, 9
 """Of a stat_result: whole seconds. The named ones are fractions, and take longer than all the rest."""
 _DIRENT = struct.Struct("<QQII")
@@ -98,10 +111,24 @@ def attributes(node: Node, st: os.stat_result, timeout: float) -> bytes:
     )  # fmt: skip
 
 
+def statx(node: Node, st: os.stat_result, timeout: float, birth_ns: int) -> bytes:
+    """fuse_statx_out. birth_ns: 0 where nobody knows."""
+    valid, nsec = _seconds(timeout)
+    return _STATX_OUT.pack(
+        valid, nsec,
+        _BASIC_STATS | (_BTIME if birth_ns else 0), st.st_blksize, links(node, st), st.st_uid, st.st_gid, st.st_mode,
+        node.id, st.st_size, st.st_blocks,
+        *divmod(st.st_atime_ns, BILLION), *divmod(birth_ns, BILLION), *divmod(st.st_ctime_ns, BILLION),
+        *divmod(st.st_mtime_ns + node.mtime_offset, BILLION),
+        os.major(st.st_rdev), os.minor(st.st_rdev),
+    )  # fmt: skip
+
+
 def entry(node: Node, st: os.stat_result, entry_timeout: float, attr_timeout: float) -> bytes:
     """fuse_entry_out."""
-    entry_valid, entry_nsec = _seconds(entry_timeout)
-    attr_valid, attr_nsec = _seconds(attr_timeout)
+    entry_valid, entry_nsec = attr_valid, attr_nsec = _seconds(entry_timeout)
+    if attr_timeout != entry_timeout:
+        attr_valid, attr_nsec = _seconds(attr_timeout)
     mtime, mtime_nsec = st[_MTIME], st.st_mtime_ns % BILLION
     if node.mtime_offset:
         mtime, mtime_nsec = divmod(st.st_mtime_ns + node.mtime_offset, BILLION)

@@ -58,6 +58,13 @@ class SetAttr:
     mtime_ns: Time | None = None
 
 
+def _note_privileges(handle: OpenFile, st: os.stat_result, caller: Caller) -> None:
+    """What a write through this handle may take away from the file, and what keeps it."""
+    if st.st_mode & ID_BITS:
+        handle.group = sgid_group(caller, st)
+        handle.id_bits = st.st_mode & ID_BITS
+
+
 class UnionFs:
     """The union of one mount."""
 
@@ -123,7 +130,7 @@ class UnionFs:
             raise estale() from None
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         handle = self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable)
-        handle.id_bits = st.st_mode & ID_BITS
+        _note_privileges(handle, st, caller)
         return handle, st
 
     def tmpfile(self, parent_id: int, flags: int, mode: int, caller: Caller) -> tuple[OpenFile, os.stat_result]:
@@ -131,7 +138,7 @@ class UnionFs:
         wanted = flags & _OPEN_FLAGS
         node, st, fd = create.tmpfile(self.sb, self.creds, self._changing(parent_id), wanted, mode, caller)
         handle = self.handles.add_file(node, fd, wanted, caller, True)
-        handle.id_bits = st.st_mode & ID_BITS
+        _note_privileges(handle, st, caller)
         return handle, st
 
     def mknod(self, parent_id: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attributes:
@@ -395,8 +402,7 @@ class UnionFs:
                     ranges.id_bits_went(self.sb, node, st)
             handle = self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable)
             if writing:
-                handle.group = sgid_group(caller, st)
-                handle.id_bits = st.st_mode & ID_BITS
+                _note_privileges(handle, st, caller)
             return handle, st
         except BaseException:
             syscalls.close_quietly(fd)
@@ -457,27 +463,25 @@ class UnionFs:
         """To be run in a thread, then given to `changed` (ranges.py). mode: FALLOC_FL_*; offset, length: bytes."""
         handle = self.handles.file(fh)
         change = ranges.fallocate(self.sb, self.creds, handle, mode, offset, length)
-        self._begin(handle)
+        self._begin(change, handle)
         return change
 
     def copy_file_range(self, fh_in: int, offset_in: int, fh_out: int, offset_out: int, length: int) -> ranges.Change:
         """To be run in a thread, then given to `changed` (ranges.py). offsets, length: bytes."""
         source, target = self.handles.file(fh_in), self.handles.file(fh_out)
         change = ranges.copy(self.sb, self.creds, source, offset_in, target, offset_out, length)
-        self._begin(target)
+        self._begin(change, source, target)
         return change
 
-    def _begin(self, handle: OpenFile) -> None:
-        """A thread uses the descriptor, until `changed`."""
-        if handle.fh < 0 and self.kept is not None:
-            self.kept.use(handle)
-            self.kept.written(handle)
+    def _begin(self, change: ranges.Change, *handles: OpenFile) -> None:
+        """A thread uses the descriptors, until `changed`."""
+        if self.kept is not None:
+            self.kept.begin(change, [handle for handle in handles if handle.fh < 0])
 
     def changed(self, change: ranges.Change, failed: bool) -> None:
         """A change was run; failed: it raised."""
-        handle = change.handle
-        if handle.fh < 0 and self.kept is not None:
-            self.kept.used(handle)
+        if self.kept is not None:
+            self.kept.end(change)
         ranges.end(self.sb, change, failed)
 
     def needs_flush(self, flags: int) -> bool:

@@ -43,6 +43,7 @@ class KeptFiles:
         self._named: OrderedDict[int, OpenFile] = OrderedDict()
         """By node id, oldest first; some of their nodes may have lost their names."""
         self._nameless: dict[int, OpenFile] = {}
+        self._changes: dict[ranges.Change, list[OpenFile]] = {}
         self._in_use: dict[int, int] = {}
         """By node id: how many threads use the descriptor."""
         self._written: dict[int, float] = {}
@@ -103,18 +104,20 @@ class KeptFiles:
 
     # -- while it is used ---------------------------------------------------------------------------
 
-    def use(self, handle: OpenFile) -> None:
-        """A thread is about to use the descriptor; `used` says that it has."""
-        node_id = handle.node.id
-        self._in_use[node_id] = self._in_use.get(node_id, 0) + 1
+    def begin(self, change: ranges.Change, handles: list[OpenFile]) -> None:
+        """A thread is about to use the descriptors of these, until `end`."""
+        self._changes[change] = handles
+        for handle in handles:
+            self._in_use[handle.node.id] = self._in_use.get(handle.node.id, 0) + 1
+            if handle.writable:
+                self.written(handle)
 
-    def used(self, handle: OpenFile) -> None:
-        node_id = handle.node.id
-        left = self._in_use[node_id] - 1
-        if left:
-            self._in_use[node_id] = left
-        else:
-            del self._in_use[node_id]
+    def end(self, change: ranges.Change) -> None:
+        for handle in self._changes.pop(change):
+            node_id = handle.node.id
+            self._in_use[node_id] -= 1
+            if not self._in_use[node_id]:
+                del self._in_use[node_id]
 
     def write(self, creds: Credentials, handle: OpenFile, offset: int, data: bytes | memoryview, flags: int) -> int:
         """Bytes written, which `flags` of open(2) are about. Raises NeedCopyUp at the first write to a lower file."""

@@ -7,7 +7,9 @@ What changes content goes in three steps, as a copy-up does, so that the mount i
     end               event loop: whatever came of it, own changes are recorded as such
 
 In between, the kernel holds the lock of the inode, so no other request of the mount changes the file, and it is on a
-writable branch, so no copy-up moves it.
+writable branch, so no copy-up moves it. Branch events that come in between are taken for those of the change. A direct
+one that was among them shows all the same, as the kernel asks for attributes after the answer, and drops its pages
+when the times are not those it has itself given the file (fuse_change_attributes_i()).
 """
 
 from __future__ import annotations
@@ -61,8 +63,7 @@ def require_writable(handle: OpenFile) -> None:
 def fallocate(sb: Superblock, creds: Credentials, handle: OpenFile, mode: int, offset: int, length: int) -> Change:
     """fallocate(2). The kernel asks for KEEP_SIZE, PUNCH_HOLE and ZERO_RANGE only, and has looked at RLIMIT_FSIZE
     (fuse_file_fallocate()). Raises as `require_writable`."""
-    require_writable(handle)
-    sb.changes.before_data(handle.node, handle.fd)
+    _begin(sb, handle)
 
     def call() -> int:
         syscalls.fallocate(handle.fd, mode, offset, length)
@@ -77,14 +78,20 @@ def copy(
     """copy_file_range(2), from a file on whatever branch. The kernel has seen to it that both are regular files, that
     ranges of one file do not overlap, and looked at RLIMIT_FSIZE (generic_copy_file_checks()). Raises as
     `require_writable`, of the target."""
-    require_writable(target)
-    sb.changes.before_data(target.node, target.fd)
+    _begin(sb, target)
     return Change(target, creds, lambda: copydata.copy_range(source.fd, src_offset, target.fd, offset, length))
+
+
+def _begin(sb: Superblock, handle: OpenFile) -> None:
+    require_writable(handle)
+    sb.changes.before_data(handle.node, handle.fd)
+    sb.changing.add(handle.node)
 
 
 def end(sb: Superblock, change: Change, failed: bool) -> None:
     """After `Change.run`. failed: it raised, and the kernel goes on with the attributes that it has."""
     handle = change.handle
+    sb.changing.discard(handle.node)
     if failed:
         sb.changes.behind(handle.node, True)  # as a disk that is full may have taken a part
     else:
@@ -110,9 +117,12 @@ def seeker(handle: OpenFile, whence: int) -> Callable[[int, int, int], int]:
     """What answers lseek(2) with SEEK_DATA or SEEK_HOLE of a handle, in any thread: by descriptor, offset and whence.
 
     A file that somebody can map shared and writable is all data: what was stored into a hole may still be in pages of
-    the kernel, of which the branch knows nothing, and the kernel does not write them first (fuse_lseek()).
+    the kernel, of which the branch knows nothing, and the kernel does not write them first (fuse_lseek()). Not so where
+    the kernel maps the branch's file itself.
     """
     if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
         raise os_error(errno.EINVAL)
-    mapped = any(other.flags & os.O_ACCMODE == os.O_RDWR for other in handle.node.handles or ())
+    mapped = any(
+        other.flags & os.O_ACCMODE == os.O_RDWR and not other.backing_id for other in handle.node.handles or ()
+    )
     return syscalls.all_data if mapped else syscalls.seek_data

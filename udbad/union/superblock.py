@@ -116,6 +116,8 @@ class Superblock:
         """Branch directories out of sight that the background has to remove: (parent descriptor, name)."""
         self.held: dict[Node, tuple[int, float]] = {}
         """Objects that somebody is about to ask for, by an O_PATH descriptor of each (held.py), and until when."""
+        self.changing: set[Node] = set()
+        """Files whose content a thread is changing for us (ranges.py)."""
         self.kernel_opens = False
         """The kernel opens files without telling (io=cached): any that it knows may be open."""
         self.in_doubt = 0
