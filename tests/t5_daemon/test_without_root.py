@@ -197,23 +197,35 @@ def test_what_is_somebody_else_s_on_a_lower_branch(tree: Path) -> None:
     assert (st.st_uid, st.st_gid, stat.S_IMODE(st.st_mode)) == (USER, USER, 0o777)
 
 
-def test_what_he_cannot_mount(tree: Path) -> None:
-    os.chown(tree / "mnt", 0, 0)
-    with pytest.raises(MountFailed) as refused, mounted([f"{tree}/top=rw"], tree / "mnt", user=USER):
-        pass
-    assert refused.value.code == ExitCode.MOUNT_POINT
-    assert "no write access to mountpoint" in str(refused.value)
-    os.chown(tree / "mnt", USER, USER)
-    os.chown(tree / "top", 0, 0)
-    with pytest.raises(MountFailed) as refused, mounted([f"{tree}/top=rw"], tree / "mnt", user=USER):
-        pass
-    assert refused.value.code == ExitCode.BRANCH
+def refusal(tree: Path, branch: str, options: str = "") -> MountFailed:
     with (
         pytest.raises(MountFailed) as refused,
-        mounted([f"{tree}/base=ro"], tree / "mnt", options="edge=native", user=USER),
+        mounted([f"{tree}/{branch}"], tree / "mnt", options=options, user=USER),
     ):
         pass
-    assert refused.value.code in (ExitCode.NO_FUSE, ExitCode.NOT_ROOT)
+    return refused.value
+
+
+def test_what_he_cannot_mount(tree: Path) -> None:
+    os.chown(tree / "mnt", 0, 0)
+    refused = refusal(tree, "top=rw")
+    assert refused.code == ExitCode.MOUNT_POINT
+    assert "no write access to mountpoint" in str(refused)
+    os.chown(tree / "mnt", USER, USER)
+    os.chown(tree / "top", 0, 0)
+    assert refusal(tree, "top=rw").code == ExitCode.BRANCH
+    assert refusal(tree, "base=ro", "edge=native").code in (ExitCode.NO_FUSE, ExitCode.NOT_ROOT)
+
+
+def test_a_branch_that_root_s_mount_has_written_to(tree: Path) -> None:
+    """Its whiteouts are links to a file that is not his to link (proc(5), fs.protected_hardlinks)."""
+    (tree / "top/.wh..wh.aufs").touch(0o444)
+    refused = refusal(tree, "top=rw")
+    assert refused.code == ExitCode.BRANCH
+    assert ".wh..wh.aufs belongs to uid 0" in str(refused)
+    os.chown(tree / "top/.wh..wh.aufs", USER, USER)
+    with mounted([f"{tree}/top=rw", f"{tree}/base=ro"], tree / "mnt", user=USER):
+        as_user(lambda: (tree / "mnt/gone").unlink())
 
 
 @pytest.fixture

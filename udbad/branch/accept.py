@@ -19,7 +19,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Final
 
-from udbad.branch import mountinfo, syscalls, whiteout
+from udbad.branch import capabilities, mountinfo, syscalls, whiteout
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.branch.mountinfo import FS_TYPE, Mount
 from udbad.branch.ordering import keeps_order
@@ -406,6 +406,7 @@ def prepare_writable(branch: Branch, plink: bool) -> None:
     """
     use_base = "nolwh" not in branch.attrs
     try:
+        _require_ours(branch)
         existed = _base_exists(branch)
         if use_base or plink:
             _require_link(branch, existed)
@@ -419,6 +420,18 @@ def prepare_writable(branch: Branch, plink: bool) -> None:
         _ensure_dir(branch, whiteout.ORPHAN_DIR, mode)
     except OSError as error:
         raise _refused(f"branch {shown(branch.path)} cannot be made writable: {error.strerror}") from None
+
+
+def _require_ours(branch: Branch) -> None:
+    """An ordinary user can neither link nor look into what another one's mount has put there."""
+    if capabilities.acts_for_others():
+        return
+    for name in (whiteout.BASE, whiteout.PLINK_DIR, whiteout.ORPHAN_DIR):
+        with suppress(FileNotFoundError):
+            uid = syscalls.stat_at(branch.root_fd, name).st_uid
+            if uid != os.geteuid():
+                what = f"{shown(name)} belongs to uid {uid}, whose mount has made it; chown it"
+                raise _refused(f"branch {shown(branch.path)}: {what}")
 
 
 def _base_exists(branch: Branch) -> bool:

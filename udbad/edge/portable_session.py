@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 LACKS: Final = (
     "cached listings",
     "io=cached and io=passthrough",
-    "fallocate, SEEK_HOLE, copy_file_range, O_TMPFILE",
+    "fallocate, SEEK_HOLE, copy_file_range, O_TMPFILE, birth times",
     "safe mounts inside it",
     "copy-ups that end with who waits for them",
     "default ACLs above the umask",
