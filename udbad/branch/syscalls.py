@@ -365,15 +365,44 @@ def read_cached(fd: int, size: int, offset: int) -> bytearray | None:
     except BlockingIOError:
         return None
     except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        if not _is_in_memory(fd, size, offset):
             return None
-        raise
+        count = os.preadv(fd, [buffer], offset)
     if count < size:
         # "The rest is not cached" looks the same as the end of the file; only the latter is final.
         if offset + count < os.fstat(fd).st_size:
             return None
         del buffer[count:]
     return buffer
+
+
+_MEMORY: Final = frozenset({0x01021994, 0x858458F6})
+"""statfs(2): types of file systems that are memory: tmpfs, ramfs."""
+_IMAGES: Final = frozenset({0x73717368, 0xE0F5E1E2, 0x9660, 0x28CD3D45, 0x7275, 0x4D44, 0x2011BAB0})
+"""Local ones without RWF_NOWAIT, whose pages nobody else can make old: squashfs, erofs, iso9660, cramfs, romfs, vfat,
+exfat."""
+_FEW: Final = 128 << 10
+"""Bytes of a read up to which finding out costs less than a thread, and nobody is reading ahead just now."""
+_SYS_CACHESTAT: Final = 451
+_PAGE: Final = os.sysconf("SC_PAGESIZE")
+
+
+def _is_in_memory(fd: int, size: int, offset: int) -> bool:
+    """Whether a read will not wait, on a file system that does not know RWF_NOWAIT (cachestat(2), Linux 6.5)."""
+    statfs = (ctypes.c_long * 32)()
+    if _libc.fstatfs(fd, statfs):
+        return False
+    if statfs[0] in _MEMORY:
+        return True
+    end = min(offset + size, os.fstat(fd).st_size)
+    if statfs[0] not in _IMAGES or size > _FEW or end <= offset:
+        return False
+    cached = (ctypes.c_uint64 * 5)()
+    if _libc.syscall(_SYS_CACHESTAT, fd, (ctypes.c_uint64 * 2)(offset, end - offset), cached, 0):
+        return False
+    return bool(cached[0] >= (end - 1) // _PAGE - offset // _PAGE + 1)
 
 
 def read_and_close(fd: int, size: int, offset: int) -> bytes:

@@ -1,0 +1,71 @@
+"""What is read on the event loop, where the file system cannot say whether that would wait (syscalls.read_cached)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from udbad.branch import syscalls
+
+SMALL, LARGE = b"s" * 5000, os.urandom(1 << 20)
+
+
+def read_cached(fd: int, size: int, offset: int) -> bytes | None:
+    data = syscalls.read_cached(fd, size, offset)
+    return None if data is None else bytes(data)
+
+
+def test_tmpfs_is_memory() -> None:
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        file.write(LARGE)
+        file.flush()
+        fd = file.fileno()
+        assert read_cached(fd, 4096, 0) == LARGE[:4096]
+        assert read_cached(fd, len(LARGE), 10) == LARGE[10:]
+        assert read_cached(fd, 4096, len(LARGE)) == b""
+
+
+@contextmanager
+def image(tmp_path: Path) -> Iterator[Path]:
+    """A squashfs that nobody has read from."""
+    tree, place = tmp_path / "tree", tmp_path / "place"
+    for directory in (tree, place):
+        directory.mkdir()
+    (tree / "small").write_bytes(SMALL)
+    (tree / "large").write_bytes(LARGE)
+    words = ["mksquashfs", str(tree), str(tmp_path / "image"), "-quiet", "-no-progress", "-no-fragments"]
+    subprocess.run(words, check=True, capture_output=True, timeout=60)
+    subprocess.run(["mount", "-o", "loop,ro", str(tmp_path / "image"), str(place)], check=True, timeout=60)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True, timeout=60)
+
+
+@pytest.mark.fuse  # it mounts
+def test_an_image_when_it_was_read_before(tmp_path: Path) -> None:
+    with image(tmp_path) as place:
+        for name, content in (("small", SMALL), ("large", LARGE)):
+            fd = os.open(place / name, os.O_RDONLY)
+            try:
+                with pytest.raises(OSError, match=os.strerror(errno.EOPNOTSUPP)):
+                    os.preadv(fd, [bytearray(10)], 0, os.RWF_NOWAIT)  # else this tests nothing
+                assert read_cached(fd, 4096, 0) is None, "it would have to wait for the disk"
+                os.pread(fd, len(content), 0)
+                assert read_cached(fd, 4096, 0) == content[:4096]
+                assert read_cached(fd, 8192, 1000) == content[1000:9192]
+                assert read_cached(fd, 4096, len(content)) is None  # rare, and a thread knows as well
+                if name == "large":
+                    assert read_cached(fd, len(content), 0) is None, "somebody may be reading ahead"
+                    os.posix_fadvise(fd, 65536, 4096, os.POSIX_FADV_DONTNEED)
+                    assert read_cached(fd, 128 << 10, 0) is None, "a part would have to be waited for"
+                    assert read_cached(fd, 64 << 10, 0) == content[: 64 << 10]
+            finally:
+                os.close(fd)
