@@ -148,13 +148,13 @@ class MountProcess:
             ending.callback(lambda: self.coherence.stop())  # the one of then
             self.coherence.start()
             self.passthrough: Passthrough | None = None
-            self.edge = self._make_edge()
-            if asked == "passthrough" and self.passthrough is None:
-                self._fall_back(iomode.NO_PASSTHROUGH)
-            if self.session.no_open:
+            if self.session.no_open:  # before the edge, whose table depends on it
                 self.fs.keep_files(max(all_fds // 4, 64))
             elif asked == "cached":
                 self._fall_back(iomode.NO_CACHED)
+            self.edge = self._make_edge()
+            if asked == "passthrough" and self.passthrough is None:
+                self._fall_back(iomode.NO_PASSTHROUGH)
             ending.callback(self.edge.close)
             self.readings = MetricsReader(self)
             self.background: trio.Nursery  # of serve(): what ends with the mount
