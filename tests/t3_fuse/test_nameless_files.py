@@ -49,6 +49,30 @@ def test_published(union: UnionFactory, tmp_path: Path, udba: str, how: str, by_
 
 
 @modes
+@pytest.mark.parametrize("how", ["requests", "passthrough", "cached"])
+@pytest.mark.parametrize("named", [False, True])
+def test_further_descriptors(union: UnionFactory, udba: str, how: str, named: bool) -> None:
+    """open(2) by way of /proc/self/fd, of which the kernel does not tell with io=cached; of what never had a name, and
+    of what was removed."""
+    mount = union({"top": "rw", "base": "ro"}, udba, f"io={how}")
+    if named:
+        first = os.open(mount.path / "f", os.O_RDWR | os.O_CREAT)
+        os.unlink(mount.path / "f")
+    else:
+        first = os.open(mount.path, NAMELESS)
+    os.write(first, b"content")
+    with opened(Path(f"/proc/self/fd/{first}"), os.O_RDWR) as second:
+        os.close(first)
+        assert os.pread(second, 100, 0) == b"content"
+        os.pwrite(second, b"C", 0)
+        assert (os.fstat(second).st_nlink, os.fstat(second).st_size) == (0, 7)
+        if not named:
+            link_fd(second, str(mount.path / "new"))
+            assert (mount.path / "new").read_bytes() == b"Content"
+    assert debris(mount["top"]) == []
+
+
+@modes
 def test_over_a_name_that_was_removed(union: UnionFactory, tmp_path: Path, udba: str) -> None:
     lower(tmp_path)
     mount = union({"top": "rw", "base": "ro"}, udba)

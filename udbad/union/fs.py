@@ -514,6 +514,8 @@ class UnionFs:
         )
 
     def release(self, fh: int) -> None:
+        if self.kept is not None:
+            self.kept.released(self.handles.file(fh))
         handle = self.handles.remove_file(fh)
         if handle.backing_id and not handle.node.handles:
             self.on_unused_backing(handle.backing_id)

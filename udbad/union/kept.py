@@ -84,6 +84,17 @@ class KeptFiles:
         except OSError:
             pass  # gone already
 
+    def released(self, handle: OpenFile) -> None:
+        """An open file is about to be closed that the kernel was given with CREATE or TMPFILE. If nothing else leads to
+        its node, somebody may still have that open by way of /proc/self/fd."""
+        node = handle.node
+        nameless = node.dead or node.parent is None
+        if nameless and node.handles == [handle] and node.nlookup > 0 and node.orphan_fd < 0:
+            try:
+                self.open(-node.id)
+            except OSError:
+                pass  # EMFILE: it is ESTALE for whoever that is
+
     def forget(self, node_id: int) -> None:
         """The kernel has forgotten the node: nobody has it open."""
         handle = self._named.pop(node_id, None) or self._nameless.pop(node_id, None)
