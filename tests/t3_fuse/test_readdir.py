@@ -60,6 +60,24 @@ def opened(path: Path) -> Iterator[int]:
 
 
 @modes
+def test_names_alone_make_no_nodes(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """Of a big directory that is listed; what the kernel asks for with attributes is the beginning."""
+    for number in range(5000):
+        path = tmp_path / "base" / "d" / f"{number:04}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    mount = union(None, udba)
+    listing = sorted(os.listdir(mount.path / "d"))
+    assert listing == [f"{number:04}" for number in range(5000)]
+    assert mount.control({"op": "stats"})["table"]["nodes"] < 2000
+    with opened(mount.path / "d") as fd:
+        for name, number, kind, _ in read_all(fd):
+            if name not in (b".", b".."):
+                assert kind == 8
+                assert number == (mount.path / "d" / os.fsdecode(name)).stat().st_ino
+
+
+@modes
 def test_d_ino_is_st_ino(union: UnionFactory, tmp_path: Path, udba: str) -> None:
     """For every kind of object on either branch, merged directories, hard links, and after copy-up."""
     for branch in ("top", "base"):

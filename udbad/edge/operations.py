@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple, NoReturn
 
@@ -28,6 +28,7 @@ from udbad.types import Caller
 from udbad.union import remove
 from udbad.union.fs import SetAttr, UnionFs
 from udbad.union.ranges import Change, seeker
+from udbad.union.readdir import Name
 from udbad.union.superblock import NeedCopyUp
 
 Attributes = tuple[Node, os.stat_result, float]
@@ -327,6 +328,10 @@ class Operations:
         except Exception:
             self.unlisted(given)
             raise
+
+    def names(self, fh: int, start: int) -> Iterator[Name]:
+        """Names from a position on, without attributes; no reference goes with any. OSError comes first."""
+        return self.fs.readdir_names(fh, start)
 
     def unlisted(self, nodes: list[Node]) -> None:
         """The kernel has not taken these entries after all."""

@@ -331,6 +331,18 @@ def _readdirplus(operations: Operations, fh: int, start: int, room: int) -> _Lis
     return b"".join(parts), given
 
 
+def _readdir(operations: Operations, fh: int, start: int, room: int) -> bytes:
+    """Without attributes."""
+    parts: list[bytes] = []
+    dirent, least = wire.dirent, wire.DIRENT_SIZE
+    for name, number, kind, after in operations.names(fh, start):
+        room -= least + (len(name) + 7 & ~7)
+        if room < 0:
+            break
+        parts.append(dirent(number, kind, name, after))
+    return b"".join(parts)
+
+
 # -- packing results --------------------------------------------------------------------------------
 
 
@@ -448,6 +460,7 @@ TABLE: Final[dict[int, Row]] = {
     wire.REMOVEXATTR: row("removexattr", 1, _removexattr, _O.removexattr, _done),
     wire.FLUSH: row("flush", 8, _handle, _O.flush, _done),
     wire.OPENDIR: row("opendir", 8, _opendir, _O.opendir, _opened, _not_opened_directory, _FIRST),
+    wire.READDIR: row("readdir", 20, _read, _readdir, _data),
     wire.READDIRPLUS: row("readdir", 20, _read, _readdirplus, _listed, _not_listed),
     wire.RELEASEDIR: row("releasedir", 8, _handle, _O.releasedir, _done),
     wire.FSYNCDIR: row("fsyncdir", 16, _fsync, _O.fsyncdir, _done),

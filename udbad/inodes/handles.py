@@ -90,10 +90,11 @@ def note_id_bits(node: Node, st: os.stat_result) -> None:
 class OpenDir:
     """One opendir(3): a private snapshot of names, taken at the first read (semantics 5).
 
-    base: the position at which the snapshot begins. cached: the kernel may answer from a listing of its own.
+    base: the position at which the snapshot begins. cached: the kernel may answer from a listing of its own. kinds:
+    what the branch directories say of the names beside them (union/view.py), when that has been asked for.
     """
 
-    __slots__ = ("base", "cached", "fh", "hits", "names", "node", "pid")
+    __slots__ = ("base", "cached", "fh", "hits", "kinds", "names", "node", "pid")
 
     def __init__(self, fh: Fh, node: Dir, pid: int) -> None:
         self.fh = fh
@@ -103,6 +104,7 @@ class OpenDir:
         self.base = 0
         self.cached = False
         self.hits: dict[bytes, int | tuple[int, ...] | None] = {}
+        self.kinds: dict[bytes, tuple[int, int, int]] | None = None
 
 
 class HandleTable:

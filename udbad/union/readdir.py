@@ -31,6 +31,9 @@ Entry = tuple[bytes, Node, os.stat_result, int]
 """name, node, attributes, position of the entry after it."""
 
 DOTS = 2
+_ANY = (1 << 32) - 2
+"""A number for what has none that we know: not 0, which getdents64(2) takes for no entry."""
+_NOT_KNOWN = (0, 0, 0)
 _S_IFMT, _S_IFDIR = 0o170000, st_mod.S_IFDIR
 _stat = syscalls.stat_at
 _KEPT = 4
@@ -40,6 +43,7 @@ _KEPT = 4
 def snapshot(sb: Superblock, handle: OpenDir) -> None:
     """Take the names of the directory as they are now. Raises ENOENT when the directory is gone."""
     node = handle.node
+    handle.kinds = None
     if node.dead:
         handle.names, handle.hits = [], {}
         _place(sb, handle)
@@ -47,10 +51,13 @@ def snapshot(sb: Superblock, handle: OpenDir) -> None:
     if not node.trusted:
         lookup.refresh(sb, node)
     if not node.trusted and node.times is None and not node.quiet:
-        handle.hits = view.scan(sb, node)
+        handle.kinds = {}
+        handle.hits = view.scan(sb, node, None, handle.kinds)
+    elif node.view is None:
+        handle.kinds = {}
+        handle.hits = dict(view.load_view(sb, node, handle.kinds))
     else:
-        loaded = node.view if node.view is not None else view.load_view(sb, node)
-        handle.hits = dict(loaded)
+        handle.hits = dict(node.view)
     handle.names = list(handle.hits)
     if handle.cached:
         node.listed = True
@@ -116,18 +123,89 @@ def _go_on(sb: Superblock, handle: OpenDir, start: int) -> int:
     return place
 
 
+def _begin(sb: Superblock, handle: OpenDir, start: int) -> int:
+    """Have the snapshot that position `start` belongs to; the position in it."""
+    if start == 0:
+        snapshot(sb, handle)
+        return 0
+    if handle.names is None or not handle.base < start < handle.base + _size(len(handle.names)):
+        return _go_on(sb, handle, start)
+    return start - handle.base
+
+
+Name = tuple[bytes, int, int, int]
+"""name, node id, S_IFMT bits (0: not known), position of the entry after it."""
+
+
+def names_only(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Name]:
+    """As `entries`, for who wants no attributes: no system call and no node for a name.
+
+    What the branch directories say of type and number is asked once for a snapshot. Both are as they were then, as
+    those are that getdents64(2) has put into a buffer; of what the kernel knows they are those that it knows.
+    """
+    node = handle.node
+    start = _begin(sb, handle, start)
+    if handle.kinds is None:
+        handle.kinds = {}
+        if not node.dead:
+            view.scan(sb, node, None, handle.kinds)
+    kinds, children, number = handle.kinds, node.children, sb.inomap.number
+    base = handle.base
+    if start == 0:
+        yield b".", node.id, _S_IFDIR, base + 1
+    if start <= 1:
+        yield b"..", node.id if node.parent is None else node.parent.id, _S_IFDIR, base + DOTS
+    names = handle.names
+    assert names is not None
+    # As in `entries`: a trusted view may have changed since the snapshot.
+    hits = node.view if node.trusted and node.view is not None else None
+    prefix = whiteout.PREFIX
+    for position in range(max(start - DOTS, 0), len(names)):
+        name = names[position]
+        if name == prefix:
+            continue
+        after = base + position + DOTS + 1
+        hit = handle.hits.get(name) if hits is None else hits.get(name, -1)
+        if name.startswith(prefix):
+            yield name, _ANY, st_mod.S_IFREG, after
+        elif hit is None:
+            asked = _ask(sb, node, name)
+            if asked is not None:
+                yield name, *asked, after
+        elif hit != -1:
+            child = None if hits is None else children.get(name)
+            if child is not None:
+                yield name, child.id, child.kind, after
+                continue
+            dev, ino, kind = kinds.get(name, _NOT_KNOWN)
+            if kind and (type(hit) is tuple) == (kind == _S_IFDIR):
+                yield name, number(dev, ino), kind, after
+            else:
+                yield name, _ANY, 0, after  # it is another one by now
+
+
+def _ask(sb: Superblock, parent: Dir, name: bytes) -> tuple[int, int] | None:
+    """Number and S_IFMT bits of a name of which nothing is known; None: it does not exist, or is broken."""
+    try:
+        found = lookup.resolve(sb, parent, name)
+    except OSError as error:
+        if error.errno not in GONE and error.errno != errno.EIO:
+            raise
+        return None
+    if found.answer is not Answer.FOUND:
+        sb.changes.found_gone(parent, name)
+        return None
+    lookup.discard(sb, parent, name, found)
+    return sb.inomap.number(found.st.st_dev, found.st.st_ino), st_mod.S_IFMT(found.st.st_mode)
+
+
 def entries(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Entry]:
     """Entries from position `start` (0 takes a new snapshot).
 
     "." and ".." come with the nodes' own attributes and must not be counted as looked up.
     """
     node = handle.node
-    if start == 0:
-        snapshot(sb, handle)
-    elif handle.names is None or not handle.base < start < handle.base + _size(len(handle.names)):
-        start = _go_on(sb, handle, start)
-    else:
-        start -= handle.base
+    start = _begin(sb, handle, start)
     base = handle.base
     if start == 0:
         yield b".", node, sb.stat(node), base + 1

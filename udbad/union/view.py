@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat as st_mod
 import sys
 
 from udbad.branch import syscalls, whiteout
@@ -20,17 +21,22 @@ log = logging.getLogger(__name__)
 
 _AS_BYTES = (sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())  # os.fsencode() asks each time
 
+_S_IFDIR = st_mod.S_IFDIR
+
 UNKNOWN = None
 """In a view: the name has to be resolved before anything is said about it."""
 
 View = dict[bytes, Hit | None]
 
+Kinds = dict[bytes, tuple[int, int, int]]
+"""What the branch directories say of names beside them: st_dev, inode number, S_IFMT bits; of the uppermost one."""
 
-def scan(sb: Superblock, node: Dir, stacked: set[bytes] | None = None) -> View:
+
+def scan(sb: Superblock, node: Dir, stacked: set[bytes] | None = None, kinds: Kinds | None = None) -> View:
     """Merge the branch directories of a node as they are now: top branch's order first, then what lower ones add.
 
-    stacked: gets the names that have a whiteout, or are in more than one branch directory. Raises OSError when a
-    branch directory cannot be read (EACCES, EIO, ESTALE).
+    stacked: gets the names that have a whiteout, or are in more than one branch directory. kinds: gets what
+    getdents64(2) says of each. Raises OSError when a branch directory cannot be read (EACCES, EIO, ESTALE).
     """
     names: View = {}
     whited: set[bytes] = set()
@@ -53,7 +59,10 @@ def scan(sb: Superblock, node: Dir, stacked: set[bytes] | None = None) -> View:
                     if name in whited:
                         continue
                     if name not in names:
-                        names[name] = (index,) if entry.is_dir(follow_symlinks=False) else index
+                        is_dir = entry.is_dir(follow_symlinks=False)
+                        names[name] = (index,) if is_dir else index
+                        if kinds is not None:
+                            kinds[name] = (layer.dev, entry.inode(), _S_IFDIR if is_dir else _kind(entry))
                         continue
                     if stacked is not None:
                         stacked.add(name)
@@ -72,10 +81,22 @@ def scan(sb: Superblock, node: Dir, stacked: set[bytes] | None = None) -> View:
     return names
 
 
-def load_view(sb: Superblock, node: Dir) -> View:
-    """Scan and keep the view of a directory that is trusted."""
+def _kind(entry: os.DirEntry[str]) -> int:
+    """S_IFMT bits of what is no directory; no system call but for devices, FIFOs and sockets."""
+    if entry.is_file(follow_symlinks=False):
+        return st_mod.S_IFREG
+    if entry.is_symlink():
+        return st_mod.S_IFLNK
+    try:
+        return st_mod.S_IFMT(entry.stat(follow_symlinks=False).st_mode)
+    except OSError:
+        return 0  # DT_UNKNOWN: whoever wants to know asks
+
+
+def load_view(sb: Superblock, node: Dir, kinds: Kinds | None = None) -> View:
+    """Scan and keep the view of a directory that is trusted. kinds: as for `scan`."""
     stacked: set[bytes] = set()
-    view = scan(sb, node, stacked)
+    view = scan(sb, node, stacked, kinds)
     node.view = view
     node.stacked = stacked if len(stacked) <= MAX_STACKED else None
     node.probes = 0
