@@ -377,6 +377,9 @@ def test_everything_is_forgotten(tmp_path: Path, udba: str) -> None:
         (tmp_path / f"base/d{i}/sub/f").write_text("x")
         os.link(tmp_path / f"base/d{i}/sub/f", tmp_path / f"base/d{i}/hard")
     with core(tmp_path, udba=udba) as union:
+        for _ in range(3):
+            assert union.content("d0/sub/f") == b"x"  # reval begins to watch, for as long as the mount lasts
+        union.forget_all()
         opened = len(union.sb.plink_fds)
         descriptors = len(os.listdir("/proc/self/fd"))
         for i in range(20):
