@@ -126,6 +126,7 @@ class Data:
         self.many = scratch / "data/many"
         self.repository = scratch / "data/repo"
         self.deep = "deep" + "/d" * (scale.levels - 1)  # a directory of the lower branch
+        self.own = scratch / "data/own"  # what is read of a writable branch
         self.archive = scratch / "data/files.tar"
         self.loops: dict[str, Path] = {}  # file system -> where it is mounted
         self.loop_errors: dict[str, str] = {}
@@ -144,7 +145,8 @@ class Data:
         self._tree(self.lower, "owned", "owned", self.scale.owned, 2048)
         self.list_names("mutations", [f"w/new{i:06}" for i in range(self.scale.mutations)])
         self._big(self.lower, {*self.scale.first_writes, self.scale.big // MIB, self.scale.random_file // MIB})
-        self.list_names("big", [f"big/{self.scale.big // MIB}M"])
+        self._client("seqwrite", self.own, self.scale.big)
+        self.list_names("own", [self.own.name])
         self._project()
         self._repository()
         self._archive()

@@ -20,6 +20,7 @@ from typing import IO, Literal
 from tests.bench import process
 from tests.bench.process import Failed
 from tests.helpers.leaks import read_mountinfo
+from udbad.settings import options
 
 Kind = Literal["native", "kernel", "peer", "udbad"]
 FUSECTL = Path("/sys/fs/fuse/connections")
@@ -125,8 +126,8 @@ def _udbad_system(mode: str, io: str = "") -> System:
     return System(name, "udbad", _udbad(mode, f",io={io}" if io else ""), tells_ready=True, io=io)
 
 
-# The io= modes that are measured beside the default: none yet.
-IO_MODES: tuple[str, ...] = ()
+# The io= modes that are measured beside the default, of those that there are.
+IO_MODES = tuple(mode for mode in ("cached", "passthrough") if mode in options.IO_MODES)
 SYSTEMS = {
     system.name: system
     for system in (

@@ -14,9 +14,10 @@ from tests.bench.data import FULL, QUICK, Data, Scale
 from tests.bench.goals import Goal, checks, goals
 from tests.bench.measure import NO_TIME, Cell, Course, Row
 from tests.bench.session import Figure, Session
-from tests.bench.systems import REPOSITORY, SYSTEMS, System
+from tests.bench.systems import REPOSITORY, SYSTEMS, Place, System
 from tests.bench.workload import Workload, figures
 from tests.bench.workloads import all_workloads
+from udbad.settings.options import MountOptions, parse_mount_options
 
 
 class Clock:
@@ -34,7 +35,7 @@ def make_row(key: str, unit: str = "us", *, compare: bool = True, **medians: flo
 
 @pytest.fixture
 def cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system with an io mode of its own, whether or not the benchmark has one."""
+    """A system with io=cached, whether or not udbad has that."""
     system = System("udbad-notify-cached", "udbad", lambda place: [], io="cached")
     monkeypatch.setitem(SYSTEMS, system.name, system)
 
@@ -331,6 +332,14 @@ def test_a_page_takes_the_new_table() -> None:
 
 def test_the_page_of_the_figures_has_a_place_for_them() -> None:
     assert report.replaced((REPOSITORY / "docs/performance.md").read_text(), "new\n")
+
+
+def test_every_io_mode_is_one_that_udbad_has() -> None:
+    place = Place((Path("/lower"),), Path("/upper"), Path("/work"), Path("/mnt"))
+    for system in SYSTEMS.values():
+        if system.kind == "udbad":
+            argv = system.argv(place)
+            assert parse_mount_options([argv[argv.index("-o") + 1]]).io == (system.io or MountOptions.io)
 
 
 def test_the_plot_has_a_colour_for_each_system() -> None:
