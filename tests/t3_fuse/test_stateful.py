@@ -167,7 +167,13 @@ def name_of(number: int) -> str:
 @pytest.mark.stress
 @pytest.mark.parametrize(
     ("permissions", "udba", "options"),
-    [*((layout, udba, "") for layout in LAYOUTS for udba in ("none", "reval")), (LAYOUTS[0], "notify", "edge=pyfuse3")],
+    [
+        *((layout, udba, "") for layout in LAYOUTS for udba in ("none", "reval")),
+        (LAYOUTS[0], "notify", "edge=pyfuse3"),
+        *((layout, "none", "io=cached") for layout in scaled(LAYOUTS[2:3], LAYOUTS)),
+        # An open file is not copied up then, which only a second writable branch makes a difference.
+        *((layout, "notify", "io=passthrough") for layout in scaled(LAYOUTS[1:2], LAYOUTS) if layout.count("rw") == 1),
+    ],
     ids=lambda value: value if isinstance(value, str) else ":".join(value),
 )
 def test_random_operations(permissions: tuple[str, ...], udba: str, options: str) -> None:
