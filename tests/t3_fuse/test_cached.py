@@ -350,3 +350,17 @@ def test_ranges(union: UnionFactory, tmp_path: Path, udba: str) -> None:
         os.close(target)
     assert (tmp_path / "top/file").read_bytes()[: len(CONTENT) + 100] == CONTENT + CONTENT[:100]
     assert any(mount.requests()["fallocate"] and mount.requests()["copy_file_range"] for _ in range(1000))
+
+
+@without_reval
+def test_files_that_were_made_are_closed(union: UnionFactory, udba: str) -> None:
+    """There is no RELEASE that would tell; with a name, and without one."""
+    mount = union(LAYERS, udba, CACHED)
+    (mount.path / "first").touch()
+    assert (mount.path / "first").read_bytes() == b""  # from the first open(2) on, nothing is released
+    before = len(os.listdir(f"/proc/{mount.process.pid}/fd"))
+    for number in range(100):
+        (mount.path / f"f{number}").touch()
+        os.close(os.open(mount.path, os.O_TMPFILE | os.O_RDWR))
+    mount.flush()
+    assert len(os.listdir(f"/proc/{mount.process.pid}/fd")) < before + 20

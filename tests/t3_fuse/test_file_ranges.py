@@ -221,7 +221,7 @@ def test_a_sparse_file_stays_sparse(union: UnionFactory, tmp_path: Path, udba: s
     for name in ("top", "base"):
         (tmp_path / name).mkdir()
     make_sparse(tmp_path / place / "sparse")
-    mount = union({"top": "rw", "base": "ro"}, udba)
+    mount = union({"top": "rw", "base": "ro"}, udba, "io=requests")
     before = mount.requests()["read"]
     subprocess.run(COPIERS[copier], shell=True, cwd=mount.path, check=True, timeout=60)
     if copier != "rsync":

@@ -214,7 +214,12 @@ class Operations:
 
     def _created(self, parent: int, flags: int, handle: OpenFile, st: os.stat_result) -> tuple[Entry, Opened]:
         opened = self._opened(handle, flags, st, keep=False)
-        return self._entry(parent, handle.node, st), opened
+        entry = self._entry(parent, handle.node, st)
+        if self.fs.kept is not None:
+            # There is no RELEASE with no_open (fuse_file_put()), so the kernel gets no handle, as with open(2).
+            self.fs.release(handle.fh)
+            return entry, (0, *opened[1:])
+        return entry, opened
 
     def open(self, node_id: int, flags: int, caller: Caller) -> Opened:
         handle, st = self.fs.open(node_id, flags, caller)

@@ -516,6 +516,8 @@ class UnionFs:
 
     def release(self, fh: int) -> None:
         if self.kept is not None:
+            if not fh:
+                return
             self.kept.released(self.handles.file(fh))
         handle = self.handles.remove_file(fh)
         if handle.backing_id and not handle.node.handles:

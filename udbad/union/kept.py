@@ -85,8 +85,8 @@ class KeptFiles:
             pass  # gone already
 
     def released(self, handle: OpenFile) -> None:
-        """An open file is about to be closed that the kernel was given with CREATE or TMPFILE. If nothing else leads to
-        its node, somebody may still have that open by way of /proc/self/fd."""
+        """A file that was just made is about to be closed here, as the kernel gets no handle. If nothing else leads to
+        its node, it is kept, for who has it open."""
         node = handle.node
         nameless = node.dead or node.parent is None
         if nameless and node.handles == [handle] and node.nlookup > 0 and node.orphan_fd < 0:
