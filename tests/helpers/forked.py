@@ -189,7 +189,6 @@ def main() -> None:
     # What is imported later would not be found by a user whom the interpreter's directory is closed to.
     importlib.import_module("difflib")  # click, at short options
     later.load()
-
     gc.collect()
     gc.freeze()
     descriptors = _forked(socket.socket(fileno=os.dup(0)))

@@ -5,6 +5,11 @@ from __future__ import annotations
 NAMES, CONTENT, ATTRIBUTES, GONE = 1, 2, 4, 8
 """What a change concerns, as bits."""
 
+SILENT_FS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "afs", "lustre", "gfs2", "ocfs2", "vboxsf"}
+)
+"""File systems on which others can change things without an inotify event here; so can all of FUSE."""
+
 _SETTINGS = "/proc/sys/fs/inotify/"
 
 

@@ -23,7 +23,7 @@ from udbad.branch import state
 from udbad.branch.branches import Branch
 from udbad.coherence.base import FOREVER, Coherence, CoherenceStatistics, KernelNotifier
 from udbad.coherence.events import Events
-from udbad.coherence.inotify import watch_limit
+from udbad.coherence.inotify import SILENT_FS, watch_limit
 from udbad.coherence.sent import SentAttributes
 from udbad.coherence.watcher import Change
 from udbad.coherence.watches import Watches
@@ -32,11 +32,6 @@ from udbad.inodes.table import Dir, Node
 from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
-
-SILENT_FS = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "afs", "lustre", "gfs2", "ocfs2", "vboxsf"}
-)
-"""File systems on which others can change things without an inotify event here; so can all of FUSE."""
 
 
 class NotifyCoherence(Coherence):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from udbad.branch.branches import BranchSet
-from udbad.coherence.notify import SILENT_FS
+from udbad.coherence.inotify import SILENT_FS
 from udbad.settings.options import MountOptions
 from udbad.types import Perm
 from udbad.union.fs import COPYING
