@@ -97,7 +97,10 @@ mounting.end()
 
 
 @pytest.mark.fuse
-@pytest.mark.parametrize(("udba", "needs"), [("reval", set()), ("notify", {"asyncio", "asyncinotify"})])
+@pytest.mark.parametrize(
+    ("udba", "needs"),
+    [("none", set()), ("reval", set()), ("notify", {"asyncio", "asyncinotify"})],
+)
 def test_a_mount_that_begins_to_serve(udba: str, needs: set[str], tmp_path: Path) -> None:
     for name in ("top", "base", "mnt"):
         (tmp_path / name).mkdir()
