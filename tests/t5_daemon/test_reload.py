@@ -34,7 +34,7 @@ LIVE_VALUES: dict[str, Any] = {
 }  # fmt: skip
 FIXED_VALUES: dict[str, object] = {
     "plink": False, "xino": False, "shwh": True, "dirperm1": True, "acl": False, "dio": False,
-    "fsname": "other",
+    "fsname": "other", "io": "cached", "edge": "pyfuse3",
 }  # fmt: skip
 DAEMON_VALUES: dict[str, object] = {
     "log_level": "debug", "log_format": "json", "heartbeat": 1, "wedged_after": 50, "start_timeout": 200,

@@ -22,6 +22,7 @@ import os
 import select
 from collections import deque
 from collections.abc import Awaitable, Callable
+from threading import Lock
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -69,6 +70,8 @@ class Loop:
 
     def __init__(self) -> None:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._open = Lock()
+        """Held while `_wake` is used or closed: its number may be another descriptor's afterwards."""
         self._calls: deque[Callable[[], object]] = deque()
         # poll(2) leaves a negative descriptor out.
         self._polls = (_PollFd * 3)(*(_PollFd(fd, select.POLLIN, 0) for fd in (-1, self._wake, -1)))
@@ -78,9 +81,12 @@ class Loop:
         self._server: Server | None = None
 
     def post(self, call: Callable[[], object]) -> None:
-        """Have something called on the loop, soon. Any thread."""
-        self._calls.append(call)
-        os.eventfd_write(self._wake, 1)
+        """Have something called on the loop, soon; nothing after `close`. Any thread, trio's among them, of which one
+        may be left that waited for trio's descriptors."""
+        with self._open:
+            if self._wake >= 0:
+                self._calls.append(call)
+                os.eventfd_write(self._wake, 1)
 
     def serve(self, fd: int, server: Server) -> None:
         """From now on requests come from `fd`, /dev/fuse, non-blocking."""
@@ -186,4 +192,6 @@ class Loop:
 
     def close(self) -> None:
         """After `run` has returned. What is posted from now on is not called."""
-        os.close(self._wake)
+        with self._open:
+            os.close(self._wake)
+            self._wake = -1
