@@ -200,16 +200,19 @@ class Coherence:
     def _distrust_all(self) -> None:
         """`distrust` for everything there is, what has lost its name included; by an epoch, where there is one."""
         epoch = self.notifier.everything()
+        # A listing that was answered before may be taken in afterwards: names then have the new epoch, which
+        # fuse_direntplus_link() looks at last. To have one forgotten waits for whoever reads the directory.
+        reading = {handle.node.id for handle in self.sb.handles.dirs.values()}
         for node in list(self.sb.table.nodes.values()):
             if type(node) is not Dir:
                 self._drop_file(node)
                 continue
             was_trusted = node.trusted
             self._lose(node)
-            if epoch:
-                node.negatives = None
-            elif was_trusted:
+            if was_trusted and (not epoch or node.id in reading):
                 self.expire_names(node)
+            elif epoch:
+                node.negatives = None
 
     def _lose(self, node: Dir) -> None:
         """A directory is not trusted; the caller has its names dropped, if it was."""
