@@ -112,7 +112,7 @@ class Claim:
     def __init__(self, run_dir: str, mount_point: bytes, seconds: float | None = None) -> None:
         """mount_point: from real_mount_point(). Raises OSError: EBUSY when somebody has it for so many seconds
         (None: CLAIM_SECONDS)."""
-        path = directory(run_dir, mount_point)
+        self._path = path = directory(run_dir, mount_point)
         end = time.monotonic() + (CLAIM_SECONDS if seconds is None else seconds)
         while not self._take(path):
             if time.monotonic() > end:
@@ -138,6 +138,18 @@ class Claim:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def withdraw(self) -> None:
+        """Release it, and take away what was made for it alone: nothing has come of it."""
+        if self._fd < 0:
+            return
+        try:
+            if os.listdir(self._path) == [CLAIM]:
+                _remove(self._path, ignore_errors=True)
+        except OSError:
+            pass  # gone, or nobody's any more; it keeps nobody out
+        finally:
+            self.release()
 
 
 @contextmanager

@@ -106,7 +106,7 @@ class MountProcess:
             ending.callback(self._unregister)
             self._claim = self._claim_mount_point()
             if self._claim is not None:
-                ending.callback(self._claim.release)
+                ending.callback(self._claim.withdraw)
             self._dead = self._dead_mounts()
             if not self._dead and check_mount_point(self.mount_point):
                 log.info("mount point %s is not empty; its content is hidden while mounted", text(self.mount_point))
