@@ -76,7 +76,18 @@ _RENAME_FLAGS: Final = (0, 0, 0, NOREPLACE, EXCHANGE)
 
 
 def _rename(path: bytes, other: bytes, arg: int) -> None:
-    renameat2(path, other, _RENAME_FLAGS[arg % len(_RENAME_FLAGS)])
+    flags = _RENAME_FLAGS[arg % len(_RENAME_FLAGS)]
+    try:
+        renameat2(path, other, flags)
+    except OSError as error:
+        if error.errno != errno.ESTALE or os.path.dirname(path) == os.path.dirname(other):
+            raise
+        # A directory that was moved directly to one of the names is not found there by a rename between directories,
+        # which holds the lock that its old dentry would be moved under (__d_unalias() in fs/dcache.c). Looked up
+        # without one, it is.
+        for name in (path, other):
+            os.path.lexists(name)
+        renameat2(path, other, flags)
 
 
 def _read(path: bytes, other: bytes, arg: int) -> None:

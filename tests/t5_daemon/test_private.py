@@ -18,8 +18,12 @@ def writable_by_others(*trees: Path) -> list[str]:
     """Everything below that group or others may write to; symbolic links have no mode of their own."""
     found = []
     for tree in trees:
-        for path in (tree, *tree.rglob("*")):
-            mode = path.lstat().st_mode
+        below = (Path(here, name) for here, *names in os.walk(tree) for name in (*names[0], *names[1]))
+        for path in (tree, *below):
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # a mount that ends takes away what is its own
+                continue
             if not stat.S_ISLNK(mode) and mode & 0o022:
                 found.append(f"{path} {stat.S_IMODE(mode):04o}")
     return found
