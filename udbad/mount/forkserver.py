@@ -61,7 +61,10 @@ def main(work: Callable[[socket.socket], int]) -> int:
 
 def _reap(number: int, frame: object) -> None:
     for pid in list(_children):
-        done, status = os.waitpid(pid, os.WNOHANG)
+        try:
+            done, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            continue  # another signal came amid this, and has seen to it
         if done:
             _children.discard(pid)
             if pid in _expected:
