@@ -394,8 +394,7 @@ class Handlers(pyfuse3.Operations):
     async def readdir(self, fh: int, start: int, token: pyfuse3.ReaddirToken) -> None:
         with closing(self.operations.entries(fh, start)) as entries:
             for name, node, st, entry_ttl, attr_ttl, after, _ in entries:
-                entry = self._attributes((node, st, attr_ttl))
-                entry.entry_timeout = entry_ttl
+                entry = self._entry((node, st, entry_ttl, attr_ttl))
                 if not pyfuse3.readdir_reply(token, name, entry, after):
                     break
 

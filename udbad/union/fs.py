@@ -449,9 +449,7 @@ class UnionFs:
             count = os.pwrite(handle.fd, data, offset)
         changes.data(handle.node, True, None, handle.fd)
         if handle.id_bits:
-            st = os.fstat(handle.fd)
-            if st.st_mode & ID_BITS != handle.id_bits:
-                ranges.id_bits_went(self.sb, handle.node, st)
+            ranges.look_at_id_bits(self.sb, handle)
         return count
 
     def write_kept(self, fh: int, offset: int, data: bytes | memoryview, flags: int) -> int:

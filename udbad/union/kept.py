@@ -141,9 +141,7 @@ class KeptFiles:
             count = os.pwritev(handle.fd, [data], offset, _write_flags(flags))
         changes.data(handle.node, True, None, handle.fd)
         if handle.id_bits:
-            st = os.fstat(handle.fd)
-            if st.st_mode & ID_BITS != handle.id_bits:
-                ranges.id_bits_went(self._sb, handle.node, st)
+            ranges.look_at_id_bits(self._sb, handle)
         return count
 
     def written(self, handle: OpenFile) -> None:

@@ -97,9 +97,14 @@ def end(sb: Superblock, change: Change, failed: bool) -> None:
     else:
         sb.changes.data(handle.node, True, None, handle.fd)
     if handle.id_bits:
-        st = os.fstat(handle.fd)
-        if st.st_mode & ID_BITS != handle.id_bits:
-            id_bits_went(sb, handle.node, st)
+        look_at_id_bits(sb, handle)
+
+
+def look_at_id_bits(sb: Superblock, handle: OpenFile) -> None:
+    """After new content, where the file had setuid or setgid when it was last looked at."""
+    st = os.fstat(handle.fd)
+    if st.st_mode & ID_BITS != handle.id_bits:
+        id_bits_went(sb, handle.node, st)
 
 
 def id_bits_went(sb: Superblock, node: Node, st: os.stat_result) -> None:
