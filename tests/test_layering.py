@@ -33,7 +33,7 @@ LEVELS: list[list[str]] = [
     ],
     ["udbad.union"],  # copyup, create, remove, rename, plink and what else changes branches
     ["udbad.coherence"],
-    ["udbad.union.fs"],
+    ["udbad.union.fs", "udbad.union.recall"],
     ["udbad.kernel"],
     ["udbad.edge"],
     ["udbad.tools"],  # what people run on a union; asks no kernel and no process

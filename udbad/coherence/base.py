@@ -329,6 +329,15 @@ class Coherence:
         self._distrust_all()
         self.adopt(self.sb.root, False)
 
+    def recalled(self) -> None:
+        """The tree is one that a predecessor had (union/recall.py): the kernel may remember all of it, and nobody has
+        seen what has happened meanwhile. To be called after `start`."""
+        for node in self.sb.table.nodes.values():
+            if type(node) is Dir:
+                node.trusted = True
+                node.ttl = FOREVER
+        self.drop_everything()
+
     def attr_ttl(self, node: Node, st: os.stat_result) -> float:
         """How long (seconds) the kernel may keep the attributes of a node."""
         parent = node.parent

@@ -1,0 +1,267 @@
+"""What a mount knows, in memory that outlives its process: a log that its successor can read.
+
+The memory is that of a memfd, which a keeper holds as well. An entry is appended by storing it, and then the end of the
+log, one aligned word; so whoever is killed between any two instructions leaves a log that ends before the entry or
+after it. The last entry about an object counts. When entries that do not count have become many, all that there is is
+written anew into the other half of the file, some of it at each `flush`, and what changes meanwhile into both; another
+aligned word then says that the other half is the log.
+
+What is in an entry is not known here (journal.py), but for one word: a count that is changed in place (`count`).
+
+Layout, numbers in the machine's order: words of 8 bytes MAGIC, STATE (version << 32 | half), END of either half, NOTES
+(length << 1 | which); two areas for notes; from SLOTS_AT on what edge/once.py keeps there; from LOG_AT on the halves,
+HALF_STRIDE bytes apart, most of them never touched. An entry: length in bytes, the count, payload, up to the next word.
+Event loop only.
+"""
+
+from __future__ import annotations
+
+import marshal
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, Final, Protocol
+
+VERSION: Final = 1
+"""Of what is in the record, this layout and the entries of journal.py: who cannot read it says so and leaves it."""
+SLOTS_AT: Final = 4096
+LOG_AT: Final = 65536
+HALF_STRIDE: Final = 1 << 38
+_MAGIC: Final = int.from_bytes(b"udbadrec", "little")
+_STATE, _END, _NOTES = 1, 2, 4
+"""Numbers of words; the end of the second half is after that of the first."""
+_NOTES_AT: Final = 64
+_NOTES_SIZE: Final = (SLOTS_AT - _NOTES_AT) // 2
+_ENTRY = struct.Struct("=QQ")
+_CHUNK: Final = 1 << 22
+"""Bytes that a half gets at a time; memory is used for what is written."""
+_PORTION: Final = 256
+"""Objects that one `flush` writes anew, which takes less than a millisecond."""
+_MARSHAL: Final = 2
+"""Format of marshal that every Python 3 reads and that is quickest to write."""
+
+unpack: Callable[[bytes], Any] = marshal.loads
+
+
+def pack(value: Any) -> bytes:
+    """Numbers, bytes, None, and tuples, lists and dictionaries of them as bytes, for `unpack`."""
+    return marshal.dumps(value, _MARSHAL)
+
+
+class UnreadableRecord(Exception):
+    """There is no state in it, or one of another version."""
+
+
+class Counted(Protocol):
+    """An object whose references are counted in place. place: number of the word, 0: it has none."""
+
+    nlookup: int
+    place: int
+
+
+class _Half:
+    """One half of the file, as a log."""
+
+    __slots__ = ("_ends", "_fd", "_map", "_room", "end", "number", "words")
+
+    def __init__(self, fd: int, ends: memoryview, number: int) -> None:
+        """ends: the words of the file's beginning."""
+        self._fd = fd
+        self._ends = ends
+        self.number = number
+        self.end = ends[_END + number]
+        self._room = 0
+        self._extend(self.end)
+
+    def _extend(self, end: int) -> None:
+        """Have room for entries up to `end`. Raises OSError."""
+        start = LOG_AT + self.number * HALF_STRIDE
+        room = max(end + _CHUNK, 2 * self._room) // _CHUNK * _CHUNK
+        if os.fstat(self._fd).st_size < start + room:
+            os.ftruncate(self._fd, start + room)
+        self._map = mmap.mmap(self._fd, room, offset=start)
+        self.words = memoryview(self._map).cast("Q")
+        self._room = room
+
+    def append(self, entry: bytes) -> int:
+        """The number of the word with its count. Raises OSError."""
+        end = self.end
+        after = end + len(entry)
+        if after > self._room:
+            self._extend(after)
+        self._map[end:after] = entry
+        self.end = after = after + 7 & ~7
+        self._ends[_END + self.number] = after
+        return (end >> 3) + 1
+
+    def empty(self) -> None:
+        """Begin anew, and give back the memory."""
+        self.end = self._ends[_END + self.number] = 0
+        self._map.madvise(mmap.MADV_REMOVE)
+
+    def entries(self) -> Iterator[tuple[bytes, int]]:
+        at, end, data = 0, self.end, self._map
+        while at < end:
+            size, count = _ENTRY.unpack_from(data, at)
+            at += _ENTRY.size
+            yield data[at : at + size], count
+            at = at + size + 7 & ~7
+
+
+class Record:
+    """The record of one mount.
+
+    fd: of the memfd, which whoever is to outlive us has to hold. slots: what edge/once.py keeps in it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        """fd: of a memfd of ours from now on, as `create` makes it."""
+        self.fd = fd
+        self._head = mmap.mmap(fd, LOG_AT)
+        self._words = memoryview(self._head).cast("Q")
+        self.slots = memoryview(self._head)[SLOTS_AT:]
+        self._half = _Half(fd, self._words, self._words[_STATE] & 1)
+        self._next: _Half | None = None
+        """The half that all is being written to anew."""
+        self._rest: Iterator[Any] = iter(())
+        """What is still to be written there."""
+        self._moving = False
+        """What is written is for that half alone."""
+        self._most = 0
+        """Bytes of the log from which on it is worth writing all anew."""
+        self.changed: set[Any] = set()
+        """What is not in the log as it is now. Whoever changes an object puts it here, before the next `flush`."""
+        self.write: Callable[[Any], None] = lambda one: None
+        """Appends what there is to be known of an object; replaced by journal.py, and so is the next."""
+        self.live: Callable[[], Iterable[Any]] = lambda: ()
+        """All objects there are, and that may change meanwhile."""
+        self.rewritten = 0
+        """How many times all was written anew."""
+
+    @classmethod
+    def create(cls) -> Record:
+        """An empty one; nobody can read it before the first `rewrite`. Raises OSError."""
+        fd = os.memfd_create("udbad record", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, LOG_AT)
+            os.pwrite(fd, struct.pack("=Q", _MAGIC), 0)
+            return cls(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def attach(cls, fd: int) -> Record:
+        """The record of a predecessor; fd: ours from now on, unless this raises. Raises UnreadableRecord, OSError.
+
+        Nothing may be written to it before `rewrite`, and until that has returned it stays as it is.
+        """
+        head = os.pread(fd, 16, 0)
+        magic, state = struct.unpack("=QQ", head) if len(head) == 16 else (0, 0)
+        if magic != _MAGIC:
+            raise UnreadableRecord("it is no record")
+        if state >> 32 != VERSION:
+            raise UnreadableRecord(f"it has version {state >> 32}, and {VERSION} is what can be read")
+        return cls(fd)
+
+    def close(self) -> None:
+        """Nothing is written any more. The memory lives as long as somebody has a descriptor of it."""
+        self.changed = set()
+        os.close(self.fd)
+
+    # -- what is written ----------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Write what has changed; to be called before an answer that depends on it is given. Raises OSError.
+
+        Called also when nothing has: `changed` tells whether that is worth it.
+        """
+        changed, write = self.changed, self.write
+        while changed:
+            write(changed.pop())
+        if self._next is not None:
+            self._move(_PORTION)
+        elif self._half.end > self._most:
+            self._begin()
+
+    def append(self, payload: bytes, count: int = 0) -> int:
+        """One more entry, for `write`; returned is its place, for `Counted`. Raises OSError."""
+        entry = _ENTRY.pack(len(payload), count) + payload
+        if self._next is None:
+            return self._half.append(entry)
+        if not self._moving:
+            self._half.append(entry)
+        return self._next.append(entry)
+
+    def count(self, node: Counted) -> None:
+        """The references of a node are others now; they are in the record before this returns or with the `flush`."""
+        if node.place and self._next is None:
+            self._half.words[node.place] = max(node.nlookup, 0)
+        else:
+            self.changed.add(node)
+
+    def rewrite(self) -> None:
+        """Write all there is anew, and have nothing else in the record. Raises OSError."""
+        self._begin()
+        self._move(None)
+
+    def _begin(self) -> None:
+        self._next = _Half(self.fd, self._words, 1 - self._half.number)
+        self._next.empty()
+        self._rest = iter(self.live())
+
+    def _move(self, most: int | None) -> None:
+        """Write so many objects anew (None: all that are left), and go over to the new half when there are no more."""
+        assert self._next is not None
+        self._moving = True
+        try:
+            written = 0
+            for one in islice(self._rest, most):
+                self.write(one)
+                written += 1
+        finally:
+            self._moving = False
+        if written == most:
+            return
+        old, self._half, self._next = self._half, self._next, None
+        self._words[_STATE] = VERSION << 32 | self._half.number
+        old.empty()
+        self._most = max(_CHUNK, 3 * self._half.end)
+        self.rewritten += 1
+
+    # -- what is read ---------------------------------------------------------------------------------
+
+    def entries(self) -> Iterator[tuple[bytes, int]]:
+        """Payload and count of every entry, in the order in which they were written."""
+        return self._half.entries()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the log."""
+        return self._half.end
+
+    # -- small facts ------------------------------------------------------------------------------------
+
+    def note(self, name: str, value: bytes) -> None:
+        """Keep something small under a name, in place of what it was. Raises ValueError when there is no room."""
+        notes = self._read_notes()
+        notes[name.encode()] = value
+        data = pack(notes)
+        if len(data) > _NOTES_SIZE:
+            raise ValueError(f"no room for note {name}")
+        which = 1 - (self._words[_NOTES] & 1)
+        at = _NOTES_AT + which * _NOTES_SIZE
+        self._head[at : at + len(data)] = data
+        self._words[_NOTES] = len(data) << 1 | which
+
+    def noted(self, name: str) -> bytes | None:
+        return self._read_notes().get(name.encode())
+
+    def _read_notes(self) -> dict[bytes, bytes]:
+        word = self._words[_NOTES]
+        at = _NOTES_AT + (word & 1) * _NOTES_SIZE
+        data = self._head[at : at + (word >> 1)]
+        notes: dict[bytes, bytes] = unpack(data) if data else {}
+        return notes
