@@ -1,11 +1,11 @@
 """A warm tree costs nothing: the kernel answers names, attributes and contents without asking the daemon.
 
 From the third pass on, because the second one may still ask for attributes: a READ marks the time of access old.
-Counted in requests that have reached the daemon, for find(1), stat(2), reading, and names that do not exist.
+Counted in requests that have reached the daemon, for find(1), stat(2), reading, following symbolic links, and names
+that do not exist.
 
 What the kernel does not keep is not claimed: a listing asks for names each time (its READDIR also brings the
-attributes) and marks the directory's own time of access old, so find asks once for the directory it starts at; and
-a symlink's target is asked for each time (READLINK), which marks the link's time of access old.
+attributes) and marks the directory's own time of access old, so find asks once for the directory it starts at.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISLNK, S_ISREG
 
 import pytest
 
@@ -23,7 +23,7 @@ from tests.helpers.mount import Mount, UnionFactory
 
 pytestmark = pytest.mark.fuse
 
-FREE = ("lookup", "getattr", "read", "readdir")
+FREE = ("lookup", "getattr", "read", "readdir", "readlink")
 """Requests that a warm tree does not cause."""
 LAYERS = {"top": "rw", "middle": "ro+wh", "base": "ro"}
 
@@ -66,6 +66,12 @@ def read(mount: Mount, names: Sequence[str]) -> None:
             assert (mount.path / name).read_bytes()
 
 
+def follow(mount: Mount, names: Sequence[str]) -> None:
+    for name in names:
+        if S_ISLNK((mount.path / name).lstat().st_mode):
+            assert (mount.path / name).read_bytes()
+
+
 def ask_missing(mount: Mount, names: Sequence[str]) -> None:
     for directory in {os.path.dirname(name) for name in names}:
         for word in ("missing", "base-1.bak", "Makefile"):
@@ -80,6 +86,7 @@ WORK: dict[Callable[[Mount, Sequence[str]], None], dict[str, int]] = {
     find: {},
     stat: {},
     read: {},
+    follow: {},
     ask_missing: {},
 }
 """What is done, and what it costs from the third time on."""

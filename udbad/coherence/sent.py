@@ -7,6 +7,7 @@ it. Event loop only.
 from __future__ import annotations
 
 import os
+import stat as st_mod
 
 from udbad.branch import state, syscalls
 from udbad.branch.state import Stamp
@@ -44,6 +45,9 @@ class SentAttributes:
         self.stamps[node.id] = now
         if node.handles:
             note_id_bits(node, st)
+        if node.kind == st_mod.S_IFLNK:
+            self._notifier.data(node.id)  # another one may have got its number, and the kernel keeps targets
+            return False
         pages = type(node) is not Dir and (self._sb.kernel_opens or (node.handles and not backing_id(node)))
         if pages and (content or sent is None or now is None or not state.same_content(now, sent)):
             self._notifier.data(node.id)

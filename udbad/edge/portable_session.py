@@ -24,7 +24,7 @@ from udbad.kernel import mounts
 log = logging.getLogger(__name__)
 
 LACKS: Final = (
-    "cached listings",
+    "cached listings and targets of symbolic links",
     "io=cached and io=passthrough",
     "fallocate, SEEK_HOLE, copy_file_range, O_TMPFILE, birth times",
     "safe mounts inside it",

@@ -77,6 +77,9 @@ class Plink:
         """False while `pending` is a guess, because an earlier mount made the pseudo-link."""
 
 
+Target = tuple[int, bytes]
+"""Where the kernel was told that a symbolic link leads, and the ctime (ns) it had then; 0: another one may have it."""
+
 XATTR_BITS = {
     b"security.capability": 1,
     b"security.selinux": 2,
@@ -128,8 +131,8 @@ class Node:
         """Its copy without a name, made after the last one was removed."""
         self.busy: object = None
         """The copy-up of it that is under way, if there is one (edge/waiting.py)."""
-        self.seen: Stamp | None = None
-        """Its state at the last open, for which the kernel may keep pages."""
+        self.seen: Stamp | Target | None = None
+        """Its state at the last open, or its target: what the kernel may keep pages of."""
 
     @property
     def identity(self) -> Identity:

@@ -38,6 +38,7 @@ _HANDLE_KILLPRIV = 1 << 19
 _POSIX_ACL = 1 << 20
 _ABORT_ERROR = 1 << 21
 _MAX_PAGES = 1 << 22
+_CACHE_SYMLINKS = 1 << 23
 _HANDLE_KILLPRIV_V2 = 1 << 28
 _SETXATTR_EXT = 1 << 29
 _INIT_EXT = 1 << 30
@@ -56,6 +57,10 @@ own, which is answered ENOSYS."""
 _STACKING = 1
 """How many file systems lie below us, branches that the kernel uses itself not counted: with one, an overlayfs on top
 of us is still possible, but none below (FILESYSTEM_MAX_STACK_DEPTH is 2)."""
+
+_LINKS_MINOR = 43
+"""The protocol minor from which a kept target of a symbolic link is never cut to the length of another one that has got
+its inode number (Linux 6.15)."""
 
 NOTIFY_INVAL_INODE = 2
 NOTIFY_INVAL_ENTRY = 3
@@ -88,6 +93,8 @@ class InitRequest:
         or opened by it, which must have offered it."""
         wanted = _WANTED | (_POSIX_ACL if acl else 0)
         wanted |= _HANDLE_KILLPRIV_V2 if self.flags & _HANDLE_KILLPRIV_V2 else _HANDLE_KILLPRIV
+        if self.minor >= _LINKS_MINOR:
+            wanted |= _CACHE_SYMLINKS
         if no_open:
             wanted &= ~_ATOMIC_O_TRUNC  # else the kernel would take an open(2) of its own to have emptied the file
         flags2, depth = 0, 0

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
-from udbad.branch import syscalls, whiteout
+from udbad.branch import state, syscalls, whiteout
 from udbad.branch.credentials import Credentials, sgid_group
 from udbad.errors import REPLACED, erofs, estale, os_error
 from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, backing_id, note_id_bits
@@ -284,7 +284,10 @@ class UnionFs:
             raise os_error(errno.EINVAL)
         fd, owned = self.sb.open_object(node)
         try:
-            return syscalls.readlink_fd(fd)
+            st = syscalls.fstat(fd)
+            target = syscalls.readlink_fd(fd)
+            node.seen = (0 if state.is_racy(node.branch, st) else st.st_ctime_ns, target)
+            return target
         finally:
             if owned:
                 os.close(fd)

@@ -18,7 +18,7 @@ import stat as st_mod
 from enum import Enum
 from typing import ClassVar, Literal
 
-from udbad.branch import syscalls, whiteout
+from udbad.branch import state, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import ABSENT, NO_DIRECTORY, enoent, estale
 from udbad.inodes.table import LOAD_AT_LEAST, Dir, Layer, Node
@@ -26,7 +26,7 @@ from udbad.union import homes, times
 from udbad.union.superblock import LAST_DEPTH, Superblock, lower_links
 from udbad.union.view import load_view
 
-_S_IFDIR = st_mod.S_IFDIR
+_S_IFDIR, _S_IFLNK = st_mod.S_IFDIR, st_mod.S_IFLNK
 _S_IFMT = 0o170000
 _stat, _fstat = syscalls.stat_at, syscalls.fstat
 
@@ -298,6 +298,7 @@ def intern_file(
         and known.branch is branch
         and known.kind == kind
         and not known.dead
+        and (kind != _S_IFLNK or _leads_there(sb, parent, name, branch, known, st))
     ):
         return known, st
     table = sb.table
@@ -312,7 +313,12 @@ def intern_file(
             return _intern_home(sb, parent, name, st, home), home.st
         number = homes.own_number(sb, st)
         node = table.nodes.get(number)
-    if node is not None and (node.identity != (dev, ino) or node.kind != kind or node.dead):
+    if node is not None and (
+        node.identity != (dev, ino)
+        or node.kind != kind
+        or node.dead
+        or (kind == _S_IFLNK and not _leads_there(sb, parent, name, branch, node, st))
+    ):
         # The number belongs to an object that is still in use: this one gets a number of its own.
         number = sb.inomap.fresh(dev, ino)
         node = None
@@ -322,6 +328,24 @@ def intern_file(
     node.branch = branch
     sb.changes.found(node, parent, name)
     return node, st
+
+
+def _leads_there(sb: Superblock, parent: Dir, name: bytes, branch: Branch, node: Node, st: os.stat_result) -> bool:
+    """Whether a symbolic link leads where the kernel was told that this node does.
+
+    It keeps that with the inode (FUSE_CACHE_SYMLINKS). No link ever leads elsewhere, but its number comes round.
+    """
+    told = node.seen
+    if told is None or told[0] == st.st_ctime_ns:
+        return True
+    try:
+        target = syscalls.readlink_at(sb.branch_fd(parent, branch), name)
+    except OSError:
+        return False
+    if target != told[1]:
+        return False
+    node.seen = (0 if state.is_racy(branch, st) else st.st_ctime_ns, target)
+    return True
 
 
 def _intern_home(sb: Superblock, parent: Dir, name: bytes, st: os.stat_result, home: homes.Home) -> Node:
@@ -335,7 +359,8 @@ def _intern_home(sb: Superblock, parent: Dir, name: bytes, st: os.stat_result, h
         if node.parent is None and not node.handles and node.kind == kind and not node.dead:
             # Its file was known before the home's branch was added, and has lost its names (reconfigure.apply).
             node.dev, node.ino = identity
-            node.seen = None
+            if kind != _S_IFLNK:
+                node.seen = None
             node.lacks = None
         else:
             number = sb.inomap.fresh(dev, ino)
