@@ -120,7 +120,7 @@ class Native:
         self._into = [self._buffer]
         rows = TABLE if setxattr_ext else {**TABLE, wire.SETXATTR: OLD_SETXATTR}
         if fs.kept is not None:
-            rows = without_open(rows)
+            rows = without_open(rows, not fs.sb.options.show_whiteouts)
         self._rows: dict[int, Bound] = {
             opcode: (row.parse, row.operation, row.encode, row.least, boundary.operation(row.name), row)
             for opcode, row in rows.items()

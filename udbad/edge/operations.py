@@ -177,8 +177,10 @@ class Operations:
 
     def getattr(self, node_id: int) -> Attributes:
         node, st = self.fs.getattr(node_id)
-        if type(node) is Dir and node.cached_opens and not node.trusted:
-            node.mtime_offset += 1  # somebody who has it open from better times must not be shown a listing of then
+        if type(node) is Dir and node.listed and not node.trusted:
+            # Who has it open from better times, or opens it without telling, must not be shown the listing of then.
+            node.mtime_offset += 1
+            node.listed = False
         return node, st, self.coherence.attr_ttl(node, st)
 
     def statx(self, node_id: int) -> tuple[Attributes, int]:

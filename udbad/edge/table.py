@@ -479,19 +479,24 @@ OLD_SETXATTR: Final = row("setxattr", 9, _setxattr, _O.setxattr, _done)
 
 
 _ONE_HANDLE: Final = (wire.READ, wire.FSYNC, wire.FALLOCATE, wire.LSEEK)
+_DIRECTORY_HANDLE: Final = (wire.READDIR, wire.READDIRPLUS, wire.FSYNCDIR)
 _TWO_HANDLES: Final = (wire.COPY_FILE_RANGE, wire.COPY_FILE_RANGE_64)
 
 
-def without_open(rows: Mapping[int, Row]) -> dict[int, Row]:
-    """The rows where the kernel opens files by itself (union/kept.py).
+def without_open(rows: Mapping[int, Row], directories: bool) -> dict[int, Row]:
+    """The rows where the kernel opens files by itself (union/kept.py); directories: these, too, and keeps each listing.
 
-    There is no OPEN and no FLUSH: the first of each is ENOSYS, and none follows. Handle 0 is the node's kept file.
+    There is no OPEN, OPENDIR or FLUSH: the first of each is ENOSYS, and none follows. Handle 0 is the node's kept file.
     """
     kept = {opcode: each for opcode, each in rows.items() if opcode not in (wire.OPEN, wire.FLUSH)}
     for opcode in _ONE_HANDLE:
         kept[opcode] = replace(kept[opcode], parse=_kept(kept[opcode].parse))
     for opcode in _TWO_HANDLES:
         kept[opcode] = replace(kept[opcode], parse=_both_kept(kept[opcode].parse))
+    if directories:
+        del kept[wire.OPENDIR]
+        for opcode in _DIRECTORY_HANDLE:
+            kept[opcode] = replace(kept[opcode], parse=_kept(kept[opcode].parse))
     kept[wire.WRITE] = replace(kept[wire.WRITE], parse=_write_kept, operation=_O.write_kept)
     return kept
 

@@ -116,6 +116,8 @@ class HandleTable:
         self._next = 1
         self.on_missing: Callable[[int], OpenFile] | None = None
         """Opens the file for a negative number, which no open(2) has given (union/kept.py)."""
+        self.on_missing_dir: Callable[[int], OpenDir] | None = None
+        """The same for directories."""
 
     def _number(self) -> Fh:
         fh = self._next
@@ -146,6 +148,13 @@ class HandleTable:
         self.dirs[handle.fh] = handle
         return handle
 
+    def add_kept_dir(self, node: Dir) -> OpenDir:
+        """What stands for all who have a directory open without our knowing; its number is the node's, negative."""
+        handle = self.dirs[-node.id] = OpenDir(Fh(-node.id), node, 0)
+        handle.cached = True
+        node.cached_opens += 1
+        return handle
+
     def file(self, fh: int) -> OpenFile:
         """Raises EBADF for a handle that is not open."""
         try:
@@ -156,10 +165,13 @@ class HandleTable:
         return self.on_missing(fh)
 
     def directory(self, fh: int) -> OpenDir:
+        """Raises EBADF for a handle that is not open."""
         try:
             return self.dirs[fh]
         except KeyError:
-            raise os_error(errno.EBADF) from None
+            if fh >= 0 or self.on_missing_dir is None:
+                raise os_error(errno.EBADF) from None
+        return self.on_missing_dir(fh)
 
     def remove_file(self, fh: int) -> OpenFile:
         """Close an open file; what it was is returned. An error of close(2) goes nowhere here, FLUSH has told it."""

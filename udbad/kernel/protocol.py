@@ -39,6 +39,7 @@ _POSIX_ACL = 1 << 20
 _ABORT_ERROR = 1 << 21
 _MAX_PAGES = 1 << 22
 _CACHE_SYMLINKS = 1 << 23
+_NO_OPENDIR_SUPPORT = 1 << 24
 _HANDLE_KILLPRIV_V2 = 1 << 28
 _SETXATTR_EXT = 1 << 29
 _INIT_EXT = 1 << 30
@@ -85,8 +86,9 @@ class InitRequest:
         flags2 = _FLAGS2.unpack_from(raw, _IN_HEADER.size + _INIT_IN.size)[0] if self.flags & _INIT_EXT else 0
         self.passthrough = flags2 & _PASSTHROUGH != 0
         """Whether files can be given to the kernel (Linux 6.9)."""
-        self.no_open = self.flags & _NO_OPEN_SUPPORT != 0
-        """Whether the kernel can open files by itself, when OPEN is answered with ENOSYS (Linux 3.15)."""
+        self.no_open = self.flags & _NO_OPEN_SUPPORT != 0 and self.flags & _NO_OPENDIR_SUPPORT != 0
+        """Whether the kernel can open files and directories by itself, when OPEN and OPENDIR are answered with ENOSYS
+        (Linux 3.15 and 5.1)."""
 
     def reply(self, acl: bool, passthrough: bool = False, no_open: bool = False) -> bytes:
         """Our answer; acl: let the kernel enforce POSIX ACLs. passthrough, no_open: files will be given to the kernel,

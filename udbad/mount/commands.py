@@ -344,10 +344,11 @@ class Commands:
         ]
         nodes = self.process.sb.table.nodes
         untold = [(nodes[number], pid) for number, pid in openers if number in nodes and not writing]
-        opened += [("open file", node, pid) for node, pid in untold if not node.is_dir()]
+        opened += [("open directory" if node.is_dir() else "open file", node, pid) for node, pid in untold]
         if writing and not opened:
             return "somebody writes to it"
-        opened += [("open directory", one.node, one.pid) for one in handles.dirs.values() if not writing]
+        told = [one for one in handles.dirs.values() if one.fh > 0 and not writing]
+        opened += [("open directory", one.node, one.pid) for one in told]
         if not opened:
             return "somebody is in it, or something is mounted in it"
         what, node, pid = opened[0]

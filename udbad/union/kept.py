@@ -1,4 +1,4 @@
-"""io=cached: open files of nodes that the kernel opens by itself, without telling (no_open, linux/fuse.h).
+"""io=cached: what the kernel opens by itself, without telling (no_open and no_opendir, linux/fuse.h).
 
 A request about such a file names no handle. It is served by one open file for each node, which is opened when the
 first request needs it and kept: of nodes with a name as long as there is room, of those without, which nothing else
@@ -8,6 +8,9 @@ whatever is done for open files (moving to a copy, telling the kernel of new con
 Who opened the file in the kernel, and whether to write, is not known. It is opened for reading, for writing with the
 first write, and closed soon after the last one: a file that is open for writing cannot be executed on its branch.
 New content is written with nobody's rights, so that setuid and setgid bits go, whoever writes.
+
+Of a directory, one open directory in the same way stands for all who read it. That is given up when others are read:
+where somebody is in a listing, the position tells, by the listings of the node (readdir.py).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Final
 
 from udbad.branch import syscalls
 from udbad.branch.credentials import Credentials
-from udbad.inodes.handles import ID_BITS, OpenFile
+from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile
 from udbad.inodes.table import Node
 from udbad.types import Caller
 from udbad.union import ranges
@@ -30,6 +33,8 @@ from udbad.union.superblock import Superblock
 _NOBODY: Final = Caller(65534, 65534, 0, 0)
 WRITING_SECONDS: Final = 1.0
 """How long a file stays open for writing after the last write."""
+_LISTINGS: Final = 64
+"""Directories, of those that were read last, whose snapshots are kept as they were."""
 
 
 class KeptFiles:
@@ -49,6 +54,7 @@ class KeptFiles:
         self._written: dict[int, float] = {}
         """By node id: when it was last written to."""
         sb.handles.on_missing = self.open
+        sb.handles.on_missing_dir = self.open_directory
 
     def open(self, fh: int) -> OpenFile:
         """The open file of the node -fh, which has none yet. Raises ESTALE when nothing leads to it."""
@@ -60,6 +66,14 @@ class KeptFiles:
         if len(self._named) > self._most:
             self._make_room()
         return handle
+
+    def open_directory(self, fh: int) -> OpenDir:
+        """The open directory of the node -fh, which has none. Raises ESTALE for what is no directory."""
+        handles = self._sb.handles
+        node = self._sb.table.directory(-fh)
+        if len(handles.dirs) >= _LISTINGS:
+            handles.remove_dir(next(iter(handles.dirs)))
+        return handles.add_kept_dir(node)
 
     def _make_room(self) -> None:
         for _ in range(len(self._named)):
@@ -97,6 +111,7 @@ class KeptFiles:
 
     def forget(self, node_id: int) -> None:
         """The kernel has forgotten the node: nobody has it open."""
+        self._sb.handles.remove_dir(-node_id)
         handle = self._named.pop(node_id, None) or self._nameless.pop(node_id, None)
         if handle is not None:
             self._close(handle)

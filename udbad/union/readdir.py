@@ -80,7 +80,7 @@ def _place(sb: Superblock, handle: OpenDir) -> None:
         first, end = _gap(sb, node, size)
     node.room = first + size, end
     handle.base = first
-    others = node.cached_opens > (1 if handle.cached else 0)
+    others = handle.fh < 0 or node.cached_opens > (1 if handle.cached else 0)
     kept = [listing for listing in listings[1 - _KEPT :] if listing[2] is not None] if others else ()
     node.listings = (*kept, (first, len(names), names if handle.cached else None))
 

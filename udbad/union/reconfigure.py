@@ -82,22 +82,25 @@ def path_of(node: Node) -> bytes:
 def users(sb: Superblock, branch: Branch, openers: Iterable[tuple[int, int]] = ()) -> list[InUse]:
     """What keeps a branch from being removed: files open on it, directories open that are only on it.
 
-    openers: (node id, pid) of files that the kernel has opened without telling.
+    openers: (node id, pid) of files and directories that the kernel has opened without telling.
     """
     opened = [(handle.node, handle.pid) for handle in sb.handles.files.values() if handle.fh > 0]
+    directories = [(handle.node, handle.pid) for handle in sb.handles.dirs.values() if handle.fh > 0]
     for number, pid in openers:
         node = sb.table.nodes.get(number)
-        if node is not None and type(node) is not Dir and (node, pid) not in opened:
+        if type(node) is Dir:
+            directories.append((node, pid))
+        elif node is not None and (node, pid) not in opened:
             opened.append((node, pid))
     found = [
         InUse(path_of(node), pid, "open file")
         for node, pid in opened
         if node.branch.id == branch.id and node.orphan_fd < 0
     ]
-    for directory in sb.handles.dirs.values():
-        layers = directory.node.layers
+    for directory, pid in directories:
+        layers = directory.layers
         if len(layers) == 1 and layers[0].branch.id == branch.id:
-            found.append(InUse(path_of(directory.node), directory.pid, "open directory"))
+            found.append(InUse(path_of(directory), pid, "open directory"))
     return found
 
 
