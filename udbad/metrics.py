@@ -32,6 +32,7 @@ COPYUP_BUCKETS: Final = (
     120.0, 300.0,
 )  # fmt: skip
 INVALIDATION_BUCKETS: Final = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
+PAUSE_BUCKETS: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 REQUEST_RESULTS: Final = ("ok", "error", "bug")
 COHERENCE_STATES: Final = ("healthy", "silent", "limited", "degraded")
@@ -82,6 +83,9 @@ METRICS: Final = (
            "Users of a mount that is down get errors or hang.", origin="keeper"),
     Metric("udbad_mount_restarts_total", "counter", "Times the supervisor started the mount process again.",
            "A restart loop looks healthy between two crashes.", origin="keeper"),
+    Metric("udbad_takeover_duration_seconds", "histogram",
+           "Time from the end of a mount process until another one has gone on with its mount.",
+           "How long its users have waited; they have met no error.", (), PAUSE_BUCKETS),
     Metric("udbad_config_last_reload_success", "gauge", "1 when the configuration was read without an error, else 0.",
            "After a failed reload the old configuration goes on.", origin="keeper"),
     Metric("udbad_config_last_reload_timestamp_seconds", "gauge",

@@ -23,7 +23,7 @@ from udbad.edge import native, waiting
 from udbad.errors import UserError
 from udbad.kernel import mounts, newmount, session
 from udbad.kernel.invalidator import Invalidator
-from udbad.mount import mountproc
+from udbad.mount import life, mountproc
 from udbad.mount.writing import Writing
 from udbad.settings.options import parse_mount_options
 from udbad.union import homes
@@ -66,7 +66,7 @@ def _fail_to_start(step: str, failure: Exception, tree: Path, run_dir: str | Non
     options += "" if run_dir else f",control={tree}/control"
     identity = mountproc.Identity(run_dir=run_dir)
     with pytest.raises(UserError) as caught:
-        mountproc.run(parse_mount_options(options), os.fsencode(tree / "mnt"), lambda _: None, identity)
+        life.run(parse_mount_options(options), os.fsencode(tree / "mnt"), lambda _: None, identity)
     assert "injected" in caught.value.message
     assert "\n" not in caught.value.message
     assert len(os.listdir("/proc/self/fd")) == descriptors
@@ -135,7 +135,7 @@ def test_a_control_socket_of_somebody_else_stays(tmp_path: Path) -> None:
 
             def start() -> None:
                 with pytest.raises(UserError, match="another process answers on"):
-                    mountproc.run(options, os.fsencode(tmp_path / "mnt"), lambda _: None)
+                    life.run(options, os.fsencode(tmp_path / "mnt"), lambda _: None)
 
             assert _in_a_child(start) == 0
         finally:
@@ -193,7 +193,7 @@ def test_a_signal_after_the_unmount_does_not_cut_the_end_short(tmp_path: Path) -
 
     def serve() -> None:
         mountproc.MountProcess.close = interrupted  # type: ignore[assignment, method-assign]  # in a child of our own
-        mountproc.run(options, os.fsencode(tmp_path / "mnt"), lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        life.run(options, os.fsencode(tmp_path / "mnt"), lambda _: os.kill(os.getpid(), signal.SIGTERM))
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert _in_a_child(serve) == 0

@@ -64,6 +64,15 @@ class WriteLocks:
                 self._release(identity)
             raise
 
+    def take_over(self, held: Iterable[tuple[int, int, int]]) -> None:
+        """Have the locks of a process that has ended: of each the identity of the branch's root, and a descriptor of
+        the same open file (-1: there are no such locks there), owned from here on."""
+        self._fds.update({(dev, ino): fd for dev, ino, fd in held})
+
+    def held(self) -> list[tuple[int, int, int]]:
+        """As for `take_over`."""
+        return [(*identity, fd) for identity, fd in self._fds.items()]
+
     def keep(self, branches: Iterable[Branch]) -> None:
         """Release all but those of the writable ones among `branches`."""
         wanted = {_identity(branch.root_fd) for branch in branches if branch.writable}

@@ -56,24 +56,53 @@ def mount(
             parsed = replace(parsed, fsname=source)
         logs.set_up("debug" if verbose else "info", log_format)
         if foreground:
-            serve(parsed, mount_point, run_dir, lambda process: _say_ready(process, ready_fd))
+            private = (ready_fd,) if ready_fd >= 0 else ()
+            sys.exit(serve(parsed, mount_point, run_dir, lambda: _say_ready(mount_point, ready_fd), private))
         else:
             sys.exit(serve_in_background(parsed, mount_point, run_dir))
 
 
-def serve(options: MountOptions, mount_point: Path, run_dir: str, on_ready: Callable[[MountProcess], None]) -> None:
-    """Mount and serve in this process until unmounted. Raises UserError."""
-    from udbad.mount import mountproc  # the supervisor and the tools must not load pyfuse3
+def serve(
+    options: MountOptions,
+    mount_point: Path,
+    run_dir: str,
+    on_ready: Callable[[], None],
+    private: tuple[int, ...],
+    let_go: Callable[[], None] = lambda: None,
+) -> int:
+    """Mount and serve until unmounted, in this process or, where it can be, in one that this process guards.
+
+    on_ready: called here. private: descriptors that are for nobody else. let_go: called in both. Returns the exit code.
+    Raises UserError.
+    """
+    from udbad.mount import guardian, life, mountproc  # the supervisor and the tools must not load pyfuse3
 
     # Whoever names a control socket looks after the mount; it is not listed for others.
     identity = mountproc.Identity(run_dir=None if options.control else run_dir)
-    mountproc.run(options, os.fsencode(mount_point.absolute()), on_ready, identity)
+    place = os.fsencode(mount_point.absolute())
+
+    def serves() -> None:
+        on_ready()
+        let_go()
+
+    def guarded(guard: life.Guard, ready: Callable[[], None]) -> None:
+        def serves_here(process: MountProcess) -> None:
+            ready()
+            let_go()
+
+        with user_errors():
+            life.run(options, place, serves_here, identity, guard=guard)
+
+    if life.why_not_survive(options) is not None:
+        life.run(options, place, lambda process: serves(), identity)
+        return 0
+    return guardian.Guardian(guarded, serves, options.restart_timeout, private).run()
 
 
-def _say_ready(process: MountProcess, ready_fd: int) -> None:
+def _say_ready(mount_point: Path, ready_fd: int) -> None:
     from udbad.supervisor import sdnotify
 
-    sdnotify.notify("READY=1", f"STATUS=serves {os.fsdecode(process.mount_point)}")
+    sdnotify.notify("READY=1", f"STATUS=serves {mount_point.absolute()}")
     if ready_fd >= 0:
         with suppress(BrokenPipeError):  # whoever started us is gone, which is no reason not to serve
             os.write(ready_fd, _READY)
@@ -93,8 +122,7 @@ def serve_in_background(options: MountOptions, mount_point: Path, run_dir: str) 
     if pid == 0:
         with user_errors():
             _detach(write_fd)
-            serve(options, mount_point, run_dir, lambda process: _let_go(write_fd))
-        sys.exit(0)
+            sys.exit(serve(options, mount_point, run_dir, lambda: _say(write_fd), (write_fd,), _let_go))
     os.close(write_fd)
     with open(read_fd, "rb") as said:
         if said.read(len(_READY)) == _READY:
@@ -114,11 +142,15 @@ def _detach(write_fd: int) -> None:
     os.close(null)
 
 
-def _let_go(write_fd: int) -> None:
-    """Say that we serve; from now on nobody waits for the end of what we could still write."""
+def _say(write_fd: int) -> None:
+    """Say that we serve."""
     with suppress(BrokenPipeError):  # whoever started us is gone, which is no reason not to serve
         os.write(write_fd, _READY)
     os.close(write_fd)
+
+
+def _let_go() -> None:
+    """From now on nobody waits for the end of what we could still write."""
     logs.to_syslog()
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)

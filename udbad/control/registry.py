@@ -48,7 +48,8 @@ class Entry:
     mount_point: as the kernel has it; asked: as somebody wrote it, with symbolic links perhaps.
     options: as after -o, as they are now; configured: as the configuration had them. connection: number under
     /sys/fs/fuse/connections. started: seconds since 1970. pid: in the pid namespace of the mount process;
-    namespace: number of its mount namespace, namespaces(7), 0 if not known.
+    namespace: number of its mount namespace, namespaces(7), 0 if not known. keeper, record: with what another process
+    can go on with the mount (mount/keeper.py), 0: nobody can.
     """
 
     name: str
@@ -63,6 +64,8 @@ class Entry:
     started: float
     directory: str
     namespace: int = 0
+    keeper: int = 0
+    record: int = 0
 
     @property
     def id(self) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+
 import trio
 
-from udbad.control.protocol import bind
+from udbad.control.protocol import BACKLOG, bind
 from udbad.control.server import Command, Server
 
 _CHUNK = 4096
@@ -13,6 +15,13 @@ _CHUNK = 4096
 def listen(path: str) -> trio.SocketListener:
     """`bind` for trio."""
     return trio.SocketListener(trio.socket.from_stdlib_socket(bind(path)))
+
+
+def go_on(fd: int) -> trio.SocketListener:
+    """A socket that another process has listened on; fd: owned from here on. Raises OSError."""
+    sock = socket.socket(fileno=fd)
+    sock.listen(BACKLOG)  # whoever connects is told that it is us, SO_PEERCRED
+    return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
 
 async def serve(listener: trio.SocketListener, commands: dict[str, Command]) -> None:

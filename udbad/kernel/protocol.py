@@ -65,6 +65,7 @@ its inode number (Linux 6.15)."""
 
 NOTIFY_INVAL_INODE = 2
 NOTIFY_INVAL_ENTRY = 3
+NOTIFY_RESEND = 7
 NOTIFY_INC_EPOCH = 8
 
 EXPIRE_ONLY = 1
@@ -133,6 +134,11 @@ def inval_entry(parent: int, name: bytes, flags: int = 0) -> bytes:
 def inc_epoch() -> bytes:
     """Have every cached name looked up again (7.44)."""
     return _notify(NOTIFY_INC_EPOCH, b"")
+
+
+def resend() -> bytes:
+    """Send again, before anything else, what was read and not answered, with bit 63 of `unique` set (Linux 6.9)."""
+    return _notify(NOTIFY_RESEND, b"")
 
 
 NOTIFICATIONS: Final[dict[str, Callable[[int, bytes], bytes]]] = {

@@ -5,7 +5,8 @@ notifications to, and the mount ours to take away. Only a session that is comple
 (`mount`): one that could not begin leaves nothing.
 
 A session that did not end cleanly leaves the mount point dead (ENOTCONN): it must never look like an
-empty directory that a mirror job takes for the truth.
+empty directory that a mirror job takes for the truth. While a keeper has its descriptor (mount/keeper.py), it is not
+dead: callers wait for the process that resumes it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from __future__ import annotations
 import errno
 import os
 import stat as st_mod
+from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
 from udbad.branch.mountinfo import mount_id
 from udbad.errors import ExitCode, UserError
 from udbad.kernel import mounts, newmount
-from udbad.kernel.protocol import EPOCH_MINOR, MAX_REQUEST, NOTIFICATIONS, InitRequest
+from udbad.kernel.protocol import EPOCH_MINOR, MAX_REQUEST, NOTIFICATIONS, InitRequest, resend
 
 
 class Session:
@@ -63,6 +66,44 @@ class Session:
             self.setxattr_ext = request.setxattr_ext
             os.set_blocking(self.fd, False)
             undo.pop_all()
+
+    @classmethod
+    def resume(cls, mount_point: bytes, fd: int, facts: Mapping[str, Any]) -> Session:
+        """One that another process has begun and mounted. fd: /dev/fuse of it, owned from here on; facts: of that one.
+
+        `begin_again` is due before the first request is read.
+        """
+        session = cls.__new__(cls)
+        session.mount_point = mount_point
+        session.mounted = True
+        session.flags = frozenset(facts["flags"])
+        session.fd = fd
+        session._id = facts["id"]
+        session._mount_fd = -1
+        session.connection = facts["connection"]
+        session.passthrough, session.no_open = facts["passthrough"], facts["no_open"]
+        session.has_epochs, session.setxattr_ext = facts["has_epochs"], facts["setxattr_ext"]
+        return session
+
+    def facts(self) -> dict[str, Any]:
+        """What `resume` needs, for JSON; fd: the number of the descriptor."""
+        return {
+            "fd": self.fd,
+            "id": self._id,
+            "flags": sorted(self.flags),
+            "connection": self.connection,
+            "passthrough": self.passthrough,
+            "no_open": self.no_open,
+            "has_epochs": self.has_epochs,
+            "setxattr_ext": self.setxattr_ext,
+        }
+
+    def begin_again(self) -> None:
+        """Have the kernel send once more what was read and not answered: once, before the first request is read.
+
+        Raises OSError: EINVAL when this kernel cannot.
+        """
+        os.write(self.fd, resend())
 
     def mount(self, dead: int = 0) -> None:
         """Let everybody see it. dead: number of dead unions that lie on the mount point, which this one replaces.

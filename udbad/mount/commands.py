@@ -73,6 +73,7 @@ class Commands:
             "sync": self.carrying.sync,
             "sync-status": self.carrying.status,
             "sync-stop": self.carrying.stop,
+            "retire": self.retire,
             "stop": self.stop,
         }
 
@@ -95,6 +96,8 @@ class Commands:
             "io_fallbacks": fallbacks,
             "edge": process.session.edge,
             "lacks": process.session.lacks,
+            "survives": process.keeper is not None,
+            "restarts": process.restarts,
             "branches": [branch.describe() for branch in process.sb.branches.branches],
             "requests": sum(stats.requests for stats in operations().values()),
             "open_handles": len(process.sb.handles),
@@ -319,6 +322,14 @@ class Commands:
         except ValueError as error:
             raise UserError(str(error), ExitCode.OPTION) from None
         return {}
+
+    async def retire(self, request: Message) -> dict[str, Any]:
+        """Make room for another process: end here, between two operations, as if killed. Gives no answer then."""
+        if self.process.keeper is None:
+            raise UserError("nobody could go on with the mount", ExitCode.FAILURE)
+        log.info("makes room for another process")
+        logging.shutdown()
+        os._exit(0)
 
     async def stop(self, request: Message) -> dict[str, Any]:
         """Unmount; with "force" also what is in use. EBUSY is answered with who uses it."""

@@ -8,17 +8,14 @@ sweeps them for temporary names first.
 from __future__ import annotations
 
 import errno
-import gc
 import logging
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -39,18 +36,21 @@ from udbad.control.protocol import ask
 from udbad.edge.holding import Holding
 from udbad.edge.native import Native
 from udbad.errors import ExitCode, UserError
+from udbad.inodes.record import Record
 from udbad.kernel.invalidator import Invalidator
 from udbad.kernel.mounts import lying, mounts_inside, unions
 from udbad.kernel.openers import openers
 from udbad.kernel.passthrough import Passthrough
 from udbad.kernel.session import Session, check_mount_point
-from udbad.metrics import Samples, Server
-from udbad.mount import iomode, later
+from udbad.metrics import PAUSE_BUCKETS, Counts, Samples, Server
+from udbad.mount import handover, iomode, later
 from udbad.mount.commands import Commands
+from udbad.mount.handover import Predecessor
+from udbad.mount.keeper import Keeper
 from udbad.mount.readings import MetricsReader, text
 from udbad.mount.writing import Writing
 from udbad.settings.options import MountOptions, format_options
-from udbad.union import homes
+from udbad.union import homes, recall
 from udbad.union.fs import UnionFs
 from udbad.union.kept import WRITING_SECONDS, KeptFiles
 from udbad.union.superblock import Superblock, UnionOptions
@@ -63,10 +63,9 @@ log = logging.getLogger(__name__)
 
 _OTHER_FDS = 1024
 """Descriptors that are neither of directories nor of open files: branches, sockets, copy-ups, one operation's own."""
-_SWITCH_SECONDS = 0.0005
 _LINGER_SECONDS = 2
 _OPENERS_SECONDS = 10
-_STOPPING = signal.SIGINT, signal.SIGTERM
+STOPPING = signal.SIGINT, signal.SIGTERM
 _MAX_DIRECTORY_FDS = 100_000
 
 
@@ -84,16 +83,36 @@ class Identity:
 
 
 class MountProcess:
-    """One mount from its options to its end."""
+    """One mount from its options to its end. restarts: how often another process has taken it over; pauses: how long
+    that took, in seconds."""
 
-    def __init__(self, options: MountOptions, mount_point: bytes, identity: Identity = Identity()) -> None:
-        """mount_point: absolute path of an existing directory. Raises UserError."""
+    def __init__(
+        self,
+        options: MountOptions,
+        mount_point: bytes,
+        identity: Identity = Identity(),
+        record: Record | None = None,
+        predecessor: Predecessor | None = None,
+        keeper: Keeper | None = None,
+    ) -> None:
+        """mount_point: absolute path of an existing directory. record: what a successor is to know goes there; keeper:
+        and has it.
+        predecessor: whose mount goes on here; `options` are those that it had. Raises UserError.
+        """
         self.options = options
         self.asked = mount_point
         self.mount_point = registry.real_mount_point(mount_point)
         self.identity = identity
         self.configured = format_options(options)
-        self.started = time.time()
+        self.started = time.time() if predecessor is None else predecessor.facts["started"]
+        self.restarts: int = 0 if predecessor is None else predecessor.facts["restarts"] + 1
+        self.pauses = Counts(PAUSE_BUCKETS)
+        if predecessor is not None:
+            *self.pauses.buckets, self.pauses.sum = predecessor.facts["pauses"]
+        self.record = record
+        self.keeper = keeper
+        self._predecessor = predecessor
+        self._facts_fd = -1
         for notice in options.notices:
             log.info("%s", notice)
         if compiled.why_not():
@@ -101,24 +120,32 @@ class MountProcess:
         max_fds, all_fds = _raise_fd_limit()
         self._io_fallbacks: list[str] = []
         self.control_path = ""  # of the socket that is served, once there is one
+        self.control_fd = -1
         self._registration: registry.Registration | None = None
         with ExitStack() as ending:
             ending.callback(self._unregister)
-            self._claim = self._claim_mount_point()
-            if self._claim is not None:
-                ending.callback(self._claim.withdraw)
-            self._dead = self._dead_mounts()
-            if not self._dead and check_mount_point(self.mount_point):
-                log.info("mount point %s is not empty; its content is hidden while mounted", text(self.mount_point))
-            self.branches = open_branches(options.branches, options.ro, self.mount_point)
+            self._claim: registry.Claim | None = None
+            self._dead = 0
+            if predecessor is None:
+                self._claim = self._claim_mount_point()
+                if self._claim is not None:
+                    ending.callback(self._claim.withdraw)
+                self._dead = self._dead_mounts()
+                if not self._dead and check_mount_point(self.mount_point):
+                    log.info("mount point %s is not empty; its content is hidden while mounted", text(self.mount_point))
+                self.branches = open_branches(options.branches, options.ro, self.mount_point)
+            else:
+                self.branches = handover.branches(predecessor.facts, predecessor.take)
             ending.callback(lambda: self.branches.close())  # those of then
-            if options.warn_perm:
+            if options.warn_perm and predecessor is None:
                 for line in permission_warnings(self.branches):
                     log.info("%s", line)
             creds = Credentials()
             # Released after the marks: the next to write to a branch must not find a mark, nor lose its own to us.
             self.write_locks = WriteLocks()
             ending.callback(self.write_locks.close)
+            if predecessor is not None:
+                self.write_locks.take_over(handover.locks(predecessor.facts, predecessor.take))
             if not options.ro:
                 self.write_locks.take(self.branches.branches)
             self.writing = Writing()
@@ -134,12 +161,26 @@ class MountProcess:
             endpoint = self._export()
             if endpoint is not None:
                 ending.callback(endpoint.close)
-            self.restrictions = self.branches.restrictions
-            _tell_restrictions(self.branches, options)
-            self._is_portable = options.edge == "pyfuse3" or (options.edge == "auto" and not capabilities.may_mount())
+            if predecessor is None:
+                self.restrictions = self.branches.restrictions
+                _tell_restrictions(self.branches, options)
+            else:
+                self.restrictions = frozenset(predecessor.facts["restrictions"])
+            self._is_portable = is_portable(options)
             asked = self._possible_io()
-            self.session = self._begin_session(asked)
+            if predecessor is None:
+                self.session = self._begin_session(asked)
+            else:
+                self.session = handover.session(predecessor, self.mount_point)
             ending.callback(self.session.close)
+            if self.session.no_open:  # before the edge, whose table depends on it
+                self.fs.keep_files(max(all_fds // 4, 64))
+            elif asked == "cached":
+                self._fall_back(iomode.NO_CACHED)
+            if predecessor is not None:
+                recall.recall(self.fs, predecessor.record, predecessor.take)
+            if record is not None:
+                recall.keep(self.fs, record)
             self.invalidator = Invalidator(
                 self.session.tell, self.session.has_epochs, lambda: mounts_inside(self.session.connection)
             )
@@ -147,11 +188,9 @@ class MountProcess:
             self.coherence = strategy_of(options.udba)(self.sb, self.invalidator)
             ending.callback(lambda: self.coherence.stop())  # the one of then
             self.coherence.start()
+            if predecessor is not None:
+                self.coherence.drop_everything()
             self.passthrough: Passthrough | None = None
-            if self.session.no_open:  # before the edge, whose table depends on it
-                self.fs.keep_files(max(all_fds // 4, 64))
-            elif asked == "cached":
-                self._fall_back(iomode.NO_CACHED)
             self.edge = self._make_edge()
             if asked == "passthrough" and self.passthrough is None:
                 self._fall_back(iomode.NO_PASSTHROUGH)
@@ -263,8 +302,18 @@ class MountProcess:
             return self.options.control
         return None if self._registration is None else str(self._registration.path / "control")
 
+    def _take_over(self, predecessor: Predecessor) -> None:
+        """From here on the mount is ours, and what was asked of the predecessor is asked of us. Raises OSError."""
+        assert isinstance(self.session, Session)
+        self.session.begin_again()
+        predecessor.end()
+        self._predecessor = None
+        log.info("%s goes on in process %d", text(self.mount_point), os.getpid())
+
     def write_entry(self) -> None:
-        """Bring what others can read about this mount up to date. Raises OSError."""
+        """Bring what others can read about this mount up to date, a successor among them. Raises OSError."""
+        if self.record is not None:
+            self._facts_fd = handover.write(self, self.record, self._facts_fd)
         if self._registration is None:
             return
         self._registration.write_branches(branch.describe() for branch in self.branches.branches)
@@ -282,6 +331,8 @@ class MountProcess:
                 started=self.started,
                 directory=str(self._registration.path),
                 namespace=registry.mount_namespace(),
+                keeper=0 if self.keeper is None else self.keeper.pid,
+                record=0 if self.record is None else self.record.fd,
             )
         )
 
@@ -290,8 +341,10 @@ class MountProcess:
         if path is None:
             return None
         try:
-            listener = trioserver.listen(path)
+            taken = -1 if self._predecessor is None else handover.control(self._predecessor, path)
+            listener = trioserver.listen(path) if taken < 0 else trioserver.go_on(taken)
             self.control_path = path
+            self.control_fd = listener.socket.fileno()
             return listener
         except OSError as error:
             if self.options.control:
@@ -306,7 +359,7 @@ class MountProcess:
         name = self.identity.name or text(self.mount_point)
         # Nobody starts a standalone mount again, and its configuration was read once.
         kept: Samples = {
-            "udbad_mount_restarts_total": [((), 0)],
+            "udbad_mount_restarts_total": [((), self.restarts)],
             "udbad_config_last_reload_success": [((), 1)],
             "udbad_config_last_reload_timestamp_seconds": [((), self.started)],
         }
@@ -326,15 +379,20 @@ class MountProcess:
         listener = self._listen()
         with (
             nullcontext() if listener is None else listener.socket,
-            trio.open_signal_receiver(*_STOPPING) as signals,
+            trio.open_signal_receiver(*STOPPING) as signals,
         ):
-            self.session.mount(self._dead)
+            if self._predecessor is None:
+                self.session.mount(self._dead)
+            else:
+                self.pauses.observe(time.monotonic() - self._predecessor.died)
             try:
                 self.write_entry()
             except OSError as error:
                 log.warning("not registered in %s: %s", self.identity.run_dir, error.strerror)
             if self._claim is not None:
                 self._claim.release()
+            if self._predecessor is not None:
+                self._take_over(self._predecessor)
             if self.session.lacks:
                 log.info("served through %s, without %s", self.session.edge, "; ".join(self.session.lacks))
             on_ready()
@@ -345,6 +403,8 @@ class MountProcess:
                 if not self.edge.takes_events:
                     nursery.start_soon(self._run_coherence)
                 self.writing.sweep(nursery)
+                if self.keeper is not None:
+                    nursery.start_soon(self._watch_keeper, self.keeper)
                 nursery.start_soon(later.load_in_thread)
                 if self.fs.kept is not None:
                     nursery.start_soon(self._rest, self.fs.kept)
@@ -357,6 +417,11 @@ class MountProcess:
         if self.edge.aborted:
             raise UserError(f"{text(self.mount_point)}: the connection was aborted; its users get errors until it is "
                             "unmounted or mounted again", ExitCode.FAILURE)  # fmt: skip
+
+    async def _watch_keeper(self, keeper: Keeper) -> None:
+        await trio.lowlevel.wait_readable(keeper.pidfd)
+        self.keeper = None
+        log.warning("the keeper has ended: when this process does, users of the mount get errors")
 
     async def _rest(self, kept: KeptFiles) -> None:
         while True:
@@ -408,7 +473,13 @@ class MountProcess:
 
     def abandon(self) -> None:
         """The end of a start that failed: as if it had not been tried. Nothing has been served."""
-        if self.session.mounted:
+        if self._predecessor is not None:
+            # Another process will try: the mount and what is known of it stay.
+            self.control_path = ""
+            if self._registration is not None:
+                self._registration.release()
+                self._registration = None
+        elif self.session.mounted:
             try:
                 self.session.unmount(lazy=True)
             except OSError as error:
@@ -517,6 +588,11 @@ def strategy_of(mode: str) -> type[Coherence]:
     return known[mode]
 
 
+def is_portable(options: MountOptions) -> bool:
+    """Whether requests come through pyfuse3."""
+    return options.edge == "pyfuse3" or (options.edge == "auto" and not capabilities.may_mount())
+
+
 def _tell_restrictions(branches: BranchSet, options: MountOptions) -> None:
     taken = options.mount_flags(branches.restrictions) - options.mount_flags(frozenset())
     for branch in branches.branches:
@@ -564,44 +640,3 @@ def _union_options(options: MountOptions) -> UnionOptions:
         direct_io=options.dio,
         fsync_copyup=options.fsync_copyup,
     )
-
-
-def run(
-    options: MountOptions,
-    mount_point: bytes,
-    on_ready: Callable[[MountProcess], None],
-    identity: Identity = Identity(),
-    configured: str | None = None,
-) -> None:
-    """Mount and serve in this process until unmounted; configured: the options that the configuration has.
-
-    Raises UserError when it cannot start; then nothing of it is left. Whatever else ends a mount that has served is
-    raised as it is, and leaves the mount point dead and the branches marked for the next mount.
-    """
-    try:
-        process = MountProcess(options, mount_point, identity)
-    except OSError as error:
-        raise _no_start(mount_point, error) from error
-    process.configured = configured or process.configured
-    gc.freeze()
-    # A thread that has to tell the kernel what to forget waits so long for a busy event loop; by default 5 ms.
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    for number in _STOPPING:
-        signal.signal(number, process.on_late_signal)
-    try:
-        process.edge.run(partial(process.serve, lambda: on_ready(process)))
-    except BaseException as error:
-        if process.ready:
-            raise
-        process.abandon()
-        if isinstance(error, (OSError, RuntimeError)):  # the latter: pyfuse3
-            raise _no_start(mount_point, error) from error
-        raise
-    process.close()
-    for number in _STOPPING:
-        signal.signal(number, signal.SIG_IGN)  # at its exit, Python gives up its own handlers first
-
-
-def _no_start(mount_point: bytes, error: Exception) -> UserError:
-    reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-    return UserError(f"cannot mount on {text(mount_point)}: {reason}", ExitCode.FAILURE)

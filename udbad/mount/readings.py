@@ -156,6 +156,7 @@ class MetricsReader:
             "udbad_inodes": [((), table.nodes)],
             "udbad_directory_views": [((), table.views)],
             "udbad_open_handles": [((), len(sb.handles))],
+            "udbad_takeover_duration_seconds": [((), self._process.pauses.value())],
         }
 
     def _branches(self, spaces: dict[int, Space | None]) -> Samples:

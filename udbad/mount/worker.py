@@ -6,13 +6,15 @@ import json
 import logging
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from udbad import logs
 from udbad.edge import portable  # noqa: F401  # MountProcess imports it for some mounts only
-from udbad.errors import UserError
-from udbad.mount import forkserver, later, mountproc
+from udbad.errors import ExitCode, UserError
+from udbad.mount import forkserver, keeper, later, life, mountproc
+from udbad.mount.handover import Predecessor
 from udbad.settings.options import parse_mount_options
 
 log = logging.getLogger(__name__)
@@ -25,7 +27,8 @@ def main() -> int:
 
 
 def work(supervisor: socket.socket) -> int:
-    """Serve one mount. A line of JSON comes in, the job; a line goes out when the mount serves or cannot."""
+    """Serve one mount. A line of JSON comes in, the job; lines go out: what will be left of this process (keeper.Left),
+    where another could go on, and at last that the mount serves or cannot."""
     with supervisor.makefile("rb") as stream:
         line = stream.readline()
     if not line.endswith(b"\n"):
@@ -34,19 +37,27 @@ def work(supervisor: socket.socket) -> int:
     logs.set_up(job["log_level"], job["log_format"], job["label"])
     _show_name(job["label"])
 
+    def told(left: keeper.Left) -> None:
+        with suppress(OSError):
+            supervisor.sendall(json.dumps({"keeper": left[0], "record": left[1]}).encode() + b"\n")
+
     def ready(process: mountproc.MountProcess) -> None:
         control = process.control_path or None
         place = os.fsdecode(process.mount_point)
         words = {"ready": True, "connection": process.session.connection, "control": control, "mount_point": place}
         _answer(supervisor, words)
 
+    if job.get("look"):
+        _answer(supervisor, _look(job["left"]))
+        return 0
     try:
-        mountproc.run(
+        life.run(
             parse_mount_options(job["options"]),
             os.fsencode(job["mount_point"]),
             ready,
             mountproc.Identity(job["name"], job["run_dir"], supervised=True),
             job["configured"],
+            life.Guard(told, [(pid, record) for pid, record in job["left"]], job["died"]),
         )
     except UserError as error:
         if supervisor.fileno() < 0:  # it has its answer: this is the end of a mount that has served
@@ -58,6 +69,15 @@ def work(supervisor: socket.socket) -> int:
         _answer(supervisor, {"ready": False, "error": f"{type(error).__name__}: {error}", "code": 1})
         raise
     return 0
+
+
+def _look(left: list[Any]) -> dict[str, Any]:
+    """Whether this version could go on with a mount that another one serves."""
+    try:
+        Predecessor([(pid, record) for pid, record in left]).close()
+    except (OSError, UserError) as error:
+        return {"ready": False, "error": str(error) or "nothing is left", "code": int(ExitCode.FAILURE)}
+    return {"ready": True}
 
 
 def _answer(supervisor: socket.socket, words: dict[str, Any]) -> None:

@@ -195,6 +195,12 @@ class MountOptions:
         True, "on or off (true or false in a file)", {"on": True, "off": False, True: True, False: False}
     )
     """The content of a copy-up is on disk before it is visible: see Durability."""
+    survive: bool = _one_of(
+        False, "on or off (true or false in a file)", {"on": True, "off": False, True: True, False: False}
+    )
+    """Who uses the mount goes on when its process is killed: see What happens when. From Linux 6.9.4 on."""
+    restart_timeout: int = _number(60, 0, 86400, "a whole number of seconds from 0 to 86400")
+    """How long who uses the mount waits for a process that takes it over, and then gets an error; 0: for ever."""
     metrics: str | None = _text(None, "HOST:PORT, PORT from 0 to 65535, an IPv6 HOST in []", _is_address)
     """Serve Prometheus metrics of this mount. Not in a file, where [metrics] is for all mounts."""
     control: str | None = _text(None, "the path of a socket")
@@ -272,6 +278,8 @@ _VALUES: Final = {
             "metrics",
             "control",
             "edge",
+            "survive",
+            "restart_timeout",
         )
     },
     **dict.fromkeys(("create", "create_policy"), "create"),
@@ -530,6 +538,8 @@ def find_branch(branches: Sequence[BranchSpec], path: bytes) -> int | None:
 # -- printing -------------------------------------------------------------------------------------
 
 
+_SWITCHED: Final = {"fsync_copyup": "copyup_fsync", "survive": "survive"}
+"""Fields that are written as WORD=on or WORD=off."""
 _ITEM_SPECIAL: Final = "\\,"
 """All that needs escaping in a value that is not a branch."""
 
@@ -541,8 +551,8 @@ def format_options(options: MountOptions) -> str:
         value = getattr(options, name)
         if value == one.default or name in ("branches", "ro", "kernel_flags", "notices"):
             continue
-        if name == "fsync_copyup":
-            words.append("copyup_fsync=off")
+        if name in _SWITCHED:
+            words.append(f"{_SWITCHED[name]}={'on' if value else 'off'}")
         elif isinstance(value, bool):
             words.append(name if value else "no" + name)
         else:

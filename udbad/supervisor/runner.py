@@ -23,6 +23,7 @@ from udbad.control import registry
 from udbad.control.asyncclient import ask_async
 from udbad.control.protocol import Message
 from udbad.errors import ExitCode
+from udbad.mount.keeper import Legacy
 from udbad.ourselves import COMMAND, environment
 from udbad.settings.file import DaemonSettings, MountSettings
 from udbad.settings.options import format_options, parse_mount_options
@@ -35,6 +36,8 @@ T = TypeVar("T")
 
 CONTROL_SECONDS = 30.0
 """For one answer of a mount process to a request that changes something."""
+_LEAST_DELAY = 0.1
+"""Between two attempts to start a mount, in seconds."""
 _END_SECONDS = 2.0
 """For a mount process to end after it has said why it could not start."""
 
@@ -66,7 +69,8 @@ class _Failure:
 
 
 class Runner:
-    """Keeps one mount up.
+    """Keeps one mount up. A process that was killed is followed by one that goes on where it was, as long as there is
+    a legacy; else by one that mounts anew.
 
     settings: as configured; active: what runs, changes by hand included, and what comes back after a crash.
     pending: keys of the settings that did not get through to what runs. connection, place: of the mount, its
@@ -88,6 +92,9 @@ class Runner:
         self.place = ""
         self.control: str | None = None
         self.worker: Worker | None = None
+        self.legacy = Legacy()
+        """What another process can go on with."""
+        self._died = 0.0
         self.up = asyncio.Event()
         self.outcome = asyncio.Event()
         """Set once the first attempt has ended, however it did."""
@@ -95,6 +102,8 @@ class Runner:
         self._stopping = False
         self._again = False
         self._resume = False
+        self._renewing = False
+        """Whether the process was told to make room for another."""
         self._task: asyncio.Task[None] | None = None
         self.log = logging.LoggerAdapter(log, {"mount": self.label})
 
@@ -118,6 +127,15 @@ class Runner:
         self.since = entry.started
         self.up.set()
         self.outcome.set()
+
+    def inherit(self, entry: registry.Entry, active: MountSettings) -> None:
+        """Go on with a mount whose process has ended while nobody was there to see it; before `begin`."""
+        self.active = active
+        self.connection, self.place, self.control = entry.connection, entry.mount_point, entry.control
+        self._resume = True
+        self._died = time.monotonic()
+        self._set(State.RESTARTING, f"process {entry.pid} ended")
+        self.restarts += 1
 
     def _set(self, state: State, reason: str) -> None:
         if (state, reason) != (self.state, self.reason):
@@ -147,6 +165,7 @@ class Runner:
             worker = self.worker
             assert worker is not None
             await self._attend(worker)
+            self._died = time.monotonic()
             self.refresh(worker.pid)
             self.worker = None
             self.up.clear()
@@ -154,20 +173,24 @@ class Runner:
                 return
             if self._again:
                 self._again = self._resume = False
+                self.legacy.end()
                 failures = 0
                 self._set(State.STARTING, "")
             elif not self._is_mounted():
                 self.log.info("%s: unmounted", self.label)
                 self._resume = False
+                self.legacy.end()
                 self._set(State.UNMOUNTED, "somebody unmounted it")
             else:
                 self.restarts += 1
                 self._resume = True
                 failures = 0 if time.monotonic() - begun >= self.shared.daemon.healthy_after else failures + 1
                 text = f"process {worker.pid} ended"
-                self.log.warning("%s: %s; starting another", self.label, text)
+                if not self._renewing:
+                    self.log.warning("%s: %s; starting another", self.label, text)
+                self._renewing = False
                 self._set(State.RESTARTING, text)
-                if failures > 1:
+                if failures > 1 and not self.legacy:
                     await self._pause(self._delay(failures - 1))
 
     def _is_mounted(self) -> bool:
@@ -215,12 +238,13 @@ class Runner:
             return _Failure(f"cannot start a process: {error.strerror}", 1)
         self.worker = worker
         gave_up = False
+        seconds = self._start_seconds()
         try:
-            async with asyncio.timeout(self.shared.daemon.start_timeout):
-                answer = await worker.give(self._job(settings))
+            async with asyncio.timeout(seconds):
+                answer = await worker.give(self._job(settings), self.legacy.add)
                 gave_up = answer is not None  # and has taken back what it had done
         except TimeoutError:
-            answer = {"error": f"not ready after {self.shared.daemon.start_timeout:g} s", "code": 1}
+            answer = {"error": f"not ready after {seconds:.3g} s", "code": 1}
         if answer is not None and answer.get("ready"):
             self.connection, self.place = answer["connection"], answer["mount_point"]
             self.control, self.active = answer["control"], settings
@@ -237,6 +261,14 @@ class Runner:
         if answer is None:
             return _Failure(f"process {worker.pid} ended before it was ready", 1)
         return _Failure(str(answer.get("error")), int(answer.get("code", 1)))
+
+    def _start_seconds(self) -> float:
+        """How long a process may take until it serves; less for one that others wait for."""
+        patience = self.active.options.restart_timeout
+        longest = self.shared.daemon.start_timeout
+        if not patience or not self.legacy:
+            return longest
+        return min(longest, max(patience - (time.monotonic() - self._died), _LEAST_DELAY))
 
     async def _know_what_is_left(self, before: set[tuple[str, int]]) -> None:
         """A process that ended between its mount and its word has left a dead mount. The next one replaces it; without
@@ -283,12 +315,17 @@ class Runner:
             "run_dir": daemon.run_dir,
             "log_level": daemon.log_level,
             "log_format": daemon.log_format,
+            "left": self.legacy.newest_first() if self._resume else [],
+            "died": self._died,
         }
 
     async def _after_failure(self, failure: _Failure, failures: int) -> None:
         if self._stopping:
             return
         said = self.reason
+        if self.legacy and self._resume:
+            await self._after_failed_takeover(failure, failures)
+            return
         if failure.code == ExitCode.BRANCH and self.settings.missing_branch == "fail":
             self._set(State.FAILED, failure.text)
             self.log.error("%s: %s", self.label, failure.text)
@@ -307,7 +344,23 @@ class Runner:
         delay = self._delay(failures)
         if failure.text != said:
             self.log.error("%s: %s; trying again", self.label, failure.text)
-        await self._pause(max(delay, 0.1))
+        await self._pause(max(delay, _LEAST_DELAY))
+
+    async def _after_failed_takeover(self, failure: _Failure, failures: int) -> None:
+        """Try again for as long as its users may wait; then they get errors, and it is mounted anew."""
+        patience = self.active.options.restart_timeout
+        left = patience - (time.monotonic() - self._died) if patience else float("inf")
+        delay = max(self._delay(failures), _LEAST_DELAY)
+        self._set(State.RESTARTING, failure.text)
+        self.log.error("%s: nobody could take it over: %s", self.label, failure.text)
+        if delay < left:
+            await self._pause(delay)
+            return
+        self.log.error("%s: given up after %d s; its users get errors", self.label, patience)
+        self.legacy.end()
+        problem = kernelside.abort(self.place, self.connection)
+        if problem is not None:
+            self.log.debug("%s: %s", self.label, problem)
 
     # -- watching ---------------------------------------------------------------------------------
 
@@ -333,8 +386,7 @@ class Runner:
                     beat.result()
                     complained = False
                 except TimeoutError:
-                    self.log.error("%s: no sign of life for %g s; aborted", self.label, self.shared.daemon.wedged_after)
-                    await self._abort(worker)
+                    await self._end_wedged(worker)
                     return
                 except OSError as error:
                     if not complained and not self._stopping:
@@ -343,8 +395,25 @@ class Runner:
         finally:
             ended.cancel()
 
+    async def _end_wedged(self, worker: Worker) -> None:
+        """End a process that shows no sign of life: alone, if another can go on and it lets itself be killed."""
+        what = f"no sign of life for {self.shared.daemon.wedged_after:g} s"
+        if self.legacy:
+            self.log.error("%s: %s; killed", self.label, what)
+            await self.shared.pool.expect_end(worker.pid)
+            worker.send_signal(signal.SIGKILL)
+            try:
+                async with asyncio.timeout(_END_SECONDS):
+                    await worker.ended()
+                return
+            except TimeoutError:
+                what = f"process {worker.pid} cannot be killed"
+        self.log.error("%s: %s; aborted", self.label, what)
+        await self._abort(worker)
+
     async def _abort(self, worker: Worker) -> None:
         """End a process that may be stuck in its own mount: the connection first, which frees it."""
+        self.legacy.end()
         problem = kernelside.abort(self.place, self.connection)
         if problem is not None:
             self.log.error("%s: %s", self.label, problem)
@@ -368,7 +437,7 @@ class Runner:
         """New settings for the next start; what is being waited for is tried at once."""
         self.settings = settings
         if self.state is not State.SERVING:
-            self._resume = False
+            self._resume = self._resume and bool(self.legacy)  # who uses it waits for what it was
             self._wake.set()
 
     def retry(self) -> None:
@@ -376,14 +445,17 @@ class Runner:
         self._wake.set()
 
     async def restart(self, force: bool) -> str | None:
-        """Unmount and mount again, with the settings wanted; why not, if so.
+        """Have another process go on with the mount, which nobody notices; why not, if so.
 
-        force: users get errors, and a process that gives no answer is ended.
+        Where that cannot be, or settings wait for the next mount: unmount and mount again, with the settings wanted.
+        force: so in any case; users get errors, and a process that gives no answer is ended.
         """
         worker = self.worker
         if worker is None or self.state is not State.SERVING:
             self.retry()
             return None
+        if self.legacy and not force and not self.pending:
+            return await self.renew(worker)
         self._again = True
         answer = await self._ask_to_stop(force)
         if answer is not None and force and worker.alive:
@@ -393,6 +465,44 @@ class Runner:
         if answer is not None:
             self._again = False
         return answer
+
+    async def renew(self, worker: Worker) -> str | None:
+        """Have a process of this version go on with the mount; why not, if so, and then the one that serves goes on."""
+        problem = await self._look()
+        if problem is not None:
+            return f"{problem}; with --force it is unmounted and mounted again"
+        self.log.info("%s: process %d makes room for another", self.label, worker.pid)
+        self.up.clear()
+        self._renewing = True
+        try:
+            # It ends between two operations, and gives no answer.
+            await self.request({"op": "retire"}, self.shared.daemon.stop_timeout)
+        except OSError:
+            pass
+        try:
+            async with asyncio.timeout(self.shared.daemon.start_timeout):
+                await self.up.wait()
+        except TimeoutError:
+            return self.reason or "it does not serve yet"
+        return None
+
+    async def _look(self) -> str | None:
+        """Why a process of this version could not go on with the mount."""
+        try:
+            process = await self.shared.pool.take()
+        except OSError as error:
+            return f"cannot start a process: {error.strerror}"
+        try:
+            async with asyncio.timeout(self.shared.daemon.stop_timeout):
+                answer = await process.give(
+                    {**self._job(self.active), "left": self.legacy.newest_first(), "look": True}
+                )
+        except TimeoutError:
+            answer = None
+        await self._end(process)
+        if answer is None:
+            return "the new process gave no answer"
+        return None if answer.get("ready") else str(answer.get("error"))
 
     async def _ask_to_stop(self, force: bool) -> str | None:
         try:
@@ -436,6 +546,7 @@ class Runner:
                 await self._abort(worker)
         if self._task is not None:
             await self._task
+        self.legacy.end()
         if self.connection and self._is_mounted():
             await self._detach_dead()
         self._set(State.UNMOUNTED, "stopped")
@@ -455,6 +566,7 @@ class Runner:
         """Stop watching; the mount goes on."""
         if self._task is not None:
             self._task.cancel()
+        self.legacy.forget()
         if self.worker is not None:
             self.worker.forget()
 

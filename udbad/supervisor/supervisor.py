@@ -202,7 +202,7 @@ class Supervisor:
         try:
             worker = Worker(entry.pid, os.pidfd_open(entry.pid))
         except OSError:
-            return None
+            return self._inherit(entry)
         try:
             # The pidfd was taken first, so it means the process that listens now, if that has the number here: the
             # one in the entry may be of another pid namespace. A wedged one is adopted, too; the heartbeat sees to it.
@@ -212,18 +212,44 @@ class Supervisor:
         if not same:
             worker.forget()
             return None
+        runner, active = self._runner_of(entry)
+        runner.adopt(worker, entry, active)
+        log.info("%s: adopted process %d", runner.label, entry.pid)
+        if entry.version == __version__:
+            return runner
+        if runner.legacy:
+            self._spawn(self._renew(runner, worker))
+        else:
+            log.warning("%s: is served by version %s; when idle: udbad restart %s", runner.label, entry.version,
+                        runner.label)  # fmt: skip
+        return runner
+
+    async def _renew(self, runner: Runner, worker: Worker) -> None:
+        """Have a mount that a process of another version serves go on in one of this version."""
+        problem = await runner.renew(worker)
+        if problem is not None:
+            log.warning("%s: is served by another version: %s", runner.label, problem)
+
+    def _inherit(self, entry: registry.Entry) -> Runner | None:
+        """A runner for a mount whose process has ended, and left what another one can go on with."""
+        runner, active = self._runner_of(entry)
+        if not runner.legacy:
+            return None
+        runner.inherit(entry, active)
+        log.info("%s: goes on where process %d has ended", runner.label, entry.pid)
+        return runner
+
+    def _runner_of(self, entry: registry.Entry) -> tuple[Runner, MountSettings]:
+        """A runner, with what its mount process has left or will leave; and the settings that are in force."""
         active = MountSettings(entry.name, entry.asked, parse_mount_options(entry.options))
         settings = replace(active, options=parse_mount_options(entry.configured))
         wanted = self.config.mounts.get(entry.name)
         if wanted is not None:
             settings = replace(settings, missing_branch=wanted.missing_branch)
         runner = Runner(settings, self.shared, transient=not entry.name)
-        runner.adopt(worker, entry, active)
-        log.info("%s: adopted process %d", runner.label, entry.pid)
-        if entry.version != __version__:
-            log.warning("%s: is served by version %s; when idle: udbad restart %s", runner.label, entry.version,
-                        runner.label)  # fmt: skip
-        return runner
+        if entry.keeper:
+            runner.legacy.add((entry.keeper, entry.record))
+        return runner, active
 
     async def _bring_up_to_date(self, name: str, runner: Runner) -> None:
         """An adopted mount becomes what the configuration says now."""
@@ -311,6 +337,8 @@ class Supervisor:
         keys = set(changed_keys(runner.settings, new)) | runner.pending
         runner.follow(new)
         if runner.state is not State.SERVING:
+            if runner.legacy:
+                runner.pending |= keys
             return [Verdict(table, key, Outcome.APPLIED, "at the next start") for key in sorted(keys)]
         if runner.worker is not None:
             runner.refresh(runner.worker.pid)

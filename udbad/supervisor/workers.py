@@ -12,13 +12,17 @@ import os
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
 from typing import Any
 
+from udbad.mount.keeper import Left
 from udbad.ourselves import COMMAND, environment
 
 _FORK_SECONDS = 60.0
 """For the fork server to answer, the time of its imports included."""
 _EXPECT_SECONDS = 2.0
+_LAST_WORDS_SECONDS = 0.2
+"""To read what a process has said before it ended."""
 
 
 class Worker:
@@ -60,27 +64,50 @@ class Worker:
             except ProcessLookupError:
                 return
 
-    async def give(self, job: dict[str, Any]) -> dict[str, Any] | None:
-        """Hand over the job; the one line a mount process says: that it serves, or why not.
+    async def give(
+        self, job: dict[str, Any], told: Callable[[Left], None] = lambda left: None
+    ) -> dict[str, Any] | None:
+        """Hand over the job; the last line that a mount process says: that it serves, or why not.
 
-        None when it died without a word.
+        told: called with what it will leave, where another process could go on with its mount. None when it died
+        without a word.
         """
         assert self._job is not None
+        answer = asyncio.create_task(self._converse(self._job, job, told))
+        self._job = None
+        ended = asyncio.create_task(self.ended())
+        try:
+            # The end of the process is none of the connection while its keeper has that, too.
+            await asyncio.wait({answer, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                await asyncio.wait({answer}, timeout=_LAST_WORDS_SECONDS)
+            return answer.result() if answer.done() else None
+        finally:
+            answer.cancel()
+            ended.cancel()
+
+    async def _converse(
+        self, sock: socket.socket, job: dict[str, Any], told: Callable[[Left], None]
+    ) -> dict[str, Any] | None:
         loop = asyncio.get_running_loop()
         said = b""
-        with self._job as sock:
-            self._job = None
+        with sock:
             try:
                 await loop.sock_sendall(sock, json.dumps(job).encode() + b"\n")
-                while not said.endswith(b"\n"):
+                while True:
                     piece = await loop.sock_recv(sock, 65536)
                     if not piece:
                         return None
-                    said += piece
+                    *lines, said = (said + piece).split(b"\n")
+                    for line in lines:
+                        answer = json.loads(line)
+                        if not isinstance(answer, dict):
+                            return None
+                        if "keeper" not in answer:
+                            return answer
+                        told((answer["keeper"], answer["record"]))
             except OSError:
                 return None
-        answer = json.loads(said)
-        return answer if isinstance(answer, dict) else None
 
 
 class Pool:

@@ -1,0 +1,146 @@
+"""The guardian of a mount made by hand: has another process go on with it when its process is killed.
+
+The process that `udbad mount` leaves behind. It has imported everything, forks the mount process and waits; when that
+has ended and its keeper lives, it forks the next one, which takes the mount over (life.py). Runs no thread: what is
+forked must not be in the middle of anything. Mounts of the daemon have the supervisor for that.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from types import FrameType
+from typing import Final
+
+from udbad.errors import ExitCode
+from udbad.mount.keeper import Legacy, be_subreaper
+from udbad.mount.life import Guard
+
+log = logging.getLogger(__name__)
+
+_READY: Final = "ready"
+_FIRST_DELAY: Final = 0.1
+_LONGEST_DELAY: Final = 5.0
+"""Seconds between two attempts to take a mount over, doubled each time."""
+_FORWARDED: Final = signal.SIGINT, signal.SIGTERM
+
+Serve = Callable[[Guard, Callable[[], None]], None]
+"""What a mount process does: with its guard, and what is to be called when it serves. Raises as life.run()."""
+
+
+class Guardian:
+    """patience: seconds after which a mount that nobody could take over is given up, 0: never."""
+
+    def __init__(self, serve: Serve, on_ready: Callable[[], None], patience: float, private: Iterable[int]) -> None:
+        """on_ready: called here, once. private: descriptors that no mount process is to have, until then."""
+        self._serve = serve
+        self._on_ready = on_ready
+        self._patience = patience
+        self._private = tuple(private)
+        self._pidfd = -1
+        self._died = 0.0
+        self._legacy = Legacy()
+
+    def run(self) -> int:
+        """The exit code of the mount process that has ended in order, or could not begin."""
+        gc.collect()
+        gc.freeze()  # the mount processes share what is there now
+        for number in _FORWARDED:
+            signal.signal(number, self._forward)
+        be_subreaper()  # keepers are children of mount processes, and become ours
+        status, served = self._attend()
+        while self._legacy and served:
+            status = self._succeed()
+        self._legacy.end()
+        code = os.waitstatus_to_exitcode(status)
+        if code < 0:
+            signal.signal(-code, signal.SIG_DFL)
+            os.kill(os.getpid(), -code)
+        return code
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        if self._pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def _succeed(self) -> int:
+        """Have processes try to take over until one has, and has ended in its turn; the status of the last one."""
+        self._died = time.monotonic()
+        delay = _FIRST_DELAY
+        while True:
+            status, served = self._attend()
+            if served or not self._legacy:
+                return status
+            waited = time.monotonic() - self._died
+            if self._patience and waited + delay > self._patience:
+                log.error("nobody could take the mount over in %g s; its users get errors", self._patience)
+                self._legacy.end()
+                return int(ExitCode.FAILURE) << 8
+            time.sleep(delay)
+            delay = min(2 * delay, _LONGEST_DELAY)
+
+    def _attend(self) -> tuple[int, bool]:
+        """One mount process from its beginning to its end: its status as of waitpid(2), and whether it has served."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            self._be_mount_process(theirs)
+        theirs.close()
+        self._pidfd = os.pidfd_open(pid)
+        served = False
+        poll = select.poll()
+        poll.register(ours, select.POLLIN)
+        for fd in (self._pidfd, *(before := self._legacy.pidfds())):
+            poll.register(fd, select.POLLIN)
+        with ours:
+            ended = False
+            while not ended:
+                ready = dict(poll.poll())
+                for fd in ready.keys() & before:
+                    poll.unregister(fd)
+                    self._legacy.prune()
+                # What it said before it ended is read before its end is believed.
+                ended = self._pidfd in ready and ours.fileno() not in ready
+                if ours.fileno() in ready:
+                    word = json.loads(ours.recv(256) or b"null")
+                    if word is None:
+                        poll.unregister(ours)
+                    elif word == _READY:
+                        served = True
+                        self._on_ready()
+                        self._on_ready, self._private = (lambda: None), ()
+                    else:
+                        self._legacy.add((word[0], word[1]))
+        pidfd, self._pidfd = self._pidfd, -1
+        os.close(pidfd)
+        status = os.waitpid(pid, 0)[1]
+        if served and self._legacy:
+            log.warning("process %d ended, status %d; another one takes over", pid, os.waitstatus_to_exitcode(status))
+        return status, served
+
+    def _be_mount_process(self, guardian: socket.socket) -> None:
+        for number in _FORWARDED:
+            signal.signal(number, signal.default_int_handler)
+        for fd in self._private:
+            os.close(fd)
+        os.setpgid(0, 0)  # what Ctrl-C sends comes from the guardian, once
+
+        def tell(word: object) -> None:
+            with suppress(OSError):  # nobody guards it any more, which is no reason not to serve
+                guardian.send(json.dumps(word).encode())
+
+        def ready() -> None:
+            tell(_READY)
+            guardian.close()
+
+        self._serve(Guard(tell, self._legacy.newest_first(), self._died), ready)
+        raise SystemExit(0)

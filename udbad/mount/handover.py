@@ -1,0 +1,187 @@
+"""What a mount process tells its successor of itself: options, branches, locks, session. JSON, in a memfd.
+
+What it knows of the union is in the record (inodes/record.py), which has the number of that memfd. Written anew, never
+in place, whenever something of it has changed: a successor reads all of it, or all of what was before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Final
+
+from udbad.branch.branches import Branch, BranchSet
+from udbad.errors import ExitCode, UserError
+from udbad.inodes.record import Record, UnreadableRecord
+from udbad.kernel.session import Session
+from udbad.mount.keeper import Gone, Left, Table
+from udbad.settings.options import format_options
+from udbad.types import Perm
+
+if TYPE_CHECKING:
+    from udbad.mount.mountproc import MountProcess
+
+VERSION: Final = 1
+"""Of the form of what is written; whoever changes it has to say how the one before is read."""
+_NOTE: Final = "facts"
+_BRANCH_FIELDS: Final = tuple(one.name for one in fields(Branch) if one.init)
+
+
+def write(process: MountProcess, record: Record, last: int) -> int:
+    """Say what the mount is now; returns the descriptor of that, which takes the place of `last` (-1: there is none).
+
+    Raises OSError.
+    """
+    the_session = process.session
+    assert isinstance(the_session, Session)  # through pyfuse3 there is no record
+    facts = {
+        "version": VERSION,
+        "options": format_options(process.options),
+        "configured": process.configured,
+        "started": process.started,
+        "restarts": process.restarts,
+        "pauses": process.pauses.value(),
+        "generation": process.sb.branches.generation,
+        "branches": [_branch_words(branch) for branch in process.sb.branches.branches],
+        "locks": process.write_locks.held(),
+        "restrictions": sorted(process.restrictions),
+        "control": [process.control_path, process.control_fd],
+        "session": the_session.facts(),
+    }
+    fd = os.memfd_create("udbad facts", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, json.dumps(facts).encode())
+        record.note(_NOTE, b"%d" % fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    if last >= 0:
+        os.close(last)
+    return fd
+
+
+def read(record: Record, take: Callable[[int], int]) -> dict[str, Any]:
+    """What `write` has written last. Raises OSError; UserError when that is for another version."""
+    said = record.noted(_NOTE)
+    if said is None:
+        raise UserError("the mount process ended before it served", ExitCode.FAILURE)
+    fd = take(int(said))
+    try:
+        facts = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
+    finally:
+        os.close(fd)
+    if not isinstance(facts, dict) or facts.get("version") != VERSION:
+        raise UserError(f"what it knows is written in a form of another version, not {VERSION}", ExitCode.FAILURE)
+    return facts
+
+
+def _branch_words(branch: Branch) -> dict[str, Any]:
+    words = {name: getattr(branch, name) for name in _BRANCH_FIELDS}
+    return {
+        **words,
+        "path": os.fsdecode(branch.path),
+        "perm": branch.perm.value,
+        "attrs": sorted(branch.attrs),
+        "restrictions": sorted(branch.restrictions),
+    }
+
+
+def branches(facts: dict[str, Any], take: Callable[[int], int]) -> BranchSet:
+    """The branches themselves, by their descriptors: what somebody has mounted over their paths since is not asked.
+
+    Raises OSError.
+    """
+    return BranchSet(tuple(_branch(words, take) for words in facts["branches"]), facts["generation"])
+
+
+def _branch(words: dict[str, Any], take: Callable[[int], int]) -> Branch:
+    return Branch(
+        **{
+            **words,
+            "path": os.fsencode(words["path"]),
+            "perm": Perm(words["perm"]),
+            "attrs": frozenset(words["attrs"]),
+            "restrictions": frozenset(words["restrictions"]),
+            "root_fd": take(words["root_fd"]),
+            "anchor_fd": take(words["anchor_fd"]),
+        }
+    )
+
+
+def locks(facts: dict[str, Any], take: Callable[[int], int]) -> list[tuple[int, int, int]]:
+    """The write locks, for WriteLocks.take_over(). Raises OSError."""
+    return [(dev, ino, take(fd) if fd >= 0 else -1) for dev, ino, fd in facts["locks"]]
+
+
+def session(predecessor: Predecessor, mount_point: bytes) -> Session:
+    """The session, to be begun again. Raises OSError."""
+    facts = predecessor.facts["session"]
+    return Session.resume(mount_point, predecessor.take(facts["fd"]), facts)
+
+
+def control(predecessor: Predecessor, path: str) -> int:
+    """The listening control socket, where that is still at `path`: who has connected is answered; else -1.
+
+    Raises OSError.
+    """
+    known, fd = predecessor.facts["control"]
+    return predecessor.take(fd) if known == path and fd >= 0 else -1
+
+
+class Predecessor:
+    """A mount process that has ended, by its keeper: what it has left."""
+
+    def __init__(self, left: Sequence[Left], died: float = 0.0) -> None:
+        """left: by one or several processes, the newest first: one that was killed before it had taken all over has
+        said nothing, and does not count. died: time.monotonic() of its end. Raises OSError, UserError: nothing is left,
+        or it is of another version.
+        """
+        self.died = died
+        self._tables: list[Table] = []
+        problem: Exception = UserError("nothing is left of the process before", ExitCode.FAILURE)
+        for keeper, record in left:
+            try:
+                table = Table(keeper)
+            except Gone as error:
+                problem = error
+                continue
+            self._tables.append(table)
+            try:
+                self.take = table.take
+                self.record = _attach(table.take(record))
+                self.facts = read(self.record, table.take)
+            except (OSError, UserError) as error:
+                problem = error
+            else:
+                return
+        self.close()
+        raise problem
+
+    def end(self) -> None:
+        """The mount is somebody else's now, who has a keeper of his own: close what nobody took, soon."""
+        for table in self._tables:
+            table.end()
+
+    def close(self) -> None:
+        """After `end`: return when all is closed."""
+        for table in self._tables:
+            table.close()
+        self._tables.clear()
+
+    def join(self) -> None:
+        """Return when they have ended, after `end`: whoever looks for one must not find it."""
+        for table in self._tables:
+            table.join()
+
+
+def _attach(fd: int) -> Record:
+    try:
+        return Record.attach(fd)
+    except UnreadableRecord as error:
+        os.close(fd)
+        raise UserError(f"what it knows cannot be read: {error}", ExitCode.FAILURE) from None
+    except OSError:
+        os.close(fd)
+        raise

@@ -1,0 +1,216 @@
+"""The keeper: what a mount process has open outlives it.
+
+A process that shares the descriptor table of the mount process (clone(2), CLONE_FILES), made before that has its first
+thread. Whatever is opened later, the keeper has, too, and a SIGKILL closes nothing: /dev/fuse, so that the kernel lets
+callers wait; files that were deleted, the locks of branches, the record of what is known. The next mount process takes
+descriptors out of it by their numbers (pidfd_getfd(2)), makes a keeper of its own and ends this one, whose table then
+has what nobody took.
+
+A keeper never executes a program, which would give it a table of its own, and does nothing but wait. It ends by itself
+when its mount process has ended and nobody has taken over for `restart_timeout`: with the last descriptor of /dev/fuse
+the connection is aborted, and who waits gets ENOTCONN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import os
+import re
+import select
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, NoReturn
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+# The same numbers everywhere (arch/*/kernel/syscalls/syscall.tbl, scripts/syscall.tbl).
+_SYS_CLONE3: Final = 435
+_SYS_PIDFD_GETFD: Final = 438
+_CLONE_FILES: Final = 0x400
+_PR_SET_NAME: Final = 15
+_PR_GET_NAME: Final = 16
+_NAME_SIZE: Final = 16
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_PR_SET_PTRACER: Final = 0x59616D61  # linux/prctl.h
+_ANY_PROCESS: Final = ctypes.c_ulong(-1)
+_LEAST_KERNEL: Final = (6, 9, 4)
+"""With FUSE_NOTIFY_RESEND (6.9), and without the fault that it had first (CVE-2024-38626)."""
+END_SECONDS: Final = 5.0
+"""For a keeper to end once it was killed."""
+NAME: Final = "udbad keeper"
+"""What ps shows, proc(5)."""
+
+Left = tuple[int, int]
+"""What a mount process leaves: the number of its keeper, and that of the record's descriptor there."""
+
+
+def why_not(release: str = os.uname().release) -> str | None:
+    """Why this kernel cannot have a mount go on in another process; None when it can."""
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
+    version = tuple(int(number or 0) for number in found.groups()) if found else (0, 0, 0)
+    return None if version >= _LEAST_KERNEL else f"Linux {release} cannot send requests again, 6.9.4 can"
+
+
+class Keeper:
+    """The keeper of this process, which is its parent."""
+
+    def __init__(self, patience: float) -> None:
+        """patience: seconds that it waits for somebody to take over, 0: for ever. Precondition: this process has no
+        thread yet. Raises OSError."""
+        # A keeper that waits has nothing to do with signals: those of a terminal are for its group.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            # Shared, and never closed: the keeper may not have begun to wait for it.
+            owner = os.pidfd_open(os.getpid())
+            name = ctypes.create_string_buffer(_NAME_SIZE)
+            _libc.prctl(_PR_GET_NAME, name, 0, 0, 0)
+            _libc.prctl(_PR_SET_NAME, NAME.encode(), 0, 0, 0)  # before: `Table` looks at it
+            self.pid = _clone()
+            if self.pid == 0:
+                _keep(owner, patience)
+            _libc.prctl(_PR_SET_NAME, name, 0, 0, 0)
+            self.pidfd = os.pidfd_open(self.pid)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def end(self) -> None:
+        """Before an end that is none of a crash: nobody is to take over."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+        os.close(self.pidfd)
+
+
+def _clone() -> int:
+    """As fork(2) of the system, without what Python and the C library do at one; 0 in the new process."""
+    # struct clone_args of linux/sched.h: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls.
+    arguments = (ctypes.c_uint64 * 8)(_CLONE_FILES, 0, 0, 0, signal.SIGCHLD, 0, 0, 0)
+    pid: int = _libc.syscall(_SYS_CLONE3, arguments, ctypes.c_size_t(ctypes.sizeof(arguments)))
+    if pid < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return pid
+
+
+def _keep(owner: int, patience: float) -> NoReturn:
+    try:
+        gc.disable()
+        _libc.prctl(_PR_SET_PTRACER, _ANY_PROCESS, 0, 0, 0)  # Yama: the next mount process is no ancestor
+        poll = select.poll()
+        poll.register(owner, select.POLLIN)
+        poll.poll()
+        if patience:
+            time.sleep(patience)
+        else:
+            signal.pause()
+    finally:
+        os._exit(0)
+
+
+def be_subreaper() -> None:
+    """Have the orphans among our descendants become our children, prctl(2)."""
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+class Gone(OSError):
+    """There is no keeper with that number any more."""
+
+
+class Table:
+    """The descriptors of a keeper whose mount process has ended, or stands still."""
+
+    def __init__(self, pid: int) -> None:
+        """Raises OSError: Gone when that process is no keeper."""
+        try:
+            self.pidfd = os.pidfd_open(pid)
+        except ProcessLookupError as error:
+            raise Gone(errno.ESRCH, f"process {pid} has ended") from error
+        self.pid = pid
+        try:
+            # After the pidfd was made: it means the process that has this name.
+            found = Path(f"/proc/{pid}/comm").read_text().rstrip("\n") == NAME
+        except OSError:
+            found = False
+        if not found:
+            os.close(self.pidfd)
+            raise Gone(errno.ESRCH, f"process {pid} is no keeper")
+
+    def take(self, number: int) -> int:
+        """A descriptor of our own for what it has under this number. Raises OSError: EBADF when there is nothing."""
+        fd: int = _libc.syscall(_SYS_PIDFD_GETFD, self.pidfd, number, 0)
+        if fd < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), f"descriptor {number} of process {self.pid}")
+        return fd
+
+    @property
+    def ended(self) -> bool:
+        """Whether the keeper is gone, and its descriptors with it."""
+        return self._wait(0)
+
+    def _wait(self, seconds: float) -> bool:
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
+    def end(self) -> None:
+        """Have what nobody took closed, soon."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Forget it."""
+        os.close(self.pidfd)
+        with suppress(ChildProcessError):  # an orphan that was given to us
+            os.waitpid(self.pid, os.WNOHANG)
+
+    def join(self) -> None:
+        """After `end`: return when it has ended, at the latest after END_SECONDS."""
+        self._wait(END_SECONDS)
+
+
+class Legacy:
+    """What mount processes have left of one mount, for whoever has the next one started."""
+
+    def __init__(self) -> None:
+        self._tables: list[tuple[Left, Table]] = []
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to take over."""
+        self.prune()
+        return bool(self._tables)
+
+    def prune(self) -> None:
+        """Forget what is closed."""
+        for one in self._tables[:]:
+            if one[1].ended:
+                one[1].close()
+                self._tables.remove(one)
+
+    def pidfds(self) -> set[int]:
+        """Readable when it is time to `prune`."""
+        return {table.pidfd for _, table in self._tables}
+
+    def add(self, left: Left) -> None:
+        """To be told when a process begins, while that lives: the number cannot mean another one then."""
+        with suppress(Gone):
+            self._tables.insert(0, (left, Table(left[0])))
+
+    def newest_first(self) -> list[Left]:
+        return [left for left, _ in self._tables]
+
+    def end(self) -> None:
+        """Nobody is to take over: all is closed, /dev/fuse too, and who waits gets ENOTCONN."""
+        for _, table in self._tables:
+            table.end()
+        self.forget()
+
+    def forget(self) -> None:
+        """Somebody else looks after the mount."""
+        for _, table in self._tables:
+            table.close()
+        self._tables.clear()

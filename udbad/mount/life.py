@@ -1,0 +1,107 @@
+"""The life of a mount process: a keeper first, then the mount, serving it, and its end in order."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+from udbad.errors import ExitCode, UserError
+from udbad.inodes.record import Record
+from udbad.mount import keeper
+from udbad.mount.handover import Predecessor
+from udbad.mount.keeper import Left
+from udbad.mount.mountproc import STOPPING, Identity, MountProcess, is_portable
+from udbad.mount.readings import text
+from udbad.settings.options import MountOptions, parse_mount_options
+
+_SWITCH_SECONDS = 0.0005
+_NOBODY = Identity()
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Whoever starts another mount process when this one is killed.
+
+    told: called with what will be left of this process, before it does anything else. left: what was left before, the
+    newest first. died: time.monotonic() of the end of the process before.
+    """
+
+    told: Callable[[Left], None]
+    left: Sequence[Left] = ()
+    died: float = 0.0
+
+
+def why_not_survive(options: MountOptions) -> str | None:
+    """Why a mount with these options ends with its process; None when another process can take it over."""
+    if not options.survive:
+        return "survive=off"
+    if is_portable(options):
+        return "it is served through pyfuse3"
+    return keeper.why_not()
+
+
+def run(
+    options: MountOptions,
+    mount_point: bytes,
+    on_ready: Callable[[MountProcess], None],
+    identity: Identity = _NOBODY,
+    configured: str | None = None,
+    guard: Guard | None = None,
+) -> None:
+    """Mount and serve in this process until unmounted; configured: the options that the configuration has.
+
+    guard: who has another process go on with the mount when this one ends otherwise, None: nobody does.
+
+    Raises UserError when it cannot start; then nothing of it is left. Whatever else ends a mount that has served is
+    raised as it is, and leaves the mount point dead and the branches marked for the next mount; or to the next process,
+    where there is a guard.
+    """
+    with ExitStack() as ending:
+        record = predecessor = own = None
+        if guard is not None and why_not_survive(options) is None:
+            own = keeper.Keeper(options.restart_timeout)  # first: it must be made before any thread is
+            ending.callback(own.end)
+            record = Record.create()
+            ending.callback(os.close, record.fd)
+            guard.told((own.pid, record.fd))
+        try:
+            if guard is not None and guard.left:
+                predecessor = Predecessor(guard.left, guard.died)
+                ending.callback(predecessor.close)
+                ending.callback(predecessor.join)
+                options = parse_mount_options(predecessor.facts["options"])
+                configured = predecessor.facts["configured"]
+            process = MountProcess(options, mount_point, identity, record, predecessor, own)
+        except OSError as error:
+            raise _no_start(mount_point, error) from error
+        process.configured = configured or process.configured
+        gc.freeze()
+        # A thread that has to tell the kernel what to forget waits so long for a busy event loop; by default 5 ms.
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        for number in STOPPING:
+            signal.signal(number, process.on_late_signal)
+        try:
+            process.edge.run(partial(process.serve, lambda: on_ready(process)))
+        except BaseException as error:
+            if process.ready:
+                if not isinstance(error, UserError):
+                    ending.pop_all()  # for the next process
+                raise
+            process.abandon()
+            if isinstance(error, (OSError, RuntimeError)):  # the latter: pyfuse3
+                raise _no_start(mount_point, error) from error
+            raise
+        process.close()
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)  # at its exit, Python gives up its own handlers first
+
+
+def _no_start(mount_point: bytes, error: Exception) -> UserError:
+    reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return UserError(f"cannot mount on {text(mount_point)}: {reason}", ExitCode.FAILURE)
