@@ -68,7 +68,7 @@ class Core:
 
     def took(self, node: Node) -> Node:
         """The kernel got an entry: it holds a reference more."""
-        node.nlookup += 1
+        self.fs.table.refer(node)
         self._refs[node.id] = self._refs.get(node.id, 0) + 1
         return node
 

@@ -115,7 +115,7 @@ class FakeKernel:
             self.entries[parent, name] = node.id
         else:
             self.entries.pop((parent, name), None)
-        node.nlookup += 1
+        self.fs.table.refer(node)
         self.references[node.id] += 1
         return node.id
 
@@ -175,6 +175,7 @@ class FakeKernel:
             return held
         node, st = self._perform(lambda: self.fs.getattr(number))
         if type(node) is Dir and node.cached_opens and not node.trusted:
+            self.fs.table.changed(node)
             node.mtime_offset += 1  # as edge/operations.py
         self._told_attributes(node, st)
         return fields(node, st)

@@ -21,6 +21,7 @@ from typing import Protocol
 from udbad.branch import state
 from udbad.branch.branches import Branch
 from udbad.inodes.handles import written_behind
+from udbad.inodes.journal import Negative
 from udbad.inodes.table import Dir, Node
 from udbad.types import Perm
 from udbad.union.superblock import Superblock
@@ -255,6 +256,7 @@ class Coherence:
         self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1, mtime: bool = False
     ) -> None:
         if mtime and type(node) is Dir and node.mtime_offset:
+            self.sb.table.changed(node)
             node.mtime_offset = 0  # times that were set are shown as they are
             self.notifier.data(node.id)
 
@@ -273,6 +275,7 @@ class Coherence:
         """
         if node.listed:
             node.mtime_offset += 1
+            self.sb.table.changed(node)
             node.listed = False  # until it is read anew
         self.notifier.attributes(node.id)
 
@@ -303,6 +306,9 @@ class Coherence:
             self.forget_negatives(node)
             names = node.negatives = set()
         names.add(name)
+        record = self.sb.table.record
+        if record is not None:
+            record.changed.add(Negative(node, name))
         return node.ttl
 
     def forget_negatives(self, node: Dir) -> None:
@@ -334,7 +340,7 @@ class Coherence:
         seen what has happened meanwhile. To be called after `start`."""
         for node in self.sb.table.nodes.values():
             if type(node) is Dir:
-                node.trusted = True
+                node.trusted = node.listed = True
                 node.ttl = FOREVER
         self.drop_everything()
 

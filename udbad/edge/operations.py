@@ -114,8 +114,9 @@ class Operations:
 
     def _entry(self, parent: int, node: Node, st: os.stat_result) -> Entry:
         """An entry of the directory `parent`, which need not be the node's: one of several links."""
-        node.nlookup += 1
-        return node, st, self.fs.table.nodes[parent].ttl, self.coherence.attr_ttl(node, st)
+        table = self.fs.table
+        table.refer(node)
+        return node, st, table.nodes[parent].ttl, self.coherence.attr_ttl(node, st)
 
     def forget(self, node_id: int, count: int) -> None:
         """The kernel has given back that many references."""
@@ -179,6 +180,7 @@ class Operations:
         node, st = self.fs.getattr(node_id)
         if type(node) is Dir and node.listed and not node.trusted:
             # Who has it open from better times, or opens it without telling, must not be shown the listing of then.
+            self.fs.table.changed(node)
             node.mtime_offset += 1
             node.listed = False
         return node, st, self.coherence.attr_ttl(node, st)
@@ -322,7 +324,7 @@ class Operations:
                         yield name, node, st, 0.0, 0.0, after, False
                     else:
                         yield name, node, st, directory.ttl, attr_ttl(node, st), after, True
-                        node.nlookup += 1
+                        fs.table.refer(node)
                         given.append(node)
                 except GeneratorExit:
                     self.coherence.not_sent(node)

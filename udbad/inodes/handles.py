@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from udbad.branch import syscalls
 from udbad.errors import os_error
+from udbad.inodes.record import Record
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Fh
 
@@ -113,39 +114,53 @@ class HandleTable:
     def __init__(self) -> None:
         self.files: dict[int, OpenFile] = {}
         self.dirs: dict[int, OpenDir] = {}
-        self._next = 1
+        self.next = 1
+        """The number of the next handle. One that was closed may be told of again, so none is given twice."""
+        self.record: Record | None = None
+        """As in InodeTable."""
         self.on_missing: Callable[[int], OpenFile] | None = None
         """Opens the file for a negative number, which no open(2) has given (union/kept.py)."""
         self.on_missing_dir: Callable[[int], OpenDir] | None = None
         """The same for directories."""
 
+    def changed(self, handle: OpenFile | OpenDir) -> None:
+        """What the record says of a handle is not so any more, in the same operation."""
+        if self.record is not None:
+            self.record.changed.add(handle)
+
+    def put_back(self, handle: OpenFile | OpenDir) -> None:
+        """A handle that a predecessor gave out."""
+        if type(handle) is OpenDir:
+            self.dirs[handle.fh] = handle
+        elif type(handle) is OpenFile:
+            self._keep(handle, handle.fh < 0)
+
+    def _keep(self, handle: OpenFile, first: bool = False) -> OpenFile:
+        node = handle.node
+        self.files[handle.fh] = handle
+        if node.handles is None:
+            node.handles = [handle]
+        else:
+            node.handles.insert(0 if first else len(node.handles), handle)
+        self.changed(handle)
+        return handle
+
     def _number(self) -> Fh:
-        fh = self._next
-        self._next += 1
+        fh = self.next
+        self.next += 1
         return Fh(fh)
 
     def add_file(self, node: Node, fd: int, flags: int, caller: Caller, writable: bool) -> OpenFile:
-        handle = OpenFile(self._number(), node, fd, flags, caller, writable)
-        self.files[handle.fh] = handle
-        if node.handles is None:
-            node.handles = [handle]
-        else:
-            node.handles.append(handle)
-        return handle
+        return self._keep(OpenFile(self._number(), node, fd, flags, caller, writable))
 
     def add_kept(self, node: Node, fd: int, flags: int, caller: Caller) -> OpenFile:
         """An open file of the node itself, whose number is the node's, negative."""
-        handle = OpenFile(Fh(-node.id), node, fd, flags, caller, False)
-        self.files[handle.fh] = handle
-        if node.handles is None:
-            node.handles = [handle]
-        else:
-            node.handles.insert(0, handle)
-        return handle
+        return self._keep(OpenFile(Fh(-node.id), node, fd, flags, caller, False), first=True)
 
     def add_dir(self, node: Dir, pid: int) -> OpenDir:
         handle = OpenDir(self._number(), node, pid)
         self.dirs[handle.fh] = handle
+        self.changed(handle)
         return handle
 
     def add_kept_dir(self, node: Dir) -> OpenDir:
@@ -153,6 +168,7 @@ class HandleTable:
         handle = self.dirs[-node.id] = OpenDir(Fh(-node.id), node, 0)
         handle.cached = True
         node.cached_opens += 1
+        self.changed(handle)
         return handle
 
     def file(self, fh: int) -> OpenFile:
@@ -177,6 +193,7 @@ class HandleTable:
         """Close an open file; what it was is returned. An error of close(2) goes nowhere here, FLUSH has told it."""
         handle = self.file(fh)
         del self.files[fh]
+        self.changed(handle)
         handles = handle.node.handles
         if handles is not None:
             handles.remove(handle)
@@ -187,8 +204,10 @@ class HandleTable:
 
     def remove_dir(self, fh: int) -> None:
         handle = self.dirs.pop(fh, None)
-        if handle is not None and handle.cached:
-            handle.node.cached_opens -= 1
+        if handle is not None:
+            self.changed(handle)
+            if handle.cached:
+                handle.node.cached_opens -= 1
 
     def __len__(self) -> int:
         return len(self.files) + len(self.dirs)

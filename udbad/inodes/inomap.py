@@ -16,7 +16,9 @@ Invariant: 0 and 1 are never handed out; 1 is the root of the mount.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+from udbad.inodes.record import Record
 
 _SHORT_BITS = 32
 _SHORT = 1 << _SHORT_BITS
@@ -36,7 +38,7 @@ Identity = tuple[int, int]
 class InoMap:
     """Numbers for branch objects. No I/O, no locking: used from the event loop only."""
 
-    __slots__ = ("_area_bits", "_base", "_exceptions", "_index", "_limit", "_most", "_next_spare", "in_use")
+    __slots__ = ("_area_bits", "_base", "_exceptions", "_index", "_limit", "_most", "_next_spare", "in_use", "record")
 
     def __init__(self, file_systems: int = 1) -> None:
         """file_systems: how many the branches of the mount are on at its start; more may come."""
@@ -50,6 +52,8 @@ class InoMap:
         self._most = ENTRIES
         self.in_use: Callable[[int], bool] = lambda number: True
         """Whether anybody knows an object by this number; replaced by the tree, which knows."""
+        self.record: Record | None = None
+        """As in InodeTable."""
 
     def number(self, dev: int, ino: int) -> int:
         """The mount's inode number of a branch object; the same until `drop` or `alias` says otherwise."""
@@ -72,6 +76,8 @@ class InoMap:
     def _add(self, dev: int) -> int:
         """Where the numbers of one more file system begin."""
         index = self._index[dev] = len(self._index)
+        if self.record is not None:
+            self.record.changed.add(self)
         area = int(f"{index:0{_SHORT_BITS}b}"[::-1], 2)
         base = self._base[dev] = area if index < 1 << _SHORT_BITS - self._area_bits else index + 1 << _INO_BITS
         return base
@@ -95,6 +101,8 @@ class InoMap:
     def fresh(self, dev: int, ino: int) -> int:
         """A number nobody had before, because the computed one is taken by an object still in use."""
         number = self._next_spare
+        if self.record is not None:
+            self.record.changed.add(self)
         self._enter((dev, ino), number)
         self._next_spare = _SPILL if number == _SHORT - 2 else number + 1  # 2**32 - 1 is -1 to some
         return number
@@ -106,14 +114,39 @@ class InoMap:
         number from then on, as in the next mount.
         """
         if len(self._exceptions) >= self._most:
-            in_use = self.in_use
-            self._exceptions = {key: entry for key, entry in self._exceptions.items() if in_use(entry)}
+            in_use, before = self.in_use, self._exceptions
+            self._exceptions = {key: entry for key, entry in before.items() if in_use(entry)}
+            if self.record is not None:
+                self.record.changed |= before.keys() - self._exceptions.keys()
             self._most = max(2 * len(self._exceptions), ENTRIES)
         self._exceptions[identity] = number
+        if self.record is not None:
+            self.record.changed.add(identity)
 
     def drop(self, dev: int, ino: int) -> None:
         """The object is gone for good; its branch inode may be reused for another one."""
-        self._exceptions.pop((dev, ino), None)
+        if self._exceptions.pop((dev, ino), None) is not None and self.record is not None:
+            self.record.changed.add((dev, ino))
+
+    def entries(self) -> list[Identity]:
+        """The objects that have an entry in the table."""
+        return list(self._exceptions)
+
+    def entry(self, identity: Identity) -> int:
+        """The number in the table; 0 for none."""
+        return self._exceptions.get(identity, 0)
+
+    def state(self) -> tuple[int, int, list[int]]:
+        """All but the table, for `restore`: bits of an area, next spare number, file systems in their order."""
+        return self._area_bits, self._next_spare, list(self._index)
+
+    def restore(self, state: tuple[int, int, Iterable[int]], table: dict[Identity, int]) -> None:
+        """Give the same numbers as the one whose `state` and table these are."""
+        self._area_bits, self._next_spare, devices = state
+        self._limit = (1 << self._area_bits) - (_SHORT - _SPARE)
+        self._base, self._index, self._exceptions = {}, {}, dict(table)
+        for dev in devices:
+            self._add(dev)
 
     def __len__(self) -> int:
         """How many objects need a table entry."""

@@ -21,6 +21,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any, Final, Protocol
 
@@ -39,6 +40,8 @@ _CHUNK: Final = 1 << 22
 """Bytes that a half gets at a time; memory is used for what is written."""
 _PORTION: Final = 256
 """Objects that one `flush` writes anew, which takes less than a millisecond."""
+DROPPED: Final = (1 << 64) - 1
+"""As a count: what the entry is about is gone."""
 _MARSHAL: Final = 2
 """Format of marshal that every Python 3 reads and that is quickest to write."""
 
@@ -100,6 +103,10 @@ class _Half:
         """Begin anew, and give back the memory."""
         self.end = self._ends[_END + self.number] = 0
         self._map.madvise(mmap.MADV_REMOVE)
+
+    def close(self) -> None:
+        self.words.release()
+        self._map.close()
 
     def entries(self) -> Iterator[tuple[bytes, int]]:
         at, end, data = 0, self.end, self._map
@@ -169,6 +176,14 @@ class Record:
     def close(self) -> None:
         """Nothing is written any more. The memory lives as long as somebody has a descriptor of it."""
         self.changed = set()
+        self.write = self.live = None  # type: ignore[assignment]  # nothing keeps the tables alive
+        for half in (self._half, self._next):
+            if half is not None:
+                half.close()
+        self._words.release()
+        with suppress(BufferError):  # somebody uses the slots still: it goes with their last use
+            self.slots.release()
+            self._head.close()
         os.close(self.fd)
 
     # -- what is written ----------------------------------------------------------------------------
@@ -199,6 +214,13 @@ class Record:
         """The references of a node are others now; they are in the record before this returns or with the `flush`."""
         if node.place and self._next is None:
             self._half.words[node.place] = max(node.nlookup, 0)
+        else:
+            self.changed.add(node)
+
+    def drop(self, node: Counted) -> None:
+        """A node is gone, to which the kernel has no reference; as for `count`."""
+        if node.place and self._next is None:
+            self._half.words[node.place] = DROPPED
         else:
             self.changed.add(node)
 

@@ -13,6 +13,7 @@ cdef class Node:
     cdef public unsigned long long id, dev, ino
     cdef public unsigned int kind
     cdef public int orphan_fd
+    cdef public unsigned long long place
     cdef public long long nlookup, nlink_extra
     cdef public object branch, busy, seen, lacks
     cdef public Dir parent

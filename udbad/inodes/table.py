@@ -26,6 +26,7 @@ from udbad.branch.branches import Branch
 from udbad.branch.state import Stamp
 from udbad.errors import estale
 from udbad.inodes.inomap import Identity
+from udbad.inodes.record import Record
 from udbad.types import ROOT_ID, NodeId
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Node:
 
     __slots__ = (
         "aliases", "branch", "busy", "dead", "dev", "handles", "id", "ino", "kind", "lacks",
-        "name", "nlink_extra", "nlookup", "orphan_fd", "parent", "plink", "seen",
+        "name", "nlink_extra", "nlookup", "orphan_fd", "parent", "place", "plink", "seen",
     )  # fmt: skip
 
     mtime_offset = 0
@@ -114,7 +115,9 @@ class Node:
         """With `name`: the name it was last reached by. None: of the root, and when no name is known."""
         self.name = b""
         self.nlookup = 0
-        """References of the kernel."""
+        """References of the kernel; `InodeTable.refer` adds one."""
+        self.place = 0
+        """Where these are in the record (Record.count); 0: nowhere."""
         self.nlink_extra = 0
         """What is added to the st_nlink that the branch says."""
         self.dead = False
@@ -315,6 +318,8 @@ class InodeTable:
         self._max_fds = max_fds
         self._files = files
         self._all_fds = all_fds
+        self.record: Record | None = None
+        """Where it is written what there is, and what changes; replaced by journal.py."""
         self._trim_below = 0
         """Number of nodes below which memory is given back; raised with the number there was."""
         self._fd_dirs: OrderedDict[int, Dir] = OrderedDict()
@@ -334,8 +339,24 @@ class InodeTable:
             raise estale()
         return node
 
+    def changed(self, one: Node | Plink) -> None:
+        """What the record says of a node, or of a home, is not so any more.
+
+        To be called by whoever changes one of those that journal.py writes, but for the names, in the same operation.
+        """
+        if self.record is not None:
+            self.record.changed.add(one)
+
+    def refer(self, node: Node) -> None:
+        """The kernel is about to get a reference on a node."""
+        node.nlookup += 1
+        if self.record is not None:
+            self.record.count(node)
+
     def add(self, node: Node) -> None:
         self.nodes[node.id] = node
+        if self.record is not None:
+            self.record.changed.add(node)
         if len(self.nodes) > _MANY and len(self.nodes) > 4 * self._trim_below:
             self._trim_below = len(self.nodes) // 4
 
@@ -350,8 +371,9 @@ class InodeTable:
         """Record that (parent, name) is this node; an earlier node of that name lets go of it."""
         old = parent.children.get(name)
         if old is node:
-            if type(node) is not Dir:
+            if type(node) is not Dir and (node.parent is not parent or node.name != name):
                 node.parent, node.name = parent, name
+                self.changed(node)
             return
         if old is not None:
             self.detach(old, parent, name)
@@ -368,6 +390,7 @@ class InodeTable:
         node.parent, node.name = parent, name
         parent.children[name] = node
         self.nodes.setdefault(node.id, node)  # it may have left the table with its last name
+        self.changed(node)
         if type(node) is Dir:
             self._fd_dirs[node.id] = node  # it can be opened by name again, so `trim` may close it again
 
@@ -382,6 +405,7 @@ class InodeTable:
                 node.parent, node.name = next(iter(node.aliases))
             else:
                 node.parent = None
+        self.changed(node)
         self._release(parent)
         # A node that the kernel was never told of (or has forgotten) has nothing else to keep it.
         if node.parent is None:
@@ -393,6 +417,8 @@ class InodeTable:
         if node is None or node_id == ROOT_ID:
             return
         node.nlookup -= count
+        if self.record is not None:
+            self.record.count(node)
         if node.nlookup <= 0:
             if type(node) is Dir:
                 self._release_untold(node)
@@ -443,6 +469,8 @@ class InodeTable:
             if self.nodes.get(node.id) is not node:
                 return
             del self.nodes[node.id]
+            if self.record is not None:
+                self.record.drop(node)
             self.on_drop(node)
             if node.orphan_fd >= 0:
                 syscalls.close_quietly(node.orphan_fd)
@@ -469,6 +497,7 @@ class InodeTable:
 
     def note_fds(self, node: Dir) -> None:
         """Directory descriptors were opened for this node."""
+        self.changed(node)
         self._fd_dirs[node.id] = node
         node.hot = True
 

@@ -189,7 +189,7 @@ class MountProcess:
             ending.callback(lambda: self.coherence.stop())  # the one of then
             self.coherence.start()
             if predecessor is not None:
-                self.coherence.drop_everything()
+                self.coherence.recalled()
             self.passthrough: Passthrough | None = None
             self.edge = self._make_edge()
             if asked == "passthrough" and self.passthrough is None:

@@ -195,6 +195,7 @@ class Changes:
     def _bury(self, node: Node) -> None:
         """No name is left. The branch may reuse the inode number as soon as no descriptor holds it."""
         node.dead = True
+        self._table.changed(node)
         self._sb.inomap.drop(node.dev, node.ino)
 
     def moved(self, node: Node, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, branch: Branch) -> None:
@@ -301,3 +302,4 @@ class Changes:
         for parent, name in node.names():
             self._table.detach(node, parent, name)
         node.dead = True
+        self._table.changed(node)

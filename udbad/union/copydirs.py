@@ -125,6 +125,7 @@ def _copy_dir(sb: Superblock, node: Dir, branch: Branch, parent_fd: int) -> int:
     if position == 0:
         node.branch, node.dev, node.ino = branch, made.st_dev, made.st_ino
         sb.inomap.alias(made.st_dev, made.st_ino, node.id)
+    sb.table.changed(node)
     try:
         if whited:
             whiteout.remove(parent_fd, node.name)

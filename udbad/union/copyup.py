@@ -450,7 +450,7 @@ def _link_plink(sb: Superblock, node: Node, parent: Dir, name: bytes) -> None:
     except BaseException:
         syscalls.unlink_at(dirfd, tmp)
         raise
-    plink.name_arrived(node)
+    plink.name_arrived(sb, node)
     sb.changes.copied_up(node, parent, name)
     copydirs.restore_times(dirfd, (before.st_atime_ns, before.st_mtime_ns))
 

@@ -108,6 +108,7 @@ def _new_number(sb: Superblock, st: os.stat_result) -> None:
     if old is not None:
         if old.identity == identity:
             old.dead = True
+            sb.table.changed(old)
         sb.inomap.fresh(*identity)
 
 
@@ -231,6 +232,7 @@ def mkdir(
         # A directory that has lost its upper part has the number still, and is alive.
         if old.identity == top.identity:
             old.dead = True
+            sb.table.changed(old)
         sb.inomap.fresh(top.dev, top.ino)
     sb.changes.made(parent, name, tuple(layer.branch.index for layer in found.layers))
     node, st = lookup.intern(sb, parent, name, found)

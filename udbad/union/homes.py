@@ -93,7 +93,9 @@ def _copied_to(sb: Superblock, source: Place, index: int) -> tuple[Plink, Place]
         in_order = plink.source_dev is not None or said.number == sb.inomap.number(*who)
         in_order = in_order or (not said.life and said.number == sb.inomap.earlier_number(*who))
         if origin.is_source(said, home, source, in_order):
-            plink.source_dev = st.st_dev
+            if plink.source_dev is None:
+                plink.source_dev = st.st_dev
+                sb.table.changed(plink)
             found = plink, home
     return found
 
@@ -147,6 +149,7 @@ def forget(sb: Superblock, plink: Plink) -> None:
     if node is not None and node.plink is plink:
         node.plink = None
         node.nlink_extra = 0
+        sb.table.changed(node)
         part(sb, node)
 
 
@@ -156,7 +159,7 @@ def part(sb: Superblock, node: Node) -> None:
         sb.changes.lost(node, parent, name)
 
 
-def name_found(node: Node, home: Home) -> None:
+def name_found(sb: Superblock, node: Node, home: Home) -> None:
     """A name leads to the node's home; counts the names there are on lower branches by what it tells of them."""
     plink = home.plink
     if home.links:
@@ -167,6 +170,7 @@ def name_found(node: Node, home: Home) -> None:
             plink.pending = max(plink.pending, home.links - (home.st.st_nlink - 1))
         plink.links = max(plink.links, home.links)
         plink.pending = max(plink.pending, 1)
+        sb.table.changed(plink)
     node.nlink_extra = plink.pending - 1
 
 

@@ -75,6 +75,16 @@ class KeptFiles:
             handles.remove_dir(next(iter(handles.dirs)))
         return handles.add_kept_dir(node)
 
+    def put_back(self, handle: OpenFile) -> None:
+        """A file that a predecessor kept."""
+        node = handle.node
+        if node.dead or node.parent is None:
+            self._nameless[node.id] = handle
+        else:
+            self._named[node.id] = handle
+        if handle.writable:
+            self.written(handle)
+
     def _make_room(self) -> None:
         for _ in range(len(self._named)):
             node_id, handle = self._named.popitem(last=False)

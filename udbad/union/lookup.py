@@ -251,6 +251,7 @@ def set_layers(sb: Superblock, node: Dir, found: Found, floor: int) -> bool:
         node.quiet = False
         node.lacks = None
         node.version = sb.next_version()
+        sb.table.changed(node)
     node.layers = new
     if changed or old is new:
         node.view = None
@@ -262,6 +263,7 @@ def set_layers(sb: Superblock, node: Dir, found: Found, floor: int) -> bool:
     lowest = min(limits)
     if lowest != node.floor:
         node.floor = lowest
+        sb.table.changed(node)
         node.version = sb.next_version()  # the children's floors follow from it
     if len(new) > 1 or node.nlink_extra:
         node.nlink_extra = lower_links(new)
@@ -326,6 +328,7 @@ def intern_file(
         node = Node(number, kind, branch, dev, ino)
         table.add(node)
     node.branch = branch
+    table.changed(node)
     sb.changes.found(node, parent, name)
     return node, st
 
@@ -370,8 +373,9 @@ def _intern_home(sb: Superblock, parent: Dir, name: bytes, st: os.stat_result, h
         sb.table.add(node)
     node.plink = home.plink
     node.branch = branch
+    sb.table.changed(node)
     sb.inomap.alias(st.st_dev, st.st_ino, number)
-    homes.name_found(node, home)
+    homes.name_found(sb, node, home)
     sb.changes.found(node, parent, name)
     return node
 

@@ -42,6 +42,8 @@ def adopt_home(sb: Superblock, node: Node, branch: Branch, name: bytes, source: 
     homes.remember(sb, plink)
     node.plink = plink
     node.nlink_extra = plink.pending - 1
+    sb.table.changed(plink)
+    sb.table.changed(node)
 
 
 def make(sb: Superblock, node: Node, branch: Branch, fd: int, name: bytes, source: Place, pending: int) -> None:
@@ -66,12 +68,14 @@ def make(sb: Superblock, node: Node, branch: Branch, fd: int, name: bytes, sourc
     adopt_home(sb, node, branch, link_name, source.st, pending)
 
 
-def name_arrived(node: Node) -> None:
+def name_arrived(sb: Superblock, node: Node) -> None:
     """A name that was on a lower branch only has been linked to the home."""
     home = node.plink
     if home is not None:
         home.pending = max(home.pending - 1, 0)
         node.nlink_extra = home.pending - 1
+        sb.table.changed(home)
+        sb.table.changed(node)
 
 
 def name_removed(sb: Superblock, node: Node, removed: os.stat_result) -> bool:
@@ -83,7 +87,7 @@ def name_removed(sb: Superblock, node: Node, removed: os.stat_result) -> bool:
     if place is None:
         return False
     if (removed.st_dev, removed.st_ino) != home.identity:
-        name_arrived(node)  # one of those that were not linked to the home
+        name_arrived(sb, node)  # one of those that were not linked to the home
     if place.st.st_nlink > 1 or home.pending > 0 or not home.counted or not home.branch.writable:
         return False
     syscalls.unlink_at(home.dirfd, home.name)

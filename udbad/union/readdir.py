@@ -68,6 +68,7 @@ def snapshot(sb: Superblock, handle: OpenDir) -> None:
 
 def _place(sb: Superblock, handle: OpenDir) -> None:
     """Give the snapshot of a handle its positions."""
+    sb.handles.changed(handle)
     node, names = handle.node, handle.names
     assert names is not None
     listings = node.listings
@@ -116,6 +117,7 @@ def _go_on(sb: Superblock, handle: OpenDir, start: int) -> int:
         if first < start < first + _size(count):
             if names is not None:
                 handle.base, handle.names, handle.hits = first, names, {}
+                sb.handles.changed(handle)
                 return start - first
             place = start - first
             break

@@ -1,22 +1,284 @@
-"""A union as its predecessor's record says it was, and the record of this one."""
+"""A union as its predecessor's record says that it was: the same node ids, handles and descriptors.
+
+What the kernel knows must be what it was; nothing else is: no layer, view or time is trusted, and branches are asked as
+always, so that what happened meanwhile is found. A descriptor is believed only when it is of the object it is said to
+be of, for its number may have been another one's when the predecessor was killed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+import gc
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
-from udbad.inodes.record import Record
+from udbad.branch import syscalls
+from udbad.branch.branches import Branch
+from udbad.inodes import journal
+from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile
+from udbad.inodes.inomap import Identity
+from udbad.inodes.journal import Journal
+from udbad.inodes.record import DROPPED, Record, unpack
+from udbad.inodes.table import Dir, Layer, Node, Plink
+from udbad.types import ROOT_ID, Caller, Fh
 from udbad.union.fs import UnionFs
+from udbad.union.superblock import Superblock
 
+log = logging.getLogger(__name__)
 
-def recall(fs: UnionFs, record: Record, take: Callable[[int], int]) -> None:
-    """Rebuild in a fresh union what the record says.
-
-    take: duplicates the descriptor that had this number. Raises OSError.
-    Precondition: the branches have the ids that they had. `Coherence.recalled` is for the caller to call afterwards.
-    """
-    raise NotImplementedError
+Take = Callable[[int], int]
 
 
 def keep(fs: UnionFs, record: Record) -> None:
     """Have the record say what the union knows, all of it now, and from now on what changes. Raises OSError."""
-    raise NotImplementedError
+    sb = fs.sb
+    Journal(record, sb.table, sb.handles, sb.inomap, lambda: list(_homes(sb).values()))
+    record.rewrite()
+
+
+def recall(fs: UnionFs, record: Record, take: Take) -> None:
+    """Rebuild in a fresh union what the record says; it is left as it is.
+
+    take: duplicates the descriptor that had this number; may raise OSError. Preconditions: the branches have the ids
+    that they had, and descriptors of the same mounts; nothing was looked up yet. Afterwards, when the coherence
+    strategy has started, `Coherence.recalled` has the kernel forget what it remembers.
+    """
+    with _no_collections():
+        _Recall(fs, take).run(record)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """All that is made stays, so there is nothing for the collector to find."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _homes(sb: Superblock) -> dict[tuple[int, bytes], Plink]:
+    """The pseudo-links by the ids of their branches and their names there."""
+    return {(plink.branch.id, plink.name): plink for plinks in sb.plinks.values() for plink in plinks}
+
+
+class _Recall:
+    """One recall. Of each object the last entry counts."""
+
+    def __init__(self, fs: UnionFs, take: Take) -> None:
+        self._fs = fs
+        self._sb = fs.sb
+        self._take = take
+        self._branches: dict[int, Branch] = {branch.id: branch for branch in fs.sb.branches.branches}
+        self._nodes: dict[int, tuple[bytes, int]] = {}
+        """By id: payload, references."""
+        self._names: list[tuple[Node, int, list[tuple[int, bytes]]]] = []
+        """Nodes with the ids of the directories they are in, and their further names."""
+        self._homes = _homes(fs.sb)
+
+    def run(self, record: Record) -> None:
+        files: dict[int, bytes] = {}
+        directories: dict[int, Any] = {}
+        listings: dict[int, Any] = {}
+        negatives: dict[int, set[bytes]] = {}
+        numbers: Any = None
+        table: dict[Identity, int] = {}
+        last = 0
+        nodes = self._nodes
+        for payload, count in record.entries():
+            kind = payload[0]
+            if kind == journal.FILE:
+                nodes[journal.NODE.unpack_from(payload)[6]] = payload, count
+                continue
+            if kind == journal.OPEN_FILE:
+                number = journal.OPENED.unpack_from(payload)[6]
+                files[number] = payload
+                last = max(last, number)
+                continue
+            said = unpack(payload[1:])
+            if kind == journal.DIRECTORY:
+                nodes[said[0]] = payload, count
+            elif kind == journal.GONE:
+                nodes.pop(said, None)
+            elif kind == journal.OPEN_DIRECTORY:
+                directories[said[0]] = said
+                last = max(last, said[0])
+            elif kind == journal.CLOSED:
+                last = max(last, said)
+                files.pop(said, None)
+                directories.pop(said, None)
+            elif kind == journal.LISTINGS:
+                listings[said[0]] = said
+            elif kind == journal.NEGATIVES:
+                negatives.setdefault(said[0], set()).update(said[1])
+            elif kind == journal.NUMBERS:
+                numbers = said
+            elif kind == journal.NUMBER:
+                table[said[0], said[1]] = said[2]
+            elif kind == journal.HOME:
+                self._home(said)
+        self._sb.inomap.restore(numbers, {identity: number for identity, number in table.items() if number})
+        for payload, count in nodes.values():
+            if count != DROPPED:
+                self._node(payload, count)
+        self._attach()
+        self._sb.handles.next = last + 1
+        for _, payload in sorted(files.items()):
+            self._open_file(payload)
+        for said in listings.values():
+            self._listings(said)
+        for said in directories.values():
+            self._open_directory(said)
+        for number, names in negatives.items():
+            directory = self._sb.table.nodes.get(number)
+            if type(directory) is Dir:
+                directory.negatives = names
+        self._drop_unknown()
+
+    # -- nodes ------------------------------------------------------------------------------------------
+
+    def _node(self, payload: bytes, count: int) -> None:
+        if payload[0] == journal.DIRECTORY:
+            self._directory(unpack(payload[1:]), count)
+            return
+        _, dead, size, kind, branch_id, orphan, number, dev, ino, parent, links = journal.NODE.unpack_from(payload)
+        branch = self._branches.get(branch_id)
+        node = Node(number, kind, self._gone(branch_id) if branch is None else branch, dev, ino)
+        at = journal.NODE.size + size
+        node.name = payload[journal.NODE.size : at]
+        node.nlookup = count
+        node.nlink_extra = links
+        node.dead = bool(dead) or branch is None
+        if orphan >= 0:
+            node.orphan_fd = self._taken(orphan, (dev, ino))
+        further: list[tuple[int, bytes]] = []
+        if at < len(payload):
+            further, home = unpack(payload[at:])
+            plink = None if home is None else self._homes.get(home)
+            if plink is not None and plink.identity == (dev, ino):
+                node.plink = plink
+        self._sb.table.nodes[number] = node
+        self._names.append((node, parent, further))
+
+    def _directory(self, said: Any, count: int) -> None:
+        number, parent, name, dead, links, floor, opaque, mtime_offset, layers = said
+        table = self._sb.table
+        if number == ROOT_ID:
+            node = self._sb.root
+        else:
+            there = [layer for layer in layers if layer[0] in self._branches]
+            parts = [
+                Layer(
+                    self._branches.get(branch_id) or self._gone(branch_id),
+                    dev,
+                    ino,
+                    nlink,
+                    -1 if fd < 0 else self._taken(fd, (dev, ino)),
+                )
+                for branch_id, dev, ino, nlink, fd in there or layers
+            ]
+            parts.sort(key=lambda layer: layer.branch.index)  # the branches may have another order by now
+            node = Dir(number, parts)
+            node.name = name
+            node.dead = dead or not there
+            node.opaque, node.floor = opaque, floor
+            table.nodes[number] = node
+            held = sum(layer.fd >= 0 for layer in parts)
+            if held:
+                table.open_fds += held
+                table.note_fds(node)
+            self._names.append((node, parent, []))
+        node.nlookup = count
+        node.nlink_extra = links
+        node.mtime_offset = mtime_offset
+
+    def _gone(self, branch_id: int) -> Branch:
+        """In the place of a branch that the mount has no more: what was on it is dead, but has its number still."""
+        return replace(self._sb.branches[0], id=branch_id)
+
+    def _attach(self) -> None:
+        """Give the nodes their names."""
+        nodes = self._sb.table.nodes
+        for node, number, further in self._names:
+            parent = nodes.get(number)
+            if type(parent) is Dir:
+                node.parent = parent
+                parent.children[node.name] = node
+            aliases = set()
+            for above, name in further:
+                directory = nodes.get(above)
+                if type(directory) is Dir:
+                    aliases.add((directory, name))
+                    directory.children[name] = node
+            if further:
+                node.aliases = aliases
+
+    def _drop_unknown(self) -> None:
+        """Nodes that the kernel was not told of yet, or has forgotten."""
+        table = self._sb.table
+        for node in list(table.nodes.values()):
+            if node.nlookup <= 0 and not node.handles:
+                table.not_sent(node)
+
+    def _home(self, said: Any) -> None:
+        branch_id, name, identity, source_dev, pending, links, counted = said
+        plink = self._homes.get((branch_id, name))
+        if plink is not None and plink.identity == identity:
+            plink.source_dev, plink.pending, plink.links, plink.counted = source_dev, pending, links, counted
+
+    # -- what is open -----------------------------------------------------------------------------------
+
+    def _taken(self, number: int, identity: Identity) -> int:
+        """The predecessor's descriptor, if it is of this object; else -1."""
+        try:
+            fd = self._take(number)
+        except OSError:
+            return -1
+        st = os.fstat(fd)
+        if (st.st_dev, st.st_ino) == identity:
+            return fd
+        os.close(fd)
+        return -1
+
+    def _open_file(self, payload: bytes) -> None:
+        _, fd, flags, uid, gid, pid, number, group, node_id, backing = journal.OPENED.unpack_from(payload)
+        node = self._sb.table.nodes.get(node_id)
+        if node is None:
+            return
+        fd = self._taken(fd, node.identity)
+        if fd < 0:
+            return  # it was being closed
+        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        writable = access != os.O_RDONLY and flags & os.O_ACCMODE != os.O_RDONLY
+        handle = OpenFile(Fh(number), node, fd, flags, Caller(uid, gid, pid, 0), writable)
+        handle.group = None if group < 0 else group
+        handle.backing_id = backing
+        handle.id_bits = syscalls.fstat(fd).st_mode & ID_BITS if writable else 0
+        self._sb.handles.put_back(handle)
+        if number < 0 and self._fs.kept is not None:
+            self._fs.kept.put_back(handle)
+
+    def _open_directory(self, said: Any) -> None:
+        number, node_id, pid, cached, base, names = said
+        node = self._sb.table.nodes.get(node_id)
+        if type(node) is not Dir:
+            return
+        handle = OpenDir(Fh(number), node, pid)
+        handle.cached, handle.base = cached, base
+        if names == journal.SHARED:
+            names = next((shared for first, _, shared in node.listings if first == base), None)
+        handle.names = names
+        if cached:
+            node.cached_opens += 1
+        self._sb.handles.put_back(handle)
+
+    def _listings(self, said: Any) -> None:
+        node = self._sb.table.nodes.get(said[0])
+        if type(node) is Dir:
+            node.listings, node.room = said[1], said[2]

@@ -164,6 +164,7 @@ def _rebuild_root(sb: Superblock, new: BranchSet) -> None:
     root.branch, root.dev, root.ino = layers[0].branch, layers[0].dev, layers[0].ino
     root.floor = len(new) - 1
     root.nlink_extra = lower_links(layers)
+    sb.table.changed(root)
 
 
 def _rebuild_directory(sb: Superblock, node: Dir, by_id: dict[int, Branch]) -> None:
@@ -186,3 +187,4 @@ def _rebuild_directory(sb: Superblock, node: Dir, by_id: dict[int, Branch]) -> N
     # Until it is asked for again: anything above may hide or add to it.
     node.opaque = None
     node.floor = len(by_id) - 1
+    sb.table.changed(node)

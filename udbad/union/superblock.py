@@ -217,7 +217,10 @@ class Superblock:
             except OSError:
                 pass  # gone from where it was; as it was last seen, then
         before, node.nlink_extra = node.nlink_extra, lower_links(layers)
-        return node.nlink_extra != before
+        if node.nlink_extra == before:
+            return False
+        self.table.changed(node)
+        return True
 
     def locate(self, node: Node) -> tuple[int, bytes]:
         """(directory descriptor, name) of a non-directory's data. Raises ESTALE when no name is known."""
@@ -297,6 +300,7 @@ class Superblock:
         self.let_go(node)
         node.lacks = None
         node.branch, node.dev, node.ino = branch, st.st_dev, st.st_ino
+        self.table.changed(node)
         for handle in node.handles or ():
             handle.reopen(fd, branch.writable)
 

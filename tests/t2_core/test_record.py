@@ -1,0 +1,248 @@
+"""The record of a mount is readable whenever its writer was killed, and says what was known then."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from udbad.inodes import record as record_module
+from udbad.inodes.record import DROPPED, SLOTS_AT, VERSION, Record, UnreadableRecord, unpack
+
+STEPS = 160
+
+
+class Killed(BaseException):
+    pass
+
+
+class Clock:
+    """Counts stores, and ends the writer at one of them. torn: in its middle; else before it."""
+
+    def __init__(self, at: int, torn: float = 0.0) -> None:
+        self.at, self.torn, self.stores = at, torn, 0
+
+    def store(self, memory: Any, key: Any, value: Any) -> None:
+        self.stores += 1
+        if self.stores == self.at:
+            if isinstance(key, slice):  # one of a word happens or does not
+                part = int(len(value) * self.torn)
+                memory[key.start : key.start + part] = value[:part]
+            raise Killed
+        memory[key] = value
+
+
+class Memory:
+    """Shared memory, or its words, every store to which is counted."""
+
+    def __init__(self, memory: Any, clock: Clock) -> None:
+        self.memory, self.clock = memory, clock
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.memory[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.clock.store(self.memory, key, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.memory, name)
+
+
+@dataclass(eq=False)
+class Thing:
+    """An object as the record sees one."""
+
+    id: int
+    value: int
+    nlookup: int = 0
+    place: int = 0
+
+
+class Writer:
+    """Things that change, and their record."""
+
+    def __init__(self) -> None:
+        self.record = Record.create()
+        self.things: dict[int, Thing] = {}
+        self.record.write = self.write
+        self.record.live = lambda: list(self.things.values())
+
+    def write(self, thing: Thing) -> None:
+        if self.things.get(thing.id) is thing:
+            thing.place = self.record.append(record_module.pack((thing.id, thing.value, bytes(120))), thing.nlookup)
+        elif thing.id not in self.things:
+            self.record.append(record_module.pack((thing.id, None, b"")))
+
+    def state(self) -> dict[int, tuple[int, int]]:
+        return {thing.id: (thing.value, thing.nlookup) for thing in self.things.values()}
+
+    def step(self, rng: random.Random) -> None:
+        """A random operation; what it does is in the record before the answer would be given."""
+        number = rng.randrange(12)
+        thing = self.things.get(number)
+        if thing is None:
+            self.things[number] = thing = Thing(number, rng.randrange(1000), 1)
+            self.record.changed.add(thing)
+        elif rng.random() < 0.4:
+            thing.nlookup += 1
+            self.record.count(thing)
+        elif rng.random() < 0.5:
+            thing.value += 1
+            self.record.changed.add(thing)
+        else:
+            del self.things[number]
+            self.record.drop(thing)
+        if self.record.changed:
+            self.record.flush()
+
+
+def read(record: Record) -> dict[int, tuple[int, int]]:
+    state: dict[int, tuple[int, int]] = {}
+    for payload, count in record.entries():
+        number, value, _ = unpack(payload)
+        state.pop(number, None)
+        if value is not None and count != DROPPED:
+            state[number] = value, count
+    return state
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is written anew every now and then, some of it at a time."""
+    monkeypatch.setattr(record_module, "_CHUNK", 4096)
+    monkeypatch.setattr(record_module, "_PORTION", 3)
+
+
+def run(seed: int, steps: int, clock: Clock) -> tuple[Writer, list[dict[int, tuple[int, int]]]]:
+    """The writer after so many operations, or where the clock has ended it; states that it may be found in."""
+    rng = random.Random(seed)
+    writer = Writer()
+    record: Any = writer.record
+    record._words = Memory(record._words, clock)
+    record._head = Memory(record._head, clock)
+    made = record_module._Half
+
+    class Half(made):  # type: ignore[valid-type,misc]  # the record's own, with the clock in its memory
+        def _extend(self, end: int) -> None:
+            super()._extend(end)
+            half: Any = self
+            half._map, half.words = Memory(half._map, clock), Memory(half.words, clock)
+
+    record._half = Half(record.fd, record._words, 0)
+    states = [writer.state()]
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(record_module, "_Half", Half)
+            record.note("n", b"0")
+            record.rewrite()
+            for number in range(steps):
+                writer.step(rng)
+                states = [writer.state()]
+                record.note("n", b"%d" % number)
+    except Killed:
+        states.append(writer.state())
+    return writer, states
+
+
+def test_the_writer_may_be_stopped_at_any_store(small: None) -> None:
+    clock = Clock(0)
+    writer, _ = run(1, STEPS, clock)
+    writer.record.close()
+    assert writer.record.rewritten > 3, "all was written anew now and then"
+    assert clock.stores > 600
+    tears = (0.0, 0.3, 0.9)
+    unreadable = 0
+    for at in range(1, clock.stores + 1):
+        killed, (before, *after) = run(1, STEPS, Clock(at, tears[at % 3]))
+        fd = os.dup(killed.record.fd)
+        killed.record.close()
+        try:
+            found = Record.attach(fd)
+        except UnreadableRecord:
+            os.close(fd)
+            unreadable += 1
+            continue
+        state = read(found)
+        allowed = [before, *after]
+        assert all(any(state.get(n) == one.get(n) for one in allowed) for n in range(12)), (at, state, allowed)
+        assert found.noted("n") is not None
+        found.close()
+    assert unreadable < 15, "only before all was written for the first time"
+
+
+def test_a_successor_goes_on_in_the_same_record(small: None) -> None:
+    writer, _ = run(3, 100, Clock(0))
+    record = writer.record
+    for _ in range(5):
+        successor = Writer()
+        successor.record.close()
+        record = successor.record = Record.attach(os.dup(record.fd))
+        record.write, record.live = successor.write, lambda successor=successor: list(successor.things.values())  # type: ignore[misc]
+        for number, (value, count) in read(record).items():
+            successor.things[number] = Thing(number, value, count)
+        assert successor.state() == writer.state()
+        record.rewrite()
+        rng = random.Random(4)
+        for _ in range(50):
+            successor.step(rng)
+        assert read(record) == successor.state()
+        writer.record.close()
+        writer = successor
+    record.close()
+
+
+@pytest.fixture
+def record() -> Iterator[Record]:
+    made = Record.create()
+    yield made
+    made.close()
+
+
+def test_what_is_no_record_or_of_another_version_is_not_read(record: Record) -> None:
+    with pytest.raises(UnreadableRecord, match="version 0"):
+        Record.attach(record.fd)
+    record.rewrite()
+    Record.attach(os.dup(record.fd)).close()
+    record._words[record_module._STATE] = VERSION + 1 << 32
+    with pytest.raises(UnreadableRecord, match=f"version {VERSION + 1}, and {VERSION} is"):
+        Record.attach(record.fd)
+    with open("/dev/null", "rb") as file, pytest.raises(UnreadableRecord, match="no record"):
+        Record.attach(file.fileno())
+
+
+def test_notes_and_slots_survive(record: Record) -> None:
+    record.rewrite()
+    assert record.noted("init") is None
+    record.note("init", b"\0\1")
+    record.note("other", b"")
+    record.slots[7] = 42
+    again = Record.attach(os.dup(record.fd))
+    assert (again.noted("init"), again.noted("other"), again.slots[7]) == (b"\0\1", b"", 42)
+    assert len(record.slots) == record_module.LOG_AT - SLOTS_AT
+    with pytest.raises(ValueError, match="no room"):
+        record.note("large", bytes(4096))
+    assert record.noted("init") == b"\0\1"
+    again.close()
+
+
+def test_memory_is_given_back(record: Record) -> None:
+    """What the log has grown to, and then does not need any more."""
+    thing = Thing(1, 1)
+
+    def write(one: object) -> None:
+        record.append(bytes(100_000))
+
+    record.write = write
+    record.live = lambda: [thing]
+    record.rewrite()
+    most = 0
+    for _ in range(400):
+        record.changed.add(thing)
+        record.flush()
+        most = max(most, os.fstat(record.fd).st_blocks * 512)
+    assert record.rewritten > 5
+    assert most < 3 * record_module._CHUNK
