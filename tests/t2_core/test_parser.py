@@ -82,7 +82,7 @@ def kernel(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Kernel]
         made = Kernel(union)
         # No operation is performed: names from here may lead anywhere.
         made.native._rows = {
-            opcode: (row.parse, _nothing, _empty, row.least, made.native._rows[opcode][4], row)
+            opcode: (row.parse, _nothing, _empty, row.least, made.native._rows[opcode][4], row, None)
             for opcode, row in ((opcode, dataclasses.replace(row, undo=None)) for opcode, row in TABLE.items())
         }
         logging.getLogger("udbad").setLevel(logging.CRITICAL)

@@ -322,6 +322,19 @@ def utime_at(dirfd: int, name: bytes, atime_ns: int, mtime_ns: int) -> None:
     os.utime(name, ns=(atime_ns, mtime_ns), dir_fd=dirfd, follow_symlinks=False)
 
 
+@contextmanager
+def readable(fd: int) -> Iterator[int]:
+    """A descriptor of the file behind `fd` that may be read: `fd` itself, or one opened for the occasion."""
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_PATH | os.O_ACCMODE) in (os.O_RDONLY, os.O_RDWR):
+        yield fd
+        return
+    opened = reopen(fd, os.O_RDONLY)
+    try:
+        yield opened
+    finally:
+        os.close(opened)
+
+
 def xattr_path(dirfd: int, name: bytes) -> bytes:
     """Where l*xattr calls find the entry `name` of a directory: only the last component is not followed."""
     return b"/proc/self/fd/%d/%s" % (dirfd, name)
@@ -336,6 +349,17 @@ That leads to the object itself, a symlink too (proc_pid_fd(5)).
 
 def getxattr(target: Object, key: bytes) -> bytes:
     return os.getxattr(target, key)
+
+
+def has_xattr(target: Object, key: bytes) -> bool:
+    """False also where nothing can have it."""
+    try:
+        os.getxattr(target, key)
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
 
 
 def listxattr(target: Object) -> list[bytes]:

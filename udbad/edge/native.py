@@ -19,9 +19,11 @@ import trio
 
 from udbad.coherence.base import Coherence
 from udbad.edge.loop import Loop
+from udbad.edge.once import RULES, Answered, Once, Rule
 from udbad.edge.operations import Later, Operations
 from udbad.edge.table import OLD_SETXATTR, TABLE, Body, Row, first_number, forgotten, without_open
 from udbad.edge.waiting import RETRIED, Request, Waiting
+from udbad.inodes.record import Record
 from udbad.kernel import boundary, wire
 from udbad.kernel.passthrough import Passthrough
 from udbad.kernel.protocol import MAX_REQUEST
@@ -39,22 +41,23 @@ _header = wire.REQUEST.unpack_from
 _reply = wire.REPLY.pack
 _SILENT = (wire.FORGET, wire.BATCH_FORGET)
 
-Bound = tuple[Any, Any, Any, int, boundary.OpStats, Row]
-"""parse, operation, encode, least size of the request in bytes, counters, and the whole row."""
+Bound = tuple[Any, Any, Any, int, boundary.OpStats, Row, Rule | None]
+"""parse, operation, encode, least size of the request in bytes, counters, the whole row, and how it is done once; None:
+it may be done twice, or nobody goes on after a crash."""
 
 
 class _Waiter(Request):
     """A request that is not answered yet."""
 
-    __slots__ = ("_arguments", "_native", "_node", "_row", "_start", "_stats")
+    __slots__ = ("_arguments", "_native", "_node", "_row", "_rule", "_start", "_stats")
 
-    def __init__(
-        self, native: Native, row: Row, stats: boundary.OpStats, head: Any, arguments: tuple[Any, ...], start: float
-    ) -> None:
+    def __init__(self, native: Native, bound: Bound, head: Any, arguments: tuple[Any, ...], start: float) -> None:
         _, _, unique, node, _, _, pid = head
+        _, _, _, _, stats, row, rule = bound
         super().__init__(unique, pid, tuple(arguments[index] for index in row.directories))
         self._native = native
         self._row = row
+        self._rule = rule
         self._stats = stats
         self._node = node
         # The buffer will hold other requests.
@@ -62,10 +65,15 @@ class _Waiter(Request):
         self._start = start
 
     def perform(self) -> object:
-        return self._row.operation(self._native.operations, *self._arguments)
+        return self._native.perform(self._row, self._rule, self.unique, self._arguments)
 
-    def _deliver(self, result: object, error: Exception | None) -> int:
-        """Write the answer; returns its errno. Any thread, where the row has no `undo`."""
+    def resume(self) -> None:
+        if self._native.once is not None:
+            self._native.once.resume(self.unique)
+
+    def _deliver(self, result: object, error: Exception | None, recorded: bool) -> int:
+        """Write the answer; returns its errno. Any thread, where the row has no `undo`. recorded: note before what it
+        has changed, on the event loop."""
         row, native = self._row, self._native
         number = 0
         body: Body = b""
@@ -76,18 +84,20 @@ class _Waiter(Request):
                 error, result = another, None
         if error is not None:
             number = boundary.number_of(error, self._stats, row.name, self._node)
+        if recorded:
+            native.keep(self._rule, self.unique, number, body)
         if not native.send(self.unique, number, body) and not number and row.undo is not None:
             row.undo(native.operations, result)
         return number
 
     def answer(self, result: object, error: Exception | None) -> None:
-        number = self._deliver(result, error)
+        number = self._deliver(result, error, self._native.record is not None)
         if number == errno.ESTALE:
             self._native.stale(self.pid)
         self._stats.count(perf_counter() - self._start, number)
 
     def answer_from_thread(self, result: object, error: Exception | None) -> None:
-        number = self._deliver(result, error)
+        number = self._deliver(result, error, False)
         boundary.count_in_thread(self._stats, perf_counter() - self._start, number)
 
 
@@ -105,14 +115,18 @@ class Native:
         stale: Callable[[int], None],
         setxattr_ext: bool = True,
         passthrough: Passthrough | None = None,
+        record: Record | None = None,
     ) -> None:
         """fd: /dev/fuse, non-blocking. stale: told the process (thread) id of who is told ESTALE. setxattr_ext:
-        FUSE_SETXATTR_EXT was agreed on. passthrough: gives files to the kernel, where that was agreed on."""
+        FUSE_SETXATTR_EXT was agreed on. passthrough: gives files to the kernel, where that was agreed on. record:
+        by which the next process goes on when this one is killed; with the slots of those before this one."""
         self._fd = fd
         self.fs = fs
         self.stale = stale
         self.waiting = Waiting(fs, lambda call: self.loop.post(call))
         self.operations = Operations(fs, coherence, self.waiting.background, passthrough=passthrough)
+        self.record = record
+        self.once = None if record is None else Once(record.slots, self.operations)
         self.aborted = False
         """Whether the connection has ended because somebody has aborted it, through fusectl."""
         self._over: trio.Event | None = None
@@ -122,9 +136,12 @@ class Native:
         if fs.kept is not None:
             rows = without_open(rows, not fs.sb.options.show_whiteouts)
         self._rows: dict[int, Bound] = {
-            opcode: (row.parse, row.operation, row.encode, row.least, boundary.operation(row.name), row)
+            opcode: (
+                row.parse, row.operation, row.encode, row.least, boundary.operation(row.name), row,
+                None if self.once is None else RULES.get(opcode),
+            )
             for opcode, row in rows.items()
-        }
+        }  # fmt: skip
         self.loop = Loop()  # last: it has a descriptor
 
     # -- life ---------------------------------------------------------------------------------
@@ -179,7 +196,7 @@ class Native:
         if bound is None or head[0] != size:
             self._take_other(head, size)
             return
-        parse, operation, encode, least, stats, row = bound
+        parse, operation, encode, least, stats, row, rule = bound
         if size < least:
             self._take_other(head, size)
             return
@@ -190,21 +207,46 @@ class Native:
         result = None
         try:
             arguments = parse(head, buffer, size)
-            result = operation(self.operations, *arguments)
+            result = (
+                operation(self.operations, *arguments) if rule is None else self.perform(row, rule, head[2], arguments)
+            )
             body = encode(result)
         except (NeedCopyUp, Later) as error:
-            self.waiting.go_on(_Waiter(self, row, stats, head, arguments, start), error)
+            self.waiting.go_on(_Waiter(self, bound, head, arguments, start), error)
             return
+        except Answered as answered:
+            number, body = answered.number, answered.body
         except OSError as error:
             if error.errno in RETRIED:
-                self.waiting.go_on(_Waiter(self, row, stats, head, arguments, start), error)
+                self.waiting.go_on(_Waiter(self, bound, head, arguments, start), error)
                 return
             number = boundary.number_of(error, stats, row.name, head[3])
         except Exception as error:
             number = boundary.number_of(error, stats, row.name, head[3])
+        if self.record is not None:
+            self.keep(rule, head[2], number, body)
         stats.count(perf_counter() - start, number)
         if (not self.send(head[2], number, body) or number) and row.undo is not None and result is not None:
             row.undo(self.operations, result)
+
+    def perform(self, row: Row, rule: Rule | None, unique: int, arguments: tuple[Any, ...]) -> object:
+        """An operation, once. Raises what it raises; Answered when a process before this one has its result."""
+        if rule is None or self.once is None:
+            return row.operation(self.operations, *arguments)
+        return self.once.perform(rule, unique, row.operation, arguments)
+
+    def keep(self, rule: Rule | None, unique: int, number: int, body: Body) -> None:
+        """Record what an operation has changed, then that it was done. A handle is rather given anew than to nobody."""
+        record = self.record
+        if record is None or self.once is None:
+            return
+        if record.changed:
+            try:
+                record.flush()
+            except OSError as error:
+                log.error("what has changed cannot be recorded: %s", error.strerror)
+        if rule is not None and not rule.opens:
+            self.once.result(unique, number, body)
 
     def _take_other(self, head: Any, size: int) -> None:
         """A request that is no operation, or one that makes no sense."""

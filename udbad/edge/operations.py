@@ -112,7 +112,7 @@ class Operations:
 
     # -- what the kernel holds ----------------------------------------------------------------
 
-    def _entry(self, parent: int, node: Node, st: os.stat_result) -> Entry:
+    def entry(self, parent: int, node: Node, st: os.stat_result) -> Entry:
         """An entry of the directory `parent`, which need not be the node's: one of several links."""
         table = self.fs.table
         table.refer(node)
@@ -135,16 +135,16 @@ class Operations:
             if ttl:
                 return Negative(ttl)
             raise OSError(errno.ENOENT, "")
-        return self._entry(parent, *found)
+        return self.entry(parent, *found)
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Entry:
-        return self._entry(parent, *self.fs.mknod(parent, name, mode, rdev, caller))
+        return self.entry(parent, *self.fs.mknod(parent, name, mode, rdev, caller))
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Entry:
-        return self._entry(parent, *self.fs.mkdir(parent, name, mode & 0o7777, caller))
+        return self.entry(parent, *self.fs.mkdir(parent, name, mode & 0o7777, caller))
 
     def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Entry:
-        return self._entry(parent, *self.fs.symlink(parent, name, target, caller))
+        return self.entry(parent, *self.fs.symlink(parent, name, target, caller))
 
     def link(self, node_id: int, parent: int, name: bytes) -> Entry:
         try:
@@ -152,9 +152,9 @@ class Operations:
         except NeedCopyUp as need:
             finish = need.then
             if finish is not None:
-                need.then = lambda: self._entry(parent, *finish())
+                need.then = lambda: self.entry(parent, *finish())
             raise
-        return self._entry(parent, *found)
+        return self.entry(parent, *found)
 
     def unlink(self, parent: int, name: bytes) -> None:
         self.fs.unlink(parent, name)
@@ -211,14 +211,14 @@ class Operations:
     # -- files --------------------------------------------------------------------------------
 
     def create(self, parent: int, name: bytes, flags: int, mode: int, caller: Caller) -> tuple[Entry, Opened]:
-        return self._created(parent, flags, *self.fs.create(parent, name, flags, mode & 0o7777, caller))
+        return self.created(parent, flags, *self.fs.create(parent, name, flags, mode & 0o7777, caller))
 
     def tmpfile(self, parent: int, flags: int, mode: int, caller: Caller) -> tuple[Entry, Opened]:
-        return self._created(parent, flags, *self.fs.tmpfile(parent, flags, mode & 0o7777, caller))
+        return self.created(parent, flags, *self.fs.tmpfile(parent, flags, mode & 0o7777, caller))
 
-    def _created(self, parent: int, flags: int, handle: OpenFile, st: os.stat_result) -> tuple[Entry, Opened]:
+    def created(self, parent: int, flags: int, handle: OpenFile, st: os.stat_result) -> tuple[Entry, Opened]:
         opened = self._opened(handle, flags, st, keep=False)
-        entry = self._entry(parent, handle.node, st)
+        entry = self.entry(parent, handle.node, st)
         if self.fs.kept is not None:
             # There is no RELEASE with no_open (fuse_file_put()), so the kernel gets no handle, as with open(2).
             self.fs.release(handle.fh)

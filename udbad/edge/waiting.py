@@ -69,6 +69,9 @@ class Request:
         """The operation, from its beginning."""
         raise NotImplementedError
 
+    def resume(self) -> None:
+        """What is done next is part of this operation."""
+
     def answer(self, result: object, error: Exception | None) -> None:
         """The end: what the operation returned, or what it raised."""
         raise NotImplementedError
@@ -223,6 +226,7 @@ class Waiting:
         if error is None and (copy.stopped or self._closing):
             error = OSError(errno.ECANCELED, "nobody waits for it")
         if error is None:
+            copy.began.resume()
             try:
                 copyup.commit(sb, copy.job)
                 if copyup.takes_away(copy.job):

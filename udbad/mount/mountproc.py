@@ -249,10 +249,20 @@ class MountProcess:
         if isinstance(session, Session):
             if session.passthrough:
                 self.passthrough = Passthrough(session.fd, self.fs)
-            return Native(session.fd, self.fs, self.coherence, stale, session.setxattr_ext, self.passthrough)
+            return self._make_native(session, stale)
         from udbad.edge.portable import Portable
 
         return Portable(session, self.fs, self.coherence, stale)
+
+    def _make_native(self, session: Session, stale: Callable[[int], None]) -> Native:
+        if self.record is not None and self._predecessor is not None:
+            self.record.slots[:] = self._predecessor.record.slots
+        native = Native(
+            session.fd, self.fs, self.coherence, stale, session.setxattr_ext, self.passthrough, self.record
+        )  # fmt: skip
+        if native.once is not None:
+            native.once.settle()
+        return native
 
     def _claim_mount_point(self) -> registry.Claim | None:
         """Held until others can see that we serve. Raises UserError when another process is at it."""

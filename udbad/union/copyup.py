@@ -30,6 +30,7 @@ from udbad.branch.origin import Place
 from udbad.branch.state import is_racy, object_stamp, stamp
 from udbad.errors import GONE, erofs, estale, os_error
 from udbad.inodes.handles import backing_id
+from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
 from udbad.types import CopyMethod, Trigger
 from udbad.union import copydirs, lookup, plink
@@ -304,19 +305,63 @@ def commit(sb: Superblock, job: Job) -> None:
         sb.move_data(node, job.branch, made, node.orphan_fd)
         return
     if job.parent is None:
+        _note(sb, node, None, job.name, job.branch, made, False)
         copydirs.publish(job.dirfd, job.tmp, job.dirfd, job.name)
         job.tmp = b""
-        sb.move_data(node, job.branch, made, job.dst_fd)
-        sb.inomap.alias(made.st_dev, made.st_ino, node.id)
-        plink.adopt_home(sb, node, job.branch, job.name, job.st, job.st.st_nlink + node.nlink_extra)
+        _settle_home(sb, node, job.name, job.branch, job.dst_fd, job.st, made)
         return
     assert job.parent_times is not None
     _check_unmoved(sb, job)
+    _note(sb, node, job.parent, job.name, job.branch, made, job.as_link)
     _publish_in(job.parent, job.dirfd, job.tmp, job.dirfd, job.name)
     job.tmp = b""
     copied = Place(job.src_fd, b"", job.st)
     _settle(sb, node, job.parent, job.name, job.branch, job.dst_fd, copied, made, job.as_link)
     copydirs.restore_times(job.dirfd, job.parent_times)
+
+
+def _note(
+    sb: Superblock, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: os.stat_result, as_link: bool
+) -> None:
+    if sb.notes is not None:
+        sb.notes.publish(node, parent, name, branch, made, as_link)
+
+
+def settle(
+    sb: Superblock, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: Identity, as_link: bool
+) -> bool:
+    """Go on where a process was killed that had given a copy its name, as it may not have come to moving the node.
+
+    parent, name: what the copy is called on `branch`; None: in the directory of pseudo-links. made: who the copy is.
+    as_link: the name is a further one of the node. False where the copy has no such name, so that nothing has happened,
+    or the node is known to be there.
+    """
+    if node.identity == made:
+        return False
+    try:
+        if parent is None:
+            dirfd = plink.directory(sb, branch)
+        else:
+            lookup.ask_again(sb, parent)
+            dirfd = sb.branch_fd(parent, branch)
+        src_dirfd, src_name = sb.locate(node)
+        source = syscalls.stat_at(src_dirfd, src_name)
+        fd = syscalls.pin_at(dirfd, name)
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
+        return False
+    try:
+        st = os.fstat(fd)
+        if (st.st_dev, st.st_ino) != made or not is_object(node, source):
+            return False
+        if parent is None:
+            _settle_home(sb, node, name, branch, fd, source, st)
+        else:
+            _settle(sb, node, parent, name, branch, fd, Place(src_dirfd, src_name, source), st, as_link)
+    finally:
+        os.close(fd)
+    return True
 
 
 def takes_away(job: Job) -> bool:
@@ -387,6 +432,15 @@ def abort(job: Job) -> None:
         job.src_fd = job.dst_fd = job.dirfd = -1
 
 
+def _settle_home(
+    sb: Superblock, node: Node, name: bytes, branch: Branch, fd: int, source: os.stat_result, made: os.stat_result
+) -> None:
+    """The copy is a home of that name, and nothing else yet."""
+    sb.move_data(node, branch, made, fd)
+    sb.inomap.alias(made.st_dev, made.st_ino, node.id)
+    plink.adopt_home(sb, node, branch, name, source, source.st_nlink + node.nlink_extra)
+
+
 def _settle(
     sb: Superblock, node: Node, parent: Dir, name: bytes, branch: Branch, fd: int,
     source: Place, made: os.stat_result, as_link: bool,
@@ -427,6 +481,7 @@ def _copy_special(
     try:
         made = os.fstat(fd)
         try:
+            _note(sb, node, parent, name, branch, made, as_link)
             _publish_in(parent, dirfd, tmp, dirfd, name)
         except BaseException:
             syscalls.unlink_at(dirfd, tmp)

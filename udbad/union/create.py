@@ -76,7 +76,9 @@ def check_free(sb: Superblock, parent: Dir, name: bytes) -> Missing:
     raise os_error(errno.EEXIST)
 
 
-def _make(parent: Dir, name: bytes, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def _make(sb: Superblock, parent: Dir, name: bytes, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    if sb.notes is not None:
+        sb.notes.intend()  # the name was free: what has it afterwards says the rest
     try:
         return call(*args, **kwargs)
     except FileExistsError:
@@ -118,7 +120,7 @@ def create_file(
     """open(2) with O_CREAT|O_EXCL; returns node, attributes and the open descriptor."""
     target = prepare(sb, parent, name)
     with creds.creating(caller):
-        fd = _make(parent, name, syscalls.create_file_at, target.dirfd, name, flags, mode)
+        fd = _make(sb, parent, name, syscalls.create_file_at, target.dirfd, name, flags, mode)
     try:
         _finish(sb, parent, name, target)
         st = syscalls.fstat(fd)
@@ -165,7 +167,7 @@ def mknod(
 ) -> tuple[Node, os.stat_result]:
     target = prepare(sb, parent, name)
     with creds.creating(caller):
-        _make(parent, name, syscalls.mknod_at, target.dirfd, name, mode, rdev)
+        _make(sb, parent, name, syscalls.mknod_at, target.dirfd, name, mode, rdev)
     return _made(sb, parent, name, target, st_mod.S_IFMT(mode))
 
 
@@ -174,7 +176,7 @@ def symlink(
 ) -> tuple[Node, os.stat_result]:
     target = prepare(sb, parent, name)
     with creds.creating(caller):
-        _make(parent, name, syscalls.symlink_at, link_target, target.dirfd, name)
+        _make(sb, parent, name, syscalls.symlink_at, link_target, target.dirfd, name)
     return _made(sb, parent, name, target, st_mod.S_IFLNK)
 
 
@@ -201,7 +203,12 @@ def mkdir(
     """A directory that replaces a whiteout is made opaque before the whiteout goes (semantics 6.5)."""
     target = prepare(sb, parent, name, is_dir=True)
     with creds.creating(caller):
-        _make(parent, name, syscalls.mkdir_at, target.dirfd, name, mode)
+        _make(sb, parent, name, syscalls.mkdir_at, target.dirfd, name, mode)
+    return _made_directory(sb, parent, name, target)
+
+
+def _made_directory(sb: Superblock, parent: Dir, name: bytes, target: Target) -> tuple[Dir, os.stat_result]:
+    """The node of a directory that was just made."""
     fd = -1
     found: Found | Missing = lookup.CLEAR
     try:
@@ -241,6 +248,28 @@ def mkdir(
     return node, st
 
 
+def finish(sb: Superblock, parent: Dir, name: bytes, found: Found) -> tuple[Node, os.stat_result]:
+    """What is left of making an object where a process was killed that had made it. found: by the name, and ours."""
+    dirfd = sb.branch_fd(parent, found.branch)
+    target = Target(found.branch, dirfd, whiteout.present(dirfd, name))
+    if found.layers is not None:
+        lookup.discard(sb, parent, name, found)
+        return _made_directory(sb, parent, name, target)
+    _finish(sb, parent, name, target)
+    sb.changes.made(parent, name, found.branch.index)
+    node, st = lookup.intern(sb, parent, name, found)
+    sb.changes.updated(parent, name, st)
+    return node, st
+
+
+def finish_link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result:
+    """The same of a link, which leads to the node's data."""
+    whiteout.remove(sb.branch_fd(parent, node.branch), name)
+    if parent.children.get(name) is not node:
+        sb.changes.linked(node, parent, name)
+    return sb.stat(node)
+
+
 def link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result:
     """link(2): on the branch of the source's top copy where that is possible (semantics 6.7).
 
@@ -268,7 +297,12 @@ def link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result
     dirfd = copydirs.ensure_dir(sb, parent, branch)
     fd, owned = sb.open_object(node)
     try:
-        _make(parent, name, syscalls.link_fd, fd, dirfd, name)
+        if sb.notes is not None:
+            sb.notes.intend(node.dev, node.ino)
+        syscalls.link_fd(fd, dirfd, name)
+    except FileExistsError:
+        parent.doubt(name)
+        raise
     finally:
         if owned:
             os.close(fd)

@@ -265,6 +265,8 @@ class UnionFs:
         Opened by ourselves: that the caller may write was decided by the kernel, who knows all of the caller's groups.
         """
         with syscalls.writable(fd) as target, self.creds.writing(caller.uid, caller.gid, sgid_group(caller, st)):
+            if self.sb.notes is not None:
+                self.sb.notes.intend(st.st_mtime_ns, st.st_size)
             os.ftruncate(target, size)
 
     def need_writable(self, node: Node, trigger: Trigger, length: int | None = None) -> None:
@@ -337,6 +339,8 @@ class UnionFs:
         node = self._changing_xattr(node_id)
 
         def change(target: syscalls.Object) -> None:
+            if flags & os.XATTR_CREATE and self.sb.notes is not None:
+                self.sb.notes.intend(syscalls.has_xattr(target, key))
             syscalls.setxattr(target, key, value, flags)
             if kill_sgid and key == _ACL_ACCESS:
                 mode = os.stat(target).st_mode
@@ -350,7 +354,13 @@ class UnionFs:
     def removexattr(self, node_id: int, key: bytes, caller: Caller) -> None:
         self._check_changing_xattr(key, caller)
         node = self._changing_xattr(node_id)
-        self._on_object(node, lambda object_: syscalls.removexattr(object_, key))
+
+        def change(target: syscalls.Object) -> None:
+            if self.sb.notes is not None:
+                self.sb.notes.intend(syscalls.has_xattr(target, key))
+            syscalls.removexattr(target, key)
+
+        self._on_object(node, change)
         self.sb.changes.data(node)
 
     def _on_object(self, node: Node, call: Callable[[syscalls.Object], T]) -> T:
@@ -445,6 +455,8 @@ class UnionFs:
             ranges.require_writable(handle)
         changes = self.sb.changes
         changes.before_data(handle.node, handle.fd)
+        if handle.flags & os.O_APPEND and self.sb.notes is not None:
+            self.sb.notes.intend(os.fstat(handle.fd).st_size)
         if handle.uid:
             with self.creds.writing(handle.uid, handle.gid, handle.group):
                 count = os.pwrite(handle.fd, data, offset)

@@ -57,8 +57,11 @@ def make(sb: Superblock, node: Node, branch: Branch, fd: int, name: bytes, sourc
     try:
         syscalls.link_fd(fd, directory(sb, branch), link_name)
     except OSError as error:
-        # EEXIST: a home of this very file, put there directly. It may hold the only copy of something. ENOENT: somebody
-        # has removed the copy's name already.
+        # EEXIST: a home of this very file, put there directly. It may hold the only copy of something. Or by a process
+        # that was killed then. ENOENT: somebody has removed the copy's name already.
+        if error.errno == errno.EEXIST and _is_home_already(sb, node, branch, link_name):
+            adopt_home(sb, node, branch, link_name, source.st, pending)
+            return
         if error.errno not in (
             errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EEXIST, errno.ENOENT,
         ):  # fmt: skip
@@ -66,6 +69,16 @@ def make(sb: Superblock, node: Node, branch: Branch, fd: int, name: bytes, sourc
         log.warning("no pseudo-link for %r in %s: %s", name, branch.describe(), error.strerror)
         return
     adopt_home(sb, node, branch, link_name, source.st, pending)
+
+
+def _is_home_already(sb: Superblock, node: Node, branch: Branch, name: bytes) -> bool:
+    """Whether a home is the node's own copy; then it is not remembered as one of an earlier mount any more."""
+    st = syscalls.stat_at(directory(sb, branch), name)
+    if (st.st_dev, st.st_ino) != node.identity:
+        return False
+    for plink in [plink for plink in sb.plinks.get(node.ino, ()) if plink.identity == node.identity]:
+        homes.forget(sb, plink)
+    return True
 
 
 def name_arrived(sb: Superblock, node: Node) -> None:

@@ -69,6 +69,9 @@ def unlink(sb: Superblock, parent: Dir, name: bytes) -> None:
     if found.st.st_ino in sb.plinks:
         lookup.intern(sb, parent, name, found)  # whether a pseudo-link has lost a name cannot be seen afterwards
     whited = branch is not top or covered_below(sb, parent, name, branch)
+    st, was_lower = found.st, branch is not top
+    if sb.notes is not None:
+        sb.notes.intend(st.st_dev, st.st_ino, st.st_ctime_ns, st.st_nlink, was_lower)
     made = whited and whiteout.create(branch, dirfd, name)
     unlinked = False
     if branch is top:
@@ -84,12 +87,21 @@ def unlink(sb: Superblock, parent: Dir, name: bytes) -> None:
             unlinked = True
     node = parent.children.get(name)
     if node is None:
-        node = sb.table.nodes.get(sb.inomap.number(found.st.st_dev, found.st.st_ino))
-    sb.changes.removed(parent, name, node, branch if unlinked else None, made)
+        node = sb.table.nodes.get(sb.inomap.number(st.st_dev, st.st_ino))
+    unlinked_from(sb, parent, name, node, st, was_lower, branch if unlinked else None, made)
+
+
+def unlinked_from(
+    sb: Superblock, parent: Dir, name: bytes, node: Node | None, st: os.stat_result, was_lower: bool,
+    branch: Branch | None, whited: bool,
+) -> None:  # fmt: skip
+    """A name is gone that was one of the file with status `st`, of which number, device and links count. node: if it is
+    known. was_lower: as in `lost_link`. branch, whited: as in `Changes.removed`."""
+    sb.changes.removed(parent, name, node, branch, whited)
     if node is not None:
-        lost_link(sb, node, found.st, branch is not top)
-    elif found.st.st_nlink <= 1 and branch is top:
-        sb.inomap.drop(found.st.st_dev, found.st.st_ino)
+        lost_link(sb, node, st, was_lower)
+    elif st.st_nlink <= 1 and not was_lower:
+        sb.inomap.drop(st.st_dev, st.st_ino)
 
 
 def lost_link(sb: Superblock, node: Node, st: os.stat_result, was_lower: bool) -> None:
@@ -115,6 +127,8 @@ def rmdir(sb: Superblock, parent: Dir, name: bytes) -> None:
     branch = choose(sb, parent, found)
     dirfd = copydirs.ensure_dir(sb, parent, branch)
     whited = branch is not top or covered_below(sb, parent, name, branch)
+    if sb.notes is not None:
+        sb.notes.intend(*node.identity)
     made = whited and whiteout.create(branch, dirfd, name)
     if branch is top:
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from contextlib import ExitStack
 
 from udbad.branch import syscalls, whiteout
@@ -116,6 +117,10 @@ def _move(
     dst_fd = copydirs.ensure_dir(sb, dst_dir, branch)
     had_whiteout = not bare and whiteout.present(dst_fd, dst)
     lower_dst = not bare and not had_whiteout and remove.covered_below(sb, dst_dir, dst, branch)
+    old = found.st if found.answer is Answer.FOUND else None
+    if sb.notes is not None:
+        replaced = (0, 0, 0) if old is None else (old.st_dev, old.st_ino, old.st_nlink)
+        sb.notes.intend(branch.index, *src_node.identity, *replaced)
     hidden = remove.covered_below(sb, src_dir, src, branch) and whiteout.create(branch, src_fd, src)
     marked = False
     try:
@@ -147,11 +152,46 @@ def _move(
             whiteout.remove(dst_fd, dst)
         except OSError as error:
             log.warning("the whiteout beside the renamed %r stays: %s", dst, error.strerror)
-    if found.answer is Answer.FOUND and dst_node is not None:
-        sb.changes.replaced(dst_dir, dst, dst_node)
-        if type(dst_node) is not Dir:
-            remove.lost_link(sb, dst_node, found.st, found.branch is not branch)
+    if old is not None and dst_node is not None:
+        _replaced(sb, dst_dir, dst, dst_node, old, found.answer is Answer.FOUND and found.branch is not branch)
     _moved(sb, src_node, src_dir, src, dst_dir, dst, branch, dst_fd)
+
+
+def _replaced(sb: Superblock, parent: Dir, name: bytes, node: Node, st: os.stat_result, was_lower: bool) -> None:
+    """A name was taken from `node`, of the object with status `st`, by another object."""
+    sb.changes.replaced(parent, name, node)
+    if type(node) is not Dir:
+        remove.lost_link(sb, node, st, was_lower)
+
+
+def finish(
+    sb: Superblock, src_dir: Dir, src: bytes, src_node: Node | None, dst_dir: Dir, dst: bytes, branch: Branch,
+    old: os.stat_result | None,
+) -> None:  # fmt: skip
+    """What is left of a rename where a process was killed that had done it, on `branch`. src_node: what had the old
+    name, None if that is not known. old: status of what had the new one, as in remove.unlinked_from."""
+    dst_fd = sb.branch_fd(dst_dir, branch)
+    whiteout.remove(dst_fd, dst)
+    dst_dir.note_stacked(dst)
+    src_dir.note_stacked(src)
+    dst_node = dst_dir.children.get(dst)
+    if old is not None and dst_node is not None and dst_node is not src_node:
+        was_lower = dst_node.branch is not branch
+        _replaced(sb, dst_dir, dst, dst_node, old, was_lower)
+    if src_node is None:
+        _update(sb, src_dir, src, moved=False)
+        _update(sb, dst_dir, dst, moved=True)
+    else:
+        _moved(sb, src_node, src_dir, src, dst_dir, dst, branch, dst_fd)
+
+
+def finish_exchange(sb: Superblock, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes) -> None:
+    """The same of an exchange."""
+    src_node, dst_node = src_dir.children.get(src), dst_dir.children.get(dst)
+    if src_node is not None and dst_node is not None:
+        sb.changes.exchanged(src_node, src_dir, src, dst_node, dst_dir, dst)
+    _update(sb, src_dir, src, moved=True)
+    _update(sb, dst_dir, dst, moved=True)
 
 
 def _make_opaque(sb: Superblock, node: Node, branch: Branch) -> bool:
@@ -209,6 +249,8 @@ def _exchange(
         branch = _target(sb, src_dir, src, lookup_again(sb, src_dir, src), src_node, other.index)
     src_fd = copydirs.ensure_dir(sb, src_dir, branch)
     dst_fd = copydirs.ensure_dir(sb, dst_dir, branch)
+    if sb.notes is not None:
+        sb.notes.intend(branch.index, *src_node.identity, *dst_node.identity)
     with ExitStack() as undo:
         for node, parent, name in ((src_node, dst_dir, dst), (dst_node, src_dir, src)):
             covers = type(node) is Dir and remove.covered_below(sb, parent, name, branch)

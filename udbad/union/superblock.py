@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch, BranchSet
@@ -82,6 +82,22 @@ class Counters:
     depth_whiteout: list[int] = field(default_factory=lambda: [0] * (LAST_DEPTH + 1))
 
 
+class Notes(Protocol):
+    """Who notes, where a crash cannot reach it, what an operation is about to do (edge/once.py)."""
+
+    def intend(self, *words: int) -> None:
+        """The next system call is the one that counts: what the operation does with it cannot be done twice.
+
+        words: by which it can be told afterwards whether it was done, as the operation's rule there says.
+        """
+
+    def publish(
+        self, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: os.stat_result, as_link: bool
+    ) -> None:
+        """The next system call gives a copy of a node, of status `made`, its name on a branch. Arguments as those of
+        copyup.settle."""
+
+
 def is_object(node: Node, st: os.stat_result) -> bool:
     """Whether `st` is the status of the object behind a node that is no directory.
 
@@ -122,6 +138,8 @@ class Superblock:
         """The kernel opens files without telling (io=cached): any that it knows may be open."""
         self.in_doubt = 0
         """How many `carrying` are under way."""
+        self.notes: Notes | None = None
+        """Told before each system call that cannot be repeated; None: nobody goes on after a crash."""
         self._free: dict[int, tuple[float, int]] = {}
         self.version = 0
         """The last one that `next_version` has given."""

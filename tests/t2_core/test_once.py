@@ -1,0 +1,383 @@
+"""Every mutation, by a mount process that is killed before and after each system call that changes something."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat as st_mod
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.t2_core.killed import Mount, Request, outcome
+from udbad.branch.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
+from udbad.edge.once import REPEATED, RULES
+from udbad.edge.table import TABLE
+from udbad.kernel import wire
+from udbad.types import ROOT_ID
+
+TWO = {"top": "rw", "base": "ro"}
+THREE = {"top": "rw", "mid": "rw", "base": "ro"}
+
+Make = bytes | None | tuple[str, str]
+"""Content of a file; None: a directory; ("link", other) or ("symlink", target)."""
+
+
+def build(directory: Path, content: Mapping[str, Make]) -> None:
+    for path, what in content.items():
+        target = directory / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if what is None:
+            target.mkdir(exist_ok=True)
+        elif isinstance(what, bytes):
+            target.write_bytes(what)
+        elif what[0] == "link":
+            os.link(directory / what[1], target)
+        else:
+            target.symlink_to(what[1])
+
+
+# -- requests -------------------------------------------------------------------------------------------
+
+Ask = Callable[[Mount], Request]
+
+
+def split(mount: Mount, path: str) -> tuple[int, bytes]:
+    above, _, name = path.rpartition("/")
+    return (mount.id(above) if above else ROOT_ID), os.fsencode(name)
+
+
+def known(mount: Mount, path: str) -> None:
+    if mount.union.exists(path):
+        mount.id(path)
+
+
+def mkdir(path: str) -> Ask:
+    def ask(mount: Mount) -> Request:
+        parent, name = split(mount, path)
+        return wire.MKDIR, parent, struct.pack("<II", 0o755, 0o022) + name + b"\0"
+
+    return ask
+
+
+def mknod(path: str, mode: int = st_mod.S_IFIFO | 0o644) -> Ask:
+    def ask(mount: Mount) -> Request:
+        parent, name = split(mount, path)
+        return wire.MKNOD, parent, struct.pack("<IIII", mode, 0, 0o022, 0) + name + b"\0"
+
+    return ask
+
+
+def symlink(path: str, target: bytes = b"somewhere") -> Ask:
+    def ask(mount: Mount) -> Request:
+        parent, name = split(mount, path)
+        return wire.SYMLINK, parent, name + b"\0" + target + b"\0"
+
+    return ask
+
+
+def create(path: str, flags: int = os.O_RDWR | os.O_CREAT | os.O_EXCL) -> Ask:
+    def ask(mount: Mount) -> Request:
+        parent, name = split(mount, path)
+        return wire.CREATE, parent, struct.pack("<IIII", flags, 0o100644, 0o022, 0) + name + b"\0"
+
+    return ask
+
+
+def tmpfile(path: str) -> Ask:
+    def ask(mount: Mount) -> Request:
+        return wire.TMPFILE, mount.id(path), struct.pack("<IIII", os.O_RDWR, 0o100644, 0o022, 0) + b"#1\0"
+
+    return ask
+
+
+def link(source: str, path: str) -> Ask:
+    def ask(mount: Mount) -> Request:
+        node = mount.id(source)
+        parent, name = split(mount, path)
+        return wire.LINK, parent, wire.QWORD.pack(node) + name + b"\0"
+
+    return ask
+
+
+def unlink(path: str) -> Ask:
+    def ask(mount: Mount) -> Request:
+        known(mount, path)
+        parent, name = split(mount, path)
+        return wire.UNLINK, parent, name + b"\0"
+
+    return ask
+
+
+def rmdir(path: str) -> Ask:
+    def ask(mount: Mount) -> Request:
+        known(mount, path)
+        parent, name = split(mount, path)
+        return wire.RMDIR, parent, name + b"\0"
+
+    return ask
+
+
+def rename(src: str, dst: str, flags: int = 0) -> Ask:
+    def ask(mount: Mount) -> Request:
+        known(mount, src)
+        known(mount, dst)
+        parent, name = split(mount, src)
+        to, called = split(mount, dst)
+        return wire.RENAME2, parent, struct.pack("<QII", to, flags, 0) + name + b"\0" + called + b"\0"
+
+    return ask
+
+
+def setattr_(path: str, valid: int, size: int = 0, mode: int = 0, uid: int = 0, gid: int = 0) -> Ask:
+    def ask(mount: Mount) -> Request:
+        body = wire.SETATTR_IN.pack(valid, 0, size, 10**9, 10**9, 0, 5, 7, 0, mode, uid, gid)
+        return wire.SETATTR, mount.id(path), body
+
+    return ask
+
+
+def write(path: str, flags: int, offset: int, data: bytes) -> Ask:
+    def ask(mount: Mount) -> Request:
+        handle = mount.union.open(path, flags)
+        head = struct.pack("<QQIIQII", handle.fh, offset, len(data), 0, 0, flags, 0)
+        return wire.WRITE, handle.node.id, head + data
+
+    return ask
+
+
+def open_(path: str, flags: int) -> Ask:
+    def ask(mount: Mount) -> Request:
+        return wire.OPEN, mount.id(path), struct.pack("<II", flags, 0)
+
+    return ask
+
+
+def opendir(path: str) -> Ask:
+    def ask(mount: Mount) -> Request:
+        return wire.OPENDIR, mount.id(path), struct.pack("<II", 0, 0)
+
+    return ask
+
+
+def fallocate(path: str, mode: int, offset: int, length: int) -> Ask:
+    def ask(mount: Mount) -> Request:
+        handle = mount.union.open(path, os.O_RDWR)
+        return wire.FALLOCATE, handle.node.id, wire.FALLOCATE_IN.pack(handle.fh, offset, length, mode)
+
+    return ask
+
+
+def copy(source: str, target: str, length: int) -> Ask:
+    def ask(mount: Mount) -> Request:
+        one, other = mount.union.open(source), mount.union.open(target, os.O_RDWR)
+        body = wire.COPY_IN.pack(one.fh, 0, other.node.id, other.fh, 2, length)
+        return wire.COPY_FILE_RANGE, one.node.id, body
+
+    return ask
+
+
+def setxattr(path: str, flags: int, value: bytes = b"value") -> Ask:
+    def ask(mount: Mount) -> Request:
+        body = struct.pack("<IIII", len(value), flags, 0, 0) + b"user.key\0" + value
+        return wire.SETXATTR, mount.id(path), body
+
+    return ask
+
+
+def removexattr(path: str) -> Ask:
+    def ask(mount: Mount) -> Request:
+        return wire.REMOVEXATTR, mount.id(path), b"user.key\0"
+
+    return ask
+
+
+# -- arrangements -----------------------------------------------------------------------------------------
+
+WH = b""
+MAKERS: Mapping[str, Callable[[str], Ask]] = {
+    "mkdir": mkdir,
+    "mknod": mknod,
+    "symlink": symlink,
+    "create": create,
+    "mknod-file": lambda path: mknod(path, st_mod.S_IFREG | 0o600),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    ask: Ask
+    content: Mapping[str, Make]
+    layers: Mapping[str, str] = field(default_factory=lambda: TWO)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[Path], None] = lambda _: None
+
+
+def with_key(path: str) -> Callable[[Path], None]:
+    return lambda directory: os.setxattr(directory / path, b"user.key", b"before")
+
+
+LOWER_DIR: Mapping[str, Make] = {"base/d/x": b"low", "base/d/y": b"low"}
+MERGED: Mapping[str, Make] = {"top/d": None, **LOWER_DIR}
+WHITED: Mapping[str, Make] = {"top/.wh.n": WH, "base/n": b"hidden"}
+WHITED_DIR: Mapping[str, Make] = {"top/.wh.n": WH, "base/n/x": b"hidden"}
+
+CASES: dict[str, Case] = {
+    # making
+    **{
+        f"{kind}-{where}": Case(make(path), content)
+        for kind, make in MAKERS.items()
+        for where, path, content in (
+            ("free", "n", {"base/o": b""}),
+            ("whited", "n", WHITED),
+            ("whited-dir", "n", WHITED_DIR),
+            ("in-lower-dir", "d/n", LOWER_DIR),
+            ("in-merged-dir", "d/n", MERGED),
+            ("whited-in-merged", "d/x", {"top/d/.wh.x": WH, **LOWER_DIR}),
+            ("there", "n", {"base/n": b"there"}),
+        )
+    },
+    "mkdir-opaque-always": Case(mkdir("n"), {"base/o": b""}, options={"opaque_always": True}),
+    "create-trunc": Case(create("n", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), WHITED),
+    "tmpfile": Case(tmpfile(""), {"base/o": b""}),
+    "tmpfile-lower-dir": Case(tmpfile("d"), LOWER_DIR),
+    # link
+    "link-upper": Case(link("a", "n"), {"top/a": b"up"}),
+    "link-upper-whited": Case(link("a", "n"), {"top/a": b"up", **WHITED}),
+    "link-upper-to-lower-dir": Case(link("a", "d/n"), {"top/a": b"up", **LOWER_DIR}),
+    "link-lower": Case(link("a", "n"), {"base/a": b"low"}),
+    "link-lower-whited": Case(link("a", "n"), {"base/a": b"low", **WHITED}),
+    "link-lower-symlink": Case(link("a", "n"), {"base/a": ("symlink", "t")}),
+    "link-lower-no-plink": Case(link("a", "n"), {"base/a": b"low"}, options={"plink": False}),
+    # unlink
+    "unlink-upper": Case(unlink("a"), {"top/a": b"up"}),
+    "unlink-lower": Case(unlink("a"), {"base/a": b"low"}),
+    "unlink-both": Case(unlink("a"), {"top/a": b"up", "base/a": b"low"}),
+    "unlink-beside-its-whiteout": Case(unlink("a"), {"top/a": b"up", "top/.wh.a": WH, "base/a": b"low"}),
+    "unlink-in-lower-dir": Case(unlink("d/x"), LOWER_DIR),
+    "unlink-hard-link": Case(unlink("a"), {"top/a": b"up", "top/b": ("link", "top/a")}),
+    "unlink-lower-hard-link": Case(unlink("a"), {"base/a": b"low", "base/b": ("link", "base/a")}),
+    "unlink-mid": Case(unlink("a"), {"mid/a": b"mid", "base/a": b"low"}, THREE),
+    # rmdir
+    "rmdir-upper": Case(rmdir("d"), {"top/d": None}),
+    "rmdir-lower": Case(rmdir("d"), {"base/d": None}),
+    "rmdir-merged": Case(rmdir("d"), {"top/d": None, "base/d": None}),
+    "rmdir-with-marks": Case(rmdir("d"), {"top/d/.wh.x": WH, "top/d/.wh.y": WH, **LOWER_DIR}),
+    "rmdir-opaque": Case(rmdir("d"), {"top/d/.wh..wh..opq": WH, **LOWER_DIR}),
+    # rename
+    "rename-upper": Case(rename("a", "n"), {"top/a": b"up"}),
+    "rename-upper-noreplace": Case(rename("a", "n", RENAME_NOREPLACE), {"top/a": b"up"}),
+    "rename-lower": Case(rename("a", "n"), {"base/a": b"low"}),
+    "rename-both": Case(rename("a", "n"), {"top/a": b"up", "base/a": b"low"}),
+    "rename-over-upper": Case(rename("a", "b"), {"top/a": b"up", "top/b": b"old"}),
+    "rename-over-lower": Case(rename("a", "b"), {"top/a": b"up", "base/b": b"old"}),
+    "rename-both-over-both": Case(
+        rename("a", "b"), {"top/a": b"up", "top/b": b"old", "base/a": b"low", "base/b": b"lower"}
+    ),
+    "rename-lower-over-lower": Case(rename("a", "b"), {"base/a": b"low", "base/b": b"old"}),
+    "rename-to-whited": Case(rename("a", "n"), {"top/a": b"up", **WHITED}),
+    "rename-to-lower-dir": Case(rename("a", "d/n"), {"top/a": b"up", **LOWER_DIR}),
+    "rename-from-lower-dir": Case(rename("d/x", "d/n"), LOWER_DIR),
+    "rename-lower-symlink": Case(rename("a", "n"), {"base/a": ("symlink", "t")}),
+    "rename-lower-hard-link": Case(rename("a", "n"), {"base/a": b"low", "base/b": ("link", "base/a")}),
+    "rename-over-hard-link": Case(rename("a", "b"), {"top/a": b"up", "top/b": b"old", "top/c": ("link", "top/b")}),
+    "rename-same-file": Case(rename("a", "b"), {"top/a": b"up", "top/b": ("link", "top/a")}),
+    "rename-dir": Case(rename("d", "n"), {"top/d/x": b"up"}),
+    "rename-dir-to-whited": Case(rename("d", "n"), {"top/d/x": b"up", **WHITED_DIR}),
+    "rename-dir-over-empty": Case(rename("d", "e"), {"top/d/x": b"up", "top/e": None}),
+    "rename-dir-over-lower-empty": Case(rename("d", "e"), {"top/d/x": b"up", "base/e": None}),
+    "rename-dir-over-marks": Case(rename("d", "e"), {"top/d/x": b"up", "top/e/.wh.y": WH, "base/e/y": b"low"}),
+    "rename-dir-beside-lower-hidden": Case(
+        rename("d", "n"), {"top/d/x": b"up", "top/d/.wh..wh..opq": WH, "base/d/y": b"low"}
+    ),
+    "rename-lower-empty-dir": Case(rename("d", "n"), {"base/d": None}),
+    "rename-merged-dir": Case(rename("d", "n"), MERGED),
+    "exchange-upper": Case(rename("a", "b", RENAME_EXCHANGE), {"top/a": b"one", "top/b": b"two"}),
+    "exchange-lower": Case(rename("a", "b", RENAME_EXCHANGE), {"base/a": b"one", "base/b": b"two"}),
+    "exchange-dir": Case(
+        rename("d", "e", RENAME_EXCHANGE),
+        {"top/d/x": b"1", "top/d/.wh..wh..opq": WH, "base/d/z": b"low", "top/e/y": b"2"},
+    ),
+    # attributes
+    "chmod-upper": Case(setattr_("a", wire.SET_MODE, mode=0o600), {"top/a": b"up"}),
+    "chmod-lower": Case(setattr_("a", wire.SET_MODE, mode=0o600), {"base/a": b"low"}),
+    "chmod-lower-dir": Case(setattr_("d", wire.SET_MODE, mode=0o700), LOWER_DIR),
+    "chown-chmod-times": Case(
+        setattr_("a", wire.SET_MODE | wire.SET_UID | wire.SET_GID | wire.SET_ATIME | wire.SET_MTIME, 0, 0o4755, 5, 6),
+        {"top/a": b"up"},
+    ),
+    "chown-lower-hard-link": Case(setattr_("a", wire.SET_UID, uid=5), {"base/a": b"low", "base/b": ("link", "base/a")}),
+    "truncate-upper": Case(setattr_("a", wire.SET_SIZE, 2), {"top/a": b"long"}),
+    "truncate-lower": Case(setattr_("a", wire.SET_SIZE, 2), {"base/a": b"long"}),
+    "truncate-longer": Case(setattr_("a", wire.SET_SIZE | wire.SET_MODE, 9, 0o640), {"top/a": b"long"}),
+    "setxattr": Case(setxattr("a", 0), {"top/a": b"up"}),
+    "setxattr-create": Case(setxattr("a", os.XATTR_CREATE), {"top/a": b"up"}),
+    "setxattr-create-there": Case(
+        setxattr("a", os.XATTR_CREATE, b"before"), {"top/a": b"up"}, prepare=with_key("top/a")
+    ),
+    "setxattr-create-lower": Case(setxattr("a", os.XATTR_CREATE), {"base/a": b"low"}),
+    "setxattr-replace": Case(setxattr("a", os.XATTR_REPLACE), {"top/a": b"up"}, prepare=with_key("top/a")),
+    "setxattr-replace-none": Case(setxattr("a", os.XATTR_REPLACE), {"top/a": b"up"}),
+    "removexattr": Case(removexattr("a"), {"top/a": b"up"}, prepare=with_key("top/a")),
+    "removexattr-none": Case(removexattr("a"), {"top/a": b"up"}),
+    "removexattr-lower": Case(removexattr("a"), {"base/a": b"low"}, prepare=with_key("base/a")),
+    # content
+    "write": Case(write("a", os.O_RDWR, 1, b"XY"), {"top/a": b"long"}),
+    "write-lower": Case(write("a", os.O_RDWR, 1, b"XY"), {"base/a": b"long"}),
+    "write-lower-hard-link": Case(write("a", os.O_RDWR, 1, b"XY"), {"base/a": b"long", "base/b": ("link", "base/a")}),
+    "append": Case(write("a", os.O_WRONLY | os.O_APPEND, 4, b"more"), {"top/a": b"long"}),
+    "append-lower": Case(write("a", os.O_RDWR | os.O_APPEND, 4, b"more"), {"base/a": b"long"}),
+    "append-the-same": Case(write("a", os.O_RDWR | os.O_APPEND, 4, b"aa"), {"top/a": b"aaaa"}),
+    "open": Case(open_("a", os.O_RDWR), {"top/a": b"up"}),
+    "open-trunc": Case(open_("a", os.O_WRONLY | os.O_TRUNC), {"top/a": b"up"}),
+    "open-trunc-lower": Case(open_("a", os.O_WRONLY | os.O_TRUNC), {"base/a": b"low"}),
+    "opendir": Case(opendir("d"), MERGED),
+    "punch": Case(fallocate("a", 3, 1, 2), {"top/a": b"long"}),
+    "allocate": Case(fallocate("a", 0, 0, 10), {"top/a": b"long"}),
+    "copy": Case(copy("a", "b", 3), {"base/a": b"abc", "top/b": b"long"}),
+}
+
+
+def differences(tmp_path: Path, case: Case) -> list[str]:
+    """Of each process that is killed from one that is not."""
+    found: list[str] = []
+    number = 0
+
+    def run(at: int, after: bool) -> Any:
+        nonlocal number
+        number += 1
+        directory = tmp_path / str(number)
+        build(directory, case.content)
+        case.prepare(directory)
+        try:
+            return outcome(directory, case.layers, case.ask, at, after, **case.options)
+        finally:
+            shutil.rmtree(directory)
+
+    right, faults = run(0, False)
+    assert faults.calls[-1] == "write"
+    for at in range(1, faults.count + 1):
+        for after in (False, True) if at < faults.count else (False,):
+            came, _ = run(at, after)
+            found += [
+                f"{'after' if after else 'before'} {at}, {faults.calls[at - 1]}: {line}" for line in came.differs(right)
+            ]
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_operation_is_done_once(tmp_path: Path, name: str) -> None:
+    assert differences(tmp_path, CASES[name]) == []
+
+
+def test_there_is_a_rule_for_whatever_changes_something() -> None:
+    reads = {
+        wire.LOOKUP, wire.GETATTR, wire.READLINK, wire.READ, wire.STATFS, wire.GETXATTR, wire.LISTXATTR, wire.READDIR,
+        wire.READDIRPLUS, wire.LSEEK, wire.STATX,
+    }  # fmt: skip
+    assert not RULES.keys() & REPEATED
+    assert TABLE.keys() - reads == RULES.keys() | REPEATED
