@@ -21,6 +21,7 @@ import hypothesis
 import pytest
 
 from tests.helpers import forked
+from tests.helpers import mount as mount_helper
 from tests.helpers.leaks import FS_TYPE, RUN_MARKER, MountInfo, own_namespace, read_mountinfo, remove_mount
 from tests.helpers.mount import WATCHDOG, Mount, UnionFactory, mounted, why_no_fuse
 
@@ -165,6 +166,12 @@ def expect_log() -> Iterator[Callable[[str], None]]:
     absent = [pattern for pattern in patterns if not any(re.search(pattern, text) for text in messages)]
     if absent:
         pytest.fail(f"expected in the log, but not there: {absent}", pytrace=False)
+
+
+@pytest.fixture
+def patch_daemon(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Python for the mount processes that this test makes from now on, which run it when all of udbad is imported."""
+    return lambda source: monkeypatch.setattr(mount_helper, "PATCH", source)
 
 
 @pytest.fixture

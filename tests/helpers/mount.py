@@ -38,10 +38,10 @@ from tests.helpers.leaks import (
 )
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
-# Raw descriptors aside, what the daemon forgets to close shows up in its log.
-_UDBAD: Final = (sys.executable, "-W", "default::ResourceWarning", "-m", "udbad")
-DAEMON = _UDBAD
-"""The command; as long as it is this one, mount processes are forked, see tests/helpers/forked.py."""
+EXECUTED = False
+"""Whether mount processes are programs that start, as for users; else they are forked, see tests/helpers/forked.py."""
+PATCH = ""
+"""Python that mount processes run before they mount; see the fixture `patch_daemon`."""
 DEADLINE: Final = 20.0
 """Seconds to begin or end serving, and for one answer on the control socket."""
 WATCHDOG: Final = 300.0
@@ -135,11 +135,12 @@ class _Watchdog:
 
 
 def _start(words: Sequence[str], log: int, ready: int, user: int) -> Process:
-    """`udbad mount -f WORDS`, in a process of its own when a test has put something else in the place of DAEMON."""
-    if DAEMON is _UDBAD:
-        return forked.start(["mount", "-f", "--ready-fd", forked.READY, *words], log, ready, user)
+    """`udbad mount -f WORDS`."""
+    if not EXECUTED:
+        command = ["mount", "-f", "--ready-fd", forked.READY, *words]
+        return forked.start(command, log, ready=ready, user=user, patch=PATCH)
     return subprocess.Popen(
-        [*DAEMON, "mount", "-f", "--ready-fd", str(ready), *words],
+        [sys.executable, "-m", "udbad", "mount", "-f", "--ready-fd", str(ready), *words],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,

@@ -1,8 +1,7 @@
 """A real mount whose answers can be held back, to see what everything else does meanwhile.
 
-As a program (python -m tests.helpers.slow_mount GATE WORDS mount …) it is udbad itself, except that
-while the file GATE exists, the requests named in WORDS (comma separated: operations, and `transfer`, the
-bytes of a copy-up) are worked on but not answered: a thread answers later, as after a slow read. Each one that is held
+While the file GATE exists, the requests named in words (operations, and `transfer`, the bytes of a copy-up) are
+worked on but not answered: a thread answers later, as after a slow read. Each one that is held
 adds a line to GATE.held. The word `no-epochs` makes the daemon believe that the kernel has no NOTIFY_INC_EPOCH,
 `coarse` that its time stamps are no finer than a tick of the clock (before Linux 6.13), `unwatched` has `reval`
 watch no directory, as where no file system sends events.
@@ -15,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import sys
 import threading
 import time
 from collections import Counter
@@ -65,10 +63,10 @@ class Gate:
 
 @contextmanager
 def slow_daemon(gate: Gate | None, *words: str) -> Iterator[None]:
-    """Mounts made meanwhile are served by this module's daemon; gate None: nothing is held."""
+    """Mounts made meanwhile are served so; gate None: nothing is held."""
     path = os.devnull + "/none" if gate is None else str(gate.path)
-    daemon = (sys.executable, "-W", "default::ResourceWarning", "-m", "tests.helpers.slow_mount", path, ",".join(words))
-    with mock.patch.object(mount_module, "DAEMON", daemon):
+    patch = f"from tests.helpers.slow_mount import patch; patch({path!r}, {list(words)!r})"
+    with mock.patch.object(mount_module, "PATCH", patch):
         yield
 
 
@@ -133,7 +131,8 @@ def _count(gate: str, what: str) -> None:
         os.close(fd)
 
 
-def _patch(gate: str, words: list[str]) -> None:
+def patch(gate: str, words: list[str]) -> None:
+    """Make this process, which is about to mount, a slow one."""
     from udbad.branch import branches
     from udbad.coherence import silence
     from udbad.edge import table, waiting
@@ -156,16 +155,3 @@ def _patch(gate: str, words: list[str]) -> None:
             assert rows, word
             for opcode, row in rows.items():
                 table.TABLE[opcode] = dataclasses.replace(row, operation=_held(row.operation, gate, word))
-
-
-def main() -> None:
-    """udbad with the patches of the first two arguments."""
-    from udbad.cli import main as udbad
-
-    _patch(sys.argv[1], [word for word in sys.argv[2].split(",") if word])
-    sys.argv = ["udbad", *sys.argv[3:]]
-    udbad()
-
-
-if __name__ == "__main__":
-    main()

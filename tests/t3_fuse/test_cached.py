@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -259,15 +259,8 @@ def test_where_each_open_matters_the_kernel_asks(
     assert mount.requests()["open"] == 1
 
 
-def test_a_kernel_that_cannot(union: UnionFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "daemon.py"
-    script.write_text(
-        "from udbad.cli import main\n"
-        "from udbad.kernel import protocol\n"
-        "protocol._NO_OPEN_SUPPORT = 0\n"
-        "main()\n"
-    )  # fmt: skip
-    monkeypatch.setattr("tests.helpers.mount.DAEMON", (sys.executable, str(script)))
+def test_a_kernel_that_cannot(union: UnionFactory, tmp_path: Path, patch_daemon: Callable[[str], None]) -> None:
+    patch_daemon("from udbad.kernel import protocol; protocol._NO_OPEN_SUPPORT = 0")
     fill(tmp_path)
     mount = union(LAYERS, "notify", CACHED)
     assert (mount.path / "d/f0").read_bytes() == CONTENT
@@ -296,17 +289,13 @@ def test_the_mode_becomes_reval(union: UnionFactory, tmp_path: Path) -> None:
         assert path.read_bytes() == content
 
 
-def test_more_files_than_may_be_kept(union: UnionFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_files_than_may_be_kept(union: UnionFactory, tmp_path: Path, patch_daemon: Callable[[str], None]) -> None:
     """Those without a name stay."""
-    script = tmp_path / "daemon.py"
-    script.write_text(
-        "from udbad.cli import main\n"
+    patch_daemon(
         "from udbad.union.fs import UnionFs\n"
         "keep = UnionFs.keep_files\n"
         "UnionFs.keep_files = lambda self, most: keep(self, 10)\n"
-        "main()\n"
-    )  # fmt: skip
-    monkeypatch.setattr("tests.helpers.mount.DAEMON", (sys.executable, str(script)))
+    )
     fill(tmp_path, 50)
     mount = union(LAYERS, "notify", CACHED)
     removed = [os.open(mount.path / "d" / f"f{number}", os.O_RDWR) for number in range(5)]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import mount as mount_helper
 from tests.helpers.leaks import abort_connection
 from tests.helpers.merge import diff, snapshot
 from tests.helpers.mount import DEADLINE, REPOSITORY, Mount, UnionFactory
@@ -26,9 +25,8 @@ pytestmark = pytest.mark.fuse
 _libc = ctypes.CDLL(None, use_errno=True)
 
 FAULTY_DAEMON = """
-import errno, os, sys
-from udbad.cli import main
-from udbad.edge.operations import Operations
+import dataclasses, errno, os
+from udbad.edge import table
 from udbad.union.fs import UnionFs
 
 KINDS = {
@@ -54,10 +52,11 @@ def faulty(name, method):
 for name, method in list(vars(UnionFs).items()):
     if not name.startswith("_") and name not in ("run", "forget", "recover"):
         setattr(UnionFs, name, faulty(name, method))
-Operations.read = faulty("read", Operations.read)  # before table.py takes it; UnionFs has no part in it
-main()
+for opcode, row in table.TABLE.items():
+    if row.name == "read":  # UnionFs has no part in it
+        table.TABLE[opcode] = dataclasses.replace(row, operation=faulty("read", row.operation))
 """
-"""udbad with a fault in each method of UnionFs for which a file of that name says what to raise."""
+"""A fault in each method of UnionFs for which a file of that name says what to raise."""
 
 KINDS = ("RuntimeError", "KeyError", "AssertionError", "RecursionError", "MemoryError", "ExceptionGroup")
 
@@ -117,11 +116,9 @@ def _fsync_directory(path: Path) -> None:
 
 
 @pytest.fixture
-def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def faults(tmp_path: Path, patch_daemon: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory: a file METHOD in it, holding a name of KINDS, makes that method of the daemon's UnionFs fail."""
-    script = tmp_path / "faulty.py"
-    script.write_text(FAULTY_DAEMON)
-    monkeypatch.setattr(mount_helper, "DAEMON", (sys.executable, "-W", "default::ResourceWarning", str(script)))
+    patch_daemon(FAULTY_DAEMON)
     directory = tmp_path / "faults"
     directory.mkdir()
     monkeypatch.setenv("FAULTS", str(directory))

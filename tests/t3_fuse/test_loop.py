@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,20 +38,14 @@ def ppoll(polls, *rest):
     return poll(polls, *rest)
 
 loop._ppoll = ppoll
-
-from udbad.cli import main
-
-main()
 """
 
 
 def test_mount_goes_on_when_there_is_nothing_to_read(
-    union: UnionFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    union: UnionFactory, tmp_path: Path, patch_daemon: Callable[[str], None]
 ) -> None:
     trigger = tmp_path / "trigger"
-    script = tmp_path / "daemon.py"
-    script.write_text(_SPURIOUS.format(trigger=str(trigger)))
-    monkeypatch.setattr("tests.helpers.mount.DAEMON", (sys.executable, str(script)))
+    patch_daemon(_SPURIOUS.format(trigger=str(trigger)))
     mount = union(udba="notify")
     trigger.touch()
     (mount.path / "made").mkdir()

@@ -12,8 +12,7 @@ import mmap
 import os
 import stat
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -357,8 +356,7 @@ def works(mount: Mount) -> None:
 
 
 FAKED = """
-import errno, fcntl, os
-from udbad.cli import main
+import errno, os
 from udbad.kernel import passthrough, protocol
 
 def no_ioctl(fd, request, *rest):
@@ -368,7 +366,6 @@ if {error!r} == "ENOSYS":
     protocol._PASSTHROUGH = 1 << 31  # a flag that no kernel offers
 else:
     passthrough.fcntl.ioctl = no_ioctl
-main()
 """
 
 
@@ -382,12 +379,10 @@ main()
     ],
 )
 def test_without_it_the_kernel_asks(
-    union: UnionFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, io: str, line: str
+    union: UnionFactory, patch_daemon: Callable[[str], None], error: str, io: str, line: str
 ) -> None:
     """One line in the log and in the status says why."""
-    script = tmp_path / "daemon.py"
-    script.write_text(FAKED.format(error=error))
-    monkeypatch.setattr("tests.helpers.mount.DAEMON", (sys.executable, str(script)))
+    patch_daemon(FAKED.format(error=error))
     mount = union(POOL, "notify", PASSING)
     for _ in range(3):
         works(mount)

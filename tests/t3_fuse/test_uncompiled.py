@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 from tests.helpers.mount import UnionFactory
@@ -12,7 +10,7 @@ pytestmark = pytest.mark.fuse
 
 
 def test_the_log_says_so(union: UnionFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.helpers.mount.DAEMON", (sys.executable, "-m", "udbad"))
+    monkeypatch.setattr("tests.helpers.mount.EXECUTED", True)
     monkeypatch.setenv("UDBAD_PURE", "1")
     mount = union({"top": "rw", "base": "ro"}, "notify")
     (mount.path / "file").write_text("content")

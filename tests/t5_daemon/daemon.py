@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from tests.helpers import forked
 from tests.helpers.leaks import mounts_under, remove_mount
-from tests.helpers.mount import REPOSITORY, ensure_fusectl
+from tests.helpers.mount import REPOSITORY, Process, ensure_fusectl
 from udbad.control import registry
 from udbad.control.protocol import Message, ask
 
@@ -54,7 +56,11 @@ class Daemon:
         self.config = tmp_path / "udbad.toml"
         self.settings: dict[str, object] = {"run_dir": self.run_dir}
         self.mounts: dict[str, dict[str, object]] = {}
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
+        self.executed = False
+        """Whether the supervisor and commands are programs that start, as for users; else they are forked."""
+        self.patch = ""
+        """Python that supervisor, mount processes and commands run before they begin, when all of udbad is imported."""
         self.environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "UDBAD_RUN_DIR": self.run_dir}
         self._log_path = tmp_path / "daemon.log"
 
@@ -92,10 +98,14 @@ class Daemon:
         self.write()
         before = len(self.log())
         with self._log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*COMMAND, "run", "-c", str(self.config)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=self.environment,
-            )  # fmt: skip
+            words = ["run", "-c", str(self.config)]
+            if self.executed:
+                self.process = subprocess.Popen(
+                    [*COMMAND, *words],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=self.environment,
+                )  # fmt: skip
+            else:
+                self.process = forked.start(words, log.fileno(), environment=self.environment, patch=self.patch)
         if ready:
             until(lambda: "ready, " in self.log()[before:] or self.ended(), f"ready\n{self.log()}")
             assert not self.ended(), self.log()
@@ -127,7 +137,7 @@ class Daemon:
             self.process.kill()
             self.process.wait(DEADLINE)
         for entry in registry.entries(self.run_dir):
-            if b"udbad" in _command_line(entry.pid):
+            if re.search(rb"udbad|tests\.helpers\.forked", _command_line(entry.pid)):
                 os.kill(entry.pid, signal.SIGKILL)
         for mount in reversed(mounts_under(self.tmp_path)):
             remove_mount(mount)
@@ -160,10 +170,13 @@ class Daemon:
 
     def command(self, *words: str, code: int | None = 0) -> str:
         """Run `udbad WORDS`; its output. code: the exit code it must have, None for any."""
-        done = subprocess.run(
-            [*COMMAND, *words], check=False, capture_output=True, text=True, timeout=DEADLINE, cwd="/",
-            env=self.environment,
-        )  # fmt: skip
+        if self.executed:
+            done = subprocess.run(
+                [*COMMAND, *words], check=False, capture_output=True, text=True, timeout=DEADLINE, cwd="/",
+                env=self.environment,
+            )  # fmt: skip
+        else:
+            done = forked.run(words, self.environment, DEADLINE, self.patch)
         assert code is None or done.returncode == code, (words, done.returncode, done.stdout, done.stderr, self.log())
         return done.stdout + done.stderr
 

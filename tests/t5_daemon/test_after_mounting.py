@@ -15,19 +15,17 @@ from tests.t5_daemon.daemon import Daemon, until
 pytestmark = pytest.mark.fuse
 
 HANGING = """
-import os, sys, time
-if "mount-server" in sys.orig_argv:  # which every mount process is forked from
-    from udbad.mount import mountproc
-    write_entry = mountproc.MountProcess.write_entry
-    def hang(process):
-        while os.path.exists({trigger!r}):
-            with open({reached!r}, "w") as file:
-                file.write(str(os.getpid()))
-            time.sleep(0.05)
-        write_entry(process)
-    mountproc.MountProcess.write_entry = hang
+import os, time
+from udbad.mount import mountproc
+write_entry = mountproc.MountProcess.write_entry
+def hang(process):
+    while os.path.exists({trigger!r}):
+        with open({reached!r}, "w") as file:
+            file.write(str(os.getpid()))
+        time.sleep(0.05)
+    write_entry(process)
+mountproc.MountProcess.write_entry = hang
 """
-"""sitecustomize.py, which Python imports at its start."""
 
 
 class Hanging:
@@ -37,10 +35,7 @@ class Hanging:
         self.daemon = daemon
         self.trigger, self.reached = tmp_path / "trigger", tmp_path / "reached"
         self.trigger.touch()
-        (tmp_path / "site").mkdir()
-        script = HANGING.format(trigger=str(self.trigger), reached=str(self.reached))
-        (tmp_path / "site/sitecustomize.py").write_text(script)
-        daemon.environment["PYTHONPATH"] = f"{tmp_path / 'site'}:{daemon.environment['PYTHONPATH']}"
+        daemon.patch = HANGING.format(trigger=str(self.trigger), reached=str(self.reached))
         self.point = daemon.add("a")
         self._root = tmp_path
         (daemon.branch("a", "base") / "file").write_text("served")

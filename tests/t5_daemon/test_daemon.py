@@ -42,6 +42,32 @@ def test_three_mounts_from_start_to_stop(daemon: Daemon) -> None:
     assert os.listdir(points["a"]) == []
 
 
+def test_every_command_as_the_program_that_it_is(daemon: Daemon) -> None:
+    """Other tests have them forked from a process that has imported everything; here each one imports what it needs."""
+    point = daemon.add("a", ["top=rw", "pool=rw", "base=ro"])
+    (daemon.branch("a", "base") / "file").write_text("base")
+    daemon.executed = True
+    daemon.start()
+    top, pool = str(daemon.branch("a", "top")), str(daemon.branch("a", "pool"))
+    (point / "made").write_text("made")
+    path = str(point / "file")
+    for words in (
+        ("check-config", "-c", str(daemon.config)),
+        ("where", path), ("why", path), ("invalidate", path), ("flush", "a"), ("busy", "a", pool), ("diff", "a"),
+        ("status",), ("status", "--json"), ("top", "-n", "1"), ("branch", "list", "a"), ("udba", "a", "reval"),
+        ("mvdown", str(point / "made")), ("sync", "copy", "a", top, pool), ("log-level", "debug"), ("reload",),
+        ("restart", "a"),
+    ):  # fmt: skip
+        daemon.command(*words)
+    daemon.wait_for("a")
+    daemon.command("umount", str(point))
+    daemon.command("fsck", "-n", top)
+    daemon.command("stop")
+    assert daemon.process is not None
+    assert daemon.process.wait(DEADLINE) == 0
+    assert (daemon.branch("a", "pool") / "made").read_text() == "made"
+
+
 def findmnt(column: str, *words: str) -> str:
     command = ["findmnt", "-nro", column, *words]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=DEADLINE).stdout.strip()

@@ -19,6 +19,12 @@ from udbad.control.protocol import ask
 pytestmark = pytest.mark.fuse
 
 OTHER = "is written to by another mount"
+IMPATIENT = """
+from udbad.branch import writelock
+writelock.PATIENCE = 0.5
+writelock.WriteLocks.take.__defaults__ = (0.5,)
+"""
+"""For tests that are refused again and again, each time after a while that is for mounts just about to end."""
 
 
 @contextmanager
@@ -61,6 +67,7 @@ def locks(pid: int) -> list[str]:
 @pytest.mark.parametrize("way", ["link", "bind"])
 def test_in_the_configuration(daemon: Daemon, way: str) -> None:
     """The texts differ, so the configuration is fine; the second mount waits until the branch is free."""
+    daemon.patch = IMPATIENT
     first = daemon.add("first")
     daemon.settings.update(restart_delay=0.1, restart_delay_max=0.5, watch=False)
     with other_name(daemon.branch("first", "top"), way) as place:
@@ -88,6 +95,7 @@ def test_in_the_configuration(daemon: Daemon, way: str) -> None:
 @pytest.mark.parametrize("way", ["link", "bind"])
 def test_while_mounted(daemon: Daemon, way: str) -> None:
     """add and mod are refused and change nothing; del and mod to ro make the branch free for others."""
+    daemon.patch = IMPATIENT
     daemon.add("first", ["top=rw", "pool=rw"])
     second = daemon.add("second", ["own=rw"])
     daemon.start()
@@ -129,6 +137,7 @@ def test_while_mounted(daemon: Daemon, way: str) -> None:
 
 def test_mounts_without_the_daemon(daemon: Daemon) -> None:
     """A standalone mount, of the same run directory or of another, beside those of the daemon; fsck, too."""
+    daemon.patch = IMPATIENT
     daemon.add("a", ["top=rw", "base=ro"])
     daemon.start()
     top, base = daemon.branch("a", "top"), daemon.branch("a", "base")

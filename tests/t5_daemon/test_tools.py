@@ -204,7 +204,7 @@ def test_programs_that_use_the_mount_lose_nothing(daemon: Daemon, udba: str) -> 
     assert "Traceback" not in daemon.log()
 
 
-MANY = scaled(4_000, 8_000)
+MANY = scaled(1_000, 8_000)
 """Names that take long enough to be interrupted amid."""
 
 

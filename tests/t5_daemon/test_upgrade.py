@@ -23,6 +23,7 @@ def install(daemon: Daemon, directory: Path) -> None:
     directory.mkdir()
     (directory / "sitecustomize.py").write_text(f"import udbad\nudbad.__version__ = {NEW!r}\n")
     daemon.environment["PYTHONPATH"] = f"{directory}{os.pathsep}{REPOSITORY}"
+    daemon.executed = True
 
 
 def versions(daemon: Daemon) -> dict[str, str]:

@@ -81,12 +81,7 @@ def as_user(work: Callable[[], object]) -> None:
 def udbad(*words: str, user: int = USER) -> tuple[int, str]:
     """`udbad WORDS` as the user: exit code and output."""
     with tempfile.TemporaryFile() as output:
-        reader, writer = os.pipe()
-        try:
-            code = forked.start(words, output.fileno(), writer, user).wait(DEADLINE)
-        finally:
-            os.close(reader)
-            os.close(writer)
+        code = forked.start(words, output.fileno(), user=user).wait(DEADLINE)
         output.seek(0)
         return code, output.read().decode()
 
@@ -240,7 +235,7 @@ def begin(tree: Path) -> Iterator[Callable[[], tuple[forked.Process, Callable[[]
             reader, writer = os.pipe()
             with log.open("wb") as output, os.fdopen(reader, "rb") as ready:
                 words = ["mount", "-f", "--ready-fd", forked.READY, *words]
-                process = forked.start(words, output.fileno(), writer, USER)
+                process = forked.start(words, output.fileno(), ready=writer, user=USER)
                 stack.callback(process.wait, DEADLINE)
                 stack.callback(process.kill)
                 os.close(writer)

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.helpers import forked
 from tests.helpers.leaks import FS_TYPE, mounts_under, remove_mount
-from tests.helpers.mount import DAEMON, REPOSITORY
 from tests.t6_metrics.scrape import DEADLINE
 
 
@@ -37,14 +37,7 @@ class Daemon:
             lines += [f"[mounts.{name}]", f'mount_point = "{self.path(name)}"', words]
         self.config.write_text("\n".join(lines) + "\n")
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*DAEMON, "run", "-c", str(self.config)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-            )
+            self.process = forked.start(["run", "-c", str(self.config)], log.fileno())
 
     def path(self, name: str) -> Path:
         return self.base / name
