@@ -7,24 +7,28 @@ process itself.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.t2_core.core import STRATEGIES, Core, core
 from tests.t2_core.test_trust import MODES, Chance, World, make
 from udbad.branch.branches import BranchSpec
 from udbad.branch.credentials import Credentials
+from udbad.inodes.handles import OpenFile
 from udbad.inodes.record import Record
 from udbad.inodes.table import Dir
 from udbad.types import Perm
 from udbad.union import homes, recall
-from udbad.union.fs import UnionFs
+from udbad.union.fs import SetAttr, UnionFs
 from udbad.union.superblock import Superblock
 
 # -- what is to be the same ---------------------------------------------------------------------
@@ -85,11 +89,13 @@ def bury(fs: UnionFs) -> None:
     """The keeper lets go of everything, once a successor has taken it."""
     for handle in fs.handles.files.values():
         os.close(handle.fd)
+    fs.handles.files.clear()
     for node in fs.table.nodes.values():
         if type(node) is Dir and node is not fs.sb.root:
             fs.table.close_layers(node)
         elif node.orphan_fd >= 0:
             os.close(node.orphan_fd)
+            node.orphan_fd = -1
     fs.walks.close()
     homes.close(fs.sb)
 
@@ -190,3 +196,181 @@ def test_the_kernel_goes_on_with_what_it_has(
             recalled += world.recalled
     assert recalled > 200, done
     assert compared > 100, done
+
+
+# -- one by one -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Lives:
+    """A union by direct calls (core.py) that is killed and goes on; `core` is the living one."""
+
+    core: Core
+    record: Record
+    _dead: list[UnionFs] = field(default_factory=list)
+
+    def die(self, without: Callable[[], object] | None = None) -> None:
+        """Killed, and recalled. without: what happens on the branches meanwhile."""
+        if self.record.changed:
+            self.record.flush()
+        core = self.core
+        before, old = said(core.fs), core.fs
+        sb = Superblock(old.sb.branches, old.sb.options, max_fds=1000)
+        homes.load(sb)
+        fs = UnionFs(sb, old.creds)
+        if without is not None:
+            without()
+        recall.recall(fs, self.record, os.dup)
+        compare(before, said(fs))
+        old.sb.changes.hooks.stop()  # type: ignore[attr-defined]  # a whole strategy
+        bury(old)
+        self.record.close()
+        self.record = Record.create()
+        recall.keep(fs, self.record)
+        core.fs = fs
+        strategy = STRATEGIES[old.sb.changes.hooks.name](sb, core.notifier)  # type: ignore[attr-defined]
+        strategy.start()
+        strategy.recalled()
+
+    def handle(self, handle: OpenFile) -> OpenFile:
+        """The one of now."""
+        return self.core.fs.handles.file(handle.fh)
+
+
+@pytest.fixture(params=list(STRATEGIES))
+def lives(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lives]:
+    (tmp_path / "base/d/s").mkdir(parents=True)
+    for name in ("f", "d/f", "d/g"):
+        (tmp_path / "base" / name).write_text(name)
+    os.link(tmp_path / "base/f", tmp_path / "base/hard")
+    with core(tmp_path, udba=request.param) as made:
+        record = Record.create()
+        recall.keep(made.fs, record)
+        lives = Lives(made, record)
+        try:
+            yield lives
+        finally:
+            made.fs.sb.changes.hooks.stop()  # type: ignore[attr-defined]  # as above
+            bury(made.fs)
+            lives.record.close()
+
+
+def test_open_files_are_what_they_were(lives: Lives) -> None:
+    union = lives.core
+    lower = union.open("d/f", os.O_RDWR)  # read-only underneath, until it is written to
+    copied = union.open("d/g", os.O_RDWR | os.O_APPEND)
+    union.write(copied, b"+")
+    deleted, reader = union.create("gone", b"kept"), union.open("gone")
+    union.unlink("gone")
+    nameless = union.tmpfile(content=b"nameless")
+    last = max(handle.fh for handle in (lower, copied, deleted, reader, nameless))
+    for _ in range(2):
+        lives.die()
+        assert not lives.handle(lower).writable
+        assert [union.read(lives.handle(one)) for one in (deleted, reader, nameless)] == [b"kept", b"kept", b"nameless"]
+    union.write(lives.handle(deleted), b"K")
+    assert union.read(lives.handle(reader)) == b"Kept"
+    union.write(lives.handle(lower), b"D")
+    assert (union["top"] / "d/f").read_bytes() == b"D/f"
+    union.write(lives.handle(copied), b"+", 0)
+    assert (union["top"] / "d/g").read_bytes() == b"d/g++", "O_APPEND"
+    union.publish(lives.handle(nameless), "named")
+    assert union.content("named") == b"nameless"
+    assert union.open("named").fh > last
+    with pytest.raises(FileNotFoundError):
+        union.find("gone")
+
+
+def test_a_copy_keeps_the_number_of_what_it_was_copied_from(lives: Lives) -> None:
+    union = lives.core
+    number = union.find("d/f").id
+    union.run(lambda: union.fs.setattr(number, SetAttr(mode=0o600), None, union.caller))
+    above = union.find("d")
+    spare = [union.sb.inomap.fresh(1 << 40, inode) for inode in range(3)]
+    lives.die()
+    assert union.find("d/f").id == number
+    assert union.find("d").id == above.id
+    assert union.sb.inomap.fresh(1 << 40, 9) not in spare
+    assert union.sb.inomap.number(1 << 40, 1) == spare[1]
+
+
+def test_the_names_of_a_copied_file_lead_to_its_home(lives: Lives) -> None:
+    union = lives.core
+    writer = union.open("f", os.O_RDWR)
+    union.write(writer, b"new")
+    links = union.find("f").nlink_extra
+    lives.die()
+    assert union.content("hard") == b"new"
+    assert union.find("hard").id == union.find("f").id
+    assert union.find("f").nlink_extra == links == 0
+    union.unlink("f")
+    lives.die()
+    assert union.content("hard") == b"new"
+    union.unlink("hard")
+    assert union.find("").id == 1
+    assert not list((union["top"] / ".wh..wh.plnk").iterdir()), "the last name takes the home along"
+
+
+def test_a_current_directory_that_was_removed(lives: Lives) -> None:
+    union = lives.core
+    made = union.mkdir("new")
+    union.rmdir("new")
+    moved = union.mkdir("old")
+    union.rename("old", "d/young")
+    lives.die()
+    node, st = union.fs.getattr(made.id)
+    assert (node.dead, st.st_ino) == (True, made.ino)
+    assert union.fs.lookup(made.id, b"x") is None
+    assert union.find("d/young").id == moved.id
+
+
+def test_a_listing_goes_on_where_it_was(lives: Lives) -> None:
+    union = lives.core
+    for number in range(20):
+        union.create(f"d/n{number}")
+    handle = union.run(lambda: union.fs.opendir(union.find("d").id))
+    first = list(itertools.islice(union.fs.readdir(handle.fh, 0), 9))
+    for name in ("n3", "n17"):
+        union.unlink(f"d/{name}")
+    union.create("d/later")
+    lives.die()
+    rest = list(union.fs.readdir(handle.fh, first[-1][3]))
+    names = [name for name, *_ in (*first, *rest)]
+    assert len(names) == len(set(names))
+    assert {b"n%d" % number for number in range(20)} - {b"n3", b"n17"} <= set(names)
+    assert b"later" not in names, "it came after the snapshot"
+    again = [name for name, *_ in union.fs.readdir(handle.fh, 0)]
+    assert b"later" in again
+    union.fs.releasedir(handle.fh)
+
+
+def test_what_changed_meanwhile_is_found(lives: Lives) -> None:
+    union = lives.core
+    numbers = {name: union.find(name).id for name in ("f", "d", "d/f", "d/g")}
+
+    def meanwhile() -> None:
+        (union["base"] / "d/f").unlink()
+        (union["base"] / "d").rename(union["base"] / "e")
+        (union["top"] / "f").write_text("above")
+
+    lives.die(meanwhile)
+    assert union.content("f") == b"above"
+    assert not union.exists("d")
+    assert sorted(union.names("e")) == ["g", "s"]
+    assert union.find("e/g").id == numbers["d/g"]
+
+
+def test_a_descriptor_of_another_object_is_not_believed(lives: Lives) -> None:
+    union = lives.core
+    handle = union.open("f")
+    lives.record.flush()
+    other = os.open(union["base"] / "d/g", os.O_RDONLY)
+    with open(union["base"] / "f", "rb") as kept:
+        os.dup2(other, handle.fd)
+        os.close(other)
+        sb = Superblock(union.sb.branches, union.sb.options, max_fds=1000)
+        fs = UnionFs(sb, union.fs.creds)
+        recall.recall(fs, lives.record, os.dup)
+        assert handle.fh not in fs.handles.files
+        assert kept.read() == b"f"
+    bury(fs)
