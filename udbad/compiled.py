@@ -27,8 +27,8 @@ MODULES: Final = (
 )
 """Dotted names; each is a Python source that runs uncompiled as well."""
 
-IN_C: Final = ("udbad.branch.cstat", "udbad.kernel.cwire")
-"""What those use in the place of functions of Python, system calls and structures of C; there only when compiled."""
+IN_C: Final = ("udbad.branch.cstat", "udbad.kernel.cwire", "udbad.inodes.cjournal")
+"""What is used in the place of functions of Python, system calls and structures of C; there only when compiled."""
 
 STAMP: Final = "compiled.txt"
 """In the package: the fingerprint of what the compiled modules were made from. Written last, removed first."""

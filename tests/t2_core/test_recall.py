@@ -21,6 +21,7 @@ import pytest
 
 from tests.t2_core.core import STRATEGIES, Core, core
 from tests.t2_core.test_trust import MODES, Chance, World, make
+from udbad import compiled
 from udbad.branch.branches import BranchSpec
 from udbad.branch.credentials import Credentials
 from udbad.inodes.handles import OpenFile
@@ -374,3 +375,34 @@ def test_a_descriptor_of_another_object_is_not_believed(lives: Lives) -> None:
         assert handle.fh not in fs.handles.files
         assert kept.read() == b"f"
     bury(fs)
+
+
+@pytest.mark.skipif(bool(compiled.why_not()), reason="compares with what is compiled")
+def test_compiled_and_not_the_record_is_the_same(lives: Lives) -> None:
+    union, record = lives.core, lives.record
+    nameless = union.tmpfile(mode=0o6755)
+    for name in ("f", "d/f", "d/new"):
+        union.fs.release(union.create(name).fh if name == "d/new" else union.open(name).fh)
+        union.open(name, os.O_RDONLY)
+    union.link("d/f", "d/linked")
+    union.unlink("d/g")
+    every = [*union.sb.table.nodes.values(), *union.fs.handles.files.values(), nameless]
+    closed = union.open("f")
+    union.fs.release(closed.fh)
+    every.append(closed)
+    assert record.quick is not None
+    alone = 0
+    for one in every:
+        record.flush()
+        before = record.size
+        left = {one}
+        record.quick(left, record._half)
+        by_c = record._half.memory[before : record.size]
+        if left:
+            continue
+        alone += 1
+        record.changed.clear()
+        before = record.size
+        record.write(one)
+        assert record._half.memory[before : record.size] == by_c, one
+    assert alone >= 7

@@ -124,19 +124,19 @@ def run(seed: int, steps: int, clock: Clock) -> tuple[Writer, list[dict[int, tup
     record: Any = writer.record
     record._words = Memory(record._words, clock)
     record._head = Memory(record._head, clock)
-    made = record_module._Half
+    made = record_module.Half
 
-    class Half(made):  # type: ignore[valid-type,misc]  # the record's own, with the clock in its memory
+    class Counting(made):  # type: ignore[valid-type,misc]  # the record's own, with the clock in its memory
         def _extend(self, end: int) -> None:
             super()._extend(end)
             half: Any = self
-            half._map, half.words = Memory(half._map, clock), Memory(half.words, clock)
+            half.memory, half.words = Memory(half.memory, clock), Memory(half.words, clock)
 
-    record._half = Half(record.fd, record._words, 0)
+    record._half = Counting(record.fd, record._words, 0)
     states = [writer.state()]
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(record_module, "_Half", Half)
+            patch.setattr(record_module, "Half", Counting)
             record.note("n", b"0")
             record.rewrite()
             for number in range(steps):

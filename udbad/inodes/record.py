@@ -64,17 +64,20 @@ class Counted(Protocol):
     place: int
 
 
-class _Half:
+class Half:
     """One half of the file, as a log."""
 
-    __slots__ = ("_ends", "_fd", "_map", "_room", "end", "number", "words")
+    __slots__ = ("_fd", "_room", "end", "end_word", "ends", "memory", "most", "number", "words")
 
     def __init__(self, fd: int, ends: memoryview, number: int) -> None:
         """ends: the words of the file's beginning."""
         self._fd = fd
-        self._ends = ends
+        self.ends = ends
         self.number = number
-        self.end = ends[_END + number]
+        self.end_word = _END + number
+        self.end = ends[self.end_word]
+        self.most = 0
+        """Bytes from which on it is worth writing all anew."""
         self._room = 0
         self._extend(self.end)
 
@@ -84,8 +87,8 @@ class _Half:
         room = max(end + _CHUNK, 2 * self._room) // _CHUNK * _CHUNK
         if os.fstat(self._fd).st_size < start + room:
             os.ftruncate(self._fd, start + room)
-        self._map = mmap.mmap(self._fd, room, offset=start)
-        self.words = memoryview(self._map).cast("Q")
+        self.memory = mmap.mmap(self._fd, room, offset=start)
+        self.words = memoryview(self.memory).cast("Q")
         self._room = room
 
     def append(self, entry: bytes) -> int:
@@ -94,22 +97,22 @@ class _Half:
         after = end + len(entry)
         if after > self._room:
             self._extend(after)
-        self._map[end:after] = entry
+        self.memory[end:after] = entry
         self.end = after = after + 7 & ~7
-        self._ends[_END + self.number] = after
+        self.ends[self.end_word] = after
         return (end >> 3) + 1
 
     def empty(self) -> None:
         """Begin anew, and give back the memory."""
-        self.end = self._ends[_END + self.number] = 0
-        self._map.madvise(mmap.MADV_REMOVE)
+        self.end = self.ends[self.end_word] = 0
+        self.memory.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
         self.words.release()
-        self._map.close()
+        self.memory.close()
 
     def entries(self) -> Iterator[tuple[bytes, int]]:
-        at, end, data = 0, self.end, self._map
+        at, end, data = 0, self.end, self.memory
         while at < end:
             size, count = _ENTRY.unpack_from(data, at)
             at += _ENTRY.size
@@ -129,19 +132,22 @@ class Record:
         self._head = mmap.mmap(fd, LOG_AT)
         self._words = memoryview(self._head).cast("Q")
         self.slots = memoryview(self._head)[SLOTS_AT:]
-        self._half = _Half(fd, self._words, self._words[_STATE] & 1)
-        self._next: _Half | None = None
+        self._half = Half(fd, self._words, self._words[_STATE] & 1)
+        self._next: Half | None = None
         """The half that all is being written to anew."""
         self._rest: Iterator[Any] = iter(())
         """What is still to be written there."""
         self._moving = False
         """What is written is for that half alone."""
-        self._most = 0
-        """Bytes of the log from which on it is worth writing all anew."""
         self.changed: set[Any] = set()
         """What is not in the log as it is now. Whoever changes an object puts it here, before the next `flush`."""
         self.write: Callable[[Any], None] = lambda one: None
-        """Appends what there is to be known of an object; replaced by journal.py, and so is the next."""
+        """Appends what there is to be known of an object; replaced by journal.py, and so are the next ones."""
+        self.quick: Callable[[set[Any], Half], bool] | None = None
+        """Writes to a half some of what has changed, and takes it out of that; for speed, if there is one. False when
+        something is left to be done."""
+        self.words: memoryview | None = None
+        """Where the counts are that may be changed in place; None while they are written anew."""
         self.live: Callable[[], Iterable[Any]] = lambda: ()
         """All objects there are, and that may change meanwhile."""
         self.rewritten = 0
@@ -176,6 +182,7 @@ class Record:
     def close(self) -> None:
         """Nothing is written any more. The memory lives as long as somebody has a descriptor of it."""
         self.changed = set()
+        self.words = self.quick = None
         self.write = self.live = None  # type: ignore[assignment]  # nothing keeps the tables alive
         for half in (self._half, self._next):
             if half is not None:
@@ -194,12 +201,16 @@ class Record:
         Called also when nothing has: `changed` tells whether that is worth it.
         """
         changed, write = self.changed, self.write
+        if self.quick is not None and self._next is None and self.quick(changed, self._half):
+            return
         while changed:
             write(changed.pop())
         if self._next is not None:
             self._move(_PORTION)
-        elif self._half.end > self._most:
-            self._begin()
+        else:
+            self.words = self._half.words  # there may be more of them
+            if self._half.end > self._half.most:
+                self._begin()
 
     def append(self, payload: bytes, count: int = 0) -> int:
         """One more entry, for `write`; returned is its place, for `Counted`. Raises OSError."""
@@ -212,15 +223,17 @@ class Record:
 
     def count(self, node: Counted) -> None:
         """The references of a node are others now; they are in the record before this returns or with the `flush`."""
-        if node.place and self._next is None:
-            self._half.words[node.place] = max(node.nlookup, 0)
+        words = self.words
+        if words is not None and node.place:
+            words[node.place] = max(node.nlookup, 0)
         else:
             self.changed.add(node)
 
     def drop(self, node: Counted) -> None:
         """A node is gone, to which the kernel has no reference; as for `count`."""
-        if node.place and self._next is None:
-            self._half.words[node.place] = DROPPED
+        words = self.words
+        if words is not None and node.place:
+            words[node.place] = DROPPED
         else:
             self.changed.add(node)
 
@@ -230,7 +243,8 @@ class Record:
         self._move(None)
 
     def _begin(self) -> None:
-        self._next = _Half(self.fd, self._words, 1 - self._half.number)
+        self.words = None
+        self._next = Half(self.fd, self._words, 1 - self._half.number)
         self._next.empty()
         self._rest = iter(self.live())
 
@@ -249,8 +263,9 @@ class Record:
             return
         old, self._half, self._next = self._half, self._next, None
         self._words[_STATE] = VERSION << 32 | self._half.number
+        self.words = self._half.words
         old.empty()
-        self._most = max(_CHUNK, 3 * self._half.end)
+        self._half.most = max(_CHUNK, 3 * self._half.end)
         self.rewritten += 1
 
     # -- what is read ---------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from udbad.branch.branches import Branch
 from udbad.branch.state import Stamp
 from udbad.errors import estale
 from udbad.inodes.inomap import Identity
-from udbad.inodes.record import Record
+from udbad.inodes.record import DROPPED, Record
 from udbad.types import ROOT_ID, NodeId
 
 if TYPE_CHECKING:
@@ -350,8 +350,13 @@ class InodeTable:
     def refer(self, node: Node) -> None:
         """The kernel is about to get a reference on a node."""
         node.nlookup += 1
-        if self.record is not None:
-            self.record.count(node)
+        record = self.record
+        if record is not None:
+            words = record.words
+            if words is not None and node.place:
+                words[node.place] = node.nlookup  # as Record.count, for this is a step of every lookup
+            else:
+                record.changed.add(node)
 
     def add(self, node: Node) -> None:
         self.nodes[node.id] = node
@@ -417,8 +422,8 @@ class InodeTable:
         if node is None or node_id == ROOT_ID:
             return
         node.nlookup -= count
-        if self.record is not None:
-            self.record.count(node)
+        if self.record is not None and (node.nlookup > 0 or node.handles or type(node) is Dir):
+            self.record.count(node)  # else it leaves the table
         if node.nlookup <= 0:
             if type(node) is Dir:
                 self._release_untold(node)
@@ -469,8 +474,12 @@ class InodeTable:
             if self.nodes.get(node.id) is not node:
                 return
             del self.nodes[node.id]
-            if self.record is not None:
-                self.record.drop(node)
+            record = self.record
+            if record is not None:
+                if record.words is not None and node.place:
+                    record.words[node.place] = DROPPED  # as Record.drop
+                else:
+                    record.changed.add(node)
             self.on_drop(node)
             if node.orphan_fd >= 0:
                 syscalls.close_quietly(node.orphan_fd)

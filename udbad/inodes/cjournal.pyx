@@ -1,0 +1,135 @@
+# The entries of journal.py that most requests make, written without an object for each number: nodes that are no
+# directories, and open files. Used where the hot modules are compiled; the Python there is what this means.
+
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from udbad.inodes.table cimport Node
+
+from udbad.inodes.handles import OpenFile
+from udbad.inodes.journal import CLOSED, FILE, OPEN_FILE
+from udbad.inodes.table import Node as NodeType
+
+cdef extern from *:
+    """
+    /* After all stores that come before it: whoever reads the word finds what it says is there. */
+    #define publish(word, value) __atomic_store_n(word, value, __ATOMIC_RELEASE)
+    """
+    void publish(uint64_t *word, uint64_t value)
+
+cdef packed struct node_entry:
+    uint64_t size, count
+    uint8_t kind, dead
+    uint16_t name_size
+    uint32_t type
+    int32_t branch, orphan_fd
+    uint64_t id, dev, ino, parent
+    int64_t links
+    # the name
+
+cdef packed struct opened_entry:
+    uint64_t size, count
+    uint8_t kind
+    uint8_t[3] padding
+    int32_t fd
+    uint32_t flags, uid, gid, pid
+    int64_t fh, group
+    uint64_t node
+    int32_t backing_id
+
+cdef packed struct closed_entry:
+    uint64_t size, count
+    uint8_t kind, marshal_int
+    int32_t fh
+
+cdef int HEAD = 16
+cdef uint64_t LARGEST = 1024
+"""Bytes that any of these entries may take."""
+cdef uint8_t _FILE = FILE, _OPEN_FILE = OPEN_FILE, _CLOSED = CLOSED
+
+
+cdef uint64_t put_node(char *to, Node node):
+    cdef node_entry *entry = <node_entry *>to
+    cdef uint64_t name_size = PyBytes_GET_SIZE(node.name)
+    entry.size = sizeof(node_entry) - HEAD + name_size
+    entry.count = node.nlookup if node.nlookup > 0 else 0
+    entry.kind = _FILE
+    entry.dead = node.dead
+    entry.name_size = <uint16_t>name_size
+    entry.type = node.kind
+    entry.branch = node.branch.id
+    entry.orphan_fd = node.orphan_fd
+    entry.id, entry.dev, entry.ino = node.id, node.dev, node.ino
+    entry.parent = 0 if node.parent is None else node.parent.id
+    entry.links = node.nlink_extra
+    memcpy(to + sizeof(node_entry), PyBytes_AS_STRING(node.name), name_size)
+    return sizeof(node_entry) + name_size
+
+
+cdef uint64_t put_opened(char *to, object handle, Node node) except 0:
+    cdef opened_entry *entry = <opened_entry *>to
+    entry.size = sizeof(opened_entry) - HEAD
+    entry.count = 0
+    entry.kind = _OPEN_FILE
+    entry.padding[0] = entry.padding[1] = entry.padding[2] = 0
+    entry.fd, entry.flags = handle.fd, handle.flags
+    entry.uid, entry.gid, entry.pid = handle.uid, handle.gid, handle.pid
+    entry.fh = handle.fh
+    group = handle.group
+    entry.group = -1 if group is None else group
+    entry.node = node.id
+    entry.backing_id = handle.backing_id
+    return sizeof(opened_entry)
+
+
+def append(table, handles, set changed, half):
+    """Write some of what has changed to a half of the record, and take it out of `changed`; the rest is for journal.py.
+
+    half: of record.py, with its memory, its end, and the words at the beginning of the file. False when some is left,
+    or all is to be written anew.
+    """
+    cdef Py_buffer memory, words
+    cdef uint64_t end, size, before
+    cdef int64_t number
+    cdef char *to
+    cdef closed_entry *closed
+    cdef dict nodes = table.nodes, files = handles.files
+    cdef Node node
+    PyObject_GetBuffer(half.memory, &memory, PyBUF_WRITABLE)
+    try:
+        before = end = half.end
+        for one in list(changed):
+            if end + LARGEST > <uint64_t>memory.len:
+                break
+            to = <char *>memory.buf + end
+            if type(one) is NodeType:
+                node = one
+                if node.aliases or node.plink is not None or nodes.get(node.id) is not node:
+                    continue
+                size = put_node(to, node)
+                node.place = (end >> 3) + 1
+            elif type(one) is OpenFile:
+                number = one.fh
+                if files.get(number) is one:
+                    size = put_opened(to, one, one.node)
+                elif 0 < number < 0x7FFFFFFF and number not in files:
+                    closed = <closed_entry *>to
+                    closed.size, closed.count = sizeof(closed_entry) - HEAD, 0
+                    closed.kind, closed.marshal_int, closed.fh = _CLOSED, c"i", <int32_t>number
+                    size = sizeof(closed_entry)
+                else:
+                    continue
+            else:
+                continue
+            changed.discard(one)
+            end = (end + size + 7) & ~<uint64_t>7
+        if end != before:
+            PyObject_GetBuffer(half.ends, &words, PyBUF_WRITABLE)
+            publish(<uint64_t *>words.buf + <int>half.end_word, end)
+            PyBuffer_Release(&words)
+            half.end = end
+        return not changed and end <= <uint64_t>half.most
+    finally:
+        PyBuffer_Release(&memory)
