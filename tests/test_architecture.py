@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 ITEM = re.compile(r"^(?P<indent> *)- `(?P<name>udbad\.[\w.]+)`:(?P<text>.*)$")
-PATHS = ["a lookup", "a branch event", "a copy-up", "a request that is sent again", "a reload"]
+PATHS = ["a lookup", "a branch event", "a copy-up", "a request that is sent again", "what is known", "a reload"]
 
 
 @dataclass(frozen=True)
