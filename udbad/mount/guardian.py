@@ -48,6 +48,8 @@ class Guardian:
         self._pidfd = -1
         self._died = 0.0
         self._legacy = Legacy()
+        self._dying: set[int] = set()
+        """Processes that have ended but for a thread."""
 
     def run(self) -> int:
         """The exit code of the mount process that has ended in order, or could not begin."""
@@ -90,16 +92,17 @@ class Guardian:
     def _attend(self) -> tuple[int, bool]:
         """One mount process from its beginning to its end: its status as of waitpid(2), and whether it has served."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        died = os.eventfd(0)
         pid = os.fork()
         if pid == 0:
             ours.close()
-            self._be_mount_process(theirs)
+            self._be_mount_process(theirs, died)
         theirs.close()
         self._pidfd = os.pidfd_open(pid)
         served = False
         poll = select.poll()
         poll.register(ours, select.POLLIN)
-        for fd in (self._pidfd, *(before := self._legacy.pidfds())):
+        for fd in (self._pidfd, died, *(before := self._legacy.pidfds())):
             poll.register(fd, select.POLLIN)
         with ours:
             ended = False
@@ -109,7 +112,7 @@ class Guardian:
                     poll.unregister(fd)
                     self._legacy.prune()
                 # What it said before it ended is read before its end is believed.
-                ended = self._pidfd in ready and ours.fileno() not in ready
+                ended = (self._pidfd in ready or died in ready) and ours.fileno() not in ready
                 if ours.fileno() in ready:
                     word = json.loads(ours.recv(256) or b"null")
                     if word is None:
@@ -122,12 +125,22 @@ class Guardian:
                         self._legacy.add((word[0], word[1]))
         pidfd, self._pidfd = self._pidfd, -1
         os.close(pidfd)
-        status = os.waitpid(pid, 0)[1]
+        os.close(died)
+        status = self._reap(pid)
         if served and self._legacy:
             log.warning("process %d ended, status %d; another one takes over", pid, os.waitstatus_to_exitcode(status))
         return status, served
 
-    def _be_mount_process(self, guardian: socket.socket) -> None:
+    def _reap(self, pid: int) -> int:
+        """Its status. One that somebody is to take over from may have a thread that ends after that (keeper.py)."""
+        self._dying = {other for other in self._dying if not os.waitpid(other, os.WNOHANG)[0]}
+        ended, status = os.waitpid(pid, os.WNOHANG if self._legacy else 0)
+        if not ended:
+            self._dying.add(pid)
+            return signal.SIGKILL
+        return status
+
+    def _be_mount_process(self, guardian: socket.socket, died: int) -> None:
         for number in _FORWARDED:
             signal.signal(number, signal.default_int_handler)
         for fd in self._private:
@@ -142,5 +155,5 @@ class Guardian:
             tell(_READY)
             guardian.close()
 
-        self._serve(Guard(tell, self._legacy.newest_first(), self._died), ready)
+        self._serve(Guard(tell, self._legacy.newest_first(), self._died, died), ready)
         raise SystemExit(0)

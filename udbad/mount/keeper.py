@@ -30,6 +30,7 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 _SYS_CLONE3: Final = 435
 _SYS_PIDFD_GETFD: Final = 438
 _CLONE_FILES: Final = 0x400
+_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 _PR_GET_NAME: Final = 16
 _NAME_SIZE: Final = 16
@@ -57,20 +58,20 @@ def why_not(release: str = os.uname().release) -> str | None:
 class Keeper:
     """The keeper of this process, which is its parent."""
 
-    def __init__(self, patience: float) -> None:
-        """patience: seconds that it waits for somebody to take over, 0: for ever. Precondition: this process has no
-        thread yet. Raises OSError."""
+    def __init__(self, patience: float, ended: int = -1) -> None:
+        """patience: seconds that it waits for somebody to take over, 0: for ever. ended: an eventfd that it writes to
+        when the first thread of this process has ended. Precondition: this process has no thread yet. Raises OSError.
+        """
         # A keeper that waits has nothing to do with signals: those of a terminal are for its group.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            # Shared, and never closed: the keeper may not have begun to wait for it.
-            owner = os.pidfd_open(os.getpid())
+            owner = os.getpid()
             name = ctypes.create_string_buffer(_NAME_SIZE)
             _libc.prctl(_PR_GET_NAME, name, 0, 0, 0)
             _libc.prctl(_PR_SET_NAME, NAME.encode(), 0, 0, 0)  # before: `Table` looks at it
             self.pid = _clone()
             if self.pid == 0:
-                _keep(owner, patience)
+                _keep(owner, patience, ended)
             _libc.prctl(_PR_SET_NAME, name, 0, 0, 0)
             self.pidfd = os.pidfd_open(self.pid)
         finally:
@@ -96,13 +97,18 @@ def _clone() -> int:
     return pid
 
 
-def _keep(owner: int, patience: float) -> NoReturn:
+def _keep(owner: int, patience: float, ended: int) -> NoReturn:
+    """Its owner has ended when its first thread has, which says so by the signal. Another one may outlive a SIGKILL:
+    one that tells the kernel to forget pages waits, uninterruptibly, for those that are being read
+    (fuse_reverse_inval_inode()), and only the next process answers such a READ."""
     try:
         gc.disable()
         _libc.prctl(_PR_SET_PTRACER, _ANY_PROCESS, 0, 0, 0)  # Yama: the next mount process is no ancestor
-        poll = select.poll()
-        poll.register(owner, select.POLLIN)
-        poll.poll()
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1, 0, 0, 0)
+        if os.getppid() == owner:
+            signal.sigwait({signal.SIGUSR1})
+        if ended >= 0:
+            os.eventfd_write(ended, 1)
         if patience:
             time.sleep(patience)
         else:

@@ -29,12 +29,14 @@ class Guard:
     """Whoever starts another mount process when this one is killed.
 
     told: called with what will be left of this process, before it does anything else. left: what was left before, the
-    newest first. died: time.monotonic() of the end of the process before.
+    newest first. died: time.monotonic() of the end of the process before. ended: an eventfd for this one's keeper, -1
+    where the guard goes by its pidfd.
     """
 
     told: Callable[[Left], None]
     left: Sequence[Left] = ()
     died: float = 0.0
+    ended: int = -1
 
 
 def why_not_survive(options: MountOptions) -> str | None:
@@ -65,7 +67,7 @@ def run(
     with ExitStack() as ending:
         record = predecessor = own = None
         if guard is not None and why_not_survive(options) is None:
-            own = keeper.Keeper(options.restart_timeout)  # first: it must be made before any thread is
+            own = keeper.Keeper(options.restart_timeout, guard.ended)  # first: it must be made before any thread is
             ending.callback(own.end)
             record = Record.create()
             ending.callback(os.close, record.fd)
