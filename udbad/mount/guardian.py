@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Final
 
 from udbad.errors import ExitCode
+from udbad.mount import later
 from udbad.mount.keeper import Legacy, be_subreaper
 from udbad.mount.life import Guard
 
@@ -47,6 +48,7 @@ class Guardian:
         self._private = tuple(private)
         self._pidfd = -1
         self._died = 0.0
+        self._has_served = False
         self._legacy = Legacy()
         self._dying: set[int] = set()
         """Processes that have ended but for a thread."""
@@ -119,8 +121,10 @@ class Guardian:
                         poll.unregister(ours)
                     elif word == _READY:
                         served = True
-                        self._on_ready()
-                        self._on_ready, self._private = (lambda: None), ()
+                        if not self._has_served:
+                            self._has_served, self._private = True, ()
+                            self._on_ready()
+                            _prepare()
                     else:
                         self._legacy.add((word[0], word[1]))
         pidfd, self._pidfd = self._pidfd, -1
@@ -157,3 +161,10 @@ class Guardian:
 
         self._serve(Guard(tell, self._legacy.newest_first(), self._died, died), ready)
         raise SystemExit(0)
+
+
+def _prepare() -> None:
+    """While the first process serves: import what the next ones would, and whoever waits for them."""
+    later.load()
+    gc.collect()
+    gc.freeze()

@@ -38,6 +38,7 @@ def write(process: MountProcess, record: Record, last: int) -> int:
     assert isinstance(the_session, Session)  # through pyfuse3 there is no record
     facts = {
         "version": VERSION,
+        "mount_point": os.fsdecode(process.mount_point),
         "options": format_options(process.options),
         "configured": process.configured,
         "started": process.started,
@@ -133,10 +134,10 @@ def control(predecessor: Predecessor, path: str) -> int:
 class Predecessor:
     """A mount process that has ended, by its keeper: what it has left."""
 
-    def __init__(self, left: Sequence[Left], died: float = 0.0) -> None:
+    def __init__(self, left: Sequence[Left], mount_point: bytes, died: float = 0.0) -> None:
         """left: by one or several processes, the newest first: one that was killed before it had taken all over has
-        said nothing, and does not count. died: time.monotonic() of its end. Raises OSError, UserError: nothing is left,
-        or it is of another version.
+        said nothing, and does not count. mount_point: as the kernel has it; what was left of another mount is not ours.
+        died: time.monotonic() of its end. Raises OSError, UserError: nothing is left, or it is of another version.
         """
         self.died = died
         self._tables: list[Table] = []
@@ -152,6 +153,8 @@ class Predecessor:
                 self.take = table.take
                 self.record = _attach(table.take(record))
                 self.facts = read(self.record, table.take)
+                if os.fsencode(self.facts["mount_point"]) != mount_point:
+                    raise UserError(f"process {keeper} keeps another mount", ExitCode.FAILURE)
             except (OSError, UserError) as error:
                 problem = error
             else:

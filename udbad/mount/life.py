@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
+from udbad.control import registry
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.record import Record
 from udbad.mount import keeper
@@ -74,7 +75,7 @@ def run(
             guard.told((own.pid, record.fd))
         try:
             if guard is not None and guard.left:
-                predecessor = Predecessor(guard.left, guard.died)
+                predecessor = Predecessor(guard.left, registry.real_mount_point(mount_point), guard.died)
                 ending.callback(predecessor.close)
                 ending.callback(predecessor.join)
                 options = parse_mount_options(predecessor.facts["options"])

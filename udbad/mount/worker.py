@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from udbad import logs
+from udbad.control import registry
 from udbad.edge import portable  # noqa: F401  # MountProcess imports it for some mounts only
 from udbad.errors import ExitCode, UserError
 from udbad.mount import forkserver, keeper, later, life, mountproc
@@ -48,7 +49,7 @@ def work(supervisor: socket.socket) -> int:
         _answer(supervisor, words)
 
     if job.get("look"):
-        _answer(supervisor, _look(job["left"]))
+        _answer(supervisor, _look(job))
         return 0
     try:
         life.run(
@@ -71,10 +72,11 @@ def work(supervisor: socket.socket) -> int:
     return 0
 
 
-def _look(left: list[Any]) -> dict[str, Any]:
+def _look(job: dict[str, Any]) -> dict[str, Any]:
     """Whether this version could go on with a mount that another one serves."""
     try:
-        Predecessor([(pid, record) for pid, record in left]).close()
+        left = [(pid, record) for pid, record in job["left"]]
+        Predecessor(left, registry.real_mount_point(os.fsencode(job["mount_point"]))).close()
     except (OSError, UserError) as error:
         return {"ready": False, "error": str(error) or "nothing is left", "code": int(ExitCode.FAILURE)}
     return {"ready": True}

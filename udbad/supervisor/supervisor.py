@@ -211,7 +211,8 @@ class Supervisor:
             same = False
         if not same:
             worker.forget()
-            return None
+            # It has ended, perhaps without anybody to say so to, or the number means another process here.
+            return self._inherit(entry)
         runner, active = self._runner_of(entry)
         runner.adopt(worker, entry, active)
         log.info("%s: adopted process %d", runner.label, entry.pid)
