@@ -56,7 +56,7 @@ class System:
     argv: Callable[[Place], list[str]]
     program: str = ""
     tells_ready: bool = False
-    io: str = ""  # udbad's io= when it is not the default; the table has no column for it but lines
+    io: str = ""  # udbad's io= when it is not requests; the table has no column for it but lines
 
     @property
     def column(self) -> str:
@@ -123,10 +123,10 @@ def _udbad(mode: str, extra: str = "", module: str = "udbad") -> Callable[[Place
 
 def _udbad_system(mode: str, io: str = "") -> System:
     name = f"udbad-{mode}-{io}" if io else f"udbad-{mode}"
-    return System(name, "udbad", _udbad(mode, f",io={io}" if io else ""), tells_ready=True, io=io)
+    return System(name, "udbad", _udbad(mode, f",io={io or 'requests'}"), tells_ready=True, io=io)
 
 
-# The io= modes that are measured beside the default, of those that there are.
+# The io= modes that are measured beside requests, of those that there are.
 IO_MODES = tuple(mode for mode in ("cached", "passthrough") if mode in options.IO_MODES)
 SYSTEMS = {
     system.name: system

@@ -47,8 +47,9 @@ DEADLINE: Final = 20.0
 WATCHDOG: Final = 300.0
 """Seconds a mount may last unless the test says otherwise."""
 
-IO: Final = os.environ.get("UDBAD_TEST_IO", "")
-"""`io=` of every mount that does not ask for one itself, to run any test in another io mode."""
+IO: Final = os.environ.get("UDBAD_TEST_IO", "requests")
+"""`io=` of every mount that does not ask for one itself, to run any test in another io mode. Not the default, which
+depends on the branches."""
 
 _BAD_LOG: Final = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|Traceback|Exception ignored|\w+Warning: ")
 _CAP_SYS_ADMIN: Final = 21  # linux/capability.h
@@ -212,7 +213,7 @@ class Mount:
         ensure_fusectl()
         self.path.mkdir(exist_ok=True)
         words = f"br={self._branch_option},udba={self.udba},control={self._control_path}"
-        if IO and "io=" not in self.options:
+        if "io=" not in self.options:
             words += f",io={IO}"
         if self.options:
             words += f",{self.options}"

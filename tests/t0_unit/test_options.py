@@ -195,7 +195,7 @@ def test_defaults() -> None:
     assert vars(found) == {
         "branches": (A, B),
         "udba": "reval",
-        "io": "requests",
+        "io": "auto",
         "create": "tdp",
         "cpup": "tdp",
         "plink": True,

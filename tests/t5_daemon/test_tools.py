@@ -32,7 +32,7 @@ WORDS = [f"{name}={perm}" for name, perm in LAYERS.items()]
 
 def mounted(daemon: Daemon, udba: str = "reval", layers: list[str] = WORDS, build: bool = True) -> Path:
     """A running mount `a` of the branches src, dst and low, with the tree of carry_tree in them."""
-    path = daemon.add("a", layers, udba=udba)
+    path = daemon.add("a", layers, udba=udba, io="requests")  # others leave alone what is open for writing
     if build:
         carry_tree.build(*(daemon.branch("a", name) for name in LAYERS))
     daemon.start()

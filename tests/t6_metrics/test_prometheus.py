@@ -57,7 +57,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory, _open_base: Path) -> Iterato
     with ExitStack() as stack:
         stack.enter_context(small_tmpfs(base / "small", "1m"))
         mounts = {
-            "busy": f'branches = ["{base}/top=rw", "{base}/middle=ro+wh", "{base}/base=ro"]\nudba = "notify"',
+            "busy": f'branches = ["{base}/top=rw", "{base}/middle=ro+wh", "{base}/base=ro"]\nudba = "notify"\n'
+            'io = "requests"',
             "full": f'branches = ["{base}/small=rw", "{base}/low=ro"]',
         }
         running = stack.enter_context(daemon(base, mounts))

@@ -23,7 +23,7 @@ def two(tmp_path: Path) -> Iterator[Daemon]:
     for name in ("top", "base", "single"):
         (tmp_path / name).mkdir()
     mounts = {
-        "one": f'branches = ["{tmp_path}/top=rw", "{tmp_path}/base=ro"]\nudba = "notify"',
+        "one": f'branches = ["{tmp_path}/top=rw", "{tmp_path}/base=ro"]\nudba = "notify"\nio = "requests"',
         "two": f'branches = ["{tmp_path}/single=rw"]',
     }
     with daemon(tmp_path, mounts) as running:

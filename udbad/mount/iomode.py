@@ -12,7 +12,34 @@ NO_PASSTHROUGH = "no passthrough: the kernel does not offer it (Linux 6.9, CONFI
 NO_CACHED = "io=cached cannot be: the kernel does not offer it"
 
 
-def why_not_cached(options: MountOptions, branches: BranchSet) -> str | None:
+def possible(options: MountOptions, branches: BranchSet, portable: bool) -> tuple[str, list[str]]:
+    """What to agree on with the kernel, and a line for each reason why it is not all that was asked for.
+
+    portable: requests come through pyfuse3.
+    """
+    io = options.io
+    if portable:
+        return "requests", [] if io in ("auto", "requests") else [f"io={io} cannot be through pyfuse3"]
+    if io == "auto":
+        io = _suits(options, branches)
+    if io == "passthrough":
+        copying = [branch.describe() for branch in branches.branches if branch.attrs & COPYING]
+        return io, [f"no passthrough on branch {name}: its files are copied up when opened" for name in copying]
+    if io == "cached":
+        reason = _why_not_cached(options, branches)
+        if reason is not None:
+            return "requests", [f"io=cached cannot be: {reason}"]
+    return io, []
+
+
+def _suits(options: MountOptions, branches: BranchSet) -> str:
+    """What takes least CPU time, as measured (docs/modes.md): a pool is for large files that are written to, and over
+    branches that are only read the same files are opened again and again."""
+    pool = not options.ro and all(branch.perm is Perm.RW for branch in branches.branches)
+    return "passthrough" if pool else "cached"
+
+
+def _why_not_cached(options: MountOptions, branches: BranchSet) -> str | None:
     """What needs to be told of each open(2), so that the kernel cannot open files by itself; None: nothing."""
     for branch in branches.branches:
         if branch.attrs & COPYING:

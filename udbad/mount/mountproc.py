@@ -167,7 +167,11 @@ class MountProcess:
             else:
                 self.restrictions = frozenset(predecessor.facts["restrictions"])
             self._is_portable = is_portable(options)
-            asked = self._possible_io()
+            asked, reasons = iomode.possible(options, self.branches, self._is_portable)
+            if predecessor is not None and options.io == "auto":
+                asked, reasons = "", []  # as was agreed on, which branches that have come since may not suit
+            for line in reasons:
+                self._fall_back(line)
             if predecessor is None:
                 self.session = self._begin_session(asked)
             else:
@@ -205,21 +209,8 @@ class MountProcess:
     def io(self) -> tuple[str, list[str]]:
         """Who reads and writes files, by the name of the option, and where it cannot be as asked for: a line each."""
         if self.passthrough is not None:
-            return "passthrough", self.passthrough.fallbacks
+            return "passthrough", self._io_fallbacks + self.passthrough.fallbacks
         return "requests" if self.fs.kept is None else "cached", self._io_fallbacks
-
-    def _possible_io(self) -> str:
-        """`io` of the options, as far as they allow it."""
-        options = self.options
-        if options.io != "requests" and self._is_portable:
-            self._fall_back(f"io={options.io} cannot be through pyfuse3")
-            return "requests"
-        if options.io == "cached":
-            reason = iomode.why_not_cached(options, self.branches)
-            if reason is not None:
-                self._fall_back(f"io=cached cannot be: {reason}")
-                return "requests"
-        return options.io
 
     def _fall_back(self, line: str) -> None:
         self._io_fallbacks.append(line)

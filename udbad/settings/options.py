@@ -119,7 +119,7 @@ KERNEL_FLAGS: Final = (
 )  # fmt: skip
 """mount(2) flags, under the names mount(8) gives them. suid, dev and exec: whatever the branches are mounted with."""
 
-IO_MODES: Final = {"requests": "requests", "passthrough": "passthrough", "cached": "cached"}
+IO_MODES: Final = {mode: mode for mode in ("auto", "requests", "passthrough", "cached")}
 
 _PERMITTED: Final = {"suid": "nosuid", "dev": "nodev", "exec": "noexec"}
 """What is asked for, and the flag that a union does not take from its branches then."""
@@ -142,8 +142,8 @@ class MountOptions:
     """Top first, never empty: see Branches."""
     udba: str = _one_of("reval", "none, reval or notify", UDBA_MODES)
     """Which direct changes of the branches are seen, and when: see Modes."""
-    io: str = _one_of("requests", "requests, passthrough or cached", IO_MODES)
-    """Who reads and writes files: this process, or the kernel itself where that can be: see Modes."""
+    io: str = _one_of("auto", "auto, requests, passthrough or cached", IO_MODES)
+    """Who reads and writes files: this process, or the kernel where that can be; auto: by the branches: see Modes."""
     create: str = _text("tdp", "a create policy", _parsed_by(parse_create))
     """Which branch gets a new object: see Create policies."""
     cpup: str = _text("tdp", "a copy-up policy", _parsed_by(parse_copyup))
