@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from stat import S_IFLNK
 from typing import Protocol
 
 from udbad.branch import state
@@ -225,9 +226,10 @@ class Coherence:
             self.tell_names(node)
 
     def _drop_file(self, node: Node) -> None:
-        """Have the kernel ask for the attributes of what is no directory, and for its pages when they are in use."""
+        """Have the kernel ask for the attributes of what is no directory, and for pages that may be in use: of open
+        files, and where links lead."""
         node.lacks = None
-        if node.handles or self.sb.kernel_opens:
+        if node.handles or self.sb.kernel_opens or node.kind == S_IFLNK:
             self.notifier.data(node.id)
         elif node.nlookup:
             self.notifier.attributes(node.id)
