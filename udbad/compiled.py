@@ -27,7 +27,7 @@ MODULES: Final = (
 )
 """Dotted names; each is a Python source that runs uncompiled as well."""
 
-IN_C: Final = ("udbad.branch.cstat", "udbad.kernel.cwire", "udbad.inodes.cjournal")
+IN_C: Final = ("udbad.branch.ccalls", "udbad.branch.cstat", "udbad.kernel.cwire", "udbad.inodes.cjournal")
 """What is used in the place of functions of Python, system calls and structures of C; there only when compiled."""
 
 STAMP: Final = "compiled.txt"

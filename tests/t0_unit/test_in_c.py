@@ -128,3 +128,50 @@ def test_errors(tmp_path: Path, name: bytes, number: int) -> None:
         os.close(directory)
     with pytest.raises(OSError, match="Bad file descriptor"):
         syscalls.fstat(directory)
+
+
+PYTHON_SYSCALLS = in_python(syscalls)
+
+
+@pytest.mark.parametrize("calls", [syscalls, PYTHON_SYSCALLS], ids=["used", "python"])
+def test_changes(tmp_path: Path, calls: ModuleType) -> None:
+    """Files, names, owners, modes and times, and what those calls refuse."""
+    directory = os.open(tmp_path, os.O_PATH)
+    try:
+        os.close(calls.create_file_at(directory, b"made", os.O_WRONLY, 0o640))
+        with pytest.raises(FileExistsError):
+            calls.create_file_at(directory, b"made", os.O_WRONLY, 0o640)
+        calls.rename_at(directory, b"made", directory, b"moved")
+        (tmp_path / "other").touch()
+        with pytest.raises(FileExistsError):
+            calls.rename_at(directory, b"moved", directory, b"other", calls.RENAME_NOREPLACE)
+        os.symlink("nowhere", tmp_path / "link")
+        os.close(calls.open_at(directory, b"moved", os.O_RDONLY | os.O_CLOEXEC))
+        for name, mode in ((b"moved", 0o4711), (b"link", None)):
+            fd = calls.pin_at(directory, name)
+            try:
+                before = os.fstat(fd)
+                calls.chown_fd(fd, -1, -1)
+                assert os.fstat(fd)[:6] == before[:6]
+                if os.getuid() == 0:
+                    calls.chown_fd(fd, 12, -1)
+                    calls.chown_fd(fd, -1, 4_000_000_000)
+                    assert os.fstat(fd)[4:6] == (12, 4_000_000_000)
+                if mode is None:
+                    with pytest.raises(OSError, match=os.strerror(errno.EOPNOTSUPP)):
+                        calls.chmod_fd(fd, 0o600)
+                else:
+                    calls.chmod_fd(fd, mode)
+                    assert os.fstat(fd).st_mode & 0o7777 == mode
+            finally:
+                os.close(fd)
+        calls.utime_at(directory, b"link", -1_500_000_000, 7_000_000_001)
+        found = os.lstat(tmp_path / "link")
+        assert (found.st_atime_ns, found.st_mtime_ns) == (-1_500_000_000, 7_000_000_001)
+        calls.unlink_at(directory, b"moved")
+        with pytest.raises(FileNotFoundError):
+            calls.unlink_at(directory, b"moved")
+        with pytest.raises(ValueError, match="null"):
+            calls.open_at(directory, b"a\0b", os.O_RDONLY)
+    finally:
+        os.close(directory)

@@ -57,6 +57,9 @@ _ICEX_OF: Final = {"security": "icexsec", "system": "icexsys", "trusted": "icext
 _PINNED: Final = re.compile(rb"/proc/self/fd/\d+")
 _NAMED: Final = re.compile(rb"/proc/self/fd/\d+/[^/]+", re.DOTALL)
 
+Place = bytes | int
+"""Of an object whose metadata is copied: a path of the forms above, or a descriptor of it that is not an O_PATH one."""
+
 
 @dataclass(frozen=True, slots=True)
 class CopyResult:
@@ -327,7 +330,7 @@ def _nonzero_runs(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def copy_metadata(
-    src: os.stat_result, src_path: bytes, dst_path: bytes, ignore: frozenset[str], *, follow_symlinks: bool
+    src: os.stat_result, src_path: Place, dst_path: Place, ignore: frozenset[str], *, follow_symlinks: bool
 ) -> None:
     """Give the destination the owner, xattrs, ACLs, mode and times of the source (semantics 6.8).
 
@@ -351,7 +354,7 @@ def copy_metadata(
     os.utime(dst_path, ns=(src.st_atime_ns, src.st_mtime_ns), follow_symlinks=follow_symlinks)
 
 
-def _copy_owner(src: os.stat_result, dst_path: bytes, follow_symlinks: bool) -> int:
+def _copy_owner(src: os.stat_result, dst_path: Place, follow_symlinks: bool) -> int:
     """Give the destination owner and group of the source; returns the mode bits that it may not have."""
     try:
         os.chown(dst_path, src.st_uid, src.st_gid, follow_symlinks=follow_symlinks)
@@ -411,7 +414,7 @@ def _kind(st: os.stat_result) -> tuple[int, int]:
     return st_mod.S_IFMT(st.st_mode), st.st_rdev
 
 
-def copied_names(path: bytes, *, follow_symlinks: bool) -> list[str]:
+def copied_names(path: Place, *, follow_symlinks: bool) -> list[str]:
     """Names of the extended attributes that a copy would have, without the ACLs that are not set.
 
     path, follow_symlinks: as for copy_xattrs.
@@ -421,12 +424,13 @@ def copied_names(path: bytes, *, follow_symlinks: bool) -> list[str]:
 
 
 def copy_xattrs(
-    src_path: bytes, dst_path: bytes, ignore: frozenset[str], *, follow_symlinks: bool, acls: Sequence[str] = _ACLS
+    src_path: Place, dst_path: Place, ignore: frozenset[str], *, follow_symlinks: bool, acls: Sequence[str] = _ACLS
 ) -> None:
     """Copy all extended attributes, POSIX ACLs included (semantics 6.8, au_cpup_xattr of aufs).
 
     src_path, dst_path: `/proc/self/fd/N` (a pinned object, a symlink too) with follow_symlinks true, or
-    `/proc/self/fd/N/NAME` with false; anything else is a ValueError, because it would read the attributes of the link
+    `/proc/self/fd/N/NAME` with false, or the descriptor N itself, open for reading or writing, which saves the way
+    through /proc; anything else is a ValueError, because it would read the attributes of the link
     in /proc, or follow a symlink out of the branch. ignore: attributes of the destination branch; icex, icexsec,
     icexsys, icextr, icexusr and icexoth forgive that an attribute cannot be set. acls: what such an object
     may have of them.
@@ -453,13 +457,15 @@ def copy_xattrs(
                 raise
 
 
-def _check_form(path: bytes, follow_symlinks: bool) -> None:
+def _check_form(path: Place, follow_symlinks: bool) -> None:
+    if isinstance(path, int) and follow_symlinks:
+        return
     form = _PINNED if follow_symlinks else _NAMED
-    if not form.fullmatch(path):
+    if isinstance(path, int) or not form.fullmatch(path):
         raise ValueError(f"{path!r} is not a path of this module with follow_symlinks={follow_symlinks}")
 
 
-def _names(path: bytes, follow_symlinks: bool, acls: Sequence[str] = _ACLS) -> list[str]:
+def _names(path: Place, follow_symlinks: bool, acls: Sequence[str] = _ACLS) -> list[str]:
     """All names to copy; the ACLs are always asked for, as not every file system lists them."""
     try:
         listed = os.listxattr(path, follow_symlinks=follow_symlinks)
@@ -470,7 +476,7 @@ def _names(path: bytes, follow_symlinks: bool, acls: Sequence[str] = _ACLS) -> l
     return [*acls, *(name for name in listed if name not in _ACLS and not name.startswith(_NEVER_COPIED))]
 
 
-def _value(path: bytes, name: str, follow_symlinks: bool) -> bytes | None:
+def _value(path: Place, name: str, follow_symlinks: bool) -> bytes | None:
     """The value; None when there is none."""
     try:
         return os.getxattr(path, name, follow_symlinks=follow_symlinks)
@@ -480,7 +486,7 @@ def _value(path: bytes, name: str, follow_symlinks: bool) -> bytes | None:
         raise
 
 
-def _remove_acls(path: bytes, follow_symlinks: bool, acls: Sequence[str]) -> None:
+def _remove_acls(path: Place, follow_symlinks: bool, acls: Sequence[str]) -> None:
     for name in acls:
         try:
             os.removexattr(path, name, follow_symlinks=follow_symlinks)

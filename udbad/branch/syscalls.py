@@ -150,6 +150,11 @@ def open_listing_at(dirfd: int, name: bytes) -> int:
     return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dirfd)
 
 
+def open_at(dirfd: int, name: bytes, flags: int) -> int:
+    """openat(2) of something that exists."""
+    return os.open(name, flags, dir_fd=dirfd)
+
+
 def open_file_at(dirfd: int, name: bytes, flags: int) -> tuple[int, os.stat_result]:
     """Open an existing regular file, with its status; ESTALE when the name turned into something else.
 
@@ -157,7 +162,7 @@ def open_file_at(dirfd: int, name: bytes, flags: int) -> tuple[int, os.stat_resu
     something: our mounts of the branches are nodev (accept.py), and then it is EACCES.
     """
     try:
-        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=dirfd)
+        fd = open_at(dirfd, name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except PermissionError:
         pin = pin_at(dirfd, name)  # whether it was a device: the name may stand for yet another object by now
         try:
@@ -170,7 +175,7 @@ def open_file_at(dirfd: int, name: bytes, flags: int) -> tuple[int, os.stat_resu
         if error.errno in _NO_FILE:
             raise estale() from error
         raise
-    st = os.fstat(fd)
+    st = fstat(fd)
     if not st_mod.S_ISREG(st.st_mode):
         os.close(fd)
         raise estale()
@@ -600,7 +605,18 @@ def set_groups(groups: Sequence[int]) -> None:
 
 
 if not compiled.why_not():
-    from udbad.branch.cstat import fstat, stat_at  # noqa: F401  # the same without Python between
+    # The same without Python between.
+    from udbad.branch.ccalls import (  # noqa: F401  # names of this module
+        chmod_fd,
+        chown_fd,
+        create_file_at,
+        open_at,
+        pin_at,
+        rename_at,
+        unlink_at,
+        utime_at,
+    )
+    from udbad.branch.cstat import fstat, stat_at  # noqa: F401
 
 if sys.platform != "linux":  # pragma: no cover
     raise ImportError("udbad needs Linux")

@@ -34,7 +34,10 @@ from udbad.union.superblock import NeedCopyUp
 log = logging.getLogger(__name__)
 
 INLINE_COPY: Final = 64 * 1024
-"""Bytes up to which a copy-up that is not synced is done on the event loop: a thread would take longer."""
+"""Bytes up to which a copy-up is done on the event loop: a thread would take longer. Not where the disk has to be
+waited for, unless it is quick."""
+QUICK_SECONDS: Final = 0.001
+"""A disk is quick that took no longer than this the last time. It may once take longer, as may any rename(2) here."""
 READERS: Final = 16
 """Reads that wait for disks and servers at the same time: as many keep an array of disks busy."""
 SYNCERS: Final = 16
@@ -121,6 +124,8 @@ class Waiting:
         """Those whose bytes are in a thread, by node id."""
         self.on_copyup: Callable[[copyup.Job, float], None] | None = None
         self.on_copyup_failed: Callable[[Trigger, int], None] | None = None
+        self._waited: dict[int, float] = {}
+        """By branch id: the seconds that its disk has taken for the last small copy-up."""
         self._interruptible: dict[int, Request] = {}
         """Those that wait for a copy-up, by their number."""
         self._readers = ThreadPoolExecutor(READERS, "read")
@@ -200,7 +205,8 @@ class Waiting:
 
     def _begin(self, copy: CopyUp) -> None:
         job, node = copy.job, copy.need.node
-        if job.fsync or (job.st.st_size > INLINE_COPY and job.length != 0):
+        small = job.st.st_size <= INLINE_COPY or job.length == 0
+        if not small or (job.fsync and self._waited.get(job.branch.id, 1.0) > QUICK_SECONDS):
             node.busy = self.copyups[node.id] = copy
             self._note(copy.began, copy)
             # After this: names may have changed; commit checks that the source still is what it was.
@@ -211,16 +217,18 @@ class Waiting:
         except Exception as error:
             self._transferred(copy, error)
         else:
-            self._transferred(copy, None)
+            self._transferred(copy, None, at_once=True)
 
     def _note(self, request: Request, copy: CopyUp) -> None:
         request.copy = copy
         if request.unique:
             self._interruptible[request.unique] = request
 
-    def _transferred(self, copy: CopyUp, error: Exception | None) -> None:
-        """The bytes are there, or could not be had: publish the copy."""
+    def _transferred(self, copy: CopyUp, error: Exception | None, at_once: bool = False) -> None:
+        """The bytes are there, or could not be had: publish the copy. at_once: as for `copyup.commit`."""
         sb, node = self.fs.sb, copy.need.node
+        if copy.job.waited is not None and copy.job.st.st_size <= INLINE_COPY:
+            self._waited[copy.job.branch.id] = copy.job.waited
         if self.copyups.pop(node.id, None) is not None:
             node.busy = None
         if error is None and (copy.stopped or self._closing):
@@ -228,7 +236,7 @@ class Waiting:
         if error is None:
             copy.began.resume()
             try:
-                copyup.commit(sb, copy.job)
+                copyup.commit(sb, copy.job, at_once)
                 if copyup.takes_away(copy.job):
                     # After this: the source may be another file, or in use; it is looked at again.
                     settle = partial(copyup.settle_names, sb, copy.job)

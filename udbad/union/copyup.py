@@ -3,7 +3,8 @@
 Three steps, so that the bytes can travel in a worker thread while the mount is served:
 
     begin     event loop: choose the branch, make parents, open source and a temporary file there
-    transfer  any thread: content, owner, mode, xattrs, times, fsync; only descriptors and bytes
+    transfer  any thread: content, owner, mode, xattrs, times (`copy`), then the disk (`put_on_disk`); only descriptors
+              and bytes
     commit    event loop: rename the temporary over nothing, then publish the new home
 
 Everything but regular files is small enough to be done inside `begin`. A failure leaves the lower
@@ -23,6 +24,7 @@ import os
 import stat as st_mod
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import perf_counter
 
 from udbad.branch import compare, copydata, syscalls, whiteout
 from udbad.branch.branches import Branch
@@ -46,6 +48,7 @@ class Job:
 
     length: bytes of the content that are wanted, None for all. fsync: there is content that has to be on disk.
     parent_times: (atime_ns, mtime_ns) of the target directory, put back after the rename.
+    waited: seconds that the disk has taken, when it was waited for.
     """
 
     node: Node
@@ -66,6 +69,7 @@ class Job:
     method: CopyMethod = CopyMethod.NONE
     copied: int = 0
     progress: int = 0
+    waited: float | None = None
 
 
 def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
@@ -112,7 +116,7 @@ def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
         if as_link or error.errno not in GONE or sb.held_fd(node) < 0:
             raise
         return _begin_orphan(sb, need)  # its directory is gone
-    before = os.fstat(dirfd)
+    before = syscalls.fstat(dirfd)
     times = (before.st_atime_ns, before.st_mtime_ns)
     if node.kind != st_mod.S_IFREG:
         _copy_special(sb, node, parent, name, branch, src_dirfd, src_name, dirfd, times, as_link)
@@ -164,6 +168,15 @@ def _still_there(sb: Superblock, node: Node) -> os.stat_result | None:
     """The status of a node that its name still leads to; None if only descriptors do."""
     if node.plink is None and node.parent is not None:
         # Nothing newer is above it, either: copying it up there would overwrite that.
+        if lookup.only_on(sb, node.parent, node.name) == node.branch.index:
+            try:
+                st = syscalls.stat_at(sb.branch_fd(node.parent, node.branch), node.name)
+            except OSError as error:
+                if error.errno not in GONE:
+                    raise
+            else:
+                if is_object(node, st):
+                    return st
         found = lookup.resolve(sb, node.parent, node.name)
         if found.answer is Answer.FOUND:
             if found.layers is None and is_object(node, found.st):
@@ -244,14 +257,20 @@ def _unnamed_file(branch: Branch) -> int:
 
 
 def transfer(job: Job, cancelled: Callable[[], bool] | None = None) -> None:
-    """Copy content and metadata, and have them on disk. Any thread; touches only descriptors of the job.
+    """`copy`, and have it on disk, which is asked for while the bytes travel. Any thread. Raises as both do."""
+    copy(job, cancelled, job.fsync)
+    put_on_disk(job)
+
+
+def copy(job: Job, cancelled: Callable[[], bool] | None = None, write_out: bool = False) -> None:
+    """Copy content and metadata. Any thread; touches only descriptors of the job. write_out: as for copy_contents.
 
     What is published is a state that the source had, however others write to it meanwhile. It is copied again when
     its ctime says that it has changed, or cannot tell yet, unless nothing that was copied has: what is the same in the
     copy and, afterwards, in the source was all there at one moment, the one in between. So a log that is appended to
     without a pause is copied as it was at the beginning. A reflink is one state by itself (FICLONE locks the file).
 
-    Raises OSError: EBUSY when it was overwritten during each attempt; what the branches said, close(2) included.
+    Raises OSError: EBUSY when it was overwritten during each attempt; what the branches said.
     """
 
     def report(offset: int) -> None:
@@ -263,19 +282,12 @@ def transfer(job: Job, cancelled: Callable[[], bool] | None = None) -> None:
             job.st = os.fstat(job.src_fd)
         st = job.st
         result = copydata.copy_contents(
-            job.src_fd, job.dst_fd, job.length, report, cancelled, job.branch.may_reflink, job.fsync
+            job.src_fd, job.dst_fd, job.length, report, cancelled, job.branch.may_reflink, write_out
         )
         job.method = result.method
         job.copied = result.bytes_copied
         _copy_attributes(job)
-        if not job.fsync or result.method is CopyMethod.REFLINK:  # blocks that are shared are on disk already
-            if not job.branch.local:
-                syscalls.flush(job.dst_fd)
-        elif job.branch.keeps_order:
-            syscalls.write_out(job.dst_fd)
-        else:
-            os.fsync(job.dst_fd)
-        now = os.fstat(job.src_fd)
+        now = syscalls.fstat(job.src_fd)
         if not is_racy(job.source, st) and stamp(now) == stamp(st):
             return
         if result.method is CopyMethod.REFLINK or compare.same_bytes(job.dst_fd, job.src_fd, result.size):
@@ -285,20 +297,33 @@ def transfer(job: Job, cancelled: Callable[[], bool] | None = None) -> None:
     raise os_error(errno.EBUSY)
 
 
+def put_on_disk(job: Job) -> None:
+    """Wait until what was copied is on disk, where it has to be there before the name is, and ask what closing it would
+    tell. Any thread. Raises OSError."""
+    if not job.fsync or job.method is CopyMethod.REFLINK:  # blocks that are shared are on disk already
+        if not job.branch.local:
+            syscalls.flush(job.dst_fd)
+        return
+    start = perf_counter()
+    if job.branch.keeps_order:
+        syscalls.write_out(job.dst_fd)
+    else:
+        os.fsync(job.dst_fd)
+    job.waited = perf_counter() - start
+
+
 def _copy_attributes(job: Job) -> None:
-    copydata.copy_metadata(
-        job.st,
-        syscalls.proc_path(job.src_fd),
-        syscalls.proc_path(job.dst_fd),
-        job.branch.attrs,
-        follow_symlinks=True,
-    )
+    copydata.copy_metadata(job.st, job.src_fd, job.dst_fd, job.branch.attrs, follow_symlinks=True)
 
 
-def commit(sb: Superblock, job: Job) -> None:
-    """Publish the copy and move the node to it. Raises OSError (EEXIST: a direct change was faster)."""
+def commit(sb: Superblock, job: Job, at_once: bool = False) -> None:
+    """Publish the copy and move the node to it. Raises OSError (EEXIST: a direct change was faster).
+
+    at_once: nothing was served since `begin`. What was changed directly in between then counts as changed afterwards,
+    but that a name which has appeared is not replaced (`publish`).
+    """
     node = job.node
-    made = os.fstat(job.dst_fd)
+    made = syscalls.fstat(job.dst_fd)
     if not job.tmp:
         node.orphan_fd, job.dst_fd = job.dst_fd, -1
         node.nlink_extra = 0
@@ -311,7 +336,8 @@ def commit(sb: Superblock, job: Job) -> None:
         _settle_home(sb, node, job.name, job.branch, job.dst_fd, job.st, made)
         return
     assert job.parent_times is not None
-    _check_unmoved(sb, job)
+    if not at_once:
+        _check_unmoved(sb, job)
     _note(sb, node, job.parent, job.name, job.branch, made, job.as_link)
     _publish_in(job.parent, job.dirfd, job.tmp, job.dirfd, job.name)
     job.tmp = b""

@@ -1,0 +1,127 @@
+# The calls of syscalls.py that most changes make, as those of the C library: no keyword arguments and no path objects
+# to be taken apart, and no way through /proc to what a descriptor names already. Used where the hot modules are
+# compiled. The interpreter's lock is released while a branch is asked, for that may wait for a disk or a server.
+
+from cpython.bytes cimport PyBytes_AS_STRING
+from cpython.exc cimport PyErr_SetFromErrno
+from libc.errno cimport EPERM, ENOSYS, errno
+from libc.stdio cimport snprintf
+from libc.string cimport strlen
+from posix.time cimport timespec
+
+cdef extern from "<fcntl.h>" nogil:
+    int openat_c "openat"(int dirfd, const char *path, int flags, unsigned int mode)
+    int AT_EMPTY_PATH, O_CLOEXEC, O_CREAT, O_EXCL, O_NOFOLLOW, O_PATH
+
+cdef extern from "<stdio.h>" nogil:
+    int renameat2_c "renameat2"(int src_dirfd, const char *src, int dst_dirfd, const char *dst, unsigned int flags)
+
+cdef extern from "<sys/stat.h>" nogil:
+    int chmod_c "chmod"(const char *path, unsigned int mode)
+
+cdef extern from "<unistd.h>" nogil:
+    int unlinkat_c "unlinkat"(int dirfd, const char *path, int flags)
+    int fchownat_c "fchownat"(int dirfd, const char *path, unsigned int uid, unsigned int gid, int flags)
+    long syscall(long number, int fd, const char *path, unsigned int mode, int flags)
+
+
+cdef extern from "<sys/stat.h>" nogil:
+    int utimensat_c "utimensat"(int dirfd, const char *path, const timespec *times, int flags)
+    int AT_SYMLINK_NOFOLLOW
+
+
+cdef enum:
+    SYS_FCHMODAT2 = 452  # one number on every architecture (linux/unistd.h, generic table); since Linux 6.6
+
+
+cdef const char *text_of(bytes name) except NULL:
+    if name is None:
+        raise TypeError("a name is bytes")
+    cdef const char *text = PyBytes_AS_STRING(name)
+    if strlen(text) != <size_t>len(name):
+        raise ValueError("embedded null byte")
+    return text
+
+
+cdef int check(int result) except -1:
+    if result < 0:
+        PyErr_SetFromErrno(OSError)
+    return result
+
+
+cdef int opened(int dirfd, bytes name, int flags, unsigned int mode) except -1:
+    cdef const char *text = text_of(name)
+    cdef int fd
+    with nogil:
+        fd = openat_c(dirfd, text, flags, mode)
+    return check(fd)
+
+
+def create_file_at(int dirfd, bytes name, int flags, unsigned int mode):
+    """open(2) with O_CREAT|O_EXCL; `mode` is subject to the process umask."""
+    return opened(dirfd, name, flags | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode)
+
+
+def open_at(int dirfd, bytes name, int flags):
+    """openat(2) of something that exists."""
+    return opened(dirfd, name, flags, 0)
+
+
+def pin_at(int dirfd, bytes name):
+    """An O_PATH descriptor of the object itself, also of a symlink, device or FIFO."""
+    return opened(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC, 0)
+
+
+def unlink_at(int dirfd, bytes name):
+    cdef const char *text = text_of(name)
+    cdef int failed
+    with nogil:
+        failed = unlinkat_c(dirfd, text, 0)
+    check(failed)
+
+
+def rename_at(int src_dirfd, bytes src, int dst_dirfd, bytes dst, unsigned int flags=0):
+    """renameat2(2)."""
+    cdef const char *old = text_of(src)
+    cdef const char *new = text_of(dst)
+    cdef int failed
+    with nogil:
+        failed = renameat2_c(src_dirfd, old, dst_dirfd, new, flags)
+    check(failed)
+
+
+def chown_fd(int fd, long long uid, long long gid):
+    """chown through any descriptor, an O_PATH one of a symlink too; -1 keeps an id."""
+    cdef int failed
+    with nogil:
+        failed = fchownat_c(fd, b"", <unsigned int>uid, <unsigned int>gid, AT_EMPTY_PATH)
+    check(failed)
+
+
+def chmod_fd(int fd, unsigned int mode):
+    """chmod through any descriptor; EOPNOTSUPP for a symlink."""
+    cdef char path[32]
+    cdef int failed
+    with nogil:
+        failed = <int>syscall(SYS_FCHMODAT2, fd, b"", mode, AT_EMPTY_PATH)
+        if failed and (errno == ENOSYS or errno == EPERM):  # before Linux 6.6; a filter that does not know the call
+            snprintf(path, sizeof(path), b"/proc/self/fd/%d", fd)
+            failed = chmod_c(path, mode)
+    check(failed)
+
+
+cdef timespec time_of(nanoseconds):
+    cdef timespec time
+    seconds, rest = divmod(nanoseconds, 1_000_000_000)
+    time.tv_sec, time.tv_nsec = seconds, rest
+    return time
+
+
+def utime_at(int dirfd, bytes name, atime_ns, mtime_ns):
+    cdef const char *text = text_of(name)
+    cdef timespec times[2]
+    cdef int failed
+    times[0], times[1] = time_of(atime_ns), time_of(mtime_ns)
+    with nogil:
+        failed = utimensat_c(dirfd, text, times, AT_SYMLINK_NOFOLLOW)
+    check(failed)
