@@ -361,7 +361,9 @@ class Arena:
 
 
 @contextmanager
-def arena(directory: Path, udba: str, layout: Sequence[str], options: str = "noplink") -> Iterator[Arena]:
+def arena(
+    directory: Path, udba: str, layout: Sequence[str], options: str = "noplink", allow_log: str = ALLOWED_LOG
+) -> Iterator[Arena]:
     """An empty union of new branch directories below `directory`.
 
     Without pseudo-links: what joins the names of a copied-up hard link is known to the mount only, and
@@ -371,7 +373,7 @@ def arena(directory: Path, udba: str, layout: Sequence[str], options: str = "nop
     for branch in branches:
         branch.mkdir()
     words = [f"{branch}={permission}" for branch, permission in zip(branches, layout, strict=True)]
-    with mounted(words, directory / "mnt", udba, options, allow_log=ALLOWED_LOG) as mount:
+    with mounted(words, directory / "mnt", udba, options, allow_log=allow_log) as mount:
         yield Arena(mount, layout, direct=udba != "none")
 
 
