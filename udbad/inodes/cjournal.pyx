@@ -84,52 +84,78 @@ cdef uint64_t put_opened(char *to, object handle, Node node) except 0:
     return sizeof(opened_entry)
 
 
-def append(table, handles, set changed, half):
-    """Write some of what has changed to a half of the record, and take it out of `changed`; the rest is for journal.py.
+cdef class Writer:
+    """Writes some of what has changed to a half of the record, and takes it out; the rest is for journal.py."""
 
-    half: of record.py, with its memory, its end, and the words at the beginning of the file. False when some is left,
-    or all is to be written anew.
-    """
+    cdef object table, handles, mapped
     cdef Py_buffer memory, words
-    cdef uint64_t end, size, before
-    cdef int64_t number
-    cdef char *to
-    cdef closed_entry *closed
-    cdef dict nodes = table.nodes, files = handles.files
-    cdef Node node
-    PyObject_GetBuffer(half.memory, &memory, PyBUF_WRITABLE)
-    try:
-        before = end = half.end
-        for one in list(changed):
-            if end + LARGEST > <uint64_t>memory.len:
-                break
-            to = <char *>memory.buf + end
-            if type(one) is NodeType:
-                node = one
-                if node.aliases or node.plink is not None or nodes.get(node.id) is not node:
+    cdef uint64_t *end
+
+    def __init__(self, table, handles):
+        self.table, self.handles, self.mapped = table, handles, None
+
+    def __dealloc__(self):
+        self.release()
+
+    cdef void release(self):
+        if self.mapped is not None:
+            PyBuffer_Release(&self.memory)
+            PyBuffer_Release(&self.words)
+            self.mapped = None
+
+    cdef int take(self, half) except -1:
+        """Have the addresses of what a half, of record.py, has in memory."""
+        self.release()
+        PyObject_GetBuffer(half.memory, &self.memory, PyBUF_WRITABLE)
+        PyObject_GetBuffer(half.ends, &self.words, PyBUF_WRITABLE)
+        self.mapped = half.memory
+        self.end = <uint64_t *>self.words.buf + <int>half.end_word
+        return 0
+
+    def __call__(self, set changed, half):
+        """False when something is left, or all is to be written anew."""
+        cdef uint64_t end, size
+        cdef int64_t number
+        cdef char *to
+        cdef closed_entry *closed
+        cdef dict nodes = self.table.nodes, files = self.handles.files
+        cdef Node node
+        cdef list ones = list(changed)
+        if half.memory is not self.mapped:
+            self.take(half)
+        end = self.end[0]
+        changed.clear()
+        try:
+            for one in ones:
+                to = <char *>self.memory.buf + end
+                if end + LARGEST > <uint64_t>self.memory.len:
+                    changed.add(one)
                     continue
-                size = put_node(to, node)
-                node.place = (end >> 3) + 1
-            elif type(one) is OpenFile:
-                number = one.fh
-                if files.get(number) is one:
-                    size = put_opened(to, one, one.node)
-                elif 0 < number < 0x7FFFFFFF and number not in files:
-                    closed = <closed_entry *>to
-                    closed.size, closed.count = sizeof(closed_entry) - HEAD, 0
-                    closed.kind, closed.marshal_int, closed.fh = _CLOSED, c"i", <int32_t>number
-                    size = sizeof(closed_entry)
+                if type(one) is NodeType:
+                    node = one
+                    if node.aliases or node.plink is not None or nodes.get(node.id) is not node:
+                        changed.add(one)
+                        continue
+                    size = put_node(to, node)
+                    node.place = (end >> 3) + 1
+                elif type(one) is OpenFile:
+                    number = one.fh
+                    if files.get(number) is one:
+                        size = put_opened(to, one, one.node)
+                    elif 0 < number < 0x7FFFFFFF and number not in files:
+                        closed = <closed_entry *>to
+                        closed.size, closed.count = sizeof(closed_entry) - HEAD, 0
+                        closed.kind, closed.marshal_int, closed.fh = _CLOSED, c"i", <int32_t>number
+                        size = sizeof(closed_entry)
+                    else:
+                        changed.add(one)
+                        continue
                 else:
+                    changed.add(one)
                     continue
-            else:
-                continue
-            changed.discard(one)
-            end = (end + size + 7) & ~<uint64_t>7
-        if end != before:
-            PyObject_GetBuffer(half.ends, &words, PyBUF_WRITABLE)
-            publish(<uint64_t *>words.buf + <int>half.end_word, end)
-            PyBuffer_Release(&words)
-            half.end = end
+                end = (end + size + 7) & ~<uint64_t>7
+        except BaseException:
+            changed.update(ones)
+            raise
+        publish(self.end, end)
         return not changed and end <= <uint64_t>half.most
-    finally:
-        PyBuffer_Release(&memory)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 from udbad import compiled
@@ -32,7 +31,7 @@ OPEN_DIRECTORY: Final = 5
 """`pack` of (handle, node, pid, cached, base, names); names: None before the first read, SHARED when they are those of
 the directory's own snapshot."""
 CLOSED: Final = 6
-"""A handle of a file or directory: `pack` of its number. No number that is in the record is given again."""
+"""A handle of a file or directory: `pack` of its number."""
 LISTINGS: Final = 7
 """`pack` of (id of a directory, listings, room)."""
 NEGATIVES: Final = 8
@@ -43,6 +42,9 @@ NUMBER: Final = 10
 """`pack` of (st_dev, st_ino, number, 0 for none)."""
 HOME: Final = 11
 """`pack` of (branch, name, identity, source_dev, pending, links, counted), of a pseudo-link."""
+
+NEXT: Final = 12
+"""`pack` of the number that the next handle gets at least; none that is in the record is given again."""
 
 NODE: Final = struct.Struct("=BBHIiiQQQQq")
 """FILE, dead, length of the name, S_IFMT bits, branch, descriptor without a name, id, st_dev, st_ino, parent (0: none),
@@ -100,9 +102,9 @@ class Journal:
         record.write = self._write
         record.live = self._live
         if not compiled.why_not():
-            from udbad.inodes.cjournal import append  # the same for what most requests make
+            from udbad.inodes.cjournal import Writer  # the same for what most requests make
 
-            record.quick = partial(append, table, handles)
+            record.quick = Writer(table, handles)
         table.record = handles.record = inomap.record = record
 
     def _write(self, one: Any) -> None:
@@ -193,7 +195,7 @@ class Journal:
         self._append(_entry(NUMBERS, inomap.state()))
 
     def _next_handle(self, handles: HandleTable) -> None:
-        self._append(_entry(CLOSED, handles.next - 1))
+        self._append(_entry(NEXT, handles.next))
 
     def _number(self, identity: tuple[int, int]) -> None:
         self._append(_entry(NUMBER, (*identity, self._inomap.entry(identity))))

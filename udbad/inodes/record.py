@@ -67,7 +67,7 @@ class Counted(Protocol):
 class Half:
     """One half of the file, as a log."""
 
-    __slots__ = ("_fd", "_room", "end", "end_word", "ends", "memory", "most", "number", "words")
+    __slots__ = ("_fd", "_room", "end_word", "ends", "memory", "most", "number", "words")
 
     def __init__(self, fd: int, ends: memoryview, number: int) -> None:
         """ends: the words of the file's beginning."""
@@ -75,11 +75,15 @@ class Half:
         self.ends = ends
         self.number = number
         self.end_word = _END + number
-        self.end = ends[self.end_word]
         self.most = 0
         """Bytes from which on it is worth writing all anew."""
         self._room = 0
         self._extend(self.end)
+
+    @property
+    def end(self) -> int:
+        """Bytes of the log."""
+        return self.ends[self.end_word]
 
     def _extend(self, end: int) -> None:
         """Have room for entries up to `end`. Raises OSError."""
@@ -98,13 +102,12 @@ class Half:
         if after > self._room:
             self._extend(after)
         self.memory[end:after] = entry
-        self.end = after = after + 7 & ~7
-        self.ends[self.end_word] = after
+        self.ends[self.end_word] = after + 7 & ~7
         return (end >> 3) + 1
 
     def empty(self) -> None:
         """Begin anew, and give back the memory."""
-        self.end = self.ends[self.end_word] = 0
+        self.ends[self.end_word] = 0
         self.memory.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
@@ -201,12 +204,18 @@ class Record:
         Called also when nothing has: `changed` tells whether that is worth it.
         """
         changed, write = self.changed, self.write
-        if self.quick is not None and self._next is None and self.quick(changed, self._half):
+        if self.words is not None and self.quick is not None and self.quick(changed, self._half):
             return
-        while changed:
-            write(changed.pop())
+        ones = list(changed)
+        changed.clear()  # and not one by one: a set that was large once takes long to look through
+        try:
+            for one in ones:
+                write(one)
+        except BaseException:
+            changed.update(ones)
+            raise
         if self._next is not None:
-            self._move(_PORTION)
+            self._move(whole=False)
         else:
             self.words = self._half.words  # there may be more of them
             if self._half.end > self._half.most:
@@ -240,7 +249,7 @@ class Record:
     def rewrite(self) -> None:
         """Write all there is anew, and have nothing else in the record. Raises OSError."""
         self._begin()
-        self._move(None)
+        self._move(whole=True)
 
     def _begin(self) -> None:
         self.words = None
@@ -248,19 +257,20 @@ class Record:
         self._next.empty()
         self._rest = iter(self.live())
 
-    def _move(self, most: int | None) -> None:
-        """Write so many objects anew (None: all that are left), and go over to the new half when there are no more."""
+    def _move(self, whole: bool) -> None:
+        """Write some objects anew, or all that are left, and go over to the new half when there are no more."""
         assert self._next is not None
         self._moving = True
         try:
-            written = 0
-            for one in islice(self._rest, most):
-                self.write(one)
-                written += 1
+            while portion := set(islice(self._rest, _PORTION)):
+                if self.quick is not None:
+                    self.quick(portion, self._next)
+                for one in portion:
+                    self.write(one)
+                if not whole:
+                    return
         finally:
             self._moving = False
-        if written == most:
-            return
         old, self._half, self._next = self._half, self._next, None
         self._words[_STATE] = VERSION << 32 | self._half.number
         self.words = self._half.words

@@ -30,6 +30,7 @@ from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
 
+_NONE: list[tuple[int, bytes]] = []
 Take = Callable[[int], int]
 
 
@@ -76,8 +77,8 @@ class _Recall:
         self._sb = fs.sb
         self._take = take
         self._branches: dict[int, Branch] = {branch.id: branch for branch in fs.sb.branches.branches}
-        self._nodes: dict[int, tuple[bytes, int]] = {}
-        """By id: payload, references."""
+        self._nodes: dict[int, tuple[Any, int, bytes]] = {}
+        """By id: what the entry says, references, the whole entry of what is no directory."""
         self._names: list[tuple[Node, int, list[tuple[int, bytes]]]] = []
         """Nodes with the ids of the directories they are in, and their further names."""
         self._homes = _homes(fs.sb)
@@ -94,7 +95,8 @@ class _Recall:
         for payload, count in record.entries():
             kind = payload[0]
             if kind == journal.FILE:
-                nodes[journal.NODE.unpack_from(payload)[6]] = payload, count
+                said = journal.NODE.unpack_from(payload)
+                nodes[said[6]] = said, count, payload
                 continue
             if kind == journal.OPEN_FILE:
                 number = journal.OPENED.unpack_from(payload)[6]
@@ -103,7 +105,7 @@ class _Recall:
                 continue
             said = unpack(payload[1:])
             if kind == journal.DIRECTORY:
-                nodes[said[0]] = payload, count
+                nodes[said[0]] = said, count, b""
             elif kind == journal.GONE:
                 nodes.pop(said, None)
             elif kind == journal.OPEN_DIRECTORY:
@@ -113,6 +115,8 @@ class _Recall:
                 last = max(last, said)
                 files.pop(said, None)
                 directories.pop(said, None)
+            elif kind == journal.NEXT:
+                last = max(last, said - 1)
             elif kind == journal.LISTINGS:
                 listings[said[0]] = said
             elif kind == journal.NEGATIVES:
@@ -124,9 +128,13 @@ class _Recall:
             elif kind == journal.HOME:
                 self._home(said)
         self._sb.inomap.restore(numbers, {identity: number for identity, number in table.items() if number})
-        for payload, count in nodes.values():
-            if count != DROPPED:
-                self._node(payload, count)
+        for said, count, payload in nodes.values():
+            if count == DROPPED:
+                continue
+            if payload:
+                self._node(said, count, payload)
+            else:
+                self._directory(said, count)
         self._attach()
         self._sb.handles.next = last + 1
         for _, payload in sorted(files.items()):
@@ -143,11 +151,8 @@ class _Recall:
 
     # -- nodes ------------------------------------------------------------------------------------------
 
-    def _node(self, payload: bytes, count: int) -> None:
-        if payload[0] == journal.DIRECTORY:
-            self._directory(unpack(payload[1:]), count)
-            return
-        _, dead, size, kind, branch_id, orphan, number, dev, ino, parent, links = journal.NODE.unpack_from(payload)
+    def _node(self, said: Any, count: int, payload: bytes) -> None:
+        _, dead, size, kind, branch_id, orphan, number, dev, ino, parent, links = said
         branch = self._branches.get(branch_id)
         node = Node(number, kind, self._gone(branch_id) if branch is None else branch, dev, ino)
         at = journal.NODE.size + size
@@ -157,7 +162,7 @@ class _Recall:
         node.dead = bool(dead) or branch is None
         if orphan >= 0:
             node.orphan_fd = self._taken(orphan, (dev, ino))
-        further: list[tuple[int, bytes]] = []
+        further = _NONE
         if at < len(payload):
             further, home = unpack(payload[at:])
             plink = None if home is None else self._homes.get(home)
@@ -193,7 +198,7 @@ class _Recall:
             if held:
                 table.open_fds += held
                 table.note_fds(node)
-            self._names.append((node, parent, []))
+            self._names.append((node, parent, _NONE))
         node.nlookup = count
         node.nlink_extra = links
         node.mtime_offset = mtime_offset
@@ -210,14 +215,15 @@ class _Recall:
             if type(parent) is Dir:
                 node.parent = parent
                 parent.children[node.name] = node
+            if not further:
+                continue
             aliases = set()
             for above, name in further:
                 directory = nodes.get(above)
                 if type(directory) is Dir:
                     aliases.add((directory, name))
                     directory.children[name] = node
-            if further:
-                node.aliases = aliases
+            node.aliases = aliases
 
     def _drop_unknown(self) -> None:
         """Nodes that the kernel was not told of yet, or has forgotten."""
