@@ -87,6 +87,9 @@ class FakeKernel:
         self.notified["attributes"] += 1
         self.attributes_of.pop(node, None)
 
+    def attributes_soon(self, node: int) -> None:
+        self.attributes(node)
+
     def data(self, node: int) -> None:
         self.notified["data"] += 1
         self.attributes_of.pop(node, None)

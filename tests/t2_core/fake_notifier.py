@@ -118,6 +118,9 @@ class FakeNotifier:
     def attributes(self, node: int) -> None:
         self.told.append(Message("attributes", node))
 
+    def attributes_soon(self, node: int) -> None:
+        self.attributes(node)
+
     def data(self, node: int) -> None:
         self.told.append(Message("data", node))
 

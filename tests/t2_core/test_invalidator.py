@@ -382,3 +382,20 @@ def test_latency_is_the_time_from_the_call_to_the_kernel() -> None:
     # Two messages; the first waited all the time that it was held.
     assert before_release - after_put <= statistics.latency_max <= after - before_put
     assert statistics.latency_max <= statistics.latency_sum <= 2 * (after - before_put)
+
+
+def test_what_may_be_told_soon_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that come within the time it waits are one; whoever flushes need not wait that long."""
+    monkeypatch.setattr(module, "_PATIENCE_SECONDS", 2 * DEADLINE)
+    write = HeldWrite()
+    write.release()
+    with running(write) as invalidator:
+        for node in (3, 3, 4, 3):
+            invalidator.attributes_soon(node)
+        invalidator.attributes(7)
+        write.wait_left(Message("attributes", 7))
+        assert Message("attributes", 3) not in write.left
+        finish(in_thread(invalidator.flush))
+        assert [message.node for message in write.left if message.node in (3, 4)] == [3, 4]
+        invalidator.attributes_soon(3)
+    assert write.left[-1] == Message("attributes", 3), "stopping does not wait either"

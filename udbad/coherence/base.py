@@ -53,6 +53,9 @@ class KernelNotifier(Protocol):
     def attributes(self, node: int) -> None:
         """Forget the attributes of a node; changed size or mtime then drops its pages too."""
 
+    def attributes_soon(self, node: int) -> None:
+        """`attributes`, once for what comes within a few milliseconds: the same may be told again and again."""
+
     def data(self, node: int) -> None:
         """Forget the attributes and the cached pages of a node, mapped ones included."""
 
@@ -290,9 +293,9 @@ class Coherence:
         if child is not None and type(child) is not Dir:  # a directory was adopted in its new place
             self._drop_file(child)
 
-    def drop_attributes(self, node: Node) -> None:
+    def drop_attributes(self, node: Node, soon: bool = False) -> None:
         if node.nlookup and (node.parent is None or node.parent.ttl):
-            self.notifier.attributes(node.id)
+            (self.notifier.attributes_soon if soon else self.notifier.attributes)(node.id)
 
     def negative_ttl(self, node: Node, name: bytes) -> float:
         """How long (seconds) the kernel may keep that a directory has no such name; 0.0: not at all.

@@ -160,6 +160,11 @@ class NotifyCoherence(Coherence):
         if child is not None:
             self.own_data(child, False, st)
 
+    def drop_attributes(self, node: Node, soon: bool = False) -> None:
+        super().drop_attributes(node, soon)
+        if soon:
+            self._sent.stamps.pop(node.id, None)  # the event of the change need not have it told once more
+
     def own_event(self, node: Dir, branch: Branch, name: bytes, event: int) -> None:
         entry = self._watches.directories.get(node.id)
         held = None if entry is None or entry.node is not node else entry.watches.get(branch.index)

@@ -59,6 +59,11 @@ def operations() -> dict[str, OpStats]:
     return _operations
 
 
+def requests() -> int:
+    """How many were answered, of all operations. Event loop only."""
+    return sum(stats.requests for stats in operations().values())
+
+
 def count_in_thread(stats: OpStats, taken: float, number: int) -> None:
     """As `OpStats.count`, from any thread: two that count at the same time would lose one."""
     _uncounted.append((stats, taken, number))

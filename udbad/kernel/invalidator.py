@@ -7,7 +7,8 @@ one either, except `flush`, which handlers must never call.
 
 Each notification is a key in the pending dictionary of one thread, chosen by node, so that a second one
 for the same thing costs nothing while the first waits, and one slow directory does not hold up the
-others. ENOENT is success: the kernel had nothing of the kind. So is ENOTDIR: it had forgotten the directory,
+others. What may be told a little later (`attributes_soon`) has a thread that first waits for more of the same.
+ENOENT is success: the kernel had nothing of the kind. So is ENOTDIR: it had forgotten the directory,
 and meanwhile a file has got the number.
 """
 
@@ -26,6 +27,8 @@ from udbad.metrics import INVALIDATION_BUCKETS, Counts
 log = logging.getLogger(__name__)
 
 _THREADS = 4
+_PATIENCE_SECONDS = 0.01
+"""How long what may be told a little later waits for more of the same."""
 _LIMIT = 200_000
 """Pending notifications of one thread above which all its names are replaced by one epoch, where there are epochs."""
 
@@ -68,7 +71,11 @@ class _Shard:
     threads raised would lose some.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = 0.0) -> None:
+        """patience: seconds that the first one of several has to wait."""
+        self.patience = patience
+        self.hurry = False
+        """Somebody waits for what is pending."""
         self.ready = threading.Condition()
         self.pending: dict[_Key, tuple[int, float]] = {}
         self.sequence = 0
@@ -108,7 +115,8 @@ class Invalidator:
         self._epoch_is_safe = False
         self.state = State.ACCEPTING
         self.since: float | None = None
-        self._shards = [_Shard() for _ in range(_THREADS)]
+        self._patient = _Shard(_PATIENCE_SECONDS)
+        self._shards = [*(_Shard() for _ in range(_THREADS)), self._patient]
         for number, shard in enumerate(self._shards):
             shard.thread = threading.Thread(target=self._work, args=(shard,), name=f"invalidate-{number}", daemon=True)
             shard.thread.start()
@@ -123,6 +131,9 @@ class Invalidator:
 
     def attributes(self, node: int) -> None:
         self._put(("attributes", node, b""))
+
+    def attributes_soon(self, node: int) -> None:
+        self._put(("attributes", node, b""), self._patient)
 
     def data(self, node: int) -> None:
         self._put(("data", node, b""))
@@ -141,8 +152,9 @@ class Invalidator:
             self._looked, self._epoch_is_safe = now, not self._mounts_inside()
         return self._epoch_is_safe
 
-    def _put(self, key: _Key) -> None:
-        shard = self._shards[key[1] % _THREADS]
+    def _put(self, key: _Key, shard: _Shard | None = None) -> None:
+        if shard is None:
+            shard = self._shards[key[1] % _THREADS]
         with shard.ready:
             if self.state is not State.ACCEPTING or key in shard.pending:
                 return
@@ -155,17 +167,22 @@ class Invalidator:
                     key = _EPOCH
             shard.sequence += 1
             shard.pending[key] = (shard.sequence, monotonic() if self.since is None else self.since)
-            shard.ready.notify_all()
+            if len(shard.pending) == 1:  # else it knows that there is something to do
+                shard.ready.notify_all()
 
     # -- threads ------------------------------------------------------------------------------
 
     def _work(self, shard: _Shard) -> None:
         while True:
             with shard.ready:
-                while not shard.pending:
-                    if shard.stopping:
-                        return
-                    shard.ready.wait()
+                if not shard.pending:
+                    shard.hurry = False
+                    while not shard.pending:
+                        if shard.stopping:
+                            return
+                        shard.ready.wait()
+                    if shard.patience:
+                        shard.ready.wait_for(lambda: shard.hurry or shard.stopping, shard.patience)
                 key = next(iter(shard.pending))
                 sequence, since = shard.pending.pop(key)
                 shard.sending = since
@@ -197,6 +214,9 @@ class Invalidator:
         for shard in self._shards:
             with shard.ready:
                 target = shard.sequence
+                if shard.pending:
+                    shard.hurry = True
+                    shard.ready.notify_all()
                 while shard.done < target and shard.pending:
                     shard.ready.wait()
                 while shard.done < target and not shard.stopping:

@@ -37,6 +37,7 @@ from udbad.edge.holding import Holding
 from udbad.edge.native import Native
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.record import Record
+from udbad.kernel import boundary
 from udbad.kernel.invalidator import Invalidator
 from udbad.kernel.mounts import lying, mounts_inside, unions
 from udbad.kernel.openers import openers
@@ -406,7 +407,7 @@ class MountProcess:
                 self.writing.sweep(nursery)
                 if self.keeper is not None:
                     nursery.start_soon(self._watch_keeper, self.keeper)
-                nursery.start_soon(later.load_in_thread)
+                nursery.start_soon(later.load_in_thread, boundary.requests)
                 if self.fs.kept is not None:
                     nursery.start_soon(self._rest, self.fs.kept)
                 if listener is not None:

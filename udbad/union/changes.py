@@ -82,8 +82,11 @@ class Hooks(Protocol):
         lost: what had the name, and may be open still.
         """
 
-    def drop_attributes(self, node: Node) -> None:
-        """Attributes of this node changed without the kernel knowing (of a directory, by a copy-up)."""
+    def drop_attributes(self, node: Node, soon: bool = False) -> None:
+        """Attributes of this node changed without the kernel knowing (of a directory, by a copy-up).
+
+        soon: they may be shown as they were for some milliseconds more.
+        """
 
 
 class _CatchUp(Protocol):
@@ -242,7 +245,9 @@ class Changes:
         if as_link:
             self._table.attach(node, parent, name)
         self.hooks.own_data(node)
-        self.hooks.drop_attributes(parent)
+        # Its names and times are what they were, but for ctime. To tell at once would cost each of many files that are
+        # copied up one after the other as much as the copy does, and a request for the attributes.
+        self.hooks.drop_attributes(parent, soon=True)
 
     def directory_copied_up(self, node: Dir, parent: Dir) -> None:
         """A directory was made on a further branch; its layers are the new ones."""
