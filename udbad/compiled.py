@@ -21,6 +21,7 @@ from typing import Final
 
 MODULES: Final = (
     "udbad.branch.state",
+    "udbad.edge.slot",
     "udbad.inodes.inomap",
     "udbad.inodes.table",
     "udbad.union.lookup",

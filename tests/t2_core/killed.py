@@ -1,11 +1,13 @@
 """A mount process that is killed before or after any single system call that changes something, and its successor.
 
 The process is objects in this one: what kills it is an exception that nobody catches, and from then on no system call
-changes anything, whatever cleans up. The successor gets what a record would have (`Remembered`) and the slots.
+changes anything, whatever cleans up. Its descriptors stay open, so that this process is its keeper, too. The successor
+gets what the record says at that moment.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import stat as st_mod
@@ -14,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import pytest
 
@@ -23,13 +25,11 @@ from tests.t2_core.core import Core, core
 from udbad.branch import sweep, syscalls, whiteout
 from udbad.coherence.base import Coherence
 from udbad.edge.native import Native
-from udbad.edge.once import RESENT, SLOT
-from udbad.inodes.table import Dir, Layer, Node
+from udbad.edge.once import RESENT, copies
+from udbad.inodes.record import Record
 from udbad.kernel import wire
-from udbad.types import ROOT_ID, Caller
-
-if TYPE_CHECKING:
-    from udbad.inodes.record import Record
+from udbad.types import Caller
+from udbad.union import recall
 
 UNIQUE = 4242
 Tree = dict[str, Any]
@@ -48,20 +48,17 @@ class Faults:
     )  # fmt: skip
     _LIBC = ("linkat", "renameat2", "utimensat")
 
-    def __init__(self, at: int = 0, after: bool = False, on_write: Callable[[], None] = lambda: None) -> None:
-        """at: number of the call, from 1 on; 0: none. on_write: called before the answer is written."""
+    def __init__(self, at: int = 0, after: bool = False) -> None:
+        """at: number of the call, from 1 on; 0: none."""
         self.at = at
         self.after = after
         self.count = 0
         self.fired = False
         self.calls: list[str] = []
-        self.on_write = on_write
 
     def _call(self, name: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.fired:
             raise Killed
-        if name == "write":
-            self.on_write()
         self.count += 1
         self.calls.append(name)
         if self.count == self.at and not self.after:
@@ -105,79 +102,10 @@ class Faults:
         return wrapped
 
 
-class Remembered:
-    """What a record has: nodes and open files. As at the last answer."""
-
-    def __init__(self, fs: Any) -> None:
-        table = fs.table
-        self.nodes = [
-            (
-                node.id, node.kind, node.branch.index, node.identity, node.nlookup, node.nlink_extra, node.dead,
-                [(parent.id, name) for parent, name in node.names()],
-                [(layer.branch.index, layer.identity, layer.nlink) for layer in node.layers]
-                if type(node) is Dir
-                else [],
-                getattr(node, "floor", 0),
-            )
-            for node in table.nodes.values()
-        ]  # fmt: skip
-        self.files = [
-            (handle.fh, handle.node.id, os.dup(handle.fd), handle.flags, handle.writable)
-            for handle in fs.handles.files.values()
-        ]
-        self.dirs = [(handle.fh, handle.node.id) for handle in fs.handles.dirs.values()]
-        self.next = fs.handles.next
-
-    def recall(self, fs: Any) -> None:
-        sb = fs.sb
-        branches = sb.branches
-        made: dict[int, Node] = {ROOT_ID: sb.root}
-        for number, kind, index, identity, nlookup, extra, dead, _, layers, floor in self.nodes:
-            if number == ROOT_ID:
-                continue
-            node: Node
-            if kind == st_mod.S_IFDIR:
-                node = Dir(number, [Layer(branches[at], *who, links, -1) for at, who, links in layers])
-                node.floor = floor
-            else:
-                node = Node(number, kind, branches[index], *identity)
-            node.nlookup, node.nlink_extra, node.dead = nlookup, extra, dead
-            sb.inomap.alias(*identity, number)
-            sb.table.add(node)
-            made[number] = node
-        for number, _, _, _, _, _, _, names, _, _ in self.nodes:
-            for parent, name in reversed(names):
-                directory = made[parent]
-                assert type(directory) is Dir
-                sb.table.attach(made[number], directory, name)
-        for fh, number, fd, flags, writable in self.files:
-            fs.handles.next = fh
-            fs.handles.add_file(made[number], os.dup(fd), flags, Caller(0, 0), writable)
-        for fh, number in self.dirs:
-            fs.handles.next = fh
-            directory = made[number]
-            assert type(directory) is Dir
-            fs.handles.add_dir(directory, 0)
-        fs.handles.next = self.next
-
-    def close(self) -> None:
-        for _, _, fd, _, _ in self.files:
-            os.close(fd)
-
-
-class Slots:
-    """Of a record what edge/once.py keeps there; the rest is `Remembered`."""
-
-    changed = ()
-
-    def __init__(self) -> None:
-        self.slots = memoryview(bytearray(4 * SLOT))
-
-
 class Mount:
     """One process: the union, its edge, and the other end of /dev/fuse."""
 
-    def __init__(self, union: Core, record: Slots) -> None:
+    def __init__(self, union: Core, record: Record) -> None:
         self.union = union
         self.fs = union.fs
         self.device, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -185,9 +113,9 @@ class Mount:
             each.setblocking(False)
         coherence = self.fs.sb.changes.hooks
         assert isinstance(coherence, Coherence)
-        self.native = Native(
-            self._ours.fileno(), self.fs, coherence, self.fs.walks.stale, record=cast("Record", record)
-        )
+        self.coherence = coherence
+        self.record = record
+        self.native = Native(self._ours.fileno(), self.fs, coherence, self.fs.walks.stale, record=record)
 
     def close(self) -> None:
         self.native.close()
@@ -219,14 +147,26 @@ class Mount:
 
 
 @contextmanager
-def mounted(directory: Path, layers: Mapping[str, str], record: Slots, **options: Any) -> Iterator[Mount]:
+def mounted(
+    directory: Path, layers: Mapping[str, str], predecessor: Record | None = None, **options: Any
+) -> Iterator[Mount]:
     whiteout._digits.renew()  # as in another process
+    record = Record.create()
     with core(directory, layers, fsync_copyup=False, **options) as union:
+        if predecessor is not None:
+            recall.recall(union.fs, predecessor, os.dup, copies(predecessor.slots))
+            record.slots[:] = predecessor.slots
+        recall.keep(union.fs, record)
         mount = Mount(union, record)
+        if predecessor is not None:
+            mount.coherence.recalled()
+            assert mount.native.once is not None
+            mount.native.once.settle()
         try:
             yield mount
         finally:
             mount.close()
+            record.close()
 
 
 # -- what is compared ---------------------------------------------------------------------------------
@@ -299,16 +239,16 @@ def comparable(opcode: int, body: bytes) -> object:
 class Outcome:
     """What became of one request."""
 
-    def __init__(self, errno: int, answer: object, handles: int, union: Tree, branches: dict[str, Tree]) -> None:
+    def __init__(self, errno: int, answer: object, files: object, union: Tree, branches: dict[str, Tree]) -> None:
         self.errno = errno
         self.answer = answer
-        self.handles = handles
+        self.files = files
         self.union = union
         self.branches = branches
 
     def differs(self, other: Outcome) -> list[str]:
         found = []
-        for what in ("errno", "answer", "handles"):
+        for what in ("errno", "answer", "files"):
             if getattr(self, what) != getattr(other, what):
                 found.append(f"{what}: {getattr(self, what)}, not {getattr(other, what)}")
         trees = {"union": (self.union, other.union)}
@@ -318,6 +258,15 @@ class Outcome:
                 if mine.get(path) != right.get(path):
                     found.append(f"{name}: {path}: {mine.get(path)}, not {right.get(path)}")
         return found
+
+
+def opened(mount: Mount) -> object:
+    """What is open: how many directories, and the content and links of files."""
+    found = []
+    for handle in mount.fs.handles.files.values():
+        with syscalls.readable(handle.fd) as fd:
+            found.append((os.pread(fd, 1000, 0), os.fstat(fd).st_nlink, handle.writable))
+    return len(mount.fs.handles.dirs), sorted(found)
 
 
 def descriptors() -> set[int]:
@@ -335,20 +284,20 @@ def outcome(
     ask: Callable[[Mount], Request],
     at: int = 0,
     after: bool = False,
-    meanwhile: Callable[[Path], None] = lambda _: None,
+    meanwhile: Callable[[Path], object] = lambda _: None,
     **options: Any,
 ) -> tuple[Outcome, Faults]:
     """One request, by a process that is killed at a system call (Faults) and, if it was, by its successor.
 
     meanwhile: what others do in between.
     """
-    record = Slots()
+    gc.collect(1)  # descriptors of records before
     before = descriptors()
     with ExitStack() as stack:
-        first = stack.enter_context(mounted(directory, layers, record, **options))
+        last = first = stack.enter_context(mounted(directory, layers, **options))
         opcode, node, body = ask(first)
-        memory = [Remembered(first.fs)]
-        faults = Faults(at, after, lambda: memory.append(Remembered(first.fs)))
+        first.record.flush()
+        faults = Faults(at, after)
         answer = None
         with faults.armed():
             try:
@@ -356,22 +305,16 @@ def outcome(
                 answer = first.answer(lambda: faults.fired)
             except Killed:
                 pass
-        last = first
         if answer is None:
             meanwhile(directory)
-            last = stack.enter_context(mounted(directory, layers, record, **options))
-            memory[-1].recall(last.fs)
-            assert last.native.once is not None
-            last.native.once.settle()
+            last = stack.enter_context(mounted(directory, layers, first.record, **options))
             last.send(opcode, node, body, UNIQUE | RESENT)
             answer = last.answer()
             assert answer is not None
             assert answer[0] == UNIQUE | RESENT
-        handles = len(last.fs.handles)
-        for remembered in memory:
-            remembered.close()
+        files = opened(last)
     for fd in descriptors() - before:
         os.close(fd)  # of what was killed
     union = union_tree(directory, layers)
     branches = {name: branch_tree(directory / name) for name in layers}
-    return Outcome(answer[1], comparable(opcode, answer[2]), handles, union, branches), faults
+    return Outcome(answer[1], comparable(opcode, answer[2]), files, union, branches), faults

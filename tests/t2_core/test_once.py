@@ -196,6 +196,27 @@ def removexattr(path: str) -> Ask:
     return ask
 
 
+def opened(path: str, flags: int, ask: Ask, unlinked: bool = False) -> Ask:
+    """`ask` while somebody has a file open, which has no name any more (unlinked)."""
+
+    def asking(mount: Mount) -> Request:
+        mount.union.open(path, flags)
+        if unlinked:
+            mount.union.unlink(path)
+        return ask(mount)
+
+    return asking
+
+
+def write_unlinked(path: str, flags: int, offset: int, data: bytes) -> Ask:
+    def ask(mount: Mount) -> Request:
+        request = write(path, flags, offset, data)(mount)
+        mount.union.unlink(path)
+        return request
+
+    return ask
+
+
 # -- arrangements -----------------------------------------------------------------------------------------
 
 WH = b""
@@ -336,6 +357,17 @@ CASES: dict[str, Case] = {
     "open-trunc": Case(open_("a", os.O_WRONLY | os.O_TRUNC), {"top/a": b"up"}),
     "open-trunc-lower": Case(open_("a", os.O_WRONLY | os.O_TRUNC), {"base/a": b"low"}),
     "opendir": Case(opendir("d"), MERGED),
+    "write-unlinked": Case(write_unlinked("a", os.O_RDWR, 1, b"XY"), {"top/a": b"long"}),
+    "write-unlinked-lower": Case(write_unlinked("a", os.O_RDWR, 1, b"XY"), {"base/a": b"long"}),
+    "append-unlinked-lower": Case(write_unlinked("a", os.O_RDWR | os.O_APPEND, 4, b"XY"), {"base/a": b"long"}),
+    "write-unlinked-lower-hard-link": Case(
+        write_unlinked("a", os.O_RDWR, 1, b"XY"), {"base/a": b"long", "base/b": ("link", "base/a")}
+    ),
+    "unlink-open": Case(opened("a", os.O_RDWR, unlink("a")), {"top/a": b"up", "base/a": b"low"}),
+    "unlink-open-lower": Case(opened("a", os.O_RDONLY, unlink("a")), {"base/a": b"low"}),
+    "rename-over-open": Case(opened("b", os.O_RDWR, rename("a", "b")), {"top/a": b"up", "top/b": b"old"}),
+    "rename-open-lower": Case(opened("a", os.O_RDWR, rename("a", "b")), {"base/a": b"low", "base/b": b"old"}),
+    "chmod-open-lower": Case(opened("a", os.O_RDWR, setattr_("a", wire.SET_MODE, mode=0o600)), {"base/a": b"low"}),
     "punch": Case(fallocate("a", 3, 1, 2), {"top/a": b"long"}),
     "allocate": Case(fallocate("a", 0, 0, 10), {"top/a": b"long"}),
     "copy": Case(copy("a", "b", 3), {"base/a": b"abc", "top/b": b"long"}),
@@ -381,3 +413,103 @@ def test_there_is_a_rule_for_whatever_changes_something() -> None:
     }  # fmt: skip
     assert not RULES.keys() & REPEATED
     assert TABLE.keys() - reads == RULES.keys() | REPEATED
+
+
+@dataclass(frozen=True)
+class Interfered:
+    """others: do something directly, after the process was killed behind a system call that the operation makes."""
+
+    ask: Ask
+    content: Mapping[str, Make]
+    behind: str
+    others: Callable[[Path], object]
+    kept: Mapping[str, bytes]
+    errno: int = 0
+
+
+def put(path: str, content: bytes = b"direct") -> Callable[[Path], object]:
+    return lambda directory: (directory / path).write_bytes(content)
+
+
+def replace(path: str) -> Callable[[Path], object]:
+    def others(directory: Path) -> None:
+        (directory / "new").write_bytes(b"direct")
+        (directory / "new").rename(directory / path)
+
+    return others
+
+
+def extend(path: str) -> Callable[[Path], object]:
+    def others(directory: Path) -> None:
+        with open(directory / path, "ab") as file:
+            file.write(b"direct")
+
+    return others
+
+
+def make_directory(path: str) -> Callable[[Path], object]:
+    return lambda directory: build(directory, {path: b"direct"})
+
+
+def uncover(name: str) -> Callable[[Path], object]:
+    def others(directory: Path) -> None:
+        os.unlink(directory / f"top/.wh.{name}")
+        put(f"top/{name}")(directory)
+
+    return others
+
+
+INTERFERED: dict[str, Interfered] = {
+    "unlink": Interfered(unlink("a"), {"top/a": b"up"}, "unlink", put("top/a"), {"a": b"direct"}),
+    "unlink-lower": Interfered(
+        unlink("a"), {"base/a": b"low"}, "link",
+        uncover("a"), {"a": b"direct"},
+    ),
+    "rmdir": Interfered(rmdir("d"), {"top/d": None}, "rmdir", make_directory("top/d/x"), {"d/x": b"direct"}),
+    "rename-source": Interfered(
+        rename("a", "b"), {"top/a": b"up"}, "rename", put("top/a"), {"a": b"direct", "b": b"up"}
+    ),
+    "rename-target": Interfered(rename("a", "b"), {"top/a": b"up"}, "rename", replace("top/b"), {"b": b"direct"}),
+    "rename-both": Interfered(
+        rename("a", "b"), {"top/a": b"up", "top/b": b"old"}, "rename",
+        lambda directory: (replace("top/a")(directory), replace("top/b")(directory)), {"a": b"direct", "b": b"direct"},
+    ),
+    "create": Interfered(create("n"), {"base/o": b""}, "open", put("top/n"), {"n": b"direct"}, 17),
+    "mkdir": Interfered(mkdir("n"), {"base/o": b""}, "mkdir", make_directory("top/n/x"), {"n/x": b"direct"}, 17),
+    "truncate": Interfered(
+        setattr_("a", wire.SET_SIZE, 0), {"top/a": b"long"}, "ftruncate", extend("top/a"), {"a": b"direct"}
+    ),
+    "open-trunc": Interfered(
+        open_("a", os.O_WRONLY | os.O_TRUNC), {"top/a": b"long"}, "ftruncate", extend("top/a"), {"a": b"direct"}
+    ),
+    "append": Interfered(
+        write("a", os.O_WRONLY | os.O_APPEND, 4, b"more"), {"top/a": b"long"}, "pwrite", extend("top/a"),
+        {"a": b"longmoredirect"},
+    ),
+    "setxattr-create": Interfered(
+        setxattr("a", os.XATTR_CREATE), {"top/a": b"up"}, "setxattr",
+        lambda directory: os.setxattr(directory / "top/a", b"user.key", b"direct"), {"a": b"up"}, 17,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INTERFERED)
+def test_what_others_did_meanwhile_stays(tmp_path: Path, name: str) -> None:
+    case = INTERFERED[name]
+    build(tmp_path / "right", case.content)
+    _, faults = outcome(tmp_path / "right", TWO, case.ask)
+    at = max(number for number, call in enumerate(faults.calls, 1) if call == case.behind)
+    build(tmp_path / "killed", case.content)
+    came, _ = outcome(tmp_path / "killed", TWO, case.ask, at, True, lambda directory: case.others(directory))
+    assert came.errno == case.errno
+    for path, content in case.kept.items():
+        assert came.union[path][5] == content
+
+
+def test_what_was_begun_within_a_system_call_is_finished(tmp_path: Path) -> None:
+    """A process that is killed in an append may have written a part of it."""
+    build(tmp_path, {"top/a": b"long"})
+    ask = write("a", os.O_WRONLY | os.O_APPEND, 4, b"more")
+    came, _ = outcome(tmp_path, TWO, ask, 1, False, put("top/a", b"longmo"))
+    assert came.errno == 0
+    assert came.union["a"][5] == b"longmore"

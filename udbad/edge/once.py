@@ -17,9 +17,7 @@ something when it is killed as well. Nothing is ever cleared: no unique number c
 
 A copy-up is no operation, and may be published for a request that is told nothing about it: `settle` goes on with that.
 
-A slot, numbers in the machine's order: words of 8 bytes `_SEQUENCE`, …; from `_NAME_AT` on a name, from `_BODY_AT` on
-an answer. What a word stands for is stored before it: a process may be killed between any two instructions. Event loop
-only.
+Event loop only.
 """
 
 from __future__ import annotations
@@ -28,7 +26,6 @@ import errno
 import logging
 import os
 import stat as st_mod
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
@@ -36,6 +33,7 @@ from typing import Any, Final, NamedTuple
 from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.edge.operations import Attributes, Entry, Opened, Operations
+from udbad.edge.slot import SLOT, U64, Slot
 from udbad.errors import ABSENT
 from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
@@ -49,22 +47,6 @@ log = logging.getLogger(__name__)
 
 RESENT: Final = 1 << 63
 """FUSE_UNIQUE_RESEND: the kernel has sent this request before."""
-SLOT: Final = 4096
-"""Bytes of a slot. More processes than there are slots do not die of one request (supervisor: a poisoned one)."""
-_SEQUENCE, _INTENDED, _ANSWERED, _ERRNO, _SIZE, _COPY = 0, 1, 2, 3, 4, 5
-"""Words: which process of the mount, from 1 on; unique number of what is noted; of what has a result; that, errno and
-length of the answer; node of a copy that was being published."""
-_COPIED: Final = 6 * 8
-_WORDS_AT: Final = 12 * 8
-_NAME_AT: Final = 256
-_BODY_AT: Final = 1024
-_MOST: Final = 6
-"""Words that `intend` takes."""
-_copied = struct.Struct("=6Q")
-"""Device and inode of the copy, branch, parent (0: none), as_link, length of the name."""
-_words = [struct.Struct(f"={count + 2}Q") for count in range(_MOST + 1)]
-"""The number that the next handle gets, how many words there are, and these."""
-_U64: Final = (1 << 64) - 1
 
 
 class Answered(Exception):
@@ -95,30 +77,25 @@ class Once:
         self._operations = operations
         fs = operations.fs
         self._handles = fs.handles
-        every = [slots[at : at + SLOT] for at in range(0, len(slots) - SLOT + 1, SLOT)]
-        every.sort(key=lambda slot: slot.cast("Q")[_SEQUENCE], reverse=True)
-        sequence = every[0].cast("Q")[_SEQUENCE] + 1
+        every = _slots(slots)
+        every.sort(key=lambda slot: slot.sequence, reverse=True)
         own = every.pop()
+        own.begin(every[0].sequence + 1)
         self._slots = [own, *every]
-        """Newest first."""
+        """Newest first. More processes than there are slots do not die of one request (it is a poisoned one then)."""
         self._own = own
-        self._word = own.cast("Q")
-        self._word[_INTENDED] = self._word[_ANSWERED] = self._word[_COPY] = 0
-        self._word[_SEQUENCE] = sequence
-        self._unique = 0
-        self._noted = 0
-        """Unique number of an operation that has noted something."""
         self.decided = 0
         """How many requests that were sent again had been noted by a process before."""
         self.answered = 0
         """How many had a result already."""
+        self.result = own.result
         fs.sb.notes = self
 
     # -- before and after an operation ------------------------------------------------------------
 
     def perform(self, rule: Rule, unique: int, operation: Callable[..., object], arguments: tuple[Any, ...]) -> object:
         """The result of an operation, performed now or before. Raises what it raises; Answered."""
-        self._unique = unique
+        self._own.unique = unique
         if unique >= RESENT:
             try:
                 return self._again(rule, unique, arguments)
@@ -130,51 +107,28 @@ class Once:
 
     def resume(self, unique: int) -> None:
         """What is done next belongs to this request, which has waited."""
-        self._unique = unique
+        self._own.unique = unique
 
     def intend(self, *words: int) -> None:
-        word = self._word
-        word[_INTENDED] = 0
-        count = len(words)
-        try:
-            _words[count].pack_into(self._own, _WORDS_AT, self._handles.next, count, *words)
-        except struct.error:  # a time before 1970
-            words = tuple(each & _U64 for each in words)
-            _words[count].pack_into(self._own, _WORDS_AT, self._handles.next, count, *words)
-        self._noted = word[_INTENDED] = self._unique
-
-    def result(self, unique: int, number: int, body: bytes | bytearray) -> None:
-        """An operation is about to be answered, and what it has changed is recorded."""
-        if self._noted != unique:
-            return
-        self._noted = 0
-        word = self._word
-        word[_ANSWERED] = 0
-        size = len(body)
-        self._own[_BODY_AT : _BODY_AT + size] = body
-        word[_ERRNO] = number
-        word[_SIZE] = size
-        word[_ANSWERED] = unique
+        self._own.intend(self._handles.next, words)
 
     # -- a request that is sent again ---------------------------------------------------------------
 
     def _again(self, rule: Rule, unique: int, arguments: tuple[Any, ...]) -> object:
         """Raises _Perform unless it was done."""
         for slot in self._slots:
-            word = slot.cast("Q")
-            if word[_ANSWERED] | RESENT == unique:
+            if slot.answered | RESENT == unique:
                 self.answered += 1
-                raise Answered(word[_ERRNO], bytes(slot[_BODY_AT : _BODY_AT + word[_SIZE]]))
-            if word[_INTENDED] | RESENT == unique:
-                handle, count = _words[0].unpack_from(slot, _WORDS_AT)
-                noted = Noted(handle, _words[count].unpack_from(slot, _WORDS_AT)[2:])
+                raise Answered(*slot.read_result())
+            if slot.intended | RESENT == unique:
+                noted = Noted(*slot.read_intent())
                 break
         else:
             raise _Perform
         self.decided += 1
         _close(self._operations.fs, noted.handle)
         result = rule.done(self._operations, noted, *arguments)
-        self._noted = unique
+        self._own.noted = unique
         return result
 
     # -- copies -------------------------------------------------------------------------------------
@@ -182,14 +136,8 @@ class Once:
     def publish(
         self, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: os.stat_result, as_link: bool
     ) -> None:
-        word = self._word
-        word[_COPY] = 0
         above = 0 if parent is None else parent.id
-        _copied.pack_into(
-            self._own, _COPIED, made.st_dev, made.st_ino, branch.index, above, as_link, len(name)
-        )  # fmt: skip
-        self._own[_NAME_AT : _NAME_AT + len(name)] = name
-        word[_COPY] = node.id
+        self._own.copy(node.id, name, (made.st_dev, made.st_ino, branch.index, above, as_link))
         if as_link:  # it is what LINK does
             self.intend(made.st_dev, made.st_ino)
 
@@ -197,12 +145,10 @@ class Once:
         """Before the first request: go on with copies whose publication a process did not survive."""
         fs = self._operations.fs
         for slot in self._slots:
-            word = slot.cast("Q")
-            node = fs.table.nodes.get(word[_COPY])
+            number, name, (dev, ino, index, above, as_link) = slot.read_copy()
+            node = fs.table.nodes.get(number)
             if node is None:
                 continue
-            dev, ino, index, above, as_link, length = _copied.unpack_from(slot, _COPIED)
-            name = bytes(slot[_NAME_AT : _NAME_AT + length])
             parent = fs.table.nodes.get(above)
             if index >= len(fs.sb.branches) or (above and type(parent) is not Dir):
                 continue
@@ -213,6 +159,19 @@ class Once:
                 )  # fmt: skip
             except OSError as error:
                 log.error("cannot go on with the copy-up of %r: %s", name, error.strerror)
+
+
+def copies(slots: memoryview) -> dict[int, Identity]:
+    """Of nodes, by id, copies that were being published when the process of these slots was killed, or before."""
+    found: dict[int, Identity] = {}
+    for slot in sorted(_slots(slots), key=lambda slot: slot.sequence):
+        node, _, said = slot.read_copy()
+        found[node] = said[0], said[1]
+    return found
+
+
+def _slots(slots: memoryview) -> list[Slot]:
+    return [Slot(slots[at : at + SLOT]) for at in range(0, len(slots) - SLOT + 1, SLOT)]
 
 
 def _close(fs: UnionFs, handle: int) -> None:
@@ -358,7 +317,7 @@ def _unlink(operations: Operations, noted: Noted, number: int, name: bytes) -> N
     found = lookup.resolve(fs.sb, parent, name)
     if found.answer is Answer.FOUND:
         if _who(found) == (dev, ino):
-            if found.st.st_ctime_ns & _U64 == ctime:
+            if found.st.st_ctime_ns & U64 == ctime:
                 raise _Perform
             born = syscalls.birth_ns(fs.sb.branch_fd(parent, found.branch), name, ino)
             if 0 < born <= ctime:
@@ -411,7 +370,7 @@ def _rename(operations: Operations, noted: Noted, src_id: int, src: bytes, dst_i
 
 def _was_cut(noted: Noted, st: os.stat_result) -> bool:
     """noted: mtime and size before. Whether a file was truncated since, or written to by others."""
-    return (st.st_mtime_ns & _U64, st.st_size) != noted.words
+    return (st.st_mtime_ns & U64, st.st_size) != noted.words
 
 
 def _setattr(

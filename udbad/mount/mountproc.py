@@ -35,6 +35,7 @@ from udbad.control import exporter, registry, trioserver
 from udbad.control.protocol import ask
 from udbad.edge.holding import Holding
 from udbad.edge.native import Native
+from udbad.edge.once import copies
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.record import Record
 from udbad.kernel import boundary
@@ -183,7 +184,7 @@ class MountProcess:
             elif asked == "cached":
                 self._fall_back(iomode.NO_CACHED)
             if predecessor is not None:
-                recall.recall(self.fs, predecessor.record, predecessor.take)
+                recall.recall(self.fs, predecessor.record, predecessor.take, copies(predecessor.record.slots))
             if record is not None:
                 recall.keep(self.fs, record)
             self.invalidator = Invalidator(

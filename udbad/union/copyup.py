@@ -325,15 +325,17 @@ def commit(sb: Superblock, job: Job, at_once: bool = False) -> None:
     node = job.node
     made = syscalls.fstat(job.dst_fd)
     if not job.tmp:
-        node.orphan_fd, job.dst_fd = job.dst_fd, -1
-        node.nlink_extra = 0
-        sb.move_data(node, job.branch, made, node.orphan_fd)
+        _note(sb, node, None, b"", job.branch, made, False)
+        dst_fd, job.dst_fd = job.dst_fd, -1
+        _settle_orphan(sb, node, job.branch, dst_fd, made)
         return
     if job.parent is None:
         _note(sb, node, None, job.name, job.branch, made, False)
         copydirs.publish(job.dirfd, job.tmp, job.dirfd, job.name)
         job.tmp = b""
-        _settle_home(sb, node, job.name, job.branch, job.dst_fd, job.st, made)
+        sb.move_data(node, job.branch, made, job.dst_fd)
+        sb.inomap.alias(made.st_dev, made.st_ino, node.id)
+        plink.adopt_home(sb, node, job.branch, job.name, job.st, job.st.st_nlink + node.nlink_extra)
         return
     assert job.parent_times is not None
     if not at_once:
@@ -358,18 +360,50 @@ def settle(
 ) -> bool:
     """Go on where a process was killed that had given a copy its name, as it may not have come to moving the node.
 
-    parent, name: what the copy is called on `branch`; None: in the directory of pseudo-links. made: who the copy is.
-    as_link: the name is a further one of the node. False where the copy has no such name, so that nothing has happened,
-    or the node is known to be there.
+    parent, name: what the copy is called on `branch`; None: in the directory of pseudo-links, b"": nothing. made: who
+    the copy is. as_link: the name is a further one of the node. False where the copy has no such name, and no open file
+    was moved to it, so that nothing has happened; or the node is known to be there.
     """
     if node.identity == made:
         return False
+    if parent is not None:
+        settled = _settle_named(sb, node, parent, name, branch, made, as_link)
+    else:
+        settled = name != b"" and _settle_loaded(sb, node, branch, made)
+    return settled or _settle_opened(sb, node, branch, made)
+
+
+def _settle_loaded(sb: Superblock, node: Node, branch: Branch, made: Identity) -> bool:
+    """The copy is a home, which was found as those of earlier mounts are."""
+    home = next((plink for plink in sb.plinks.get(made[1], ()) if plink.identity == made), None)
+    if home is None:
+        return False
+    fd = syscalls.pin_at(home.dirfd, home.name)
     try:
-        if parent is None:
-            dirfd = plink.directory(sb, branch)
-        else:
-            lookup.ask_again(sb, parent)
-            dirfd = sb.branch_fd(parent, branch)
+        sb.move_data(node, branch, os.fstat(fd), fd)
+    finally:
+        os.close(fd)
+    sb.inomap.alias(*made, node.id)
+    node.plink = home
+    return True
+
+
+def _settle_opened(sb: Superblock, node: Node, branch: Branch, made: Identity) -> bool:
+    """The copy has no name (any more): only an open file leads there, if one does."""
+    for handle in node.handles or ():
+        st = os.fstat(handle.fd)
+        if (st.st_dev, st.st_ino) == made:
+            _settle_orphan(sb, node, branch, os.dup(handle.fd), st)
+            return True
+    return False
+
+
+def _settle_named(
+    sb: Superblock, node: Node, parent: Dir, name: bytes, branch: Branch, made: Identity, as_link: bool
+) -> bool:
+    try:
+        lookup.ask_again(sb, parent)
+        dirfd = sb.branch_fd(parent, branch)
         src_dirfd, src_name = sb.locate(node)
         source = syscalls.stat_at(src_dirfd, src_name)
         fd = syscalls.pin_at(dirfd, name)
@@ -381,10 +415,7 @@ def settle(
         st = os.fstat(fd)
         if (st.st_dev, st.st_ino) != made or not is_object(node, source):
             return False
-        if parent is None:
-            _settle_home(sb, node, name, branch, fd, source, st)
-        else:
-            _settle(sb, node, parent, name, branch, fd, Place(src_dirfd, src_name, source), st, as_link)
+        _settle(sb, node, parent, name, branch, fd, Place(src_dirfd, src_name, source), st, as_link)
     finally:
         os.close(fd)
     return True
@@ -458,13 +489,11 @@ def abort(job: Job) -> None:
         job.src_fd = job.dst_fd = job.dirfd = -1
 
 
-def _settle_home(
-    sb: Superblock, node: Node, name: bytes, branch: Branch, fd: int, source: os.stat_result, made: os.stat_result
-) -> None:
-    """The copy is a home of that name, and nothing else yet."""
+def _settle_orphan(sb: Superblock, node: Node, branch: Branch, fd: int, made: os.stat_result) -> None:
+    """The copy behind `fd`, which is the node's from here on, has no name."""
+    node.orphan_fd = fd
+    node.nlink_extra = 0
     sb.move_data(node, branch, made, fd)
-    sb.inomap.alias(made.st_dev, made.st_ino, node.id)
-    plink.adopt_home(sb, node, branch, name, source, source.st_nlink + node.nlink_extra)
 
 
 def _settle(

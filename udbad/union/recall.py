@@ -11,7 +11,7 @@ import fcntl
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -41,15 +41,16 @@ def keep(fs: UnionFs, record: Record) -> None:
     record.rewrite()
 
 
-def recall(fs: UnionFs, record: Record, take: Take) -> None:
+def recall(fs: UnionFs, record: Record, take: Take, copies: Mapping[int, Identity] | None = None) -> None:
     """Rebuild in a fresh union what the record says; it is left as it is.
 
-    take: duplicates the descriptor that had this number; may raise OSError. Preconditions: the branches have the ids
+    take: duplicates the descriptor that had this number; may raise OSError. copies: by node id, copies that open files
+    of the node may have been moved to when the predecessor was killed. Preconditions: the branches have the ids
     that they had, and descriptors of the same mounts; nothing was looked up yet. Afterwards, when the coherence
     strategy has started, `Coherence.recalled` has the kernel forget what it remembers.
     """
     with _no_collections():
-        _Recall(fs, take).run(record)
+        _Recall(fs, take, copies or {}).run(record)
 
 
 @contextmanager
@@ -72,10 +73,11 @@ def _homes(sb: Superblock) -> dict[tuple[int, bytes], Plink]:
 class _Recall:
     """One recall. Of each object the last entry counts."""
 
-    def __init__(self, fs: UnionFs, take: Take) -> None:
+    def __init__(self, fs: UnionFs, take: Take, copies: Mapping[int, Identity]) -> None:
         self._fs = fs
         self._sb = fs.sb
         self._take = take
+        self._copies = copies
         self._branches: dict[int, Branch] = {branch.id: branch for branch in fs.sb.branches.branches}
         self._nodes: dict[int, tuple[Any, int, bytes]] = {}
         """By id: what the entry says, references, the whole entry of what is no directory."""
@@ -240,14 +242,14 @@ class _Recall:
 
     # -- what is open -----------------------------------------------------------------------------------
 
-    def _taken(self, number: int, identity: Identity) -> int:
+    def _taken(self, number: int, *identities: Identity | None) -> int:
         """The predecessor's descriptor, if it is of this object; else -1."""
         try:
             fd = self._take(number)
         except OSError:
             return -1
         st = os.fstat(fd)
-        if (st.st_dev, st.st_ino) == identity:
+        if (st.st_dev, st.st_ino) in identities:
             return fd
         os.close(fd)
         return -1
@@ -257,7 +259,7 @@ class _Recall:
         node = self._sb.table.nodes.get(node_id)
         if node is None:
             return
-        fd = self._taken(fd, node.identity)
+        fd = self._taken(fd, node.identity, self._copies.get(node_id))
         if fd < 0:
             return  # it was being closed
         access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE

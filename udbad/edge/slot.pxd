@@ -1,0 +1,8 @@
+# Words that are stored by one instruction each.
+
+cdef class Slot:
+    cdef public object memory
+    cdef public unsigned long long[::1] words
+    cdef public unsigned long long unique, noted
+
+cdef Py_ssize_t _SEQUENCE, _INTENDED, _ANSWERED, _ERRNO, _SIZE, _HANDLE, _COUNT, _WORDS, _COPY

@@ -1,0 +1,113 @@
+"""One slot: what one mount process has noted of an operation, in memory that outlives it (once.py).
+
+Numbers in the machine's order: words of 8 bytes, `_SEQUENCE`, …; from `_NAME_AT` on a name, from `_BODY_AT` on an
+answer. What a word stands for is stored before it, as a process may be killed between any two instructions. Compiled,
+each word is stored at once; it is for every mutation.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+SLOT: Final = 4096
+"""Bytes of a slot."""
+U64: Final = (1 << 64) - 1
+"""A time before 1970 is noted modulo 2**64."""
+_SEQUENCE, _INTENDED, _ANSWERED, _ERRNO, _SIZE, _HANDLE, _COUNT, _WORDS, _COPY = 0, 1, 2, 3, 4, 5, 6, 7, 14
+"""Which process of the mount, from 1 on; unique number of what is intended, of what has a result; that, errno and
+length of the answer; number that the next handle gets, how many words are noted, and these; node of a copy that was
+about to be published, and what `copy` says of it."""
+_NAME_AT: Final = 256
+_BODY_AT: Final = 1024
+
+
+class Slot:
+    """Views of its memory."""
+
+    def __init__(self, memory: memoryview) -> None:
+        """memory: SLOT bytes, from a multiple of 8 on."""
+        self.memory = memory
+        self.words = memory.cast("Q")
+        self.unique = 0
+        """Of the operation under way."""
+        self.noted = 0
+        """Of an operation that has noted something, and has no result yet."""
+
+    @property
+    def sequence(self) -> int:
+        """0 of one that nobody has used."""
+        return self.words[_SEQUENCE]
+
+    def begin(self, sequence: int) -> None:
+        """Take it, whatever is in it."""
+        words = self.words
+        words[_SEQUENCE] = words[_INTENDED] = words[_ANSWERED] = words[_COPY] = 0
+        words[_SEQUENCE] = sequence
+
+    # -- operations -------------------------------------------------------------------------------
+
+    def intend(self, handle: int, noted: tuple[int, ...]) -> None:
+        """The operation under way is about to do what counts. noted: seven words at most."""
+        words = self.words
+        words[_INTENDED] = 0
+        words[_HANDLE] = handle
+        count = 0
+        for each in noted:
+            words[_WORDS + count] = each & U64
+            count += 1
+        words[_COUNT] = count
+        words[_INTENDED] = self.unique
+        self.noted = self.unique
+
+    def result(self, unique: int, number: int, body: bytes | bytearray) -> None:
+        """What has noted something is about to be answered, by an errno or a body."""
+        if self.noted != unique:
+            return
+        self.noted = 0
+        words = self.words
+        words[_ANSWERED] = 0
+        size = len(body)
+        if size:
+            self.memory[_BODY_AT : _BODY_AT + size] = body
+        words[_ERRNO] = number
+        words[_SIZE] = size
+        words[_ANSWERED] = unique
+
+    @property
+    def intended(self) -> int:
+        """The unique number of the last operation that has noted something; 0: none."""
+        return self.words[_INTENDED]
+
+    @property
+    def answered(self) -> int:
+        """The unique number of the last one that has a result."""
+        return self.words[_ANSWERED]
+
+    def read_intent(self) -> tuple[int, tuple[int, ...]]:
+        """As given to `intend`."""
+        words = self.words
+        return words[_HANDLE], tuple(words[_WORDS + at] for at in range(words[_COUNT]))
+
+    def read_result(self) -> tuple[int, bytes]:
+        """As given to `result`."""
+        size = self.words[_SIZE]
+        return self.words[_ERRNO], bytes(self.memory[_BODY_AT : _BODY_AT + size])
+
+    # -- copies -----------------------------------------------------------------------------------
+
+    def copy(self, node: int, name: bytes, said: tuple[int, ...]) -> None:
+        """A copy of a node is about to get a name. said: five words."""
+        words = self.words
+        words[_COPY] = 0
+        self.memory[_NAME_AT : _NAME_AT + len(name)] = name
+        words[_COPY + 1] = len(name)
+        for at, each in enumerate(said, _COPY + 2):
+            words[at] = each
+        words[_COPY] = node
+
+    def read_copy(self) -> tuple[int, bytes, tuple[int, ...]]:
+        """As given to `copy`; node 0: there was none."""
+        words = self.words
+        size = words[_COPY + 1]
+        said = tuple(words[at] for at in range(_COPY + 2, _COPY + 7))
+        return words[_COPY], bytes(self.memory[_NAME_AT : _NAME_AT + size]), said
