@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
@@ -166,6 +167,26 @@ def expect_log() -> Iterator[Callable[[str], None]]:
     absent = [pattern for pattern in patterns if not any(re.search(pattern, text) for text in messages)]
     if absent:
         pytest.fail(f"expected in the log, but not there: {absent}", pytrace=False)
+
+
+@pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[None]:
+    """Have tmp_path on a tmpfs, where one may be mounted and has user.* attributes (Linux 6.6): many small changes, or
+    many names, need not wait for a disk."""
+    if why_no_fuse() is not None:
+        yield
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", str(tmp_path)], check=True, timeout=20)
+    try:
+        try:
+            os.setxattr(tmp_path, "user.probe", b"")
+            os.removexattr(tmp_path, "user.probe")
+        except OSError:
+            subprocess.run(["umount", str(tmp_path)], check=True, timeout=20)
+        yield
+    finally:
+        while any(mount.path == tmp_path for mount in read_mountinfo()):
+            subprocess.run(["umount", "-i", "-l", str(tmp_path)], check=True, timeout=20)
 
 
 @pytest.fixture

@@ -285,7 +285,8 @@ def main() -> None:
         importlib.import_module(f"rich.{name}")
     gc.collect()
     gc.freeze()
-    descriptors = _forked(socket.socket(fileno=os.dup(0)))
+    with socket.socket(fileno=os.dup(0)) as supervisor:
+        descriptors = _forked(supervisor)
     if descriptors is not None:
         _become(*descriptors)
         command_line()

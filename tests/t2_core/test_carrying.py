@@ -192,6 +192,7 @@ def crash(top: Path, at: int, work: Callable[[Core], object]) -> bool:
     return code == CRASHED
 
 
+@pytest.mark.usefixtures("in_memory")
 @pytest.mark.parametrize("move", [False, True])
 def test_a_crash_at_any_change_leaves_the_same_union_and_the_next_run_finishes(tmp_path: Path, move: bool) -> None:
     build(tmp_path / "model")
@@ -316,6 +317,7 @@ EVERYWHERE = ("unlink of a file that is only there", "write")
 """Operations that meet every point by themselves."""
 
 
+@pytest.mark.usefixtures("in_memory")
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("move", [False, True])
 def test_an_operation_at_any_step_is_as_good_as_without_a_sync(tmp_path: Path, operation: str, move: bool) -> None:
@@ -359,6 +361,7 @@ def test_an_operation_at_any_step_is_as_good_as_without_a_sync(tmp_path: Path, o
     assert steps > len(OPERATIONS), "each has met a point"
 
 
+@pytest.mark.usefixtures("in_memory")
 @pytest.mark.parametrize("path", ["new/er", "new", "both/deep"])
 def test_a_directory_that_is_renamed_at_any_step(tmp_path: Path, path: str) -> None:
     """Or refuses to be, once it is on the lower branch, too: nothing of it is lost or seen twice."""

@@ -9,10 +9,11 @@ xattr) must be equal. What differs by design has its own tests at the end.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ SITUATIONS = ("top", "lower")
 # -- running them -------------------------------------------------------------------------------
 
 Result = tuple[list[Outcome], dict[str, tuple[object, ...]]]
+Played = tuple[Scenario, str, Identity]
 
 
 def play(root: Path, scenario: Scenario, identity: Identity) -> Result:
@@ -60,15 +62,13 @@ class Places:
 
 
 @contextmanager
-def served(base: Path, udba: str, options: str = "") -> Iterator[Places]:
-    """A union with a tree for each scenario and identity, in its top and in its lower branch."""
+def served(base: Path, udba: str, played: Iterable[Played], options: str = "") -> Iterator[Places]:
+    """A union with a tree for each of `played`, in its top or in its lower branch."""
     for name in ("native", "A", "B"):
         (base / name).mkdir()
         (base / name).chmod(0o755)
-    for scenario in SCENARIOS:
-        for identity in IDENTITIES:
-            make_tree(base / "A" / f"top.{name_of(scenario, identity)}")
-            make_tree(base / "B" / f"lower.{name_of(scenario, identity)}")
+    for scenario, situation, identity in played:
+        make_tree(base / ("A" if situation == "top" else "B") / f"{situation}.{name_of(scenario, identity)}")
     before = snapshot(base / "B")
     with mounted([f"{base / 'A'}=rw", f"{base / 'B'}=ro"], base / "mnt", udba, options, watchdog=600) as mount:
         yield Places(mount, base / "native", before)
@@ -77,13 +77,15 @@ def served(base: Path, udba: str, options: str = "") -> Iterator[Places]:
 
 @pytest.fixture(scope="module", params=scaled(["reval"], ["none", "reval"]))
 def places(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
-    with served(tmp_path_factory.mktemp("parity"), request.param) as places:
+    played = itertools.product(SCENARIOS, SITUATIONS, IDENTITIES)
+    with served(tmp_path_factory.mktemp("parity"), request.param, played) as places:
         yield places
 
 
 @pytest.fixture(scope="module")
 def portable_places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
-    with served(tmp_path_factory.mktemp("portable"), "notify", "edge=pyfuse3") as places:
+    played = [(scenario, "lower", identity) for scenario, identity in THROUGH_PYFUSE3]
+    with served(tmp_path_factory.mktemp("portable"), "notify", played, "edge=pyfuse3") as places:
         yield places
 
 
@@ -100,15 +102,16 @@ NOT_THROUGH_PYFUSE3 = {
     "limited_size", "holes", "files_without_a_name", "birth_times",
 }  # fmt: skip
 """Scenarios of what pyfuse3 has no call for (portable_session.LACKS)."""
+THROUGH_PYFUSE3 = [
+    (scenario, IDENTITIES[number % len(IDENTITIES)])
+    for number, scenario in enumerate(SCENARIOS)
+    if scenario.__name__ not in NOT_THROUGH_PYFUSE3
+]
 
 
 @pytest.mark.parametrize(
     ("scenario", "identity"),
-    [
-        (scenario, IDENTITIES[number % len(IDENTITIES)])
-        for number, scenario in enumerate(SCENARIOS)
-        if scenario.__name__ not in NOT_THROUGH_PYFUSE3
-    ],
+    THROUGH_PYFUSE3,
     ids=lambda value: value.name if isinstance(value, Identity) else value.__name__,
 )
 def test_same_as_native_through_pyfuse3(portable_places: Places, scenario: Scenario, identity: Identity) -> None:

@@ -216,6 +216,7 @@ def _disturb(mount: Mount, direct: Path, seed: int) -> None:
             continue
 
 
+@pytest.mark.usefixtures("in_memory")
 @modes
 def test_positions_hold_in_a_huge_changing_directory(union: UnionFactory, tmp_path: Path, udba: str) -> None:
     """Two passes over very many names, and a thousand jumps to remembered positions, while others change it.
