@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, ClassVar
 
 import pytest
 
@@ -46,6 +47,12 @@ class Faults:
         "mkdir", "mknod", "symlink", "link", "unlink", "rmdir", "rename", "chmod", "chown", "utime", "setxattr",
         "removexattr", "ftruncate", "pwrite", "pwritev", "copy_file_range", "write", "writev", "sendfile",
     )  # fmt: skip
+    _COMPILED: ClassVar = {
+        "create_file_at": "open", "link_at": "link", "mkdir_at": "mkdir", "mknod_at": "mknod", "symlink_at": "symlink",
+        "unlink_at": "unlink", "rmdir_at": "rmdir", "rename_at": "rename", "utime_at": "utime", "link_fd": "linkat",
+        "utime_fd": "utimensat", "chmod_fd": "chmod", "chown_fd": "chown",
+    }  # fmt: skip
+    """Functions of syscalls that may be compiled, and how they are counted."""
     _LIBC = ("linkat", "renameat2", "utimensat")
 
     def __init__(self, at: int = 0, after: bool = False) -> None:
@@ -91,6 +98,10 @@ class Faults:
                     function = getattr(libc, name)
                     return faults._wrapped(name, function) if name in Faults._LIBC else function
 
+            for name, called in self._COMPILED.items():
+                function = getattr(syscalls, name)
+                if not isinstance(function, FunctionType):  # in C: it calls nothing of these
+                    patch.setattr(syscalls, name, self._wrapped(called, function))
             patch.setattr(syscalls, "_libc", Libc())
             patch.setattr(syscalls, "_fallocate", self._wrapped("fallocate", syscalls._fallocate))
             yield

@@ -65,7 +65,10 @@ class _Waiter(Request):
         self._start = start
 
     def perform(self) -> object:
-        return self._native.perform(self._row, self._rule, self.unique, self._arguments)
+        native, operation = self._native, self._row.operation
+        if self._rule is None or native.once is None:
+            return operation(native.operations, *self._arguments)
+        return native.once.perform(self._rule, self.unique, operation, self._arguments)
 
     def resume(self) -> None:
         if self._native.once is not None:
@@ -197,6 +200,7 @@ class Native:
             self._take_other(head, size)
             return
         parse, operation, encode, least, stats, row, rule = bound
+        once = self.once
         if size < least:
             self._take_other(head, size)
             return
@@ -207,9 +211,10 @@ class Native:
         result = None
         try:
             arguments = parse(head, buffer, size)
-            result = (
-                operation(self.operations, *arguments) if rule is None else self.perform(row, rule, head[2], arguments)
-            )
+            if rule is None or once is None:
+                result = operation(self.operations, *arguments)
+            else:
+                result = once.perform(rule, head[2], operation, arguments)
             body = encode(result)
         except (NeedCopyUp, Later) as error:
             self.waiting.go_on(_Waiter(self, bound, head, arguments, start), error)
@@ -228,12 +233,6 @@ class Native:
         stats.count(perf_counter() - start, number)
         if (not self.send(head[2], number, body) or number) and row.undo is not None and result is not None:
             row.undo(self.operations, result)
-
-    def perform(self, row: Row, rule: Rule | None, unique: int, arguments: tuple[Any, ...]) -> object:
-        """An operation, once. Raises what it raises; Answered when a process before this one has its result."""
-        if rule is None or self.once is None:
-            return row.operation(self.operations, *arguments)
-        return self.once.perform(rule, unique, row.operation, arguments)
 
     def keep(self, rule: Rule | None, unique: int, number: int, body: Body) -> None:
         """Record what an operation has changed, then that it was done. A handle is rather given anew than to nobody."""

@@ -35,6 +35,7 @@ from udbad.branch.branches import Branch
 from udbad.edge.operations import Attributes, Entry, Opened, Operations
 from udbad.edge.slot import SLOT, U64, Slot
 from udbad.errors import ABSENT
+from udbad.inodes.handles import HandleTable
 from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
@@ -76,8 +77,7 @@ class Once:
         """slots: writable, of the record; what the processes before this one have left there is still to be used."""
         self._operations = operations
         fs = operations.fs
-        self._handles = fs.handles
-        every = _slots(slots)
+        every = _slots(slots, fs.handles)
         every.sort(key=lambda slot: slot.sequence, reverse=True)
         own = every.pop()
         own.begin(every[0].sequence + 1)
@@ -88,6 +88,7 @@ class Once:
         """How many requests that were sent again had been noted by a process before."""
         self.answered = 0
         """How many had a result already."""
+        self.intend = own.intend
         self.result = own.result
         fs.sb.notes = self
 
@@ -108,9 +109,6 @@ class Once:
     def resume(self, unique: int) -> None:
         """What is done next belongs to this request, which has waited."""
         self._own.unique = unique
-
-    def intend(self, *words: int) -> None:
-        self._own.intend(self._handles.next, words)
 
     # -- a request that is sent again ---------------------------------------------------------------
 
@@ -164,14 +162,14 @@ class Once:
 def copies(slots: memoryview) -> dict[int, Identity]:
     """Of nodes, by id, copies that were being published when the process of these slots was killed, or before."""
     found: dict[int, Identity] = {}
-    for slot in sorted(_slots(slots), key=lambda slot: slot.sequence):
+    for slot in sorted(_slots(slots, HandleTable()), key=lambda slot: slot.sequence):
         node, _, said = slot.read_copy()
         found[node] = said[0], said[1]
     return found
 
 
-def _slots(slots: memoryview) -> list[Slot]:
-    return [Slot(slots[at : at + SLOT]) for at in range(0, len(slots) - SLOT + 1, SLOT)]
+def _slots(slots: memoryview, handles: HandleTable) -> list[Slot]:
+    return [Slot(slots[at : at + SLOT], handles) for at in range(0, len(slots) - SLOT + 1, SLOT)]
 
 
 def _close(fs: UnionFs, handle: int) -> None:

@@ -1,7 +1,7 @@
 # Words that are stored by one instruction each.
 
 cdef class Slot:
-    cdef public object memory
+    cdef public object memory, handles
     cdef public unsigned long long[::1] words
     cdef public unsigned long long unique, noted
 

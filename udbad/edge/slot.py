@@ -7,7 +7,10 @@ each word is stored at once; it is for every mutation.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from udbad.inodes.handles import HandleTable
 
 SLOT: Final = 4096
 """Bytes of a slot."""
@@ -24,9 +27,10 @@ _BODY_AT: Final = 1024
 class Slot:
     """Views of its memory."""
 
-    def __init__(self, memory: memoryview) -> None:
-        """memory: SLOT bytes, from a multiple of 8 on."""
+    def __init__(self, memory: memoryview, handles: HandleTable) -> None:
+        """memory: SLOT bytes, from a multiple of 8 on. handles: of which the next one's number is noted."""
         self.memory = memory
+        self.handles = handles
         self.words = memory.cast("Q")
         self.unique = 0
         """Of the operation under way."""
@@ -46,16 +50,18 @@ class Slot:
 
     # -- operations -------------------------------------------------------------------------------
 
-    def intend(self, handle: int, noted: tuple[int, ...]) -> None:
+    def intend(self, *noted: int) -> None:
         """The operation under way is about to do what counts. noted: seven words at most."""
         words = self.words
         words[_INTENDED] = 0
-        words[_HANDLE] = handle
-        count = 0
-        for each in noted:
-            words[_WORDS + count] = each & U64
-            count += 1
-        words[_COUNT] = count
+        words[_HANDLE] = self.handles.next
+        words[_COUNT] = len(noted)
+        try:
+            for at, each in enumerate(noted):
+                words[_WORDS + at] = each
+        except (OverflowError, ValueError):
+            for at, each in enumerate(noted):
+                words[_WORDS + at] = each & U64
         words[_INTENDED] = self.unique
         self.noted = self.unique
 
@@ -84,7 +90,7 @@ class Slot:
         return self.words[_ANSWERED]
 
     def read_intent(self) -> tuple[int, tuple[int, ...]]:
-        """As given to `intend`."""
+        """The number that the next handle had, and what was given to `intend`."""
         words = self.words
         return words[_HANDLE], tuple(words[_WORDS + at] for at in range(words[_COUNT]))
 
