@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat as st_mod
+import struct
 from time import time_ns
 
 from udbad.branch.branches import Branch
@@ -21,10 +22,16 @@ _COARSE_NS = 50_000_000
 _WHOLE_NS = 2_100_000_000
 """The same where they are whole seconds (ext4 with inodes of 128 bytes), or even ones (vfat)."""
 
-Stamp = tuple[int, int, int, int]
-"""ctime and mtime (nanoseconds), size (bytes), links: what tells two states of one object apart."""
-ObjectStamp = tuple[int, int, int, int, int, int]
-"""Device and inode number, then a `Stamp`: what tells two objects apart as well."""
+Stamp = bytes
+"""ctime and mtime (nanoseconds), size (bytes), links: what tells two states of one object apart. Packed, as one may be
+kept for each inode that the kernel knows: a tuple takes three times the memory."""
+_pack = struct.Struct("<4Q").pack
+_CONTENT = slice(8, 24)
+_LINKS_AT = 24
+_WORD = (1 << 64) - 1
+"""Times after 2262 have more bits, of which these tell enough."""
+ObjectStamp = tuple[int, int, Stamp]
+"""Device and inode number, and a `Stamp`: what tells two objects apart as well."""
 
 
 def is_racy(branch: Branch, st: os.stat_result) -> bool:
@@ -40,21 +47,26 @@ def stamp(st: os.stat_result) -> Stamp:
 
     Two stamps that differ are two states. Two that are the same are one, unless the first status `is_racy`.
     """
-    return (st.st_ctime_ns, st.st_mtime_ns, st.st_size, st.st_nlink)
+    return _pack(st.st_ctime_ns & _WORD, st.st_mtime_ns & _WORD, st.st_size, st.st_nlink)
 
 
 def lasting_stamp(branch: Branch, st: os.stat_result) -> Stamp | None:
     """A stamp that no other state will have; None while there is no such thing, as the status `is_racy`."""
     if is_racy(branch, st):
         return None
-    return (st.st_ctime_ns, st.st_mtime_ns, st.st_size, st.st_nlink)
+    return stamp(st)
 
 
 def same_content(one: Stamp, other: Stamp) -> bool:
     """Whether two states of one file differ in attributes at most, as far as mtime and size tell."""
-    return one[1:3] == other[1:3]
+    return one[_CONTENT] == other[_CONTENT]
+
+
+def has_one_name(one: Stamp) -> bool:
+    """Whether the object had one link at most."""
+    return int.from_bytes(one[_LINKS_AT:], "little") <= 1
 
 
 def object_stamp(st: os.stat_result) -> ObjectStamp:
     """`stamp` where the name may stand for another object by now."""
-    return (st.st_dev, st.st_ino, st.st_ctime_ns, st.st_mtime_ns, st.st_size, st.st_nlink)
+    return (st.st_dev, st.st_ino, stamp(st))

@@ -24,7 +24,7 @@ from udbad.branch.branches import Branch
 from udbad.coherence.base import FOREVER, Coherence, CoherenceStatistics, KernelNotifier
 from udbad.coherence.events import Events
 from udbad.coherence.inotify import SILENT_FS, watch_limit
-from udbad.coherence.sent import SentAttributes
+from udbad.coherence.sent import UNKNOWN, SentAttributes
 from udbad.coherence.watcher import Change
 from udbad.coherence.watches import Watches
 from udbad.inodes.handles import written_behind
@@ -65,7 +65,8 @@ class NotifyCoherence(Coherence):
     def stop(self) -> None:
         self.events = -1
         self._watches.close()
-        self._sent.stamps.clear()
+        for node in self.sb.table.nodes.values():
+            node.sent = None
 
     def take_events(self) -> None:
         if self._watches.watcher is not None:
@@ -79,11 +80,10 @@ class NotifyCoherence(Coherence):
         self._watches.options_changed()
 
     def shrink(self) -> None:
-        self._sent.stamps = dict(self._sent.stamps)
         self._watches.shrink()
 
     def dropped(self, node: Node) -> None:
-        self._sent.stamps.pop(node.id, None)
+        node.sent = None
         self._watches.forget(node)
 
     # -- branches and directories ---------------------------------------------------------------
@@ -99,10 +99,10 @@ class NotifyCoherence(Coherence):
 
     def known_state(self, node: Node) -> object | None:
         # An event or an answer may have the stamp recorded anew; it is another one, by its ctime, after any change.
-        stamp = self._sent.stamps.get(node.id) if self._in_trusted(node) else None
-        if stamp is not None and stamp[3] > 1 and type(node) is not Dir:
-            return None  # it may be changed by a name in a directory that nobody watches
-        return stamp
+        stamp = node.sent if self._in_trusted(node) else None
+        if stamp and (type(node) is Dir or state.has_one_name(stamp)):
+            return stamp
+        return None  # not known, or it may be changed by a name in a directory that nobody watches
 
     def adopt(self, node: Dir, changed: bool) -> None:
         self._events.adopt(node, changed)
@@ -111,18 +111,17 @@ class NotifyCoherence(Coherence):
 
     def attr_ttl(self, node: Node, st: os.stat_result) -> float:
         parent = node.parent
-        stamps = self._sent.stamps
-        new = state.lasting_stamp(node.branch, st)
+        new = state.lasting_stamp(node.branch, st) or UNKNOWN
         if type(node) is Dir:
             ttl = node.ttl if parent is None else min(node.ttl, parent.ttl)
-            stamps[node.id] = new
+            node.sent = new
             return ttl
         if parent is None or not parent.ttl:
             return 0.0
         if node.handles and written_behind(node):
-            stamps.pop(node.id, None)
+            node.sent = None
             return 0.0
-        stamps[node.id] = new
+        node.sent = new
         if st.st_nlink > 1 and not self._watches.cover_file(node):
             # Somebody may change it through a name in a directory that is not watched. This answer was
             # taken before the watch, so it is good for now only.
@@ -137,7 +136,7 @@ class NotifyCoherence(Coherence):
 
     def _drop_file(self, node: Node) -> None:
         super()._drop_file(node)
-        self._sent.stamps.pop(node.id, None)
+        node.sent = None
 
     # -- own changes --------------------------------------------------------------------------
 
@@ -155,7 +154,7 @@ class NotifyCoherence(Coherence):
         super().own_change(node, name, st, moved)
         # The kernel marks the directory's attributes old by itself (fuse_dir_changed()), and asks for them when it
         # needs them.
-        self._sent.stamps.pop(node.id, None)
+        node.sent = None
         child = node.children.get(name)
         if child is not None:
             self.own_data(child, False, st)
@@ -163,7 +162,7 @@ class NotifyCoherence(Coherence):
     def drop_attributes(self, node: Node, soon: bool = False) -> None:
         super().drop_attributes(node, soon)
         if soon:
-            self._sent.stamps.pop(node.id, None)  # the event of the change need not have it told once more
+            node.sent = None  # the event of the change need not have it told once more
 
     def own_event(self, node: Dir, branch: Branch, name: bytes, event: int) -> None:
         entry = self._watches.directories.get(node.id)

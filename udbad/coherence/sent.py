@@ -1,26 +1,27 @@
 """Which attributes the kernel was given with a time-out, so that it is told only when they are others by now.
 
-One stamp a node (branch/state.py) is enough: an event, or a change of our own that comes back as one, is compared with
-it. Event loop only.
+One stamp a node is enough (`Node.sent`, of branch/state.py): an event, or a change of our own that comes back as one,
+is compared with it. Event loop only.
 """
 
 from __future__ import annotations
 
 import os
 import stat as st_mod
+from typing import Final
 
 from udbad.branch import state, syscalls
-from udbad.branch.state import Stamp
 from udbad.coherence.base import KernelNotifier
 from udbad.inodes.handles import backing_id, note_id_bits, written_behind
 from udbad.inodes.table import Dir, Node
 from udbad.union.superblock import Superblock
 
+UNKNOWN: Final = b""
+"""As a stamp: the kernel may hold attributes, but whether they are still right cannot be told."""
+
 
 class SentAttributes:
     def __init__(self, sb: Superblock, notifier: KernelNotifier) -> None:
-        self.stamps: dict[int, Stamp | None] = {}
-        """By node id. None: the kernel may hold some, but whether they are still right cannot be told from a stamp."""
         self._sb = sb
         self._notifier = notifier
 
@@ -30,26 +31,26 @@ class SentAttributes:
         st: its status now. content: whether its content may be another one although the stamp does not show it.
         True when they are the same, so that there was nothing to tell.
         """
-        if node.id not in self.stamps:
+        sent = node.sent
+        if sent is None:
             return written_behind(node)  # the kernel has no attributes of it
         if node in self._sb.changing:
             return True  # by a thread of ours, whose end is recorded as an own change
-        sent = self.stamps[node.id]
         now = state.lasting_stamp(node.branch, st)
         if now == sent and now is not None:
             return True
         if written_behind(node):
-            del self.stamps[node.id]
+            node.sent = None
             self._notifier.attributes(node.id)
             return False
-        self.stamps[node.id] = now
+        node.sent = now or UNKNOWN
         if node.handles:
             note_id_bits(node, st)
         if node.kind == st_mod.S_IFLNK:
             self._notifier.data(node.id)  # another one may have got its number, and the kernel keeps targets
             return False
         pages = type(node) is not Dir and (self._sb.kernel_opens or (node.handles and not backing_id(node)))
-        if pages and (content or sent is None or now is None or not state.same_content(now, sent)):
+        if pages and (content or not sent or now is None or not state.same_content(now, sent)):
             self._notifier.data(node.id)
         else:
             self._notifier.attributes(node.id)
@@ -57,13 +58,13 @@ class SentAttributes:
 
     def doubt(self, node: Node) -> None:
         """Whatever the kernel was given of a node, the next comparison finds a difference."""
-        if node.id in self.stamps:
-            self.stamps[node.id] = None
+        if node.sent is not None:
+            node.sent = UNKNOWN
 
     def before_own(self, node: Node, fd: int) -> None:
         """Before an own change that will be recorded as sent: a foreign one not handled yet must not hide in it."""
-        sent = self.stamps.get(node.id)
-        if sent is None:
+        sent = node.sent
+        if not sent:
             return
         try:
             now = state.lasting_stamp(node.branch, self._stat(node, fd))
@@ -74,8 +75,8 @@ class SentAttributes:
 
     def own_data(self, node: Node, content: bool, st: os.stat_result | None, fd: int) -> None:
         """After an own change: the kernel knows the attributes that it has led to. Parameters: Hooks.own_data."""
-        sent = self.stamps.get(node.id)
-        if sent is None:
+        sent = node.sent
+        if not sent:
             return
         now = None
         if not node.dead or node.handles:
@@ -85,7 +86,7 @@ class SentAttributes:
                 pass
         if now is not None and not content and not state.same_content(now, sent) and type(node) is not Dir:
             self._notifier.data(node.id)  # only a foreign change can have done that
-        self.stamps[node.id] = now
+        node.sent = now or UNKNOWN
 
     def _stat(self, node: Node, fd: int) -> os.stat_result:
         """By descriptor where there is one: for each write of a big file, the name would have to be looked for."""

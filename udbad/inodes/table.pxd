@@ -15,7 +15,7 @@ cdef class Node:
     cdef public int orphan_fd
     cdef public unsigned long long place
     cdef public long long nlookup, nlink_extra
-    cdef public object branch, busy, seen, lacks
+    cdef public object branch, busy, seen, sent, lacks
     cdef public Dir parent
     cdef public bytes name
     cdef public set aliases

@@ -95,7 +95,7 @@ class Node:
 
     __slots__ = (
         "aliases", "branch", "busy", "dead", "dev", "handles", "id", "ino", "kind", "lacks",
-        "name", "nlink_extra", "nlookup", "orphan_fd", "parent", "place", "plink", "seen",
+        "name", "nlink_extra", "nlookup", "orphan_fd", "parent", "place", "plink", "seen", "sent",
     )  # fmt: skip
 
     mtime_offset = 0
@@ -136,6 +136,8 @@ class Node:
         """The copy-up of it that is under way, if there is one (edge/waiting.py)."""
         self.seen: Stamp | Target | None = None
         """Its state at the last open, or its target: what the kernel may keep pages of."""
+        self.sent: Stamp | None = None
+        """The state whose attributes the kernel may keep (coherence/sent.py); None: it was given none to keep."""
 
     @property
     def identity(self) -> Identity:

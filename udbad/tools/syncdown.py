@@ -349,7 +349,7 @@ class Sync:
                         self._leave(parts, name, "has names elsewhere, or is pseudo-linked", again=False)
             elif self.move:
                 # Further links have changed its ctime: only who it is counts.
-                self._away.add(File(links.names, links.st, (*links.made, 0, 0, 0, 0)))
+                self._away.add(File(links.names, links.st, (*links.made, b"")))
 
     # -- whiteouts and directories --------------------------------------------------------------------
 
