@@ -40,7 +40,7 @@ class Passthrough:
         self._fs = fs
         self.opens = 0
         """Files given to the kernel so far."""
-        self.in_use = 0
+        self.in_use = len({handle.backing_id for handle in fs.handles.files.values() if handle.backing_id})
         """Backing ids that the kernel has."""
         self.fallbacks: list[str] = []
         """Where it cannot be, and why: a line each."""
