@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -227,6 +229,39 @@ def test_notes_and_slots_survive(record: Record) -> None:
         record.note("large", bytes(4096))
     assert record.noted("init") == b"\0\1"
     again.close()
+
+
+def test_without_room_there_is_no_record_until_all_was_written_anew(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    append = record_module.Half.append
+    for failing in range(15, 60):
+        writer, rng = Writer(), random.Random(failing)
+        record, calls = writer.record, itertools.count()
+
+        def sometimes(half: Any, entry: bytes, calls: Iterator[int] = calls, failing: int = failing) -> int:
+            if next(calls) == failing:
+                raise full
+            return append(half, entry)
+
+        record.rewrite()
+        failed = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(record_module.Half, "append", sometimes)
+            for _ in range(150):
+                try:
+                    writer.step(rng)
+                except OSError:
+                    failed += 1
+                    with pytest.raises(UnreadableRecord):
+                        Record.attach(record.fd)
+        while record.changed or record._words[record_module._STATE] == 0:
+            record.flush()
+        again = Record.attach(os.dup(record.fd))
+        assert (failed, read(again)) == (1, writer.state())
+        again.close()
+        record.close()
 
 
 def test_memory_is_given_back(record: Record) -> None:

@@ -199,21 +199,25 @@ class Record:
     # -- what is written ----------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Write what has changed; to be called before an answer that depends on it is given. Raises OSError.
+        """Write what has changed; to be called before an answer that depends on it is given.
 
-        Called also when nothing has: `changed` tells whether that is worth it.
+        `changed` tells whether there is anything. Raises OSError when there is no room; then nobody can read the record
+        until a later `flush` has written all anew.
         """
-        changed, write = self.changed, self.write
-        if self.words is not None and self.quick is not None and self.quick(changed, self._half):
-            return
-        ones = list(changed)
-        changed.clear()  # and not one by one: a set that was large once takes long to look through
         try:
-            for one in ones:
-                write(one)
-        except BaseException:
-            changed.update(ones)
+            if self.words is None or self.quick is None or not self.quick(self.changed, self._half):
+                self._write_rest()
+        except Exception:
+            self._words[_STATE] = 0
+            self._next = self.words = None
+            self._half.most = 0
             raise
+
+    def _write_rest(self) -> None:
+        ones = list(self.changed)
+        self.changed.clear()  # and not one by one: a set that was large once takes long to look through
+        for one in ones:
+            self.write(one)
         if self._next is not None:
             self._move(whole=False)
         else:
