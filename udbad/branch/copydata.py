@@ -84,14 +84,15 @@ def copy_contents(
     progress: Callable[[int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     reflink: bool = True,
-    write_out: bool = False,
+    write_out: Callable[[int, int], object] | None = None,
 ) -> CopyResult:
     """Copy the data of a regular file: reflink, else copy_file_range(2), else read and write; holes stay holes.
 
     src_fd: readable, without O_DIRECT; its file offset moves. dst_fd: writable, without O_APPEND, of an empty file.
     length: only the first `length` bytes are wanted (copy-up for truncate(2)); None: all. progress: called in this
     thread with the offset reached in bytes, never decreasing. cancelled: asked before every chunk. reflink: False where
-    that is known to be impossible. write_out: have the disk begin with what is copied, as somebody will wait for it.
+    that is known to be impossible. write_out: called with offset and bytes of what has been copied, to have the disk
+    begin with it, as somebody will wait for that.
 
     A source that grows meanwhile is copied up to the size it had at first; one that shrinks gives the smaller size.
     OSError: ECANCELED when `cancelled` said so; else what the file systems said. The destination is then incomplete.
@@ -166,7 +167,7 @@ class _Copier:
         self.cancelled = cancelled
         self.in_kernel = True
         self.skip_zeros = False
-        self.write_out = False
+        self.write_out: Callable[[int, int], object] | None = None
         self.kernel_bytes = 0
         self.user_bytes = 0
         self.reached = 0
@@ -201,8 +202,8 @@ class _Copier:
             count = self._copy_chunk(start, stop - start)
             if count == 0:
                 return False
-            if self.write_out:
-                syscalls.start_writing(self.dst_fd, start, count)
+            if self.write_out is not None:
+                self.write_out(start, count)
             start += count
             self.reached = start
             self.progress(start)

@@ -235,10 +235,10 @@ class Changes:
         self.hooks.own_change(parent, name, st, moved)
 
     def copied_up(self, node: Node, parent: Dir, name: bytes, as_link: bool = False) -> None:
-        """The data of a node that is no directory is under this name of a branch above now, where the node is.
-
-        as_link: that is a further name of it.
+        """A rename(2) of ours has put the data of a node that is no directory under this name of a branch above, where
+        the node is now. as_link: that is a further name of it.
         """
+        self.hooks.own_event(parent, node.branch, name, MOVED_TO)
         parent.note_stacked(name)
         if parent.view is not None:
             parent.view[name] = node.branch.index
