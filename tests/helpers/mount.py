@@ -215,6 +215,8 @@ class Mount:
         words = f"br={self._branch_option},udba={self.udba},control={self._control_path}"
         if "io=" not in self.options:
             words += f",io={IO}"
+        if "survive=" not in self.options:
+            words += ",survive=off"  # the process of the command is the one that serves
         if self.options:
             words += f",{self.options}"
         ready, ready_end = os.pipe()

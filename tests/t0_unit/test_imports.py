@@ -104,7 +104,7 @@ mounting.end()
 def test_a_mount_that_begins_to_serve(udba: str, needs: set[str], tmp_path: Path) -> None:
     for name in ("top", "base", "mnt"):
         (tmp_path / name).mkdir()
-    options = f"br={tmp_path}/top=rw:{tmp_path}/base=ro,udba={udba},control={tmp_path}/ctl"
+    options = f"br={tmp_path}/top=rw:{tmp_path}/base=ro,udba={udba},survive=off,control={tmp_path}/ctl"
     words = ["mount", "-f", "-o", options, "none", f"{tmp_path}/mnt"]
     assert heavy(run(SAYS_THE_MODULES_OF_A_MOUNT, *words), SERVING) == needs
 

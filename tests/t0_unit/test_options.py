@@ -217,7 +217,7 @@ def test_defaults() -> None:
         "fsname": "none",
         "allow_other": True,
         "fsync_copyup": True,
-        "survive": False,
+        "survive": True,
         "restart_timeout": 60,
         "metrics": None,
         "control": None,

@@ -75,7 +75,8 @@ class Daemon:
             directory = self.tmp_path / f"{name}.{layer.partition('=')[0]}"
             directory.mkdir(exist_ok=True)
             branches.append(f"{directory}={layer.partition('=')[2]}")
-        self.mounts[name] = {"mount_point": str(mount_point), "branches": branches, **keys}
+        # Unless a test is about that: who kills a mount process has a dead mount.
+        self.mounts[name] = {"mount_point": str(mount_point), "branches": branches, "survive": False, **keys}
         return mount_point
 
     def branch(self, name: str, layer: str) -> Path:

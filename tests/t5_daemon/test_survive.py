@@ -226,7 +226,7 @@ def test_off(union: UnionFactory) -> None:
     """One process, as ever."""
     mount = union(options="survive=off")
     assert mount.control({"op": "status"})["pid"] == mount.process.pid
-    assert mount.control({"op": "status"})["survives"] is False
+    assert mount.control({"op": "status"})["mortal"] == "survive=off"
 
 
 def test_restart_in_place(daemon: Daemon) -> None:

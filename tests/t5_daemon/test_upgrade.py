@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.mount import REPOSITORY
-from tests.t5_daemon.daemon import DEADLINE, Daemon
+from tests.t5_daemon.daemon import DEADLINE, Daemon, until
 from udbad import __version__
 from udbad.control import registry
+from udbad.mount import keeper
 
 pytestmark = pytest.mark.fuse
 
@@ -97,4 +98,24 @@ def test_an_entry_of_another_version_with_more_in_it_is_not_taken_for_none(daemo
     daemon.start()
     assert daemon.state("a")["pid"] == pid
     assert os.listdir(point) == []
+    daemon.stop()
+
+
+@pytest.mark.skipif(keeper.why_not() is not None, reason=str(keeper.why_not()))
+def test_a_mount_that_survives_changes_over_by_itself(daemon: Daemon, tmp_path: Path) -> None:
+    point = daemon.add("used", survive=True)
+    daemon.start()
+    pid = daemon.state("used")["pid"]
+    with (point / "open").open("w") as file:
+        daemon.command("stop", "--keep-mounts")
+        assert daemon.process is not None
+        assert daemon.process.wait(DEADLINE) == 0
+        install(daemon, tmp_path / "new")
+        file.write("written while no daemon ran, ")
+        file.flush()
+        daemon.start()
+        until(lambda: versions(daemon) == {"used": NEW}, "the new version")
+        daemon.wait_for("used", not_pid=pid)
+        file.write("and in a process of the new version")
+    assert (point / "open").read_text() == "written while no daemon ran, and in a process of the new version"
     daemon.stop()

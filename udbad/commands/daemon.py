@@ -174,6 +174,8 @@ def _print_status(answer: dict[str, Any]) -> None:
         process = mount.get("process", {})
         for line in process.get("io_fallbacks", ()):
             click.echo(f"{mount['label']}: {line}")
+        if process.get("mortal", "survive=off") != "survive=off":
+            click.echo(f"{mount['label']}: ends with its process: {process['mortal']}")
         served_by = process.get("udbad", answer["udbad"])
         if answer["udbad"] is not None and served_by != answer["udbad"]:
             click.echo(f"{mount['label']}: still served by version {served_by}; udbad restart {mount['label']}")

@@ -96,7 +96,7 @@ class Commands:
             "io_fallbacks": fallbacks,
             "edge": process.session.edge,
             "lacks": process.session.lacks,
-            "survives": process.keeper is not None,
+            "mortal": process.mortal,
             "restarts": process.restarts,
             "branches": [branch.describe() for branch in process.sb.branches.branches],
             "requests": sum(stats.requests for stats in operations().values()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ from udbad.mount.keeper import Left
 from udbad.mount.mountproc import STOPPING, Identity, MountProcess, is_portable
 from udbad.mount.readings import text
 from udbad.settings.options import MountOptions, parse_mount_options
+
+log = logging.getLogger(__name__)
 
 _SWITCH_SECONDS = 0.0005
 _NOBODY = Identity()
@@ -65,9 +68,12 @@ def run(
     raised as it is, and leaves the mount point dead and the branches marked for the next mount; or to the next process,
     where there is a guard.
     """
+    mortal = why_not_survive(options)
+    if options.survive and mortal is not None:
+        log.info("the mount ends with this process: %s", mortal)
     with ExitStack() as ending:
         record = predecessor = own = None
-        if guard is not None and why_not_survive(options) is None:
+        if guard is not None and mortal is None:
             own = keeper.Keeper(options.restart_timeout, guard.ended)  # first: it must be made before any thread is
             ending.callback(own.end)
             record = Record.create()
@@ -84,6 +90,7 @@ def run(
         except OSError as error:
             raise _no_start(mount_point, error) from error
         process.configured = configured or process.configured
+        process.mortal = mortal or ""
         gc.freeze()
         # A thread that has to tell the kernel what to forget waits so long for a busy event loop; by default 5 ms.
         sys.setswitchinterval(_SWITCH_SECONDS)

@@ -115,6 +115,8 @@ class MountProcess:
         self.keeper = keeper
         self._predecessor = predecessor
         self._facts_fd = -1
+        self.mortal = ""
+        """Why the mount ends with this process, if it does."""
         for notice in options.notices:
             log.info("%s", notice)
         if compiled.why_not():
@@ -424,6 +426,7 @@ class MountProcess:
     async def _watch_keeper(self, keeper: Keeper) -> None:
         await trio.lowlevel.wait_readable(keeper.pidfd)
         self.keeper = None
+        self.mortal = "the keeper has ended"
         log.warning("the keeper has ended: when this process does, users of the mount get errors")
 
     async def _rest(self, kept: KeptFiles) -> None:

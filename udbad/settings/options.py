@@ -196,9 +196,10 @@ class MountOptions:
     )
     """The content of a copy-up is on disk before it is visible: see Durability."""
     survive: bool = _one_of(
-        False, "on or off (true or false in a file)", {"on": True, "off": False, True: True, False: False}
+        True, "on or off (true or false in a file)", {"on": True, "off": False, True: True, False: False}
     )
-    """Who uses the mount goes on when its process is killed: see What happens when. From Linux 6.9.4 on."""
+    """Who uses the mount goes on when its process is killed: see What happens when…. Where the kernel can
+    (Linux 6.9.4), and not through pyfuse3; `udbad status` says why not."""
     restart_timeout: int = _number(60, 0, 86400, "a whole number of seconds from 0 to 86400")
     """How long who uses the mount waits for a process that takes it over, and then gets an error; 0: for ever."""
     metrics: str | None = _text(None, "HOST:PORT, PORT from 0 to 65535, an IPv6 HOST in []", _is_address)

@@ -120,6 +120,7 @@ _LINKS = {
     ": see Create policies": ": [Create policies](#create-policies)",
     ": see Copy-up policies": ": [Copy-up policies](#copy-up-policies)",
     ": see Without root": ": [Without root](guide.md#without-root)",
+    ": see What happens when…": ": [What happens when…](operations.md#what-happens-when)",
     ": see Durability": ": [Durability](modes.md#durability)",
 }
 """Where in docs/ that is which a meaning sends its reader to."""
