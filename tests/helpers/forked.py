@@ -274,12 +274,14 @@ def become(user: int) -> None:
 
 def main() -> None:
     import udbad
+    from udbad import compiled
     from udbad.cli import main as command_line
 
     # What is imported later would not be found by a user whom the interpreter's directory is closed to.
     importlib.import_module("difflib")  # click, at short options
+    # IN_C is there only when it is compiled, and imported by the modules that use it then.
     for module in pkgutil.walk_packages(udbad.__path__, "udbad."):
-        if not module.name.endswith(".__main__"):
+        if not module.name.endswith(".__main__") and module.name not in compiled.IN_C:
             importlib.import_module(module.name)
     for name in ("console", "live", "progress", "table"):  # which commands import when they have something to show
         importlib.import_module(f"rich.{name}")
