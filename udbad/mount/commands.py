@@ -24,7 +24,7 @@ from udbad.control.server import Command
 from udbad.errors import ExitCode, UserError
 from udbad.kernel.boundary import operations
 from udbad.logs import set_level
-from udbad.mount import rebranch
+from udbad.mount import rebranch, strictness
 from udbad.mount.carrying import Carrying
 from udbad.settings.options import FIELDS, MountOptions, parse_mount_options, parse_remount
 from udbad.types import Perm
@@ -253,7 +253,7 @@ class Commands:
         await self._change_access(target, "branches" in live)
         process.options = target
         process.apply_union_options()
-        process.settle_branch_mounts()
+        strictness.settle(process)
         if "udba" in live:
             await process.set_mode(new.udba)
         if live:

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from udbad import __version__, compiled
-from udbad.branch import capabilities, mountflags
+from udbad.branch import capabilities
 from udbad.branch.accept import open_branches, permission_warnings
-from udbad.branch.branches import BranchSet
 from udbad.branch.credentials import Credentials
 from udbad.branch.policy import parse_copyup, parse_create
 from udbad.branch.writelock import WriteLocks
@@ -45,7 +44,7 @@ from udbad.kernel.openers import openers
 from udbad.kernel.passthrough import Passthrough
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import PAUSE_BUCKETS, Counts, Samples, Server
-from udbad.mount import handover, iomode, later
+from udbad.mount import handover, iomode, later, strictness
 from udbad.mount.commands import Commands
 from udbad.mount.handover import Predecessor
 from udbad.mount.keeper import Keeper
@@ -156,7 +155,7 @@ class MountProcess:
             ending.callback(self.writing.close)
             if not options.ro:
                 self.writing.begin(self.branches.branches, options.plink)
-            self.settle_branch_mounts()
+            strictness.settle(self)
             self.sb = Superblock(self.branches, _union_options(options), max_fds, all_fds)
             ending.callback(homes.close, self.sb)
             homes.load(self.sb)
@@ -167,7 +166,7 @@ class MountProcess:
                 ending.callback(endpoint.close)
             if predecessor is None:
                 self.restrictions = self.branches.restrictions
-                _tell_restrictions(self.branches, options)
+                strictness.tell(self.branches, options)
             else:
                 self.restrictions = frozenset(predecessor.facts["restrictions"])
             self._is_portable = is_portable(options)
@@ -529,45 +528,10 @@ class MountProcess:
         """The flags of the mount with these options; `restrictions`: of every branch that it ever had."""
         return options.mount_flags(self.restrictions)
 
-    async def restrict(self, branches: BranchSet) -> None:
-        """Have the mount be as strict as the strictest of branches to come. It does not become less so without a word:
-        what came from them may be in use, and the next mount is as its branches are then. Raises UserError (BRANCH).
-        """
-        before = self.restrictions
-        self.restrictions |= branches.restrictions
-        flags = self.session.flags | self.flags_for(self.options) & branches.restrictions
-        if flags == self.session.flags:
-            return
-        try:
-            await trio.to_thread.run_sync(self.session.set_flags, flags)
-        except OSError as error:
-            self.restrictions = before
-            what = f"the union cannot be made {','.join(sorted(flags - self.session.flags))} as a branch is"
-            raise UserError(f"{what}: {error.strerror}", ExitCode.BRANCH) from None
-        _tell_restrictions(branches, self.options)
-
-    async def relax(self, restrictions: frozenset[str]) -> None:
-        """Take back what `restrict` has added to these, for branches that are not to come after all."""
-        self.restrictions = restrictions
-        flags = self.flags_for(self.options)
-        if flags != self.session.flags:
-            try:
-                await trio.to_thread.run_sync(self.session.set_flags, flags)
-            except OSError as error:
-                log.warning(
-                    "%s stays %s: %s", text(self.mount_point), ",".join(sorted(self.session.flags)), error.strerror
-                )
-
     def set_read_only(self, ro: bool) -> None:
         """Have the union refuse every change, or none; what that means for the branches is the caller's."""
         self.options = replace(self.options, ro=ro)
         self.apply_union_options()
-
-    def settle_branch_mounts(self) -> None:
-        """Have nothing write to branches that are not writable (now), nor to any of a read-only union."""
-        branches = self.branches.branches
-        written = [] if self.options.ro else [branch for branch in branches if branch.writable]
-        mountflags.settle(branches, written, self.options.kernel_flags)
 
     def apply_union_options(self) -> None:
         """Have the union follow `options`, which have changed."""
@@ -597,16 +561,6 @@ def strategy_of(mode: str) -> type[Coherence]:
 def is_portable(options: MountOptions) -> bool:
     """Whether requests come through pyfuse3."""
     return options.edge == "pyfuse3" or (options.edge == "auto" and not capabilities.may_mount())
-
-
-def _tell_restrictions(branches: BranchSet, options: MountOptions) -> None:
-    taken = options.mount_flags(branches.restrictions) - options.mount_flags(frozenset())
-    for branch in branches.branches:
-        flags = sorted(branch.restrictions & taken)
-        if flags:
-            words = ",".join(flag.removeprefix("no") for flag in flags)
-            log.info("branch %s is mounted %s, so the union is, too; %s in its options is what changes that",
-                     branch.describe(), ",".join(flags), words)  # fmt: skip
 
 
 def _is_served(entry: registry.Entry) -> bool:

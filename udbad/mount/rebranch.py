@@ -19,6 +19,7 @@ from udbad.branch.accept import open_branches
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.branch.spec import printable
 from udbad.errors import ExitCode, UserError
+from udbad.mount import strictness
 from udbad.settings.options import edit_branches, find_branch
 from udbad.union import reconfigure
 from udbad.union.fs import COPYING
@@ -80,7 +81,7 @@ async def set_branches(
     try:
         await _lock(process, _written(fresh, ro))
         await _in_thread(process.writing.begin, _written(fresh, ro), process.options.plink)
-        await process.restrict(fresh)  # before anything of a new branch shows
+        await strictness.restrict(process, fresh)  # before anything of a new branch shows
         await _no_copyups(process)
         openers = await process.openers()
         # After this: requests were served. Who has opened a file since then, without telling, gets ESTALE for what the
@@ -90,7 +91,7 @@ async def set_branches(
         _check_opens(process, fresh)
     except BaseException:
         await _keep(process, before)
-        await process.relax(restrictions)
+        await strictness.relax(process, restrictions)
         fresh.close()
         raise
     new = reconfigure.carry_over(old, fresh)
@@ -107,7 +108,7 @@ async def set_branches(
     process.writing.sweep(process.background)
     # After this: requests were served from the new branches.
     await _keep(process, after)
-    process.settle_branch_mounts()
+    strictness.settle(process)
     for branch in gone:
         branch.close()
     log.info("branches are now %s", ":".join(branch.describe() for branch in new.branches))
@@ -137,12 +138,12 @@ async def set_read_only(process: MountProcess, ro: bool, check: Callable[[], Non
         check()
     except BaseException:
         await _keep(process, before)
-        process.settle_branch_mounts()
+        strictness.settle(process)
         raise
     process.set_read_only(ro)
     process.writing.sweep(process.background)
     await _keep(process, after)
-    process.settle_branch_mounts()
+    strictness.settle(process)
 
 
 def _written(branches: BranchSet, ro: bool) -> list[Branch]:
