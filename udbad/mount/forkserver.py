@@ -23,14 +23,15 @@ _expected: set[int] = set()
 """Children that the supervisor is about to kill, and says why."""
 
 
-def main(work: Callable[[socket.socket], int]) -> int:
-    """Fork a process for each request; in it, `work` is called with the socket of its job. Returns an exit code."""
+def main(work: Callable[[socket.socket, int], int]) -> int:
+    """Fork a process for each request; in it, `work` is called with the socket of its job, and an eventfd for the
+    keeper (life.Guard). Returns an exit code."""
     supervisor = socket.socket(fileno=os.dup(0))
     signal.signal(signal.SIGCHLD, _reap)
     gc.collect()
     gc.freeze()  # the children share what is there now
     while True:
-        request, descriptors, _, _ = socket.recv_fds(supervisor, 16, 1)
+        request, descriptors, _, _ = socket.recv_fds(supervisor, 16, 2)
         if not request:
             return 0
         if not descriptors:
@@ -46,8 +47,9 @@ def main(work: Callable[[socket.socket], int]) -> int:
             supervisor.close()
             os.dup2(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), 0)
             os.setsid()  # neither Ctrl-C nor the end of the supervisor's terminal is for a mount
-            return work(socket.socket(fileno=descriptors[0]))
-        os.close(descriptors[0])
+            return work(socket.socket(fileno=descriptors[0]), descriptors[1])
+        for fd in descriptors:
+            os.close(fd)
         pidfd = os.pidfd_open(pid)  # cannot fail: nobody has waited for it yet
         try:
             socket.send_fds(supervisor, [str(pid).encode()], [pidfd])

@@ -27,9 +27,9 @@ def main() -> int:
     return forkserver.main(work)
 
 
-def work(supervisor: socket.socket) -> int:
+def work(supervisor: socket.socket, ended: int) -> int:
     """Serve one mount. A line of JSON comes in, the job; lines go out: what will be left of this process (keeper.Left),
-    where another could go on, and at last that the mount serves or cannot."""
+    where another could go on, and at last that the mount serves or cannot. ended: as in life.Guard."""
     with supervisor.makefile("rb") as stream:
         line = stream.readline()
     if not line.endswith(b"\n"):
@@ -58,7 +58,7 @@ def work(supervisor: socket.socket) -> int:
             ready,
             mountproc.Identity(job["name"], job["run_dir"], supervised=True),
             job["configured"],
-            life.Guard(told, [(pid, record) for pid, record in job["left"]], job["died"]),
+            life.Guard(told, [(pid, record) for pid, record in job["left"]], job["died"], ended),
         )
     except UserError as error:
         if supervisor.fileno() < 0:  # it has its answer: this is the end of a mount that has served

@@ -28,13 +28,19 @@ _LAST_WORDS_SECONDS = 0.2
 class Worker:
     """One mount process."""
 
-    def __init__(self, pid: int, pidfd: int, job: socket.socket | None = None) -> None:
-        """pidfd is owned from here on. job: where a new process gets its job and answers."""
+    def __init__(self, pid: int, pidfd: int, job: socket.socket | None = None, keeper: int = -1) -> None:
+        """pidfd is owned from here on. job: where a new process gets its job and answers. keeper: an eventfd, owned
+        too, by which its keeper tells that it has ended, as a thread of it may outlive a SIGKILL (mount/keeper.py)."""
         self.pid = pid
         self._pidfd = pidfd
+        self._keeper = keeper
         self._job = job
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().add_reader(pidfd, self._on_end)
+        for fd in self._watched():
+            asyncio.get_running_loop().add_reader(fd, self._on_end)
+
+    def _watched(self) -> list[int]:
+        return [fd for fd in (self._pidfd, self._keeper) if fd >= 0]
 
     def _on_end(self) -> None:
         self.forget()
@@ -43,10 +49,10 @@ class Worker:
 
     def forget(self) -> None:
         """Stop watching; the process goes on without us."""
-        if self._pidfd >= 0:
-            asyncio.get_running_loop().remove_reader(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
+        for fd in self._watched():
+            asyncio.get_running_loop().remove_reader(fd)
+            os.close(fd)
+        self._pidfd = self._keeper = -1
 
     @property
     def alive(self) -> bool:
@@ -200,16 +206,19 @@ async def _readable(sock: socket.socket) -> None:
 async def _fork(sock: socket.socket) -> Worker | None:
     """None when the server has ended."""
     ours, theirs = socket.socketpair()
+    keeper = os.eventfd(0)
     try:
         with theirs:
-            socket.send_fds(sock, [b"fork"], [theirs.fileno()])
+            socket.send_fds(sock, [b"fork"], [theirs.fileno(), keeper])
         await _readable(sock)
         reply, descriptors, _, _ = socket.recv_fds(sock, 64, 1)
         if not reply:
             ours.close()
+            os.close(keeper)
             return None
         ours.setblocking(False)
-        return Worker(int(reply), descriptors[0], ours)
+        return Worker(int(reply), descriptors[0], ours, keeper)
     except BaseException:
         ours.close()
+        os.close(keeper)
         raise
