@@ -21,14 +21,35 @@ from typing import Final
 
 MODULES: Final = (
     "udbad.branch.state",
+    "udbad.coherence.base",
+    "udbad.coherence.notify",
+    "udbad.edge.loop",
+    "udbad.edge.native",
+    "udbad.edge.operations",
     "udbad.edge.slot",
+    "udbad.edge.table",
     "udbad.inodes.inomap",
     "udbad.inodes.table",
+    "udbad.kernel.boundary",
+    "udbad.kernel.received",
+    "udbad.union.changes",
+    "udbad.union.fs",
     "udbad.union.lookup",
+    "udbad.union.readdir",
+    "udbad.union.superblock",
+    "udbad.union.times",
+    "udbad.union.view",
 )
 """Dotted names; each is a Python source that runs uncompiled as well."""
 
-IN_C: Final = ("udbad.branch.ccalls", "udbad.branch.cstat", "udbad.kernel.cwire", "udbad.inodes.cjournal")
+IN_C: Final = (
+    "udbad.branch.ccalls",
+    "udbad.branch.clisting",
+    "udbad.branch.cstat",
+    "udbad.inodes.cjournal",
+    "udbad.kernel.cdevice",
+    "udbad.kernel.cwire",
+)
 """What is used in the place of functions of Python, system calls and structures of C; there only when compiled."""
 
 STAMP: Final = "compiled.txt"

@@ -5,25 +5,31 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import socket
+import struct
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from asyncinotify import Inotify, Mask
 from hypothesis import given
 from hypothesis import strategies as st
 
 from udbad import compiled
-from udbad.branch import syscalls
+from udbad.branch import listing, syscalls
 from udbad.branch.branches import Branch
 from udbad.inodes.table import Dir, Layer, Node
-from udbad.kernel import wire
+from udbad.kernel import device, wire
+from udbad.kernel.received import Received
 from udbad.types import Perm
 
 
 def in_python(module: ModuleType) -> ModuleType:
     """The same module once more, as it is where nothing is compiled."""
     assert module.__file__ is not None
-    spec = importlib.util.spec_from_file_location(f"{module.__name__}_in_python", module.__file__)
+    file = Path(module.__file__)  # the source, or what was compiled from it
+    source = file.with_name(file.name.partition(".")[0] + ".py")
+    spec = importlib.util.spec_from_file_location(f"{module.__name__}_in_python", source)
     assert spec is not None
     assert spec.loader is not None
     again = importlib.util.module_from_spec(spec)
@@ -33,7 +39,7 @@ def in_python(module: ModuleType) -> ModuleType:
     return again
 
 
-PYTHON_WIRE = in_python(wire)
+PYTHON_WIRE, PYTHON_DEVICE, PYTHON_LISTING = in_python(wire), in_python(device), in_python(listing)
 BRANCH = Branch(0, 0, b"/", Perm.RO, frozenset(), None, -1, -1, 0, "ext4")
 U32 = st.integers(0, (1 << 32) - 1)
 U64 = st.integers(0, (1 << 63) - 1)
@@ -77,6 +83,13 @@ def test_entries(node: Node, status: os.stat_result, entry_timeout: float, attr_
 @given(st.integers(1, (1 << 64) - 1), st.sampled_from([0o040000, 0o100000, 0o120000]), st.binary(max_size=300), U64)
 def test_directory_entries(number: int, kind: int, name: bytes, after: int) -> None:
     assert wire.dirent(number, kind, name, after) == PYTHON_WIRE.dirent(number, kind, name, after)
+
+
+@given(st.lists(st.tuples(st.binary(max_size=300), U64, st.sampled_from([0, 0o040000]), U64)), st.integers(-1, 4096))
+def test_listings(entries: list[tuple[bytes, int, int, int]], room: int) -> None:
+    made = wire.dirents(iter(entries), room)
+    assert made == PYTHON_WIRE.dirents(iter(entries), room)
+    assert len(made) <= max(room, 0)
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link", "fifo", "device", "old"])
@@ -175,3 +188,85 @@ def test_changes(tmp_path: Path, calls: ModuleType) -> None:
             calls.open_at(directory, b"a\0b", os.O_RDONLY)
     finally:
         os.close(directory)
+
+
+@pytest.mark.parametrize("module", [listing, PYTHON_LISTING], ids=["used", "python"])
+def test_a_listing(tmp_path: Path, module: ModuleType) -> None:
+    """More than one call of getdents64(2) brings, and of every type."""
+    for number in range(3000):
+        (tmp_path / f"{number:040}").touch()
+    (tmp_path / "directory").mkdir()
+    (tmp_path / ".hidden").symlink_to("nowhere")
+    (tmp_path / "..two").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    os.mknod(os.fsencode(tmp_path) + b"/\xff", 0o020644, os.makedev(1, 3))
+    dev = 1 << 63
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        names, kinds = module.read(fd, dev)
+        assert module.type_of(fd, b"fifo") == 0o010000
+        assert module.type_of(fd, b"gone") == 0
+    finally:
+        os.close(fd)
+    with os.scandir(os.fsencode(tmp_path)) as entries:
+        expected = {
+            entry.name: (dev, entry.inode(), entry.stat(follow_symlinks=False).st_mode & 0o170000) for entry in entries
+        }
+    assert len(names) == len(expected)
+    assert dict(zip(names, kinds, strict=True)) == expected
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        module.read(fd, dev)
+
+
+@pytest.mark.parametrize("module", [listing, PYTHON_LISTING], ids=["used", "python"])
+def test_a_watch(tmp_path: Path, module: ModuleType) -> None:
+    inotify = Inotify()
+    directory = os.open(tmp_path, os.O_PATH)
+    try:
+        number = module.watch(inotify.fd, directory, int(Mask.CREATE))
+        (tmp_path / "made").touch()
+        assert struct.unpack_from("iI", os.read(inotify.fd, 4096)) == (number, Mask.CREATE)
+        module.unwatch(inotify.fd, number)
+        with pytest.raises(OSError, match="Invalid argument"):
+            module.unwatch(inotify.fd, number)
+        with pytest.raises(OSError, match="Invalid argument"):
+            module.watch(inotify.fd, directory, 0)
+    finally:
+        os.close(directory)
+        inotify.close()
+
+
+@pytest.mark.parametrize("module", [device, PYTHON_DEVICE], ids=["used", "python"])
+def test_a_device(module: ModuleType) -> None:
+    """A socket pair stands for it."""
+    kernel, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    request = Received(4096)
+    with kernel, ours:
+        kernel.setblocking(False)
+        ours.setblocking(False)
+        fd = ours.fileno()
+        assert not module.receive(fd, request, 0.0)
+        assert not module.receive(fd, request, 0.0001)
+        assert module.wait(fd, -1, -1, 0.0) == 0
+        assert module.wait(-1, -1, -1, 0.0001) == 0
+        numbers = 51, 1, (1 << 64) - 1, 1 << 63, (1 << 32) - 1, 0, 1 << 31
+        kernel.send(struct.pack("<IIQQIIII", *numbers, 0) + b"name\0other\0")
+        assert module.wait(-1, fd, -1, device.FOREVER) == device.WOKEN
+        assert module.wait(fd, -1, -1, 1.0) == device.REQUESTS
+        assert module.receive(fd, request, 0.0)
+        assert request.size == 51
+        assert numbers == (
+            request.length, request.opcode, request.unique, request.node, request.uid, request.gid, request.pid
+        )  # fmt: skip
+        assert module.name_at(request, 45) == b"other"
+        assert module.name_at(request, 50) == b""
+        assert [module.name_at(request, start) for start in (40, 51, 52, 5000)] == [None] * 4
+        for body in (b"", b"answer", bytearray(b"answer"), bytes(1 << 17)):
+            module.answer(fd, (1 << 64) - 1, 0, body)
+            assert kernel.recv(1 << 18) == struct.pack("<IiQ", 16 + len(body), 0, (1 << 64) - 1) + body
+        module.answer(fd, 7, errno.ENOENT, b"")
+        assert kernel.recv(1 << 18) == struct.pack("<IiQ", 16, -errno.ENOENT, 7)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        module.answer(fd, 7, 0, b"")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        module.receive(fd, request, 0.0)

@@ -19,6 +19,7 @@ from tests.t2_core.test_native import Kernel
 from udbad.edge.table import OLD_SETXATTR, TABLE, Row
 from udbad.kernel import wire
 from udbad.kernel.boundary import Malformed
+from udbad.kernel.received import Received, take_header
 from udbad.types import ROOT_ID, Perm
 
 ROWS: dict[str, Row] = {f"{opcode} {row.name}": row for opcode, row in TABLE.items()} | {"old setxattr": OLD_SETXATTR}
@@ -40,11 +41,13 @@ _BODIES = st.lists(
 
 def parse(row: Row, body: bytes) -> tuple[Any, ...]:
     size = HEAD.size + len(body)
-    buffer = bytearray([STALE]) * (1 << 12)
-    buffer[:size] = HEAD.pack(size, 0, 7, 5, 1000, 1000, 77, 0, 0) + body
+    request = Received(1 << 12)
+    request.buffer[:] = bytes([STALE]) * (1 << 12)
+    request.buffer[:size] = HEAD.pack(size, 0, 7, 5, 1000, 1000, 77, 0, 0) + body
+    take_header(request, size)
     if size < row.least:
         raise Malformed("too short")
-    return row.parse(wire.REQUEST.unpack_from(buffer), buffer, size)
+    return row.parse(request)
 
 
 @pytest.mark.parametrize("name", ROWS)

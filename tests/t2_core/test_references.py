@@ -206,15 +206,14 @@ def test_our_answer_that_the_kernel_does_not_take(
         request = wire.QWORD.pack(file) + b"linked\0"
     refused = []
 
-    def refuse(fd: int, data: Any) -> int:
-        refused.append(data)
+    def refuse(fd: int, unique: int, failed: int, body: bytes) -> None:
+        refused.append(body)
         raise OSError(number, "refused")
 
     if number == errno.EINVAL:
         expect_log("cannot answer a request: refused")
     with monkeypatch.context() as patch:
-        patch.setattr("udbad.edge.native.os.write", refuse)
-        patch.setattr("udbad.edge.native.os.writev", refuse)
+        patch.setattr("udbad.edge.native.answer", refuse)
         node = {"open": file, "opendir": directory_of(kernel, opened).id}.get(what, ROOT_ID)
         kernel.ask(opcode, node, request)
     assert refused
@@ -268,8 +267,7 @@ def test_a_forgotten_directory_leaves_nothing_in_the_strategy(kernel: Kernel, op
     assert watcher is not None
 
     def held() -> list[int]:
-        inotify = watcher._inotify
-        return [len(each) for each in (coherence._watches.directories, watcher._handles, inotify._watches)]
+        return [len(each) for each in (coherence._watches.directories, watcher._handles)]
 
     before = held()
     error, nodes, _ = read_directory(kernel, opened)

@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from asyncinotify import Watch
 
 from tests.helpers.inprocess import Union
 from tests.helpers.posix import EXCHANGE
@@ -319,7 +318,7 @@ def new_world(
     world = World(directory, mode, epochs, specs)
     watch = Watcher.watch_directory
 
-    def limited(self: Watcher, fd: int, handle: object) -> Watch:
+    def limited(self: Watcher, fd: int, handle: object) -> int:
         if len(self) >= world.limit:
             raise WatchLimit
         return watch(self, fd, handle)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from asyncinotify import Watch
 
 from tests.helpers.inprocess import Union, notify_union
 from tests.helpers.mount import Mount, UnionFactory
@@ -268,7 +267,7 @@ def test_an_opaque_mark_that_changes_before_the_watch(
     watch = Watcher.watch_directory
     due = [mark.unlink if marked else mark.touch]
 
-    def late(self: Watcher, fd: int, handle: object) -> Watch:
+    def late(self: Watcher, fd: int, handle: object) -> int:
         if os.path.samestat(os.stat(fd), upper.stat()) and due:
             due.pop()()
         return watch(self, fd, handle)

@@ -16,7 +16,7 @@ import errno
 import logging
 import select
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from udbad.branch.branches import Branch
 from udbad.coherence.inotify import GONE, watch_limit
@@ -44,7 +44,7 @@ class Silence:
 
     def __init__(self, sb: Superblock) -> None:
         self._sb = sb
-        self._watched: OrderedDict[int, tuple[Dir, list[tuple[Any, Identity]]]] = OrderedDict()
+        self._watched: OrderedDict[int, tuple[Dir, list[tuple[int, Identity]]]] = OrderedDict()
         """By node id: the directory, and its watches, each with the branch directory it is on; oldest first."""
         self._most = watch_limit() // _SHARE
         self._watcher: Watcher | None = None
@@ -75,7 +75,7 @@ class Silence:
             return False
         while self._watched and len(watcher) + len(wanted) > self._most:
             self._leave(next(iter(self._watched)))
-        watches: list[tuple[Any, Identity]] = []
+        watches: list[tuple[int, Identity]] = []
         try:
             for layer in wanted:
                 watches.append((watcher.watch_names(self._sb.layer_fd(node, layer), node), layer.identity))

@@ -14,14 +14,13 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
 import trio
-from asyncinotify import Inotify, Mask, Watch
+from asyncinotify import Inotify, Mask
 
-from udbad.branch import syscalls
+from udbad.branch import listing
 from udbad.coherence.inotify import ATTRIBUTES, CONTENT, GONE, NAMES, queue_limit, watch_limit
 
 if TYPE_CHECKING:
@@ -29,12 +28,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_DIRECTORY = (
+_DIRECTORY = int(
     Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE
     | Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.ONLYDIR | Mask.EXCL_UNLINK
 )  # fmt: skip
-_DIRECTORY_NAMES = Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.ONLYDIR
-_FILE = Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE
+_DIRECTORY_NAMES = int(Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.ONLYDIR)
+_FILE = int(Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE)
 
 # Plain numbers: an operation on an enum takes longer than all else that is done with an event here.
 _NAMES = int(Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
@@ -50,8 +49,6 @@ _READ_BYTES = 16 << 10
 """What one read(2) may bring: some hundred events, a few milliseconds of work."""
 _LONGEST = _EVENT.size + 256
 """Bytes of an event with the longest name. When that had found room in a read(2), there were no more events."""
-
-_NO_PATH = Path()
 
 
 class WatchLimit(OSError):
@@ -70,27 +67,6 @@ class Change:
     kinds: int
 
 
-class _Inotify(Inotify):
-    """asyncinotify's descriptor and watches, without its event objects.
-
-    An enum, a path and a weak reference made for each event cost several times what handling one does.
-    """
-
-    def read(self) -> bytes:
-        """Events as the kernel has them (`_EVENT`), none when there are none."""
-        try:
-            return os.read(self.fd, _READ_BYTES)
-        except BlockingIOError:
-            return b""
-
-    def ignored(self, wd: int) -> None:
-        """Forget a watch: what asyncinotify does when it reads IN_IGNORED."""
-        self._watches.pop(wd, None)
-
-    def shrink(self) -> None:
-        self._watches = dict(self._watches)
-
-
 class Watcher:
     """Watches for one mount. Event loop only.
 
@@ -105,7 +81,7 @@ class Watcher:
         on_overflow: Callable[[], None],
     ) -> None:
         """Raises OSError (EMFILE) when no inotify instance can be had."""
-        self._inotify = _Inotify()
+        self._inotify = Inotify()
         os.set_blocking(self._inotify.fd, False)  # asyncinotify's NONBLOCK is O_CLOEXEC
         self._handles: dict[int, list[object]] = {}
         """By watch descriptor; no number comes twice (inotify(7))."""
@@ -130,65 +106,62 @@ class Watcher:
     def shrink(self) -> None:
         """Give up the room that many watches have taken; a dictionary never shrinks by itself."""
         self._handles = dict(self._handles)
-        self._inotify.shrink()
 
     @property
     def fd(self) -> int:
         return self._inotify.fd
 
-    def watch_directory(self, fd: int, handle: object) -> Watch:
-        """Watch the directory behind an O_PATH descriptor. Raises WatchLimit, OSError."""
+    def watch_directory(self, fd: int, handle: object) -> int:
+        """Watch the directory behind an O_PATH descriptor; its watch descriptor. Raises WatchLimit, OSError."""
         return self._add(fd, _DIRECTORY, handle)
 
-    def watch_names(self, fd: int, handle: object) -> Watch:
+    def watch_names(self, fd: int, handle: object) -> int:
         """Watch which names a directory has, and nothing else of it. Raises as above."""
         return self._add(fd, _DIRECTORY_NAMES, handle)
 
-    def watch_file(self, fd: int, handle: object) -> Watch:
+    def watch_file(self, fd: int, handle: object) -> int:
         """Watch one file itself: it may change through names in directories nobody watches. Raises as above."""
         return self._add(fd, _FILE, handle)
 
-    def _add(self, fd: int, mask: Mask, handle: object) -> Watch:
+    def _add(self, fd: int, mask: int, handle: object) -> int:
         if len(self) >= self.room:
             raise WatchLimit
         try:
-            watch = self._inotify.add_watch(syscalls.proc_path(fd), mask)
+            # Not by asyncinotify, which makes a Path and a Watch of it, several times the work of the call, and keeps
+            # them until it reads IN_IGNORED, which an overflow may lose.
+            watch = listing.watch(self._inotify.fd, fd, mask)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise WatchLimit from None
             raise
-        # asyncinotify keeps the object until it reads IN_IGNORED, which an overflow may lose: 200,000 forgotten
-        # directories would stay. Whoever has a watch keeps its number, and no use is made of the path.
-        self._inotify.ignored(watch.wd)
-        watch.path = _NO_PATH
         # An inode has one watch (inotify_add_watch(2)). While a directory moves from one node to another,
         # both have it: the one that lets go must not take it from the other.
-        self._handles.setdefault(watch.wd, []).append(handle)
+        self._handles.setdefault(watch, []).append(handle)
         return watch
 
-    def unwatch(self, watch: Watch, handle: object) -> None:
+    def unwatch(self, watch: int, handle: object) -> None:
         """Let go of a watch added with this handle; one that the kernel has dropped already is fine."""
-        handles = self._handles.get(watch.wd, [])
+        handles = self._handles.get(watch, [])
         if handle not in handles:
             return
         handles.remove(handle)
         if handles:
             return
-        del self._handles[watch.wd]
+        del self._handles[watch]
         try:
-            self._inotify.rm_watch(watch)
+            listing.unwatch(self._inotify.fd, watch)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
 
-    def expect(self, watch: Watch, mask: int, name: bytes) -> None:
+    def expect(self, watch: int, mask: int, name: bytes) -> None:
         """A system call of ours has sent this event, which tells nothing new. mask: one that says how a name changed.
 
         Sent, so it is in the queue already. Another one that looks like it may be ahead of it, but not be merged with
         it, as a name cannot come twice without going in between: of the two, one is looked at, and after both it
         does not matter which.
         """
-        key = (watch.wd, mask, name)
+        key = (watch, mask, name)
         self._expected[key] = self._expected.get(key, 0) + 1
 
     async def run(self) -> None:
@@ -231,7 +204,10 @@ class Watcher:
 
     def _hand_on(self) -> int:
         """One burst of events; 0 when there is none to read."""
-        data = self._inotify.read()
+        try:
+            data = os.read(self._inotify.fd, _READ_BYTES)
+        except BlockingIOError:
+            data = b""
         self.read_at = monotonic()
         try:
             return self._take_apart(data)
@@ -270,7 +246,6 @@ class Watcher:
                 changes += [Change(handle, name, kinds) for handle in handles]
             if mask & _IGNORED:
                 self._handles.pop(wd, None)
-                self._inotify.ignored(wd)
         self._emptied = len(data) <= _READ_BYTES - _LONGEST
         if self._emptied:
             expected.clear()  # everything sent was read: what has not come was lost, and must not stand for another

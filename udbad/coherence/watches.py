@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
 
 from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
@@ -46,7 +45,7 @@ class Watched:
     """The watches of one directory."""
 
     node: Dir
-    watches: dict[int, tuple[Any, Identity]] = field(default_factory=dict)
+    watches: dict[int, tuple[int, Identity]] = field(default_factory=dict)
     """By branch index: the watch, and the identity of the branch directory it is on."""
 
 
@@ -65,7 +64,7 @@ class Watches:
         self._sb = sb
         self._mode_of = mode_of
         self._on_lost = on_lost
-        self._files: dict[int, Any] = {}
+        self._files: dict[int, int] = {}
         """The watches of files, by node id."""
         self._without: set[int] = set()
         """Directories that have no watch because of the limit."""
@@ -156,7 +155,7 @@ class Watches:
                 wanted[layer.branch.index] = layer
         return wanted
 
-    def _add(self, watcher: Watcher, node: Dir, index: int, fd: int) -> Any:
+    def _add(self, watcher: Watcher, node: Dir, index: int, fd: int) -> int | None:
         for attempt in range(2):
             try:
                 watch = watcher.watch_directory(fd, Place(node, index))

@@ -16,10 +16,8 @@ its turns. So a request costs nothing of trio, and trio nothing of a request.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import select
 from collections import deque
 from collections.abc import Awaitable, Callable
 from threading import Lock
@@ -28,7 +26,7 @@ from typing import Any, Protocol
 
 import trio
 
-from udbad.kernel import boundary
+from udbad.kernel import boundary, device
 
 log = logging.getLogger(__name__)
 
@@ -38,25 +36,11 @@ TURN_SECONDS = 0.0005
 SPIN_SECONDS = 0.00003
 
 
-class _PollFd(ctypes.Structure):
-    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
-
-
-class _Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
-
-
-# ppoll(2): select.poll knows milliseconds only, select.select no descriptor above 1023.
-_ppoll = ctypes.CDLL(None).ppoll
-_BLOCK = ctypes.byref(_Timespec(0, int(BLOCK_SECONDS * 1e9)))
-_NOT_AT_ALL = ctypes.byref(_Timespec(0, 0))
-
-
 class Server(Protocol):
     """What the loop serves."""
 
-    def take(self) -> None:
-        """Serve one request, if there is one."""
+    def take(self, seconds: float) -> bool:
+        """Serve one request, if one comes within so many seconds, in which nobody sleeps; False when none did."""
 
     def events(self) -> int:
         """The descriptor of branch events now, -1 for none."""
@@ -73,11 +57,8 @@ class Loop:
         self._open = Lock()
         """Held while `_wake` is used or closed: its number may be another descriptor's afterwards."""
         self._calls: deque[Callable[[], object]] = deque()
-        # poll(2) leaves a negative descriptor out.
-        self._polls = (_PollFd * 3)(*(_PollFd(fd, select.POLLIN, 0) for fd in (-1, self._wake, -1)))
-        self._look = select.poll()  # half the time of _ppoll, for what need not wait
-        self._look.register(self._wake, select.POLLIN)
-        self._may_spin = len(os.sched_getaffinity(0)) > 1
+        self._fd = -1
+        self._spin = SPIN_SECONDS if len(os.sched_getaffinity(0)) > 1 else 0.0
         self._server: Server | None = None
 
     def post(self, call: Callable[[], object]) -> None:
@@ -90,16 +71,13 @@ class Loop:
 
     def serve(self, fd: int, server: Server) -> None:
         """From now on requests come from `fd`, /dev/fuse, non-blocking."""
-        self._polls[0].fd = fd
-        self._look.register(fd, select.POLLIN)
+        self._fd = fd
         self._server = server
 
     def leave(self) -> None:
         """There are no requests any more, nor events."""
-        if self._server is not None:
-            self._look.unregister(self._polls[0].fd)
-            self._polls[0].fd = self._polls[2].fd = -1
-            self._server = None
+        self._fd = -1
+        self._server = None
 
     def run(self, main: Callable[[], Awaitable[None]]) -> None:
         """Run `main` on trio, and serve meanwhile. Raises what it raises."""
@@ -112,7 +90,7 @@ class Loop:
         )
         while not outcomes:
             if self._server is None:
-                self._wait(None)
+                self._wait(-1, device.FOREVER)
                 self.call_posted()
             else:
                 self._serve(self._server, outcomes)
@@ -127,25 +105,19 @@ class Loop:
             except Exception:
                 log.exception("posted work failed")
 
-    def _wait(self, timeout: Any) -> int:
-        if self._calls:
-            timeout = _NOT_AT_ALL
-        self._polls[0].revents = self._polls[1].revents = self._polls[2].revents = 0
-        ready: int = _ppoll(self._polls, 3, timeout, None)
-        if self._polls[1].revents:
-            self._awake()
-        return ready
-
-    def _awake(self) -> None:
-        try:
-            os.eventfd_read(self._wake)
-        except BlockingIOError:
-            pass
+    def _wait(self, events: int, seconds: float) -> int:
+        """What there is to do within so many seconds, as device.wait says it; what was posted is to be called then."""
+        seen = device.wait(self._fd, self._wake, events, 0.0 if self._calls else seconds)
+        if seen & device.WOKEN:
+            try:
+                os.eventfd_read(self._wake)
+            except BlockingIOError:
+                pass
+        return seen
 
     def _serve(self, server: Server, outcomes: list[Any]) -> None:
         """The loop proper, until there is another server or trio has ended."""
-        requests, wake, events = self._polls
-        fd, calls, look, take = requests.fd, self._calls, self._look.poll, server.take
+        calls, spin = self._calls, self._spin
         at_once = False
         """Whether the last request came within SPIN_SECONDS."""
         looked = 0.0
@@ -155,40 +127,24 @@ class Loop:
                 if self._server is not server or outcomes:
                     return
             now = perf_counter()
-            asked = woken = False
-            if now - looked >= TURN_SECONDS and at_once:
-                looked = now
-                events.fd = server.events()
-                self._wait(_NOT_AT_ALL)
-                boundary.settle()
-                if events.revents:
-                    server.take_events()
-                asked = requests.revents != 0
-                woken = wake.revents != 0
-            while at_once and not (asked or woken):
-                for number, _ in look(0):
-                    if number == fd:
-                        asked = True
-                    else:
-                        woken = True
-                        self._awake()
-                at_once = perf_counter() - now < SPIN_SECONDS
-            if not (asked or woken or calls):
-                requests.revents = wake.revents = 0
-                if now - looked < TURN_SECONDS and _ppoll(self._polls, 2, _BLOCK, None):
-                    if wake.revents:
-                        self._awake()
-                else:
+            if at_once:
+                if now - looked >= TURN_SECONDS:
+                    looked = now
                     boundary.settle()
-                    events.fd = server.events()
-                    self._wait(None)
-                    looked = perf_counter()
-                    if events.revents:
+                    if self._wait(server.events(), 0.0) & device.EVENTS:
                         server.take_events()
-                at_once = self._may_spin and perf_counter() - now < SPIN_SECONDS
-                asked = requests.revents != 0
-            if asked:
-                take()
+                at_once = server.take(spin)
+                continue
+            seen = self._wait(-1, BLOCK_SECONDS) if now - looked < TURN_SECONDS else 0
+            if not (seen or calls):
+                boundary.settle()
+                seen = self._wait(server.events(), device.FOREVER)
+                looked = perf_counter()
+                if seen & device.EVENTS:
+                    server.take_events()
+            at_once = perf_counter() - now < spin
+            if seen & device.REQUESTS:
+                server.take(0.0)
 
     def close(self) -> None:
         """After `run` has returned. What is posted from now on is not called."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import Any
@@ -25,8 +24,9 @@ from udbad.edge.table import OLD_SETXATTR, TABLE, Body, Row, first_number, forgo
 from udbad.edge.waiting import RETRIED, Request, Waiting
 from udbad.inodes.record import Record
 from udbad.kernel import boundary, wire
+from udbad.kernel.device import answer, receive
 from udbad.kernel.passthrough import Passthrough
-from udbad.kernel.protocol import MAX_REQUEST
+from udbad.kernel.received import Received
 from udbad.union.fs import UnionFs
 from udbad.union.superblock import NeedCopyUp
 
@@ -35,10 +35,6 @@ log = logging.getLogger(__name__)
 _GONE = (errno.ENOENT, errno.EINTR)
 _TAKEN_BACK = (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED)
 """Errors of an answer that nobody waits for any more."""
-_BIG_REPLY = 4096
-"""Bytes of data from which on copying it behind a header costs more than a second vector."""
-_header = wire.REQUEST.unpack_from
-_reply = wire.REPLY.pack
 _SILENT = (wire.FORGET, wire.BATCH_FORGET)
 
 Bound = tuple[Any, Any, Any, int, boundary.OpStats, Row, Rule | None]
@@ -51,15 +47,16 @@ class _Waiter(Request):
 
     __slots__ = ("_arguments", "_native", "_node", "_row", "_rule", "_start", "_stats")
 
-    def __init__(self, native: Native, bound: Bound, head: Any, arguments: tuple[Any, ...], start: float) -> None:
-        _, _, unique, node, _, _, pid = head
+    def __init__(
+        self, native: Native, bound: Bound, request: Received, arguments: tuple[Any, ...], start: float
+    ) -> None:
         _, _, _, _, stats, row, rule = bound
-        super().__init__(unique, pid, tuple(arguments[index] for index in row.directories))
+        super().__init__(request.unique, request.pid, tuple(arguments[index] for index in row.directories))
         self._native = native
         self._row = row
         self._rule = rule
         self._stats = stats
-        self._node = node
+        self._node = request.node
         # The buffer will hold other requests.
         self._arguments = tuple(bytes(each) if type(each) is memoryview else each for each in arguments)
         self._start = start
@@ -133,8 +130,8 @@ class Native:
         self.aborted = False
         """Whether the connection has ended because somebody has aborted it, through fusectl."""
         self._over: trio.Event | None = None
-        self._buffer = bytearray(MAX_REQUEST + 4096)
-        self._into = [self._buffer]
+        self._table = fs.table
+        self._request = Received()
         rows = TABLE if setxattr_ext else {**TABLE, wire.SETXATTR: OLD_SETXATTR}
         if fs.kept is not None:
             rows = without_open(rows, not fs.sb.options.show_whiteouts)
@@ -179,60 +176,59 @@ class Native:
     def take_events(self) -> None:
         self.operations.coherence.take_events()
 
-    def take(self) -> None:
-        """Serve one request, if there is one."""
+    def take(self, seconds: float = 0.0) -> bool:
+        """Serve one request; False when there was none, however often it was looked for in so many seconds."""
+        request = self._request
         try:
-            size = os.readv(self._fd, self._into)
-        except BlockingIOError:
-            return
+            if not receive(self._fd, request, seconds):
+                return False
         except OSError as error:
             if error.errno not in _GONE:  # else taken back while it was read
                 self.aborted = error.errno == errno.ECONNABORTED  # FUSE_ABORT_ERROR; unmounted: ENODEV
                 self.terminate()
-            return
-        table = self.fs.table
+            return False
+        table = self._table
         if table.over_budget():  # between operations, none of which has a descriptor of a directory
             table.trim()
-        buffer = self._buffer
-        head = _header(buffer)
-        bound = self._rows.get(head[1])
-        if bound is None or head[0] != size:
-            self._take_other(head, size)
-            return
+        bound = self._rows.get(request.opcode)
+        if bound is None or request.length != request.size:
+            self._take_other(request)
+            return True
         parse, operation, encode, least, stats, row, rule = bound
         once = self.once
-        if size < least:
-            self._take_other(head, size)
-            return
+        if request.size < least:
+            self._take_other(request)
+            return True
         start = perf_counter()
         number = 0
         body: Body = b""
         arguments: tuple[Any, ...] = ()
         result = None
         try:
-            arguments = parse(head, buffer, size)
+            arguments = parse(request)
             if rule is None or once is None:
                 result = operation(self.operations, *arguments)
             else:
-                result = once.perform(rule, head[2], operation, arguments)
+                result = once.perform(rule, request.unique, operation, arguments)
             body = encode(result)
         except (NeedCopyUp, Later) as error:
-            self.waiting.go_on(_Waiter(self, bound, head, arguments, start), error)
-            return
+            self.waiting.go_on(_Waiter(self, bound, request, arguments, start), error)
+            return True
         except Answered as answered:
             number, body = answered.number, answered.body
         except OSError as error:
             if error.errno in RETRIED:
-                self.waiting.go_on(_Waiter(self, bound, head, arguments, start), error)
-                return
-            number = boundary.number_of(error, stats, row.name, head[3])
+                self.waiting.go_on(_Waiter(self, bound, request, arguments, start), error)
+                return True
+            number = boundary.number_of(error, stats, row.name, request.node)
         except Exception as error:
-            number = boundary.number_of(error, stats, row.name, head[3])
+            number = boundary.number_of(error, stats, row.name, request.node)
         if self.record is not None:
-            self.keep(rule, head[2], number, body)
+            self.keep(rule, request.unique, number, body)
         stats.count(perf_counter() - start, number)
-        if (not self.send(head[2], number, body) or number) and row.undo is not None and result is not None:
+        if (not self.send(request.unique, number, body) or number) and row.undo is not None and result is not None:
             row.undo(self.operations, result)
+        return True
 
     def keep(self, rule: Rule | None, unique: int, number: int, body: Body) -> None:
         """Record what an operation has changed, then that it was done. A handle is rather given anew than to nobody."""
@@ -247,42 +243,37 @@ class Native:
         if rule is not None and not rule.opens:
             self.once.result(unique, number, body)
 
-    def _take_other(self, head: Any, size: int) -> None:
+    def _take_other(self, request: Received) -> None:
         """A request that is no operation, or one that makes no sense."""
-        length, opcode, unique, node, _, _, _ = head
-        if size < wire.BODY:  # what follows is of an earlier request
-            log.error("malformed request of %d bytes", size)
+        opcode = request.opcode
+        if request.size < wire.BODY:  # what follows is of an earlier request
+            log.error("malformed request of %d bytes", request.size)
             return
         try:
-            if length != size or opcode in self._rows:
-                raise boundary.Malformed(f"{length} bytes long, of which {size} came")
+            if request.length != request.size or opcode in self._rows:
+                raise boundary.Malformed(f"{request.length} bytes long, of which {request.size} came")
             if opcode == wire.FORGET:
-                self.fs.forget(node, first_number(self._buffer, size))
+                self.fs.forget(request.node, first_number(request))
                 return
             if opcode == wire.BATCH_FORGET:
-                for one, times in forgotten(self._buffer, size):
+                for one, times in forgotten(request):
                     self.fs.forget(one, times)
                 return
             if opcode == wire.INTERRUPT:
-                self.waiting.interrupt(first_number(self._buffer, size))
+                self.waiting.interrupt(first_number(request))
                 return
         except Exception as error:
-            number = boundary.number_of(error, boundary.operation("forget"), f"opcode {opcode}", node)
+            number = boundary.number_of(error, boundary.operation("forget"), f"opcode {opcode}", request.node)
             if opcode not in _SILENT:
-                self.send(unique, number, b"")
+                self.send(request.unique, number, b"")
             return
         # For an operation that we do not have. The kernel does not ask for it again then.
-        self.send(unique, 0 if opcode == wire.DESTROY else errno.ENOSYS, b"")
+        self.send(request.unique, 0 if opcode == wire.DESTROY else errno.ENOSYS, b"")
 
     def send(self, unique: int, number: int, body: Body) -> bool:
         """Any thread. False when the kernel has not taken the answer, because whoever asked was killed meanwhile."""
         try:
-            if number:
-                os.write(self._fd, _reply(16, -number, unique))
-            elif len(body) > _BIG_REPLY:
-                os.writev(self._fd, [_reply(16 + len(body), 0, unique), body])
-            else:
-                os.write(self._fd, _reply(16 + len(body), 0, unique) + body)
+            answer(self._fd, unique, number, body)
         except OSError as error:
             if error.errno not in _TAKEN_BACK:
                 log.error("cannot answer a request: %s", error.strerror)

@@ -1,9 +1,8 @@
 """One row for each opcode: how its request is taken apart, which operation it is, how the result is packed.
 
-Requests and answers are those of linux/fuse.h. A parser is given the header, the buffer that the request begins, and
-its size in bytes, of which its own `least` is sure; whatever else it takes it has to look at first, as behind the
-request the buffer still holds those before it. One that makes no sense raises Malformed. To add an operation: a method
-in operations.py, a row here.
+Requests and answers are those of linux/fuse.h. A parser is given what was received, of whose size its own `least` is
+sure; whatever else it takes it has to look at first, as behind the request the buffer still holds those before it. One
+that makes no sense raises Malformed. To add an operation: a method in operations.py, a row here.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ from udbad.edge.operations import Attributes, Entry, Negative, Opened, Operation
 from udbad.inodes.table import Node
 from udbad.kernel import wire
 from udbad.kernel.boundary import Malformed
+from udbad.kernel.device import name_at
 from udbad.kernel.protocol import MAX_REQUEST
+from udbad.kernel.received import Received
 from udbad.types import Caller
 from udbad.union.fs import NOW, SetAttr, Time
 
-Head = tuple[int, int, int, int, int, int, int]
-"""wire.REQUEST: length, opcode, unique, node id, uid, gid, pid."""
-_NODE, _UID, _GID, _PID = 3, 4, 5, 6
 Body = bytes | bytearray
 
 T = TypeVar("T")
@@ -43,7 +41,7 @@ class Row:
 
     name: str
     least: int
-    parse: Callable[[Head, bytearray, int], tuple[Any, ...]]
+    parse: Callable[[Received], tuple[Any, ...]]
     operation: Callable[..., Any]
     encode: Callable[[Any], Body]
     undo: Callable[[Operations, Any], object] | None
@@ -53,7 +51,7 @@ class Row:
 def row(
     name: str,
     least: int,
-    parse: Callable[[Head, bytearray, int], tuple[*Ts]],
+    parse: Callable[[Received], tuple[*Ts]],
     operation: Callable[[Operations, *Ts], T],
     encode: Callable[[T], Body],
     undo: Callable[[Operations, T], object] | None = None,
@@ -66,96 +64,90 @@ def row(
 # -- taking requests apart ------------------------------------------------------------------------
 
 
-def _caller(head: Head, umask: int = 0) -> Caller:
-    return Caller(head[_UID], head[_GID], head[_PID], umask)
+def _caller(request: Received, umask: int = 0) -> Caller:
+    return Caller(request.uid, request.gid, request.pid, umask)
 
 
-def _last_name(buffer: bytearray, start: int, size: int) -> bytes:
+def _last_name(request: Received, start: int) -> bytes:
     """The name that the request ends with."""
-    end = size - 1
-    if buffer.find(0, start, size) != end:
+    name = name_at(request, start)
+    if name is None:
         raise Malformed("a name without an end")
-    return bytes(buffer[start:end])
+    return name
 
 
-def _two_names(buffer: bytearray, start: int, size: int) -> tuple[bytes, bytes]:
-    middle = buffer.find(0, start, size)
+def _two_names(request: Received, start: int) -> tuple[bytes, bytes]:
+    middle = request.buffer.find(0, start, request.size)
     if middle < 0:
         raise Malformed("a name without an end")
-    return bytes(buffer[start:middle]), _last_name(buffer, middle + 1, size)
+    return bytes(request.buffer[start:middle]), _last_name(request, middle + 1)
 
 
-def _node(head: Head, buffer: bytearray, size: int) -> tuple[int]:
-    return (head[_NODE],)
+def _node(request: Received) -> tuple[int]:
+    return (request.node,)
 
 
-def _nothing(head: Head, buffer: bytearray, size: int) -> tuple[()]:
+def _nothing(request: Received) -> tuple[()]:
     return ()
 
 
-def _node_and_name(head: Head, buffer: bytearray, size: int) -> tuple[int, bytes]:
-    end = size - 1
-    if buffer.find(0, _BODY, size) != end:
-        raise Malformed("a name without an end")
-    return head[_NODE], bytes(buffer[_BODY:end])
+def _node_and_name(request: Received) -> tuple[int, bytes]:
+    return request.node, _last_name(request, _BODY)
 
 
-def _lookup(head: Head, buffer: bytearray, size: int) -> tuple[int, bytes, int]:
-    end = size - 1
-    if buffer.find(0, _BODY, size) != end:
-        raise Malformed("a name without an end")
-    return head[_NODE], bytes(buffer[_BODY:end]), head[_PID]
+def _lookup(request: Received) -> tuple[int, bytes, int]:
+    return request.node, _last_name(request, _BODY), request.pid
 
 
-def _handle(head: Head, buffer: bytearray, size: int) -> tuple[int]:
-    return wire.QWORD.unpack_from(buffer, _BODY)
+def _handle(request: Received) -> tuple[int]:
+    return wire.QWORD.unpack_from(request.buffer, _BODY)
 
 
-def _mknod(head: Head, buffer: bytearray, size: int) -> tuple[int, bytes, int, int, Caller]:
-    mode, rdev, umask, _ = wire.FOUR_WORDS.unpack_from(buffer, _BODY)
-    return head[_NODE], _last_name(buffer, _BODY + 16, size), mode, rdev, _caller(head, umask)
+def _mknod(request: Received) -> tuple[int, bytes, int, int, Caller]:
+    mode, rdev, umask, _ = wire.FOUR_WORDS.unpack_from(request.buffer, _BODY)
+    return request.node, _last_name(request, _BODY + 16), mode, rdev, _caller(request, umask)
 
 
-def _mkdir(head: Head, buffer: bytearray, size: int) -> tuple[int, bytes, int, Caller]:
-    mode, umask = wire.TWO_WORDS.unpack_from(buffer, _BODY)
-    return head[_NODE], _last_name(buffer, _BODY + 8, size), mode, _caller(head, umask)
+def _mkdir(request: Received) -> tuple[int, bytes, int, Caller]:
+    mode, umask = wire.TWO_WORDS.unpack_from(request.buffer, _BODY)
+    return request.node, _last_name(request, _BODY + 8), mode, _caller(request, umask)
 
 
-def _symlink(head: Head, buffer: bytearray, size: int) -> tuple[int, bytes, bytes, Caller]:
-    return head[_NODE], *_two_names(buffer, _BODY, size), _caller(head)
+def _symlink(request: Received) -> tuple[int, bytes, bytes, Caller]:
+    return request.node, *_two_names(request, _BODY), _caller(request)
 
 
-def _link(head: Head, buffer: bytearray, size: int) -> tuple[int, int, bytes]:
-    (node_id,) = wire.QWORD.unpack_from(buffer, _BODY)
-    return node_id, head[_NODE], _last_name(buffer, _BODY + 8, size)
+def _link(request: Received) -> tuple[int, int, bytes]:
+    (node_id,) = wire.QWORD.unpack_from(request.buffer, _BODY)
+    return node_id, request.node, _last_name(request, _BODY + 8)
 
 
-def _rename(head: Head, buffer: bytearray, size: int) -> tuple[int, bytes, int, bytes, int]:
-    (dst_dir,) = wire.QWORD.unpack_from(buffer, _BODY)
-    src, dst = _two_names(buffer, _BODY + 8, size)
-    return head[_NODE], src, dst_dir, dst, 0
+def _rename(request: Received) -> tuple[int, bytes, int, bytes, int]:
+    (dst_dir,) = wire.QWORD.unpack_from(request.buffer, _BODY)
+    src, dst = _two_names(request, _BODY + 8)
+    return request.node, src, dst_dir, dst, 0
 
 
-def _rename2(head: Head, buffer: bytearray, size: int) -> tuple[int, bytes, int, bytes, int]:
-    dst_dir, flags = wire.QWORD_AND_WORD.unpack_from(buffer, _BODY)
-    src, dst = _two_names(buffer, _BODY + 16, size)
-    return head[_NODE], src, dst_dir, dst, flags
+def _rename2(request: Received) -> tuple[int, bytes, int, bytes, int]:
+    dst_dir, flags = wire.QWORD_AND_WORD.unpack_from(request.buffer, _BODY)
+    src, dst = _two_names(request, _BODY + 16)
+    return request.node, src, dst_dir, dst, flags
 
 
-def _create(head: Head, buffer: bytearray, size: int) -> tuple[int, bytes, int, int, Caller]:
-    flags, mode, umask, _ = wire.FOUR_WORDS.unpack_from(buffer, _BODY)
-    return head[_NODE], _last_name(buffer, _BODY + 16, size), flags, mode, _caller(head, umask)
+def _create(request: Received) -> tuple[int, bytes, int, int, Caller]:
+    flags, mode, umask, _ = wire.FOUR_WORDS.unpack_from(request.buffer, _BODY)
+    return request.node, _last_name(request, _BODY + 16), flags, mode, _caller(request, umask)
 
 
-def _tmpfile(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int, Caller]:
+def _tmpfile(request: Received) -> tuple[int, int, int, Caller]:
     """As CREATE; the name is that of no file."""
-    node_id, _, flags, mode, caller = _create(head, buffer, size)
+    node_id, _, flags, mode, caller = _create(request)
     return node_id, flags, mode, caller
 
 
-def _setattr(head: Head, buffer: bytearray, size: int) -> tuple[int, SetAttr, int | None, Caller]:
+def _setattr(request: Received) -> tuple[int, SetAttr, int | None, Caller]:
     valid, fh, length, atime, mtime, _, atime_nsec, mtime_nsec, _, mode, uid, gid = wire.SETATTR_IN.unpack_from(
-        buffer, _BODY
+        request.buffer, _BODY
     )
     atime_ns: Time = NOW if valid & wire.SET_ATIME_NOW else atime * wire.BILLION + atime_nsec
     mtime_ns: Time = NOW if valid & wire.SET_MTIME_NOW else mtime * wire.BILLION + mtime_nsec
@@ -167,103 +159,108 @@ def _setattr(head: Head, buffer: bytearray, size: int) -> tuple[int, SetAttr, in
         atime_ns=atime_ns if valid & wire.SET_ATIME else None,
         mtime_ns=mtime_ns if valid & wire.SET_MTIME else None,
     )
-    return head[_NODE], changes, fh if valid & wire.SET_FH else None, _caller(head)
+    return request.node, changes, fh if valid & wire.SET_FH else None, _caller(request)
 
 
-def _getxattr(head: Head, buffer: bytearray, size: int) -> tuple[int, bytes, int]:
-    room, _ = wire.TWO_WORDS.unpack_from(buffer, _BODY)
-    return head[_NODE], _last_name(buffer, _BODY + 8, size), room
+def _getxattr(request: Received) -> tuple[int, bytes, int]:
+    room, _ = wire.TWO_WORDS.unpack_from(request.buffer, _BODY)
+    return request.node, _last_name(request, _BODY + 8), room
 
 
-def _listxattr(head: Head, buffer: bytearray, size: int) -> tuple[int, Caller, int]:
-    room, _ = wire.TWO_WORDS.unpack_from(buffer, _BODY)
-    return head[_NODE], _caller(head), room
+def _listxattr(request: Received) -> tuple[int, Caller, int]:
+    room, _ = wire.TWO_WORDS.unpack_from(request.buffer, _BODY)
+    return request.node, _caller(request), room
 
 
-def _removexattr(head: Head, buffer: bytearray, size: int) -> tuple[int, bytes, Caller]:
-    return head[_NODE], _last_name(buffer, _BODY, size), _caller(head)
+def _removexattr(request: Received) -> tuple[int, bytes, Caller]:
+    return request.node, _last_name(request, _BODY), _caller(request)
 
 
-def _setxattr(head: Head, buffer: bytearray, size: int) -> tuple[int, bytes, bytes, Caller, int, bool]:
+def _setxattr(request: Received) -> tuple[int, bytes, bytes, Caller, int, bool]:
     """As before Linux 5.13, or without FUSE_SETXATTR_EXT."""
-    return _key_and_value(head, buffer, size, _BODY + wire.TWO_WORDS.size, False)
+    return _key_and_value(request, _BODY + wire.TWO_WORDS.size, False)
 
 
-def _setxattr_ext(head: Head, buffer: bytearray, size: int) -> tuple[int, bytes, bytes, Caller, int, bool]:
+def _setxattr_ext(request: Received) -> tuple[int, bytes, bytes, Caller, int, bool]:
     start = _BODY + wire.TWO_WORDS.size
-    (more,) = wire.SETXATTR_FLAGS.unpack_from(buffer, start)
-    return _key_and_value(head, buffer, size, start + wire.SETXATTR_FLAGS.size, more & wire.ACL_KILL_SGID != 0)
+    (more,) = wire.SETXATTR_FLAGS.unpack_from(request.buffer, start)
+    return _key_and_value(request, start + wire.SETXATTR_FLAGS.size, more & wire.ACL_KILL_SGID != 0)
 
 
-def _key_and_value(
-    head: Head, buffer: bytearray, size: int, start: int, kill_sgid: bool
-) -> tuple[int, bytes, bytes, Caller, int, bool]:
-    length, flags = wire.TWO_WORDS.unpack_from(buffer, _BODY)
-    end = size - length - 1
-    if end < start or buffer.find(0, start, size) != end:
+def _key_and_value(request: Received, start: int, kill_sgid: bool) -> tuple[int, bytes, bytes, Caller, int, bool]:
+    length, flags = wire.TWO_WORDS.unpack_from(request.buffer, _BODY)
+    end = request.size - length - 1
+    if end < start or request.buffer.find(0, start, request.size) != end:
         raise Malformed("an attribute whose name and value are not as long as it is")
-    return head[_NODE], bytes(buffer[start:end]), bytes(buffer[end + 1 : size]), _caller(head), flags, kill_sgid
+    return (
+        request.node,
+        bytes(request.buffer[start:end]),
+        bytes(request.buffer[end + 1 : request.size]),
+        _caller(request),
+        flags,
+        kill_sgid,
+    )
 
 
-def _open(head: Head, buffer: bytearray, size: int) -> tuple[int, int, Caller]:
-    flags, _ = wire.TWO_WORDS.unpack_from(buffer, _BODY)
-    return head[_NODE], flags, Caller(head[_UID], head[_GID], head[_PID], 0)
+def _open(request: Received) -> tuple[int, int, Caller]:
+    flags, _ = wire.TWO_WORDS.unpack_from(request.buffer, _BODY)
+    return request.node, flags, Caller(request.uid, request.gid, request.pid, 0)
 
 
-def _opendir(head: Head, buffer: bytearray, size: int) -> tuple[int, int]:
-    return head[_NODE], head[_PID]
+def _opendir(request: Received) -> tuple[int, int]:
+    return request.node, request.pid
 
 
-def _read(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int]:
+def _read(request: Received) -> tuple[int, int, int]:
     """Handle, offset or position, room in bytes; READDIR, too."""
-    arguments: tuple[int, int, int] = wire.READ_IN.unpack_from(buffer, _BODY)
+    arguments: tuple[int, int, int] = wire.READ_IN.unpack_from(request.buffer, _BODY)
     if arguments[2] > MAX_REQUEST:
         raise Malformed("more is asked for than was agreed on")
     return arguments
 
 
-def _write(head: Head, buffer: bytearray, size: int) -> tuple[int, int, memoryview]:
-    fh, offset, length = wire.READ_IN.unpack_from(buffer, _BODY)
+def _write(request: Received) -> tuple[int, int, memoryview]:
+    fh, offset, length = wire.READ_IN.unpack_from(request.buffer, _BODY)
     end = wire.WRITE_DATA + length
-    if end > size:
+    if end > request.size:
         raise Malformed("less data than it says")
-    return fh, offset, memoryview(buffer)[wire.WRITE_DATA : end]
+    return fh, offset, memoryview(request.buffer)[wire.WRITE_DATA : end]
 
 
-def _fsync(head: Head, buffer: bytearray, size: int) -> tuple[int, bool]:
-    fh, flags = wire.QWORD_AND_WORD.unpack_from(buffer, _BODY)
+def _fsync(request: Received) -> tuple[int, bool]:
+    fh, flags = wire.QWORD_AND_WORD.unpack_from(request.buffer, _BODY)
     return fh, flags & wire.FSYNC_DATA_ONLY != 0
 
 
-def _fallocate(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int, int]:
-    fh, offset, length, mode = wire.FALLOCATE_IN.unpack_from(buffer, _BODY)
+def _fallocate(request: Received) -> tuple[int, int, int, int]:
+    fh, offset, length, mode = wire.FALLOCATE_IN.unpack_from(request.buffer, _BODY)
     return fh, mode, offset, length
 
 
-def _lseek(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int]:
-    arguments: tuple[int, int, int] = wire.LSEEK_IN.unpack_from(buffer, _BODY)
+def _lseek(request: Received) -> tuple[int, int, int]:
+    arguments: tuple[int, int, int] = wire.LSEEK_IN.unpack_from(request.buffer, _BODY)
     return arguments
 
 
-def _copy(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int, int, int]:
+def _copy(request: Received) -> tuple[int, int, int, int, int]:
     """What the answer to COPY_FILE_RANGE has room for."""
-    return *_copy_64(head, buffer, size)[:4], min(wire.COPY_IN.unpack_from(buffer, _BODY)[5], wire.MOST_COPIED)
+    return *_copy_64(request)[:4], min(wire.COPY_IN.unpack_from(request.buffer, _BODY)[5], wire.MOST_COPIED)
 
 
-def _copy_64(head: Head, buffer: bytearray, size: int) -> tuple[int, int, int, int, int]:
-    fh_in, offset_in, _, fh_out, offset_out, length = wire.COPY_IN.unpack_from(buffer, _BODY)
+def _copy_64(request: Received) -> tuple[int, int, int, int, int]:
+    fh_in, offset_in, _, fh_out, offset_out, length = wire.COPY_IN.unpack_from(request.buffer, _BODY)
     return fh_in, offset_in, fh_out, offset_out, length
 
 
-_Parser = Callable[[Head, bytearray, int], tuple[Any, ...]]
+_Parser = Callable[[Received], tuple[Any, ...]]
 
 
 def _kept(parse: _Parser) -> _Parser:
     """`parse`, whose first argument is a handle, with the number of the node's kept file in the place of none."""
 
-    def parse_kept(head: Head, buffer: bytearray, size: int) -> tuple[Any, ...]:
-        arguments = parse(head, buffer, size)
-        return arguments if arguments[0] else (-head[_NODE], *arguments[1:])
+    def parse_kept(request: Received) -> tuple[Any, ...]:
+        arguments = parse(request)
+        return arguments if arguments[0] else (-request.node, *arguments[1:])
 
     return parse_kept
 
@@ -271,19 +268,19 @@ def _kept(parse: _Parser) -> _Parser:
 def _both_kept(parse: _Parser) -> _Parser:
     """The same of a copy: the source's handle is the first argument, the target's the third."""
 
-    def parse_kept(head: Head, buffer: bytearray, size: int) -> tuple[Any, ...]:
-        fh_in, offset_in, fh_out, *rest = parse(head, buffer, size)
-        target = wire.COPY_IN.unpack_from(buffer, _BODY)[2]
-        return fh_in or -head[_NODE], offset_in, fh_out or -target, *rest
+    def parse_kept(request: Received) -> tuple[Any, ...]:
+        fh_in, offset_in, fh_out, *rest = parse(request)
+        target = wire.COPY_IN.unpack_from(request.buffer, _BODY)[2]
+        return fh_in or -request.node, offset_in, fh_out or -target, *rest
 
     return parse_kept
 
 
-def _write_kept(head: Head, buffer: bytearray, size: int) -> tuple[int, int, memoryview, int]:
+def _write_kept(request: Received) -> tuple[int, int, memoryview, int]:
     """With the flags of open(2), which nobody has told of."""
-    fh, offset, data = _write(head, buffer, size)
-    (flags,) = wire.WORD.unpack_from(buffer, wire.WRITE_FLAGS_AT)
-    return fh or -head[_NODE], offset, data, flags
+    fh, offset, data = _write(request)
+    (flags,) = wire.WORD.unpack_from(request.buffer, wire.WRITE_FLAGS_AT)
+    return fh or -request.node, offset, data, flags
 
 
 # -- operations that have to know how much room there is --------------------------------------------
@@ -333,14 +330,7 @@ def _readdirplus(operations: Operations, fh: int, start: int, room: int) -> _Lis
 
 def _readdir(operations: Operations, fh: int, start: int, room: int) -> bytes:
     """Without attributes."""
-    parts: list[bytes] = []
-    dirent, least = wire.dirent, wire.DIRENT_SIZE
-    for name, number, kind, after in operations.names(fh, start):
-        room -= least + (len(name) + 7 & ~7)
-        if room < 0:
-            break
-        parts.append(dirent(number, kind, name, after))
-    return b"".join(parts)
+    return wire.dirents(operations.names(fh, start), room)
 
 
 # -- packing results --------------------------------------------------------------------------------
@@ -501,19 +491,19 @@ def without_open(rows: Mapping[int, Row], directories: bool) -> dict[int, Row]:
     return kept
 
 
-def first_number(buffer: bytearray, size: int) -> int:
+def first_number(request: Received) -> int:
     """Of FORGET: how many references are given back. Of INTERRUPT: the unique number of the request it is about."""
-    if size < _BODY + wire.QWORD.size:
+    if request.size < _BODY + wire.QWORD.size:
         raise Malformed("too short")
-    number: int = wire.QWORD.unpack_from(buffer, _BODY)[0]
+    number: int = wire.QWORD.unpack_from(request.buffer, _BODY)[0]
     return number
 
 
-def forgotten(buffer: bytearray, size: int) -> Iterator[tuple[int, int]]:
+def forgotten(request: Received) -> Iterator[tuple[int, int]]:
     """What BATCH_FORGET gives back: (node id, references)."""
     start = _BODY + wire.TWO_WORDS.size
-    count = wire.TWO_WORDS.unpack_from(buffer, _BODY)[0] if size >= start else 1
+    count = wire.TWO_WORDS.unpack_from(request.buffer, _BODY)[0] if request.size >= start else 1
     end = start + count * wire.FORGET_ONE.size
-    if end > size:
+    if end > request.size:
         raise Malformed("less than it says")
-    return wire.FORGET_ONE.iter_unpack(memoryview(buffer)[start:end])
+    return wire.FORGET_ONE.iter_unpack(memoryview(request.buffer)[start:end])

@@ -38,3 +38,13 @@ cdef class Dir(Node):
     cdef public long long floor, probes, load_at, version, resolved, sure, cached_opens, mtime_offset
     cdef public double ttl
     cdef public bint trusted, hot, listed, quiet
+
+cdef class InodeTable:
+    cdef dict __dict__  # for what is replaced: on_drop and the like
+    cdef public Dir root
+    cdef public dict nodes
+    cdef public object _files, _fd_dirs, record
+    cdef public long long open_fds, _max_fds, _all_fds, _trim_below
+    cpdef bint over_budget(self)
+    cpdef add(self, Node node)
+    cpdef Node add_file(self, Node node, Dir parent, bytes name)

@@ -3,6 +3,7 @@
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from udbad.branch.cstat cimport fill, stat_t
@@ -74,14 +75,39 @@ def entry(Node node not None, object st, double entry_timeout, double attr_timeo
     return body
 
 
-def dirent(uint64_t number, uint32_t kind, bytes name not None, uint64_t after):
-    """fuse_dirent. kind: S_IFMT bits. after: offset of the entry that follows."""
+cdef Py_ssize_t put_dirent(char *start, Py_ssize_t room, uint64_t number, uint32_t kind, bytes name, uint64_t after):
+    """The bytes that it takes; no more than `room` are written."""
     cdef Py_ssize_t size = len(name)
     cdef Py_ssize_t padded = (size + 7) & ~7
-    body = PyBytes_FromStringAndSize(NULL, sizeof(fuse_dirent) + padded)
-    cdef char *start = PyBytes_AS_STRING(body)
     cdef fuse_dirent *out = <fuse_dirent *>start
-    out.ino, out.off, out.namelen, out.type = number, after, size, kind >> 12
-    memcpy(start + sizeof(fuse_dirent), PyBytes_AS_STRING(name), size)
-    memset(start + sizeof(fuse_dirent) + size, 0, padded - size)
+    if <Py_ssize_t>sizeof(fuse_dirent) + padded <= room:
+        out.ino, out.off, out.namelen, out.type = number, after, size, kind >> 12
+        memcpy(start + sizeof(fuse_dirent), PyBytes_AS_STRING(name), size)
+        memset(start + sizeof(fuse_dirent) + size, 0, padded - size)
+    return sizeof(fuse_dirent) + padded
+
+
+def dirent(uint64_t number, uint32_t kind, bytes name not None, uint64_t after):
+    """fuse_dirent. kind: S_IFMT bits. after: offset of the entry that follows."""
+    cdef Py_ssize_t size = sizeof(fuse_dirent) + ((len(name) + 7) & ~7)
+    body = PyBytes_FromStringAndSize(NULL, size)
+    put_dirent(PyBytes_AS_STRING(body), size, number, kind, name, after)
     return body
+
+
+def dirents(object entries, Py_ssize_t room):
+    """As many of them as there are bytes of room for."""
+    cdef char *buffer = <char *>malloc(max(room, 1))
+    cdef Py_ssize_t used = 0
+    cdef Py_ssize_t taken
+    if not buffer:
+        raise MemoryError
+    try:
+        for name, number, kind, after in entries:
+            taken = put_dirent(buffer + used, room - used, number, kind, <bytes?>name, after)
+            if taken > room - used:
+                break
+            used += taken
+        return PyBytes_FromStringAndSize(buffer, used)
+    finally:
+        free(buffer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterable
 from functools import lru_cache
 
 from udbad import compiled
@@ -154,9 +155,20 @@ def dirent(number: int, kind: int, name: bytes, after: int) -> bytes:
     return _DIRENT.pack(number, after, size, kind >> 12) + name + _PADDING[size & 7]
 
 
+def dirents(entries: Iterable[tuple[bytes, int, int, int]], room: int) -> bytes:
+    """As many fuse_dirents as there are bytes of room for. entries: name, number, S_IFMT bits, offset after it."""
+    parts = []
+    for name, number, kind, after in entries:
+        room -= DIRENT_SIZE + (len(name) + 7 & ~7)
+        if room < 0:
+            break
+        parts.append(dirent(number, kind, name, after))
+    return b"".join(parts)
+
+
 _PADDING = [b"\0" * (-size & 7) for size in range(8)]
 NO_ENTRY = bytes(ENTRY_SIZE)
 """Before "." and ".." of a READDIRPLUS: nothing is looked up by them."""
 
 if not compiled.why_not():
-    from udbad.kernel.cwire import attributes, dirent, entry  # noqa: F401  # the same, as structures of C
+    from udbad.kernel.cwire import attributes, dirent, dirents, entry  # noqa: F401  # the same, as structures of C

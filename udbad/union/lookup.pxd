@@ -1,3 +1,4 @@
+from udbad.union.superblock cimport Superblock
 from udbad.inodes.table cimport Node, Dir, Layer
 cdef class Found:
     cdef public long kind, examined

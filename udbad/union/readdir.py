@@ -31,6 +31,7 @@ Entry = tuple[bytes, Node, os.stat_result, int]
 """name, node, attributes, position of the entry after it."""
 
 DOTS = 2
+_DOT = ord(b".")
 _ANY = (1 << 32) - 2
 """A number for what has none that we know: not 0, which getdents64(2) takes for no entry."""
 _NOT_KNOWN = (0, 0, 0)
@@ -162,15 +163,16 @@ def names_only(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Name]:
     # As in `entries`: a trusted view may have changed since the snapshot.
     hits = node.view if node.trusted and node.view is not None else None
     prefix = whiteout.PREFIX
+    name: bytes
     for position in range(max(start - DOTS, 0), len(names)):
         name = names[position]
-        if name == prefix:
-            continue
         after = base + position + DOTS + 1
+        if name[0] == _DOT and name.startswith(prefix):
+            if name != prefix:
+                yield name, _ANY, st_mod.S_IFREG, after
+            continue
         hit = handle.hits.get(name) if hits is None else hits.get(name, -1)
-        if name.startswith(prefix):
-            yield name, _ANY, st_mod.S_IFREG, after
-        elif hit is None:
+        if hit is None:
             asked = _ask(sb, node, name)
             if asked is not None:
                 yield name, *asked, after

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from udbad.branch import syscalls
@@ -73,13 +73,15 @@ LAST_DEPTH = 63
 """Lookups that asked this many branches or more are counted together."""
 
 
-@dataclass(slots=True)
 class Counters:
     """Plain counters that metrics read at scrape time; index of depths is branches examined."""
 
-    depth_found: list[int] = field(default_factory=lambda: [0] * (LAST_DEPTH + 1))
-    depth_negative: list[int] = field(default_factory=lambda: [0] * (LAST_DEPTH + 1))
-    depth_whiteout: list[int] = field(default_factory=lambda: [0] * (LAST_DEPTH + 1))
+    __slots__ = ("depth_found", "depth_negative", "depth_whiteout")
+
+    def __init__(self) -> None:
+        self.depth_found = [0] * (LAST_DEPTH + 1)
+        self.depth_negative = [0] * (LAST_DEPTH + 1)
+        self.depth_whiteout = [0] * (LAST_DEPTH + 1)
 
 
 class Notes(Protocol):

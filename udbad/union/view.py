@@ -11,25 +11,23 @@ from __future__ import annotations
 import logging
 import os
 import stat as st_mod
-import sys
 
-from udbad.branch import syscalls, whiteout
+from udbad.branch import listing, syscalls, whiteout
 from udbad.inodes.table import MAX_STACKED, Dir, Hit
 from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
 
-_AS_BYTES = (sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())  # os.fsencode() asks each time
-
-_S_IFDIR = st_mod.S_IFDIR
+_S_IFDIR, _S_IFREG = st_mod.S_IFDIR, st_mod.S_IFREG
+_DOT = ord(b".")
 
 UNKNOWN = None
 """In a view: the name has to be resolved before anything is said about it."""
 
 View = dict[bytes, Hit | None]
 
-Kinds = dict[bytes, tuple[int, int, int]]
-"""What the branch directories say of names beside them: st_dev, inode number, S_IFMT bits; of the uppermost one."""
+Kinds = dict[bytes, listing.Kind]
+"""What the branch directories say of names beside them, the uppermost one of each."""
 
 
 def scan(sb: Superblock, node: Dir, stacked: set[bytes] | None = None, kinds: Kinds | None = None) -> View:
@@ -47,30 +45,29 @@ def scan(sb: Superblock, node: Dir, stacked: set[bytes] | None = None, kinds: Ki
         here: list[bytes] = []
         fd = syscalls.open_listing(sb.layer_fd(node, layer))
         try:
-            with os.scandir(fd) as entries:
-                for entry in entries:
-                    name = entry.name.encode(*_AS_BYTES)
-                    if name.startswith(prefix) and len(name) > 4:
-                        if branch.whable and not name.startswith(whiteout.RESERVED):
-                            here.append(name[4:])
-                            if not entry.is_file(follow_symlinks=False):
-                                names.setdefault(name[4:], UNKNOWN)  # asking for the name gives EIO
-                        continue
-                    if name in whited:
-                        continue
-                    if name not in names:
-                        is_dir = entry.is_dir(follow_symlinks=False)
-                        names[name] = (index,) if is_dir else index
-                        if kinds is not None:
-                            kinds[name] = (layer.dev, entry.inode(), _S_IFDIR if is_dir else _kind(entry))
-                        continue
-                    if stacked is not None:
-                        stacked.add(name)
-                    upper = names[name]
-                    if type(upper) is tuple and entry.is_dir(follow_symlinks=False):
-                        names[name] = (*upper, index)
+            found, said = listing.read(fd, layer.dev)
         finally:
             os.close(fd)
+        name: bytes
+        for name, kind in zip(found, said, strict=True):
+            if name[0] == _DOT and len(name) > 4 and name.startswith(prefix):
+                if branch.whable and not name.startswith(whiteout.RESERVED):
+                    here.append(name[4:])
+                    if kind[2] != _S_IFREG:
+                        names.setdefault(name[4:], UNKNOWN)  # asking for the name gives EIO
+                continue
+            if name in whited:
+                continue
+            if name not in names:
+                names[name] = (index,) if kind[2] == _S_IFDIR else index
+                if kinds is not None:
+                    kinds[name] = kind
+                continue
+            if stacked is not None:
+                stacked.add(name)
+            upper = names[name]
+            if type(upper) is tuple and kind[2] == _S_IFDIR:
+                names[name] = (*upper, index)
         for name in here:
             hit = names.get(name)
             if hit is not None and (hit == index or (type(hit) is tuple and hit[-1] == index)):
@@ -79,18 +76,6 @@ def scan(sb: Superblock, node: Dir, stacked: set[bytes] | None = None, kinds: Ki
     if stacked is not None:
         stacked |= whited
     return names
-
-
-def _kind(entry: os.DirEntry[str]) -> int:
-    """S_IFMT bits of what is no directory; no system call but for devices, FIFOs and sockets."""
-    if entry.is_file(follow_symlinks=False):
-        return st_mod.S_IFREG
-    if entry.is_symlink():
-        return st_mod.S_IFLNK
-    try:
-        return st_mod.S_IFMT(entry.stat(follow_symlinks=False).st_mode)
-    except OSError:
-        return 0  # DT_UNKNOWN: whoever wants to know asks
 
 
 def load_view(sb: Superblock, node: Dir, kinds: Kinds | None = None) -> View:

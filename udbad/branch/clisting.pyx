@@ -1,0 +1,70 @@
+# What listing.py does, as calls of the C library: no object for an entry but its name and what is said of it. Used where
+# the hot modules are compiled.
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_SetFromErrno
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdio cimport snprintf
+from libc.string cimport strlen
+from posix.fcntl cimport AT_SYMLINK_NOFOLLOW
+
+from udbad.branch.cstat cimport fstatat_c, stat_t
+
+cdef extern from "<dirent.h>" nogil:
+    struct dirent64:
+        uint64_t d_ino
+        unsigned short d_reclen
+        unsigned char d_type
+        char *d_name
+    Py_ssize_t getdents64(int fd, void *buffer, size_t size)
+    enum: DT_UNKNOWN
+
+cdef extern from "<sys/stat.h>" nogil:
+    enum: S_IFMT
+
+cdef extern from "<sys/inotify.h>" nogil:
+    int inotify_add_watch(int fd, const char *path, uint32_t mask)
+
+
+def read(int fd, uint64_t dev):
+    cdef uint64_t[8192] buffer
+    cdef char *at
+    cdef char *end
+    cdef dirent64 *entry
+    cdef stat_t status
+    cdef Py_ssize_t size, length
+    cdef unsigned int kind
+    cdef list names = []
+    cdef list kinds = []
+    while True:
+        with nogil:
+            size = getdents64(fd, buffer, sizeof(buffer))
+        if size <= 0:
+            break
+        at = <char *>buffer
+        end = at + size
+        while at < end:
+            entry = <dirent64 *>at
+            at += entry.d_reclen
+            length = strlen(entry.d_name)
+            if entry.d_name[0] == b"." and (length == 1 or (length == 2 and entry.d_name[1] == b".")):
+                continue
+            names.append(PyBytes_FromStringAndSize(entry.d_name, length))
+            kind = entry.d_type << 12
+            if entry.d_type == DT_UNKNOWN and not fstatat_c(fd, entry.d_name, &status, AT_SYMLINK_NOFOLLOW):
+                kind = status.st_mode & S_IFMT
+            kinds.append((dev, entry.d_ino, kind))
+    if size < 0:
+        PyErr_SetFromErrno(OSError)
+    return names, kinds
+
+
+def watch(int inotify, int fd, uint32_t mask):
+    cdef char[40] path
+    cdef int number
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd)
+    with nogil:
+        number = inotify_add_watch(inotify, path, mask)
+    if number < 0:
+        PyErr_SetFromErrno(OSError)
+    return number

@@ -1,0 +1,16 @@
+from udbad.edge.loop cimport Loop
+from udbad.edge.operations cimport Operations
+from udbad.inodes.table cimport InodeTable
+from udbad.kernel.received cimport Received
+from udbad.union.fs cimport UnionFs
+
+cdef class Native:
+    cdef public int _fd
+    cdef public UnionFs fs
+    cdef public object stale, waiting, _over, record, once
+    cdef public Operations operations
+    cdef public Loop loop
+    cdef public InodeTable _table
+    cdef public Received _request
+    cdef public dict _rows
+    cdef public bint aborted

@@ -1,0 +1,7 @@
+from udbad.inodes.table cimport Dir, Node
+from udbad.union.fs cimport UnionFs
+
+cdef class Operations:
+    cdef public UnionFs fs
+    cdef public object coherence, _background, _passthrough
+    cdef public bint _keep_listings

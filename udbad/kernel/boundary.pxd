@@ -1,0 +1,4 @@
+cdef class OpStats:
+    cdef public long long errors, bugs
+    cdef public double seconds
+    cdef public list buckets

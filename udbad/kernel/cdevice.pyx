@@ -1,0 +1,121 @@
+# What device.py does, as calls of the C library: no objects for a header, and the interpreter's lock is given away where
+# something is waited for, or much is copied. Used where the hot modules are compiled.
+
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.string cimport memchr
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.unistd cimport read
+
+from udbad.kernel.received cimport Received
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    Py_ssize_t writev(int fd, const iovec *vectors, int count)
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events, revents
+    int ppoll(pollfd *fds, unsigned long count, const timespec *timeout, const void *mask)
+    short POLLIN
+
+cdef struct fuse_in_header:
+    uint32_t length, opcode
+    uint64_t unique, nodeid
+    uint32_t uid, gid, pid
+    uint32_t extensions_and_padding
+
+cdef struct fuse_out_header:
+    uint32_t length
+    int32_t error
+    uint64_t unique
+
+cdef size_t MUCH = 1 << 16  # bytes that take longer to copy than the lock to give away
+
+
+cdef double now() noexcept nogil:
+    cdef timespec time
+    clock_gettime(CLOCK_MONOTONIC, &time)
+    return time.tv_sec + time.tv_nsec * 1e-9
+
+
+def receive(int fd, Received request not None, double seconds):
+    cdef char *start = PyByteArray_AS_STRING(request.buffer)
+    cdef size_t room = PyByteArray_GET_SIZE(request.buffer)
+    cdef Py_ssize_t size = read(fd, start, room)
+    cdef double end
+    if size < 0 and errno == EAGAIN and seconds > 0:
+        with nogil:
+            end = now() + seconds
+            while size < 0 and errno == EAGAIN and now() < end:
+                size = read(fd, start, room)
+    if size < 0:
+        if errno == EAGAIN:
+            return False
+        PyErr_SetFromErrno(OSError)
+    cdef fuse_in_header *header = <fuse_in_header *>start
+    request.size = size
+    request.length, request.opcode, request.unique, request.node = (
+        header.length, header.opcode, header.unique, header.nodeid
+    )
+    request.uid, request.gid, request.pid = header.uid, header.gid, header.pid
+    return True
+
+
+def name_at(Received request not None, Py_ssize_t start):
+    cdef char *text = PyByteArray_AS_STRING(request.buffer)
+    cdef Py_ssize_t end = request.size - 1
+    if start < 0 or end < start or memchr(text + start, 0, request.size - start) != text + end:
+        return None
+    return PyBytes_FromStringAndSize(text + start, end - start)
+
+
+def answer(int fd, uint64_t unique, int number, object body not None):
+    cdef fuse_out_header header
+    cdef iovec[2] vectors
+    cdef int count = 1
+    cdef Py_ssize_t written
+    header.length, header.error, header.unique = sizeof(header), -number, unique
+    vectors[0].iov_base, vectors[0].iov_len = &header, sizeof(header)
+    if not number:
+        if type(body) is bytes:
+            vectors[1].iov_base, vectors[1].iov_len = PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body)
+        else:
+            vectors[1].iov_base = PyByteArray_AS_STRING(<bytearray?>body)
+            vectors[1].iov_len = PyByteArray_GET_SIZE(body)
+        count = 2 if vectors[1].iov_len else 1
+        header.length += vectors[1].iov_len
+    if header.length > MUCH:
+        with nogil:
+            written = writev(fd, vectors, count)
+    else:
+        written = writev(fd, vectors, count)
+    if written < 0:
+        PyErr_SetFromErrno(OSError)
+
+
+def wait(int requests, int wake, int events, double seconds):
+    cdef pollfd[3] fds
+    cdef timespec timeout
+    cdef int ready, each
+    cdef int seen = 0
+    for each, fd in enumerate((requests, wake, events)):
+        fds[each].fd, fds[each].events, fds[each].revents = fd, POLLIN, 0
+    timeout.tv_sec = <long>seconds
+    timeout.tv_nsec = <long>((seconds - timeout.tv_sec) * 1e9)
+    with nogil:
+        ready = ppoll(fds, 3, &timeout if seconds >= 0 else NULL, NULL)
+    if ready < 0:
+        if errno != EINTR:
+            PyErr_SetFromErrno(OSError)
+        PyErr_CheckSignals()
+    for each in range(3):
+        if ready > 0 and fds[each].revents:
+            seen |= 1 << each
+    return seen

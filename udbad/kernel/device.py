@@ -1,0 +1,68 @@
+"""/dev/fuse of a mount: requests are read from it and answers written to it, and with it waits what else there is.
+
+System calls, and what the header of a request says; what a request means is for edge/table.py. Errors of a system call
+are OSError.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from time import perf_counter
+
+from udbad import compiled
+from udbad.kernel.received import Received, take_header
+from udbad.kernel.wire import REPLY
+
+REQUESTS, WOKEN, EVENTS = 1, 2, 4
+"""What `wait` has seen."""
+FOREVER = -1.0
+
+
+def receive(fd: int, request: Received, seconds: float) -> bool:
+    """Read the next request, from a descriptor that does not block; False when there is none.
+
+    seconds: how long to look for one without sleeping. What the header says is not to be believed when `size` is less
+    than that of one.
+    """
+    end = perf_counter() + seconds if seconds else 0.0
+    while True:
+        try:
+            size = os.readv(fd, [request.buffer])
+        except BlockingIOError:
+            if not seconds or perf_counter() > end:
+                return False
+        else:
+            take_header(request, size)
+            return True
+
+
+def name_at(request: Received, start: int) -> bytes | None:
+    """The name that a request ends with, which begins at `start`; None where that has no end, or goes on behind it."""
+    end = request.size - 1
+    if end < start or request.buffer.find(0, start, request.size) != end:
+        return None
+    return bytes(request.buffer[start:end])
+
+
+def answer(fd: int, unique: int, number: int, body: bytes | bytearray) -> None:
+    """Answer a request with an errno, or where that is 0 with `body`. Any thread."""
+    if number:
+        os.write(fd, REPLY.pack(16, -number, unique))
+    else:
+        os.writev(fd, [REPLY.pack(16 + len(body), 0, unique), body])
+
+
+def wait(requests: int, wake: int, events: int, seconds: float) -> int:
+    """Wait until one of three descriptors can be read, of which negative ones are left out: a set of REQUESTS, WOKEN
+    and EVENTS, 0 after so many seconds."""
+    poll = select.poll()
+    bits = {requests: REQUESTS, wake: WOKEN, events: EVENTS}
+    for fd in bits:
+        if fd >= 0:
+            poll.register(fd, select.POLLIN)
+    return sum(bits[fd] for fd, _ in poll.poll(None if seconds < 0 else seconds * 1e3))
+
+
+if not compiled.why_not():
+    from udbad.kernel.cdevice import answer, name_at, receive, wait  # noqa: F401  # the same, as calls of the C library

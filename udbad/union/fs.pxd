@@ -1,0 +1,8 @@
+from udbad.inodes.table cimport Dir, InodeTable, Node
+from udbad.union.superblock cimport Superblock
+
+cdef class UnionFs:
+    cdef dict __dict__  # for what is replaced
+    cdef public Superblock sb
+    cdef public InodeTable table
+    cdef public object creds, handles, walks, on_unused_backing, kept

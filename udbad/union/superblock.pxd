@@ -1,0 +1,19 @@
+from udbad.inodes.inomap cimport InoMap
+from udbad.inodes.table cimport Dir, InodeTable, Layer, Node
+from udbad.union.changes cimport Changes
+
+cdef class Counters:
+    cdef public list depth_found, depth_negative, depth_whiteout
+
+cdef class Superblock:
+    cdef public object branches, options, handles, notes
+    cdef public InoMap inomap
+    cdef public Counters counters
+    cdef public dict plinks, plink_fds, held, _free
+    cdef public set warned, changing
+    cdef public list trash
+    cdef public bint kernel_opens
+    cdef public long long in_doubt, version
+    cdef public Dir root
+    cdef public InodeTable table
+    cdef public Changes changes
