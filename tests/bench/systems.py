@@ -60,7 +60,7 @@ class System:
 
     @property
     def column(self) -> str:
-        """Where the table shows it: the systems of an io mode in the columns of those of the default."""
+        """Where the table shows it: the systems of an io mode in the columns of those of `requests`."""
         return self.name.removesuffix(f"-{self.io}") if self.io else self.name
 
 

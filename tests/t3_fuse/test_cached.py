@@ -292,9 +292,9 @@ def test_the_mode_becomes_reval(union: UnionFactory, tmp_path: Path) -> None:
 def test_more_files_than_may_be_kept(union: UnionFactory, tmp_path: Path, patch_daemon: Callable[[str], None]) -> None:
     """Those without a name stay."""
     patch_daemon(
-        "from udbad.union.fs import UnionFs\n"
-        "keep = UnionFs.keep_files\n"
-        "UnionFs.keep_files = lambda self, most: keep(self, 10)\n"
+        "from udbad.union.kept import KeptFiles\n"
+        "begin = KeptFiles.__init__\n"
+        "KeptFiles.__init__ = lambda self, sb, most, *rest: begin(self, sb, 10, *rest)\n"
     )
     fill(tmp_path, 50)
     mount = union(LAYERS, "notify", CACHED)

@@ -23,7 +23,7 @@ TREE = {"top": "rw", "base": "ro"}
         (POOL, "notify", ",ro", "cached", ""),
         (TREE, "none", "", "cached", ""),
         (TREE, "notify", "", "cached", ""),
-        (TREE, "reval", "", "requests", "served as reval"),
+        (TREE, "reval", "", "requests", ""),
         ({"top": "rw", "base": "ro+coo_reg"}, "notify", "", "requests", "copies files up"),
         ({"a": "rw", "b": "rw+moo"}, "notify", "", "passthrough", "copied up when opened"),
         (TREE, "notify", ",edge=pyfuse3", "requests", ""),

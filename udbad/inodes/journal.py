@@ -102,9 +102,7 @@ class Journal:
         record.write = self._write
         record.live = self._live
         if not compiled.why_not():
-            from udbad.inodes.cjournal import Writer  # the same for what most requests make
-
-            record.quick = Writer(table, handles)
+            record.quick = cjournal.Writer(table, handles)
         table.record = handles.record = inomap.record = record
 
     def _write(self, one: Any) -> None:
@@ -207,3 +205,7 @@ class Journal:
 
 def _entry(kind: int, said: object) -> bytes:
     return bytes((kind,)) + pack(said)
+
+
+if not compiled.why_not():
+    from udbad.inodes import cjournal  # the same for what most requests make; it needs the numbers above

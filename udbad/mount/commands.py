@@ -296,7 +296,7 @@ class Commands:
             place = os.fsdecode(self.process.mount_point)
             if error.errno == errno.EBUSY and error.strerror == os.strerror(errno.EBUSY):
                 raise UserError(
-                    f"{place} is busy: {self._who(await self.process.openers(), True)}", ExitCode.FAILURE
+                    f"{place} is busy: {self._who(await self.process.openers(True), True)}", ExitCode.FAILURE
                 ) from None
             raise UserError(f"{place}: {error.strerror}", ExitCode.FAILURE) from None
 
@@ -354,7 +354,7 @@ class Commands:
             if one.fh > 0 and (not writing or one.flags & os.O_ACCMODE != os.O_RDONLY or one.node.parent is None)
         ]
         nodes = self.process.sb.table.nodes
-        untold = [(nodes[number], pid) for number, pid in openers if number in nodes and not writing]
+        untold = [(nodes[number], pid) for number, pid in openers if number in nodes]
         opened += [("open directory" if node.is_dir() else "open file", node, pid) for node, pid in untold]
         if writing and not opened:
             return "somebody writes to it"

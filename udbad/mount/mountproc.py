@@ -219,7 +219,7 @@ class MountProcess:
         self._io_fallbacks.append(line)
         log.info("%s", line)
 
-    async def openers(self) -> list[tuple[int, int]]:
+    async def openers(self, writing: bool = False) -> list[tuple[int, int]]:
         """(node id, pid) of files that are open or mapped, where the kernel does not tell of that (io=cached).
 
         In a thread, which may wait for a process that waits for us. Raises UserError when it does so too long.
@@ -227,7 +227,7 @@ class MountProcess:
         if self.fs.kept is None:
             return []
         with trio.move_on_after(_OPENERS_SECONDS):
-            return await trio.to_thread.run_sync(openers, self.session.connection, abandon_on_cancel=True)
+            return await trio.to_thread.run_sync(openers, self.session.connection, writing, abandon_on_cancel=True)
         raise UserError("who has files open cannot be found out at the moment: try again", ExitCode.FAILURE)
 
     def _begin_session(self, io: str) -> Session | PortableSession:
