@@ -25,6 +25,7 @@ from tests.helpers.mount import DEADLINE
 from tests.t2_core.core import Core, core
 from udbad.branch import sweep, syscalls, whiteout
 from udbad.coherence.base import Coherence
+from udbad.edge import native
 from udbad.edge.native import Native
 from udbad.edge.once import RESENT, copies
 from udbad.inodes.record import Record
@@ -102,6 +103,8 @@ class Faults:
                 function = getattr(syscalls, name)
                 if not isinstance(function, FunctionType):  # in C: it calls nothing of these
                     patch.setattr(syscalls, name, self._wrapped(called, function))
+            if not isinstance(native.answer, FunctionType):
+                patch.setattr(native, "answer", self._wrapped("answer", native.answer))
             patch.setattr(syscalls, "_libc", Libc())
             patch.setattr(syscalls, "_fallocate", self._wrapped("fallocate", syscalls._fallocate))
             yield
@@ -302,7 +305,6 @@ def outcome(
 
     meanwhile: what others do in between.
     """
-    gc.collect(1)  # descriptors of records before
     before = descriptors()
     with ExitStack() as stack:
         last = first = stack.enter_context(mounted(directory, layers, **options))
@@ -324,6 +326,8 @@ def outcome(
             assert answer is not None
             assert answer[0] == UNIQUE | RESENT
         files = opened(last)
+    del first, last
+    gc.collect()  # what an object has a descriptor of is closed with it, and not once more with another one's number
     for fd in descriptors() - before:
         os.close(fd)  # of what was killed
     union = union_tree(directory, layers)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import stat as st_mod
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -391,7 +392,7 @@ def differences(tmp_path: Path, case: Case) -> list[str]:
             shutil.rmtree(directory)
 
     right, faults = run(0, False)
-    assert faults.calls[-1] == "write"
+    assert faults.calls[-1] in ("answer", "write", "writev"), "the answer is the last of them"
     for at in range(1, faults.count + 1):
         for after in (False, True) if at < faults.count else (False,):
             came, _ = run(at, after)
@@ -399,6 +400,15 @@ def differences(tmp_path: Path, case: Case) -> list[str]:
                 f"{'after' if after else 'before'} {at}, {faults.calls[at - 1]}: {line}" for line in came.differs(right)
             ]
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """Each outcome collects garbage: what the process has already is none."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", CASES)

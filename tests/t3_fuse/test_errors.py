@@ -27,6 +27,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 FAULTY_DAEMON = """
 import dataclasses, errno, os
 from udbad.edge import table
+from udbad.mount import mountproc
 from udbad.union.fs import UnionFs
 
 KINDS = {
@@ -49,9 +50,12 @@ def faulty(name, method):
             return method(self, *args)
     return call
 
-for name, method in list(vars(UnionFs).items()):
-    if not name.startswith("_") and name not in ("run", "forget", "recover"):
-        setattr(UnionFs, name, faulty(name, method))
+methods = {
+    name: faulty(name, method)
+    for name, method in vars(UnionFs).items()
+    if callable(method) and not name.startswith("_") and name not in ("run", "forget", "recover")
+}
+mountproc.UnionFs = type("FaultyFs", (UnionFs,), methods)  # a compiled class cannot be changed itself
 for opcode, row in table.TABLE.items():
     if row.name == "read":  # UnionFs has no part in it
         table.TABLE[opcode] = dataclasses.replace(row, operation=faulty("read", row.operation))

@@ -19,7 +19,7 @@ from tests.helpers.mount import DEADLINE, REPOSITORY, UnionFactory
 from udbad.branch.writelock import WriteLocks
 from udbad.coherence.notify import NotifyCoherence
 from udbad.control import trioserver
-from udbad.edge import native, waiting
+from udbad.edge import waiting
 from udbad.errors import UserError
 from udbad.kernel import mounts, newmount, session
 from udbad.kernel.invalidator import Invalidator
@@ -40,7 +40,7 @@ STEPS: dict[str, tuple[object, str]] = {
     "invalidator": (Invalidator, "__init__"),
     "coherence": (NotifyCoherence, "start"),
     "edge": (mountproc, "Native"),
-    "event loop": (native, "Loop"),
+    "event loop": (os, "eventfd"),
     "threads": (waiting, "ThreadPoolExecutor"),
     "commands": (mountproc, "Commands"),
     "control socket": (trioserver, "listen"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def under_load(mount: Path, lowest: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory, _open_base: Path) -> Iterator[Scene]:
-    """One mount under load and one that failed to copy up, twice."""
+    """One mount under load, and one whose process was killed and that failed to copy up, twice."""
     base = tmp_path_factory.mktemp("scene")
     base.chmod(0o755)
     for name in ("top", "middle", "base", "low"):
@@ -66,6 +67,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory, _open_base: Path) -> Iterato
         stack.enter_context(under_load(running.path("busy"), base / "base"))
         # rate() needs a scrape before: the series of the errno begins with the first failure.
         server.wait_for_data("udbad_mount_up == 1")
+        os.kill(running.pid("full"), signal.SIGKILL)
+        server.wait_for_data("increase(udbad_takeover_duration_seconds_count[1h]) > 0")
         for _ in range(2):
             with pytest.raises(OSError, match="No space left"):
                 os.truncate(running.path("full") / "big", 3 * 2**20 - 1)
@@ -103,7 +106,7 @@ def test_rules_have_data(scene: Scene) -> None:
     """Of an alert what it compares: that it fires when it should is with promtool."""
     groups = scene.server.api("rules")["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
-    assert len(rules) == 20
+    assert len(rules) == 21
     for rule in rules:
         expression = rule["query"]
         if rule["type"] == "alerting":

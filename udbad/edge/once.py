@@ -362,7 +362,8 @@ def _rename(operations: Operations, noted: Noted, src_id: int, src: bytes, dst_i
         node = src_dir.children.get(src) or fs.table.nodes.get(fs.sb.inomap.number(*source))
         old = _status(*target, rest[4]) if rest[3] else None
         rename.finish(fs.sb, src_dir, src, node, dst_dir, dst, branch, old)
-    elif at_src == source or at_dst == target != (0, 0):
+    elif at_src == source or (at_src is None and at_dst == target):
+        # The number of a target that was replaced may be another one's: not with a source that is not ours.
         raise _Perform
 
 

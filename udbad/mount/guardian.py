@@ -159,7 +159,8 @@ class Guardian:
             tell(_READY)
             guardian.close()
 
-        self._serve(Guard(tell, self._legacy.newest_first(), self._died, died), ready)
+        with guardian:
+            self._serve(Guard(tell, self._legacy.newest_first(), self._died, died), ready)
         raise SystemExit(0)
 
 
