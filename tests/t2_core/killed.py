@@ -25,11 +25,10 @@ from tests.helpers.mount import DEADLINE
 from tests.t2_core.core import Core, core
 from udbad.branch import sweep, syscalls, whiteout
 from udbad.coherence.base import Coherence
-from udbad.edge import native
 from udbad.edge.native import Native
 from udbad.edge.once import RESENT, copies
 from udbad.inodes.record import Record
-from udbad.kernel import wire
+from udbad.kernel import device, wire
 from udbad.types import Caller
 from udbad.union import recall
 
@@ -103,8 +102,8 @@ class Faults:
                 function = getattr(syscalls, name)
                 if not isinstance(function, FunctionType):  # in C: it calls nothing of these
                     patch.setattr(syscalls, name, self._wrapped(called, function))
-            if not isinstance(native.answer, FunctionType):
-                patch.setattr(native, "answer", self._wrapped("answer", native.answer))
+            if not isinstance(device.answer, FunctionType):
+                patch.setattr("udbad.edge.native.answer", self._wrapped("answer", device.answer))
             patch.setattr(syscalls, "_libc", Libc())
             patch.setattr(syscalls, "_fallocate", self._wrapped("fallocate", syscalls._fallocate))
             yield
