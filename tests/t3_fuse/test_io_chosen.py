@@ -24,7 +24,7 @@ TREE = {"top": "rw", "base": "ro"}
         (TREE, "none", "", "cached", ""),
         (TREE, "notify", "", "cached", ""),
         (TREE, "reval", "", "requests", ""),
-        ({"top": "rw", "base": "ro+coo_reg"}, "notify", "", "requests", "copies files up"),
+        ({"top": "rw", "base": "ro+coo_reg"}, "notify", "", "requests", ""),
         ({"a": "rw", "b": "rw+moo"}, "notify", "", "passthrough", "copied up when opened"),
         (TREE, "notify", ",edge=pyfuse3", "requests", ""),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from udbad.branch.branches import Branch, BranchSet
+from udbad.branch.branches import BranchSet
 from udbad.coherence.inotify import SILENT_FS
 from udbad.settings.options import MountOptions
 from udbad.types import Perm
@@ -34,15 +34,10 @@ def possible(options: MountOptions, branches: BranchSet, portable: bool) -> tupl
 
 def _suits(options: MountOptions, branches: BranchSet) -> str:
     """What takes least CPU time, as measured (docs/modes.md): a pool is for large files that are written to, and over
-    branches that are only read the same files are opened again and again. reval is about each time they are."""
+    branches that are only read the same files are opened again and again, where that may be cached."""
     if not options.ro and all(branch.perm is Perm.RW for branch in branches.branches):
         return "passthrough"
-    return "requests" if any(_mode(branch, options) == "reval" for branch in branches.branches) else "cached"
-
-
-def _mode(branch: Branch, options: MountOptions) -> str:
-    """The coherence mode that was asked for on a branch."""
-    return branch.udba or ("none" if branch.perm is Perm.RR else options.udba)
+    return "cached" if _why_not_cached(options, branches) is None else "requests"
 
 
 def _why_not_cached(options: MountOptions, branches: BranchSet) -> str | None:
@@ -50,7 +45,7 @@ def _why_not_cached(options: MountOptions, branches: BranchSet) -> str | None:
     for branch in branches.branches:
         if branch.attrs & COPYING:
             return f"{branch.describe()} copies files up when they are opened"
-        mode = _mode(branch, options)
+        mode = branch.udba or ("none" if branch.perm is Perm.RR else options.udba)
         silent = mode == "notify" and branch.udba is None and _is_silent(branch.fs_type)
         if mode == "reval" or silent:
             return f"{branch.describe()} is served as reval, which looks at a file each time it is opened"
