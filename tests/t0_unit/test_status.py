@@ -1,4 +1,4 @@
-"""What `udbad status` prints of a mount whose mode is not kept everywhere."""
+"""What `udbad status` prints of a mount whose mode is not kept everywhere, and of one that dies with its process."""
 
 from __future__ import annotations
 
@@ -23,11 +23,27 @@ def test_the_table_says_how_well_the_mode_is_kept(
     coherence: dict[str, Any], shown: list[str], hidden: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     process = {"udba": "notify", "branches": ["/a=rw"], "udbad": "1", "coherence": coherence}
+    printed = status(process, capsys)
+    assert [word for word in shown if word not in printed] == []
+    assert [word for word in hidden if word in printed] == []
+
+
+@pytest.mark.parametrize(
+    ("mortal", "line"),
+    [("", ""), ("survive=off", ""), ("the keeper has ended", "pool: ends with its process: the keeper has ended")],
+)
+def test_a_mount_that_ends_with_its_process_says_why(
+    mortal: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = status({"udba": "none", "mortal": mortal}, capsys)
+    assert [said for said in printed.splitlines() if "its process" in said] == ([line] if line else [])
+
+
+def status(process: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is printed of one mount, whose process says this."""
     mount = {
         "label": "pool", "state": "serving", "mount_point": "/mnt", "pid": 7, "since": 0.0, "restarts": 0,
         "process": process, "reason": "", "pending": [],
     }  # fmt: skip
     _print_status({"pid": 1, "udbad": "1", "mounts": [mount]})
-    printed = capsys.readouterr().out
-    assert [word for word in shown if word not in printed] == []
-    assert [word for word in hidden if word in printed] == []
+    return capsys.readouterr().out

@@ -141,6 +141,7 @@ def collect_status(run_dir: str) -> dict[str, Any]:
         }  # fmt: skip
         try:
             mount["process"] = client.ask_mount(entry, {"op": "status"}, timeout=2.0)
+            mount["restarts"] = mount["process"].get("restarts", 0)
         except client.NoAnswer as error:
             mount["state"], mount["reason"] = NOT_ANSWERING, error.message
         except UserError as error:
@@ -174,7 +175,7 @@ def _print_status(answer: dict[str, Any]) -> None:
         process = mount.get("process", {})
         for line in process.get("io_fallbacks", ()):
             click.echo(f"{mount['label']}: {line}")
-        if process.get("mortal", "survive=off") != "survive=off":
+        if process.get("mortal", "") not in ("", "survive=off"):
             click.echo(f"{mount['label']}: ends with its process: {process['mortal']}")
         served_by = process.get("udbad", answer["udbad"])
         if answer["udbad"] is not None and served_by != answer["udbad"]:
