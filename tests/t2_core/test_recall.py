@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.t2_core.core import STRATEGIES, Core, core
-from tests.t2_core.test_trust import MODES, Chance, World, make
+from tests.t2_core.test_trust import MODES, Chance, World, three_branches
 from udbad import compiled
 from udbad.branch.branches import BranchSpec
 from udbad.branch.credentials import Credentials
@@ -149,11 +149,7 @@ class Mortal(World):
 
 @contextmanager
 def mortal(directory: Path, mode: str, epochs: bool) -> Iterator[tuple[Mortal, list[Path]]]:
-    paths = [directory / f"b{number}" for number in range(3)]
-    for number, path in enumerate(paths):
-        path.mkdir(parents=True)
-        make(path, number)
-    (directory / "mnt").mkdir()
+    paths = three_branches(directory)
     umask = os.umask(0o022)
     perms = (Perm.RW, Perm.RO, Perm.RO)
     world = Mortal(

@@ -301,15 +301,21 @@ class Chance:
             world.switch(rng.choice(list(MODES)))
 
 
-@contextmanager
-def new_world(
-    directory: Path, mode: str, monkeypatch: pytest.MonkeyPatch, epochs: bool = True
-) -> Iterator[tuple[World, list[Path]]]:
+def three_branches(directory: Path) -> list[Path]:
+    """Branches that share names, and a mount point beside them."""
     paths = [directory / f"b{number}" for number in range(3)]
     for number, path in enumerate(paths):
         path.mkdir(parents=True)
         make(path, number)
     (directory / "mnt").mkdir()
+    return paths
+
+
+@contextmanager
+def new_world(
+    directory: Path, mode: str, monkeypatch: pytest.MonkeyPatch, epochs: bool = True
+) -> Iterator[tuple[World, list[Path]]]:
+    paths = three_branches(directory)
     umask = os.umask(0o022)
     specs = [
         BranchSpec(os.fsencode(paths[0]), Perm.RW),

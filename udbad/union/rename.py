@@ -152,8 +152,8 @@ def _move(
             whiteout.remove(dst_fd, dst)
         except OSError as error:
             log.warning("the whiteout beside the renamed %r stays: %s", dst, error.strerror)
-    if old is not None and dst_node is not None:
-        _replaced(sb, dst_dir, dst, dst_node, old, found.answer is Answer.FOUND and found.branch is not branch)
+    if found.answer is Answer.FOUND and dst_node is not None:
+        _replaced(sb, dst_dir, dst, dst_node, found.st, found.branch is not branch)
     _moved(sb, src_node, src_dir, src, dst_dir, dst, branch, dst_fd)
 
 
@@ -176,8 +176,7 @@ def finish(
     src_dir.note_stacked(src)
     dst_node = dst_dir.children.get(dst)
     if old is not None and dst_node is not None and dst_node is not src_node:
-        was_lower = dst_node.branch is not branch
-        _replaced(sb, dst_dir, dst, dst_node, old, was_lower)
+        _replaced(sb, dst_dir, dst, dst_node, old, dst_node.branch is not branch)
     if src_node is None:
         _update(sb, src_dir, src, moved=False)
         _update(sb, dst_dir, dst, moved=True)
