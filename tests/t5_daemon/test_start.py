@@ -23,7 +23,7 @@ from udbad.edge import waiting
 from udbad.errors import UserError
 from udbad.kernel import mounts, newmount, session
 from udbad.kernel.invalidator import Invalidator
-from udbad.mount import life, mountproc
+from udbad.mount import life, mountproc, presence
 from udbad.mount.writing import Writing
 from udbad.settings.options import parse_mount_options
 from udbad.union import homes
@@ -64,7 +64,7 @@ def _fail_to_start(step: str, failure: Exception, tree: Path, run_dir: str | Non
     setattr(owner, name, fail)
     options = f"br={tree}/top=rw:{tree}/base=ro,udba=notify"
     options += "" if run_dir else f",control={tree}/control"
-    identity = mountproc.Identity(run_dir=run_dir)
+    identity = presence.Identity(run_dir=run_dir)
     with pytest.raises(UserError) as caught:
         life.run(parse_mount_options(options), os.fsencode(tree / "mnt"), lambda _: None, identity)
     assert "injected" in caught.value.message

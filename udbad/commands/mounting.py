@@ -75,10 +75,10 @@ def serve(
     on_ready: called here. private: descriptors that are for nobody else. let_go: called in both. Returns the exit code.
     Raises UserError.
     """
-    from udbad.mount import guardian, life, mountproc  # the supervisor and the tools must not load pyfuse3
+    from udbad.mount import guardian, life, presence  # the supervisor and the tools must not load pyfuse3
 
     # Whoever names a control socket looks after the mount; it is not listed for others.
-    identity = mountproc.Identity(run_dir=None if options.control else run_dir)
+    identity = presence.Identity(run_dir=None if options.control else run_dir)
     place = os.fsencode(mount_point.absolute())
 
     def serves() -> None:

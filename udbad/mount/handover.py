@@ -48,7 +48,7 @@ def write(process: MountProcess, record: Record, last: int) -> int:
         "branches": [_branch_words(branch) for branch in process.sb.branches.branches],
         "locks": process.write_locks.held(),
         "restrictions": sorted(process.restrictions),
-        "control": [process.control_path, process.control_fd],
+        "control": [process.presence.control_path, process.presence.control_fd],
         "session": the_session.facts(),
     }
     fd = os.memfd_create("udbad facts", os.MFD_CLOEXEC)

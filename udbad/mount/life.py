@@ -18,14 +18,14 @@ from udbad.inodes.record import Record
 from udbad.mount import keeper
 from udbad.mount.handover import Predecessor
 from udbad.mount.keeper import Left
-from udbad.mount.mountproc import STOPPING, Identity, MountProcess, is_portable
+from udbad.mount.mountproc import STOPPING, MountProcess, is_portable
+from udbad.mount.presence import NOBODY, Identity
 from udbad.mount.readings import text
 from udbad.settings.options import MountOptions, parse_mount_options
 
 log = logging.getLogger(__name__)
 
 _SWITCH_SECONDS = 0.0005
-_NOBODY = Identity()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def run(
     options: MountOptions,
     mount_point: bytes,
     on_ready: Callable[[MountProcess], None],
-    identity: Identity = _NOBODY,
+    identity: Identity = NOBODY,
     configured: str | None = None,
     guard: Guard | None = None,
 ) -> None:

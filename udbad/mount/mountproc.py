@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,6 @@ from udbad.coherence.base import Coherence
 from udbad.coherence.none import NoneCoherence
 from udbad.coherence.reval import RevalCoherence
 from udbad.control import exporter, registry, trioserver
-from udbad.control.protocol import ask
 from udbad.edge.holding import Holding
 from udbad.edge.native import Native
 from udbad.edge.once import copies
@@ -39,7 +38,7 @@ from udbad.errors import ExitCode, UserError
 from udbad.inodes.record import Record
 from udbad.kernel import boundary
 from udbad.kernel.invalidator import Invalidator
-from udbad.kernel.mounts import lying, mounts_inside, unions
+from udbad.kernel.mounts import mounts_inside
 from udbad.kernel.openers import openers
 from udbad.kernel.passthrough import Passthrough
 from udbad.kernel.session import Session, check_mount_point
@@ -48,6 +47,7 @@ from udbad.mount import handover, iomode, later, strictness
 from udbad.mount.commands import Commands
 from udbad.mount.handover import Predecessor
 from udbad.mount.keeper import Keeper
+from udbad.mount.presence import NOBODY, Identity, Presence
 from udbad.mount.readings import MetricsReader, text
 from udbad.mount.writing import Writing
 from udbad.settings.options import MountOptions, format_options
@@ -70,19 +70,6 @@ STOPPING = signal.SIGINT, signal.SIGTERM
 _MAX_DIRECTORY_FDS = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who a mount process is to others.
-
-    name: of the mount in the configuration. run_dir: where to be found (registry.py), None: nowhere.
-    supervised: somebody restarts this mount; then a union that lies on the mount point is a dead one.
-    """
-
-    name: str = ""
-    run_dir: str | None = None
-    supervised: bool = False
-
-
 class MountProcess:
     """One mount from its options to its end. restarts: how often another process has taken it over; pauses: how long
     that took, in seconds."""
@@ -91,7 +78,7 @@ class MountProcess:
         self,
         options: MountOptions,
         mount_point: bytes,
-        identity: Identity = Identity(),
+        identity: Identity = NOBODY,
         record: Record | None = None,
         predecessor: Predecessor | None = None,
         keeper: Keeper | None = None,
@@ -122,18 +109,12 @@ class MountProcess:
             log.info("runs uncompiled, which takes more CPU time: %s", compiled.why_not())
         max_fds, all_fds = _raise_fd_limit()
         self._io_fallbacks: list[str] = []
-        self.control_path = ""  # of the socket that is served, once there is one
-        self.control_fd = -1
-        self._registration: registry.Registration | None = None
+        self.presence = Presence(self.mount_point, identity, options.control)
         with ExitStack() as ending:
-            ending.callback(self._unregister)
-            self._claim: registry.Claim | None = None
+            ending.callback(self.presence.close)
             self._dead = 0
             if predecessor is None:
-                self._claim = self._claim_mount_point()
-                if self._claim is not None:
-                    ending.callback(self._claim.withdraw)
-                self._dead = self._dead_mounts()
+                self._dead = self.presence.claim()
                 if not self._dead and check_mount_point(self.mount_point):
                     log.info("mount point %s is not empty; its content is hidden while mounted", text(self.mount_point))
                 self.branches = open_branches(options.branches, options.ro, self.mount_point)
@@ -258,53 +239,9 @@ class MountProcess:
             native.once.settle()
         return native
 
-    def _claim_mount_point(self) -> registry.Claim | None:
-        """Held until others can see that we serve. Raises UserError when another process is at it."""
-        if self.identity.run_dir is None:
-            return None
-        try:
-            return registry.Claim(self.identity.run_dir, self.mount_point)
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                text = f"another process is mounting on {os.fsdecode(self.mount_point)}"
-                raise UserError(text, ExitCode.MOUNT_POINT) from None
-            return None  # no room in the run directory is no reason not to mount; _register says so
-
-    def _dead_mounts(self) -> int:
-        """How many dead unions lie on the mount point. Raises UserError when a living one does, or what is no union
-        lies over them, which is nobody's to take away."""
-        if self.identity.run_dir is None:
-            return 0
-        try:
-            there = lying(self.mount_point)
-        except OSError as error:
-            raise UserError(f"{os.fsdecode(self.mount_point)}: {error.strerror}", ExitCode.MOUNT_POINT) from None
-        if not there:
-            return 0
-        entry = registry.read(registry.directory(self.identity.run_dir, self.mount_point))
-        if entry is not None and _is_served(entry):
-            raise UserError(f"{entry.mount_point} is mounted already, by process {entry.pid}", ExitCode.MOUNT_POINT)
-        known = entry is not None and entry.connection == there[0].connection
-        return len(there) if known or self.identity.supervised else 0
-
     def _source(self) -> str:
         """What /proc/mounts shows as source, and nothing beside it: umount(8) and findmnt(8) look for this word."""
         return self.options.fsname if self.options.fsname != "none" else self.identity.name or "none"
-
-    def _register(self) -> str | None:
-        """Have a place where to be found; returns the path of the control socket. Without room for that the mount
-        still serves."""
-        if self.identity.run_dir is None:
-            return self.options.control
-        try:
-            mounted = {(os.fsdecode(mount.point), mount.connection) for mount in unions()}
-            registry.sweep(self.identity.run_dir, mounted)
-            self._registration = registry.Registration(self.identity.run_dir, self.mount_point)
-        except OSError as error:
-            log.warning("not registered in %s: %s", self.identity.run_dir, error.strerror)
-        if self.options.control:
-            return self.options.control
-        return None if self._registration is None else str(self._registration.path / "control")
 
     def _take_over(self, predecessor: Predecessor) -> None:
         """From here on the mount is ours, and what was asked of the predecessor is asked of us. Raises OSError."""
@@ -318,10 +255,11 @@ class MountProcess:
         """Bring what others can read about this mount up to date, a successor among them. Raises OSError."""
         if self.record is not None:
             self._facts_fd = handover.write(self, self.record, self._facts_fd)
-        if self._registration is None:
+        registration = self.presence.registration
+        if registration is None:
             return
-        self._registration.write_branches(branch.describe() for branch in self.branches.branches)
-        self._registration.write(
+        registration.write_branches(branch.describe() for branch in self.branches.branches)
+        registration.write(
             registry.Entry(
                 name=self.identity.name,
                 mount_point=os.fsdecode(self.mount_point),
@@ -333,28 +271,12 @@ class MountProcess:
                 supervised=self.identity.supervised,
                 version=__version__,
                 started=self.started,
-                directory=str(self._registration.path),
+                directory=str(registration.path),
                 namespace=registry.mount_namespace(),
                 keeper=0 if self.keeper is None else self.keeper.pid,
                 record=0 if self.record is None else self.record.fd,
             )
         )
-
-    def _listen(self) -> trio.SocketListener | None:
-        path = self._register()
-        if path is None:
-            return None
-        try:
-            taken = -1 if self._predecessor is None else handover.control(self._predecessor, path)
-            listener = trioserver.listen(path) if taken < 0 else trioserver.go_on(taken)
-            self.control_path = path
-            self.control_fd = listener.socket.fileno()
-            return listener
-        except OSError as error:
-            if self.options.control:
-                raise UserError(f"control socket {path}: {error.strerror}", ExitCode.FAILURE) from error
-            log.warning("no control socket, %s: %s", path, error.strerror)
-            return None
 
     def _export(self) -> Server | None:
         """Serve metrics of this mount alone, when asked to. The mount matters more: without them the log says so."""
@@ -369,7 +291,7 @@ class MountProcess:
         }
         host, port = exporter.parse_address(self.options.metrics)
         try:
-            return exporter.start(host, port, lambda: {name: self.control_path}, lambda: {name: kept})
+            return exporter.start(host, port, lambda: {name: self.presence.control_path}, lambda: {name: kept})
         except UserError as error:
             log.warning("no metrics are served: %s", error.message)
             return None
@@ -380,7 +302,7 @@ class MountProcess:
         Others see the mount only when everything that can be refused has been done; `abandon` undoes what was done so
         far. Raises UserError, also when the connection was aborted through fusectl.
         """
-        listener = self._listen()
+        listener = self.presence.listen(self._predecessor)
         with (
             nullcontext() if listener is None else listener.socket,
             trio.open_signal_receiver(*STOPPING) as signals,
@@ -393,8 +315,7 @@ class MountProcess:
                 self.write_entry()
             except OSError as error:
                 log.warning("not registered in %s: %s", self.identity.run_dir, error.strerror)
-            if self._claim is not None:
-                self._claim.release()
+            self.presence.release_claim()
             if self._predecessor is not None:
                 self._take_over(self._predecessor)
             if self.session.lacks:
@@ -480,10 +401,7 @@ class MountProcess:
         """The end of a start that failed: as if it had not been tried. Nothing has been served."""
         if self._predecessor is not None:
             # Another process will try: the mount and what is known of it stay.
-            self.control_path = ""
-            if self._registration is not None:
-                self._registration.release()
-                self._registration = None
+            self.presence.leave()
         elif self.session.mounted:
             try:
                 self.session.unmount(lazy=True)
@@ -494,15 +412,6 @@ class MountProcess:
     def _stop_invalidator(self) -> None:
         if not self.invalidator.stop():
             log.warning("some notifications are still in the kernel")
-
-    def _unregister(self) -> None:
-        try:
-            if self._registration is not None:
-                self._registration.remove()
-            if self.options.control and self.control_path == self.options.control:
-                os.unlink(self.options.control)
-        except OSError as error:
-            log.warning("cannot remove the control socket: %s", error)
 
     async def _run_coherence(self) -> None:
         """The strategy's background work, begun anew when another strategy takes over."""
@@ -561,17 +470,6 @@ def strategy_of(mode: str) -> type[Coherence]:
 def is_portable(options: MountOptions) -> bool:
     """Whether requests come through pyfuse3."""
     return options.edge == "pyfuse3" or (options.edge == "auto" and not capabilities.may_mount())
-
-
-def _is_served(entry: registry.Entry) -> bool:
-    """Whether the process of an entry is there; one that does not answer is."""
-    try:
-        ask(entry.control, {"op": "ping"}, timeout=10.0)
-    except TimeoutError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def _raise_fd_limit() -> tuple[int, int]:

@@ -14,8 +14,10 @@ from udbad import logs
 from udbad.control import registry
 from udbad.edge import portable  # noqa: F401  # MountProcess imports it for some mounts only
 from udbad.errors import ExitCode, UserError
-from udbad.mount import forkserver, keeper, later, life, mountproc
+from udbad.mount import forkserver, keeper, later, life
 from udbad.mount.handover import Predecessor
+from udbad.mount.mountproc import MountProcess
+from udbad.mount.presence import Identity
 from udbad.settings.options import parse_mount_options
 
 log = logging.getLogger(__name__)
@@ -42,8 +44,8 @@ def work(supervisor: socket.socket, ended: int) -> int:
         with suppress(OSError):
             supervisor.sendall(json.dumps({"keeper": left[0], "record": left[1]}).encode() + b"\n")
 
-    def ready(process: mountproc.MountProcess) -> None:
-        control = process.control_path or None
+    def ready(process: MountProcess) -> None:
+        control = process.presence.control_path or None
         place = os.fsdecode(process.mount_point)
         words = {"ready": True, "connection": process.session.connection, "control": control, "mount_point": place}
         _answer(supervisor, words)
@@ -56,7 +58,7 @@ def work(supervisor: socket.socket, ended: int) -> int:
             parse_mount_options(job["options"]),
             os.fsencode(job["mount_point"]),
             ready,
-            mountproc.Identity(job["name"], job["run_dir"], supervised=True),
+            Identity(job["name"], job["run_dir"], supervised=True),
             job["configured"],
             life.Guard(told, [(pid, record) for pid, record in job["left"]], job["died"], ended),
         )
