@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from udbad.errors import eio, erofs
 from udbad.types import Perm
 
 
@@ -59,6 +60,7 @@ class Branch:
     in_memory: nothing of it outlives the power, so there is nothing to sync.
     keeps_order: content that has been written comes before a later rename after a power failure, too (ordering.py).
     may_reflink: files of it may be able to share blocks.
+    offline: it does not answer; nothing may be asked of it, not even to close a file.
     """
 
     id: int
@@ -74,6 +76,7 @@ class Branch:
     restrictions: frozenset[str] = frozenset()
     private: bool = False
     keeps_order: bool = False
+    offline: bool = False
     writable: bool = field(init=False)
     whable: bool = field(init=False)
     exact_times: bool = field(init=False)
@@ -114,7 +117,7 @@ class BranchSet:
     """On a branch that is written to."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "writable", tuple(branch.writable for branch in self.branches))
+        object.__setattr__(self, "writable", tuple(one.writable and not one.offline for one in self.branches))
         object.__setattr__(self, "close_may_fail", any(one.writable and not one.local for one in self.branches))
 
     def __len__(self) -> int:
@@ -130,7 +133,16 @@ class BranchSet:
 
     def writable_above(self, index: int) -> list[Branch]:
         """Writable branches with a smaller index, nearest first."""
-        return [b for b in reversed(self.branches[:index]) if b.writable]
+        return [b for b in reversed(self.branches[:index]) if b.writable and not b.offline]
+
+    @property
+    def answering(self) -> list[Branch]:
+        return [branch for branch in self.branches if not branch.offline]
+
+    def refusal(self) -> OSError:
+        """Why nothing can be written where a policy has found no branch: one that does not answer might do, or none."""
+        missing = any(branch.writable and branch.offline for branch in self.branches)
+        return eio() if missing else erofs()
 
     def close(self) -> None:
         for branch in self.branches:

@@ -150,6 +150,8 @@ class Once:
             parent = fs.table.nodes.get(above)
             if index >= len(fs.sb.branches) or (above and type(parent) is not Dir):
                 continue
+            if fs.sb.branches[index].offline:
+                continue  # the next process will, with the branch
             try:
                 copyup.settle(
                     fs.sb, node, parent if type(parent) is Dir else None, name, fs.sb.branches[index],
@@ -174,7 +176,7 @@ def _slots(slots: memoryview, handles: HandleTable) -> list[Slot]:
 
 def _close(fs: UnionFs, handle: int) -> None:
     """A handle that was given for this request is known to nobody: it gets another one."""
-    if handle in fs.handles.files:
+    if handle in fs.handles.files or handle in fs.handles.lost:
         fs.release(handle)
     elif handle in fs.handles.dirs:
         fs.releasedir(handle)

@@ -118,7 +118,7 @@ cdef class Writer:
         cdef int64_t number
         cdef char *to
         cdef closed_entry *closed
-        cdef dict nodes = self.table.nodes, files = self.handles.files
+        cdef dict nodes = self.table.nodes, files = self.handles.files, lost = self.handles.lost
         cdef Node node
         cdef list ones = list(changed)
         if half.memory is not self.mapped:
@@ -142,7 +142,7 @@ cdef class Writer:
                     number = one.fh
                     if files.get(number) is one:
                         size = put_opened(to, one, one.node)
-                    elif 0 < number < 0x7FFFFFFF and number not in files:
+                    elif 0 < number < 0x7FFFFFFF and number not in files and number not in lost:
                         closed = <closed_entry *>to
                         closed.size, closed.count = sizeof(closed_entry) - HEAD, 0
                         closed.kind, closed.marshal_int, closed.fh = _CLOSED, c"i", <int32_t>number

@@ -13,7 +13,7 @@ import stat as st_mod
 from collections.abc import Callable
 
 from udbad.branch import syscalls
-from udbad.errors import os_error
+from udbad.errors import eio, os_error
 from udbad.inodes.record import Record
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Fh
@@ -114,6 +114,8 @@ class HandleTable:
     def __init__(self) -> None:
         self.files: dict[int, OpenFile] = {}
         self.dirs: dict[int, OpenDir] = {}
+        self.lost: dict[int, OpenFile] = {}
+        """Files that are open on a branch that does not answer. Their descriptors are only kept: close(2) may wait."""
         self.next = 1
         """The number of the next handle. One that was closed may be told of again, so none is given twice."""
         self.record: Record | None = None
@@ -134,6 +136,11 @@ class HandleTable:
             self.dirs[handle.fh] = handle
         elif type(handle) is OpenFile:
             self._keep(handle, handle.fh < 0)
+
+    def put_back_lost(self, handle: OpenFile) -> None:
+        """The same of a file that cannot be used now."""
+        self.lost[handle.fh] = handle
+        self.changed(handle)
 
     def _keep(self, handle: OpenFile, first: bool = False) -> OpenFile:
         node = handle.node
@@ -172,10 +179,12 @@ class HandleTable:
         return handle
 
     def file(self, fh: int) -> OpenFile:
-        """Raises EBADF for a handle that is not open."""
+        """Raises EBADF for a handle that is not open, EIO for one of a branch that does not answer."""
         try:
             return self.files[fh]
         except KeyError:
+            if fh in self.lost:
+                raise eio() from None
             if fh >= 0 or self.on_missing is None:
                 raise os_error(errno.EBADF) from None
         return self.on_missing(fh)
@@ -202,6 +211,13 @@ class HandleTable:
         syscalls.close_quietly(handle.fd)
         return handle
 
+    def drop_lost(self, fh: int) -> OpenFile | None:
+        """Forget a handle of a branch that does not answer; None when it is none. Its descriptor stays open."""
+        handle = self.lost.pop(fh, None)
+        if handle is not None:
+            self.changed(handle)
+        return handle
+
     def remove_dir(self, fh: int) -> None:
         handle = self.dirs.pop(fh, None)
         if handle is not None:
@@ -210,4 +226,4 @@ class HandleTable:
                 handle.node.cached_opens -= 1
 
     def __len__(self) -> int:
-        return len(self.files) + len(self.dirs)
+        return len(self.files) + len(self.dirs) + len(self.lost)

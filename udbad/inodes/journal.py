@@ -22,7 +22,8 @@ FILE: Final = 1
 """A node that is no directory: NODE, the name, and where it has further ones, or a home, `pack` of (names, home)."""
 DIRECTORY: Final = 2
 """`pack` of (id, parent, name, dead, links added, floor, opaque, mtime offset, layers), a layer being (branch, st_dev,
-st_ino, st_nlink, descriptor)."""
+st_ino, st_nlink, descriptor); those of branches that do not answer last, st_ino 0 where it is not known whether there
+is one."""
 GONE: Final = 3
 """A node that has left the table: `pack` of its id."""
 OPEN_FILE: Final = 4
@@ -47,8 +48,8 @@ NEXT: Final = 12
 """`pack` of the number that the next handle gets at least; none that is in the record is given again."""
 
 NODE: Final = struct.Struct("=BBHIiiQQQQq")
-"""FILE, dead, length of the name, S_IFMT bits, branch, descriptor without a name, id, st_dev, st_ino, parent (0: none),
-links added."""
+"""FILE, dead, length of the name, S_IFMT bits, branch, descriptor without a name (-1: none, less: table.unkept),
+id, st_dev, st_ino, parent (0: none), links added."""
 OPENED: Final = struct.Struct("=BxxxiIIIIqqQi")
 """OPEN_FILE, descriptor, flags, uid, gid, pid, handle, group (-1: none), node, backing id."""
 SHARED: Final = 0
@@ -114,7 +115,7 @@ class Journal:
         yield self._handles
         yield from inomap.entries()
         yield from self._homes()
-        yield from [*self._handles.files.values(), *self._handles.dirs.values()]
+        yield from [*self._handles.files.values(), *self._handles.lost.values(), *self._handles.dirs.values()]
         for node in nodes:
             yield node
             if type(node) is Dir:
@@ -145,7 +146,8 @@ class Journal:
             self._gone(node)
             return
         parent = node.parent
-        layers = [(layer.branch.id, layer.dev, layer.ino, layer.nlink, layer.fd) for layer in node.layers]
+        parts = node.layers if node.offline is None or node.layers[0].branch.offline else [*node.layers, *node.offline]
+        layers = [(layer.branch.id, layer.dev, layer.ino, layer.nlink, layer.fd) for layer in parts]
         said = (
             node.id, 0 if parent is None else parent.id, node.name, node.dead, node.nlink_extra, node.floor,
             node.opaque, node.mtime_offset, layers,
@@ -158,8 +160,9 @@ class Journal:
             self._append(_entry(GONE, node.id))
 
     def _open_file(self, handle: OpenFile) -> None:
-        if self._handles.files.get(handle.fh) is not handle:
-            if handle.fh not in self._handles.files:
+        files, lost = self._handles.files, self._handles.lost
+        if files.get(handle.fh) is not handle and lost.get(handle.fh) is not handle:
+            if handle.fh not in files and handle.fh not in lost:
                 self._append(_entry(CLOSED, handle.fh))
             return
         self._append(

@@ -30,7 +30,7 @@ cdef class Layer:
     cdef public int fd
 
 cdef class Dir(Node):
-    cdef public list layers, times
+    cdef public list layers, offline, times
     cdef public dict children, view
     cdef public set stacked, negatives
     cdef public tuple listings, room

@@ -78,6 +78,11 @@ class Plink:
         """False while `pending` is a guess, because an earlier mount made the pseudo-link."""
 
 
+def unkept(fd: int) -> int:
+    """A descriptor that may not be used, as its branch does not answer: a number below -1; and back."""
+    return -2 - fd if fd != -1 else -1
+
+
 Target = tuple[int, bytes]
 """Where the kernel was told that a symbolic link leads, and the ctime (ns) it had then; 0: another one may have it."""
 
@@ -131,7 +136,7 @@ class Node:
         self.plink: Plink | None = None
         """The pseudo-link its data is reached by."""
         self.orphan_fd = -1
-        """Its copy without a name, made after the last one was removed."""
+        """Its copy without a name, made after the last one was removed; below -1: `unkept` of it."""
         self.busy: object = None
         """The copy-up of it that is under way, if there is one (edge/waiting.py)."""
         self.seen: Stamp | Target | None = None
@@ -196,6 +201,7 @@ class Dir(Node):
         "load_at",
         "mtime_offset",
         "negatives",
+        "offline",
         "opaque",
         "probes",
         "quiet",
@@ -215,6 +221,9 @@ class Dir(Node):
         super().__init__(node_id, st_mod.S_IFDIR, top.branch, top.dev, top.ino)
         self.layers = layers
         """Branch directories in visible range, top first (semantics 4.1)."""
+        self.offline: list[Layer] | None = None
+        """What it has, or may have, on branches that do not answer, top first. These are no `layers`, unless there is
+        nothing else. An inode number of 0: not known whether it is there."""
         self.opaque: int | None = None
         """Index of the branch whose opaque mark ends the layers."""
         self.floor = 0

@@ -11,7 +11,7 @@ import os
 
 from udbad.branch import copydata, syscalls, whiteout
 from udbad.branch.branches import Branch
-from udbad.branch.policy import Facts
+from udbad.branch.policy import CopyUpPolicy, CreatePolicy, Facts
 from udbad.errors import erofs, estale
 from udbad.inodes.table import Dir, Layer
 from udbad.union import lookup
@@ -38,8 +38,17 @@ def target_branch(sb: Superblock, parent: Dir, source: int) -> Branch:
     """The branch that receives a copy of an object whose top copy is on `source`. Raises EROFS."""
     if sb.options.read_only:
         raise erofs()
-    known = facts(sb, parent, source, None, False, 0)
-    return sb.branches[sb.options.copyup.select(known)]
+    return selected(sb, sb.options.copyup, facts(sb, parent, source, None, False, 0))
+
+
+def selected(sb: Superblock, policy: CreatePolicy | CopyUpPolicy, known: Facts) -> Branch:
+    """The branch that a policy takes. Raises EROFS; EIO where one that does not answer might have done."""
+    try:
+        return sb.branches[policy.select(known)]
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        raise sb.branches.refusal() from None
 
 
 def ensure_dir(sb: Superblock, node: Dir, branch: Branch) -> int:

@@ -98,6 +98,7 @@ def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
     if parent is None or node.dead or (need.name is None and (st := _still_there(sb, node)) is None):
         return _begin_orphan(sb, need)
     source = node.branch.index if need.limit is None else min(node.branch.index, need.limit + 1)
+    lookup.check_top(parent, node.branch.index)
     if node.plink is not None and node.plink.branch.writable:  # else it is copied up like any other file
         if need.limit is not None and node.plink.branch.index > need.limit:
             raise os_error(errno.EXDEV)  # its one copy is where the new name would be hidden
@@ -212,8 +213,10 @@ def _begin_orphan(sb: Superblock, need: NeedCopyUp) -> Job:
     if node.orphan_fd >= 0 or source < 0 or node.kind != st_mod.S_IFREG:
         raise estale()
     above = sb.branches.writable_above(node.branch.index)
-    if sb.options.read_only or not above:
+    if sb.options.read_only:
         raise erofs()
+    if not above:
+        raise sb.branches.refusal()
     branch = above[0]
     src_fd = syscalls.reopen(source, os.O_RDONLY)
     try:

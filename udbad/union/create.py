@@ -49,7 +49,8 @@ def prepare(sb: Superblock, parent: Dir, name: bytes, is_dir: bool = False) -> T
 
 def _choose(sb: Superblock, parent: Dir, missing: Missing, is_dir: bool) -> Branch:
     policy = sb.options.create
-    return sb.branches[policy.select(copydirs.facts(sb, parent, None, missing.whited, is_dir, policy.cache_seconds))]
+    known = copydirs.facts(sb, parent, None, missing.whited, is_dir, policy.cache_seconds)
+    return copydirs.selected(sb, policy, known)
 
 
 def _check_directory(sb: Superblock, parent: Dir) -> None:
@@ -66,6 +67,7 @@ def check_free(sb: Superblock, parent: Dir, name: bytes) -> Missing:
     """What the search for a name has shown, which must find nothing: EEXIST when the union has it."""
     whiteout.check_new_name(name)
     _check_directory(sb, parent)
+    lookup.check_changeable(parent)
     if lookup.only_on(sb, parent, name) == lookup.NOWHERE:
         return lookup.CLEAR
     found = lookup.resolve(sb, parent, name)

@@ -19,7 +19,7 @@ from typing import Final, Literal, TypeVar
 
 from udbad.branch import state, syscalls, whiteout
 from udbad.branch.credentials import Credentials, sgid_group
-from udbad.errors import REPLACED, erofs, estale, os_error
+from udbad.errors import REPLACED, eio, erofs, estale, os_error
 from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, backing_id, note_id_bits
 from udbad.inodes.table import XATTR_BITS, Dir, Node
 from udbad.types import Caller, Trigger
@@ -274,6 +274,7 @@ class UnionFs:
         if type(node) is Dir:
             if not node.trusted and not node.dead:
                 lookup.refresh(self.sb, node)
+            lookup.check_top(node, node.branch.index)
             if not node.branch.writable:
                 raise NeedCopyUp(node, trigger)
         elif not node.branch.writable:
@@ -400,7 +401,7 @@ class UnionFs:
             if truncating:
                 raise NeedCopyUp(node, Trigger.TRUNCATE, 0)
             if not self.sb.branches.writable_above(branch.index):
-                raise erofs()
+                raise self.sb.branches.refusal()
             if backing_id(node):
                 raise os_error(errno.EBUSY)  # since the branch, or the mount, was made another one
             wanted = wanted & ~(os.O_ACCMODE | os.O_APPEND) | os.O_RDONLY
@@ -528,9 +529,13 @@ class UnionFs:
         )
 
     def release(self, fh: int) -> None:
+        if self.kept is not None and not fh:
+            return
+        lost = self.handles.drop_lost(fh)
+        if lost is not None:
+            self.table.release_handles(lost.node)
+            return
         if self.kept is not None:
-            if not fh:
-                return
             self.kept.released(self.handles.file(fh))
         handle = self.handles.remove_file(fh)
         if handle.backing_id and not handle.node.handles:
@@ -564,6 +569,8 @@ class UnionFs:
     def directory_fds(self, fh: int) -> list[int]:
         """Readable descriptors, to be closed by the caller, of the writable branch directories (fsyncdir)."""
         node = self.handles.directory(fh).node
+        if node.offline:
+            raise eio()  # what was changed there may not be on its disk
         fds: list[int] = []
         try:
             for layer in node.layers:
@@ -578,8 +585,11 @@ class UnionFs:
     # -- the whole ----------------------------------------------------------------------------
 
     def statfs(self) -> list[os.statvfs_result]:
-        """Status of branch 0, or with the sum option of every distinct branch file system (semantics 10.6)."""
-        branches = self.sb.branches.branches
+        """Status of branch 0, or with the sum option of every distinct branch file system (semantics 10.6), of those
+        that answer."""
+        branches = self.sb.branches.answering
+        if not branches:
+            raise eio()
         if not self.sb.options.sum_space:
             return [os.statvfs(syscalls.proc_path(branches[0].root_fd))]
         distinct = {branch.dev: branch for branch in reversed(branches)}

@@ -194,7 +194,7 @@ def load(sb: Superblock) -> None:
     of a home is left alone.
     """
     for branch in sb.branches.branches:
-        if branch.id in sb.plink_fds or not branch.whable:
+        if branch.id in sb.plink_fds or not branch.whable or branch.offline:
             continue
         try:
             dirfd = open_directory(branch)

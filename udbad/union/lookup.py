@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 
 from udbad.branch import state, syscalls, whiteout
 from udbad.branch.branches import Branch
-from udbad.errors import ABSENT, NO_DIRECTORY, enoent, estale
+from udbad.errors import ABSENT, NO_DIRECTORY, eio, enoent, estale
 from udbad.inodes.table import LOAD_AT_LEAST, Dir, Layer, Node
 from udbad.union import homes, times
 from udbad.union.superblock import LAST_DEPTH, Superblock, lower_links
@@ -48,7 +48,7 @@ class Answer(Enum):
 class Found:
     """A visible object: its top branch and attributes, and for a directory every merged layer."""
 
-    __slots__ = ("branch", "examined", "kind", "layers", "opaque", "st", "whited")
+    __slots__ = ("branch", "examined", "kind", "layers", "offline", "opaque", "st", "whited")
 
     answer: ClassVar[Literal[Answer.FOUND]] = Answer.FOUND
 
@@ -65,6 +65,8 @@ class Found:
         """Index of the branch whose whiteout ended the search for lower layers."""
         self.opaque: int | None = None
         """Index of the branch whose opaque mark did."""
+        self.offline: list[Layer] | None = None
+        """As `Dir.offline`."""
 
 
 class Missing:
@@ -102,7 +104,8 @@ def _negative(examined: int) -> Missing:
 def resolve(sb: Superblock, parent: Dir, name: bytes, below: int = -1, tries: int = _TRIES) -> Found | Missing:
     """What `name` is in `parent` according to the branches now.
 
-    below: look only at branches with a larger index. Raises ESTALE when somebody changes the name all the time.
+    below: look only at branches with a larger index. Raises ESTALE when somebody changes the name all the time; EIO
+    when nobody has it, but a branch that does not answer may.
     Order inside a branch: the name first, then its whiteout, because a whiteout hides lower branches only.
     """
     layers = parent.layers
@@ -114,6 +117,8 @@ def resolve(sb: Superblock, parent: Dir, name: bytes, below: int = -1, tries: in
             continue
         fd = layer.fd
         if fd < 0:
+            if branch.offline:
+                continue
             fd = sb.layer_fd(parent, layer)
         examined += 1
         try:
@@ -121,7 +126,10 @@ def resolve(sb: Superblock, parent: Dir, name: bytes, below: int = -1, tries: in
         except OSError as error:
             if error.errno not in ABSENT:
                 raise
-            if branch.whable and pos < last and whiteout.present(fd, name):
+            # The last layer is asked, too, where what a whiteout hides may be on a branch that does not answer.
+            if branch.whable and (pos < last or parent.offline) and whiteout.present(fd, name):
+                if parent.offline:
+                    _check_known(parent, below, branch.index)
                 return Missing(Answer.WHITED, examined, branch.index)
             continue
         kind = st.st_mode & _S_IFMT
@@ -134,7 +142,29 @@ def resolve(sb: Superblock, parent: Dir, name: bytes, below: int = -1, tries: in
             if not tries:
                 raise estale() from None
             return resolve(sb, parent, name, below, tries - 1)
+    if parent.offline:
+        _check_known(parent, below, len(sb.branches))
     return _negative(examined)
+
+
+def _check_known(parent: Dir, below: int, end: int) -> None:
+    """Raises EIO when a branch between these two has what nobody knows in a directory."""
+    if parent.offline and any(below < layer.branch.index < end for layer in parent.offline):
+        raise eio()
+
+
+def check_changeable(parent: Dir) -> None:
+    """Raises EIO where a branch that does not answer may have names of a directory: whoever changes one would have to
+    know whether it is there, and what a whiteout has to hide."""
+    if parent.offline:
+        raise eio()
+
+
+def check_top(node: Dir, index: int) -> None:
+    """Raises EIO where a branch that does not answer, and is above this one, may have a directory: what is about to be
+    changed may not be what is visible when it answers again."""
+    if node.offline and node.offline[0].branch.index < index:
+        raise eio()
 
 
 UNCLEAR, NOWHERE = -2, -1
@@ -206,7 +236,20 @@ def _merge(sb: Superblock, parent: Dir, name: bytes, first: int, st: os.stat_res
     found = Found(_S_IFDIR, layers[0].branch, top_st, layers, examined + pos - first)
     found.whited = whited
     found.opaque = opaque
+    if parent.offline:
+        found.offline = _not_seen(parent, known, found)
     return found
+
+
+def _not_seen(parent: Dir, known: Node | None, found: Found) -> list[Layer] | None:
+    """What a directory may have where nobody can look. One that was seen before has there what it had then."""
+    assert parent.offline is not None
+    assert found.layers is not None
+    limits = [limit for limit in (found.opaque, found.whited) if limit is not None]
+    end = min(limits, default=parent.offline[-1].branch.index)
+    if type(known) is Dir and not known.dead and same_directory(known, found.layers):
+        return known.offline and [layer for layer in known.offline if layer.branch.index <= end]
+    return [Layer(layer.branch, layer.dev, 0, 0, -1) for layer in parent.offline if layer.branch.index <= end] or None
 
 
 def discard(sb: Superblock, parent: Dir, name: bytes, found: Found) -> None:
@@ -253,6 +296,9 @@ def set_layers(sb: Superblock, node: Dir, found: Found, floor: int) -> bool:
         node.version = sb.next_version()
         sb.table.changed(node)
     node.layers = new
+    if node.offline != found.offline:
+        node.offline = found.offline
+        sb.table.changed(node)
     if changed or old is new:
         node.view = None
         node.probes = 0
@@ -479,10 +525,11 @@ def _resolve_chain(sb: Superblock, chain: list[Dir]) -> None:
                 discard(sb, parent, entry.name, found)
         alive = [layer for layer in entry.layers if layer.fd >= 0 and os.fstat(layer.fd).st_nlink > 0]
         if not alive:
-            raise enoent()
+            raise eio() if entry.offline else enoent()
         if len(alive) != len(entry.layers):
             moved = Found(_S_IFDIR, alive[0].branch, os.fstat(alive[0].fd), alive)
             moved.opaque = entry.opaque
+            moved.offline = entry.offline
             adopt(sb, entry, moved, entry.floor)
 
 
@@ -548,6 +595,8 @@ def worth_loading(sb: Superblock, parent: Dir) -> bool:
 
     A block of a directory (ext4: 4 KiB, 2 to 100 names) takes as long to open, read and merge as 15 to 50 questions.
     """
+    if parent.offline:
+        return False  # nor can it be read
     size = 0
     for layer in parent.layers:
         size += os.fstat(sb.layer_fd(parent, layer)).st_size

@@ -20,7 +20,7 @@ import stat as st_mod
 from collections.abc import Iterator
 
 from udbad.branch import syscalls, whiteout
-from udbad.errors import GONE, enoent
+from udbad.errors import GONE, eio, enoent
 from udbad.inodes.handles import OpenDir
 from udbad.inodes.table import POSITIONS, Dir, Hit, Layer, Node
 from udbad.union import lookup, view
@@ -193,7 +193,7 @@ def _ask(sb: Superblock, parent: Dir, name: bytes) -> tuple[int, int] | None:
     try:
         found = lookup.resolve(sb, parent, name)
     except OSError as error:
-        if error.errno not in GONE and error.errno != errno.EIO:
+        if (error.errno not in GONE and error.errno != errno.EIO) or parent.offline:
             raise
         return None
     if found.answer is not Answer.FOUND:
@@ -235,7 +235,7 @@ def entries(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Entry]:
                 current = node.view.get(name, -1) if trusted and node.view is not None else hits.get(name)
                 found = None if current == -1 else _by_hit(sb, node, layers, name, current)
         except OSError as error:
-            if error.errno not in GONE and error.errno != errno.EIO:
+            if (error.errno not in GONE and error.errno != errno.EIO) or node.offline:
                 raise
             continue  # gone meanwhile, or broken: asking for it by name says what is wrong
         if found is not None:
@@ -285,6 +285,8 @@ def lower_hidden(sb: Superblock, node: Dir, top: int) -> bool:
 
     Only then may the directory be renamed: its lower parts stay behind (semantics 6.6).
     """
+    if node.offline:
+        raise eio()
     below = [layer for layer in node.layers if layer.branch.index > top]
     if not below:
         return True

@@ -23,7 +23,7 @@ from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile
 from udbad.inodes.inomap import Identity
 from udbad.inodes.journal import Journal
 from udbad.inodes.record import DROPPED, Record, unpack
-from udbad.inodes.table import Dir, Layer, Node, Plink
+from udbad.inodes.table import Dir, Layer, Node, Plink, unkept
 from udbad.types import ROOT_ID, Caller, Fh
 from udbad.union.fs import UnionFs
 from udbad.union.superblock import Superblock
@@ -162,8 +162,12 @@ class _Recall:
         node.nlookup = count
         node.nlink_extra = links
         node.dead = bool(dead) or branch is None
-        if orphan >= 0:
-            node.orphan_fd = self._taken(orphan, (dev, ino))
+        if orphan != -1:
+            orphan = orphan if orphan >= 0 else unkept(orphan)
+            if node.branch.offline:
+                node.orphan_fd = unkept(self._unseen(orphan))
+            else:
+                node.orphan_fd = self._taken(orphan, (dev, ino))
         further = _NONE
         if at < len(payload):
             further, home = unpack(payload[at:])
@@ -179,7 +183,8 @@ class _Recall:
         if number == ROOT_ID:
             node = self._sb.root
         else:
-            there = [layer for layer in layers if layer[0] in self._branches]
+            # One of which it was not known whether it is there (st_ino 0) is found when the directory is asked again.
+            there = [one for one in layers if one[0] in self._branches and (one[2] or self._is_offline(one[0]))]
             parts = [
                 Layer(
                     self._branches.get(branch_id) or self._gone(branch_id),
@@ -189,9 +194,17 @@ class _Recall:
                     -1 if fd < 0 else self._taken(fd, (dev, ino)),
                 )
                 for branch_id, dev, ino, nlink, fd in there or layers
+                if not self._is_offline(branch_id)
+            ]
+            offline = [
+                Layer(self._branches[branch_id], dev, ino, nlink, -1)
+                for branch_id, dev, ino, nlink, _ in there
+                if self._is_offline(branch_id)
             ]
             parts.sort(key=lambda layer: layer.branch.index)  # the branches may have another order by now
-            node = Dir(number, parts)
+            offline.sort(key=lambda layer: layer.branch.index)
+            node = Dir(number, parts or offline)
+            node.offline = offline or None
             node.name = name
             node.dead = dead or not there
             node.opaque, node.floor = opaque, floor
@@ -204,6 +217,10 @@ class _Recall:
         node.nlookup = count
         node.nlink_extra = links
         node.mtime_offset = mtime_offset
+
+    def _is_offline(self, branch_id: int) -> bool:
+        branch = self._branches.get(branch_id)
+        return branch is not None and branch.offline
 
     def _gone(self, branch_id: int) -> Branch:
         """In the place of a branch that the mount has no more: what was on it is dead, but has its number still."""
@@ -254,10 +271,20 @@ class _Recall:
         os.close(fd)
         return -1
 
+    def _unseen(self, number: int) -> int:
+        """The predecessor's descriptor, as it is: the branch cannot be asked. Who takes it when that answers looks."""
+        try:
+            return self._take(number)
+        except OSError:
+            return -1
+
     def _open_file(self, payload: bytes) -> None:
         _, fd, flags, uid, gid, pid, number, group, node_id, backing = journal.OPENED.unpack_from(payload)
         node = self._sb.table.nodes.get(node_id)
         if node is None:
+            return
+        if node.branch.offline:
+            self._open_offline(payload, node)
             return
         fd = self._taken(fd, node.identity, self._copies.get(node_id))
         if fd < 0:
@@ -271,6 +298,16 @@ class _Recall:
         self._sb.handles.put_back(handle)
         if number < 0 and self._fs.kept is not None:
             self._fs.kept.put_back(handle)
+
+    def _open_offline(self, payload: bytes, node: Node) -> None:
+        _, fd, flags, uid, gid, pid, number, group, _, backing = journal.OPENED.unpack_from(payload)
+        fd = self._unseen(fd)
+        if fd < 0:
+            return
+        handle = OpenFile(Fh(number), node, fd, flags, Caller(uid, gid, pid, 0), False)
+        handle.group = None if group < 0 else group
+        handle.backing_id = backing
+        self._sb.handles.put_back_lost(handle)
 
     def _open_directory(self, said: Any) -> None:
         number, node_id, pid, cached, base, names = said

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def find(sb: Superblock, parent: Dir, name: bytes) -> Found:
-    """What a name that is going to change stands for. Raises ENOENT, EROFS, EPERM (.wh.*)."""
+    """What a name that is going to change stands for. Raises ENOENT, EROFS, EPERM (.wh.*); as `check_changeable`."""
     whiteout.check_not_reserved(name)
     if sb.options.read_only:
         raise erofs()
@@ -30,6 +30,7 @@ def find(sb: Superblock, parent: Dir, name: bytes) -> Found:
         raise enoent()
     if not parent.trusted:
         lookup.refresh(sb, parent)
+    lookup.check_changeable(parent)
     found = lookup.resolve(sb, parent, name)
     if found.answer is Answer.FOUND:
         return found

@@ -43,6 +43,7 @@ def rename(sb: Superblock, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, f
         raise enoent()
     if not dst_dir.trusted:
         lookup.refresh(sb, dst_dir)
+    lookup.check_changeable(dst_dir)
     nowhere = lookup.only_on(sb, dst_dir, dst) == lookup.NOWHERE
     found = lookup.CLEAR if nowhere else lookup.resolve(sb, dst_dir, dst)
     dst_node = None
@@ -101,7 +102,7 @@ def _target(sb: Superblock, parent: Dir, name: bytes, found: Found, node: Node, 
         if not readdir.is_empty(sb, node):
             raise os_error(errno.EXDEV)
         known = copydirs.facts(sb, parent, min(branch.index, limit + 1), None, True, 0)
-        target = sb.branches[sb.options.copyup.select(known)]
+        target = copydirs.selected(sb, sb.options.copyup, known)
         copydirs.ensure_dir(sb, node, target)
         return target
     raise NeedCopyUp(node, Trigger.RENAME, None, (parent, name), limit=limit)

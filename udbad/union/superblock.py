@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch, BranchSet
 from udbad.branch.policy import CopyUpPolicy, CreatePolicy
-from udbad.errors import GONE, NO_DIRECTORY, estale
+from udbad.errors import GONE, NO_DIRECTORY, eio, estale
 from udbad.inodes.handles import HandleTable
 from udbad.inodes.inomap import InoMap
 from udbad.inodes.table import Dir, InodeTable, Layer, Node, Plink
@@ -145,12 +145,16 @@ class Superblock:
         self._free: dict[int, tuple[float, int]] = {}
         self.version = 0
         """The last one that `next_version` has given."""
-        layers = []
+        layers, offline = [], []
         for branch in branches.branches:
+            if branch.offline:
+                offline.append(Layer(branch, branch.dev, 0, 0, -1))
+                continue
             st = os.fstat(branch.root_fd)
             self.inomap.number(st.st_dev, st.st_ino)  # file systems are numbered in branch order
             layers.append(Layer(branch, st.st_dev, st.st_ino, st.st_nlink, branch.root_fd))
-        root = Dir(ROOT_ID, layers)
+        root = Dir(ROOT_ID, layers or offline)
+        root.offline = offline or None
         root.nlink_extra = lower_links(layers)
         root.floor = len(branches) - 1
         root.nlookup = 1
@@ -173,10 +177,12 @@ class Superblock:
     def layer_fd(self, node: Dir, layer: Layer) -> int:
         """The O_PATH descriptor of a branch directory, re-opened by name when it was trimmed.
 
-        Raises ESTALE when the name does not lead there any more.
+        Raises ESTALE when the name does not lead there any more, EIO on a branch that does not answer.
         """
         if layer.fd >= 0:
             return layer.fd
+        if layer.branch.offline:
+            raise eio()
         missing = [(node, layer)]
         parent = node.parent
         while True:
@@ -220,10 +226,10 @@ class Superblock:
             return False
 
     def branch_fd(self, node: Dir, branch: Branch) -> int:
-        """The descriptor of a directory on a branch where it exists; ESTALE where it does not."""
+        """The descriptor of a directory on a branch where it exists; ESTALE where it does not, EIO if nobody knows."""
         layer = node.layer(branch.index)
         if layer is None:
-            raise estale()
+            raise eio() if branch.offline else estale()
         return self.layer_fd(node, layer)
 
     def count_links(self, node: Dir) -> bool:
@@ -247,7 +253,7 @@ class Superblock:
         if node.plink is not None:
             return node.plink.dirfd, node.plink.name
         if node.parent is None or node.dead:
-            raise estale()
+            raise eio() if node.branch.offline else estale()
         return self.branch_fd(node.parent, node.branch), node.name
 
     def stat(self, node: Node) -> os.stat_result:

@@ -13,6 +13,7 @@ import os
 import stat as st_mod
 
 from udbad.branch import listing, syscalls, whiteout
+from udbad.errors import eio
 from udbad.inodes.table import MAX_STACKED, Dir, Hit
 from udbad.union.superblock import Superblock
 
@@ -34,8 +35,11 @@ def scan(sb: Superblock, node: Dir, stacked: set[bytes] | None = None, kinds: Ki
     """Merge the branch directories of a node as they are now: top branch's order first, then what lower ones add.
 
     stacked: gets the names that have a whiteout, or are in more than one branch directory. kinds: gets what
-    getdents64(2) says of each. Raises OSError when a branch directory cannot be read (EACCES, EIO, ESTALE).
+    getdents64(2) says of each. Raises OSError when a branch directory cannot be read (EACCES, EIO, ESTALE): never less
+    names than there may be.
     """
+    if node.offline:
+        raise eio()
     names: View = {}
     whited: set[bytes] = set()
     prefix = whiteout.PREFIX
