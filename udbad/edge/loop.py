@@ -8,8 +8,9 @@ its turns. So a request costs nothing of trio, and trio nothing of a request.
 - While requests follow one another at once, the next one is looked for without sleeping, for SPIN_SECONDS: to be put to
   sleep and woken takes a third of what a client waits for a lookup. The first one that does not come in that time ends
   it. Not on a machine with one processor.
-- While requests keep coming, branch events are looked at every TURN_SECONDS at most, so that what gathers is done in
-  one go; our own changes send events, too.
+- Branch events are looked at every TURN_SECONDS at most, so that what gathers is done in one go: our own changes send
+  events, too, and so does each write of a file that the kernel writes by itself (kernel/passthrough.py). One that
+  nobody waits for is merged with the one before (inotify_merge() in the kernel); else the writer would wake us.
 - A request may be taken back between "readable" and read(2): its client was killed (request_wait_answer() in
   fs/fuse/dev.c). A blocking read would then hold everything else until the next request, so no descriptor blocks.
 """
@@ -30,9 +31,7 @@ from udbad.kernel import boundary, device
 
 log = logging.getLogger(__name__)
 
-BLOCK_SECONDS = 0.0001
-"""Without a request for so long, branch events are looked at, however young the last look is."""
-TURN_SECONDS = 0.0005
+TURN_SECONDS = 0.001
 SPIN_SECONDS = 0.00003
 
 
@@ -135,7 +134,8 @@ class Loop:
                         server.take_events()
                 at_once = server.take(spin)
                 continue
-            seen = self._wait(-1, BLOCK_SECONDS) if now - looked < TURN_SECONDS else 0
+            rest = TURN_SECONDS - (now - looked)
+            seen = self._wait(-1, rest) if rest > 0 else 0
             if not (seen or calls):
                 boundary.settle()
                 seen = self._wait(server.events(), device.FOREVER)
