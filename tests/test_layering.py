@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS: list[list[str]] = [
     ["udbad", "udbad.compiled", "udbad.types", "udbad.errors", "udbad.logs", "udbad.ourselves"],
     ["udbad.branch"],
+    ["udbad.layers"],  # stores of layers: which branches there are, and what goes in and out of one
     ["udbad.settings", "udbad.metrics"],
     ["udbad.inodes"],
     # The read side of the union.
@@ -46,7 +47,7 @@ LEVELS: list[list[str]] = [
 ]
 LEVEL_OF = {prefix: level for level, prefixes in enumerate(LEVELS) for prefix in prefixes}
 
-SYNC_CORE = ("udbad.branch", "udbad.inodes", "udbad.union", "udbad.tools")
+SYNC_CORE = ("udbad.branch", "udbad.layers", "udbad.inodes", "udbad.union", "udbad.tools")
 
 
 def _within(module: str, *packages: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from udbad import __version__
-from udbad.commands import daemon, inspect, mounting, tools, top
+from udbad.commands import daemon, inspect, layers, mounting, tools, top
 from udbad.commands.common import user_errors
 
 
@@ -48,6 +48,7 @@ for _command in (
     *(daemon.run, daemon.check_config, daemon.status, daemon.reload, daemon.restart, daemon.stop, daemon.log_level),
     *(inspect.where, inspect.why, inspect.invalidate, inspect.flush, inspect.udba, inspect.busy, inspect.branch),
     *(tools.diff, tools.mvdown, tools.sync),
+    *(layers.layers, layers.layer),
     top.top,
 ):
     main.add_command(_command)

@@ -38,6 +38,7 @@ _ELSEWHERE = {
     ": see Create policies": ": see POLICIES in mount.udba(8)",
     ": see Copy-up policies": ": see POLICIES in mount.udba(8)",
     ": see Durability": "",
+    ": see Containers": ": see LAYERS in mount.udba(8)",
 }
 """What the pages in docs/ have, and what stands for it here."""
 
@@ -236,7 +237,7 @@ def _mount_udba(date: str) -> str:
             _paragraph(
                 "mount(8) calls this program for `mount -t udba`, for lines of fstab(5) and for systemd's mount units. "
                 "The union is looked after by the daemon, see udbad(8), when one runs, and else has a process of its "
-                "own. SOURCE is its name in `/proc/mounts` and means nothing else."
+                "own. SOURCE is its name in `/proc/mounts`, and means nothing else unless it is a layer, see LAYERS."
             ),
             _paragraph("`-f` checks the options only, `-v` has every operation logged, `-n` and `-s` do nothing."),
             _paragraph("With `-o remount` options and branches of a mounted union change, while it is used."),
@@ -248,6 +249,15 @@ def _mount_udba(date: str) -> str:
             ),
             _subsection("Permissions", _meanings({perm.value: perms[perm.name] for perm in Perm})),
             _subsection("Attributes", _meanings({word: one.meaning for word, one in ATTRIBUTES.items()})),
+        ),
+        _section(
+            "LAYERS",
+            _paragraph(
+                "SOURCE `docker-aufs:ROOT#ID`, or `source=docker-aufs:ROOT#ID`, stands for all branches, as Docker's "
+                "aufs driver has them: `ROOT/diff/ID` is written to, and `ROOT/layers/ID` names the layers below it, "
+                "nearest first, one a line: `ROOT/diff/PARENT=ro+wh`. With `ro` the layer itself is only read, too. "
+                "There may be any number of layers; their paths are no part of what mount(2) is told."
+            ),
         ),
         _section(
             "OPTIONS",

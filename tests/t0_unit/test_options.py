@@ -194,6 +194,7 @@ def test_defaults() -> None:
     found = parse_mount_options("br=/a:/b")
     assert vars(found) == {
         "branches": (A, B),
+        "source": None,
         "udba": "reval",
         "io": "auto",
         "create": "tdp",
@@ -425,6 +426,21 @@ def test_mod_replaces_permission_and_attributes() -> None:
         BranchSpec(b"/a", Perm.RR),
         BranchSpec(b"/b", Perm.RO, frozenset({"wh"})),
     )
+
+
+def test_a_source_stands_for_branches_of_which_one_is_known() -> None:
+    found = parse_mount_options("source=docker-aufs:/a\\,b:c#d/e#id-1.x")
+    assert found.branches == (BranchSpec(b"/a,b:c#d/e/diff/id-1.x", Perm.RW),)
+    assert parse_mount_options(format_options(found)) == found
+    view = parse_mount_options("ro,source=docker-aufs:/r#" + "f" * 235)
+    assert view.branches == (BranchSpec(b"/r/diff/" + b"f" * 235, Perm.RO, frozenset({"wh"})),)
+    for text in ("docker-aufs:r#a", "docker-aufs:/r#..", "docker-aufs:/r#a/b", "docker-aufs:/r", "docker-aufs:/r#",
+                 "docker-aufs:/r#a-removing", "docker-aufs:/r#" + "f" * 236, "overlay:/r#a"):  # fmt: skip
+        with pytest.raises(UserError, match="must be docker-aufs:ROOT#ID, ROOT an absolute path"):
+            parse_mount_options(f"source={text}")
+    for text in ("br=/a", "append=/a"):
+        with pytest.raises(UserError, match="source= stands for all branches"):
+            parse_mount_options(f"source=docker-aufs:/r#a,{text}")
 
 
 def test_several_arguments_are_one_list_and_the_last_word_wins() -> None:

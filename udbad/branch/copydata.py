@@ -220,7 +220,7 @@ class _Copier:
             # copy_file_range(2)). Reading tells which.
             self.in_kernel = False
         data = os.pread(self.src_fd, min(left, USER_CHUNK), offset)
-        runs = _nonzero_runs(data) if self.skip_zeros else [(0, len(data))]
+        runs = nonzero_runs(data) if self.skip_zeros else [(0, len(data))]
         for start, stop in runs:
             self._write(memoryview(data)[start:stop], offset + start)
             self.user_bytes += stop - start
@@ -317,7 +317,7 @@ def _extents(fd: int, end: int) -> Iterator[tuple[int, int]]:
         position = stop
 
 
-def _nonzero_runs(data: bytes) -> Iterator[tuple[int, int]]:
+def nonzero_runs(data: bytes) -> Iterator[tuple[int, int]]:
     """The ranges of `data` that hold blocks with something other than zeros."""
     size = len(_ZERO_BLOCK)
     blocks = range(0, len(data), size)

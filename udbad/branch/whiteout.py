@@ -13,6 +13,9 @@ import os
 import re
 import secrets
 import stat as st_mod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
 
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch
@@ -74,6 +77,47 @@ def opaque(dirfd: int) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+class Meaning(Enum):
+    """What a name says in this notation, which that of OCI layers is, too."""
+
+    OBJECT = "object"
+    WHITEOUT = "whiteout"
+    """Of the name behind the prefix."""
+    OPAQUE = "opaque"
+    """Of the directory it is in."""
+    INTERNAL = "internal"
+    """Ours and aufs' own: nothing of the union."""
+
+
+def meaning(name: bytes) -> tuple[Meaning, bytes]:
+    """What a name says, and of a whiteout the name that it hides, which may be one that nothing can have."""
+    if not name.startswith(PREFIX):
+        return Meaning.OBJECT, name
+    if name == OPAQUE:
+        return Meaning.OPAQUE, b""
+    if name.startswith(RESERVED):
+        return Meaning.INTERNAL, b""
+    return Meaning.WHITEOUT, name[len(PREFIX) :]
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What a branch directory says, each in order: names of objects, names that are hidden below; opaque: all are."""
+
+    objects: tuple[bytes, ...]
+    hidden: tuple[bytes, ...]
+    opaque: bool
+
+
+def told_apart(names: Iterable[bytes]) -> Names:
+    """The entries of a branch directory by what they mean."""
+    found: dict[Meaning, list[bytes]] = {kind: [] for kind in Meaning}
+    for one in sorted(names):
+        kind, name = meaning(one)
+        found[kind].append(name)
+    return Names(tuple(found[Meaning.OBJECT]), tuple(found[Meaning.WHITEOUT]), bool(found[Meaning.OPAQUE]))
 
 
 def create(branch: Branch, dirfd: int, name: bytes) -> bool:

@@ -15,16 +15,17 @@ from udbad.branch.spec import escape, printable, split_escaped, unescape
 from udbad.control import client
 from udbad.control.protocol import Message
 from udbad.errors import UserError
+from udbad.layers.source import SCHEME, absolute, parse
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 
-def print_table(table: Table) -> None:
+def print_wide(drawn: RenderableType) -> None:
     """As wide as it is into a pipe or a file: a path that a terminal would cut is of no use there."""
     from rich.console import Console  # not for commands that print none
 
-    Console(width=None if os.isatty(1) else 4096).print(table)
+    Console(width=None if os.isatty(1) else 4096).print(drawn)
 
 
 @contextmanager
@@ -65,3 +66,18 @@ def absolute_branch(branch: str) -> str:
     """
     path = split_escaped(branch, "=")[0]
     return escape(os.path.abspath(unescape(path))) + branch[len(path) :] if path else branch
+
+
+def layer_source(source: str) -> tuple[str, list[str]]:
+    """SOURCE of a mount as its caller means it, and the mount option that it stands for where it is a layer."""
+    if not source.startswith(SCHEME):
+        return source, []
+    source = absolute(source)
+    return source, ["source=" + escape(source, "\\,")]
+
+
+def place_in_store(source: str) -> str:
+    """Where a store has the mount of one of its layers; source: as an option of the mount has it."""
+    named = parse(source)
+    assert named is not None
+    return named.mount_point()

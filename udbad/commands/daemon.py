@@ -11,7 +11,7 @@ import click
 
 from udbad import logs
 from udbad.branch import capabilities
-from udbad.commands.common import print_table, run_dir_option, user_errors
+from udbad.commands.common import print_wide, run_dir_option, user_errors
 from udbad.commands.completion import mounts
 from udbad.control import client, registry
 from udbad.control.protocol import NOT_ANSWERING
@@ -168,7 +168,7 @@ def _print_status(answer: dict[str, Any]) -> None:
             _duration(time.time() - mount["since"]), str(mount["restarts"]), _coherence(process),
             process.get("io", "-"), "\n".join(process.get("branches", ["-"])),
         )  # fmt: skip
-    print_table(table)
+    print_wide(table)
     for mount in answer["mounts"]:
         if mount["reason"]:
             click.echo(f"{mount['label']}: {mount['reason']}")

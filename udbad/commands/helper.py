@@ -19,7 +19,7 @@ import click
 from udbad import logs
 from udbad.branch import capabilities
 from udbad.branch.spec import split_escaped
-from udbad.commands.common import absolute_branch
+from udbad.commands.common import absolute_branch, layer_source
 from udbad.commands.mounting import serve_in_background
 from udbad.control import client, registry
 from udbad.errors import ExitCode, UserError
@@ -78,7 +78,8 @@ def command(
 
 
 def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: bool, verbose: bool) -> None:
-    parsed = parse_mount_options(",".join(words))
+    source, named = layer_source(source)
+    parsed = parse_mount_options(",".join([*words, *named]))
     if parsed.fsname == "none" and source != "none":
         parsed = replace(parsed, fsname=source)
     # The daemon is in another directory than whoever calls us.

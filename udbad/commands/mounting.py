@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from udbad import logs
-from udbad.commands.common import run_dir_option, user_errors
+from udbad.commands.common import layer_source, place_in_store, run_dir_option, user_errors
 from udbad.commands.completion import mount_points
 from udbad.errors import ExitCode, UserError
 
@@ -26,7 +26,7 @@ _READY = b"READY\n"
 
 
 @click.command()
-@click.option("-o", "options", multiple=True, required=True, help="Mount options, comma separated: br=…,udba=….")
+@click.option("-o", "options", multiple=True, help="Mount options, comma separated: br=…,udba=….")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground and serve until unmounted.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every operation.")
 @click.option(
@@ -36,7 +36,7 @@ _READY = b"READY\n"
 @click.option("--ready-fd", type=int, default=-1, hidden=True)
 @run_dir_option
 @click.argument("source")
-@click.argument("mount_point", type=click.Path(path_type=Path))
+@click.argument("mount_point", type=click.Path(path_type=Path), required=False)
 def mount(
     options: tuple[str, ...],
     foreground: bool,
@@ -45,13 +45,22 @@ def mount(
     ready_fd: int,
     run_dir: str,
     source: str,
-    mount_point: Path,
+    mount_point: Path | None,
 ) -> None:
-    """Mount a union on MOUNT_POINT. SOURCE is shown in /proc/mounts and has no meaning otherwise."""
+    """Mount a union on MOUNT_POINT. SOURCE is shown in /proc/mounts.
+
+    SOURCE docker-aufs:ROOT#ID is a layer of a store, which is mounted with those below it; MOUNT_POINT is its place in
+    the store where it is not given. Any other SOURCE is a name only.
+    """
     from udbad.settings.options import parse_mount_options
 
     with user_errors():
-        parsed = parse_mount_options(options)
+        source, named = layer_source(source)
+        parsed = parse_mount_options([*options, *named])
+        if mount_point is None:
+            if parsed.source is None:
+                raise UserError("MOUNT_POINT is missing")
+            mount_point = Path(place_in_store(parsed.source))
         if parsed.fsname == "none" and source != "none":
             parsed = replace(parsed, fsname=source)
         logs.set_up("debug" if verbose else "info", log_format)

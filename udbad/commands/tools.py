@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import parse_branch
-from udbad.commands.common import for_terminal, print_table, run_dir_option, user_errors
+from udbad.commands.common import for_terminal, print_wide, run_dir_option, user_errors
 from udbad.commands.completion import branches, files, mounts
 from udbad.commands.inspect import json_option
 from udbad.control import client
 from udbad.errors import ExitCode, UserError
 from udbad.types import Perm
+
+if TYPE_CHECKING:
+    from udbad.tools.branchdiff import Change
 
 _REFRESH = 0.2  # seconds
 _HOURS = 86400.0  # seconds: one big file to a slow disk
@@ -37,6 +40,11 @@ def diff(run_dir: str, as_json: bool, show_all: bool, branch: str, lowers: tuple
     """
     with user_errors():
         found = _changes(run_dir, branch, lowers, show_all)
+    print_changes(found, as_json)
+
+
+def print_changes(found: list[dict[str, str]], as_json: bool) -> None:
+    """Of `change_rows`."""
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
@@ -50,7 +58,7 @@ def diff(run_dir: str, as_json: bool, show_all: bool, branch: str, lowers: tuple
         path = for_terminal(one["path"])
         table.add_row(Text(one["change"], _STYLES.get(one["change"], "")), one["type"], Text(path), one["detail"])
     if found:
-        print_table(table)
+        print_wide(table)
     counts = {kind: sum(one["change"] == kind for one in found) for kind in _STYLES}
     click.echo(", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "no changes")
 
@@ -167,12 +175,18 @@ def _changes(run_dir: str, branch: str, lowers: tuple[str, ...], show_all: bool)
         top, *rest = specs
     try:
         with branchdiff.opened(top, rest) as (one, others):
-            return [
-                {"path": os.fsdecode(change.path), "change": change.kind.value, "type": change.type,
-                 "detail": change.detail}
-                for change in branchdiff.changes(one, others)
-                if (show_all or change.kind is not branchdiff.ChangeKind.IDENTICAL)
-                and (not inside or change.path == inside or change.path.startswith(inside + b"/"))
-            ]  # fmt: skip
+            found = branchdiff.changes(one, others)
+            return change_rows(
+                (change for change in found if not inside or (change.path + b"/").startswith(inside + b"/")), show_all
+            )
     except OSError as error:
         raise UserError(f"cannot compare: {error.strerror}", ExitCode.FAILURE) from None
+
+
+def change_rows(found: Iterable[Change], show_all: bool) -> list[dict[str, str]]:
+    """What became of each name, in words; show_all: names with nothing but a copy of what was there, too."""
+    return [
+        {"path": os.fsdecode(change.path), "change": change.kind.value, "type": change.type, "detail": change.detail}
+        for change in found
+        if show_all or change.kind.value != "identical"
+    ]

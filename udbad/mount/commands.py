@@ -213,6 +213,8 @@ class Commands:
         need a new mount. Either every live key is applied or, with an error, none.
         """
         new = parse_mount_options(text_of(request, "options"))
+        if new.source is not None:  # another one is for another mount
+            new = replace(new, branches=self.process.options.branches)
         configured = _options_text(request, "configured") if "configured" in request else None
         async with self._changing:
             answer = await self._become(new)

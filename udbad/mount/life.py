@@ -21,7 +21,8 @@ from udbad.mount.keeper import Left
 from udbad.mount.mountproc import STOPPING, MountProcess, is_portable
 from udbad.mount.presence import NOBODY, Identity
 from udbad.mount.readings import text
-from udbad.settings.options import MountOptions, parse_mount_options
+from udbad.settings.options import MountOptions, format_options, parse_mount_options
+from udbad.settings.sources import resolved
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,9 @@ def run(
                 ending.callback(predecessor.join)
                 options = parse_mount_options(predecessor.facts["options"])
                 configured = predecessor.facts["configured"]
+            else:
+                configured = configured or format_options(options)
+                options = resolved(options)
             process = MountProcess(options, mount_point, identity, record, predecessor, own)
         except OSError as error:
             raise _no_start(mount_point, error) from error

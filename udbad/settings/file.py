@@ -316,6 +316,8 @@ class _Loader:
             value = rest.get(word)
             if isinstance(value, str) and not self._parses(file, f"{key}.{word}", parse, value):
                 del rest[word]
+        if "branches" in rest and "source" in rest:
+            self.note(file, f"{key}.source", "stands for all branches: source and branches exclude each other")
         if "branches" in rest:
             rest["branches"] = self._branches(file, f"{key}.branches", rest["branches"])
         options = None

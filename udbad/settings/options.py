@@ -30,6 +30,7 @@ from udbad.branch.spec import (
     unescape,
 )
 from udbad.errors import ExitCode, UserError
+from udbad.layers import source as layer_source
 
 # -- what the value of an option may be ------------------------------------------------------------
 
@@ -140,6 +141,8 @@ class MountOptions:
 
     branches: tuple[BranchSpec, ...] = field(metadata={"allowed": "a list of PATH[=PERM[+ATTR...]]", "take": _branches})
     """Top first, never empty: see Branches."""
+    source: str | None = _text(None, layer_source.FORM, layer_source.parse)
+    """In place of branches: a layer of a store, and those below it: see Containers."""
     udba: str = _one_of("reval", "none, reval or notify", UDBA_MODES)
     """Which direct changes of the branches are seen, and when: see Modes."""
     io: str = _one_of("auto", "auto, requests, passthrough or cached", IO_MODES)
@@ -224,6 +227,7 @@ class MountOptions:
         """From what was written for each field. Raises WrongOptions; UserError (OPTION) for a bad branch or policy."""
         kept: dict[str, Any] = {}
         wrong = []
+        table = {**table, **_branches_of(table)}
         for name, one in FIELDS.items():
             if name not in table:
                 if one.default is MISSING:
@@ -242,6 +246,15 @@ class MountOptions:
 
 
 FIELDS: Final = {one.name: one for one in fields(MountOptions)}
+
+
+def _branches_of(table: Mapping[str, object]) -> dict[str, object]:
+    """With a source, the branch that is known without reading what that names (sources.py has the others)."""
+    if table.get("source") is None:
+        return {}
+    named = layer_source.parse(str(table["source"]))
+    # A branch for one that is wrong, so that it is not said that there is none as well.
+    return {"branches": (BranchSpec(b"/") if named is None else named.top(table.get("ro") is True),)}
 
 
 # -- what may be written after -o (semantics 2; mount(8) for the generic ones) -----------------
@@ -269,6 +282,7 @@ _VALUES: Final = {
     **{
         name: name
         for name in (
+            "source",
             "udba",
             "io",
             "dirwh",
@@ -434,7 +448,10 @@ class _Reader:
 
     def result(self) -> MountOptions:
         branches = edit_branches(self.initial, self.edits)
-        if not branches:
+        if self.values.get("source") is not None:
+            if self.initial or self.edits:
+                raise UserError("source= stands for all branches: no br=, add=, append= or the like", ExitCode.OPTION)
+        elif not branches:
             raise UserError("no branch given: use -o br=PATH[=PERM][:PATH[=PERM]...]", ExitCode.OPTION)
         notices = [f"accepted without effect here: {', '.join(dict.fromkeys(self.ignored))}"] if self.ignored else []
         table = {**self.values, "branches": branches, "kernel_flags": self.kernel, "notices": tuple(notices)}
@@ -547,7 +564,9 @@ _ITEM_SPECIAL: Final = "\\,"
 
 def format_options(options: MountOptions) -> str:
     """The branches and every option that is not at its default, comma separated, as -o takes them back."""
-    words = ["ro" if options.ro else "rw", *sorted(options.kernel_flags), f"br={format_branches(options.branches)}"]
+    words = ["ro" if options.ro else "rw", *sorted(options.kernel_flags)]
+    if options.source is None:
+        words.append(f"br={format_branches(options.branches)}")
     for name, one in FIELDS.items():
         value = getattr(options, name)
         if value == one.default or name in ("branches", "ro", "kernel_flags", "notices"):

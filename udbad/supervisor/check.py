@@ -14,6 +14,7 @@ from udbad.branch.spec import shown
 from udbad.control.registry import real_mount_point
 from udbad.errors import ExitCode, UserError
 from udbad.settings.file import Config, MountSettings, Problem
+from udbad.settings.sources import resolved
 from udbad.types import Perm
 
 
@@ -47,11 +48,12 @@ def _comes_later(mount: MountSettings, others: Sequence[MountSettings]) -> bool:
 
 def _try(mount: MountSettings) -> None:
     """Raises UserError as the mount process would."""
-    options, place = mount.options, real_mount_point(os.fsencode(mount.mount_point))
+    place = real_mount_point(os.fsencode(mount.mount_point))
     try:
         os.close(os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))  # a dead or wedged mount is not asked
     except OSError as error:
         raise UserError(f"mount point {shown(place)}: {error.strerror}", ExitCode.MOUNT_POINT) from None
+    options = resolved(mount.options) if not missing(mount) else mount.options
     specs: list[BranchSpec] = []
     for index, spec in enumerate(options.branches):
         if os.path.exists(spec.path):

@@ -39,6 +39,8 @@ async def change_and_save(path: Path, runner: Runner, request: Message) -> tuple
     branches = list(runner.active.options.branches)
     try:
         edits = _edits(request)
+        if edits and runner.settings.options.source is not None:
+            raise UserError("the branches are those of its source", ExitCode.CONFIG)
         # In a thread, here and below: a path may lead into a mount that hangs, and all mounts with it.
         live, planned = await asyncio.to_thread(_plan, path, runner, request, branches, edits)
         configedit.check_writable(planned.file)
