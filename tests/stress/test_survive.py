@@ -7,21 +7,15 @@ each mode and layout. The time from a kill until the next process serves is prin
 from __future__ import annotations
 
 import os
-import random
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.mount import Mount
+from tests.helpers.killing import killing
 from tests.helpers.profile import scaled
 from tests.stress.storm import ALLOWED_LOG, LAYOUTS, MODES, Arena, arena, fill
 from tests.stress.test_storm import SEED, judge
-from tests.t5_daemon.daemon import DEADLINE, until
+from tests.t5_daemon.daemon import until
 from udbad.mount import keeper
 
 pytestmark = [
@@ -32,32 +26,6 @@ pytestmark = [
 
 ROUNDS = int(os.environ.get("UDBAD_KILL_ROUNDS", scaled("1", "10")))
 OPERATIONS = 300
-BETWEEN = 0.1, 2.0
-"""Seconds between two kills, nearer to the first."""
-
-
-@contextmanager
-def killing(mount: Mount, seed: int) -> Iterator[list[float]]:
-    """Kill the mount process again and again; the list gets the seconds from each kill until the next one answers."""
-    draw = random.Random(seed)
-    pauses: list[float] = []
-    enough = threading.Event()
-
-    def kill() -> None:
-        pid = mount.control({"op": "status"})["pid"]
-        while not enough.wait(draw.triangular(*BETWEEN, BETWEEN[0])):
-            began = time.monotonic()
-            os.kill(pid, signal.SIGKILL)
-            pid = mount.control({"op": "status"})["pid"]
-            pauses.append(time.monotonic() - began)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    try:
-        yield pauses
-    finally:
-        enough.set()
-        thread.join(DEADLINE)
 
 
 def swept(here: Arena) -> bool:
@@ -74,9 +42,9 @@ def test_a_storm(tmp_path: Path, udba: str, layout: tuple[str, ...]) -> None:
         fill(here, SEED, 200)
         for number in range(ROUNDS):
             seed = SEED + 100 * number
-            with killing(here.mount, seed) as pauses:
+            with killing(here.mount, seed) as kills:
                 here.storm(seed, OPERATIONS)
-            if pauses:
-                print(f"{len(pauses)} kills, pause {min(pauses) * 1000:.0f} to {max(pauses) * 1000:.0f} ms")
+            print(kills)
+            if kills.pauses:
                 until(lambda: swept(here), "the end of sweeping")
             judge(here.check(fresh=False), seed)

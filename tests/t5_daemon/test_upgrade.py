@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.killing import Kills
 from tests.helpers.mount import REPOSITORY
+from tests.helpers.profile import SOAK, scaled
+from tests.stress.clients import make_lower
+from tests.stress.test_survive_clients import start, under_kills
 from tests.t5_daemon.daemon import DEADLINE, Daemon, until
 from udbad import __version__
 from udbad.control import registry
@@ -17,6 +21,29 @@ from udbad.mount import keeper
 pytestmark = pytest.mark.fuse
 
 NEW = "99.0"
+NEXT = f"""
+import udbad
+from udbad.inodes import journal, record
+
+udbad.__version__ = {NEW!r}
+record.VERSION = 2
+record.READ = record.WRITTEN = frozenset({{1, 2}})
+write, read, take_over = record.Record.append, record.Record.entries, journal.Journal.__init__
+
+def append(self, payload, count=0):
+    return write(self, bytes(255 - byte for byte in payload) if self.version == 2 else payload, count)
+
+def entries(self):
+    for payload, count in read(self):
+        yield bytes(255 - byte for byte in payload) if self.version == 2 else payload, count
+
+def begin(self, record, *arguments):
+    take_over(self, record, *arguments)
+    record.quick = None  # what is compiled writes version 1
+
+record.Record.append, record.Record.entries, journal.Journal.__init__ = append, entries, begin
+"""
+CHANGES = int(scaled("2", "100"))
 
 
 def install(daemon: Daemon, directory: Path) -> None:
@@ -25,6 +52,24 @@ def install(daemon: Daemon, directory: Path) -> None:
     (directory / "sitecustomize.py").write_text(f"import udbad\nudbad.__version__ = {NEW!r}\n")
     daemon.environment["PYTHONPATH"] = f"{directory}{os.pathsep}{REPOSITORY}"
     daemon.executed = True
+
+
+def install_next(daemon: Daemon, directory: Path) -> None:
+    """What is started is the version to come, which writes each entry of the state in another way, and reads both."""
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text(NEXT)
+    daemon.environment["PYTHONPATH"] = f"{directory}{os.pathsep}{REPOSITORY}"
+    daemon.executed = True
+
+
+def install_previous(daemon: Daemon) -> None:
+    """This one again."""
+    daemon.environment["PYTHONPATH"] = str(REPOSITORY)
+    daemon.executed = True
+
+
+def wait_for_version(daemon: Daemon, version: str) -> None:
+    until(lambda: versions(daemon) == {"used": version}, "the other version")
 
 
 def versions(daemon: Daemon) -> dict[str, str]:
@@ -118,4 +163,51 @@ def test_a_mount_that_survives_changes_over_by_itself(daemon: Daemon, tmp_path: 
         daemon.wait_for("used", not_pid=pid)
         file.write("and in a process of the new version")
     assert (point / "open").read_text() == "written while no daemon ran, and in a process of the new version"
+    daemon.stop()
+
+
+@pytest.mark.skipif(keeper.why_not() is not None, reason=str(keeper.why_not()))
+@pytest.mark.parametrize("udba", ["notify"] if not SOAK else ["none", "reval", "notify"])
+def test_there_and_back_again_under_load(daemon: Daemon, tmp_path: Path, udba: str) -> None:
+    """The version to come, whose state is another one, and this one again; no client meets an error."""
+    point = daemon.add("used", survive=True, udba=udba)
+    make_lower(daemon.branch("used", "base"))
+    install_previous(daemon)
+    daemon.start()
+    clients = start(("appended", "renamed", "deleted", "mapped", "copied", "listed", "locked"), point)
+    try:
+        for number in range(CHANGES):
+            assert all(client.poll() is None for client in clients.values())
+            daemon.command("stop", "--keep-mounts")
+            assert daemon.process is not None
+            assert daemon.process.wait(DEADLINE) == 0
+            if number % 2 == 0:
+                install_next(daemon, tmp_path / f"new {number}")
+            else:
+                install_previous(daemon)
+            daemon.start()
+            wait_for_version(daemon, NEW if number % 2 == 0 else __version__)
+    finally:
+        rounds = under_kills(Kills(), clients, 0)
+    print(f"{CHANGES} changes of the version; rounds: {', '.join(rounds)}")
+    daemon.stop()
+
+
+@pytest.mark.skipif(keeper.why_not() is not None, reason=str(keeper.why_not()))
+def test_a_version_that_cannot_read_the_state_leaves_the_mount_as_it_is(daemon: Daemon, tmp_path: Path) -> None:
+    point = daemon.add("used", survive=True)
+    install_next(daemon, tmp_path / "new")
+    (tmp_path / "new/sitecustomize.py").write_text(NEXT.replace("frozenset({1, 2})", "frozenset({2})"))
+    daemon.start()
+    pid = daemon.state("used")["pid"]
+    with (point / "open").open("w") as file:
+        daemon.command("stop", "--keep-mounts")
+        assert daemon.process is not None
+        assert daemon.process.wait(DEADLINE) == 0
+        install_previous(daemon)
+        daemon.start()
+        assert "none of the versions 1 can be written" in daemon.command("restart", "used", code=1)
+        assert daemon.state("used")["pid"] == pid
+        file.write("written all the same")
+    assert (point / "open").read_text() == "written all the same"
     daemon.stop()

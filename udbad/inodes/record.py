@@ -26,7 +26,14 @@ from itertools import islice
 from typing import Any, Final, Protocol
 
 VERSION: Final = 1
-"""Of what is in the record, this layout and the entries of journal.py: who cannot read it says so and leaves it."""
+"""Of what is in the record: this layout, the entries of journal.py, the slots of edge/once.py, and what
+mount/handover.py says. Whoever changes one of them makes it one more, and has the version before still be read and
+written: it is written for a successor that reads no later one (`Record.write_as`), and journal.py and recall.py go by
+`Record.version`."""
+READ: Final = frozenset({VERSION})
+"""Versions that can be read. Who meets another one says so and leaves it as it is."""
+WRITTEN: Final = READ
+"""Versions that can be written."""
 SLOTS_AT: Final = 4096
 LOG_AT: Final = 65536
 HALF_STRIDE: Final = 1 << 38
@@ -135,6 +142,8 @@ class Record:
         self._head = mmap.mmap(fd, LOG_AT)
         self._words = memoryview(self._head).cast("Q")
         self.slots = memoryview(self._head)[SLOTS_AT:]
+        self.version = self._words[_STATE] >> 32 or VERSION
+        """Of what is in it."""
         self._half = Half(fd, self._words, self._words[_STATE] & 1)
         self._next: Half | None = None
         """The half that all is being written to anew."""
@@ -178,8 +187,9 @@ class Record:
         magic, state = struct.unpack("=QQ", head) if len(head) == 16 else (0, 0)
         if magic != _MAGIC:
             raise UnreadableRecord("it is no record")
-        if state >> 32 != VERSION:
-            raise UnreadableRecord(f"it has version {state >> 32}, and {VERSION} is what can be read")
+        if state >> 32 not in READ:
+            known = ", ".join(map(str, sorted(READ)))
+            raise UnreadableRecord(f"it has version {state >> 32}, and {known} is what can be read")
         return cls(fd)
 
     def close(self) -> None:
@@ -255,6 +265,18 @@ class Record:
         self._begin()
         self._move(whole=True)
 
+    def write_as(self, versions: Iterable[int]) -> None:
+        """Write all anew, and what comes in the same way, so that who reads these versions can go on with it.
+
+        Raises UnreadableRecord when none of them can be written; OSError.
+        """
+        possible = WRITTEN.intersection(versions)
+        if not possible:
+            raise UnreadableRecord(f"none of the versions {', '.join(map(str, versions))} can be written")
+        if self.version != max(possible):
+            self.version = max(possible)
+            self.rewrite()
+
     def _begin(self) -> None:
         self.words = None
         self._next = Half(self.fd, self._words, 1 - self._half.number)
@@ -276,7 +298,7 @@ class Record:
         finally:
             self._moving = False
         old, self._half, self._next = self._half, self._next, None
-        self._words[_STATE] = VERSION << 32 | self._half.number
+        self._words[_STATE] = self.version << 32 | self._half.number
         self.words = self._half.words
         old.empty()
         self._half.most = max(_CHUNK, 3 * self._half.end)

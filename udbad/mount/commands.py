@@ -22,6 +22,7 @@ from udbad.branch.spec import format_branch
 from udbad.control.protocol import Message, edits_of, flag_of, path_of, text_of
 from udbad.control.server import Command
 from udbad.errors import ExitCode, UserError
+from udbad.inodes.record import UnreadableRecord
 from udbad.kernel.boundary import operations
 from udbad.logs import set_level
 from udbad.mount import rebranch, strictness
@@ -73,6 +74,7 @@ class Commands:
             "sync": self.carrying.sync,
             "sync-status": self.carrying.status,
             "sync-stop": self.carrying.stop,
+            "write-state": self.write_state,
             "retire": self.retire,
             "stop": self.stop,
         }
@@ -324,6 +326,21 @@ class Commands:
         except ValueError as error:
             raise UserError(str(error), ExitCode.OPTION) from None
         return {}
+
+    async def write_state(self, request: Message) -> dict[str, Any]:
+        """Have another version of udbad be able to go on with the mount: "reads", the versions of the state that it
+        can read. UserError when none of them can be written; then nothing changes."""
+        record, versions = self.process.record, request.get("reads")
+        if record is None or not isinstance(versions, list) or not all(type(one) is int for one in versions):
+            raise UserError("nobody could go on with the mount", ExitCode.FAILURE)
+        try:
+            record.write_as(versions)
+            self.process.write_entry()
+        except UnreadableRecord as error:
+            raise UserError(f"what it knows cannot be written for another version: {error}", ExitCode.FAILURE) from None
+        except OSError as error:
+            raise UserError(f"what it knows cannot be written: {error.strerror}", ExitCode.FAILURE) from None
+        return {"version": record.version}
 
     async def retire(self, request: Message) -> dict[str, Any]:
         """Make room for another process: end here, between two operations, as if killed. Gives no answer then."""

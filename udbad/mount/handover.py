@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from udbad.branch.branches import Branch, BranchSet
 from udbad.errors import ExitCode, UserError
-from udbad.inodes.record import Record, UnreadableRecord
+from udbad.inodes.record import READ, Record, UnreadableRecord
 from udbad.kernel.session import Session
 from udbad.mount.keeper import Gone, Left, Table
 from udbad.settings.options import format_options
@@ -23,8 +23,6 @@ from udbad.types import Perm
 if TYPE_CHECKING:
     from udbad.mount.mountproc import MountProcess
 
-VERSION: Final = 1
-"""Of the form of what is written; whoever changes it has to say how the one before is read."""
 _NOTE: Final = "facts"
 _BRANCH_FIELDS: Final = tuple(one.name for one in fields(Branch) if one.init)
 
@@ -37,7 +35,7 @@ def write(process: MountProcess, record: Record, last: int) -> int:
     the_session = process.session
     assert isinstance(the_session, Session)  # through pyfuse3 there is no record
     facts = {
-        "version": VERSION,
+        "version": record.version,
         "mount_point": os.fsdecode(process.mount_point),
         "options": format_options(process.options),
         "configured": process.configured,
@@ -64,7 +62,7 @@ def write(process: MountProcess, record: Record, last: int) -> int:
 
 
 def read(record: Record, take: Callable[[int], int]) -> dict[str, Any]:
-    """What `write` has written last. Raises OSError; UserError when that is for another version."""
+    """What `write` has written last. Raises OSError; UserError when that is of a version that cannot be read."""
     said = record.noted(_NOTE)
     if said is None:
         raise UserError("the mount process ended before it served", ExitCode.FAILURE)
@@ -73,8 +71,8 @@ def read(record: Record, take: Callable[[int], int]) -> dict[str, Any]:
         facts = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
     finally:
         os.close(fd)
-    if not isinstance(facts, dict) or facts.get("version") != VERSION:
-        raise UserError(f"what it knows is written in a form of another version, not {VERSION}", ExitCode.FAILURE)
+    if not isinstance(facts, dict) or facts.get("version") not in READ:
+        raise UserError("what it knows is written in another version", ExitCode.FAILURE)
     return facts
 
 

@@ -78,7 +78,11 @@ def _look(job: dict[str, Any]) -> dict[str, Any]:
     """Whether this version could go on with a mount that another one serves."""
     try:
         left = [(pid, record) for pid, record in job["left"]]
-        Predecessor(left, registry.real_mount_point(os.fsencode(job["mount_point"]))).close()
+        predecessor = Predecessor(left, registry.real_mount_point(os.fsencode(job["mount_point"])))
+        try:
+            parse_mount_options(predecessor.facts["options"])
+        finally:
+            predecessor.close()
     except (OSError, UserError) as error:
         return {"ready": False, "error": str(error) or "nothing is left", "code": int(ExitCode.FAILURE)}
     return {"ready": True}

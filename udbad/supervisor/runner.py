@@ -23,6 +23,7 @@ from udbad.control import registry
 from udbad.control.asyncclient import ask_async
 from udbad.control.protocol import Message
 from udbad.errors import ExitCode
+from udbad.inodes.record import READ
 from udbad.mount.keeper import Legacy
 from udbad.ourselves import COMMAND, environment
 from udbad.settings.file import DaemonSettings, MountSettings
@@ -468,7 +469,7 @@ class Runner:
 
     async def renew(self, worker: Worker) -> str | None:
         """Have a process of this version go on with the mount; why not, if so, and then the one that serves goes on."""
-        problem = await self._look()
+        problem = await self._ask_for_state() or await self._look()
         if problem is not None:
             return f"{problem}; with --force it is unmounted and mounted again"
         self.log.info("%s: process %d makes room for another", self.label, worker.pid)
@@ -485,6 +486,14 @@ class Runner:
         except TimeoutError:
             return self.reason or "it does not serve yet"
         return None
+
+    async def _ask_for_state(self) -> str | None:
+        """Have the process that serves write what it knows in a version that is read here; why it cannot."""
+        try:
+            answer = await self.request({"op": "write-state", "reads": sorted(READ)}, self.shared.daemon.stop_timeout)
+        except OSError as error:
+            return str(error) or "no answer"
+        return None if answer["ok"] else str(answer["error"])
 
     async def _look(self) -> str | None:
         """Why a process of this version could not go on with the mount."""

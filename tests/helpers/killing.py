@@ -1,0 +1,90 @@
+"""Killing the process of a mount again and again, while others use the mount."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from tests.helpers.mount import DEADLINE, Mount
+from udbad.mount.keeper import NAME
+
+BETWEEN: Final = 0.1, 2.0
+"""Seconds between two kills, nearer to the first."""
+EARLY: Final = 0.2
+"""How many of the kills meet a process that has not taken over yet."""
+EARLY_SECONDS: Final = 0.3
+
+
+@dataclass
+class Kills:
+    """count: all of them. pauses: seconds from a kill until the next process answers."""
+
+    count: int = 0
+    pauses: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.pauses:
+            return f"{self.count} kills"
+        ordered = sorted(self.pauses)
+        at = [ordered[int(part * (len(ordered) - 1))] * 1000 for part in (0.5, 0.99, 1)]
+        return f"{self.count} kills, pause {at[0]:.0f} ms, p99 {at[1]:.0f}, at most {at[2]:.0f}"
+
+
+def workers(guardian: int) -> list[int]:
+    """The mount process under a guardian; none while one ends, two while that takes its time."""
+    found = []
+    with suppress(FileNotFoundError):
+        for pid in Path(f"/proc/{guardian}/task/{guardian}/children").read_text().split():
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/comm").read_text().rstrip("\n") != NAME:
+                    found.append(int(pid))
+    return found
+
+
+@contextmanager
+def killing(mount: Mount, seed: int, between: tuple[float, float] = BETWEEN) -> Iterator[Kills]:
+    """Kill the mount process (survive=on) again and again, some before they serve."""
+    draw = random.Random(seed)
+    kills = Kills()
+    enough = threading.Event()
+    problems: list[Exception] = []
+
+    def kill() -> None:
+        while not enough.wait(draw.triangular(*between, between[0])):
+            pid = mount.control({"op": "status"})["pid"]
+            began = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+            kills.count += 1
+            while draw.random() < EARLY:
+                time.sleep(draw.uniform(0, EARLY_SECONDS))
+                for other in workers(mount.process.pid):
+                    with suppress(ProcessLookupError):
+                        os.kill(other, signal.SIGKILL)
+                        kills.count += 1
+                began = time.monotonic()
+            mount.control({"op": "status"})
+            kills.pauses.append(time.monotonic() - began)
+
+    def run() -> None:
+        try:
+            kill()
+        except Exception as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield kills
+    finally:
+        enough.set()
+        thread.join(2 * DEADLINE)
+    if problems:
+        raise problems[0]
