@@ -93,6 +93,7 @@ class FakeKernel:
     def data(self, node: int) -> None:
         self.notified["data"] += 1
         self.attributes_of.pop(node, None)
+        self.listings.pop(node, None)  # its pages: fuse_readdir_cached() begins anew where one is missing
 
     def everything(self) -> bool:
         if self.epochs:

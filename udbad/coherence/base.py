@@ -245,7 +245,9 @@ class Coherence:
 
     def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None, moved: bool = False) -> None:
         # The kernel has dropped its listing, and what it knew of the name, by itself (fuse_dir_changed()).
-        node.listed = False
+        if node.listed:
+            node.listed = False
+            self.sb.table.changed(node)
         if node.negatives is not None:
             node.negatives.discard(name)
         if moved and not node.trusted:
@@ -343,11 +345,21 @@ class Coherence:
     def recalled(self) -> None:
         """The tree is one that a predecessor had (union/recall.py): the kernel may remember all of it, and nobody has
         seen what has happened meanwhile. To be called after `start`."""
+        # The pages of a listing are dropped where nobody is taking in an answer: a later mtime would be seen by who
+        # compares it, though nothing has changed.
+        reading = {handle.node.id for handle in self.sb.handles.dirs.values()}
+        dropped: list[Dir] = []
         for node in self.sb.table.nodes.values():
             if type(node) is Dir:
-                node.trusted = node.listed = True
+                node.trusted = True
                 node.ttl = FOREVER
+                if node.listed and node.id not in reading:
+                    node.listed = False
+                    dropped.append(node)
         self.drop_everything()
+        for node in dropped:
+            self.sb.table.changed(node)
+            self.notifier.data(node.id)
 
     def attr_ttl(self, node: Node, st: os.stat_result) -> float:
         """How long (seconds) the kernel may keep the attributes of a node."""

@@ -21,9 +21,9 @@ from udbad.inodes.table import Dir, InodeTable, Node, Plink
 FILE: Final = 1
 """A node that is no directory: NODE, the name, and where it has further ones, or a home, `pack` of (names, home)."""
 DIRECTORY: Final = 2
-"""`pack` of (id, parent, name, dead, links added, floor, opaque, mtime offset, layers), a layer being (branch, st_dev,
-st_ino, st_nlink, descriptor); those of branches that do not answer last, st_ino 0 where it is not known whether there
-is one."""
+"""`pack` of (id, parent, name, dead, links added, floor, opaque, mtime offset, listed, layers), a layer being (branch,
+st_dev, st_ino, st_nlink, descriptor); those of branches that do not answer last, st_ino 0 where it is not known whether
+there is one."""
 GONE: Final = 3
 """A node that has left the table: `pack` of its id."""
 OPEN_FILE: Final = 4
@@ -150,7 +150,7 @@ class Journal:
         layers = [(layer.branch.id, layer.dev, layer.ino, layer.nlink, layer.fd) for layer in parts]
         said = (
             node.id, 0 if parent is None else parent.id, node.name, node.dead, node.nlink_extra, node.floor,
-            node.opaque, node.mtime_offset, layers,
+            node.opaque, node.mtime_offset, node.listed, layers,
         )  # fmt: skip
         node.place = self._append(_entry(DIRECTORY, said), max(node.nlookup, 0))
 

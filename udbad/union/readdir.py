@@ -60,8 +60,9 @@ def snapshot(sb: Superblock, handle: OpenDir) -> None:
     else:
         handle.hits = dict(node.view)
     handle.names = list(handle.hits)
-    if handle.cached:
+    if handle.cached and not node.listed:
         node.listed = True
+        sb.table.changed(node)
     if sb.options.show_whiteouts:
         handle.names += view.whiteout_names(sb, node)
     _place(sb, handle)

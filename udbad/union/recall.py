@@ -178,7 +178,7 @@ class _Recall:
         self._names.append((node, parent, further))
 
     def _directory(self, said: Any, count: int) -> None:
-        number, parent, name, dead, links, floor, opaque, mtime_offset, layers = said
+        number, parent, name, dead, links, floor, opaque, mtime_offset, listed, layers = said
         table = self._sb.table
         if number == ROOT_ID:
             node = self._sb.root
@@ -217,6 +217,7 @@ class _Recall:
         node.nlookup = count
         node.nlink_extra = links
         node.mtime_offset = mtime_offset
+        node.listed = listed
 
     def _is_offline(self, branch_id: int) -> bool:
         branch = self._branches.get(branch_id)
