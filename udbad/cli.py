@@ -1,57 +1,99 @@
-"""The command line: parsing and printing only. The commands are in udbad/commands/."""
+"""The command line: which commands there are. They are in udbad/commands/, one of whose modules is imported at a time.
+
+To import all of them takes as long as the interpreter and click together, and none but --help shows more than one.
+"""
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
+from collections.abc import Iterator, MutableMapping
+from importlib import import_module
+from typing import Final
 
 import click
 
 from udbad import __version__
-from udbad.commands import daemon, inspect, layers, mounting, tools, top
-from udbad.commands.common import user_errors
+
+COMMANDS: Final = {
+    "branch": ("inspect", "List, add, remove and change the branches of a mount while it is mounted."),
+    "busy": ("inspect", "Who uses BRANCH of MOUNT, which keeps it from being removed."),
+    "check-config": ("daemon", "Say everything that is wrong with a configuration; exit code 0 when nothing is."),
+    "diff": (
+        "tools",
+        "What the top branch of MOUNT (or of a path in it) changes, or BRANCH against the LOWER ones, top first.",
+    ),
+    "flush": (
+        "inspect",
+        "Return when every direct change made up to now is seen through MOUNT (its name, or a path in it).",
+    ),
+    "fsck": ("tools", "Check a branch that is not mounted for what crashes and hands leave behind, and repair it."),
+    "invalidate": ("inspect", "Forget what is cached about PATH and everything below it."),
+    "layer": ("layers", "Make, fill and remove layers of a store ROOT."),
+    "layers": ("layers", "The layers of the store ROOT: which lies on which, and how much is in each."),
+    "log-level": (
+        "daemon",
+        "Change how much is logged, by MOUNT or by the daemon and all its mounts, until the next start.",
+    ),
+    "mount": ("mounting", "Mount a union on MOUNT_POINT."),
+    "mount-server": ("mounting", ""),
+    "mvdown": ("tools", "Move the file PATH of a union from the branch it is on to the next lower writable one."),
+    "reload": ("daemon", "Have the daemon read its configuration again; says for each changed key what became of it."),
+    "restart": (
+        "daemon",
+        "Unmount MOUNT and mount it again, with its settings of now; mounts one that failed or was unmounted.",
+    ),
+    "run": ("daemon", "Run the daemon in the foreground: mount what the configuration says and keep it mounted."),
+    "status": ("daemon", "Every mount: who serves it, since when, with which branches."),
+    "stop": ("daemon", "Stop the daemon, and with it every mount unless they are kept."),
+    "sync": ("tools", "Merge a branch of MOUNT down into the branch below it, while the mount is used."),
+    "top": ("top", "Operations, latency, lookup depth, copy-ups and invalidations of every mount, live."),
+    "udba": ("inspect", "Change how MOUNT follows direct changes of its branches."),
+    "umount": ("mounting", "Unmount a union, given by its mount point or its name in /proc/mounts."),
+    "where": ("inspect", "Which branch serves PATH, and every copy of it."),
+    "why": ("inspect", "How PATH is resolved: name by name, what each branch has and what follows."),
+}
+"""By name: the module of udbad/commands/ and what `udbad --help` says of it, the beginning of its help; "" for one
+that is not shown."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(MutableMapping[str, click.Command]):
+    """The commands by their names, imported when they are asked for."""
+
+    def __init__(self) -> None:
+        self._added: dict[str, click.Command] = {}
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in self._added:
+            module = import_module(f"udbad.commands.{COMMANDS[name][0]}")
+            self._added[name] = getattr(module, name.replace("-", "_"))
+        return self._added[name]
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        self._added[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("commands stay")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class _Group(click.Group):
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click does, without the commands."""
+        shown = {name: text for name, (_, text) in sorted(COMMANDS.items()) if text}
+        room = formatter.width - 6 - max(map(len, shown))
+        rows = [(name, click.Command(name, help=text).get_short_help_str(room)) for name, text in shown.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(cls=_Group, commands=_Commands(), context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="udbad")
 def main() -> None:
     """Unite directories into one mounted tree that stays right while people change the branches."""
-
-
-@main.command()
-@click.option("-y", "--yes", is_flag=True, help="Repair everything without asking.")
-@click.option("-n", "--no", is_flag=True, help="Repair nothing, only report.")
-@click.argument("branch", type=click.Path(path_type=Path))
-@click.argument("lowers", metavar="[LOWER]...", type=click.Path(path_type=Path), nargs=-1)
-def fsck(yes: bool, no: bool, branch: Path, lowers: tuple[Path, ...]) -> None:
-    """Check a branch that is not mounted for what crashes and hands leave behind, and repair it.
-
-    With all branches below it as LOWER, pseudo-links that no name leads to any more are leftovers, too.
-    """
-    from udbad.tools.fsck import Defect, run_fsck
-
-    if yes and no:
-        raise click.UsageError("-y and -n exclude each other")
-
-    def ask(defect: Defect) -> bool:
-        if yes or no:
-            return yes
-        return click.confirm(f"{defect.remedy}?", default=False)
-
-    with user_errors():
-        sys.exit(int(run_fsck(os.fsencode(branch), ask, click.echo, [*map(os.fsencode, lowers)])))
-
-
-for _command in (
-    *(mounting.mount, mounting.umount, mounting.mount_server),
-    *(daemon.run, daemon.check_config, daemon.status, daemon.reload, daemon.restart, daemon.stop, daemon.log_level),
-    *(inspect.where, inspect.why, inspect.invalidate, inspect.flush, inspect.udba, inspect.busy, inspect.branch),
-    *(tools.diff, tools.mvdown, tools.sync),
-    *(layers.layers, layers.layer),
-    top.top,
-):
-    main.add_command(_command)
 
 
 if __name__ == "__main__":

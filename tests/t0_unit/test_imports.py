@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.mount import REPOSITORY
+from udbad import cli
 
 EVENT_LOOPS = {"trio", "asyncio", "trio_asyncio", "asyncinotify", "pyfuse3"}
 HEAVY = {
@@ -49,13 +50,24 @@ def run(script: str, *words: str, **environment: str) -> list[str]:
 
 
 def heavy(modules: list[str], allowed: set[str] | None = None) -> set[str]:
-    assert "udbad.errors" in modules, "udbad was loaded"
+    assert "udbad.compiled" in modules, "udbad was loaded"
     return {name for name in HEAVY - (allowed or set()) if name in modules}
 
 
 def test_help() -> None:
     assert heavy(run(SAYS_ITS_MODULES, "--help")) == set()
     assert heavy(run(SAYS_ITS_MODULES, "mount", "--help")) == set()
+
+
+def test_help_says_of_commands_what_they_say() -> None:
+    """It imports none of them (cli.COMMANDS)."""
+    loaded = run(SAYS_ITS_MODULES, "--help")
+    assert not [name for name in loaded if name.startswith("udbad.commands.")]
+    for name, (module, text) in cli.COMMANDS.items():
+        command = cli.main.commands[name]
+        assert command.callback is not None
+        assert command.callback.__module__ == f"udbad.commands.{module}"
+        assert (text or None) == (None if command.hidden else command.get_short_help_str(1000))
 
 
 @pytest.mark.parametrize("line", ["udbad ", "udbad umount ", "udbad branch del m "])

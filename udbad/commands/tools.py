@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -190,3 +192,27 @@ def change_rows(found: Iterable[Change], show_all: bool) -> list[dict[str, str]]
         for change in found
         if show_all or change.kind.value != "identical"
     ]
+
+
+@click.command()
+@click.option("-y", "--yes", is_flag=True, help="Repair everything without asking.")
+@click.option("-n", "--no", is_flag=True, help="Repair nothing, only report.")
+@click.argument("branch", type=click.Path(path_type=Path))
+@click.argument("lowers", metavar="[LOWER]...", type=click.Path(path_type=Path), nargs=-1)
+def fsck(yes: bool, no: bool, branch: Path, lowers: tuple[Path, ...]) -> None:
+    """Check a branch that is not mounted for what crashes and hands leave behind, and repair it.
+
+    With all branches below it as LOWER, pseudo-links that no name leads to any more are leftovers, too.
+    """
+    from udbad.tools.fsck import Defect, run_fsck
+
+    if yes and no:
+        raise click.UsageError("-y and -n exclude each other")
+
+    def ask(defect: Defect) -> bool:
+        if yes or no:
+            return yes
+        return click.confirm(f"{defect.remedy}?", default=False)
+
+    with user_errors():
+        sys.exit(int(run_fsck(os.fsencode(branch), ask, click.echo, [*map(os.fsencode, lowers)])))
