@@ -25,8 +25,10 @@ from tests.helpers.mount import DEADLINE
 from tests.t2_core.core import Core, core
 from udbad.branch import sweep, syscalls, whiteout
 from udbad.coherence.base import Coherence
+from udbad.edge import poison
 from udbad.edge.native import Native
-from udbad.edge.once import RESENT, copies
+from udbad.edge.once import copies
+from udbad.edge.slot import RESENT
 from udbad.inodes.record import Record
 from udbad.kernel import device, wire
 from udbad.types import Caller
@@ -168,7 +170,7 @@ def mounted(
     with core(directory, layers, fsync_copyup=False, **options) as union:
         if predecessor is not None:
             recall.recall(union.fs, predecessor, os.dup, copies(predecessor.slots))
-            record.slots[:] = predecessor.slots
+            poison.carry_on(predecessor, record, True)
         recall.keep(union.fs, record)
         mount = Mount(union, record)
         if predecessor is not None:

@@ -21,9 +21,9 @@ from udbad import __version__
 from udbad.control import registry
 from udbad.control.protocol import bind, server_pid
 from udbad.control.registry import Claim, Entry, Registration
+from udbad.mount import kernelside
 from udbad.settings.file import DaemonSettings, MountSettings, load
 from udbad.settings.options import parse_mount_options
-from udbad.supervisor import kernelside
 from udbad.supervisor.configwatch import signature
 from udbad.supervisor.runner import Runner, Shared
 from udbad.supervisor.supervisor import Supervisor

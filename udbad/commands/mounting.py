@@ -94,9 +94,9 @@ def serve(
         on_ready()
         let_go()
 
-    def guarded(guard: life.Guard, ready: Callable[[], None]) -> None:
+    def guarded(guard: life.Guard, ready: Callable[[guardian.Place], None]) -> None:
         def serves_here(process: MountProcess) -> None:
-            ready()
+            ready((os.fsdecode(process.mount_point), process.session.connection))
             let_go()
 
         with user_errors():

@@ -1,5 +1,6 @@
 from udbad.edge.loop cimport Loop
 from udbad.edge.operations cimport Operations
+from udbad.edge.slot cimport Slot
 from udbad.inodes.table cimport InodeTable
 from udbad.kernel.received cimport Received
 from udbad.union.fs cimport UnionFs
@@ -7,7 +8,9 @@ from udbad.union.fs cimport UnionFs
 cdef class Native:
     cdef public int _fd
     cdef public UnionFs fs
-    cdef public object stale, waiting, _over, record, once
+    cdef public object stale, waiting, _over, record, once, _poison
+    cdef public Slot slot
+    cdef public bint _refuses
     cdef public Operations operations
     cdef public Loop loop
     cdef public InodeTable _table

@@ -20,6 +20,8 @@ from udbad.coherence.base import Coherence
 from udbad.edge.loop import Loop
 from udbad.edge.once import RULES, Answered, Once, Rule
 from udbad.edge.operations import Later, Operations
+from udbad.edge.poison import Poison
+from udbad.edge.slot import CURRENT, RESENT
 from udbad.edge.table import OLD_SETXATTR, TABLE, Body, Row, first_number, forgotten, without_open
 from udbad.edge.waiting import RETRIED, Request, Waiting
 from udbad.inodes.record import Record
@@ -63,6 +65,7 @@ class _Waiter(Request):
 
     def perform(self) -> object:
         native, operation = self._native, self._row.operation
+        self.resume()
         if self._rule is None or native.once is None:
             return operation(native.operations, *self._arguments)
         return native.once.perform(self._rule, self.unique, operation, self._arguments)
@@ -70,6 +73,14 @@ class _Waiter(Request):
     def resume(self) -> None:
         if self._native.once is not None:
             self._native.once.resume(self.unique)
+
+    def suspend(self) -> None:
+        if self._native.slot is not None:
+            self._native.slot.words[CURRENT] = 0
+
+    def begin_in_thread(self) -> None:
+        if self._native.slot is not None:
+            self._native.slot.begin_in_thread(self.unique)
 
     def _deliver(self, result: object, error: Exception | None, recorded: bool) -> int:
         """Write the answer; returns its errno. Any thread, where the row has no `undo`. recorded: note before what it
@@ -126,7 +137,12 @@ class Native:
         self.waiting = Waiting(fs, lambda call: self.loop.post(call))
         self.operations = Operations(fs, coherence, self.waiting.background, passthrough=passthrough)
         self.record = record
-        self.once = None if record is None else Once(record.slots, self.operations)
+        self.once = self.slot = self._poison = None
+        if record is not None:
+            self.once = Once(record.slots, self.operations)
+            self.slot = self.once.own
+            self._poison = Poison(self.slot, record, fs.table)
+        self._refuses = self._poison is not None and self._poison.known
         self.aborted = False
         """Whether the connection has ended because somebody has aborted it, through fusectl."""
         self._over: trio.Event | None = None
@@ -187,6 +203,11 @@ class Native:
                 self.aborted = error.errno == errno.ECONNABORTED  # FUSE_ABORT_ERROR; unmounted: ENODEV
                 self.terminate()
             return False
+        slot = self.slot
+        if slot is not None:
+            slot.words[CURRENT] = request.unique
+            if (request.unique >= RESENT or self._refuses) and self._refused(request):
+                return True
         table = self._table
         if table.over_budget():  # between operations, none of which has a descriptor of a directory
             table.trim()
@@ -242,6 +263,18 @@ class Native:
                 log.error("what has changed cannot be recorded: %s", error.strerror)
         if rule is not None and not rule.opens:
             self.once.result(unique, number, body)
+
+    def _refused(self, request: Received) -> bool:
+        """Whether a request was answered without being performed, as it may be one that nobody survives."""
+        poison = self._poison
+        if poison is None:
+            return False
+        bound = self._rows.get(request.opcode)
+        if not poison.refuses(request, f"opcode {request.opcode}" if bound is None else bound[5].name):
+            return False
+        self._refuses = True
+        self.send(request.unique, errno.EIO, b"")
+        return True
 
     def _take_other(self, request: Received) -> None:
         """A request that is no operation, or one that makes no sense."""

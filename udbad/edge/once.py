@@ -33,7 +33,7 @@ from typing import Any, Final, NamedTuple
 from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.edge.operations import Attributes, Entry, Opened, Operations
-from udbad.edge.slot import SLOT, U64, Slot
+from udbad.edge.slot import CURRENT, RESENT, SLOT, U64, Slot
 from udbad.errors import ABSENT
 from udbad.inodes.handles import HandleTable
 from udbad.inodes.inomap import Identity
@@ -46,8 +46,9 @@ from udbad.union.lookup import Answer, Found
 
 log = logging.getLogger(__name__)
 
-RESENT: Final = 1 << 63
-"""FUSE_UNIQUE_RESEND: the kernel has sent this request before."""
+DECIDED: Final = 1
+ANSWERED: Final = 2
+"""Of Slot.counts."""
 
 
 class Answered(Exception):
@@ -77,17 +78,12 @@ class Once:
         """slots: writable, of the record; what the processes before this one have left there is still to be used."""
         self._operations = operations
         fs = operations.fs
-        every = _slots(slots, fs.handles)
-        every.sort(key=lambda slot: slot.sequence, reverse=True)
+        every = newest_first(slots, fs.handles)
         own = every.pop()
-        own.begin(every[0].sequence + 1)
+        own.begin(every[0].sequence + 1, every[0].counts() if every[0].sequence else (0, 0, 0, 0))
         self._slots = [own, *every]
-        """Newest first. More processes than there are slots do not die of one request (it is a poisoned one then)."""
-        self._own = own
-        self.decided = 0
-        """How many requests that were sent again had been noted by a process before."""
-        self.answered = 0
-        """How many had a result already."""
+        """Newest first. More processes than there are slots do not die of one request (poison.py)."""
+        self.own = own
         self.intend = own.intend
         self.result = own.result
         fs.sb.notes = self
@@ -96,7 +92,7 @@ class Once:
 
     def perform(self, rule: Rule, unique: int, operation: Callable[..., object], arguments: tuple[Any, ...]) -> object:
         """The result of an operation, performed now or before. Raises what it raises; Answered."""
-        self._own.unique = unique
+        self.own.unique = unique
         if unique >= RESENT:
             try:
                 return self._again(rule, unique, arguments)
@@ -108,7 +104,7 @@ class Once:
 
     def resume(self, unique: int) -> None:
         """What is done next belongs to this request, which has waited."""
-        self._own.unique = unique
+        self.own.words[CURRENT] = self.own.unique = unique
 
     # -- a request that is sent again ---------------------------------------------------------------
 
@@ -116,17 +112,17 @@ class Once:
         """Raises _Perform unless it was done."""
         for slot in self._slots:
             if slot.answered | RESENT == unique:
-                self.answered += 1
+                self.own.count(ANSWERED)
                 raise Answered(*slot.read_result())
             if slot.intended | RESENT == unique:
                 noted = Noted(*slot.read_intent())
                 break
         else:
             raise _Perform
-        self.decided += 1
+        self.own.count(DECIDED)
         _close(self._operations.fs, noted.handle)
         result = rule.done(self._operations, noted, *arguments)
-        self._own.noted = unique
+        self.own.noted = unique
         return result
 
     # -- copies -------------------------------------------------------------------------------------
@@ -135,7 +131,7 @@ class Once:
         self, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: os.stat_result, as_link: bool
     ) -> None:
         above = 0 if parent is None else parent.id
-        self._own.copy(node.id, name, (made.st_dev, made.st_ino, branch.index, above, as_link))
+        self.own.copy(node.id, name, (made.st_dev, made.st_ino, branch.index, above, as_link))
         if as_link:  # it is what LINK does
             self.intend(made.st_dev, made.st_ino)
 
@@ -164,14 +160,17 @@ class Once:
 def copies(slots: memoryview) -> dict[int, Identity]:
     """Of nodes, by id, copies that were being published when the process of these slots was killed, or before."""
     found: dict[int, Identity] = {}
-    for slot in sorted(_slots(slots, HandleTable()), key=lambda slot: slot.sequence):
+    for slot in reversed(newest_first(slots)):
         node, _, said = slot.read_copy()
         found[node] = said[0], said[1]
     return found
 
 
-def _slots(slots: memoryview, handles: HandleTable) -> list[Slot]:
-    return [Slot(slots[at : at + SLOT], handles) for at in range(0, len(slots) - SLOT + 1, SLOT)]
+def newest_first(slots: memoryview, handles: HandleTable | None = None) -> list[Slot]:
+    """All slots; handles: of which the next one's number is noted, where something is to be noted."""
+    known = handles or HandleTable()
+    every = [Slot(slots[at : at + SLOT], known) for at in range(0, len(slots) - SLOT + 1, SLOT)]
+    return sorted(every, key=lambda slot: slot.sequence, reverse=True)
 
 
 def _close(fs: UnionFs, handle: int) -> None:

@@ -2,7 +2,10 @@
 
 cdef class Slot:
     cdef public object memory, handles
+    cdef public dict _seats
+    cdef public object _next_seat
     cdef public unsigned long long[::1] words
     cdef public unsigned long long unique, noted
 
-cdef Py_ssize_t _SEQUENCE, _INTENDED, _ANSWERED, _ERRNO, _SIZE, _HANDLE, _COUNT, _WORDS, _COPY
+cdef Py_ssize_t _SEQUENCE, _INTENDED, _ANSWERED, _ERRNO, _SIZE, _HANDLE, _COUNT, _WORDS, _COPY, _LOOP, _COUNTS, _SEATS
+cdef Py_ssize_t _SEAT_COUNT

@@ -1,12 +1,14 @@
-"""One slot: what one mount process has noted of an operation, in memory that outlives it (once.py).
+"""One slot: what one mount process has noted of its operations, in memory that outlives it (once.py, poison.py).
 
 Numbers in the machine's order: words of 8 bytes, `_SEQUENCE`, …; from `_NAME_AT` on a name, from `_BODY_AT` on an
-answer. What a word stands for is stored before it, as a process may be killed between any two instructions. Compiled,
-each word is stored at once; it is for every mutation.
+answer, from the word `_SEATS` on what threads do. What a word stands for is stored before it, as a process may be
+killed between any two instructions. Compiled, each word is stored at once; it is for every mutation.
 """
 
 from __future__ import annotations
 
+import itertools
+from threading import get_ident
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -14,12 +16,23 @@ if TYPE_CHECKING:
 
 SLOT: Final = 4096
 """Bytes of a slot."""
+RESENT: Final = 1 << 63
+"""FUSE_UNIQUE_RESEND, in a unique number: the kernel has sent this request before."""
 U64: Final = (1 << 64) - 1
 """A time before 1970 is noted modulo 2**64."""
 _SEQUENCE, _INTENDED, _ANSWERED, _ERRNO, _SIZE, _HANDLE, _COUNT, _WORDS, _COPY = 0, 1, 2, 3, 4, 5, 6, 7, 14
 """Which process of the mount, from 1 on; unique number of what is intended, of what has a result; that, errno and
 length of the answer; number that the next handle gets, how many words are noted, and these; node of a copy that was
 about to be published, and what `copy` says of it."""
+CURRENT: Final = 21
+"""Unique number of the request that is performed on the event loop, or was the last one; 0: that one waits now."""
+_LOOP: Final = 22
+"""The thread of the event loop, as threading.get_ident() names it."""
+_COUNTS: Final = 23
+"""How many requests were sent again, were decided by their rule, had an answer, and were refused: of all processes."""
+_SEATS: Final = 256
+"""From here on, for each thread its name and the unique number of the request that it has begun with last."""
+_SEAT_COUNT: Final = 64
 _NAME_AT: Final = 256
 _BODY_AT: Final = 1024
 
@@ -36,17 +49,59 @@ class Slot:
         """Of the operation under way."""
         self.noted = 0
         """Of an operation that has noted something, and has no result yet."""
+        self._seats: dict[int, int] = {}
+        """By thread: its word."""
+        self._next_seat = itertools.count()
+
+    @property
+    def current(self) -> int:
+        """CURRENT, without the bit that says that it was sent again; 0: none."""
+        return self.words[CURRENT] & ~RESENT
 
     @property
     def sequence(self) -> int:
         """0 of one that nobody has used."""
         return self.words[_SEQUENCE]
 
-    def begin(self, sequence: int) -> None:
-        """Take it, whatever is in it."""
+    def begin(self, sequence: int, counts: tuple[int, int, int, int]) -> None:
+        """Take it, whatever is in it, on the event loop. counts: those of the process before."""
         words = self.words
-        words[_SEQUENCE] = words[_INTENDED] = words[_ANSWERED] = words[_COPY] = 0
+        words[_SEQUENCE] = words[_INTENDED] = words[_ANSWERED] = words[_COPY] = words[CURRENT] = 0
+        for at in range(_SEATS, _SEATS + 2 * _SEAT_COUNT):
+            words[at] = 0
+        for at, count in enumerate(counts, _COUNTS):
+            words[at] = count
+        words[_LOOP] = get_ident()
         words[_SEQUENCE] = sequence
+
+    # -- who is at what -----------------------------------------------------------------------------
+
+    def begin_in_thread(self, unique: int) -> None:
+        """This thread, which is not that of the event loop, begins with a request."""
+        thread = get_ident()
+        seat = self._seats.get(thread)
+        if seat is None:
+            seat = self._seats[thread] = _SEATS + 2 * (next(self._next_seat) % _SEAT_COUNT)
+        words = self.words
+        words[seat + 1] = unique
+        words[seat] = thread
+
+    def blame(self, thread: int) -> None:
+        """What this thread has begun with last is what the process died of; not what the event loop was at, unless it
+        is that. 0: nothing is."""
+        words = self.words
+        if thread != words[_LOOP]:
+            seats = range(_SEATS, _SEATS + 2 * _SEAT_COUNT, 2)
+            words[CURRENT] = next((words[seat + 1] for seat in seats if words[seat] == thread), 0)
+
+    def counts(self) -> tuple[int, int, int, int]:
+        """How many requests were sent again, were decided by their rule, had an answer, and were refused."""
+        words = self.words
+        return words[_COUNTS], words[_COUNTS + 1], words[_COUNTS + 2], words[_COUNTS + 3]
+
+    def count(self, which: int) -> None:
+        """One more; which: of `counts`."""
+        self.words[_COUNTS + which] += 1
 
     # -- operations -------------------------------------------------------------------------------
 

@@ -75,6 +75,12 @@ class Request:
     def resume(self) -> None:
         """What is done next is part of this operation."""
 
+    def suspend(self) -> None:
+        """It waits from here on."""
+
+    def begin_in_thread(self) -> None:
+        """What this thread does next is part of it."""
+
     def answer(self, result: object, error: Exception | None) -> None:
         """The end: what the operation returned, or what it raised."""
         raise NotImplementedError
@@ -102,6 +108,10 @@ class CopyUp:
         self.started = monotonic()
         self.stopped = False
         """Nobody wants it any more."""
+
+    def transfer_in_thread(self) -> None:
+        self.began.begin_in_thread()
+        self.transfer()
 
     def transfer(self) -> None:
         """Any thread."""
@@ -145,6 +155,7 @@ class Waiting:
             else:
                 # After this: `then` knows what it is about.
                 pool.submit(self._finish_on_loop, request, error, error.then)
+            request.suspend()
             return
         try:
             copy = self._remedy(request, error)
@@ -158,6 +169,7 @@ class Waiting:
         else:
             copy.requests.append(request)
             self._note(request, copy)
+            request.suspend()
             # After this: the node may be up, gone, or have failed to come up.
 
     def _again(self, request: Request, then: Callable[[], object] | None = None) -> None:
@@ -210,7 +222,8 @@ class Waiting:
             node.busy = self.copyups[node.id] = copy
             self._note(copy.began, copy)
             # After this: names may have changed; commit checks that the source still is what it was.
-            self._in_pool(self._copiers, copy.transfer, partial(self._transferred, copy))
+            self._in_pool(self._copiers, copy.transfer_in_thread, partial(self._transferred, copy))
+            copy.began.suspend()
             return
         try:
             copy.transfer()
@@ -334,6 +347,7 @@ class Waiting:
 
     def _finish_on_loop(self, request: Request, later: Later, then: Callable[[Exception | None], object]) -> None:
         """In a thread: a Later whose end is for the event loop."""
+        request.begin_in_thread()
         result, error = None, None
         try:
             result = later.call(*later.args)
@@ -341,6 +355,7 @@ class Waiting:
             error = raised
 
         def end() -> None:
+            request.resume()
             try:
                 then(error)
             except Exception as another:
@@ -368,6 +383,7 @@ class Waiting:
 
 def _finish(request: Request, later: Later) -> None:
     """In a thread, which answers by itself: two turns of the event loop would take as long as the disk."""
+    request.begin_in_thread()
     try:
         result = later.call(*later.args)
     except Exception as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -18,22 +19,26 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 from udbad.errors import ExitCode
-from udbad.mount import later
-from udbad.mount.keeper import Legacy, be_subreaper
+from udbad.mount import kernelside, later
+from udbad.mount.keeper import END_SECONDS, Legacy, be_subreaper
 from udbad.mount.life import Guard
 
 log = logging.getLogger(__name__)
 
-_READY: Final = "ready"
+Place = tuple[str, int]
+"""Of a mount that serves: its mount point, as the kernel has it, and its connection."""
+_SERVES: Final = "serves"
+_LEAVES: Final = "leaves"
+"""First words of what a mount process says: then come its Place, or what it will leave (keeper.Left)."""
 _FIRST_DELAY: Final = 0.1
 _LONGEST_DELAY: Final = 5.0
 """Seconds between two attempts to take a mount over, doubled each time."""
 _FORWARDED: Final = signal.SIGINT, signal.SIGTERM
 
-Serve = Callable[[Guard, Callable[[], None]], None]
+Serve = Callable[[Guard, Callable[[Place], None]], None]
 """What a mount process does: with its guard, and what is to be called when it serves. Raises as life.run()."""
 
 
@@ -48,7 +53,8 @@ class Guardian:
         self._private = tuple(private)
         self._pidfd = -1
         self._died = 0.0
-        self._has_served = False
+        self._place: Place | None = None
+        """Once a mount process has served."""
         self._legacy = Legacy()
         self._dying: set[int] = set()
         """Processes that have ended but for a thread."""
@@ -83,16 +89,30 @@ class Guardian:
             status, served = self._attend()
             if served or not self._legacy:
                 return status
-            waited = time.monotonic() - self._died
-            if self._patience and waited + delay > self._patience:
-                log.error("nobody could take the mount over in %g s; its users get errors", self._patience)
-                self._legacy.end()
+            if delay > self._seconds_left():
+                self._give_up()
                 return int(ExitCode.FAILURE) << 8
             time.sleep(delay)
             delay = min(2 * delay, _LONGEST_DELAY)
 
+    def _seconds_left(self) -> float:
+        """For somebody to take the mount over."""
+        return self._patience - (time.monotonic() - self._died) if self._patience else math.inf
+
+    def _give_up(self) -> None:
+        """Let nobody wait any more, whoever still has a descriptor of the connection."""
+        log.error("nobody could take the mount over in %g s; its users get errors", self._patience)
+        self._legacy.end()
+        if self._place is not None:
+            problem = kernelside.abort(*self._place)
+            if problem is not None:
+                log.debug("%s", problem)
+
     def _attend(self) -> tuple[int, bool]:
-        """One mount process from its beginning to its end: its status as of waitpid(2), and whether it has served."""
+        """One mount process from its beginning to its end: its status as of waitpid(2), and whether it has served.
+
+        One that is to take over and does not, as long as its users wait, is killed.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         died = os.eventfd(0)
         pid = os.fork()
@@ -106,10 +126,16 @@ class Guardian:
         poll.register(ours, select.POLLIN)
         for fd in (self._pidfd, died, *(before := self._legacy.pidfds())):
             poll.register(fd, select.POLLIN)
+        ended = is_late = False
         with ours:
-            ended = False
             while not ended:
-                ready = dict(poll.poll())
+                ready = dict(poll.poll(None if served else self._milliseconds(is_late)))
+                if not ready:
+                    if is_late:
+                        log.error("process %d cannot be killed", pid)
+                        break
+                    is_late = True
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
                 for fd in ready.keys() & before:
                     poll.unregister(fd)
                     self._legacy.prune()
@@ -119,26 +145,35 @@ class Guardian:
                     word = json.loads(ours.recv(256) or b"null")
                     if word is None:
                         poll.unregister(ours)
-                    elif word == _READY:
+                    elif word[0] == _SERVES:
                         served = True
-                        if not self._has_served:
-                            self._has_served, self._private = True, ()
+                        begins, self._place = self._place is None, (word[1], word[2])
+                        if begins:
+                            self._private = ()
                             self._on_ready()
                             _prepare()
-                    else:
-                        self._legacy.add((word[0], word[1]))
+                    elif word[0] == _LEAVES:
+                        self._legacy.add((word[1], word[2]))
         pidfd, self._pidfd = self._pidfd, -1
         os.close(pidfd)
         os.close(died)
-        status = self._reap(pid)
+        status = self._reap(pid, is_late)
         if served and self._legacy:
             log.warning("process %d ended, status %d; another one takes over", pid, os.waitstatus_to_exitcode(status))
         return status, served
 
-    def _reap(self, pid: int) -> int:
+    def _milliseconds(self, is_late: bool) -> float | None:
+        """For a process to begin to serve; of one that has been killed, to end. None: any number."""
+        if is_late:
+            return END_SECONDS * 1000
+        if self._place is None or not self._patience:
+            return None
+        return max(self._seconds_left(), 0.0) * 1000
+
+    def _reap(self, pid: int, may_live: bool) -> int:
         """Its status. One that somebody is to take over from may have a thread that ends after that (keeper.py)."""
         self._dying = {other for other in self._dying if not os.waitpid(other, os.WNOHANG)[0]}
-        ended, status = os.waitpid(pid, os.WNOHANG if self._legacy else 0)
+        ended, status = os.waitpid(pid, os.WNOHANG if self._legacy or may_live else 0)
         if not ended:
             self._dying.add(pid)
             return signal.SIGKILL
@@ -151,16 +186,17 @@ class Guardian:
             os.close(fd)
         os.setpgid(0, 0)  # what Ctrl-C sends comes from the guardian, once
 
-        def tell(word: object) -> None:
+        def tell(word: list[Any]) -> None:
             with suppress(OSError):  # nobody guards it any more, which is no reason not to serve
                 guardian.send(json.dumps(word).encode())
 
-        def ready() -> None:
-            tell(_READY)
-            guardian.close()
+        def ready(place: Place) -> None:
+            tell([_SERVES, *place])
 
         with guardian:
-            self._serve(Guard(tell, self._legacy.newest_first(), self._died, died), ready)
+            self._serve(
+                Guard(lambda left: tell([_LEAVES, *left]), self._legacy.newest_first(), self._died, died), ready
+            )
         raise SystemExit(0)
 
 

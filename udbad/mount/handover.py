@@ -7,21 +7,27 @@ in place, whenever something of it has changed: a successor reads all of it, or 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final
 
+from udbad import __version__
 from udbad.branch.branches import Branch, BranchSet
+from udbad.edge import poison
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.record import READ, Record, UnreadableRecord
 from udbad.kernel.session import Session
+from udbad.mount.crash import Crash
 from udbad.mount.keeper import Gone, Left, Table
 from udbad.settings.options import format_options
 from udbad.types import Perm
 
 if TYPE_CHECKING:
     from udbad.mount.mountproc import MountProcess
+
+log = logging.getLogger(__name__)
 
 _NOTE: Final = "facts"
 _BRANCH_FIELDS: Final = tuple(one.name for one in fields(Branch) if one.init)
@@ -36,6 +42,7 @@ def write(process: MountProcess, record: Record, last: int) -> int:
     assert isinstance(the_session, Session)  # through pyfuse3 there is no record
     facts = {
         "version": record.version,
+        "udbad": __version__,
         "mount_point": os.fsdecode(process.mount_point),
         "options": format_options(process.options),
         "configured": process.configured,
@@ -129,6 +136,17 @@ def control(predecessor: Predecessor, path: str) -> int:
     return predecessor.take(fd) if known == path and fd >= 0 else -1
 
 
+def carry_on(predecessor: Predecessor, record: Record) -> None:
+    """Have a record say what processes of the mount were at when they died, the last one included; before Native is
+    made. What a version refuses, another one may know how to do."""
+    poison.carry_on(predecessor.record, record, predecessor.facts.get("udbad") == __version__)
+    crash = predecessor.crash
+    if crash.text:
+        log.error("the process before has crashed: %s", crash)
+    if crash.thread is not None:
+        poison.blame(record.slots, crash.thread)
+
+
 class Predecessor:
     """A mount process that has ended, by its keeper: what it has left."""
 
@@ -156,6 +174,7 @@ class Predecessor:
             except (OSError, UserError) as error:
                 problem = error
             else:
+                self.crash = Crash(self.record, table.take)
                 return
         self.close()
         raise problem

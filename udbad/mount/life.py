@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from functools import partial
 from udbad.control import registry
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.record import Record
-from udbad.mount import keeper
+from udbad.mount import crash, keeper
 from udbad.mount.handover import Predecessor
 from udbad.mount.keeper import Left
 from udbad.mount.mountproc import STOPPING, MountProcess, is_portable
@@ -27,6 +28,8 @@ from udbad.settings.sources import resolved
 log = logging.getLogger(__name__)
 
 _SWITCH_SECONDS = 0.0005
+_PATIENT_PART = 4
+"""How much of `restart_timeout` a process waits at most, when those before it have crashed one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +77,22 @@ def run(
         log.info("the mount ends with this process: %s", mortal)
     with ExitStack() as ending:
         record = predecessor = own = None
+        watched = -1
         if guard is not None and mortal is None:
             own = keeper.Keeper(options.restart_timeout, guard.ended)  # first: it must be made before any thread is
             ending.callback(own.end)
             record = Record.create()
             ending.callback(os.close, record.fd)
+            watched = crash.watch(record)
+            ending.callback(crash.forget, watched)
             guard.told((own.pid, record.fd))
         try:
             if guard is not None and guard.left:
                 predecessor = Predecessor(guard.left, registry.real_mount_point(mount_point), guard.died)
                 ending.callback(predecessor.close)
                 ending.callback(predecessor.join)
+                if record is not None:
+                    _pace(predecessor.crash.pace(record, guard.died), options.restart_timeout)
                 options = parse_mount_options(predecessor.facts["options"])
                 configured = predecessor.facts["configured"]
             else:
@@ -106,6 +114,7 @@ def run(
             if process.ready:
                 if not isinstance(error, UserError):
                     ending.pop_all()  # for the next process
+                    crash.tell(watched, error)
                 raise
             process.abandon()
             if isinstance(error, (OSError, RuntimeError)):  # the latter: pyfuse3
@@ -114,6 +123,12 @@ def run(
         process.close()
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)  # at its exit, Python gives up its own handlers first
+
+
+def _pace(seconds: float, patience: float) -> None:
+    """Wait, but not so long that nobody could take the mount over in time; patience: restart_timeout, 0: any."""
+    if seconds > 0:
+        time.sleep(min(seconds, patience / _PATIENT_PART) if patience else seconds)
 
 
 def _no_start(mount_point: bytes, error: Exception) -> UserError:

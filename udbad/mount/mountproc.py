@@ -231,7 +231,7 @@ class MountProcess:
 
     def _make_native(self, session: Session, stale: Callable[[int], None]) -> Native:
         if self.record is not None and self._predecessor is not None:
-            self.record.slots[:] = self._predecessor.record.slots
+            handover.carry_on(self._predecessor, self.record)
         native = Native(
             session.fd, self.fs, self.coherence, stale, session.setxattr_ext, self.passthrough, self.record
         )  # fmt: skip

@@ -24,11 +24,11 @@ from udbad.control.asyncclient import ask_async
 from udbad.control.protocol import Message
 from udbad.errors import ExitCode
 from udbad.inodes.record import READ
+from udbad.mount import kernelside
 from udbad.mount.keeper import Legacy
 from udbad.ourselves import COMMAND, environment
 from udbad.settings.file import DaemonSettings, MountSettings
 from udbad.settings.options import format_options, parse_mount_options
-from udbad.supervisor import kernelside
 from udbad.supervisor.workers import Pool, Worker
 
 log = logging.getLogger(__name__)
@@ -293,16 +293,28 @@ class Runner:
         return [entry for entry in registry.entries(self.shared.daemon.run_dir) if registry.is_alive(entry)]
 
     async def _end(self, worker: Worker) -> None:
-        """The end of a process whose start has failed, which it comes to by itself; one that hangs is killed."""
-        try:
-            async with asyncio.timeout(_END_SECONDS):
-                await worker.ended()
-        except TimeoutError:
-            await self._kill(worker)
+        """The end of a process whose start has failed, which it comes to by itself; one that hangs is killed.
 
-    async def _kill(self, worker: Worker) -> None:
+        One that cannot be killed waits for a branch, and has no part in the mount when it wakes up.
+        """
+        for hangs in (False, True):
+            if hangs:
+                await self._send_kill(worker)
+            try:
+                async with asyncio.timeout(_END_SECONDS):
+                    await worker.ended()
+                return
+            except TimeoutError:
+                continue
+        self.log.error("%s: process %d cannot be killed", self.label, worker.pid)
+        worker.forget()
+
+    async def _send_kill(self, worker: Worker) -> None:
         await self.shared.pool.expect_end(worker.pid)
         worker.send_signal(signal.SIGKILL)
+
+    async def _kill(self, worker: Worker) -> None:
+        await self._send_kill(worker)
         await worker.ended()
 
     def _job(self, settings: MountSettings) -> dict[str, Any]:
@@ -401,8 +413,7 @@ class Runner:
         what = f"no sign of life for {self.shared.daemon.wedged_after:g} s"
         if self.legacy:
             self.log.error("%s: %s; killed", self.label, what)
-            await self.shared.pool.expect_end(worker.pid)
-            worker.send_signal(signal.SIGKILL)
+            await self._send_kill(worker)
             try:
                 async with asyncio.timeout(_END_SECONDS):
                     await worker.ended()

@@ -1,4 +1,4 @@
-"""What the supervisor may know of the kernel: /proc and fusectl. Never a path inside or at a mount point."""
+"""What whoever starts mount processes may know of the kernel: /proc and fusectl. Never a path at a mount point."""
 
 from __future__ import annotations
 
