@@ -38,6 +38,7 @@ REQUEST_RESULTS: Final = ("ok", "error", "bug")
 COHERENCE_STATES: Final = ("healthy", "silent", "limited", "degraded")
 EVENT_KINDS: Final = ("names", "content", "attributes", "gone")
 LOOKUP_OUTCOMES: Final = ("found", "negative", "whiteout")
+RECOVERIES: Final = ("decided", "answered")
 
 Value = float | Sequence[float]
 """A number; of a histogram the counts of each bucket, of what is above the last one, and the sum."""
@@ -81,11 +82,22 @@ class Metric:
 METRICS: Final = (
     Metric("udbad_mount_up", "gauge", "1 when the mount process answered this scrape, else 0.",
            "Users of a mount that is down get errors or hang.", origin="keeper"),
-    Metric("udbad_mount_restarts_total", "counter", "Times the supervisor started the mount process again.",
+    Metric("udbad_mount_restarts_total", "counter", "Times another process was started for the mount.",
            "A restart loop looks healthy between two crashes.", origin="keeper"),
     Metric("udbad_takeover_duration_seconds", "histogram",
            "Time from the end of a mount process until another one has gone on with its mount.",
            "How long its users have waited; they have met no error.", (), PAUSE_BUCKETS),
+    Metric("udbad_requests_resent_total", "counter",
+           "Requests that the kernel has sent once more, to another process than the one that ended.",
+           "What was under way at the ends of processes."),
+    Metric("udbad_requests_recovered_total", "counter",
+           "Of those, changes that had been begun: decided by what is on the branches, or answered as it was noted.",
+           "What would have been done twice.", ("how",)),
+    Metric("udbad_requests_refused_total", "counter",
+           "Requests that were answered EIO because every process died of them, or of others that asked for the same.",
+           "Must stay 0; the log names the first of each kind."),
+    Metric("udbad_state_bytes", "gauge", "Memory that keeps what another process needs to go on with the mount; "
+           "0: nobody can.", "Grows with the inodes that the kernel knows."),
     Metric("udbad_config_last_reload_success", "gauge", "1 when the configuration was read without an error, else 0.",
            "After a failed reload the old configuration goes on.", origin="keeper"),
     Metric("udbad_config_last_reload_timestamp_seconds", "gauge",

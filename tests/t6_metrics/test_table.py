@@ -128,7 +128,7 @@ def test_every_metric_is_on_the_dashboard() -> None:
 def test_dashboard_rows_and_variables() -> None:
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
     assert rows == [
-        "Overview", "Operations", "Lookup depth", "Copy-up", "Coherence", "Branches and space", "Process",
+        "Overview", "Operations", "Lookup depth", "Copy-up", "Coherence", "Branches and space", "Process", "Survival",
     ]  # fmt: skip
     assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == ["datasource", "mount"]
     assert next(panel for panel in PANELS if panel["type"] == "heatmap")["targets"][0]["format"] == "heatmap"

@@ -315,6 +315,11 @@ class Record:
         """Bytes of the log."""
         return self._half.end
 
+    @property
+    def memory_used(self) -> int:
+        """Bytes of memory that it takes."""
+        return os.fstat(self.fd).st_blocks * 512
+
     # -- small facts ------------------------------------------------------------------------------------
 
     def note(self, name: str, value: bytes) -> None:
