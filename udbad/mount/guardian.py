@@ -87,9 +87,9 @@ class Guardian:
         delay = _FIRST_DELAY
         while True:
             status, served = self._attend()
-            if served or not self._legacy:
+            if served:
                 return status
-            if delay > self._seconds_left():
+            if not self._legacy or delay > self._seconds_left():
                 self._give_up()
                 return int(ExitCode.FAILURE) << 8
             time.sleep(delay)
@@ -101,7 +101,7 @@ class Guardian:
 
     def _give_up(self) -> None:
         """Let nobody wait any more, whoever still has a descriptor of the connection."""
-        log.error("nobody could take the mount over in %g s; its users get errors", self._patience)
+        log.error("nobody could take the mount over; its users get errors")
         self._legacy.end()
         if self._place is not None:
             problem = kernelside.abort(*self._place)

@@ -96,6 +96,8 @@ class Runner:
         self.legacy = Legacy()
         """What another process can go on with."""
         self._died = 0.0
+        self._awaited = False
+        """Whether who uses the mount waits for another process."""
         self.up = asyncio.Event()
         self.outcome = asyncio.Event()
         """Set once the first attempt has ended, however it did."""
@@ -133,7 +135,7 @@ class Runner:
         """Go on with a mount whose process has ended while nobody was there to see it; before `begin`."""
         self.active = active
         self.connection, self.place, self.control = entry.connection, entry.mount_point, entry.control
-        self._resume = True
+        self._resume = self._awaited = True
         self._died = time.monotonic()
         self._set(State.RESTARTING, f"process {entry.pid} ended")
         self.restarts += 1
@@ -185,6 +187,7 @@ class Runner:
             else:
                 self.restarts += 1
                 self._resume = True
+                self._awaited = bool(self.legacy)
                 failures = 0 if time.monotonic() - begun >= self.shared.daemon.healthy_after else failures + 1
                 text = f"process {worker.pid} ended"
                 if not self._renewing:
@@ -249,6 +252,7 @@ class Runner:
         if answer is not None and answer.get("ready"):
             self.connection, self.place = answer["connection"], answer["mount_point"]
             self.control, self.active = answer["control"], settings
+            self._awaited = False
             if not self._resume:
                 self.pending.clear()
             self._set(State.SERVING, "")
@@ -336,7 +340,7 @@ class Runner:
         if self._stopping:
             return
         said = self.reason
-        if self.legacy and self._resume:
+        if self._awaited:
             await self._after_failed_takeover(failure, failures)
             return
         if failure.code == ExitCode.BRANCH and self.settings.missing_branch == "fail":
@@ -366,10 +370,11 @@ class Runner:
         delay = max(self._delay(failures), _LEAST_DELAY)
         self._set(State.RESTARTING, failure.text)
         self.log.error("%s: nobody could take it over: %s", self.label, failure.text)
-        if delay < left:
+        if self.legacy and delay < left:
             await self._pause(delay)
             return
-        self.log.error("%s: given up after %d s; its users get errors", self.label, patience)
+        self.log.error("%s: given up; its users get errors", self.label)
+        self._awaited = False
         self.legacy.end()
         problem = kernelside.abort(self.place, self.connection)
         if problem is not None:
