@@ -38,7 +38,6 @@ REQUEST_RESULTS: Final = ("ok", "error", "bug")
 COHERENCE_STATES: Final = ("healthy", "silent", "limited", "degraded")
 EVENT_KINDS: Final = ("names", "content", "attributes", "gone")
 LOOKUP_OUTCOMES: Final = ("found", "negative", "whiteout")
-RECOVERIES: Final = ("decided", "answered")
 
 Value = float | Sequence[float]
 """A number; of a histogram the counts of each bucket, of what is above the last one, and the sum."""

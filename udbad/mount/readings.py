@@ -21,7 +21,7 @@ from udbad.branch.branches import Branch
 from udbad.coherence import inotify
 from udbad.edge.native import Native
 from udbad.kernel.boundary import operations
-from udbad.metrics import COHERENCE_STATES, COPYUP_BUCKETS, DEPTH_BUCKETS, EVENT_KINDS, RECOVERIES, Counts, Samples
+from udbad.metrics import COHERENCE_STATES, COPYUP_BUCKETS, DEPTH_BUCKETS, EVENT_KINDS, Counts, Samples
 from udbad.types import Trigger
 from udbad.union.copyup import Job
 
@@ -164,13 +164,10 @@ class MetricsReader:
         edge, record = self._process.edge, self._process.record
         slot = edge.slot if isinstance(edge, Native) else None
         resent, decided, answered, refused = (0, 0, 0, 0) if slot is None else slot.counts()
-        recovered = zip(RECOVERIES, (decided, answered), strict=True)
         return {
             "udbad_takeover_duration_seconds": [((), self._process.pauses.value())],
             "udbad_requests_resent_total": [((), resent)],
-            "udbad_requests_recovered_total": [
-                ((how,), count) for how, count in zip(RECOVERIES, recovered, strict=True)
-            ],
+            "udbad_requests_recovered_total": [(("decided",), decided), (("answered",), answered)],
             "udbad_requests_refused_total": [((), refused)],
             "udbad_state_bytes": [((), 0 if record is None else record.memory_used)],
         }
