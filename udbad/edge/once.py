@@ -27,7 +27,7 @@ import logging
 import os
 import stat as st_mod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from udbad.branch import syscalls, whiteout
@@ -380,7 +380,7 @@ def _setattr(
     fs = operations.fs
     if not _was_cut(noted, fs.sb.stat(fs.table.node(number))):
         raise _Perform
-    return operations.setattr(number, replace(changes, size=None), fh, caller)
+    return operations.setattr(number, changes.without_size(), fh, caller)
 
 
 def _open(operations: Operations, noted: Noted, number: int, flags: int, caller: Caller) -> Opened:

@@ -20,7 +20,7 @@ from udbad.kernel.device import name_at
 from udbad.kernel.protocol import MAX_REQUEST
 from udbad.kernel.received import Received
 from udbad.types import Caller
-from udbad.union.fs import NOW, SetAttr, Time
+from udbad.union.fs import NOW, SetAttr
 
 Body = bytes | bytearray
 
@@ -149,16 +149,16 @@ def _setattr(request: Received) -> tuple[int, SetAttr, int | None, Caller]:
     valid, fh, length, atime, mtime, _, atime_nsec, mtime_nsec, _, mode, uid, gid = wire.SETATTR_IN.unpack_from(
         request.buffer, _BODY
     )
-    atime_ns: Time = NOW if valid & wire.SET_ATIME_NOW else atime * wire.BILLION + atime_nsec
-    mtime_ns: Time = NOW if valid & wire.SET_MTIME_NOW else mtime * wire.BILLION + mtime_nsec
     changes = SetAttr(
-        mode=mode if valid & wire.SET_MODE else None,
-        uid=uid if valid & wire.SET_UID else None,
-        gid=gid if valid & wire.SET_GID else None,
-        size=length if valid & wire.SET_SIZE else None,
-        atime_ns=atime_ns if valid & wire.SET_ATIME else None,
-        mtime_ns=mtime_ns if valid & wire.SET_MTIME else None,
+        mode if valid & wire.SET_MODE else None,
+        uid if valid & wire.SET_UID else None,
+        gid if valid & wire.SET_GID else None,
+        length if valid & wire.SET_SIZE else None,
     )
+    if valid & wire.SET_ATIME:
+        changes.atime_ns = NOW if valid & wire.SET_ATIME_NOW else atime * wire.BILLION + atime_nsec
+    if valid & wire.SET_MTIME:
+        changes.mtime_ns = NOW if valid & wire.SET_MTIME_NOW else mtime * wire.BILLION + mtime_nsec
     return request.node, changes, fh if valid & wire.SET_FH else None, _caller(request)
 
 

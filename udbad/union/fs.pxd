@@ -1,6 +1,9 @@
 from udbad.inodes.table cimport Dir, InodeTable, Node
 from udbad.union.superblock cimport Superblock
 
+cdef class SetAttr:
+    cdef public object mode, uid, gid, size, atime_ns, mtime_ns
+
 cdef class UnionFs:
     cdef dict __dict__  # for what is replaced
     cdef public Superblock sb

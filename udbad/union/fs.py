@@ -14,7 +14,6 @@ import errno
 import os
 import stat as st_mod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
 from udbad.branch import state, syscalls, whiteout
@@ -40,6 +39,7 @@ _ATTEMPTS = 8
 _ACL_PREFIX = b"system.posix_acl_"
 _SYSTEM_PREFIX = b"system."
 _ACL_ACCESS = b"system.posix_acl_access"
+_CAPABILITY_BIT = XATTR_BITS[b"security.capability"]
 
 NOW: Final = "now"
 """As a time: what the branch's own clock says, as UTIME_NOW of utimensat(2). Ours may be ahead of it, so that a file
@@ -47,16 +47,30 @@ stamped with it looks newer than one that is written to afterwards."""
 Time = int | Literal["now"]
 
 
-@dataclass(frozen=True, slots=True)
 class SetAttr:
     """What setattr changes; None leaves it. Times in nanoseconds or NOW, size in bytes."""
 
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    size: int | None = None
-    atime_ns: Time | None = None
-    mtime_ns: Time | None = None
+    __slots__ = ("atime_ns", "gid", "mode", "mtime_ns", "size", "uid")
+
+    def __init__(
+        self,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        size: int | None = None,
+        atime_ns: Time | None = None,
+        mtime_ns: Time | None = None,
+    ) -> None:
+        self.mode = mode
+        self.uid = uid
+        self.gid = gid
+        self.size = size
+        self.atime_ns = atime_ns
+        self.mtime_ns = mtime_ns
+
+    def without_size(self) -> SetAttr:
+        """The rest of what it changes."""
+        return SetAttr(self.mode, self.uid, self.gid, None, self.atime_ns, self.mtime_ns)
 
 
 def _note_privileges(handle: OpenFile, st: os.stat_result, caller: Caller) -> None:
@@ -317,6 +331,12 @@ class UnionFs:
             if error.errno == errno.ENODATA and state is not None:
                 node.lacks = known | bit, state
             raise
+
+    def note_new(self, node: Node) -> None:
+        """A file was just made, which has no capabilities then: the kernel asks before the first write."""
+        state = self.sb.changes.known_state(node)
+        if state is not None:
+            node.lacks = _CAPABILITY_BIT, state
 
     def listxattr(self, node_id: int, caller: Caller) -> list[bytes]:
         names = self._on_object(self.table.node(node_id), syscalls.listxattr)
