@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.inprocess import notify_union
 from tests.helpers.syscalls import counted
 from tests.t2_core.core import core
+from udbad.edge.operations import Operations
 from udbad.inodes.table import XATTR_BITS
 from udbad.types import ROOT_CALLER, ROOT_ID, Perm
 from udbad.union.fs import SetAttr, UnionFs
@@ -55,6 +56,28 @@ def test_a_second_question_costs_no_system_call(tmp_path: Path, mode: str, key: 
         with counted() as calls:
             assert missing(fs, node, key)
         assert not calls
+
+
+@pytest.mark.parametrize("mode", ["none", "notify"])
+def test_a_new_file_has_no_capabilities(tmp_path: Path, mode: str) -> None:
+    """The kernel asks before the first write."""
+    with trusting(tmp_path, mode) as (fs, node, settle):
+        parent = fs.table.node(node).parent
+        assert parent is not None
+        strategy = fs.sb.changes.hooks
+        operations = Operations(fs, strategy, lambda call, then: None)  # type: ignore[arg-type]  # all of it
+        (made, *_), (fh, *_) = operations.create(parent.id, b"new", os.O_WRONLY | os.O_CREAT, 0o644, ROOT_CALLER)
+        with counted() as calls:
+            assert missing(fs, made.id)
+        assert not calls
+        settle()
+        assert missing(fs, made.id)
+        if mode == "notify":
+            os.setxattr(tmp_path / "top/d/new", KEY, VALUE)
+            settle()
+            assert not missing(fs, made.id)
+        operations.release(fh)
+        operations.forget(made.id, 1)
 
 
 def test_reval_asks_each_time(tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ def copy_contents(
             # The advice belongs to the open file, which may go on serving reads. What is cached stays so: the copy is
             # about to be used, and the source's pages may be in use through other paths.
             os.posix_fadvise(src_fd, 0, 0, os.POSIX_FADV_NORMAL)
-    size = min(wanted, os.fstat(src_fd).st_size)
+    complete = copier.reached == wanted and not copier.skip_zeros
+    size = wanted if complete else min(wanted, os.fstat(src_fd).st_size)
     if size != copier.reached or copier.skip_zeros:
         os.ftruncate(dst_fd, size)  # makes the last hole, and drops what the source has lost meanwhile
     if size > copier.reached:

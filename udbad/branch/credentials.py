@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from udbad.branch import capabilities, syscalls
 from udbad.types import Caller
@@ -27,6 +27,7 @@ _CAP_DAC_READ_SEARCH = 1 << 2
 _CAP_FSETID = 1 << 4
 _CAP_SYS_RESOURCE = 1 << 24
 _CAP_MKNOD = 1 << 27
+_AS_WE_ARE = nullcontext()
 _FS_CAPS = 0b1_1111 | 1 << 9 | 1 << 27 | 1 << 32  # CAP_FS_SET, include/linux/capability.h
 
 
@@ -62,21 +63,21 @@ class Credentials:
         _libc.capset(self._header, ctypes.byref(self._usual))
         self._creating_ref = ctypes.byref(self._creating)
 
-    def creating(self, caller: Caller) -> _Creating:
-        """Create objects as `caller`, with the caller's umask (ignored by the kernel under a default ACL)."""
-        return _Creating(self, caller)
+    def creating(self, caller: Caller, mode: int) -> AbstractContextManager[None]:
+        """Create objects of this mode as `caller`, with the caller's umask (ignored by the kernel under a default ACL).
+
+        Nothing is switched where that makes no difference: not the umask, of which most callers have taken the bits
+        out of the mode already, and no ids for root.
+        """
+        umask = mode & caller.umask
+        others = self.privileged and (caller.uid != 0 or caller.gid != 0)
+        return _Creating(self, caller, umask, others) if umask or others else _AS_WE_ARE
 
     def become(self, caller: Caller) -> None:
-        os.umask(caller.umask)
-        if self.privileged and (caller.uid != 0 or caller.gid != 0):
-            syscalls.set_fs_ids(caller.uid, caller.gid)
-            if caller.uid != 0:
-                _libc.capset(self._header, self._creating_ref)
-
-    def become_ourselves(self, caller: Caller) -> None:
-        if self.privileged and (caller.uid != 0 or caller.gid != 0):
-            syscalls.set_fs_ids(0, 0)
-        os.umask(0)
+        """From now on act with the file system ids of somebody else."""
+        syscalls.set_fs_ids(caller.uid, caller.gid)
+        if caller.uid != 0:
+            _libc.capset(self._header, self._creating_ref)
 
     @contextmanager
     def writing(self, uid: int, gid: int, group: int | None = None) -> Iterator[None]:
@@ -117,17 +118,25 @@ class Credentials:
 class _Creating:
     """The `with` of `Credentials.creating`; a generator in its place would take several times as long."""
 
-    __slots__ = ("_caller", "_creds")
+    __slots__ = ("_caller", "_creds", "_others", "_umask")
 
-    def __init__(self, creds: Credentials, caller: Caller) -> None:
+    def __init__(self, creds: Credentials, caller: Caller, umask: int, others: bool) -> None:
         self._creds = creds
         self._caller = caller
+        self._umask = umask
+        self._others = others
 
     def __enter__(self) -> None:
-        self._creds.become(self._caller)
+        if self._umask:
+            os.umask(self._umask)
+        if self._others:
+            self._creds.become(self._caller)
 
     def __exit__(self, *_: object) -> None:
-        self._creds.become_ourselves(self._caller)
+        if self._others:
+            syscalls.set_fs_ids(0, 0)
+        if self._umask:
+            os.umask(0)
 
 
 def sgid_group(caller: Caller, st: os.stat_result) -> int | None:

@@ -211,7 +211,10 @@ class Operations:
     # -- files --------------------------------------------------------------------------------
 
     def create(self, parent: int, name: bytes, flags: int, mode: int, caller: Caller) -> tuple[Entry, Opened]:
-        return self.created(parent, flags, *self.fs.create(parent, name, flags, mode & 0o7777, caller))
+        handle, st = self.fs.create(parent, name, flags, mode & 0o7777, caller)
+        created = self.created(parent, flags, handle, st)
+        self.fs.note_new(handle.node)
+        return created
 
     def tmpfile(self, parent: int, flags: int, mode: int, caller: Caller) -> tuple[Entry, Opened]:
         return self.created(parent, flags, *self.fs.tmpfile(parent, flags, mode & 0o7777, caller))
@@ -241,7 +244,7 @@ class Operations:
                 self.coherence.opened_behind(handle.node, st)
                 return handle.fh, PASSTHROUGH | NO_FLUSH, backing
         answer = 0 if self.fs.needs_flush(flags) else NO_FLUSH
-        if self.coherence.keep_cache(handle.node, st) and keep:
+        if keep and self.coherence.keep_cache(handle.node, st):
             answer |= KEEP_CACHE
         return handle.fh, answer, 0
 

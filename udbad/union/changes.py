@@ -179,7 +179,7 @@ class Changes:
             parent.view.pop(name, None)
         if node is not None:
             self.replaced(parent, name, node)
-            if type(node) is Dir:
+            if type(node) is Dir and node.branch is not parent.branch:  # a status says how many the top one has
                 self._sb.count_links(parent)
         self.hooks.own_change(parent, name)
 

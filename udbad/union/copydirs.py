@@ -23,7 +23,7 @@ def facts(sb: Superblock, parent: Dir, name_top: int | None, whited: int | None,
     """What a policy may know about a name in `parent`."""
     return Facts(
         sb.branches.writable,
-        {layer.branch.index for layer in parent.layers},
+        [layer.branch.index for layer in parent.layers],
         parent.layers[0].branch.index,
         name_top,
         whited,

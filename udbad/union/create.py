@@ -31,11 +31,13 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Target:
-    """Where a new object goes. whited: the branch directory has a whiteout for the name now."""
+    """Where a new object goes. whited: the branch directory has a whiteout for the name now. alone: nothing on any
+    branch has that name."""
 
     branch: Branch
     dirfd: int
     whited: bool
+    alone: bool = False
 
 
 def prepare(sb: Superblock, parent: Dir, name: bytes, is_dir: bool = False) -> Target:
@@ -44,7 +46,7 @@ def prepare(sb: Superblock, parent: Dir, name: bytes, is_dir: bool = False) -> T
     branch = _choose(sb, parent, missing, is_dir)
     asked = missing.excludes_whiteout(parent, branch)
     dirfd = copydirs.ensure_dir(sb, parent, branch)
-    return Target(branch, dirfd, not asked and whiteout.present(dirfd, name))
+    return Target(branch, dirfd, not asked and whiteout.present(dirfd, name), missing.answer is Answer.CLEAR)
 
 
 def _choose(sb: Superblock, parent: Dir, missing: Missing, is_dir: bool) -> Branch:
@@ -121,7 +123,7 @@ def create_file(
 ) -> tuple[Node, os.stat_result, int]:
     """open(2) with O_CREAT|O_EXCL; returns node, attributes and the open descriptor."""
     target = prepare(sb, parent, name)
-    with creds.creating(caller):
+    with creds.creating(caller, mode):
         fd = _make(sb, parent, name, syscalls.create_file_at, target.dirfd, name, flags, mode)
     try:
         _finish(sb, parent, name, target)
@@ -144,7 +146,7 @@ def tmpfile(
     _check_directory(sb, parent)
     branch = _choose(sb, parent, lookup.CLEAR, False)
     dirfd = copydirs.ensure_dir(sb, parent, branch)
-    with creds.creating(caller):
+    with creds.creating(caller, mode):
         fd = syscalls.open_tmpfile(dirfd, mode, flags)
     try:
         st = syscalls.fstat(fd)
@@ -168,7 +170,7 @@ def mknod(
     sb: Superblock, creds: Credentials, parent: Dir, name: bytes, mode: int, rdev: int, caller: Caller
 ) -> tuple[Node, os.stat_result]:
     target = prepare(sb, parent, name)
-    with creds.creating(caller):
+    with creds.creating(caller, mode):
         _make(sb, parent, name, syscalls.mknod_at, target.dirfd, name, mode, rdev)
     return _made(sb, parent, name, target, st_mod.S_IFMT(mode))
 
@@ -177,7 +179,7 @@ def symlink(
     sb: Superblock, creds: Credentials, parent: Dir, name: bytes, link_target: bytes, caller: Caller
 ) -> tuple[Node, os.stat_result]:
     target = prepare(sb, parent, name)
-    with creds.creating(caller):
+    with creds.creating(caller, 0):
         _make(sb, parent, name, syscalls.symlink_at, link_target, target.dirfd, name)
     return _made(sb, parent, name, target, st_mod.S_IFLNK)
 
@@ -204,7 +206,7 @@ def mkdir(
 ) -> tuple[Dir, os.stat_result]:
     """A directory that replaces a whiteout is made opaque before the whiteout goes (semantics 6.5)."""
     target = prepare(sb, parent, name, is_dir=True)
-    with creds.creating(caller):
+    with creds.creating(caller, mode):
         _make(sb, parent, name, syscalls.mkdir_at, target.dirfd, name, mode)
     return _made_directory(sb, parent, name, target)
 
@@ -218,7 +220,10 @@ def _made_directory(sb: Superblock, parent: Dir, name: bytes, target: Target) ->
             fd = syscalls.open_dir_at(target.dirfd, name)
             whiteout.make_opaque(target.branch, fd)
         # While it can still be undone: this opens the new directory and what it is merged with.
-        found = lookup.resolve(sb, parent, name)
+        if target.alone and fd < 0:
+            found = lookup.opened(target.branch, target.dirfd, name)
+        else:
+            found = lookup.resolve(sb, parent, name)
         if found.answer is not Answer.FOUND or found.layers is None:
             raise enoent()
         _finish(sb, parent, name, target)
@@ -246,7 +251,7 @@ def _made_directory(sb: Superblock, parent: Dir, name: bytes, target: Target) ->
     sb.changes.made(parent, name, tuple(layer.branch.index for layer in found.layers))
     node, st = lookup.intern(sb, parent, name, found)
     assert type(node) is Dir
-    sb.changes.updated(parent, name, links=True)
+    sb.changes.updated(parent, name, links=target.branch is not parent.branch)
     return node, st
 
 

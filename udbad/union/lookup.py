@@ -173,14 +173,23 @@ UNCLEAR, NOWHERE = -2, -1
 def only_on(sb: Superblock, parent: Dir, name: bytes) -> int:
     """The branch that alone has a name, as an object and without any whiteout, according to the directory's view.
 
-    NOWHERE when no branch has either; UNCLEAR when they have to be asked, for a directory always.
+    NOWHERE when no branch has either; UNCLEAR when they have to be asked.
     """
     stacked = parent.stacked
     view = parent.view
     if stacked is None or view is None or name in stacked or not parent.trusted or sb.in_doubt:
         return UNCLEAR
     hit = view.get(name, NOWHERE)
-    return hit if type(hit) is int else UNCLEAR
+    if type(hit) is int:
+        return hit
+    return hit[0] if type(hit) is tuple and len(hit) == 1 else UNCLEAR
+
+
+def opened(branch: Branch, dirfd: int, name: bytes) -> Found:
+    """A directory that only this branch has, in its directory `dirfd`. Raises FileNotFoundError, NotADirectoryError."""
+    fd = syscalls.open_dir_at(dirfd, name)
+    st = _fstat(fd)
+    return Found(_S_IFDIR, branch, st, [Layer(branch, st.st_dev, st.st_ino, st.st_nlink, fd)], 1)
 
 
 def _merge(sb: Superblock, parent: Dir, name: bytes, first: int, st: os.stat_result, examined: int) -> Found:

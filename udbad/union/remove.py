@@ -20,9 +20,13 @@ from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
 
+_NOT_SIMPLE = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR})
+"""rmdir(2) of a directory that holds something, marks perhaps; stat(2) and rmdir(2) of one that others have taken away.
+"""
 
-def find(sb: Superblock, parent: Dir, name: bytes) -> Found:
-    """What a name that is going to change stands for. Raises ENOENT, EROFS, EPERM (.wh.*); as `check_changeable`."""
+
+def _check(sb: Superblock, parent: Dir, name: bytes) -> None:
+    """Whether a name may be changed, in a directory that is up to date then. Raises as `find`."""
     whiteout.check_not_reserved(name)
     if sb.options.read_only:
         raise erofs()
@@ -31,6 +35,11 @@ def find(sb: Superblock, parent: Dir, name: bytes) -> Found:
     if not parent.trusted:
         lookup.refresh(sb, parent)
     lookup.check_changeable(parent)
+
+
+def find(sb: Superblock, parent: Dir, name: bytes) -> Found:
+    """What a name that is going to change stands for. Raises ENOENT, EROFS, EPERM (.wh.*); as `check_changeable`."""
+    _check(sb, parent, name)
     found = lookup.resolve(sb, parent, name)
     if found.answer is Answer.FOUND:
         return found
@@ -117,6 +126,9 @@ def lost_link(sb: Superblock, node: Node, st: os.stat_result, was_lower: bool) -
 
 
 def rmdir(sb: Superblock, parent: Dir, name: bytes) -> None:
+    _check(sb, parent, name)
+    if _remove_simple(sb, parent, name):
+        return
     found = find(sb, parent, name)
     if found.layers is None:
         raise os_error(errno.ENOTDIR)
@@ -139,6 +151,31 @@ def rmdir(sb: Superblock, parent: Dir, name: bytes) -> None:
                 whiteout.remove(dirfd, name)
             raise
     sb.changes.removed(parent, name, node, None, made)
+
+
+def _remove_simple(sb: Superblock, parent: Dir, name: bytes) -> bool:
+    """Remove a directory that only one branch has, a writable one, and that has no name or mark in it; False where it
+    is another, or there is more to it. The branch is asked once, and says itself whether it is empty."""
+    node = parent.children.get(name)
+    if type(node) is not Dir or not node.trusted or node.offline or len(node.layers) > 1:
+        return False
+    branch = node.branch
+    if not branch.writable or lookup.only_on(sb, parent, name) != branch.index:
+        return False
+    dirfd = sb.branch_fd(parent, branch)
+    try:
+        st = syscalls.stat_at(dirfd, name)
+        if (st.st_dev, st.st_ino) != node.identity:
+            return False
+        if sb.notes is not None:
+            sb.notes.intend(*node.identity)
+        syscalls.rmdir_at(dirfd, name)
+    except OSError as error:
+        if error.errno in _NOT_SIMPLE:
+            return False
+        raise
+    sb.changes.removed(parent, name, node)
+    return True
 
 
 def _remove_branch_dir(sb: Superblock, dirfd: int, name: bytes) -> None:
