@@ -8,11 +8,12 @@ import urllib.request
 from tests.bench import process
 from tests.bench.data import MIB
 from tests.bench.session import Session
-from tests.bench.systems import METERED, METRICS_ADDRESS, UDBAD, UNMETERED, System
+from tests.bench.systems import METERED, METRICS_ADDRESS, MORTAL, SURVIVING, UDBAD, UNMETERED, System
 from tests.bench.workload import FUSE, Workload, figures
 
 REQUESTS = ("LOOKUP", "GETATTR", "readdir entry", "open+close", "READ", "create+write", "chmod")
 METRICS_ROUNDS = 6
+SURVIVE_ROUNDS = 4
 
 
 def _requests(session: Session) -> None:
@@ -30,6 +31,7 @@ def _requests(session: Session) -> None:
     }
     session.data.read(big)
     session.command("mkdir", session.root / "w")
+    session.settle()
     for name, argv in steps.items():
         before = process.cpu_seconds(session.daemon())
         got = session.client(*argv)
@@ -42,8 +44,9 @@ def _memory(session: Session) -> None:
     names = session.data.lists["inodes"]
     session.mount(level=2)
     session.command("stat", session.root)
+    session.settle()
+    session.record("memory at start", process.pss_bytes(session.daemon()) / MIB)
     before = process.rss_bytes(session.daemon())
-    session.record("RSS at start", before / MIB)
     session.client("stat", session.root, names, "present")
     nodes = session.scale.inodes + session.scale.inodes // 100
     session.record("memory per cached inode", max(0, process.rss_bytes(session.daemon()) - before) / nodes)
@@ -80,17 +83,41 @@ def _metrics(session: Session) -> None:
     session.record("a scrape, daemon CPU", used / METRICS_ROUNDS * 1e3)
 
 
+def _survive(session: Session) -> None:
+    """A mount that outlives its process, and the same without, in turn; the fastest of each, as above."""
+    lists = session.data.lists
+    warm: dict[System, list[float]] = {SURVIVING: [], MORTAL: []}
+    changed: dict[System, list[float]] = {SURVIVING: [], MORTAL: []}
+    for turn in range(SURVIVE_ROUNDS):
+        for system in (SURVIVING, MORTAL) if turn % 2 else (MORTAL, SURVIVING):
+            session.mount(level=2, variant=system)
+            session.settle()
+            session.client("stat", session.root, lists["small"], "present")
+            warm[system].append(session.per_operation("stat", session.root, lists["small"], "present"))
+            session.command("mkdir", session.root / "w")
+            steps = (("create", 0), ("rename",), ("unlink", ".r"))
+            names = lists["mutations"]
+            changed[system].append(
+                sum(session.per_operation(step, session.root, names, *rest) for step, *rest in steps)
+            )
+            session.command("rmdir", session.root / "w")
+    session.record("stat warm, survive on / off", min(warm[SURVIVING]) / min(warm[MORTAL]))
+    session.record("create, rename, unlink, survive on / off", min(changed[SURVIVING]) / min(changed[MORTAL]))
+
+
 def workloads() -> list[Workload]:
     """Those of this module, in the order of the table."""
     requests = figures("us", *(f"{name}, {what}" for what in ("daemon CPU", "time") for name in REQUESTS))
-    memory = (*figures("MiB", "RSS at start"), *figures("B", "memory per cached inode"))
+    memory = (*figures("MiB", "memory at start"), *figures("B", "memory per cached inode"))
     metrics = (
         *figures("x", "stat cold, metrics on / off", compare=False),
         *figures("ms", "a scrape, daemon CPU", compare=False),
     )
+    survive = figures("x", "stat warm, survive on / off", "create, rename, unlink, survive on / off", compare=False)
     return [
         Workload("requests", _requests, requests, kinds=FUSE),
         Workload("memory", _memory, memory, kinds=FUSE, once=True),
         Workload("start", _start, figures("ms", "mount to serving", "udbad --help"), kinds=("kernel", *FUSE)),
         Workload("metrics", _metrics, metrics, systems=("udbad-notify",), once=True),
+        Workload("survive", _survive, survive, systems=("udbad-notify",), once=True),
     ]

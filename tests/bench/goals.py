@@ -102,7 +102,9 @@ def goals(rows: Iterable[Row]) -> list[Goal]:
         *_all(("git checkout cold", "git checkout warm", "untar", "rm -rf"), Goal("", 0.9)),
         *(Goal(f"{request}, daemon CPU", 0.8) for request in ("LOOKUP", "readdir entry", "create+write", "chmod")),
         Goal("memory per cached inode", 350, "itself"),
-        Goal("RSS at start", 60, "itself"),
+        Goal("memory at start", 60, "itself"),
+        Goal("stat warm, survive on / off", 1.02, "itself", modes=("notify",)),
+        Goal("create, rename, unlink, survive on / off", 1.05, "itself", modes=("notify",)),
         Goal("mount to serving", 150, "itself"),
         Goal("udbad --help", 100, "itself"),
     ]

@@ -116,6 +116,19 @@ def rss_bytes(pid: int) -> int:
     return total * PAGE
 
 
+def pss_bytes(pid: int) -> int:
+    """Memory of a process and its descendants, in bytes; of a page that several processes have, each one's part
+    (Pss in /proc/PID/smaps_rollup, proc(5))."""
+    total = 0
+    for each in tree(pid):
+        with contextlib.suppress(OSError):
+            fields = dict(
+                line.split(":", 1) for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()[1:]
+            )
+            total += int(fields["Pss"].split()[0]) * 1024
+    return total
+
+
 def sync(scratch: Path) -> None:
     """Write dirty data of scratch's file system to the disk; sync(1) -f, not sync(2): that would wait for every file
     system, a wedged one included."""

@@ -4,6 +4,7 @@ May not know which workloads exist. Invariant: after close nothing of this sessi
 """
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from tests.bench import process
 from tests.bench.data import GIT, Data, Scale
 from tests.bench.process import Failed
 from tests.bench.systems import Mounted, Place, System
+
+QUIET_SECONDS = 0.4
+QUIET = 0.01
+"""The part of one processor that a daemon may use and still be quiet."""
+SETTLE_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,19 @@ class Session:
         self.umount()
         self.mounted = Mounted(self.system, self.place)
         return self.mounted.open_in_background(self.deadline)
+
+    def settle(self) -> None:
+        """Wait until the daemon does nothing by itself: one that serves may still load what it needs later, and the CPU
+        time of that, or its share of the processors, would go to what is measured."""
+        if self.mounted is None or self.mounted.daemon is None:
+            return
+        end = time.monotonic() + SETTLE_SECONDS
+        before = -1.0
+        while (now := process.cpu_seconds(self.daemon())) - before > QUIET * QUIET_SECONDS:
+            if time.monotonic() > end:
+                raise Failed("the daemon does not come to rest")
+            before = now
+            time.sleep(QUIET_SECONDS)
 
     def drop(self, level: int) -> None:
         process.drop_caches(self.data.scratch, level)

@@ -147,6 +147,9 @@ METRICS_ADDRESS = "127.0.0.1:29723"
 # What the cost of metrics is taken from; no competitors, so not in the table.
 METERED = System("udbad-notify", "udbad", _udbad("notify", f",metrics={METRICS_ADDRESS}"), tells_ready=True)
 UNMETERED = System("udbad-notify", "udbad", _udbad("notify", module="tests.bench.unmetered"), tells_ready=True)
+# What the cost of survive=on is taken from.
+SURVIVING = System("udbad-notify", "udbad", _udbad("notify", ",survive=on"), tells_ready=True)
+MORTAL = System("udbad-notify", "udbad", _udbad("notify", ",survive=off"), tells_ready=True)
 
 
 def mount_minor(mnt: Path) -> int | None:
