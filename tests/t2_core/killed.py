@@ -212,14 +212,18 @@ def union_tree(directory: Path, layers: Mapping[str, str], **options: Any) -> Tr
     return tree
 
 
-def branch_tree(root: Path) -> Tree:
-    """What is on a branch, marks too, after a sweep."""
+def swept(root: Path) -> None:
     fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
     whiteout._digits.renew()
     try:
         sweep.sweep_temporaries(fd)
     finally:
         os.close(fd)
+
+
+def branch_tree(root: Path) -> Tree:
+    """What is on a branch, marks too, after a sweep."""
+    swept(root)
     tree: Tree = {}
     first: dict[int, str] = {}
     for above, directories, files in os.walk(root):
@@ -276,12 +280,13 @@ class Outcome:
 
 
 def opened(mount: Mount) -> object:
-    """What is open: how many directories, and the content and links of files."""
+    """What is open: how many directories, and the content and links of files; and what is known of pseudo-links."""
     found = []
     for handle in mount.fs.handles.files.values():
         with syscalls.readable(handle.fd) as fd:
             found.append((os.pread(fd, 1000, 0), os.fstat(fd).st_nlink, handle.writable))
-    return len(mount.fs.handles.dirs), sorted(found)
+    homes = {(plink.pending, plink.counted) for plinks in mount.fs.sb.plinks.values() for plink in plinks}
+    return len(mount.fs.handles.dirs), sorted(found), sorted(homes)
 
 
 def descriptors() -> set[int]:
@@ -326,6 +331,8 @@ def outcome(
             answer = last.answer()
             assert answer is not None
             assert answer[0] == UNIQUE | RESENT
+        for name in layers:
+            swept(directory / name)
         files = opened(last)
     del first, last
     gc.collect()  # what an object has a descriptor of is closed with it, and not once more with another one's number

@@ -197,6 +197,14 @@ def removexattr(path: str) -> Ask:
     return ask
 
 
+def copied_first(path: str, ask: Ask) -> Ask:
+    def first(mount: Mount) -> Request:
+        mount.union.write(mount.union.open(path, os.O_RDWR), b"L")
+        return ask(mount)
+
+    return first
+
+
 def opened(path: str, flags: int, ask: Ask, unlinked: bool = False) -> Ask:
     """`ask` while somebody has a file open, which has no name any more (unlinked)."""
 
@@ -306,6 +314,9 @@ CASES: dict[str, Case] = {
     "rename-from-lower-dir": Case(rename("d/x", "d/n"), LOWER_DIR),
     "rename-lower-symlink": Case(rename("a", "n"), {"base/a": ("symlink", "t")}),
     "rename-lower-hard-link": Case(rename("a", "n"), {"base/a": b"low", "base/b": ("link", "base/a")}),
+    "rename-second-name-of-a-copied-file": Case(
+        copied_first("a", rename("b", "n")), {"base/a": b"low", "base/b": ("link", "base/a")}
+    ),
     "rename-over-hard-link": Case(rename("a", "b"), {"top/a": b"up", "top/b": b"old", "top/c": ("link", "top/b")}),
     "rename-same-file": Case(rename("a", "b"), {"top/a": b"up", "top/b": ("link", "top/a")}),
     "rename-dir": Case(rename("d", "n"), {"top/d/x": b"up"}),

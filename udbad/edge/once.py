@@ -128,10 +128,12 @@ class Once:
     # -- copies -------------------------------------------------------------------------------------
 
     def publish(
-        self, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: os.stat_result, as_link: bool
-    ) -> None:
+        self, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: os.stat_result, as_link: bool,
+        names: int, links: int,
+    ) -> None:  # fmt: skip
         above = 0 if parent is None else parent.id
-        self.own.copy(node.id, name, (made.st_dev, made.st_ino, branch.index, above, as_link))
+        said = made.st_dev, made.st_ino, branch.index, above, as_link, max(names, 0), links
+        self.own.copy(node.id, name, said)
         if as_link:  # it is what LINK does
             self.intend(made.st_dev, made.st_ino)
 
@@ -139,7 +141,7 @@ class Once:
         """Before the first request: go on with copies whose publication a process did not survive."""
         fs = self._operations.fs
         for slot in self._slots:
-            number, name, (dev, ino, index, above, as_link) = slot.read_copy()
+            number, name, (dev, ino, index, above, as_link, names, links) = slot.read_copy()
             node = fs.table.nodes.get(number)
             if node is None:
                 continue
@@ -151,7 +153,7 @@ class Once:
             try:
                 copyup.settle(
                     fs.sb, node, parent if type(parent) is Dir else None, name, fs.sb.branches[index],
-                    (dev, ino), as_link != 0,
+                    (dev, ino), as_link != 0, names, links,
                 )  # fmt: skip
             except OSError as error:
                 log.error("cannot go on with the copy-up of %r: %s", name, error.strerror)

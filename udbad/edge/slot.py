@@ -157,7 +157,7 @@ class Slot:
     # -- copies -----------------------------------------------------------------------------------
 
     def copy(self, node: int, name: bytes, said: tuple[int, ...]) -> None:
-        """A copy of a node is about to get a name. said: five words."""
+        """A copy of a node is about to get a name. said: seven words."""
         words = self.words
         words[_COPY] = 0
         self.memory[_NAME_AT : _NAME_AT + len(name)] = name
@@ -170,5 +170,5 @@ class Slot:
         """As given to `copy`; node 0: there was none."""
         words = self.words
         size = words[_COPY + 1]
-        said = tuple(words[at] for at in range(_COPY + 2, _COPY + 7))
+        said = tuple(words[at] for at in range(_COPY + 2, _COPY + 9))
         return words[_COPY], bytes(self.memory[_NAME_AT : _NAME_AT + size]), said

@@ -36,7 +36,7 @@ from udbad.inodes.handles import backing_id
 from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
 from udbad.types import CopyMethod, Trigger
-from udbad.union import copydirs, lookup, plink
+from udbad.union import copydirs, homes, lookup, plink
 from udbad.union.lookup import Answer
 from udbad.union.superblock import NeedCopyUp, Superblock, is_object
 
@@ -339,22 +339,23 @@ def commit(sb: Superblock, job: Job, at_once: bool = False) -> None:
     node = job.node
     made = syscalls.fstat(job.dst_fd)
     if not job.tmp:
-        _note(sb, node, None, b"", job.branch, made, False)
+        _note(sb, node, None, b"", job.branch, made, False, 0)
         dst_fd, job.dst_fd = job.dst_fd, -1
         _settle_orphan(sb, node, job.branch, dst_fd, made)
         return
     if job.parent is None:
-        _note(sb, node, None, job.name, job.branch, made, False)
+        names = job.st.st_nlink + node.nlink_extra
+        _note(sb, node, None, job.name, job.branch, made, False, names)
         copydirs.publish(job.dirfd, job.tmp, job.dirfd, job.name)
         job.tmp = b""
         sb.move_data(node, job.branch, made, job.dst_fd)
         sb.inomap.alias(made.st_dev, made.st_ino, node.id)
-        plink.adopt_home(sb, node, job.branch, job.name, job.st, job.st.st_nlink + node.nlink_extra)
+        plink.adopt_home(sb, node, job.branch, job.name, job.st, names)
         return
     assert job.parent_times is not None
     if not at_once:
         _check_unmoved(sb, job)
-    _note(sb, node, job.parent, job.name, job.branch, made, job.as_link)
+    _note(sb, node, job.parent, job.name, job.branch, made, job.as_link, _names_left(node, job.st, job.as_link))
     _publish_in(job.parent, job.dirfd, job.tmp, job.dirfd, job.name)
     job.tmp = b""
     copied = Place(job.src_fd, b"", job.st)
@@ -363,42 +364,68 @@ def commit(sb: Superblock, job: Job, at_once: bool = False) -> None:
 
 
 def _note(
-    sb: Superblock, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: os.stat_result, as_link: bool
-) -> None:
+    sb: Superblock, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: os.stat_result, as_link: bool,
+    names: int, links: int = 0,
+) -> None:  # fmt: skip
     if sb.notes is not None:
-        sb.notes.publish(node, parent, name, branch, made, as_link)
+        sb.notes.publish(node, parent, name, branch, made, as_link, names, links)
 
 
 def settle(
-    sb: Superblock, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: Identity, as_link: bool
-) -> bool:
+    sb: Superblock, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: Identity, as_link: bool,
+    names: int, links: int,
+) -> bool:  # fmt: skip
     """Go on where a process was killed that had given a copy its name, as it may not have come to moving the node.
 
     parent, name: what the copy is called on `branch`; None: in the directory of pseudo-links, b"": nothing. made: who
-    the copy is. as_link: the name is a further one of the node. False where the copy has no such name, and no open file
-    was moved to it, so that nothing has happened; or the node is known to be there.
+    the copy is. as_link: the name is a further one of the node. names: how many are left on lower branches; links: of
+    a home that was there before, then; else 0. False where the copy has no such name, and no open file was moved to it,
+    so that nothing has happened; or the node is known to be there.
     """
     if node.identity == made:
-        return False
-    if parent is not None:
-        settled = _settle_named(sb, node, parent, name, branch, made, as_link)
-    else:
-        settled = name != b"" and _settle_loaded(sb, node, branch, made)
+        return parent is not None and _settle_counted(sb, node, parent, name, names, links)
+    settled = parent is not None and _settle_named(sb, node, parent, name, branch, made, as_link)
+    settled = settled or _settle_loaded(sb, node, branch, made, names, names + (parent is not None and not as_link))
     return settled or _settle_opened(sb, node, branch, made)
 
 
-def _settle_loaded(sb: Superblock, node: Node, branch: Branch, made: Identity) -> bool:
-    """The copy is a home, which was found as those of earlier mounts are."""
+def _settle_counted(sb: Superblock, node: Node, parent: Dir, name: bytes, names: int, links: int) -> bool:
+    """The home has a further link, in the place of a lower name, which may have gone on since: it is counted if it was
+    not."""
+    home = node.plink
+    place = None if home is None or not links or home.pending != names else homes.look(sb, home)
+    if home is None or place is None or place.st.st_nlink != links + 1:
+        return False
+    try:
+        lookup.ask_again(sb, parent)
+        found = lookup.resolve(sb, parent, name)
+    except FileNotFoundError:
+        return False
+    if found.answer is Answer.FOUND:
+        lookup.discard(sb, parent, name, found)
+        if (found.st.st_dev, found.st.st_ino) != home.identity:
+            return False  # only a temporary name of it was made
+    plink.name_arrived(sb, node)
+    sb.changes.copied_up(node, parent, name)
+    return True
+
+
+def _settle_loaded(sb: Superblock, node: Node, branch: Branch, made: Identity, names: int, before: int) -> bool:
+    """The copy has no other name (any more) but its home, which was found as those of earlier mounts are. before: how
+    many names there were on lower branches."""
     home = next((plink for plink in sb.plinks.get(made[1], ()) if plink.identity == made), None)
     if home is None:
         return False
+    dev, ino = node.identity
+    source = os.stat_result((0, ino, dev, before - node.nlink_extra, 0, 0, 0, 0, 0, 0))
+    homes.forget(sb, home)
     fd = syscalls.pin_at(home.dirfd, home.name)
     try:
         sb.move_data(node, branch, os.fstat(fd), fd)
     finally:
         os.close(fd)
     sb.inomap.alias(*made, node.id)
-    node.plink = home
+    plink.adopt_home(sb, node, branch, home.name, source, names)
     return True
 
 
@@ -520,7 +547,7 @@ def _settle(
     """
     parent.note_stacked(name)  # whatever fails from here on, the name is there
     src = source.st
-    names = src.st_nlink + node.nlink_extra  # less those that were removed
+    names = _names_left(node, src, as_link)
     linked = _has_names(sb, node, as_link, src)
     several = src.st_nlink > 1 or node.plink is not None
     node.nlink_extra = 0
@@ -528,13 +555,18 @@ def _settle(
     sb.move_data(node, branch, made, fd)
     sb.inomap.alias(made.st_dev, made.st_ino, node.id)
     if linked:
-        plink.make(sb, node, branch, fd, name, source, names - (0 if as_link else 1))
+        plink.make(sb, node, branch, fd, name, source, names)
     if several and node.plink is None:
         # Without a pseudo-link the other names stay behind, as the lower file that they are (semantics 10.2).
         for other in node.names():
             if other != (parent, name):
                 sb.changes.lost(node, *other)
     sb.changes.copied_up(node, parent, name, as_link)
+
+
+def _names_left(node: Node, src: os.stat_result, as_link: bool) -> int:
+    """On lower branches, once a file of status `src` has a copy: all that were not removed, but the copy's own."""
+    return src.st_nlink + node.nlink_extra - (0 if as_link else 1)
 
 
 def _copy_special(
@@ -550,7 +582,7 @@ def _copy_special(
     try:
         made = os.fstat(fd)
         try:
-            _note(sb, node, parent, name, branch, made, as_link)
+            _note(sb, node, parent, name, branch, made, as_link, _names_left(node, st, as_link))
             _publish_in(parent, dirfd, tmp, dirfd, name)
         except BaseException:
             syscalls.unlink_at(dirfd, tmp)
@@ -568,6 +600,8 @@ def _link_plink(sb: Superblock, node: Node, parent: Dir, name: bytes) -> None:
     dirfd = copydirs.ensure_dir(sb, parent, home.branch)
     before = os.fstat(dirfd)
     tmp = whiteout.temporary_name(name)
+    copy = syscalls.stat_at(home.dirfd, home.name)
+    _note(sb, node, parent, name, home.branch, copy, False, home.pending, copy.st_nlink)
     syscalls.link_at(home.dirfd, home.name, dirfd, tmp)
     try:
         _publish_in(parent, dirfd, tmp, dirfd, name)

@@ -94,8 +94,9 @@ class Notes(Protocol):
         """
 
     def publish(
-        self, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: os.stat_result, as_link: bool
-    ) -> None:
+        self, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: os.stat_result, as_link: bool,
+        names: int, links: int,
+    ) -> None:  # fmt: skip
         """The next system call gives a copy of a node, of status `made`, its name on a branch. Arguments as those of
         copyup.settle."""
 
