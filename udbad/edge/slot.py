@@ -23,12 +23,12 @@ U64: Final = (1 << 64) - 1
 _SEQUENCE, _INTENDED, _ANSWERED, _ERRNO, _SIZE, _HANDLE, _COUNT, _WORDS, _COPY = 0, 1, 2, 3, 4, 5, 6, 7, 14
 """Which process of the mount, from 1 on; unique number of what is intended, of what has a result; that, errno and
 length of the answer; number that the next handle gets, how many words are noted, and these; node of a copy that was
-about to be published, and what `copy` says of it."""
-CURRENT: Final = 21
+about to be published, the length of its name, and seven words that `copy` says of it."""
+CURRENT: Final = 23
 """Unique number of the request that is performed on the event loop, or was the last one; 0: that one waits now."""
-_LOOP: Final = 22
+_LOOP: Final = 24
 """The thread of the event loop, as threading.get_ident() names it."""
-_COUNTS: Final = 23
+_COUNTS: Final = 25
 """How many requests were sent again, were decided by their rule, had an answer, and were refused: of all processes."""
 _SEATS: Final = 256
 """From here on, for each thread its name and the unique number of the request that it has begun with last."""
