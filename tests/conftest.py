@@ -105,11 +105,13 @@ def _open_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def _mounts(base: Path) -> list[MountInfo]:
+def _new_mounts(before: list[MountInfo], base: Path) -> list[MountInfo]:
     """What a test may not leave: mounts below the base, and in a namespace of its own a union anywhere."""
-    return [
-        mount for mount in read_mountinfo() if mount.path.is_relative_to(base) or (WORKER and mount.fs_type == FS_TYPE)
-    ]
+    now = read_mountinfo()
+    if now == before:  # most often, and this is done for every test
+        return []
+    new = (mount for mount in now if mount not in before)
+    return [mount for mount in new if mount.path.is_relative_to(base) or (WORKER and mount.fs_type == FS_TYPE)]
 
 
 @pytest.fixture(autouse=True)
@@ -119,14 +121,14 @@ def _nothing_left(request: pytest.FixtureRequest, _open_base: Path) -> Iterator[
         request.getfixturevalue("tmp_path").chmod(0o755)
     base = _open_base
     os.umask(0o022)  # what tests expect of modes; the real Credentials, used in this process, leave 0
-    mounts_before = _mounts(base)
+    mounts_before = read_mountinfo()
     descriptors_before = _open_descriptors()
     yield
     descriptors = _open_descriptors()
     if len(descriptors) > len(descriptors_before):
         gc.collect()  # only now: it takes long, and cycles that hold a descriptor are few
         descriptors = _open_descriptors()
-    mounts = [mount for mount in _mounts(base) if mount not in mounts_before]
+    mounts = _new_mounts(mounts_before, base)
     for mount in reversed(mounts):
         remove_mount(mount)
     if mounts:

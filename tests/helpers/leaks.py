@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -49,13 +50,19 @@ class MountInfo:
 
 def read_mountinfo() -> list[MountInfo]:
     """Every mount of this namespace, in mount order (a later one covers an earlier one on the same path)."""
-    return [
+    return list(_parsed(Path("/proc/self/mountinfo").read_bytes()))
+
+
+@lru_cache(maxsize=8)
+def _parsed(table: bytes) -> tuple[MountInfo, ...]:
+    """Looked at twice by every test, most of which find what the one before has found."""
+    return tuple(
         MountInfo(
             Path(os.fsdecode(mount.point)), os.fsdecode(mount.fs_type), *mount.device, os.fsdecode(mount.source),
             frozenset(os.fsdecode(mount.options).split(",")), frozenset(os.fsdecode(mount.super_options).split(",")),
         )
-        for mount in mountinfo.read()
-    ]  # fmt: skip
+        for mount in mountinfo.parse(table)
+    )  # fmt: skip
 
 
 def mount_on(path: Path) -> MountInfo:
