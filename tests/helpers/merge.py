@@ -67,9 +67,11 @@ def read_entry(path: bytes) -> Entry:
     is_dir = stat.S_ISDIR(kind)
     sha = None
     if stat.S_ISREG(kind):
-        with open(path, "rb") as stream:
+        with open(path, "rb", buffering=0) as stream:
             sha = hashlib.file_digest(stream, "sha256").hexdigest()
-    names = sorted(os.listxattr(path, follow_symlinks=False))
+            xattrs = _xattrs(stream.fileno())  # by its descriptor: each path may be a request for every component
+    else:
+        xattrs = _xattrs(path)
     return Entry(
         type=kind,
         mode=stat.S_IMODE(info.st_mode),
@@ -81,8 +83,14 @@ def read_entry(path: bytes) -> Entry:
         target=os.readlink(path) if stat.S_ISLNK(kind) else None,
         sha=sha,
         nlink=1 if not is_dir and info.st_nlink == 1 else None,
-        xattrs=tuple((name, os.getxattr(path, name, follow_symlinks=False)) for name in names),
+        xattrs=xattrs,
     )
+
+
+def _xattrs(file: bytes | int) -> tuple[tuple[str, bytes], ...]:
+    follow = isinstance(file, int)  # with a descriptor there is nothing to follow, and no other value is allowed
+    names = sorted(os.listxattr(file, follow_symlinks=follow))
+    return tuple((name, os.getxattr(file, name, follow_symlinks=follow)) for name in names)
 
 
 def snapshot(path: Path) -> Tree:

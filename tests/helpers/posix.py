@@ -8,6 +8,7 @@ outlives `TIMEOUT`, so that a wedged mount fails a test instead of stopping the 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -144,7 +145,10 @@ def status(path: str) -> tuple[object, ...]:
 
     Link count and size of a directory, and the size a file system gives a symlink, are left out.
     """
-    info = os.lstat(path)
+    return _status_of(os.lstat(path))
+
+
+def _status_of(info: os.stat_result) -> tuple[object, ...]:
     is_dir = stat.S_ISDIR(info.st_mode)
     rdev = info.st_rdev if stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode) else 0
     links, size = (None, None) if is_dir else (info.st_nlink, info.st_size)
@@ -154,23 +158,25 @@ def status(path: str) -> tuple[object, ...]:
 def tree_status(root: Path) -> dict[str, tuple[object, ...]]:
     """Everything below `root` (and `root` itself, as "."): status, symlink target, content, all xattrs."""
     found: dict[str, tuple[object, ...]] = {}
-    for directory, subdirectories, files in os.walk(root):
-        for name in [".", *files] if directory == str(root) else files:
-            found[os.path.relpath(os.path.join(directory, name), root)] = _whole(os.path.join(directory, name))
-        for name in subdirectories:
-            found[os.path.relpath(os.path.join(directory, name), root)] = _whole(os.path.join(directory, name))
+    with contextlib.chdir(root):
+        found["."] = _whole(".")
+        for directory, subdirectories, files, fd in os.fwalk("."):
+            os.fchdir(fd)  # each name alone: a mode may have every component of a path asked for, each time
+            for name in subdirectories + files:
+                found[os.path.normpath(os.path.join(directory, name))] = _whole(name)
     return found
 
 
 def _whole(path: str) -> tuple[object, ...]:
+    info = os.lstat(path)
     names = sorted(os.listxattr(path, follow_symlinks=False))
     xattrs = [(name, os.getxattr(path, name, follow_symlinks=False)) for name in names]
     content: object = None
-    if os.path.islink(path):
+    if stat.S_ISLNK(info.st_mode):
         content = os.readlink(path)
-    elif os.path.isfile(path):
+    elif stat.S_ISREG(info.st_mode):
         content = Path(path).read_bytes()
-    return (*status(path), content, xattrs)
+    return (*_status_of(info), content, xattrs)
 
 
 def run_as(identity: Identity, directory: Path, scenario: Scenario) -> list[Outcome]:

@@ -18,12 +18,14 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.mount import UnionFactory
+from tests.helpers.profile import scaled
 from tests.t3_fuse.live import modes
 
 pytestmark = pytest.mark.fuse
 
 ALICE, TEAM = 1001, 2000
-OBJECTS = 300
+OBJECTS = scaled(100, 300)
+"""Of each kind. The first ones count most: the more names there are, the longer looking at all of them takes."""
 
 Seen = set[tuple[bytes, int, int, int]]
 """(kind of name, uid, gid, mode with its type)"""

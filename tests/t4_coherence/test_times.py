@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.merge import Tree, diff, merge, snapshot
+from tests.helpers.merge import Tree, diff, merge, resolve, snapshot
 from tests.helpers.mount import DEADLINE, Mount, UnionFactory
 from tests.helpers.profile import scaled
 from tests.helpers.slow_mount import COARSE, UNWATCHED, slow_daemon
@@ -87,17 +87,22 @@ def swap(branch: Path, name: str) -> None:
 CHANGES: list[Callable[[Path, str], None]] = [toggle, toggle, toggle_directory, toggle_mark, toggle_opaque, swap]
 
 
+def branches(mount: Mount) -> list[tuple[bytes, bool]]:
+    return [(os.fsencode(branch), branch is not mount.branches[-1]) for branch in mount.branches]
+
+
 def truth(mount: Mount) -> Tree:
     """The last branch is the read-only one, whose whiteouts do not count."""
-    return merge([(branch, branch is not mount.branches[-1]) for branch in mount.branches])
+    return merge((Path(os.fsdecode(path)), whable) for path, whable in branches(mount))
 
 
 def agree(mount: Mount, names: list[str]) -> None:
     """Each name, asked for by its path, is there if the merge of the branches has it."""
-    expected = truth(mount)
+    deep = branches(mount)
+    for part in os.fsencode(DEEP).split(b"/"):
+        deep = resolve(deep, part)
     for name in names:
-        path = f"{DEEP}/{name}"
-        assert exists(mount.path / path) == (path.encode() in expected), path
+        assert exists(mount.path / DEEP / name) == bool(resolve(deep, os.fsencode(name))), name
 
 
 @pytest.mark.parametrize("words", [(), (UNWATCHED,), (UNWATCHED, COARSE)], ids=["watched", "exact", "coarse"])
