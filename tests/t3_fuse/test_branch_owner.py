@@ -18,6 +18,7 @@ import pytest
 
 from tests.helpers.mount import UnionFactory
 from tests.helpers.posix import Identity, Probe, run_as
+from tests.helpers.profile import scaled
 from tests.t3_fuse.live import errno_of, modes
 from tests.t3_fuse.test_races import OVERFLOW, swapping
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.fuse
 ALICE = Identity("alice", 1001, 1001)
 BOB = Identity("bob", 1002, 1002)
 SECRET = b"SECRET of root"
-ROUNDS = 300
+ROUNDS = scaled(100, 1000)
 CAPABILITY = struct.pack("<5I", 0x02000001, 1 << 21, 0, 0, 0)
 """cap_sys_admin, effective (struct vfs_cap_data, linux/capability.h)"""
 

@@ -25,7 +25,7 @@ from tests.t3_fuse.live import errno_of, modes
 
 pytestmark = pytest.mark.fuse
 
-ROUNDS = scaled(150, 1500)
+ROUNDS = scaled(60, 1500)
 SECRET = b"SECRET of the canary"
 OVERFLOW = "lost branch events"
 """The swapper may be faster than the watcher; what happens then is said once each time, and is no mistake here."""

@@ -19,6 +19,7 @@ import pytest
 
 from tests.helpers.merge import diff, merge, snapshot
 from tests.helpers.mount import Mount, UnionFactory
+from tests.helpers.profile import scaled
 from tests.helpers.slow_mount import TRANSFER, Gate, slow_daemon
 
 pytestmark = pytest.mark.fuse
@@ -29,6 +30,8 @@ BIG = 8
 SIZE = 300_000
 CHANGES = 3000
 """Names that come and go directly in the directory that requests are held in."""
+FEWER = scaled(1000, CHANGES)
+"""While one kind of operation alone is held: each is held at its own place, none at a number of changes."""
 WATCHDOG = 120.0
 
 
@@ -95,9 +98,9 @@ LOCKING = ("lookup", "readdir", "unlink", "mkdir", "rename")
 """While one of them is not answered, the kernel takes no invalidation of a name in the directory."""
 
 
-def change_directly(directory: Path) -> None:
-    """Thousands of names come and go, files and their attributes change, directories are replaced."""
-    for number in range(CHANGES):
+def change_directly(directory: Path, count: int = CHANGES) -> None:
+    """Names come and go, files and their attributes change, directories are replaced."""
+    for number in range(count):
         name = directory / f"n{number}"
         name.touch()
         if number % 2:
@@ -133,6 +136,7 @@ def agree(mount: Mount) -> None:
 def test_held_requests_and_thousands_of_invalidations(union: UnionFactory, base: Path, gate: Gate, held: str) -> None:
     # Each client would be held at the attributes of the directory, and nothing come to what locks it.
     words = [word for word in CLIENTS if word != "getattr"] if held == "everything" else [held]
+    count = CHANGES if held == "everything" else FEWER
     with slow_daemon(gate, *words):
         mount = union({"top": "rw", "base": "ro"}, "notify", watchdog=WATCHDOG)
         (mount.path / "d/own").touch()
@@ -143,12 +147,12 @@ def test_held_requests_and_thousands_of_invalidations(union: UnionFactory, base:
         calls = [call for word in words for call in CLIENTS[word](mount.path / "d")]
         with in_threads(calls) as futures, opened_at_last(gate):
             gate.wait_held(LOCKING if held == "everything" else words, AT_ONCE.get(held, 1))
-            change_directly(base / "d")
+            change_directly(base / "d", count)
             flushing = begin_flush(mount)
             # The event loop is free: the control socket answers, and the daemon has seen the changes.
             statistics = mount.control({"op": "stats"})
             assert statistics["coherence"]["state"] == "healthy"
-            while mount.control({"op": "stats"})["coherence"]["events"] < CHANGES:
+            while mount.control({"op": "stats"})["coherence"]["events"] < count:
                 flushing.join(0.01)
             if held in (*LOCKING, "everything"):
                 while not mount.control({"op": "stats"})["invalidator"]["pending"]:

@@ -36,11 +36,16 @@ PORTABLE = (("reval", "open"), ("notify", "negative"), ("notify", "mapped"))
 UNTOLD = tuple(scene for scene in USUAL if scene[0] != "reval")
 SCENES = (
     *(("", *scene) for scene in USUAL),
-    *(("io=passthrough", *scene) for scene in scaled(OPENED, USUAL)),
-    *(("io=cached", *scene) for scene in scaled(OPENED[2:], UNTOLD)),
     *(("edge=pyfuse3", *scene) for scene in scaled(PORTABLE[:2], PORTABLE)),
 )
-"""Options, mode and state. io=cached is not for reval; who reads a file matters where it is open."""
+"""Options, mode and state."""
+READ_BY_THE_KERNEL = (
+    *(("io=passthrough", *scene) for scene in scaled(OPENED, USUAL)),
+    *(("io=cached", *scene) for scene in scaled(OPENED[2:], UNTOLD)),
+)
+"""io=cached is not for reval; who reads a file matters where it is open."""
+OF_FILES = [case for case in CASES if scaled(bool(case.change.files), True)]
+"""The others change nothing that can be open as a file: who reads files has no part in them."""
 NEVER = "d/never"
 """A name that no change makes."""
 
@@ -266,11 +271,25 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield scene
 
 
-@pytest.mark.parametrize(
-    "scene", SCENES, indirect=True, ids=lambda scene: "-".join(filter(None, scene)), scope="module"
-)
+def scenes(*params: tuple[str, str, str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "scene", params, indirect=True, ids=lambda scene: "-".join(filter(None, scene)), scope="module"
+    )
+
+
+@scenes(*SCENES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_a_direct_change_is_seen(scene: Scene, case: Case) -> None:
+    check(scene, case)
+
+
+@scenes(*READ_BY_THE_KERNEL)
+@pytest.mark.parametrize("case", OF_FILES, ids=lambda case: case.id)
+def test_a_direct_change_of_files_that_the_kernel_reads_is_seen(scene: Scene, case: Case) -> None:
+    check(scene, case)
+
+
+def check(scene: Scene, case: Case) -> None:
     if scene.mode == "none":
         if case.id in scene.errors:
             raise scene.errors[case.id]
