@@ -253,7 +253,9 @@ def test_positions_hold_in_a_huge_changing_directory(union: UnionFactory, tmp_pa
             for _ in range(1000):
                 place = rng.randrange(len(records) - 1)
                 os.lseek(fd, records[place][3], os.SEEK_SET)
-                after = [name for name, *_ in getdents(fd) if name in wanted]
+                after: list[bytes] = []
+                while not after and (part := getdents(fd)):  # hundreds in a row may be the others'
+                    after = [name for name, *_ in part if name in wanted]
                 expected = (name for name, *_ in itertools.islice(records, place + 1, None) if name in wanted)
                 assert after == list(itertools.islice(expected, len(after)))
                 assert after
