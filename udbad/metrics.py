@@ -151,7 +151,7 @@ METRICS: Final = (
            "Lookups in them ask no branch."),
     Metric("udbad_open_handles", "gauge", "Open files and directories of the mount.", "Who keeps it busy."),
     Metric("udbad_branch_up", "gauge", "1 when the branch answers and its directory still exists, else 0.",
-           "A branch that hangs or is gone takes the mount with it.", ("branch",)),
+           "What only it has is EIO until it answers again.", ("branch",)),
     Metric("udbad_branch_writable", "gauge", "1 when the mount writes to the branch, else 0.",
            "Only there does free space matter; read-only media are always full.", ("branch",)),
     Metric("udbad_branch_free_bytes", "gauge", "Bytes available to users on the file system of the branch.",

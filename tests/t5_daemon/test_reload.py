@@ -35,7 +35,7 @@ LIVE_VALUES: dict[str, Any] = {
 FIXED_VALUES: dict[str, object] = {
     "plink": False, "xino": False, "shwh": True, "dirperm1": True, "acl": False, "dio": False,
     "fsname": "other", "io": "cached", "edge": "pyfuse3",
-    "survive": True, "restart_timeout": 5,
+    "survive": True, "restart_timeout": 5, "branch_timeout": 5,
 }  # fmt: skip
 DAEMON_VALUES: dict[str, object] = {
     "log_level": "debug", "log_format": "json", "heartbeat": 1, "wedged_after": 50, "start_timeout": 200,

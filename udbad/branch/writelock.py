@@ -25,7 +25,7 @@ from contextlib import suppress
 from typing import Final
 
 from udbad.branch import syscalls, whiteout
-from udbad.branch.branches import Branch
+from udbad.branch.branches import Branch, BranchSet
 from udbad.branch.spec import shown
 from udbad.errors import ExitCode, UserError
 
@@ -44,6 +44,7 @@ class WriteLocks:
 
     def __init__(self) -> None:
         self._fds: dict[_Identity, int] = {}
+        self._kept: dict[_Identity, int] = {}
 
     def take(self, branches: Iterable[Branch], patience: float = PATIENCE) -> None:
         """Lock all that are writable; those locked already stay so. All or none.
@@ -64,14 +65,17 @@ class WriteLocks:
                 self._release(identity)
             raise
 
-    def take_over(self, held: Iterable[tuple[int, int, int]]) -> None:
+    def take_over(self, held: Iterable[tuple[int, int, int]], branches: BranchSet) -> None:
         """Have the locks of a process that has ended: of each the identity of the branch's root, and a descriptor of
-        the same open file (-1: there are no such locks there), owned from here on."""
-        self._fds.update({(dev, ino): fd for dev, ino, fd in held})
+        the same open file (-1: there are no such locks there), owned from here on. Those of branches that do not answer
+        are left to the end of the process: releasing one may wait."""
+        away = {branch.dev for branch in branches.branches if branch.offline}
+        for dev, ino, fd in held:
+            (self._kept if dev in away else self._fds)[dev, ino] = fd
 
     def held(self) -> list[tuple[int, int, int]]:
         """As for `take_over`."""
-        return [(*identity, fd) for identity, fd in self._fds.items()]
+        return [(*identity, fd) for identity, fd in (self._fds | self._kept).items()]
 
     def keep(self, branches: Iterable[Branch]) -> None:
         """Release all but those of the writable ones among `branches`."""

@@ -9,8 +9,9 @@ aligned word then says that the other half is the log.
 What is in an entry is not known here (journal.py), but for one word: a count that is changed in place (`count`).
 
 Layout, numbers in the machine's order: words of 8 bytes MAGIC, STATE (version << 32 | half), END of either half, NOTES
-(length << 1 | which); two areas for notes; from SLOTS_AT on what edge/once.py keeps there; from LOG_AT on the halves,
-HALF_STRIDE bytes apart, most of them never touched. An entry: length in bytes, the count, payload, up to the next word.
+(length << 1 | which), HUNG (process << 32 | 1 + index of a branch); two areas for notes; from SLOTS_AT on what
+edge/once.py keeps there; from LOG_AT on the halves, HALF_STRIDE bytes apart, most of them never touched. An entry:
+length in bytes, the count, payload, up to the next word.
 Event loop only.
 """
 
@@ -38,7 +39,7 @@ SLOTS_AT: Final = 4096
 LOG_AT: Final = 65536
 HALF_STRIDE: Final = 1 << 38
 _MAGIC: Final = int.from_bytes(b"udbadrec", "little")
-_STATE, _END, _NOTES = 1, 2, 4
+_STATE, _END, _NOTES, _HUNG = 1, 2, 4, 5
 """Numbers of words; the end of the second half is after that of the first."""
 _NOTES_AT: Final = 64
 _NOTES_SIZE: Final = (SLOTS_AT - _NOTES_AT) // 2
@@ -319,6 +320,23 @@ class Record:
     def memory_used(self) -> int:
         """Bytes of memory that it takes."""
         return os.fstat(self.fd).st_blocks * 512
+
+    # -- why its process was killed -------------------------------------------------------------------
+
+    def condemn(self, pid: int, index: int) -> None:
+        """Process `pid`, which writes this, is about to be killed: the branch of that index does not answer
+        (mount/watchdog.py)."""
+        self._words[_HUNG] = pid << 32 | index + 1
+
+    @property
+    def hung(self) -> int | None:
+        """The index of the branch for which its process was killed."""
+        return (self._words[_HUNG] & (1 << 32) - 1) - 1 if self._words[_HUNG] else None
+
+    @property
+    def killed(self) -> int:
+        """The number of that process, of which a thread may wait for the branch still; else 0."""
+        return self._words[_HUNG] >> 32
 
     # -- small facts ------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from udbad.kernel.boundary import operations
 from udbad.logs import set_level
 from udbad.mount import rebranch, strictness
 from udbad.mount.carrying import Carrying
+from udbad.mount.offline import check_answering
 from udbad.settings.options import FIELDS, MountOptions, parse_mount_options, parse_remount
 from udbad.types import Perm
 from udbad.union import reconfigure
@@ -101,6 +102,7 @@ class Commands:
             "mortal": process.mortal,
             "restarts": process.restarts,
             "branches": [branch.describe() for branch in process.sb.branches.branches],
+            "offline": process.offline.since(),
             "requests": sum(stats.requests for stats in operations().values()),
             "open_handles": len(process.sb.handles),
             "connection": process.session.connection,
@@ -140,6 +142,7 @@ class Commands:
         """Which branch serves a path, and every copy of it."""
         from udbad.tools import explain
 
+        check_answering(self.process.sb.branches)
         return explain.where(self.process.sb, path_of(request))
 
     async def why(self, request: Message) -> dict[str, Any]:
@@ -147,6 +150,7 @@ class Commands:
         options = self.process.options
         from udbad.tools import explain
 
+        check_answering(self.process.sb.branches)
         return {**explain.why(self.process.sb, path_of(request)), "create": options.create, "cpup": options.cpup}
 
     async def busy(self, request: Message) -> dict[str, Any]:
@@ -344,11 +348,8 @@ class Commands:
 
     async def retire(self, request: Message) -> dict[str, Any]:
         """Make room for another process: end here, between two operations, as if killed. Gives no answer then."""
-        if self.process.keeper is None:
-            raise UserError("nobody could go on with the mount", ExitCode.FAILURE)
-        log.info("makes room for another process")
-        logging.shutdown()
-        os._exit(0)
+        self.process.make_room()
+        return {}
 
     async def stop(self, request: Message) -> dict[str, Any]:
         """Unmount; with "force" also what is in use. EBUSY is answered with who uses it."""

@@ -36,6 +36,7 @@ _LEAVES: Final = "leaves"
 _FIRST_DELAY: Final = 0.1
 _LONGEST_DELAY: Final = 5.0
 """Seconds between two attempts to take a mount over, doubled each time."""
+_END_SECONDS: Final = 0.05
 _FORWARDED: Final = signal.SIGINT, signal.SIGTERM
 
 Serve = Callable[[Guard, Callable[[Place], None]], None]
@@ -67,7 +68,7 @@ class Guardian:
             signal.signal(number, self._forward)
         be_subreaper()  # keepers are children of mount processes, and become ours
         status, served = self._attend()
-        while self._legacy and served:
+        while self._legacy and served and status:  # 0: it has ended in order
             status = self._succeed()
         self._legacy.end()
         code = os.waitstatus_to_exitcode(status)
@@ -173,7 +174,7 @@ class Guardian:
     def _reap(self, pid: int, may_live: bool) -> int:
         """Its status. One that somebody is to take over from may have a thread that ends after that (keeper.py)."""
         self._dying = {other for other in self._dying if not os.waitpid(other, os.WNOHANG)[0]}
-        ended, status = os.waitpid(pid, os.WNOHANG if self._legacy or may_live else 0)
+        ended, status = _wait_briefly(pid) if self._legacy or may_live else os.waitpid(pid, 0)
         if not ended:
             self._dying.add(pid)
             return signal.SIGKILL
@@ -198,6 +199,16 @@ class Guardian:
                 Guard(lambda left: tell([_LEAVES, *left]), self._legacy.newest_first(), self._died, died), ready
             )
         raise SystemExit(0)
+
+
+def _wait_briefly(pid: int) -> tuple[int, int]:
+    """As waitpid(2); it may be about to end when its keeper says that it has."""
+    end = time.monotonic() + _END_SECONDS
+    while True:
+        ended = os.waitpid(pid, os.WNOHANG)
+        if ended[0] or time.monotonic() > end:
+            return ended
+        time.sleep(_END_SECONDS / 10)
 
 
 def _prepare() -> None:

@@ -21,6 +21,7 @@ from udbad.inodes.record import READ, Record, UnreadableRecord
 from udbad.kernel.session import Session
 from udbad.mount.crash import Crash
 from udbad.mount.keeper import Gone, Left, Table
+from udbad.mount.watchdog import FACTS
 from udbad.settings.options import format_options
 from udbad.types import Perm
 
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_NOTE: Final = "facts"
-_BRANCH_FIELDS: Final = tuple(one.name for one in fields(Branch) if one.init)
+_BRANCH_FIELDS: Final = tuple(one.name for one in fields(Branch) if one.init and one.name != "offline")
 
 
 def write(process: MountProcess, record: Record, last: int) -> int:
@@ -51,6 +51,7 @@ def write(process: MountProcess, record: Record, last: int) -> int:
         "pauses": process.pauses.value(),
         "generation": process.sb.branches.generation,
         "branches": [_branch_words(branch) for branch in process.sb.branches.branches],
+        **process.offline.facts(),
         "locks": process.write_locks.held(),
         "restrictions": sorted(process.restrictions),
         "control": [process.presence.control_path, process.presence.control_fd],
@@ -59,7 +60,7 @@ def write(process: MountProcess, record: Record, last: int) -> int:
     fd = os.memfd_create("udbad facts", os.MFD_CLOEXEC)
     try:
         os.write(fd, json.dumps(facts).encode())
-        record.note(_NOTE, b"%d" % fd)
+        record.note(FACTS, b"%d" % fd)
     except BaseException:
         os.close(fd)
         raise
@@ -70,7 +71,7 @@ def write(process: MountProcess, record: Record, last: int) -> int:
 
 def read(record: Record, take: Callable[[int], int]) -> dict[str, Any]:
     """What `write` has written last. Raises OSError; UserError when that is of a version that cannot be read."""
-    said = record.noted(_NOTE)
+    said = record.noted(FACTS)
     if said is None:
         raise UserError("the mount process ended before it served", ExitCode.FAILURE)
     fd = take(int(said))
@@ -94,15 +95,23 @@ def _branch_words(branch: Branch) -> dict[str, Any]:
     }
 
 
-def branches(facts: dict[str, Any], take: Callable[[int], int]) -> BranchSet:
+def branches(facts: dict[str, Any], take: Callable[[int], int], hung: int | None = None) -> BranchSet:
     """The branches themselves, by their descriptors: what somebody has mounted over their paths since is not asked.
+
+    hung: the index of one that does not answer. Another one of its file system will not, either.
 
     Raises OSError.
     """
-    return BranchSet(tuple(_branch(words, take) for words in facts["branches"]), facts["generation"])
+    offline = set(facts.get("offline", ()))
+    if hung is not None:
+        dev = facts["branches"][hung]["dev"]
+        offline |= {words["id"] for words in facts["branches"] if words["dev"] == dev}
+    return BranchSet(
+        tuple(_branch(words, take, words["id"] in offline) for words in facts["branches"]), facts["generation"]
+    )
 
 
-def _branch(words: dict[str, Any], take: Callable[[int], int]) -> Branch:
+def _branch(words: dict[str, Any], take: Callable[[int], int], offline: bool) -> Branch:
     return Branch(
         **{
             **words,
@@ -112,6 +121,7 @@ def _branch(words: dict[str, Any], take: Callable[[int], int]) -> Branch:
             "restrictions": frozenset(words["restrictions"]),
             "root_fd": take(words["root_fd"]),
             "anchor_fd": take(words["anchor_fd"]),
+            "offline": offline,
         }
     )
 
@@ -143,6 +153,8 @@ def carry_on(predecessor: Predecessor, record: Record) -> None:
     crash = predecessor.crash
     if crash.text:
         log.error("the process before has crashed: %s", crash)
+    if predecessor.record.hung is not None:
+        poison.absolve(record.slots)
     if crash.thread is not None:
         poison.blame(record.slots, crash.thread)
 

@@ -6,7 +6,8 @@ callers wait; files that were deleted, the locks of branches, the record of what
 descriptors out of it by their numbers (pidfd_getfd(2)), makes a keeper of its own and ends this one, whose table then
 has what nobody took.
 
-A keeper never executes a program, which would give it a table of its own, and does nothing but wait. It ends by itself
+A keeper never executes a program, which would give it a table of its own, and does nothing but wait and look whether
+its mount process waits for a branch. It ends by itself
 when its mount process has ended and nobody has taken over for `restart_timeout`: with the last descriptor of /dev/fuse
 the connection is aborted, and who waits gets ENOTCONN.
 """
@@ -23,7 +24,7 @@ import signal
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NoReturn, Protocol
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 # The same numbers everywhere (arch/*/kernel/syscalls/syscall.tbl, scripts/syscall.tbl).
@@ -44,6 +45,9 @@ END_SECONDS: Final = 5.0
 NAME: Final = "udbad keeper"
 """What ps shows, proc(5)."""
 
+LEFT: Final = 75
+"""Exit status of a mount process that has made room for another one."""
+
 Left = tuple[int, int]
 """What a mount process leaves: the number of its keeper, and that of the record's descriptor there."""
 
@@ -55,12 +59,23 @@ def why_not(release: str = os.uname().release) -> str | None:
     return None if version >= _LEAST_KERNEL else f"Linux {release} cannot send requests again, 6.9.4 can"
 
 
+class Watcher(Protocol):
+    """What a keeper does while its mount process lives (mount/watchdog.py)."""
+
+    pause: float
+    """Seconds between two looks."""
+
+    def look(self, owner: int) -> bool:
+        """True when it has killed process `owner`, of which a thread may never end."""
+
+
 class Keeper:
     """The keeper of this process, which is its parent."""
 
-    def __init__(self, patience: float, ended: int = -1) -> None:
+    def __init__(self, patience: float, ended: int = -1, watcher: Watcher | None = None) -> None:
         """patience: seconds that it waits for somebody to take over, 0: for ever. ended: an eventfd that it writes to
-        when the first thread of this process has ended. Precondition: this process has no thread yet. Raises OSError.
+        when the first thread of this process has ended, or `watcher` has killed it. Precondition: this process has no
+        thread yet. Raises OSError.
         """
         # A keeper that waits has nothing to do with signals: those of a terminal are for its group.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -69,10 +84,11 @@ class Keeper:
             name = ctypes.create_string_buffer(_NAME_SIZE)
             _libc.prctl(_PR_GET_NAME, name, 0, 0, 0)
             _libc.prctl(_PR_SET_NAME, NAME.encode(), 0, 0, 0)  # before: `Table` looks at it
-            self.pid = _clone()
+            self.pid = clone()
             if self.pid == 0:
-                _keep(owner, patience, ended)
+                _keep(owner, patience, ended, watcher)
             _libc.prctl(_PR_SET_NAME, name, 0, 0, 0)
+            _libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(self.pid), 0, 0, 0)  # Yama: it looks what we wait for
             self.pidfd = os.pidfd_open(self.pid)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -86,8 +102,9 @@ class Keeper:
         os.close(self.pidfd)
 
 
-def _clone() -> int:
-    """As fork(2) of the system, without what Python and the C library do at one; 0 in the new process."""
+def clone() -> int:
+    """As fork(2) of the system, without what Python and the C library do at one, and with the same descriptors; 0 in
+    the new process."""
     # struct clone_args of linux/sched.h: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls.
     arguments = (ctypes.c_uint64 * 8)(_CLONE_FILES, 0, 0, 0, signal.SIGCHLD, 0, 0, 0)
     pid: int = _libc.syscall(_SYS_CLONE3, arguments, ctypes.c_size_t(ctypes.sizeof(arguments)))
@@ -97,7 +114,7 @@ def _clone() -> int:
     return pid
 
 
-def _keep(owner: int, patience: float, ended: int) -> NoReturn:
+def _keep(owner: int, patience: float, ended: int, watcher: Watcher | None) -> NoReturn:
     """Its owner has ended when its first thread has, which says so by the signal. Another one may outlive a SIGKILL:
     one that tells the kernel to forget pages waits, uninterruptibly, for those that are being read
     (fuse_reverse_inval_inode()), and only the next process answers such a READ."""
@@ -106,7 +123,7 @@ def _keep(owner: int, patience: float, ended: int) -> NoReturn:
         _libc.prctl(_PR_SET_PTRACER, _ANY_PROCESS, 0, 0, 0)  # Yama: the next mount process is no ancestor
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1, 0, 0, 0)
         if os.getppid() == owner:
-            signal.sigwait({signal.SIGUSR1})
+            _wait_for_end(owner, watcher)
         if ended >= 0:
             os.eventfd_write(ended, 1)
         if patience:
@@ -115,6 +132,15 @@ def _keep(owner: int, patience: float, ended: int) -> NoReturn:
             signal.pause()
     finally:
         os._exit(0)
+
+
+def _wait_for_end(owner: int, watcher: Watcher | None) -> None:
+    if watcher is None:
+        signal.sigwait({signal.SIGUSR1})
+        return
+    while signal.sigtimedwait({signal.SIGUSR1}, watcher.pause) is None:
+        if watcher.look(owner):
+            return
 
 
 def be_subreaper() -> None:

@@ -22,6 +22,7 @@ from udbad.mount.keeper import Left
 from udbad.mount.mountproc import STOPPING, MountProcess, is_portable
 from udbad.mount.presence import NOBODY, Identity
 from udbad.mount.readings import text
+from udbad.mount.watchdog import Watchdog
 from udbad.settings.options import MountOptions, format_options, parse_mount_options
 from udbad.settings.sources import resolved
 
@@ -73,16 +74,21 @@ def run(
     where there is a guard.
     """
     mortal = why_not_survive(options)
-    if options.survive and mortal is not None:
-        log.info("the mount ends with this process: %s", mortal)
+    if mortal is not None:
+        if options.survive:
+            log.info("the mount ends with this process: %s", mortal)
+        if options.branch_timeout:
+            log.info("a branch that hangs is waited for, branch_timeout has no effect: %s", mortal)
     with ExitStack() as ending:
         record = predecessor = own = None
         watched = -1
         if guard is not None and mortal is None:
-            own = keeper.Keeper(options.restart_timeout, guard.ended)  # first: it must be made before any thread is
-            ending.callback(own.end)
             record = Record.create()
             ending.callback(os.close, record.fd)
+            watch = Watchdog(record, options.branch_timeout, keeper.clone) if options.branch_timeout else None
+            # Before any thread is.
+            own = keeper.Keeper(options.restart_timeout, guard.ended, watch)
+            ending.callback(own.end)
             watched = crash.watch(record)
             ending.callback(crash.forget, watched)
             guard.told((own.pid, record.fd))
@@ -121,6 +127,8 @@ def run(
                 raise _no_start(mount_point, error) from error
             raise
         process.close()
+        if process.offline:
+            ending.pop_all()  # closing files there may wait: the guard ends the keeper, which has them, too
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)  # at its exit, Python gives up its own handlers first
 

@@ -47,6 +47,7 @@ from udbad.mount import handover, iomode, later, strictness
 from udbad.mount.commands import Commands
 from udbad.mount.handover import Predecessor
 from udbad.mount.keeper import Keeper
+from udbad.mount.offline import Offline, end_for_another
 from udbad.mount.presence import NOBODY, Identity, Presence
 from udbad.mount.readings import MetricsReader, text
 from udbad.mount.writing import Writing
@@ -119,8 +120,9 @@ class MountProcess:
                     log.info("mount point %s is not empty; its content is hidden while mounted", text(self.mount_point))
                 self.branches = open_branches(options.branches, options.ro, self.mount_point)
             else:
-                self.branches = handover.branches(predecessor.facts, predecessor.take)
+                self.branches = handover.branches(predecessor.facts, predecessor.take, predecessor.record.hung)
             ending.callback(lambda: self.branches.close())  # those of then
+            self.offline = Offline(self.branches, predecessor, options.branch_timeout)
             if options.warn_perm and predecessor is None:
                 for line in permission_warnings(self.branches):
                     log.info("%s", line)
@@ -129,13 +131,13 @@ class MountProcess:
             self.write_locks = WriteLocks()
             ending.callback(self.write_locks.close)
             if predecessor is not None:
-                self.write_locks.take_over(handover.locks(predecessor.facts, predecessor.take))
+                self.write_locks.take_over(handover.locks(predecessor.facts, predecessor.take), self.branches)
             if not options.ro:
-                self.write_locks.take(self.branches.branches)
+                self.write_locks.take(self.branches.answering)
             self.writing = Writing()
             ending.callback(self.writing.close)
             if not options.ro:
-                self.writing.begin(self.branches.branches, options.plink)
+                self.writing.begin(self.branches.answering, options.plink)
             strictness.settle(self)
             self.sb = Superblock(self.branches, _union_options(options), max_fds, all_fds)
             ending.callback(homes.close, self.sb)
@@ -331,6 +333,7 @@ class MountProcess:
                 if self.keeper is not None:
                     nursery.start_soon(self._watch_keeper, self.keeper)
                 nursery.start_soon(later.load_in_thread, boundary.requests)
+                nursery.start_soon(self.offline.watch, self)
                 if self.fs.kept is not None:
                     nursery.start_soon(self._rest, self.fs.kept)
                 if listener is not None:
@@ -342,6 +345,14 @@ class MountProcess:
         if self.edge.aborted:
             raise UserError(f"{text(self.mount_point)}: the connection was aborted; its users get errors until it is "
                             "unmounted or mounted again", ExitCode.FAILURE)  # fmt: skip
+
+    def make_room(self) -> None:
+        """End here, for another process to go on with the mount. Raises UserError when none could."""
+        if self.keeper is None:
+            raise UserError("nobody could go on with the mount", ExitCode.FAILURE)
+        self.write_entry()
+        log.info("makes room for another process")
+        end_for_another()
 
     async def _watch_keeper(self, keeper: Keeper) -> None:
         await trio.lowlevel.wait_readable(keeper.pidfd)

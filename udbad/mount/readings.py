@@ -203,7 +203,8 @@ class MetricsReader:
         with trio.move_on_after(PROBE_SECONDS):
             async with trio.open_nursery() as nursery:
                 for branch in branches:
-                    nursery.start_soon(ask, branch)
+                    if not branch.offline:
+                        nursery.start_soon(ask, branch)
         return spaces
 
     def _ask(self, fd: int, branch_id: int) -> Space | None:

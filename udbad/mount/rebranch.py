@@ -20,6 +20,7 @@ from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.branch.spec import printable
 from udbad.errors import ExitCode, UserError
 from udbad.mount import strictness
+from udbad.mount.offline import check_answering
 from udbad.settings.options import edit_branches, find_branch
 from udbad.union import reconfigure
 from udbad.union.fs import COPYING
@@ -72,6 +73,7 @@ async def set_branches(
     """
     sb = process.sb
     old = sb.branches
+    check_answering(old)
     before = _written(old, process.options.ro)
     ro = process.options.ro if ro is None else ro
     # Whatever asks a branch for something does so in a thread, which may wait for it as long as it hangs; abandoned

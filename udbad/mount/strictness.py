@@ -64,6 +64,6 @@ def tell(branches: BranchSet, options: MountOptions) -> None:
 
 def settle(process: MountProcess) -> None:
     """Have nothing write to branches that are not writable (now), nor to any of a read-only union."""
-    branches = process.branches.branches
+    branches = process.branches.answering
     written = [] if process.options.ro else [branch for branch in branches if branch.writable]
     mountflags.settle(branches, written, process.options.kernel_flags)

@@ -205,6 +205,9 @@ class MountOptions:
     (Linux 6.9.4), and not through pyfuse3; `udbad status` says why not."""
     restart_timeout: int = _number(60, 0, 86400, "a whole number of seconds from 0 to 86400")
     """How long who uses the mount waits for a process that takes it over, and then gets an error; 0: for ever."""
+    branch_timeout: int = _number(20, 0, 86400, "a whole number of seconds from 0 to 86400")
+    """How long a branch has to answer, before the mount goes on without it; 0: for ever. Needs `survive`: see A branch
+    that does not answer."""
     metrics: str | None = _text(None, "HOST:PORT, PORT from 0 to 65535, an IPv6 HOST in []", _is_address)
     """Serve Prometheus metrics of this mount. Not in a file, where [metrics] is for all mounts."""
     control: str | None = _text(None, "the path of a socket")
@@ -295,6 +298,7 @@ _VALUES: Final = {
             "edge",
             "survive",
             "restart_timeout",
+            "branch_timeout",
         )
     },
     **dict.fromkeys(("create", "create_policy"), "create"),

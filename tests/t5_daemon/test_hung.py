@@ -1,0 +1,112 @@
+"""A branch that stops answering: the mount goes on without it, and with it as soon as it answers.
+
+Five branches, one of them on a file system of the test (tests/helpers/stalling.py). What has to wait for the branch is
+told by an error, so that no test hangs with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.mount import Mount, UnionFactory
+from tests.helpers.stalling import STUCK, Server, stalling
+from tests.t5_daemon.daemon import until
+from udbad.mount import keeper
+
+pytestmark = [
+    pytest.mark.fuse,
+    pytest.mark.skipif(keeper.why_not() is not None, reason=str(keeper.why_not())),
+]
+
+MODES = ("none", "reval", "notify")
+LOG = "another one takes over|has not answered for|answers again"
+LAYERS = {"a": "rw", "b": "rw", "hung": "rw", "c": "rw", "d": "rw"}
+SECONDS = 60.0
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    for path in ("a/all", "b/all", "real/all", "c/all", "real/only", "c/apart", "d/apart"):
+        (tmp_path / path).mkdir(parents=True)
+    for path in ("a/all/in_a", "real/all/in_hung", "d/in_d", "real/only/f", "c/apart/f"):
+        (tmp_path / path).write_text(Path(path).name)
+    with stalling(tmp_path / "real", tmp_path / "hung") as server:
+        yield server
+
+
+@pytest.fixture(params=MODES)
+def mount(request: pytest.FixtureRequest, server: Server, union: UnionFactory) -> Mount:
+    return union(LAYERS, request.param, "survive=on,branch_timeout=1,create=rr", allow_log=LOG)
+
+
+def number_of(call: Callable[..., Any], *arguments: Any) -> int | None:
+    try:
+        call(*arguments)
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def offline(mount: Mount) -> list[str]:
+    """The branches that do not answer, as its status says."""
+    try:
+        return list(mount.control({"op": "status"})["offline"])
+    except (OSError, AssertionError):
+        return ["?"]  # one process ends, the next begins
+
+
+def test_the_others_go_on(mount: Mount, server: Server) -> None:
+    path = mount.path
+    known = {name: os.stat(path / name).st_ino for name in ("all", "all/in_a", "apart", "apart/f", "in_d", "only/f")}
+    here = os.open(path / "apart", os.O_PATH)  # the kernel does not forget it
+    reader = os.open(path / "only/f", os.O_RDONLY)
+    writer = os.open(path / "only/f", os.O_WRONLY)
+    server.stall()
+    assert number_of(os.stat, path / "only/new") == errno.EIO, "it was asked, and has waited"
+    assert offline(mount) == [str(mount["hung"])]
+    for name in ("all", "all/in_a", "apart", "apart/f", "in_d"):
+        assert os.stat(path / name).st_ino == known[name], name
+    assert (path / "in_d").read_text() == "in_d"
+    for name in ("only", "only/f", "all/in_hung", "new", "all/new"):
+        assert number_of(os.stat, path / name) == errno.EIO, name
+    for name in ("", "all"):
+        assert number_of(os.listdir, path / name) == errno.EIO, name
+    assert number_of(os.pwrite, writer, b"F", 0) == errno.EIO
+    assert os.listdir(path / "apart") == ["f"]
+    for number in range(5):
+        (path / f"apart/new{number}").write_text("new")
+        (path / f"apart/dir{number}").mkdir()
+    (path / "apart/new0").rename(path / "apart/dir0/new")
+    (path / "apart/new1").unlink()
+    assert number_of(os.unlink, path / "in_d") == errno.EIO
+    assert number_of(os.close, writer) == errno.EIO, "what was written before may be lost"
+    server.go_on()
+    until(lambda: offline(mount) == [], "its return", SECONDS)
+    assert {name: os.stat(path / name).st_ino for name in known} == known
+    assert sorted(os.listdir(path / "all")) == ["in_a", "in_hung"]
+    assert sorted(os.listdir(path)) == ["all", "apart", "in_d", "only"]
+    assert os.pread(reader, 10, 0) == b"f"
+    assert not (path / "new").exists()
+    (mount["hung"] / "only/f").write_text("direct")
+    assert (path / "only/f").read_text() == "direct"
+    if mount.udba != "none":
+        (mount["hung"] / "only/direct").touch()
+        assert (path / "only/direct").exists()
+    os.close(reader)
+    os.close(here)
+
+
+def test_a_call_that_no_signal_ends(mount: Mount, server: Server) -> None:
+    """The process that waits for the branch cannot be killed, and another one goes on all the same."""
+    assert number_of(os.stat, mount.path / f"only/{STUCK}") == errno.EIO
+    assert offline(mount) == [str(mount["hung"])]
+    assert (mount.path / "in_d").read_text() == "in_d"
+    server.go_on()
+    until(lambda: offline(mount) == [], "its return", SECONDS)
+    assert (mount.path / "only/f").read_text() == "f"
