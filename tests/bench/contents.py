@@ -94,7 +94,6 @@ def _first_write(file_system: str) -> Callable[[Session], None]:
     def run(session: Session) -> None:
         lower = session.place.lowers[-1]
         session.mount()
-        session.settle()
         for mib in session.scale.first_writes:
             session.data.read(lower / f"big/{mib}M")  # source in memory
             if session.system.kind == "native":  # what a person would do instead: cp, then write
@@ -125,7 +124,6 @@ def copy_key(scale: Scale) -> str:
 def _clients(count: int) -> Callable[[Session], None]:
     def run(session: Session) -> None:
         session.mount()
-        session.settle()
         names = session.data.lists["small"]
         got = session.client("storm", session.root, names, count, session.scale.storm_seconds)
         session.record(f"{count} clients, per operation", got["seconds"] / got["count"] * 1e6)
@@ -137,7 +135,6 @@ def _clients(count: int) -> Callable[[Session], None]:
 
 def _beside(session: Session) -> None:
     session.mount()
-    session.settle()
     storm = ("storm", session.root, session.data.lists["small"], 4, session.scale.storm_seconds)
     mib = max(session.scale.first_writes)
     name = f"big/{mib}M"

@@ -31,7 +31,6 @@ def _requests(session: Session) -> None:
     }
     session.data.read(big)
     session.command("mkdir", session.root / "w")
-    session.settle()
     for name, argv in steps.items():
         before = process.cpu_seconds(session.daemon())
         got = session.client(*argv)
@@ -44,7 +43,6 @@ def _memory(session: Session) -> None:
     names = session.data.lists["inodes"]
     session.mount(level=2)
     session.command("stat", session.root)
-    session.settle()
     session.record("memory at start", process.pss_bytes(session.daemon()) / MIB)
     before = process.rss_bytes(session.daemon())
     session.client("stat", session.root, names, "present")
@@ -91,7 +89,6 @@ def _survive(session: Session) -> None:
     for turn in range(SURVIVE_ROUNDS):
         for system in (SURVIVING, MORTAL) if turn % 2 else (MORTAL, SURVIVING):
             session.mount(level=2, variant=system)
-            session.settle()
             session.client("stat", session.root, lists["small"], "present")
             warm[system].append(session.per_operation("stat", session.root, lists["small"], "present"))
             session.command("mkdir", session.root / "w")

@@ -13,7 +13,7 @@ from tests.bench.data import GIT, Data, Scale
 from tests.bench.process import Failed
 from tests.bench.systems import Mounted, Place, System
 
-QUIET_SECONDS = 0.4
+QUIET_SECONDS = 0.3
 QUIET = 0.01
 """The part of one processor that a daemon may use and still be quiet."""
 SETTLE_SECONDS = 15.0
@@ -61,6 +61,7 @@ class Session:
         mounted.open(self.copies, {"PYTHONDONTWRITEBYTECODE": ""})
         if level is not None:
             self.drop(level)
+        self._settle()
 
     def mount_in_background(self) -> float:
         """Mount as people type it, by a command that returns when the mount serves; returns how many seconds it took.
@@ -69,10 +70,10 @@ class Session:
         self.mounted = Mounted(self.system, self.place)
         return self.mounted.open_in_background(self.deadline)
 
-    def settle(self) -> None:
-        """Wait until the daemon does nothing by itself: one that serves may still load what it needs later, and the CPU
-        time of that, or its share of the processors, would go to what is measured."""
-        if self.mounted is None or self.mounted.daemon is None:
+    def _settle(self) -> None:
+        """Wait until udbad does nothing by itself: when it serves, it still loads what it may need later, and the CPU
+        time of that, or its share of the processors, would go to what is measured. Peers load nothing then."""
+        if self.system.kind != "udbad":
             return
         end = time.monotonic() + SETTLE_SECONDS
         before = -1.0
