@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 python=$PWD/.venv/bin/python
-[ $# -gt 0 ] || set -- tests/t2_core/test_parser.py tests/t0_unit/test_in_c.py
+[ $# -gt 0 ] || set -- tests/t2_core/test_parser.py tests/t0_unit/test_in_c.py tests/t0_unit/test_read_cached.py
 
 copy=$(mktemp -d)
 trap 'rm -rf -- "$copy"' EXIT

@@ -6,23 +6,46 @@ import errno
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.t0_unit.test_in_c import PYTHON_SYSCALLS
 from udbad.branch import syscalls
 
 SMALL, LARGE = b"s" * 5000, os.urandom(1 << 20)
 
 
-def read_cached(fd: int, size: int, offset: int) -> bytes | None:
-    data = syscalls.read_cached(fd, size, offset)
-    return None if data is None else bytes(data)
+Read = Callable[[int, int, int], bytes | None]
 
 
-def test_tmpfs_is_memory() -> None:
+@pytest.fixture(params=[syscalls, PYTHON_SYSCALLS], ids=["used", "python"])
+def read_cached(request: pytest.FixtureRequest) -> Read:
+    def read(fd: int, size: int, offset: int) -> bytes | None:
+        data = request.param.read_cached(fd, size, offset)
+        return None if data is None else bytes(data)
+
+    return read
+
+
+def test_the_end_and_what_cannot_be_read(tmp_path: Path, read_cached: Read) -> None:
+    (tmp_path / "file").write_bytes(LARGE)
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    try:
+        assert read_cached(fd, 1 << 20, 0) == LARGE
+        assert read_cached(fd, 1, 7) == LARGE[7:8]
+        assert read_cached(fd, 4096, len(LARGE) - 3) == LARGE[-3:]
+        assert read_cached(fd, 4096, len(LARGE) + 1) == b""
+        assert read_cached(fd, 0, 0) == b""
+    finally:
+        os.close(fd)
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        read_cached(fd, 1, 0)
+
+
+def test_tmpfs_is_memory(read_cached: Read) -> None:
     with tempfile.TemporaryFile(dir="/dev/shm") as file:
         file.write(LARGE)
         file.flush()
@@ -50,7 +73,7 @@ def image(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.fuse  # it mounts
-def test_an_image_when_it_was_read_before(tmp_path: Path) -> None:
+def test_an_image_when_it_was_read_before(tmp_path: Path, read_cached: Read) -> None:
     with image(tmp_path) as place:
         for name, content in (("small", SMALL), ("large", LARGE)):
             fd = os.open(place / name, os.O_RDONLY)

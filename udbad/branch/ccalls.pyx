@@ -2,11 +2,12 @@
 # to be taken apart, and no way through /proc to what a descriptor names already. Used where the hot modules are
 # compiled. The interpreter's lock is released while a branch is asked, for that may wait for a disk or a server.
 
-from cpython.bytes cimport PyBytes_AS_STRING
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
-from libc.errno cimport EPERM, ENOSYS, errno
+from libc.errno cimport EAGAIN, ENOSYS, EOPNOTSUPP, EPERM, errno
+from libc.stdint cimport uint64_t
 from libc.stdio cimport snprintf
-from libc.string cimport strlen
+from libc.string cimport strerror, strlen
 from posix.time cimport timespec
 
 cdef extern from "<fcntl.h>" nogil:
@@ -23,6 +24,8 @@ cdef extern from "<unistd.h>" nogil:
     int unlinkat_c "unlinkat"(int dirfd, const char *path, int flags)
     int fchownat_c "fchownat"(int dirfd, const char *path, unsigned int uid, unsigned int gid, int flags)
     long syscall(long number, int fd, const char *path, unsigned int mode, int flags)
+    long sysconf(int name)
+    int _SC_PAGESIZE
 
 
 cdef extern from "<sys/stat.h>" nogil:
@@ -30,8 +33,38 @@ cdef extern from "<sys/stat.h>" nogil:
     int AT_SYMLINK_NOFOLLOW
 
 
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    Py_ssize_t preadv2(int fd, const iovec *vectors, int count, long long offset, int flags)
+    int RWF_NOWAIT
+
+cdef extern from "<sys/vfs.h>" nogil:
+    struct statfs_c "statfs":
+        long f_type
+    int fstatfs(int fd, statfs_c *found)
+
+cdef extern from "<sys/stat.h>" nogil:
+    struct stat_c "stat":
+        long long st_size
+    int fstat_c "fstat"(int fd, stat_c *found)
+
+cdef extern from "<unistd.h>" nogil:
+    long cachestat_c "syscall"(long number, int fd, const uint64_t *span, uint64_t *found, int flags)
+
+
 cdef enum:
-    SYS_FCHMODAT2 = 452  # one number on every architecture (linux/unistd.h, generic table); since Linux 6.6
+    # One number on every architecture (linux/unistd.h, generic table).
+    SYS_CACHESTAT = 451  # since Linux 6.5
+    SYS_FCHMODAT2 = 452  # since Linux 6.6
+
+
+# Of read_cached, as in syscalls.py.
+cdef unsigned long[2] MEMORY = [0x01021994, 0x858458F6]
+cdef unsigned long[7] IMAGES = [0x73717368, 0xE0F5E1E2, 0x9660, 0x28CD3D45, 0x7275, 0x4D44, 0x2011BAB0]
+cdef long long FEW = 128 << 10
+cdef long long PAGE = sysconf(_SC_PAGESIZE)
 
 
 cdef const char *text_of(bytes name) except NULL:
@@ -125,3 +158,64 @@ def utime_at(int dirfd, bytes name, atime_ns, mtime_ns):
     with nogil:
         failed = utimensat_c(dirfd, text, times, AT_SYMLINK_NOFOLLOW)
     check(failed)
+
+
+cdef bint is_among(unsigned long type, const unsigned long *types, int count) noexcept nogil:
+    cdef int each
+    for each in range(count):
+        if types[each] == type:
+            return True
+    return False
+
+
+cdef bint is_in_memory(int fd, long long size, long long offset) noexcept nogil:
+    """Whether a read will not wait, on a file system that does not know RWF_NOWAIT."""
+    cdef statfs_c fs
+    cdef stat_c file
+    cdef uint64_t[2] span
+    cdef uint64_t[5] cached
+    cdef long long end
+    if fstatfs(fd, &fs) < 0:
+        return False
+    if is_among(fs.f_type, MEMORY, 2):
+        return True
+    if size > FEW or not is_among(fs.f_type, IMAGES, 7):
+        return False
+    if fstat_c(fd, &file) < 0:
+        return False
+    end = min(offset + size, file.st_size)
+    if end <= offset:
+        return False
+    span[0], span[1] = offset, end - offset
+    if cachestat_c(SYS_CACHESTAT, fd, span, cached, 0) < 0:
+        return False
+    return cached[0] >= <uint64_t>((end - 1) // PAGE - offset // PAGE + 1)
+
+
+def read_cached(int fd, Py_ssize_t size, long long offset):
+    data = PyBytes_FromStringAndSize(NULL, size)
+    cdef char *start = PyBytes_AS_STRING(data)
+    cdef iovec vector
+    cdef Py_ssize_t count
+    cdef stat_c file
+    cdef int failed
+    vector.iov_base, vector.iov_len = start, size
+    with nogil:
+        count = preadv2(fd, &vector, 1, offset, RWF_NOWAIT)
+        failed = errno if count < 0 else 0
+        if failed == EOPNOTSUPP:
+            if is_in_memory(fd, size, offset):
+                count = preadv2(fd, &vector, 1, offset, 0)
+                failed = errno if count < 0 else 0
+            else:
+                failed = EAGAIN
+        if not failed and count < size:
+            if fstat_c(fd, &file) < 0:
+                failed = errno
+            elif offset + count < file.st_size:
+                failed = EAGAIN
+    if failed == EAGAIN:
+        return None
+    if failed:
+        raise OSError(failed, strerror(failed).decode())
+    return data if count == size else PyBytes_FromStringAndSize(start, count)

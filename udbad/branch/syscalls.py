@@ -386,7 +386,7 @@ def removexattr(target: Object, key: bytes) -> None:
 # -- data -------------------------------------------------------------------------------------
 
 
-def read_cached(fd: int, size: int, offset: int) -> bytearray | None:
+def read_cached(fd: int, size: int, offset: int) -> bytes | bytearray | None:
     """pread of what is in the page cache already; None when it would have to wait (RWF_NOWAIT)."""
     buffer = bytearray(size)
     try:
@@ -612,6 +612,7 @@ if not compiled.why_not():
         create_file_at,
         open_at,
         pin_at,
+        read_cached,
         rename_at,
         unlink_at,
         utime_at,
