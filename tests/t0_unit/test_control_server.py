@@ -24,12 +24,15 @@ from tests.helpers.mount import DEADLINE
 from udbad.control import server as server_module
 from udbad.control import trioserver
 from udbad.control.asyncserver import AsyncServer
-from udbad.control.protocol import MAX_CLIENTS, MAX_LINE, Message, ask, bind
+from udbad.control.protocol import MAX_CLIENTS, Message, ask, bind
 from udbad.control.server import Command
 from udbad.errors import ExitCode, UserError
 
 Serving = tuple[str, Callable[[], None]]
 """Path of the socket, and what ends the waiting of `later`."""
+
+MAX_LINE = 64 * 1024
+"""In these tests: what hypothesis can still show somebody."""
 
 
 def commands(wait: Callable[[], Awaitable[object]]) -> dict[str, Command]:
@@ -106,7 +109,8 @@ def serving(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Serving]
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """The paths of two sockets, one on each event loop."""
     base = tmp_path_factory.mktemp("both")
-    with ExitStack() as stack:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setattr(server_module, "MAX_LINE", MAX_LINE)
         yield [stack.enter_context(run(os.path.relpath(base / name)))[0] for name, run in LOOPS.items()]
 
 

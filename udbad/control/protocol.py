@@ -20,8 +20,8 @@ from typing import Any, Final
 from udbad.errors import ExitCode, UserError
 
 VERSION: Final = 1
-MAX_LINE: Final = 64 * 1024
-"""Bytes of a request."""
+MAX_LINE: Final = 512 * 1024
+"""Bytes of a request. Some hundred branches with long paths, twice, are in one that reconfigures a mount."""
 MAX_ANSWER: Final = 16 * 1024 * 1024
 """Bytes of an answer that a client takes."""
 MAX_CLIENTS: Final = 64

@@ -36,6 +36,8 @@ _MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 _MOVE_MOUNT_T_SYMLINKS: Final = 0x10
 _MOVE_MOUNT_BENEATH: Final = 0x200
 _AT_FDCWD: Final = -100
+_LONGEST: Final = 255
+"""Bytes of a string that fsconfig(2) takes; a name that is longer, which has no other meaning, is cut."""
 
 _ATTRIBUTES: Final = {
     "ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "noatime": 0x10, "strictatime": 0x20, "nodiratime": 0x80,
@@ -67,7 +69,7 @@ def create(source: bytes, options: str, flags: frozenset[str]) -> int:
 
 
 def _configure(context: int, source: bytes, options: str, flags: frozenset[str]) -> None:
-    strings = [("source", source), ("subtype", FS_TYPE.partition(b".")[2])]
+    strings = [("source", source[:_LONGEST]), ("subtype", FS_TYPE.partition(b".")[2])]
     words = list(flags & _OF_THE_SUPERBLOCK)
     for word in options.split(","):
         key, equals, value = word.partition("=")
