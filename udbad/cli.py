@@ -26,6 +26,7 @@ COMMANDS: Final = {
         "Return when every direct change made up to now is seen through MOUNT (its name, or a path in it).",
     ),
     "fsck": ("tools", "Check a branch that is not mounted for what crashes and hands leave behind, and repair it."),
+    "guard": ("mounting", ""),
     "invalidate": ("inspect", "Forget what is cached about PATH and everything below it."),
     "layer": ("layers", "Make, fill and remove layers of a store ROOT."),
     "layers": ("layers", "The layers of the store ROOT: which lies on which, and how much is in each."),
@@ -39,7 +40,7 @@ COMMANDS: Final = {
     "reload": ("daemon", "Have the daemon read its configuration again; says for each changed key what became of it."),
     "restart": (
         "daemon",
-        "Unmount MOUNT and mount it again, with its settings of now; mounts one that failed or was unmounted.",
+        "Have another process go on with MOUNT, of the version that is installed now, which nobody notices.",
     ),
     "run": ("daemon", "Run the daemon in the foreground: mount what the configuration says and keep it mounted."),
     "status": ("daemon", "Every mount: who serves it, since when, with which branches."),

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +18,7 @@ from tests.helpers.mount import REPOSITORY
 from tests.helpers.profile import SOAK, scaled
 from tests.stress.clients import make_lower
 from tests.stress.test_survive_clients import start, under_kills
-from tests.t5_daemon.daemon import DEADLINE, Daemon, until
+from tests.t5_daemon.daemon import COMMAND, DEADLINE, Daemon, until
 from udbad import __version__
 from udbad.control import registry
 from udbad.mount import keeper
@@ -211,3 +216,84 @@ def test_a_version_that_cannot_read_the_state_leaves_the_mount_as_it_is(daemon: 
         file.write("written all the same")
     assert (point / "open").read_text() == "written all the same"
     daemon.stop()
+
+
+@contextmanager
+def mounted_by_hand(tree: Path, point: Path, options: str, run_dir: Path) -> Iterator[int]:
+    """In the foreground, by the udbad of a tree; the number of the process that was started."""
+    read_fd, write_fd = os.pipe()
+    with open(read_fd, "rb") as ready, (run_dir / "log").open("wb") as log:
+        command = [*COMMAND, "mount", "-f", "--ready-fd", str(write_fd), "-o", options, "none", str(point)]
+        process = subprocess.Popen(
+            command, stderr=log, env=of_tree(tree, run_dir), cwd="/", pass_fds=[write_fd], stdin=subprocess.DEVNULL
+        )
+        os.close(write_fd)
+        try:
+            assert ready.readline() == b"READY\n", (run_dir / "log").read_text()
+            yield process.pid
+            process.terminate()
+            assert process.wait(DEADLINE) == 0, (run_dir / "log").read_text()
+        finally:
+            process.terminate()
+            process.wait(DEADLINE)
+
+
+def of_tree(tree: Path, run_dir: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(tree), "UDBAD_RUN_DIR": str(run_dir)}
+
+
+def restart(tree: Path, point: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, "restart", str(point)], check=False, capture_output=True, text=True, timeout=DEADLINE, cwd="/",
+        env=of_tree(tree, run_dir),
+    )  # fmt: skip
+
+
+def copied(tree: Path, changes: Mapping[str, tuple[str, str]]) -> Path:
+    """Another version of udbad. changes: by file, what is replaced by what."""
+    shutil.copytree(REPOSITORY / "udbad", tree / "udbad", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, (old, new) in changes.items():
+        path = tree / "udbad" / name
+        source = path.read_text()
+        assert old in source
+        path.write_text(source.replace(old, new))
+    return tree
+
+
+@pytest.mark.skipif(keeper.why_not() is not None, reason=str(keeper.why_not()))
+def test_a_mount_by_hand(tmp_path: Path, daemon: Daemon) -> None:
+    """Its guardian is of the new version as well, with the same number. What cannot read the state changes nothing."""
+    version = f'__version__ = "{__version__}"'
+    new = copied(tmp_path / "new", {"__init__.py": (version, f'__version__ = "{NEW}"')})
+    reads = "READ: Final = frozenset({"
+    strange = copied(tmp_path / "strange", {"inodes/record.py": (f"{reads}VERSION", f"{reads}7")})
+    point, top = tmp_path / "mnt", tmp_path / "top"
+    point.mkdir()
+    top.mkdir()
+    run_dir = Path(daemon.run_dir)
+
+    def entry() -> registry.Entry:
+        (found,) = registry.entries(daemon.run_dir)
+        return found
+
+    with mounted_by_hand(REPOSITORY, point, f"br={top}=rw,survive=on", run_dir) as guardian:
+        with (point / "open").open("w") as file:
+            file.write("written in the old version, ")
+            file.flush()
+            before = entry()
+            refused = restart(strange, point, run_dir)
+            assert refused.returncode == 1
+            assert "cannot be written for another version" in refused.stderr
+            assert entry() == before
+            for tree, expected in ((new, NEW), (REPOSITORY, __version__)):
+                pid = entry().pid
+                done = restart(tree, point, run_dir)
+                assert done.returncode == 0, done.stderr
+                assert (entry().version, entry().pid != pid) == (expected, True)
+                os.kill(entry().pid, signal.SIGKILL)  # what takes over is made by the guardian
+                file.write(f"in {expected}, ")
+                file.flush()
+                assert entry().version == expected
+                assert Path(f"/proc/{entry().pid}/stat").read_text().split()[3] == str(guardian)
+        assert (top / "open").read_text() == f"written in the old version, in {NEW}, in {__version__}, "
+    assert not registry.entries(daemon.run_dir)

@@ -87,8 +87,20 @@ def stop(run_dir: str, keep_mounts: bool) -> None:
 @click.option("--force", is_flag=True, help="Also when it is in use or gives no answer; whoever uses it gets errors.")
 @click.argument("mount", shell_complete=mounts)
 def restart(run_dir: str, force: bool, mount: str) -> None:
-    """Unmount MOUNT and mount it again, with its settings of now; mounts one that failed or was unmounted."""
+    """Have another process go on with MOUNT, of the version that is installed now, which nobody notices.
+
+    Where that cannot be, or options wait for the next mount: unmount it and mount it again, when nobody uses it; mount
+    one that failed or was unmounted.
+    """
     with user_errors():
+        found = registry.find(run_dir, mount)
+        if found is not None and not found[0].supervised:
+            if force:
+                raise UserError(f"{found[0].label} is none of the daemon's: umount, and mount it again")
+            from udbad.mount import renewal  # which imports much
+
+            renewal.renew(found[0])
+            return
         client.ask_supervisor(run_dir, {"op": "restart", "mount": mount, "force": force})
 
 

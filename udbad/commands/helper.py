@@ -20,7 +20,7 @@ from udbad import logs
 from udbad.branch import capabilities
 from udbad.branch.spec import split_escaped
 from udbad.commands.common import absolute_branch, layer_source
-from udbad.commands.mounting import serve_in_background
+from udbad.commands.mounting import Job, serve_in_background
 from udbad.control import client, registry
 from udbad.errors import ExitCode, UserError
 from udbad.settings.options import MountOptions, format_options, parse_mount_options
@@ -99,7 +99,8 @@ def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: b
         if error.code is not ExitCode.NO_DAEMON:
             raise
         logs.set_up("debug" if verbose else "info", "plain")
-        code = serve_in_background(replace(parsed, notices=()), Path(mount_point), run_dir)
+        told = replace(parsed, notices=())
+        code = serve_in_background(Job(told, Path(mount_point).absolute(), run_dir, False, "plain", background=True))
         if code:
             sys.exit(_USAGE if code == ExitCode.OPTION else _FAILED)
 

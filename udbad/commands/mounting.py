@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,7 @@ from udbad.commands.completion import mount_points
 from udbad.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
+    from udbad.mount.guardian import State
     from udbad.mount.mountproc import MountProcess
     from udbad.settings.options import MountOptions
 
@@ -64,40 +65,71 @@ def mount(
         if parsed.fsname == "none" and source != "none":
             parsed = replace(parsed, fsname=source)
         logs.set_up("debug" if verbose else "info", log_format)
+        job = Job(parsed, mount_point.absolute(), run_dir, verbose, log_format, background=not foreground)
+        job.set_up_log()
         if foreground:
             private = (ready_fd,) if ready_fd >= 0 else ()
-            sys.exit(serve(parsed, mount_point, run_dir, lambda: _say_ready(mount_point, ready_fd), private))
+            sys.exit(serve(job, lambda: _say_ready(job.mount_point, ready_fd), private))
         else:
-            sys.exit(serve_in_background(parsed, mount_point, run_dir))
+            sys.exit(serve_in_background(job))
 
 
-def serve(
-    options: MountOptions,
-    mount_point: Path,
-    run_dir: str,
-    on_ready: Callable[[], None],
-    private: tuple[int, ...],
-    let_go: Callable[[], None] = lambda: None,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What `udbad mount` was asked for. background: it has left whoever started it once it serves."""
+
+    options: MountOptions
+    mount_point: Path
+    run_dir: str
+    verbose: bool
+    log_format: str
+    background: bool
+
+    def set_up_log(self) -> None:
+        logs.set_up("debug" if self.verbose else "info", self.log_format)
+
+    def let_go(self) -> None:
+        if self.background:
+            _let_go()
+
+    def words(self) -> dict[str, Any]:
+        """For JSON."""
+        from udbad.settings.options import format_options
+
+        words = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**words, "options": format_options(self.options), "mount_point": str(self.mount_point)}
+
+    @classmethod
+    def of(cls, words: Mapping[str, Any]) -> Job:
+        """From `words`."""
+        from udbad.settings.options import parse_mount_options
+
+        known = {field.name: words[field.name] for field in fields(cls)}
+        options = parse_mount_options(known["options"])
+        return cls(**{**known, "options": options, "mount_point": Path(known["mount_point"])})
+
+
+def serve(job: Job, on_ready: Callable[[], None], private: tuple[int, ...], state: State | None = None) -> int:
     """Mount and serve until unmounted, in this process or, where it can be, in one that this process guards.
 
-    on_ready: called here. private: descriptors that are for nobody else. let_go: called in both. Returns the exit code.
-    Raises UserError.
+    on_ready: called here. private: descriptors that are for nobody else. state: instead, go on as the guardian of a
+    mount. Returns the exit code. Raises UserError.
     """
     from udbad.mount import guardian, life, presence  # the supervisor and the tools must not load pyfuse3
 
+    options = job.options
     # Whoever names a control socket looks after the mount; it is not listed for others.
-    identity = presence.Identity(run_dir=None if options.control else run_dir)
-    place = os.fsencode(mount_point.absolute())
+    identity = presence.Identity(run_dir=None if options.control else job.run_dir)
+    place = os.fsencode(job.mount_point)
 
     def serves() -> None:
         on_ready()
-        let_go()
+        job.let_go()
 
     def guarded(guard: life.Guard, ready: Callable[[guardian.Place], None]) -> None:
         def serves_here(process: MountProcess) -> None:
             ready((os.fsdecode(process.mount_point), process.session.connection))
-            let_go()
+            job.let_go()
 
         with user_errors():
             life.run(options, place, serves_here, identity, guard=guard)
@@ -105,7 +137,8 @@ def serve(
     if life.why_not_survive(options) is not None:
         life.run(options, place, lambda process: serves(), identity)
         return 0
-    return guardian.Guardian(guarded, serves, options.restart_timeout, private).run()
+    guarding = guardian.Guardian(guarded, serves, options.restart_timeout, private, job.words())
+    return guarding.run() if state is None else guarding.go_on(state)
 
 
 def _say_ready(mount_point: Path, ready_fd: int) -> None:
@@ -118,7 +151,7 @@ def _say_ready(mount_point: Path, ready_fd: int) -> None:
         os.close(ready_fd)
 
 
-def serve_in_background(options: MountOptions, mount_point: Path, run_dir: str) -> int:
+def serve_in_background(job: Job) -> int:
     """Have a child, in a session of its own, serve; 0 when it does, its exit code when it cannot.
 
     Forked and nothing executed: what is imported by now need not be imported again. Precondition: no threads, and no
@@ -131,7 +164,7 @@ def serve_in_background(options: MountOptions, mount_point: Path, run_dir: str) 
     if pid == 0:
         with user_errors():
             _detach(write_fd)
-            sys.exit(serve(options, mount_point, run_dir, lambda: _say(write_fd), (write_fd,), _let_go))
+            sys.exit(serve(job, lambda: _say(write_fd), (write_fd,)))
     os.close(write_fd)
     with open(read_fd, "rb") as said:
         if said.read(len(_READY)) == _READY:
@@ -181,6 +214,20 @@ def umount(lazy: bool, mount_point: Path) -> None:
         except OSError as error:
             code = ExitCode.NOT_ROOT if error.errno == errno.EPERM else ExitCode.FAILURE
             raise UserError(f"{mount_point}: {error.strerror}", code) from error
+
+
+@click.command(hidden=True)
+@click.argument("fd", type=int)
+def guard(fd: int) -> None:
+    """What the guardian of a mount executes to become one of this version."""
+    from udbad.mount.guardian import State
+
+    with user_errors():
+        state = State.read(fd)
+        job = Job.of(state.job)
+        job.set_up_log()
+        job.let_go()
+        sys.exit(serve(job, lambda: None, (), state))
 
 
 @click.command("mount-server", hidden=True)

@@ -19,7 +19,7 @@ import trio
 from udbad import __version__
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import format_branch
-from udbad.control.protocol import Message, edits_of, flag_of, path_of, text_of
+from udbad.control.protocol import Message, checked_text, edits_of, flag_of, path_of, text_of
 from udbad.control.server import Command
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.record import UnreadableRecord
@@ -76,6 +76,7 @@ class Commands:
             "sync-status": self.carrying.status,
             "sync-stop": self.carrying.stop,
             "write-state": self.write_state,
+            "renew": self.renew,
             "retire": self.retire,
             "stop": self.stop,
         }
@@ -345,6 +346,22 @@ class Commands:
         except OSError as error:
             raise UserError(f"what it knows cannot be written: {error.strerror}", ExitCode.FAILURE) from None
         return {"version": record.version}
+
+    async def renew(self, request: Message) -> dict[str, Any]:
+        """Have the guardian become one of another version: "command", how that is started, and "path", PYTHONPATH."""
+        from udbad.mount.life import Renewal
+
+        guard, command = self.process.guard, request.get("command")
+        if guard is None or guard.renewed is None:
+            raise UserError("it has no guardian, and cannot go over to another version", ExitCode.FAILURE)
+        if not isinstance(command, list) or not command:
+            raise UserError("command must be a list of strings", ExitCode.OPTION)
+        words = [checked_text(word, "command") for word in command]
+        try:
+            guard.renewed(Renewal(words, text_of(request, "path"), self.process.presence.control_path))
+        except OSError:
+            raise UserError("its guardian has ended", ExitCode.FAILURE) from None
+        return {}
 
     async def retire(self, request: Message) -> dict[str, Any]:
         """Make room for another process: end here, between two operations, as if killed. Gives no answer then."""

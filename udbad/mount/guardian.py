@@ -3,6 +3,9 @@
 The process that `udbad mount` leaves behind. It has imported everything, forks the mount process and waits; when that
 has ended and its keeper lives, it forks the next one, which takes the mount over (life.py). Runs no thread: what is
 forked must not be in the middle of anything. Mounts of the daemon have the supervisor for that.
+
+What it has imported is what the next mount processes are made of. So for a new version it executes that, and is its
+guardian from then on, with the same number, children and record; the mount process makes room for one of that version.
 """
 
 from __future__ import annotations
@@ -16,15 +19,16 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+from udbad.control.protocol import encode
 from udbad.errors import ExitCode
 from udbad.mount import kernelside, later
 from udbad.mount.keeper import END_SECONDS, Legacy, be_subreaper
-from udbad.mount.life import Guard
+from udbad.mount.life import Guard, Renewal
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +36,11 @@ Place = tuple[str, int]
 """Of a mount that serves: its mount point, as the kernel has it, and its connection."""
 _SERVES: Final = "serves"
 _LEAVES: Final = "leaves"
-"""First words of what a mount process says: then come its Place, or what it will leave (keeper.Left)."""
+_RENEWS: Final = "renews"
+"""First words of what a mount process says: then come its Place, what it will leave (keeper.Left), or how another
+version is started (life.Renewal)."""
+_MOST: Final = 1 << 16
+"""Bytes of what it says."""
 _FIRST_DELAY: Final = 0.1
 _LONGEST_DELAY: Final = 5.0
 """Seconds between two attempts to take a mount over, doubled each time."""
@@ -43,16 +51,51 @@ Serve = Callable[[Guard, Callable[[Place], None]], None]
 """What a mount process does: with its guard, and what is to be called when it serves. Raises as life.run()."""
 
 
+class State(NamedTuple):
+    """What a guardian leaves to that of another version. pid: of the mount process; socket, died: descriptors, by which
+    that speaks and its keeper says that it has ended; control: its control socket."""
+
+    job: Mapping[str, Any]
+    pid: int
+    socket: int
+    died: int
+    left: Sequence[Sequence[int]]
+    place: Sequence[Any]
+    control: str
+
+    @classmethod
+    def read(cls, fd: int) -> State:
+        """From the descriptor that `udbad guard` was given."""
+        words = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
+        os.close(fd)
+        state = cls(**{name: words[name] for name in cls._fields})
+        for each in (state.socket, state.died):
+            os.set_inheritable(each, False)
+        return state
+
+
 class Guardian:
     """patience: seconds after which a mount that nobody could take over is given up, 0: never."""
 
-    def __init__(self, serve: Serve, on_ready: Callable[[], None], patience: float, private: Iterable[int]) -> None:
-        """on_ready: called here, once. private: descriptors that no mount process is to have, until then."""
+    def __init__(
+        self,
+        serve: Serve,
+        on_ready: Callable[[], None],
+        patience: float,
+        private: Iterable[int],
+        job: Mapping[str, Any],
+    ) -> None:
+        """on_ready: called here, once. private: descriptors that no mount process is to have, until then. job: for
+        JSON, what another version needs to make a guardian like this one (State)."""
         self._serve = serve
+        self._job = job
         self._on_ready = on_ready
         self._patience = patience
         self._private = tuple(private)
         self._pidfd = -1
+        self._serves = False
+        self._asked = 0
+        """A signal to be forwarded."""
         self._died = 0.0
         self._place: Place | None = None
         """Once a mount process has served."""
@@ -67,7 +110,28 @@ class Guardian:
         for number in _FORWARDED:
             signal.signal(number, self._forward)
         be_subreaper()  # keepers are children of mount processes, and become ours
-        status, served = self._attend()
+        return self._guard(*self._attend())
+
+    def go_on(self, state: State) -> int:
+        """As `run`, with what the guardian of another version has left, whose process we are."""
+        _prepare()
+        for left in reversed(state.left):
+            self._legacy.add((left[0], left[1]))
+        self._place, self._private = (state.place[0], state.place[1]), ()
+        self._pidfd = os.pidfd_open(state.pid)
+        for number in _FORWARDED:
+            signal.signal(number, self._forward)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+        with socket.socket(socket.AF_UNIX) as asking:
+            try:
+                asking.connect(state.control)
+                asking.sendall(encode({"op": "retire"}))  # it ends, and gives no answer
+            except OSError as error:
+                log.error("%s: %s", state.control, error.strerror)
+            return self._guard(*self._watch(state.pid, socket.socket(fileno=state.socket), state.died, served=True))
+
+    def _guard(self, status: int, served: bool) -> int:
+        """While there is something to take over, have it taken over; the exit code for our own end."""
         while self._legacy and served and status:  # 0: it has ended in order
             status = self._succeed()
         self._legacy.end()
@@ -78,7 +142,14 @@ class Guardian:
         return code
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        if self._pidfd >= 0:
+        self._asked = number
+        if self._serves or self._place is None:  # in between, a process would give up what it takes over
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """What somebody has asked us for while no process served, and nobody has been told yet."""
+        number, self._asked = self._asked, 0
+        if number and self._pidfd >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
@@ -122,7 +193,12 @@ class Guardian:
             self._be_mount_process(theirs, died)
         theirs.close()
         self._pidfd = os.pidfd_open(pid)
-        served = False
+        return self._watch(pid, ours, died, served=False)
+
+    def _watch(self, pid: int, ours: socket.socket, died: int, served: bool) -> tuple[int, bool]:
+        self._serves = served
+        if served:
+            self._pass_on()
         poll = select.poll()
         poll.register(ours, select.POLLIN)
         for fd in (self._pidfd, died, *(before := self._legacy.pidfds())):
@@ -143,18 +219,22 @@ class Guardian:
                 # What it said before it ended is read before its end is believed.
                 ended = (self._pidfd in ready or died in ready) and ours.fileno() not in ready
                 if ours.fileno() in ready:
-                    word = json.loads(ours.recv(256) or b"null")
+                    word = json.loads(ours.recv(_MOST) or b"null")
                     if word is None:
                         poll.unregister(ours)
                     elif word[0] == _SERVES:
-                        served = True
+                        served = self._serves = True
                         begins, self._place = self._place is None, (word[1], word[2])
                         if begins:
                             self._private = ()
                             self._on_ready()
                             _prepare()
+                        self._pass_on()
                     elif word[0] == _LEAVES:
                         self._legacy.add((word[1], word[2]))
+                    elif word[0] == _RENEWS:
+                        self._become(Renewal(*word[1:]), pid, ours.fileno(), died)
+        self._serves = False
         pidfd, self._pidfd = self._pidfd, -1
         os.close(pidfd)
         os.close(died)
@@ -162,6 +242,25 @@ class Guardian:
         if served and self._legacy:
             log.warning("process %d ended, status %d; another one takes over", pid, os.waitstatus_to_exitcode(status))
         return status, served
+
+    def _become(self, new: Renewal, pid: int, ours: int, died: int) -> None:
+        """Execute another version, which goes on from here; returns when that cannot be."""
+        assert self._place is not None
+        state = State(self._job, pid, ours, died, self._legacy.newest_first(), self._place, new.control)
+        fd = os.memfd_create("udbad guardian", os.MFD_CLOEXEC)
+        kept = fd, ours, died
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # until they can be forwarded again
+        try:
+            os.write(fd, json.dumps(state._asdict()).encode())
+            for each in kept:
+                os.set_inheritable(each, True)
+            os.execve(new.command[0], [*new.command, "guard", str(fd)], {**os.environ, "PYTHONPATH": new.path})
+        except OSError as error:
+            log.error("%s: %s", new.command[0], error.strerror)
+        for each in kept:
+            os.set_inheritable(each, False)
+        os.close(fd)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
 
     def _milliseconds(self, is_late: bool) -> float | None:
         """For a process to begin to serve; of one that has been killed, to end. None: any number."""
@@ -187,17 +286,25 @@ class Guardian:
             os.close(fd)
         os.setpgid(0, 0)  # what Ctrl-C sends comes from the guardian, once
 
+        def say(word: list[Any]) -> None:
+            guardian.send(json.dumps(word).encode())
+
         def tell(word: list[Any]) -> None:
             with suppress(OSError):  # nobody guards it any more, which is no reason not to serve
-                guardian.send(json.dumps(word).encode())
+                say(word)
 
         def ready(place: Place) -> None:
             tell([_SERVES, *place])
 
         with guardian:
-            self._serve(
-                Guard(lambda left: tell([_LEAVES, *left]), self._legacy.newest_first(), self._died, died), ready
+            guard = Guard(
+                told=lambda left: tell([_LEAVES, *left]),
+                left=self._legacy.newest_first(),
+                died=self._died,
+                ended=died,
+                renewed=lambda new: say([_RENEWS, *new]),
             )
+            self._serve(guard, ready)
         raise SystemExit(0)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from udbad import __version__
 from udbad.branch.branches import Branch, BranchSet
+from udbad.control import registry
 from udbad.edge import poison
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.record import READ, Record, UnreadableRecord
@@ -22,7 +23,7 @@ from udbad.kernel.session import Session
 from udbad.mount.crash import Crash
 from udbad.mount.keeper import Gone, Left, Table
 from udbad.mount.watchdog import FACTS
-from udbad.settings.options import format_options
+from udbad.settings.options import format_options, parse_mount_options
 from udbad.types import Perm
 
 if TYPE_CHECKING:
@@ -206,6 +207,15 @@ class Predecessor:
         """Return when they have ended, after `end`: whoever looks for one must not find it."""
         for table in self._tables:
             table.join()
+
+
+def look(left: Sequence[Left], mount_point: bytes) -> None:
+    """Whether this version could go on with a mount that another one serves. Raises OSError, UserError if not."""
+    predecessor = Predecessor(left, registry.real_mount_point(mount_point))
+    try:
+        parse_mount_options(predecessor.facts["options"])
+    finally:
+        predecessor.close()
 
 
 def _attach(fd: int) -> Record:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from udbad.control import registry
 from udbad.errors import ExitCode, UserError
@@ -33,19 +34,30 @@ _PATIENT_PART = 4
 """How much of `restart_timeout` a process waits at most, when those before it have crashed one after the other."""
 
 
+class Renewal(NamedTuple):
+    """How whoever guards a mount process goes over to another version. command: a program with its first arguments;
+    path: PYTHONPATH; control: the socket of the mount process."""
+
+    command: Sequence[str]
+    path: str
+    control: str
+
+
 @dataclass(frozen=True, slots=True)
 class Guard:
     """Whoever starts another mount process when this one is killed.
 
     told: called with what will be left of this process, before it does anything else. left: what was left before, the
     newest first. died: time.monotonic() of the end of the process before. ended: an eventfd for this one's keeper, -1
-    where the guard goes by its pidfd.
+    where the guard goes by its pidfd. renewed: has it go over to another version, raises OSError when it has ended;
+    None: it does so by itself.
     """
 
     told: Callable[[Left], None]
     left: Sequence[Left] = ()
     died: float = 0.0
     ended: int = -1
+    renewed: Callable[[Renewal], None] | None = None
 
 
 def why_not_survive(options: MountOptions) -> str | None:
@@ -109,6 +121,7 @@ def run(
             raise _no_start(mount_point, error) from error
         process.configured = configured or process.configured
         process.mortal = mortal or ""
+        process.guard = guard
         gc.freeze()
         # A thread that has to tell the kernel what to forget waits so long for a busy event loop; by default 5 ms.
         sys.setswitchinterval(_SWITCH_SECONDS)

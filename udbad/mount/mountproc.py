@@ -60,6 +60,7 @@ from udbad.union.superblock import Superblock, UnionOptions
 if TYPE_CHECKING:
     from udbad.edge.portable import Portable
     from udbad.edge.portable_session import PortableSession
+    from udbad.mount.life import Guard
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class MountProcess:
         self._facts_fd = -1
         self.mortal = ""
         """Why the mount ends with this process, if it does."""
+        self.guard: Guard | None = None
         for notice in options.notices:
             log.info("%s", notice)
         if compiled.why_not():

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from udbad import logs
-from udbad.control import registry
 from udbad.edge import portable  # noqa: F401  # MountProcess imports it for some mounts only
 from udbad.errors import ExitCode, UserError
-from udbad.mount import forkserver, keeper, later, life
-from udbad.mount.handover import Predecessor
+from udbad.mount import forkserver, handover, keeper, later, life
 from udbad.mount.mountproc import MountProcess
 from udbad.mount.presence import Identity
 from udbad.settings.options import parse_mount_options
@@ -75,14 +73,8 @@ def work(supervisor: socket.socket, ended: int) -> int:
 
 
 def _look(job: dict[str, Any]) -> dict[str, Any]:
-    """Whether this version could go on with a mount that another one serves."""
     try:
-        left = [(pid, record) for pid, record in job["left"]]
-        predecessor = Predecessor(left, registry.real_mount_point(os.fsencode(job["mount_point"])))
-        try:
-            parse_mount_options(predecessor.facts["options"])
-        finally:
-            predecessor.close()
+        handover.look([(pid, record) for pid, record in job["left"]], os.fsencode(job["mount_point"]))
     except (OSError, UserError) as error:
         return {"ready": False, "error": str(error) or "nothing is left", "code": int(ExitCode.FAILURE)}
     return {"ready": True}
