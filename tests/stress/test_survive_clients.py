@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(keeper.why_not() is not None, reason=str(keeper.why_not())),
 ]
 
-KILLS = int(os.environ.get("UDBAD_KILLS", scaled("12", "500")))
+KILLS = int(os.environ.get("UDBAD_KILLS", scaled("6", "500")))
 SECONDS = 300.0
 """For a round of a client to end."""
 ALLOWED = f"{ALLOWED_LOG}|another one takes over"

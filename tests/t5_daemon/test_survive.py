@@ -140,6 +140,10 @@ def test_directories(mount: Mount) -> None:
         kill(mount)
         found += [entry.name for entry in entries]
     assert len(found) == len(set(found)) == NAMES
+    before = os.stat(mount.path / "many").st_mtime_ns, os.stat(mount.path).st_mtime_ns
+    kill(mount)
+    assert (os.stat(mount.path / "many").st_mtime_ns, os.stat(mount.path).st_mtime_ns) == before
+    assert sorted(os.listdir(mount.path / "many")) == sorted(found)
     assert os.listdir(removed) == []
     with pytest.raises(FileNotFoundError):
         os.open("new", os.O_CREAT | os.O_WRONLY, dir_fd=removed)

@@ -346,8 +346,10 @@ class Coherence:
         """The tree is one that a predecessor had (union/recall.py): the kernel may remember all of it, and nobody has
         seen what has happened meanwhile. To be called after `start`."""
         # The pages of a listing are dropped where nobody is taking in an answer: a later mtime would be seen by who
-        # compares it, though nothing has changed.
-        reading = {handle.node.id for handle in self.sb.handles.dirs.values()}
+        # compares it, though nothing has changed. Where nothing changes by itself, an answer of then is as good as one
+        # of now.
+        changes = any(self.mode_of(branch) != "none" for branch in self.sb.branches.branches)
+        reading = {handle.node.id for handle in self.sb.handles.dirs.values()} if changes else set()
         dropped: list[Dir] = []
         for node in self.sb.table.nodes.values():
             if type(node) is Dir:

@@ -139,7 +139,7 @@ class MountProcess:
             self.writing = Writing()
             ending.callback(self.writing.close)
             if not options.ro:
-                self.writing.begin(self.branches.answering, options.plink)
+                self.writing.begin(self.branches.answering, options.plink, ready=predecessor is not None)
             strictness.settle(self)
             self.sb = Superblock(self.branches, _union_options(options), max_fds, all_fds)
             ending.callback(homes.close, self.sb)

@@ -68,11 +68,11 @@ class Writing:
         self._begun: dict[_Identity, _Begun] = {}
         self._one_at_a_time = trio.CapacityLimiter(1)
 
-    def begin(self, branches: Iterable[Branch], plink: bool) -> None:
+    def begin(self, branches: Iterable[Branch], plink: bool, ready: bool = False) -> None:
         """Mark those that are writable and make them ready, where that was not done before; any thread.
 
-        To be called before anything else is written to them. plink: make the directory of pseudo-links. Raises
-        UserError (BRANCH); `keep` is due then.
+        To be called before anything else is written to them. plink: make the directory of pseudo-links. ready: they
+        are, and nobody is to see a later mtime of their roots. Raises UserError (BRANCH); `keep` is due then.
         """
         for branch in branches:
             identity = _identity(branch)
@@ -80,7 +80,8 @@ class Writing:
                 left = begin_writing(branch)
                 own = replace(branch, root_fd=os.dup(branch.root_fd))
                 self._begun[identity] = _Begun(own, _Sweep(own) if left else None)
-                prepare_writable(branch, plink)
+                if not ready:
+                    prepare_writable(branch, plink)
 
     def sweep(self, nursery: trio.Nursery) -> None:
         """Start sweeping what has to be, in the background, one branch after the other."""

@@ -477,7 +477,7 @@ class UnionFs:
         changes = self.sb.changes
         changes.before_data(handle.node, handle.fd)
         if handle.flags & os.O_APPEND and self.sb.notes is not None:
-            self.sb.notes.intend(os.fstat(handle.fd).st_size)
+            self.sb.notes.intend(syscalls.fstat(handle.fd).st_size)
         if handle.uid:
             with self.creds.writing(handle.uid, handle.gid, handle.group):
                 count = os.pwrite(handle.fd, data, offset)

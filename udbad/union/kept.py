@@ -163,7 +163,7 @@ class KeptFiles:
         changes = self._sb.changes
         changes.before_data(handle.node, handle.fd)
         if flags & os.O_APPEND and self._sb.notes is not None:
-            self._sb.notes.intend(os.fstat(handle.fd).st_size)
+            self._sb.notes.intend(syscalls.fstat(handle.fd).st_size)
         with creds.writing(handle.uid, handle.gid):
             count = os.pwritev(handle.fd, [data], offset, _write_flags(flags))
         changes.data(handle.node, True, None, handle.fd)
