@@ -22,6 +22,8 @@ from udbad.inodes.table import Dir, Layer, Node
 from udbad.kernel import device, wire
 from udbad.kernel.received import Received
 from udbad.types import Perm
+from udbad.union.readdir import Run
+from udbad.union.view import Said
 
 
 def in_python(module: ModuleType) -> ModuleType:
@@ -90,6 +92,11 @@ def test_listings(entries: list[tuple[bytes, int, int, int]], room: int) -> None
     made = wire.dirents(iter(entries), room)
     assert made == PYTHON_WIRE.dirents(iter(entries), room)
     assert len(made) <= max(room, 0)
+    said = Said(len(entries))
+    for at, (_, number, kind, _) in enumerate(entries):
+        said.numbers[at], said.types[at] = number, kind >> 12
+    run = Run([name for name, *_ in entries], said, len(entries) // 2, len(entries), 1000)
+    assert wire.dirents([run, *run], room) == PYTHON_WIRE.dirents([*run, run], room)
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link", "fifo", "device", "old"])
@@ -200,22 +207,19 @@ def test_a_listing(tmp_path: Path, module: ModuleType) -> None:
     (tmp_path / "..two").mkdir()
     os.mkfifo(tmp_path / "fifo")
     os.mknod(os.fsencode(tmp_path) + b"/\xff", 0o020644, os.makedev(1, 3))
-    dev = 1 << 63
     fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        names, kinds = module.read(fd, dev)
+        names, numbers, types = module.read(fd)
         assert module.type_of(fd, b"fifo") == 0o010000
         assert module.type_of(fd, b"gone") == 0
     finally:
         os.close(fd)
     with os.scandir(os.fsencode(tmp_path)) as entries:
-        expected = {
-            entry.name: (dev, entry.inode(), entry.stat(follow_symlinks=False).st_mode & 0o170000) for entry in entries
-        }
+        expected = {entry.name: (entry.inode(), entry.stat(follow_symlinks=False).st_mode >> 12) for entry in entries}
     assert len(names) == len(expected)
-    assert dict(zip(names, kinds, strict=True)) == expected
+    assert dict(zip(names, zip(numbers, types, strict=True), strict=True)) == expected
     with pytest.raises(OSError, match="Bad file descriptor"):
-        module.read(fd, dev)
+        module.read(fd)
 
 
 @pytest.mark.parametrize("module", [listing, PYTHON_LISTING], ids=["used", "python"])

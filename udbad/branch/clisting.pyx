@@ -1,6 +1,7 @@
-# What listing.py does, as calls of the C library: no object for an entry but its name and what is said of it. Used where
-# the hot modules are compiled.
+# What listing.py does, as calls of the C library. Used where the hot modules are compiled.
 
+from cpython.array cimport array, resize
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_Resize
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -26,16 +27,19 @@ cdef extern from "<sys/inotify.h>" nogil:
     int inotify_add_watch(int fd, const char *path, uint32_t mask)
 
 
-def read(int fd, uint64_t dev):
+def read(int fd):
     cdef uint64_t[8192] buffer
     cdef char *at
     cdef char *end
     cdef dirent64 *entry
     cdef stat_t status
     cdef Py_ssize_t size, length
-    cdef unsigned int kind
+    cdef Py_ssize_t count = 0
+    cdef Py_ssize_t room = 0
+    cdef unsigned char kind
     cdef list names = []
-    cdef list kinds = []
+    cdef array numbers = array("Q")
+    cdef bytearray types = bytearray()
     while True:
         with nogil:
             size = getdents64(fd, buffer, sizeof(buffer))
@@ -50,13 +54,21 @@ def read(int fd, uint64_t dev):
             if entry.d_name[0] == b"." and (length == 1 or (length == 2 and entry.d_name[1] == b".")):
                 continue
             names.append(PyBytes_FromStringAndSize(entry.d_name, length))
-            kind = entry.d_type << 12
+            kind = entry.d_type
             if entry.d_type == DT_UNKNOWN and not fstatat_c(fd, entry.d_name, &status, AT_SYMLINK_NOFOLLOW):
-                kind = status.st_mode & S_IFMT
-            kinds.append((dev, entry.d_ino, kind))
+                kind = (status.st_mode & S_IFMT) >> 12
+            if count == room:
+                room = max(2 * room, 64)
+                resize(numbers, room)
+                PyByteArray_Resize(types, room)
+            numbers.data.as_ulonglongs[count] = entry.d_ino
+            PyByteArray_AS_STRING(types)[count] = <char>kind
+            count += 1
     if size < 0:
         PyErr_SetFromErrno(OSError)
-    return names, kinds
+    resize(numbers, count)
+    PyByteArray_Resize(types, count)
+    return names, numbers, types
 
 
 def watch(int inotify, int fd, uint32_t mask):

@@ -6,29 +6,30 @@ import ctypes
 import os
 import stat as st_mod
 import sys
+from array import array
 
 from udbad import compiled
 from udbad.branch import syscalls
 
 _AS_BYTES = (sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())  # os.fsencode() asks each time
 
-Kind = tuple[int, int, int]
-"""What a directory says of a name in it: st_dev (its own), inode number, S_IFMT bits."""
 
+def read(fd: int) -> tuple[list[bytes], array[int], bytearray]:
+    """All names of a directory that is open for reading, `.` and `..` left out; the inode number of each; its type.
 
-def read(fd: int, dev: int) -> tuple[list[bytes], list[Kind]]:
-    """All names of a directory that is open for reading, `.` and `..` left out, and what it says of each.
-
-    dev: its st_dev. The type is 0 of what a file system does not say it of, and has gone meanwhile. Raises OSError.
+    That is the S_IFMT bits without the twelve below them (DT_* of getdents64(2)), 0 of what a file system does not say
+    it of, and has gone meanwhile. No object for a name but the name itself: there may be very many. Raises OSError.
     """
     names: list[bytes] = []
-    kinds: list[Kind] = []
+    numbers = array("Q")
+    types = bytearray()
     with os.scandir(fd) as entries:
         for entry in entries:
             name = entry.name.encode(*_AS_BYTES)
             names.append(name)
-            kinds.append((dev, entry.inode(), _type(fd, name, entry)))
-    return names, kinds
+            numbers.append(entry.inode())
+            types.append(_type(fd, name, entry) >> 12)
+    return names, numbers, types
 
 
 def _type(fd: int, name: bytes, entry: os.DirEntry[str]) -> int:

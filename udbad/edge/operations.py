@@ -28,7 +28,7 @@ from udbad.types import Caller
 from udbad.union import remove
 from udbad.union.fs import SetAttr, UnionFs
 from udbad.union.ranges import Change, seeker
-from udbad.union.readdir import Name
+from udbad.union.readdir import Name, Run
 from udbad.union.superblock import NeedCopyUp
 
 Attributes = tuple[Node, os.stat_result, float]
@@ -341,7 +341,7 @@ class Operations:
             self.unlisted(given)
             raise
 
-    def names(self, fh: int, start: int) -> Iterator[Name]:
+    def names(self, fh: int, start: int) -> Iterator[Name | Run]:
         """Names from a position on, without attributes; no reference goes with any. OSError comes first."""
         return self.fs.readdir_names(fh, start)
 

@@ -11,6 +11,7 @@ import errno
 import os
 import stat as st_mod
 from collections.abc import Callable
+from typing import Any
 
 from udbad.branch import syscalls
 from udbad.errors import eio, os_error
@@ -91,11 +92,11 @@ def note_id_bits(node: Node, st: os.stat_result) -> None:
 class OpenDir:
     """One opendir(3): a private snapshot of names, taken at the first read (semantics 5).
 
-    base: the position at which the snapshot begins. cached: the kernel may answer from a listing of its own. kinds:
-    what the branch directories say of the names beside them (union/view.py), when that has been asked for.
+    base: the position at which the snapshot begins. cached: the kernel may answer from a listing of its own. said:
+    what the branch directories say of the names (a Said of union/view.py), when that has been asked for.
     """
 
-    __slots__ = ("base", "cached", "fh", "hits", "kinds", "names", "node", "pid")
+    __slots__ = ("base", "cached", "fh", "hits", "names", "node", "pid", "said")
 
     def __init__(self, fh: Fh, node: Dir, pid: int) -> None:
         self.fh = fh
@@ -105,7 +106,7 @@ class OpenDir:
         self.base = 0
         self.cached = False
         self.hits: dict[bytes, int | tuple[int, ...] | None] = {}
-        self.kinds: dict[bytes, tuple[int, int, int]] | None = None
+        self.said: Any = None
 
 
 class HandleTable:

@@ -73,6 +73,15 @@ class InoMap:
         index = self._index[dev]
         return ino if index == 0 and ino >= _SHORT else index + 1 << _INO_BITS | ino
 
+    def many(self, dev: int, count: int) -> tuple[int, int, set[int]]:
+        """For who asks of `count` objects of one file system: (base, limit, exceptions).
+
+        `number` is base plus what the branch says, where that is above 1, below the limit and no exception.
+        """
+        if len(self._exceptions) > count or dev not in self._base:
+            return 0, 0, set()
+        return self._base[dev], self._limit, {ino for device, ino in self._exceptions if device == dev}
+
     def _add(self, dev: int) -> int:
         """Where the numbers of one more file system begin."""
         index = self._index[dev] = len(self._index)

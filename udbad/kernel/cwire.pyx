@@ -8,6 +8,7 @@ from libc.string cimport memcpy, memset
 
 from udbad.branch.cstat cimport fill, stat_t
 from udbad.inodes.table cimport Dir, Node
+from udbad.union.readdir cimport Run
 
 cdef struct fuse_attr:
     uint64_t ino, size, blocks, atime, mtime, ctime
@@ -99,11 +100,24 @@ def dirents(object entries, Py_ssize_t room):
     """As many of them as there are bytes of room for."""
     cdef char *buffer = <char *>malloc(max(room, 1))
     cdef Py_ssize_t used = 0
-    cdef Py_ssize_t taken
+    cdef Py_ssize_t taken, at
+    cdef Run run
     if not buffer:
         raise MemoryError
     try:
-        for name, number, kind, after in entries:
+        for each in entries:
+            if type(each) is Run:
+                run = each
+                for at in range(run.first, run.end):
+                    taken = put_dirent(
+                        buffer + used, room - used, run.said.numbers[at], run.said.types[at] << 12,
+                        <bytes?>run.names[at], run.after + at,
+                    )
+                    if taken > room - used:
+                        return PyBytes_FromStringAndSize(buffer, used)
+                    used += taken
+                continue
+            name, number, kind, after = each
             taken = put_dirent(buffer + used, room - used, number, kind, <bytes?>name, after)
             if taken > room - used:
                 break

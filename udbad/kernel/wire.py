@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from udbad import compiled
 from udbad.inodes.table import Node
+from udbad.union.readdir import Name, Run
 
 REQUEST = struct.Struct("<IIQQIII")
 """Of fuse_in_header: length, opcode, unique, node id, uid, gid, pid; then the length of extensions, and padding."""
@@ -155,14 +156,16 @@ def dirent(number: int, kind: int, name: bytes, after: int) -> bytes:
     return _DIRENT.pack(number, after, size, kind >> 12) + name + _PADDING[size & 7]
 
 
-def dirents(entries: Iterable[tuple[bytes, int, int, int]], room: int) -> bytes:
-    """As many fuse_dirents as there are bytes of room for. entries: name, number, S_IFMT bits, offset after it."""
-    parts = []
-    for name, number, kind, after in entries:
-        room -= DIRENT_SIZE + (len(name) + 7 & ~7)
-        if room < 0:
-            break
-        parts.append(dirent(number, kind, name, after))
+def dirents(entries: Iterable[Name | Run], room: int) -> bytes:
+    """As many fuse_dirents as there are bytes of room for."""
+    parts: list[bytes] = []
+    for each in entries:
+        names: Iterable[Name] = each if isinstance(each, Run) else (each,)
+        for name, number, kind, after in names:
+            room -= DIRENT_SIZE + (len(name) + 7 & ~7)
+            if room < 0:
+                return b"".join(parts)
+            parts.append(dirent(number, kind, name, after))
     return b"".join(parts)
 
 

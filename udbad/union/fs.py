@@ -25,7 +25,7 @@ from udbad.types import Caller, Trigger
 from udbad.union import copyup, create, lookup, ranges, readdir, remove, rename
 from udbad.union.held import HeldWalks
 from udbad.union.kept import KeptFiles
-from udbad.union.readdir import Name
+from udbad.union.readdir import Name, Run
 from udbad.union.superblock import NeedCopyUp, Superblock, is_object
 
 T = TypeVar("T")
@@ -580,7 +580,7 @@ class UnionFs:
     def readdir(self, fh: int, start: int) -> Iterator[readdir.Entry]:
         return readdir.entries(self.sb, self.handles.directory(fh), start)
 
-    def readdir_names(self, fh: int, start: int) -> Iterator[Name]:
+    def readdir_names(self, fh: int, start: int) -> Iterator[Name | Run]:
         return readdir.names_only(self.sb, self.handles.directory(fh), start)
 
     def releasedir(self, fh: int) -> None:

@@ -26,6 +26,7 @@ from udbad.inodes.table import POSITIONS, Dir, Hit, Layer, Node
 from udbad.union import lookup, view
 from udbad.union.lookup import Answer
 from udbad.union.superblock import Superblock
+from udbad.union.view import Part, Said
 
 Entry = tuple[bytes, Node, os.stat_result, int]
 """name, node, attributes, position of the entry after it."""
@@ -34,8 +35,11 @@ DOTS = 2
 _DOT = ord(b".")
 _ANY = (1 << 32) - 2
 """A number for what has none that we know: not 0, which getdents64(2) takes for no entry."""
-_NOT_KNOWN = (0, 0, 0)
-_S_IFMT, _S_IFDIR = 0o170000, st_mod.S_IFDIR
+_S_IFMT, _S_IFDIR, _DIRECTORY = 0o170000, st_mod.S_IFDIR, st_mod.S_IFDIR >> 12
+
+Names = list[bytes]
+Children = dict[bytes, Node]
+Place = int
 _stat = syscalls.stat_at
 _KEPT = 4
 """Snapshots of one directory whose names are kept while somebody may be reading them from the kernel's listing."""
@@ -44,7 +48,7 @@ _KEPT = 4
 def snapshot(sb: Superblock, handle: OpenDir) -> None:
     """Take the names of the directory as they are now. Raises ENOENT when the directory is gone."""
     node = handle.node
-    handle.kinds = None
+    handle.said = None
     if node.dead:
         handle.names, handle.hits = [], {}
         _place(sb, handle)
@@ -52,11 +56,13 @@ def snapshot(sb: Superblock, handle: OpenDir) -> None:
     if not node.trusted:
         lookup.refresh(sb, node)
     if not node.trusted and node.times is None and not node.quiet:
-        handle.kinds = {}
-        handle.hits = view.scan(sb, node, None, handle.kinds)
+        parts: list[Part] = []
+        handle.hits = view.scan(sb, node, None, parts)
+        handle.said = parts
     elif node.view is None:
-        handle.kinds = {}
-        handle.hits = dict(view.load_view(sb, node, handle.kinds))
+        parts = []
+        handle.hits = dict(view.load_view(sb, node, parts))
+        handle.said = parts
     else:
         handle.hits = dict(node.view)
     handle.names = list(handle.hits)
@@ -118,7 +124,7 @@ def _go_on(sb: Superblock, handle: OpenDir, start: int) -> int:
     for first, count, names in reversed(handle.node.listings):
         if first < start < first + _size(count):
             if names is not None:
-                handle.base, handle.names, handle.hits = first, names, {}
+                handle.base, handle.names, handle.hits, handle.said = first, names, {}, None
                 sb.handles.changed(handle)
                 return start - first
             place = start - first
@@ -141,19 +147,39 @@ Name = tuple[bytes, int, int, int]
 """name, node id, S_IFMT bits (0: not known), position of the entry after it."""
 
 
-def names_only(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Name]:
-    """As `entries`, for who wants no attributes: no system call and no node for a name.
+class Run:
+    """Names of a snapshot that follow each other, and are all as it says: in the place of a Name for each."""
+
+    __slots__ = ("after", "end", "first", "names", "said")
+
+    def __init__(self, names: list[bytes], said: Said, first: int, end: int, after: int) -> None:
+        """after: what is added to a name's place in `names` for the position of the entry after it."""
+        self.names = names
+        self.said = said
+        self.first = first
+        self.end = end
+        self.after = after
+
+    def __iter__(self) -> Iterator[Name]:
+        numbers, types = self.said.numbers, self.said.types
+        for at in range(self.first, self.end):
+            yield self.names[at], numbers[at], types[at] << 12, self.after + at
+
+
+_RUN = 1024
+"""Names; as many as a reply to getdents64(2) of the C library has room for."""
+
+
+def names_only(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Name | Run]:
+    """As `entries`, for who wants no attributes: no system call, no node and hardly ever an object for a name.
 
     What the branch directories say of type and number is asked once for a snapshot. Both are as they were then, as
     those are that getdents64(2) has put into a buffer; of what the kernel knows they are those that it knows.
     """
     node = handle.node
     start = _begin(sb, handle, start)
-    if handle.kinds is None:
-        handle.kinds = {}
-        if not node.dead:
-            view.scan(sb, node, None, handle.kinds)
-    kinds, children, number = handle.kinds, node.children, sb.inomap.number
+    said = _said(sb, handle)
+    children = node.children
     base = handle.base
     if start == 0:
         yield b".", node.id, _S_IFDIR, base + 1
@@ -162,31 +188,86 @@ def names_only(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Name]:
     names = handle.names
     assert names is not None
     # As in `entries`: a trusted view may have changed since the snapshot.
-    hits = node.view if node.trusted and node.view is not None else None
+    trusted = node.trusted and node.view is not None
+    hits: dict[bytes, Hit | None] = node.view if trusted and node.view is not None else handle.hits
+    missing = -1 if trusted else None
     prefix = whiteout.PREFIX
+    known = len(said.types)
     name: bytes
-    for position in range(max(start - DOTS, 0), len(names)):
+    position = max(start - DOTS, 0) - 1
+    while position + 1 < len(names):
+        position += 1
+        end = _as_said(hits, names, said, children if trusted else {}, position, min(position + _RUN, known))
+        if end > position:
+            yield Run(names, said, position, end, base + DOTS + 1)
+            position = end - 1
+            continue
         name = names[position]
         after = base + position + DOTS + 1
         if name[0] == _DOT and name.startswith(prefix):
             if name != prefix:
                 yield name, _ANY, st_mod.S_IFREG, after
             continue
-        hit = handle.hits.get(name) if hits is None else hits.get(name, -1)
+        hit = hits.get(name, missing)
         if hit is None:
             asked = _ask(sb, node, name)
             if asked is not None:
                 yield name, *asked, after
         elif hit != -1:
-            child = None if hits is None else children.get(name)
+            child = children.get(name) if trusted and children else None
             if child is not None:
                 yield name, child.id, child.kind, after
                 continue
-            dev, ino, kind = kinds.get(name, _NOT_KNOWN)
+            kind = 0 if position >= known else said.types[position] << 12
             if kind and (type(hit) is tuple) == (kind == _S_IFDIR):
-                yield name, number(dev, ino), kind, after
+                yield name, said.numbers[position], kind, after
             else:
                 yield name, _ANY, 0, after  # it is another one by now
+
+
+def _as_said(hits: view.View, names: Names, said: Said, children: Children, first: Place, end: Place) -> int:
+    """From the place `first` on, to which names are what the branch directories said, and the kernel knows no other."""
+    at = first
+    while at < end:
+        name = names[at]
+        hit = hits.get(name)
+        kind = said.types[at]
+        if (
+            hit is None
+            or not kind
+            or (type(hit) is tuple) != (kind == _DIRECTORY)
+            or (name[0] == _DOT and name.startswith(whiteout.PREFIX))
+            or (children and name in children)
+        ):
+            break
+        at += 1
+    return at
+
+
+def _said(sb: Superblock, handle: OpenDir) -> Said:
+    """What the branch directories say of the names of a handle."""
+    said = handle.said
+    if type(said) is Said:
+        return said
+    # What was kept is of when the names were taken, so in their order.
+    made = _asked_anew(sb, handle) if said is None else view.said_of(sb, said)
+    handle.said = made
+    return made
+
+
+def _asked_anew(sb: Superblock, handle: OpenDir) -> Said:
+    """`_said` of names that were taken some other time."""
+    names = handle.names or []
+    made = Said(len(names))
+    if not handle.node.dead:
+        parts: list[Part] = []
+        places = {name: place for place, name in enumerate(view.scan(sb, handle.node, None, parts))}
+        now = view.said_of(sb, parts)
+        for at, name in enumerate(names):
+            place = places.get(name)
+            if place is not None:
+                made.numbers[at], made.types[at] = now.numbers[place], now.types[place]
+    return made
 
 
 def _ask(sb: Superblock, parent: Dir, name: bytes) -> tuple[int, int] | None:

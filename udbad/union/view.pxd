@@ -1,2 +1,20 @@
+cimport cython
+
+from udbad.inodes.inomap cimport InoMap
 from udbad.inodes.table cimport Dir, Layer
 from udbad.union.superblock cimport Superblock
+
+cdef class Said:
+    cdef public unsigned long long[::1] numbers
+    cdef public unsigned char[::1] types
+
+# The loops over all names of a directory, of which there may be very many.
+@cython.locals(at=Py_ssize_t, kept=Py_ssize_t, kind=cython.uchar, whable=bint, name=bytes, prefix=bytes)
+cdef Py_ssize_t _merge(
+    dict names, set whited, set stacked, list here, branch, list found, numbers, bytearray types
+) except -1
+@cython.locals(
+    at=Py_ssize_t, each=Py_ssize_t, kept=Py_ssize_t, own=cython.ulonglong, base=cython.ulonglong, limit=cython.ulonglong,
+    exceptions=set, inomap=InoMap, numbers="unsigned long long[::1]", types=bytearray, said=Said
+)
+cpdef Said said_of(Superblock sb, list parts)

@@ -11,81 +11,134 @@ from __future__ import annotations
 import logging
 import os
 import stat as st_mod
+from array import array
 
 from udbad.branch import listing, syscalls, whiteout
+from udbad.branch.branches import Branch
 from udbad.errors import eio
 from udbad.inodes.table import MAX_STACKED, Dir, Hit
 from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
 
-_S_IFDIR, _S_IFREG = st_mod.S_IFDIR, st_mod.S_IFREG
+_DIRECTORY, _REGULAR = st_mod.S_IFDIR >> 12, st_mod.S_IFREG >> 12
 _DOT = ord(b".")
 
 UNKNOWN = None
 """In a view: the name has to be resolved before anything is said about it."""
 
 View = dict[bytes, Hit | None]
+Names = set[bytes]
+Listed = list[bytes]
 
-Kinds = dict[bytes, listing.Kind]
-"""What the branch directories say of names beside them, the uppermost one of each."""
+Part = tuple[int, int, "array[int]", bytearray]
+"""Of one branch directory: its st_dev, how many names came from it, and of these inode numbers and types."""
 
 
-def scan(sb: Superblock, node: Dir, stacked: set[bytes] | None = None, kinds: Kinds | None = None) -> View:
+class Said:
+    """What the branch directories say beside names, the uppermost one of each; in the order of a list of names."""
+
+    __slots__ = ("numbers", "types")
+
+    def __init__(self, count: int) -> None:
+        """count: of names, of which nothing is said yet."""
+        self.numbers = array("Q", bytes(8 * count))
+        """The mount's inode numbers."""
+        self.types = bytearray(count)
+        """As those of listing.read."""
+
+
+def scan(sb: Superblock, node: Dir, stacked: set[bytes] | None = None, parts: list[Part] | None = None) -> View:
     """Merge the branch directories of a node as they are now: top branch's order first, then what lower ones add.
 
-    stacked: gets the names that have a whiteout, or are in more than one branch directory. kinds: gets what
-    getdents64(2) says of each. Raises OSError when a branch directory cannot be read (EACCES, EIO, ESTALE): never less
-    names than there may be.
+    stacked: gets the names that have a whiteout, or are in more than one branch directory. parts: gets what `said_of`
+    wants. Raises OSError when a branch directory cannot be read (EACCES, EIO, ESTALE): never less names than there may
+    be.
     """
     if node.offline:
         raise eio()
     names: View = {}
     whited: set[bytes] = set()
-    prefix = whiteout.PREFIX
     for layer in node.layers:
         branch = layer.branch
         index = branch.index
         here: list[bytes] = []
         fd = syscalls.open_listing(sb.layer_fd(node, layer))
         try:
-            found, said = listing.read(fd, layer.dev)
+            found, numbers, types = listing.read(fd)
         finally:
             os.close(fd)
-        name: bytes
-        for name, kind in zip(found, said, strict=True):
-            if name[0] == _DOT and len(name) > 4 and name.startswith(prefix):
-                if branch.whable and not name.startswith(whiteout.RESERVED):
-                    here.append(name[4:])
-                    if kind[2] != _S_IFREG:
-                        names.setdefault(name[4:], UNKNOWN)  # asking for the name gives EIO
-                continue
-            if name in whited:
-                continue
-            if name not in names:
-                names[name] = (index,) if kind[2] == _S_IFDIR else index
-                if kinds is not None:
-                    kinds[name] = kind
-                continue
-            if stacked is not None:
-                stacked.add(name)
-            upper = names[name]
-            if type(upper) is tuple and kind[2] == _S_IFDIR:
-                names[name] = (*upper, index)
+        kept = _merge(names, whited, stacked, here, branch, found, numbers, types)
         for name in here:
             hit = names.get(name)
             if hit is not None and (hit == index or (type(hit) is tuple and hit[-1] == index)):
                 _warn_pair(sb, node, name, branch.describe())
         whited.update(here)
+        if parts is not None:
+            parts.append((layer.dev, kept, numbers, types))
     if stacked is not None:
         stacked |= whited
     return names
 
 
-def load_view(sb: Superblock, node: Dir, kinds: Kinds | None = None) -> View:
-    """Scan and keep the view of a directory that is trusted. kinds: as for `scan`."""
+def _merge(
+    names: View, whited: Names, stacked: Names | None, here: Listed, branch: Branch,
+    found: Listed, numbers: array[int], types: bytearray,
+) -> int:  # fmt: skip
+    """Add what one branch directory has, as listing.read tells it; `here` gets the names that it has a whiteout of.
+
+    Returns how many names are new; what is said of them is at the beginning of `numbers` and `types` then.
+    """
+    index, whable = branch.index, branch.whable
+    prefix = whiteout.PREFIX
+    kept = 0
+    for at in range(len(found)):
+        name = found[at]
+        kind = types[at]
+        if name[0] == _DOT and len(name) > 4 and name.startswith(prefix):
+            if whable and not name.startswith(whiteout.RESERVED):
+                here.append(name[4:])
+                if kind != _REGULAR and name[4:] not in names:
+                    names[name[4:]] = UNKNOWN  # asking for the name gives EIO
+                    types[kept] = 0
+                    kept += 1
+            continue
+        if name in whited:
+            continue
+        if name not in names:
+            names[name] = (index,) if kind == _DIRECTORY else index
+            if kept != at:
+                numbers[kept], types[kept] = numbers[at], kind
+            kept += 1
+            continue
+        if stacked is not None:
+            stacked.add(name)
+        upper = names[name]
+        if type(upper) is tuple and kind == _DIRECTORY:
+            names[name] = (*upper, index)
+    return kept
+
+
+def said_of(sb: Superblock, parts: list[Part]) -> Said:
+    """What the branch directories said of the names of that scan, in their order."""
+    inomap = sb.inomap
+    said = Said(sum([kept for _, kept, _, _ in parts]))
+    at = 0
+    for dev, kept, numbers, types in parts:
+        base, limit, exceptions = inomap.many(dev, kept)
+        for each in range(kept):
+            if types[each]:
+                own = numbers[each]
+                said.numbers[at] = base + own if 1 < own < limit and own not in exceptions else inomap.number(dev, own)
+                said.types[at] = types[each]
+            at += 1
+    return said
+
+
+def load_view(sb: Superblock, node: Dir, parts: list[Part] | None = None) -> View:
+    """Scan and keep the view of a directory that is trusted. parts: as for `scan`."""
     stacked: set[bytes] = set()
-    view = scan(sb, node, stacked, kinds)
+    view = scan(sb, node, stacked, parts)
     node.view = view
     node.stacked = stacked if len(stacked) <= MAX_STACKED else None
     node.probes = 0
