@@ -1,6 +1,6 @@
 """SIGKILL of the mount process in a storm of changes: what was acknowledged holds, and no debris is left.
 
-UDBAD_CRASH_ROUNDS: rounds over all modes together (default 30, in make soak 200). UDBAD_CRASH_SEED: repeats the choices
+UDBAD_CRASH_ROUNDS: rounds over all modes together (default 20, in make soak 200). UDBAD_CRASH_SEED: repeats the choices
 of a run (the moments of the kills are never quite the same); the seed is printed.
 """
 
@@ -26,7 +26,7 @@ from tests.system.support import MODES, OTHERS_LOG, clean_env, each_mode, unchan
 
 pytestmark = [pytest.mark.system, pytest.mark.fuse, pytest.mark.stress]
 
-ROUNDS = int(os.environ.get("UDBAD_CRASH_ROUNDS", scaled("30", "200")))
+ROUNDS = int(os.environ.get("UDBAD_CRASH_ROUNDS", scaled("20", "200")))
 SEED = int(os.environ.get("UDBAD_CRASH_SEED", str(random.SystemRandom().getrandbits(32))))
 ROUNDS_PER_TREE = 10
 """After so many rounds the layers are made anew, or all would end up in the top layer."""
