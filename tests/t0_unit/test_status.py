@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -37,6 +38,11 @@ def test_a_mount_that_ends_with_its_process_says_why(
 ) -> None:
     printed = status({"udba": "none", "mortal": mortal}, capsys)
     assert [said for said in printed.splitlines() if "its process" in said] == ([line] if line else [])
+
+
+def test_a_branch_that_does_not_answer_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = status({"udba": "none", "offline": {"/mnt/disk3": time.time() - 125}}, capsys)
+    assert "pool: /mnt/disk3 has not answered for 2m05" in printed
 
 
 def status(process: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:

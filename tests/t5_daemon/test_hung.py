@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.mount import Mount, UnionFactory
+from tests.helpers.mount import Mount, MountFailed, UnionFactory
 from tests.helpers.stalling import STUCK, Server, stalling
 from tests.t5_daemon.daemon import until
+from udbad.errors import ExitCode
 from udbad.mount import keeper
 
 pytestmark = [
@@ -110,3 +113,57 @@ def test_a_call_that_no_signal_ends(mount: Mount, server: Server) -> None:
     server.go_on()
     until(lambda: offline(mount) == [], "its return", SECONDS)
     assert (mount.path / "only/f").read_text() == "f"
+
+
+@pytest.fixture
+def notified(server: Server, union: UnionFactory) -> Mount:
+    """Where the mode makes no difference."""
+    return union(LAYERS, "notify", "survive=on,branch_timeout=1,create=rr", allow_log=LOG)
+
+
+def test_calls_that_are_given_to_threads(notified: Mount, server: Server, tmp_path: Path) -> None:
+    """READ and FSYNC wait in threads, and so does nobody else; after an fsync the branch is asked as well."""
+    (tmp_path / "real/only/g").write_bytes(b"g" * 100_000)
+    path = notified.path
+    file, other = os.open(path / "only/f", os.O_RDWR), os.open(path / "only/g", os.O_RDONLY)
+    os.pwrite(file, b"F", 0)
+    server.stall()
+    with ThreadPoolExecutor(2) as threads:
+        waiting = threads.submit(number_of, os.fsync, file), threads.submit(number_of, os.pread, other, 10, 50_000)
+        assert (path / "in_d").read_text() == "in_d"
+        assert [one.result(SECONDS) for one in waiting] == [errno.EIO, errno.EIO]
+    server.go_on()
+    until(lambda: offline(notified) == [], "its return", SECONDS)
+    os.fsync(file)
+    assert os.pread(file, 10, 0) == b"F"
+    assert os.pread(other, 3, 50_000) == b"ggg"
+    os.close(file)
+    os.close(other)
+
+
+def test_what_happens_to_the_mount_meanwhile(notified: Mount, server: Server) -> None:
+    """Its process is killed, and it is unmounted."""
+    writer = os.open(notified.path / "only/f", os.O_WRONLY)
+    os.pwrite(writer, b"F", 0)
+    server.stall()
+    assert number_of(os.stat, notified.path / "only/new") == errno.EIO
+    os.kill(notified.control({"op": "status"})["pid"], signal.SIGKILL)
+    assert (notified.path / "in_d").read_text() == "in_d"
+    assert number_of(os.stat, notified.path / "only") == errno.EIO
+    assert offline(notified) == [str(notified["hung"])]
+    refused = notified.control({"op": "where", "path": "/in_d"})
+    assert "does not answer" in refused["error"]
+    number_of(os.close, writer)
+    notified.unmount()
+
+
+def test_a_branch_that_does_not_answer_at_the_mount(server: Server, tmp_path: Path) -> None:
+    server.stall()
+    branches = [f"{tmp_path / name}={permission}" for name, permission in LAYERS.items()]
+    mount = Mount(branches, tmp_path / "mnt", options="branch_timeout=1")
+    try:
+        with pytest.raises(MountFailed, match="hung has not answered for 1 s") as failed:
+            mount.start()
+    finally:
+        mount.destroy()
+    assert failed.value.code == ExitCode.BRANCH

@@ -187,6 +187,8 @@ def _print_status(answer: dict[str, Any]) -> None:
         process = mount.get("process", {})
         for line in process.get("io_fallbacks", ()):
             click.echo(f"{mount['label']}: {line}")
+        for branch, since in process.get("offline", {}).items():
+            click.echo(f"{mount['label']}: {branch} has not answered for {_duration(time.time() - since)}")
         if process.get("mortal", "") not in ("", "survive=off"):
             click.echo(f"{mount['label']}: ends with its process: {process['mortal']}")
         served_by = process.get("udbad", answer["udbad"])

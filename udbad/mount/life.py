@@ -21,6 +21,7 @@ from udbad.mount import crash, keeper
 from udbad.mount.handover import Predecessor
 from udbad.mount.keeper import Left
 from udbad.mount.mountproc import STOPPING, MountProcess, is_portable
+from udbad.mount.offline import ask_first
 from udbad.mount.presence import NOBODY, Identity
 from udbad.mount.readings import text
 from udbad.mount.watchdog import Watchdog
@@ -116,6 +117,8 @@ def run(
             else:
                 configured = configured or format_options(options)
                 options = resolved(options)
+                if options.branch_timeout:
+                    ask_first([spec.path for spec in options.branches], options.branch_timeout)
             process = MountProcess(options, mount_point, identity, record, predecessor, own)
         except OSError as error:
             raise _no_start(mount_point, error) from error

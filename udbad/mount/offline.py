@@ -17,6 +17,7 @@ import os
 import select
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -56,6 +57,40 @@ class Outage:
 def outages(facts: dict[str, Any]) -> dict[int, Outage]:
     """Of what a predecessor has said: by branch id."""
     return {int(branch): Outage(**words) for branch, words in facts.get("outages", {}).items()}
+
+
+def ask_first(paths: Sequence[bytes], timeout: int) -> None:
+    """Before branches are opened by a process that would hang with them. Raises UserError (BRANCH) for one that does
+    not answer within so many seconds. Precondition: no thread yet."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    owner, pid = os.getpid(), os.fork()
+    if pid == 0:
+        _ask_paths(owner, paths, writer)
+    os.close(writer)
+    try:
+        poll = select.poll()
+        poll.register(reader, select.POLLIN)
+        for path in paths:
+            if not poll.poll(timeout * 1000):
+                os.kill(pid, signal.SIGKILL)  # and not waited for, as it may never end
+                raise UserError(f"branch {shown(path)} has not answered for {timeout} s", ExitCode.BRANCH)
+            if not os.read(reader, 1):
+                break
+        os.waitpid(pid, 0)
+    finally:
+        os.close(reader)
+
+
+def _ask_paths(owner: int, paths: Sequence[bytes], writer: int) -> NoReturn:
+    """In a process of its own. What is wrong with a branch is found by whoever opens it."""
+    try:
+        _be_alone(owner, writer)
+        for path in paths:
+            with suppress(OSError):
+                os.statvfs(path)
+            os.write(writer, b".")
+    finally:
+        os._exit(0)
 
 
 def check_answering(branches: BranchSet) -> None:
@@ -140,21 +175,27 @@ def _probe(branch: Branch, delay: float, killed: int) -> int:
 def _ask(owner: int, root: int, writer: int, delay: float, killed: int) -> NoReturn:
     """In a process of its own."""
     try:
-        libc = ctypes.CDLL(None)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        libc.prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
-        last = -1
-        for fd in (*sorted({0, 1, 2, root, writer}), 1 << 30):
-            if fd > last + 1:  # an empty range would be everything
-                os.closerange(last + 1, fd)
-            last = fd
-        if os.getppid() == owner:
-            _wait_for(killed)
-            time.sleep(delay)
-            while not _answers(root):
-                time.sleep(_AGAIN_SECONDS)
-            os.write(writer, b"!")
+        _be_alone(owner, root, writer)
+        _wait_for(killed)
+        time.sleep(delay)
+        while not _answers(root):
+            time.sleep(_AGAIN_SECONDS)
+        os.write(writer, b"!")
     finally:
+        os._exit(0)
+
+
+def _be_alone(owner: int, *kept: int) -> None:
+    """Have nothing of a mount open but these descriptors, and end with process `owner`."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
+    last = -1
+    for fd in (*sorted({0, 1, 2, *kept}), 1 << 30):
+        if fd > last + 1:  # an empty range would be everything
+            os.closerange(last + 1, fd)
+        last = fd
+    if os.getppid() != owner:
         os._exit(0)
 
 
