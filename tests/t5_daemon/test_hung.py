@@ -18,7 +18,7 @@ import pytest
 
 from tests.helpers.mount import Mount, MountFailed, UnionFactory
 from tests.helpers.stalling import STUCK, Server, stalling
-from tests.t5_daemon.daemon import until
+from tests.t5_daemon.daemon import Daemon, until
 from udbad.errors import ExitCode
 from udbad.mount import keeper
 
@@ -167,3 +167,30 @@ def test_a_branch_that_does_not_answer_at_the_mount(server: Server, tmp_path: Pa
     finally:
         mount.destroy()
     assert failed.value.code == ExitCode.BRANCH
+
+
+def test_a_mount_of_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
+    """It does not answer when the daemon starts; then it does, and then once more not."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/of_hung").touch()
+    (tmp_path / "pool.a/apart").mkdir(parents=True)
+    with stalling(tmp_path / "real", tmp_path / "pool.hung") as server:
+        path = daemon.add("pool", survive=True, branch_timeout=1)
+        daemon.mounts["pool"]["branches"] = [f"{tmp_path}/pool.{name}=rw" for name in ("a", "hung")]
+        daemon.settings["retry_missing"] = 0.1
+        server.stall()
+        daemon.start()
+        assert "has not answered for 1 s" in daemon.wait_for("pool", "waiting")["reason"]
+        server.go_on()
+        first = daemon.wait_for("pool")["pid"]
+        assert sorted(os.listdir(path)) == ["apart", "of_hung"]
+        server.stall()
+        assert number_of(os.stat, path / "new") == errno.EIO
+        second = daemon.wait_for("pool", not_pid=first)["pid"]
+        assert f"pool: {tmp_path}/pool.hung has not answered for " in daemon.command("status", code=None)
+        assert (path / "apart").is_dir()
+        server.go_on()
+        daemon.wait_for("pool", not_pid=second)
+        assert sorted(os.listdir(path)) == ["apart", "of_hung"]
+        assert "has not answered" not in daemon.command("status")
+        daemon.stop()

@@ -41,6 +41,8 @@ _LEAST_DELAY = 0.1
 """Between two attempts to start a mount, in seconds."""
 _END_SECONDS = 2.0
 """For a mount process to end after it has said why it could not start."""
+_LOOK_SECONDS = 2.0
+"""For the branches of a mount that could not start to be looked at."""
 
 
 class State(Enum):
@@ -108,6 +110,8 @@ class Runner:
         self._renewing = False
         """Whether the process was told to make room for another."""
         self._task: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[list[str]] | None = None
+        """Of which branches are there."""
         self.log = logging.LoggerAdapter(log, {"mount": self.label})
 
     @property
@@ -348,20 +352,27 @@ class Runner:
             self.log.error("%s: %s", self.label, failure.text)
             return
         paths = [os.fsdecode(spec.path) for spec in self.settings.options.branches]
-        missing = await _missing(paths) if failure.code == ExitCode.BRANCH else []
+        missing = await self._missing(paths) if failure.code == ExitCode.BRANCH else []
         if missing:
             self._set(State.WAITING, failure.text)
             self.log.warning("%s: %s; waiting for it", self.label, failure.text)
             wanted = self.settings
             while missing and not self._stopping and self.settings is wanted:
                 await self._pause(self.shared.daemon.retry_missing)
-                missing = await _missing(paths)
+                missing = await self._missing(paths)
             return
         self._set(State.RESTARTING, failure.text)
         delay = self._delay(failures)
         if failure.text != said:
             self.log.error("%s: %s; trying again", self.label, failure.text)
         await self._pause(max(delay, _LEAST_DELAY))
+
+    async def _missing(self, paths: list[str]) -> list[str]:
+        """Which of these directories are not there, or do not answer. One that hangs is asked once, however often."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(_missing(paths), name=f"branches of {self.label}")
+        done, _ = await asyncio.wait({self._looking}, timeout=_LOOK_SECONDS)
+        return self._looking.result() if done else paths
 
     async def _after_failed_takeover(self, failure: _Failure, failures: int) -> None:
         """Try again for as long as its users may wait; then they get errors, and it is mounted anew."""
