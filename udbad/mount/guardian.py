@@ -37,14 +37,15 @@ Place = tuple[str, int]
 _SERVES: Final = "serves"
 _LEAVES: Final = "leaves"
 _RENEWS: Final = "renews"
+_ENDS: Final = "ends"
 """First words of what a mount process says: then come its Place, what it will leave (keeper.Left), or how another
-version is started (life.Renewal)."""
+version is started (life.Renewal). The last one: it ends in order, though its keeper may live for what it has open on a
+branch that does not answer."""
 _MOST: Final = 1 << 16
 """Bytes of what it says."""
 _FIRST_DELAY: Final = 0.1
 _LONGEST_DELAY: Final = 5.0
 """Seconds between two attempts to take a mount over, doubled each time."""
-_END_SECONDS: Final = 0.05
 _FORWARDED: Final = signal.SIGINT, signal.SIGTERM
 
 Serve = Callable[[Guard, Callable[[Place], None]], None]
@@ -132,7 +133,7 @@ class Guardian:
 
     def _guard(self, status: int, served: bool) -> int:
         """While there is something to take over, have it taken over; the exit code for our own end."""
-        while self._legacy and served and status:  # 0: it has ended in order
+        while self._legacy and served:
             status = self._succeed()
         self._legacy.end()
         code = os.waitstatus_to_exitcode(status)
@@ -203,7 +204,7 @@ class Guardian:
         poll.register(ours, select.POLLIN)
         for fd in (self._pidfd, died, *(before := self._legacy.pidfds())):
             poll.register(fd, select.POLLIN)
-        ended = is_late = False
+        ended = is_late = in_order = False
         with ours:
             while not ended:
                 ready = dict(poll.poll(None if served else self._milliseconds(is_late)))
@@ -234,11 +235,16 @@ class Guardian:
                         self._legacy.add((word[1], word[2]))
                     elif word[0] == _RENEWS:
                         self._become(Renewal(*word[1:]), pid, ours.fileno(), died)
+                    elif word[0] == _ENDS:
+                        in_order = True
         self._serves = False
         pidfd, self._pidfd = self._pidfd, -1
         os.close(pidfd)
         os.close(died)
         status = self._reap(pid, is_late)
+        if in_order:
+            self._legacy.end()
+            return 0, served
         if served and self._legacy:
             log.warning("process %d ended, status %d; another one takes over", pid, os.waitstatus_to_exitcode(status))
         return status, served
@@ -273,7 +279,7 @@ class Guardian:
     def _reap(self, pid: int, may_live: bool) -> int:
         """Its status. One that somebody is to take over from may have a thread that ends after that (keeper.py)."""
         self._dying = {other for other in self._dying if not os.waitpid(other, os.WNOHANG)[0]}
-        ended, status = _wait_briefly(pid) if self._legacy or may_live else os.waitpid(pid, 0)
+        ended, status = os.waitpid(pid, os.WNOHANG if self._legacy or may_live else 0)
         if not ended:
             self._dying.add(pid)
             return signal.SIGKILL
@@ -305,17 +311,8 @@ class Guardian:
                 renewed=lambda new: say([_RENEWS, *new]),
             )
             self._serve(guard, ready)
+            tell([_ENDS])
         raise SystemExit(0)
-
-
-def _wait_briefly(pid: int) -> tuple[int, int]:
-    """As waitpid(2); it may be about to end when its keeper says that it has."""
-    end = time.monotonic() + _END_SECONDS
-    while True:
-        ended = os.waitpid(pid, os.WNOHANG)
-        if ended[0] or time.monotonic() > end:
-            return ended
-        time.sleep(_END_SECONDS / 10)
 
 
 def _prepare() -> None:
