@@ -170,6 +170,10 @@ def test_changes(tmp_path: Path, calls: ModuleType) -> None:
         for name, mode in ((b"moved", 0o4711), (b"link", None)):
             fd = calls.pin_at(directory, name)
             try:
+                calls.link_fd(fd, directory, name + b" again")
+                with pytest.raises(FileExistsError):
+                    calls.link_fd(fd, directory, name + b" again")
+                calls.unlink_at(directory, name + b" again")
                 before = os.fstat(fd)
                 calls.chown_fd(fd, -1, -1)
                 assert os.fstat(fd)[:6] == before[:6]

@@ -177,25 +177,26 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     record(syscalls, "write_out")
     record(syscalls, "flush")
     record(syscalls, "rename_at")
+    record(syscalls, "link_fd")
     return done
 
 
 @pytest.mark.parametrize(
     ("file_system", "options", "content", "length", "expected"),
     [
-        ("ext4", {}, b"data", None, ["fsync", "rename_at"]),
-        ("ext4", {}, b"data", 2, ["fsync", "rename_at"]),
-        ("ext4", {}, b"data", 0, ["rename_at"]),
-        ("ext4", {}, b"", None, ["rename_at"]),
-        ("ext4, ordered", {}, b"data", None, ["write_out", "rename_at"]),
-        ("ext4, ordered", {}, b"data", 0, ["rename_at"]),
-        ("tmpfs", {}, b"data", None, ["rename_at"]),
-        ("ext4", {"fsync_copyup": False}, b"data", None, ["rename_at"]),
-        ("ext4, ordered", {"fsync_copyup": False}, b"data", None, ["rename_at"]),
-        ("nfs", {}, b"data", None, ["fsync", "rename_at"]),
-        ("nfs", {}, b"data", 0, ["flush", "rename_at"]),
-        ("nfs", {}, b"", None, ["flush", "rename_at"]),
-        ("nfs", {"fsync_copyup": False}, b"data", None, ["flush", "rename_at"]),
+        ("ext4", {}, b"data", None, ["fsync", "link_fd"]),
+        ("ext4", {}, b"data", 2, ["fsync", "link_fd"]),
+        ("ext4", {}, b"data", 0, ["link_fd"]),
+        ("ext4", {}, b"", None, ["link_fd"]),
+        ("ext4, ordered", {}, b"data", None, ["write_out", "link_fd"]),
+        ("ext4, ordered", {}, b"data", 0, ["link_fd"]),
+        ("tmpfs", {}, b"data", None, ["link_fd"]),
+        ("ext4", {"fsync_copyup": False}, b"data", None, ["link_fd"]),
+        ("ext4, ordered", {"fsync_copyup": False}, b"data", None, ["link_fd"]),
+        ("nfs", {}, b"data", None, ["fsync", "link_fd"]),
+        ("nfs", {}, b"data", 0, ["flush", "link_fd"]),
+        ("nfs", {}, b"", None, ["flush", "link_fd"]),
+        ("nfs", {"fsync_copyup": False}, b"data", None, ["flush", "link_fd"]),
     ],
 )
 def test_content_is_on_disk_before_it_has_a_name(
@@ -212,6 +213,17 @@ def test_content_is_on_disk_before_it_has_a_name(
         on_a(union, name, bool(ordered))
         copyup.run(union.sb, NeedCopyUp(union.find("file"), Trigger.TRUNCATE, length))
     assert steps == expected
+
+
+def test_a_file_system_without_files_of_no_name(union: Core, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "injected")
+
+    monkeypatch.setattr(syscalls, "open_tmpfile", refuse)
+    copy_up(union)
+    assert steps[-1] == "rename_at"
+    assert [name for name in os.listdir(union["top"]) if "file" in name] == ["file"]
+    assert (union["top"] / "file").read_bytes() == (union["base"] / "file").read_bytes()
 
 
 def test_what_is_shared_needs_no_sync(union: Core, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.t2_core.killed import Mount, Request, outcome
+from udbad.branch import syscalls
 from udbad.branch.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from udbad.edge.once import REPEATED, RULES
 from udbad.edge.table import TABLE
@@ -217,6 +219,16 @@ def opened(path: str, flags: int, ask: Ask, unlinked: bool = False) -> Ask:
     return asking
 
 
+def listed(ask: Ask) -> Ask:
+    """`ask` where what is in the root is known."""
+
+    def asking(mount: Mount) -> Request:
+        mount.union.names()
+        return ask(mount)
+
+    return asking
+
+
 def write_unlinked(path: str, flags: int, offset: int, data: bytes) -> Ask:
     def ask(mount: Mount) -> Request:
         request = write(path, flags, offset, data)(mount)
@@ -272,6 +284,7 @@ CASES: dict[str, Case] = {
         )
     },
     "mkdir-opaque-always": Case(mkdir("n"), {"base/o": b""}, options={"opaque_always": True}),
+    "mkdir-known": Case(listed(mkdir("n")), {"base/o": b""}, options={"udba": "none"}),
     "create-trunc": Case(create("n", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), WHITED),
     "tmpfile": Case(tmpfile(""), {"base/o": b""}),
     "tmpfile-lower-dir": Case(tmpfile("d"), LOWER_DIR),
@@ -294,6 +307,8 @@ CASES: dict[str, Case] = {
     "unlink-mid": Case(unlink("a"), {"mid/a": b"mid", "base/a": b"low"}, THREE),
     # rmdir
     "rmdir-upper": Case(rmdir("d"), {"top/d": None}),
+    "rmdir-known": Case(listed(rmdir("d")), {"top/d": None, "base/o": b""}, options={"udba": "none"}),
+    "rmdir-known-with-marks": Case(listed(rmdir("d")), {"top/d/.wh.x": WH, "base/o": b""}, options={"udba": "none"}),
     "rmdir-lower": Case(rmdir("d"), {"base/d": None}),
     "rmdir-merged": Case(rmdir("d"), {"top/d": None, "base/d": None}),
     "rmdir-with-marks": Case(rmdir("d"), {"top/d/.wh.x": WH, "top/d/.wh.y": WH, **LOWER_DIR}),
@@ -424,6 +439,17 @@ def _quick_collections() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_operation_is_done_once(tmp_path: Path, name: str) -> None:
+    assert differences(tmp_path, CASES[name]) == []
+
+
+@pytest.mark.parametrize("name", ["chmod-lower", "write-lower-hard-link", "link-lower-whited"])
+def test_a_copy_up_under_a_temporary_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Where the file system has no files without one."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "injected")
+
+    monkeypatch.setattr(syscalls, "open_tmpfile", refuse)
     assert differences(tmp_path, CASES[name]) == []
 
 

@@ -4,7 +4,7 @@
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
-from libc.errno cimport EAGAIN, ENOSYS, EOPNOTSUPP, EPERM, errno
+from libc.errno cimport EAGAIN, ENOENT, ENOSYS, EOPNOTSUPP, EPERM, errno
 from libc.stdint cimport uint64_t
 from libc.stdio cimport snprintf
 from libc.string cimport strerror, strlen
@@ -12,7 +12,7 @@ from posix.time cimport timespec
 
 cdef extern from "<fcntl.h>" nogil:
     int openat_c "openat"(int dirfd, const char *path, int flags, unsigned int mode)
-    int AT_EMPTY_PATH, O_CLOEXEC, O_CREAT, O_EXCL, O_NOFOLLOW, O_PATH
+    int AT_EMPTY_PATH, AT_FDCWD, AT_SYMLINK_FOLLOW, O_CLOEXEC, O_CREAT, O_EXCL, O_NOFOLLOW, O_PATH
 
 cdef extern from "<stdio.h>" nogil:
     int renameat2_c "renameat2"(int src_dirfd, const char *src, int dst_dirfd, const char *dst, unsigned int flags)
@@ -21,6 +21,7 @@ cdef extern from "<sys/stat.h>" nogil:
     int chmod_c "chmod"(const char *path, unsigned int mode)
 
 cdef extern from "<unistd.h>" nogil:
+    int linkat_c "linkat"(int src_dirfd, const char *src, int dst_dirfd, const char *dst, int flags)
     int unlinkat_c "unlinkat"(int dirfd, const char *path, int flags)
     int fchownat_c "fchownat"(int dirfd, const char *path, unsigned int uid, unsigned int gid, int flags)
     long syscall(long number, int fd, const char *path, unsigned int mode, int flags)
@@ -103,6 +104,19 @@ def open_at(int dirfd, bytes name, int flags):
 def pin_at(int dirfd, bytes name):
     """An O_PATH descriptor of the object itself, also of a symlink, device or FIFO."""
     return opened(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC, 0)
+
+
+def link_fd(int fd, int dirfd, bytes name):
+    """Give the file behind `fd` (an O_TMPFILE one too) a name: linkat(2)."""
+    cdef const char *text = text_of(name)
+    cdef char path[32]
+    cdef int failed
+    with nogil:
+        failed = linkat_c(fd, b"", dirfd, text, AT_EMPTY_PATH)
+        if failed and errno == ENOENT:  # an ordinary user
+            snprintf(path, sizeof(path), b"/proc/self/fd/%d", fd)
+            failed = linkat_c(AT_FDCWD, path, dirfd, text, AT_SYMLINK_FOLLOW)
+    check(failed)
 
 
 def unlink_at(int dirfd, bytes name):

@@ -260,8 +260,12 @@ def link_at(src_dirfd: int, src: bytes, dst_dirfd: int, dst: bytes) -> None:
 
 
 def link_fd(fd: int, dirfd: int, name: bytes) -> None:
-    """Give the file behind `fd` (an O_TMPFILE one too) a name: linkat(2), AT_SYMLINK_FOLLOW on /proc."""
-    _check(_libc.linkat(_AT_FDCWD, proc_path(fd), dirfd, name, _AT_SYMLINK_FOLLOW))
+    """Give the file behind `fd` (an O_TMPFILE one too) a name: linkat(2). ENOENT where AT_EMPTY_PATH is not for an
+    ordinary user: then by AT_SYMLINK_FOLLOW on /proc."""
+    if _libc.linkat(fd, b"", dirfd, name, _AT_EMPTY_PATH):
+        if ctypes.get_errno() != errno.ENOENT:
+            _check(-1)
+        _check(_libc.linkat(_AT_FDCWD, proc_path(fd), dirfd, name, _AT_SYMLINK_FOLLOW))
 
 
 def unlink_at(dirfd: int, name: bytes) -> None:
@@ -610,6 +614,7 @@ if not compiled.why_not():
         chmod_fd,
         chown_fd,
         create_file_at,
+        link_fd,
         open_at,
         pin_at,
         read_cached,

@@ -234,11 +234,11 @@ class Changes:
             self._sb.count_links(parent)
         self.hooks.own_change(parent, name, st, moved)
 
-    def copied_up(self, node: Node, parent: Dir, name: bytes, as_link: bool = False) -> None:
-        """A rename(2) of ours has put the data of a node that is no directory under this name of a branch above, where
-        the node is now. as_link: that is a further name of it.
+    def copied_up(self, node: Node, parent: Dir, name: bytes, as_link: bool = False, event: int = MOVED_TO) -> None:
+        """A system call of ours has put the data of a node that is no directory under this name of a branch above,
+        where the node is now. as_link: that is a further name of it. event: as for `Hooks.own_event`.
         """
-        self.hooks.own_event(parent, node.branch, name, MOVED_TO)
+        self.hooks.own_event(parent, node.branch, name, event)
         parent.note_stacked(name)
         if parent.view is not None:
             parent.view[name] = node.branch.index

@@ -2,10 +2,10 @@
 
 Three steps, so that the bytes can travel in a worker thread while the mount is served:
 
-    begin     event loop: choose the branch, make parents, open source and a temporary file there
+    begin     event loop: choose the branch, make parents, open source and a file without a name there
     transfer  any thread: content, owner, mode, xattrs, times (`copy`), then the disk (`put_on_disk`); only descriptors
               and bytes
-    commit    event loop: rename the temporary over nothing, then publish the new home
+    commit    event loop: give the copy its name, where nothing has it, then publish the new home
 
 Everything but regular files is small enough to be done inside `begin`. A failure leaves the lower
 object untouched and visible and no temporary behind. While a copy-up is under way node.busy is set,
@@ -35,17 +35,21 @@ from udbad.errors import GONE, erofs, estale, os_error
 from udbad.inodes.handles import backing_id
 from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
-from udbad.types import CopyMethod, Trigger
+from udbad.types import MADE, MOVED_TO, CopyMethod, Trigger
 from udbad.union import copydirs, homes, lookup, plink
 from udbad.union.lookup import Answer
 from udbad.union.superblock import NeedCopyUp, Superblock, is_object
 
 _ATTEMPTS = 3
+_NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
+"""open(2) with O_TMPFILE on a file system that has no files without a name."""
 
 
 @dataclass(slots=True)
 class Job:
-    """One copy-up of a regular file under way. tmp is b"" for a file that has no name (orphan).
+    """One copy-up of a regular file under way. tmp: the temporary name of the copy, b"" where it can do without.
+
+    dirfd: where it gets its name; -1: it gets none (orphan).
 
     length: bytes of the content that are wanted, None for all. fsync: there is content that has to be on disk.
     parent_times: (atime_ns, mtime_ns) of the target directory, put back after the rename.
@@ -131,9 +135,8 @@ def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
     except BaseException:
         os.close(src_fd)
         raise
-    tmp = whiteout.temporary_name(name)
     try:
-        dst_fd = syscalls.create_file_at(dirfd, tmp, os.O_RDWR, 0o600)
+        tmp, dst_fd = _new_file(dirfd, name)
     except BaseException:
         os.close(src_fd)
         os.close(dirfd)
@@ -143,6 +146,18 @@ def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
         node, need.trigger, node.branch, parent, name, branch, dirfd, tmp, src_fd, dst_fd, st, length, fsync, times,
         as_link,
     )  # fmt: skip
+
+
+def _new_file(dirfd: int, name: bytes) -> tuple[bytes, int]:
+    """The file that becomes the copy, and its temporary name. Without one (b"") where the file system has such files:
+    nobody sees it, nothing is left of it after a crash, and a directory changes once and not twice."""
+    try:
+        return b"", syscalls.open_tmpfile(dirfd, 0o600)
+    except OSError as error:
+        if error.errno not in _NO_TMPFILE:
+            raise
+    tmp = whiteout.temporary_name(name)
+    return tmp, syscalls.create_file_at(dirfd, tmp, os.O_RDWR, 0o600)
 
 
 def _has_names(sb: Superblock, node: Node, as_link: bool, st: os.stat_result) -> bool:
@@ -155,6 +170,20 @@ def _extent(sb: Superblock, branch: Branch, st: os.stat_result, length: int | No
     if st.st_size == 0 or length == 0:
         return 0, False
     return length, sb.options.fsync_copyup and not branch.in_memory
+
+
+def _publish(job: Job, parent: Dir) -> int:
+    """The system call that makes the copy visible; which event it sends (types.MADE and the like). As `_publish_in`."""
+    if job.tmp:
+        _publish_in(parent, job.dirfd, job.tmp, job.dirfd, job.name)
+        job.tmp = b""
+        return MOVED_TO
+    try:
+        syscalls.link_fd(job.dst_fd, job.dirfd, job.name)
+    except FileExistsError:
+        parent.doubt(job.name)
+        raise estale() from None
+    return MADE
 
 
 def _publish_in(parent: Dir, src_dirfd: int, tmp: bytes, dst_dirfd: int, name: bytes) -> None:
@@ -252,7 +281,7 @@ def _unnamed_file(branch: Branch) -> int:
     try:
         return syscalls.open_tmpfile(branch.root_fd, 0o600)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+        if error.errno not in _NO_TMPFILE:
             raise
     name = whiteout.temporary_name(b"orphan")
     fd = syscalls.create_file_at(branch.root_fd, name, os.O_RDWR, 0o600)
@@ -338,7 +367,7 @@ def commit(sb: Superblock, job: Job, at_once: bool = False) -> None:
     """
     node = job.node
     made = syscalls.fstat(job.dst_fd)
-    if not job.tmp:
+    if job.dirfd < 0:
         _note(sb, node, None, b"", job.branch, made, False, 0)
         dst_fd, job.dst_fd = job.dst_fd, -1
         _settle_orphan(sb, node, job.branch, dst_fd, made)
@@ -356,10 +385,9 @@ def commit(sb: Superblock, job: Job, at_once: bool = False) -> None:
     if not at_once:
         _check_unmoved(sb, job)
     _note(sb, node, job.parent, job.name, job.branch, made, job.as_link, _names_left(node, job.st, job.as_link))
-    _publish_in(job.parent, job.dirfd, job.tmp, job.dirfd, job.name)
-    job.tmp = b""
+    event = _publish(job, job.parent)
     copied = Place(job.src_fd, b"", job.st)
-    _settle(sb, node, job.parent, job.name, job.branch, job.dst_fd, copied, made, job.as_link)
+    _settle(sb, node, job.parent, job.name, job.branch, job.dst_fd, copied, made, job.as_link, event)
     copydirs.restore_times(job.dirfd, job.parent_times)
 
 
@@ -539,11 +567,11 @@ def _settle_orphan(sb: Superblock, node: Node, branch: Branch, fd: int, made: os
 
 def _settle(
     sb: Superblock, node: Node, parent: Dir, name: bytes, branch: Branch, fd: int,
-    source: Place, made: os.stat_result, as_link: bool,
+    source: Place, made: os.stat_result, as_link: bool, event: int = MOVED_TO,
 ) -> None:  # fmt: skip
     """The copy has its name: from now on the node's data is there, under the number it always had.
 
-    fd: a descriptor of the copy, O_PATH unless it is a regular file.
+    fd: a descriptor of the copy, O_PATH unless it is a regular file. event: what giving it the name has sent.
     """
     parent.note_stacked(name)  # whatever fails from here on, the name is there
     src = source.st
@@ -561,7 +589,7 @@ def _settle(
         for other in node.names():
             if other != (parent, name):
                 sb.changes.lost(node, *other)
-    sb.changes.copied_up(node, parent, name, as_link)
+    sb.changes.copied_up(node, parent, name, as_link, event)
 
 
 def _names_left(node: Node, src: os.stat_result, as_link: bool) -> int:
