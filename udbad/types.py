@@ -17,6 +17,8 @@ ROOT_ID = NodeId(1)
 
 MOVED_FROM, MOVED_TO, MADE, REMOVED = 0x40, 0x80, 0x100, 0x200
 """What one system call did to one name in one branch directory; inotify's numbers for the event (inotify(7))."""
+OF_DIRECTORY = 0x40000000
+"""Added to that: the name of a directory (IN_ISDIR)."""
 
 
 class Caller(NamedTuple):

@@ -53,7 +53,8 @@ class Case(Enum):
     APPEARED = auto()
     """An object nobody has asked for yet: the kernel may hold that there is none."""
     NOT_ASKED_FOR = auto()
-    """The same, but the event does not say that it was made: the kernel holds nothing of the name."""
+    """A name of which nothing is held, and the event does not say that it was made: of our copies without a name, too.
+    No branch is asked."""
     ABSENT = auto()
     """Nothing, as was recorded: it came and went, or a whiteout hides nothing."""
 
@@ -75,7 +76,9 @@ def classify(sb: Superblock, node: Dir, name: bytes, kinds: int) -> Finding:
     if not node.trusted:
         return Case.NOTHING_HELD, None, None, None
     child = node.children.get(name)
-    if child is not None and not kinds & NAMES:
+    if not kinds & NAMES:
+        if child is None:
+            return Case.NOT_ASKED_FOR, None, None, None
         st = _same_file(node, name, child)
         if st is not None:
             return Case.SAME_FILE, child, None, st
@@ -84,7 +87,7 @@ def classify(sb: Superblock, node: Dir, name: bytes, kinds: int) -> Finding:
         return Case.ABSENT if child is None else Case.GONE, child, None, None
     if found.layers is None:
         if child is None:
-            return Case.APPEARED if kinds & NAMES else Case.NOT_ASKED_FOR, None, found, None
+            return Case.APPEARED, None, found, None
         st = _same_object(sb, node, name, child, found)
         return Case.REPLACED if st is None else Case.SAME_OBJECT, child, found, st
     if type(child) is Dir and not child.dead and lookup.same_directory(child, found.layers):
@@ -92,7 +95,7 @@ def classify(sb: Superblock, node: Dir, name: bytes, kinds: int) -> Finding:
     lookup.discard(sb, node, name, found)
     if child is not None:
         return Case.REPLACED, child, found, None
-    return Case.APPEARED if kinds & NAMES else Case.NOT_ASKED_FOR, None, found, None
+    return Case.APPEARED, None, found, None
 
 
 def _same_file(node: Dir, name: bytes, child: Node) -> os.stat_result | None:
@@ -330,7 +333,6 @@ class Events:
         self._compare_other_name(found, kinds)
 
     def _not_asked_for(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
-        lookup.remember(node, name, finding[2] or lookup.CLEAR)
         self.echoes += 1
 
     def _absent(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from udbad.branch.branches import Branch
 from udbad.inodes.table import Dir, Hit, Node
-from udbad.types import MADE, MOVED_FROM, MOVED_TO, REMOVED
+from udbad.types import MADE, MOVED_FROM, MOVED_TO, OF_DIRECTORY, REMOVED
 
 if TYPE_CHECKING:
     from udbad.union.superblock import Superblock
@@ -49,9 +49,10 @@ class Hooks(Protocol):
         """Most nodes have left the table: give back the room that what was held for them has taken."""
 
     def own_event(self, node: Dir, branch: Branch, name: bytes, event: int) -> None:
-        """A system call of ours has changed the name of what is no directory, in one branch directory.
+        """A system call of ours has changed a name in one branch directory.
 
-        It succeeded, so that it has sent exactly one event, `event` (types.MADE and the like). What the name stands
+        It succeeded, so that it has sent exactly one event, `event` (types.MADE and the like; of a directory,
+        OF_DIRECTORY, too). What the name stands
         for now is told by `own_change`.
         """
 
@@ -148,10 +149,10 @@ class Changes:
     def made(self, parent: Dir, name: bytes, hit: Hit, branch: Branch | None = None) -> None:
         """An object was made, for which there was nothing before; that it has its node, `updated` says next.
 
-        hit: of the view. branch: where a system call of ours made it, which is no directory.
+        hit: of the view. branch: where a system call of ours made it.
         """
         if branch is not None:
-            self.hooks.own_event(parent, branch, name, MADE)
+            self.hooks.own_event(parent, branch, name, MADE if type(hit) is int else MADE | OF_DIRECTORY)
         if parent.view is not None:
             parent.view[name] = hit
 
@@ -168,11 +169,11 @@ class Changes:
     ) -> None:
         """A name was removed, which was one of `node`, and the last one of a directory.
 
-        branch: from which a system call of ours took what is no directory. whited: a whiteout was made for the name.
+        branch: from which a system call of ours took it. whited: a whiteout was made for the name.
         Of a file, what is left of its names is for `unlinked` to say.
         """
         if branch is not None:
-            self.hooks.own_event(parent, branch, name, REMOVED)
+            self.hooks.own_event(parent, branch, name, REMOVED | OF_DIRECTORY if type(node) is Dir else REMOVED)
         if whited:
             parent.note_stacked(name)
         if parent.view is not None:

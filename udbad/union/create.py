@@ -208,11 +208,13 @@ def mkdir(
     target = prepare(sb, parent, name, is_dir=True)
     with creds.creating(caller, mode):
         _make(sb, parent, name, syscalls.mkdir_at, target.dirfd, name, mode)
-    return _made_directory(sb, parent, name, target)
+    return _made_directory(sb, parent, name, target, sent=True)
 
 
-def _made_directory(sb: Superblock, parent: Dir, name: bytes, target: Target) -> tuple[Dir, os.stat_result]:
-    """The node of a directory that was just made."""
+def _made_directory(
+    sb: Superblock, parent: Dir, name: bytes, target: Target, sent: bool = False
+) -> tuple[Dir, os.stat_result]:
+    """The node of a directory that was just made. sent: making it has sent one event."""
     fd = -1
     found: Found | Missing = lookup.CLEAR
     try:
@@ -248,7 +250,8 @@ def _made_directory(sb: Superblock, parent: Dir, name: bytes, target: Target) ->
             old.dead = True
             sb.table.changed(old)
         sb.inomap.fresh(top.dev, top.ino)
-    sb.changes.made(parent, name, tuple(layer.branch.index for layer in found.layers))
+    hit = tuple(layer.branch.index for layer in found.layers)
+    sb.changes.made(parent, name, hit, target.branch if sent else None)
     node, st = lookup.intern(sb, parent, name, found)
     assert type(node) is Dir
     sb.changes.updated(parent, name, links=target.branch is not parent.branch)

@@ -174,7 +174,7 @@ def _remove_simple(sb: Superblock, parent: Dir, name: bytes) -> bool:
         if error.errno in _NOT_SIMPLE:
             return False
         raise
-    sb.changes.removed(parent, name, node)
+    sb.changes.removed(parent, name, node, branch)
     return True
 
 
