@@ -64,6 +64,7 @@ class Pool:
         strategy = STRATEGIES[old.sb.changes.hooks.name](sb, core.notifier)  # type: ignore[attr-defined]
         strategy.start()
         strategy.recalled()
+        strategy.tell_untold()
 
     def bury(self, fs: UnionFs) -> None:
         for handle in fs.handles.lost.values():

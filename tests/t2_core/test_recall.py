@@ -20,10 +20,12 @@ from typing import Any
 import pytest
 
 from tests.t2_core.core import STRATEGIES, Core, core
+from tests.t2_core.fake_notifier import Message
 from tests.t2_core.test_trust import MODES, Chance, World, three_branches
 from udbad import compiled
 from udbad.branch.branches import BranchSpec
 from udbad.branch.credentials import Credentials
+from udbad.coherence.base import Coherence
 from udbad.inodes.handles import OpenFile
 from udbad.inodes.record import Record
 from udbad.inodes.table import Dir
@@ -130,6 +132,7 @@ class Mortal(World):
         recall.keep(self.fs, self.record)
         self.start(mode.name)
         self.coherence.recalled()
+        self.coherence.tell_untold()
         files = self.fs.handles.files
         self.handles = [files[handle.fh] for handle in self.handles]
         self.recalled += len(before["nodes"])
@@ -228,6 +231,7 @@ class Lives:
         strategy = STRATEGIES[old.sb.changes.hooks.name](sb, core.notifier)  # type: ignore[attr-defined]
         strategy.start()
         strategy.recalled()
+        strategy.tell_untold()
 
     def handle(self, handle: OpenFile) -> OpenFile:
         """The one of now."""
@@ -250,6 +254,23 @@ def lives(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lives]:
             made.fs.sb.changes.hooks.stop()  # type: ignore[attr-defined]  # as above
             bury(made.fs)
             lives.record.close()
+
+
+def test_the_kernel_is_told_first_of_what_is_open(lives: Lives) -> None:
+    """Of the rest while requests are served already."""
+    union = lives.core
+    opened, rest = union.open("d/f").node, [union.find(name) for name in ("f", "d/g")]
+    for node in rest:
+        node.nlookup = 1
+    strategy, told = union.fs.sb.changes.hooks, union.notifier.told
+    assert isinstance(strategy, Coherence)
+    told.clear()
+    strategy.recalled()
+    assert {Message("epoch"), Message("data", opened.id)} <= set(told)
+    assert not {node.id for node in rest} & {message.node for message in told}
+    assert strategy.tell_untold(1)
+    assert not strategy.tell_untold(1)
+    assert {Message("attributes", node.id) for node in rest} <= set(told)
 
 
 def test_open_files_are_what_they_were(lives: Lives) -> None:

@@ -92,6 +92,8 @@ class Coherence:
         self.notifier = notifier
         self.branch_events: dict[tuple[int, int], int] = {}
         """(branch index, kind bits of coherence/inotify.py) to number of events."""
+        self._untold: list[Node] = []
+        """Of what the kernel has still to forget something (`tell_untold`)."""
 
     def start(self) -> None:
         """Take over a tree, freshly mounted or handed over by another strategy: nothing in it is trusted yet."""
@@ -202,15 +204,23 @@ class Coherence:
             self.notifier.expire(node.id, name)
             self.tell_names(node)
 
-    def _distrust_all(self) -> None:
-        """`distrust` for everything there is, what has lost its name included; by an epoch, where there is one."""
+    def _distrust_all(self, later: bool = False) -> None:
+        """`distrust` for everything there is, what has lost its name included; by an epoch, where there is one.
+
+        later: with an epoch, leave to `tell_untold` what nobody has open. Whoever comes by a name asks for its
+        attributes as well; else only who has had such a file before, and no handle of it (O_PATH), could see old ones.
+        """
         epoch = self.notifier.everything()
         # A listing that was answered before may be taken in afterwards: names then have the new epoch, which
         # fuse_direntplus_link() looks at last. To have one forgotten waits for whoever reads the directory.
         reading = {handle.node.id for handle in self.sb.handles.dirs.values()}
         for node in list(self.sb.table.nodes.values()):
             if type(node) is not Dir:
-                self._drop_file(node)
+                if later and epoch and not node.handles:
+                    node.lacks = None
+                    self._untold.append(node)
+                else:
+                    self._drop_file(node)
                 continue
             was_trusted = node.trusted
             self._lose(node)
@@ -218,6 +228,13 @@ class Coherence:
                 self.expire_names(node)
             elif epoch:
                 node.negatives = None
+
+    def tell_untold(self, most: int | None = None) -> bool:
+        """Have the kernel forget what `recalled` has left, of `most` nodes (None: all). False when nothing is left."""
+        portion, self._untold = self._untold[:most], self._untold[len(self._untold) if most is None else most :]
+        for node in portion:
+            self._drop_file(node)
+        return bool(self._untold)
 
     def _lose(self, node: Dir) -> None:
         """A directory is not trusted; the caller has its names dropped, if it was."""
@@ -344,7 +361,7 @@ class Coherence:
 
     def recalled(self) -> None:
         """The tree is one that a predecessor had (union/recall.py): the kernel may remember all of it, and nobody has
-        seen what has happened meanwhile. To be called after `start`."""
+        seen what has happened meanwhile. To be called after `start`; `tell_untold` is due soon."""
         # The pages of a listing are dropped where nobody is taking in an answer: a later mtime would be seen by who
         # compares it, though nothing has changed. Where nothing changes by itself, an answer of then is as good as one
         # of now.
@@ -358,7 +375,8 @@ class Coherence:
                 if node.listed and node.id not in reading:
                     node.listed = False
                     dropped.append(node)
-        self.drop_everything()
+        self._distrust_all(later=True)
+        self.adopt(self.sb.root, False)
         for node in dropped:
             self.sb.table.changed(node)
             self.notifier.data(node.id)
