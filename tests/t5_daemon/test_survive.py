@@ -23,6 +23,7 @@ import pytest
 from tests.helpers.mount import Mount, UnionFactory
 from tests.helpers.profile import scaled
 from tests.t5_daemon.daemon import DEADLINE, Daemon, until
+from udbad.control import registry
 from udbad.mount import keeper
 
 pytestmark = [
@@ -247,6 +248,29 @@ def test_restart_in_place(daemon: Daemon) -> None:
     os.close(fd)
     daemon.stop()
     assert "ended; starting another" not in daemon.log()
+
+
+def eventfd_ids(pid: int, number: str = "") -> set[str]:
+    """Of the eventfds of a process, or of that with this number."""
+    numbers = [number] if number else os.listdir(f"/proc/{pid}/fdinfo")
+    words = [Path(f"/proc/{pid}/fdinfo/{each}").read_text().split() for each in numbers]
+    return {each[each.index("eventfd-id:") + 1] for each in words if "eventfd-id:" in each}
+
+
+def test_an_adopted_process_is_watched_by_its_keeper(daemon: Daemon) -> None:
+    """A thread of it may outlive a SIGKILL, and a pidfd says nothing until that has ended."""
+    daemon.add("a", survive=True)
+    daemon.start()
+    daemon.kill()
+    daemon.start()
+    (entry,) = registry.entries(daemon.run_dir)
+    assert daemon.process is not None
+    said = eventfd_ids(entry.keeper, str(entry.ended))
+    assert len(said) == 1
+    assert said <= eventfd_ids(daemon.process.pid)
+    os.kill(entry.pid, signal.SIGKILL)
+    daemon.wait_for("a", not_pid=entry.pid)
+    daemon.stop()
 
 
 def test_the_daemon_is_killed_first(daemon: Daemon) -> None:

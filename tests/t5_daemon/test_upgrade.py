@@ -78,6 +78,13 @@ def wait_for_version(daemon: Daemon, version: str) -> None:
     until(lambda: versions(daemon) == {"used": version}, "the other version")
 
 
+def leave_mounts(daemon: Daemon) -> None:
+    """The daemon goes, its mounts stay."""
+    daemon.command("stop", "--keep-mounts")
+    assert daemon.process is not None
+    assert daemon.process.wait(DEADLINE) == 0
+
+
 def versions(daemon: Daemon) -> dict[str, str]:
     return {entry.label: entry.version for entry in registry.entries(daemon.run_dir)}
 
@@ -92,9 +99,7 @@ def test_a_new_version_takes_over(daemon: Daemon, tmp_path: Path, end: str) -> N
         if end == "killed":
             daemon.kill()
         else:
-            daemon.command("stop", end)
-            assert daemon.process is not None
-            assert daemon.process.wait(DEADLINE) == 0
+            leave_mounts(daemon)
         install(daemon, tmp_path / "new")
         file.write("written while no daemon ran, ")
         file.flush()
@@ -158,9 +163,7 @@ def test_a_mount_that_survives_changes_over_by_itself(daemon: Daemon, tmp_path: 
     daemon.start()
     pid = daemon.state("used")["pid"]
     with (point / "open").open("w") as file:
-        daemon.command("stop", "--keep-mounts")
-        assert daemon.process is not None
-        assert daemon.process.wait(DEADLINE) == 0
+        leave_mounts(daemon)
         install(daemon, tmp_path / "new")
         file.write("written while no daemon ran, ")
         file.flush()
@@ -207,9 +210,7 @@ def test_a_version_that_cannot_read_the_state_leaves_the_mount_as_it_is(daemon: 
     daemon.start()
     pid = daemon.state("used")["pid"]
     with (point / "open").open("w") as file:
-        daemon.command("stop", "--keep-mounts")
-        assert daemon.process is not None
-        assert daemon.process.wait(DEADLINE) == 0
+        leave_mounts(daemon)
         install_previous(daemon)
         daemon.start()
         assert "none of the versions 1 can be written" in daemon.command("restart", "used", code=1)

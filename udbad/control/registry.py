@@ -49,7 +49,8 @@ class Entry:
     options: as after -o, as they are now; configured: as the configuration had them. connection: number under
     /sys/fs/fuse/connections. started: seconds since 1970. pid: in the pid namespace of the mount process;
     namespace: number of its mount namespace, namespaces(7), 0 if not known. keeper, record: with what another process
-    can go on with the mount (mount/keeper.py), 0: nobody can.
+    can go on with the mount (mount/keeper.py), 0: nobody can; ended: the descriptor there by which it says that the
+    mount process has ended, -1: none.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Entry:
     namespace: int = 0
     keeper: int = 0
     record: int = 0
+    ended: int = -1
 
     @property
     def id(self) -> str:

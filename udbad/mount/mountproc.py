@@ -68,6 +68,9 @@ _OTHER_FDS = 1024
 """Descriptors that are neither of directories nor of open files: branches, sockets, copy-ups, one operation's own."""
 _LINGER_SECONDS = 2
 _OPENERS_SECONDS = 10
+_TOLD_AT_ONCE = 250
+_TELLING_PAUSE = 0.005
+"""Nodes of which a successor tells the kernel in one go, and seconds between two: requests come first."""
 STOPPING = signal.SIGINT, signal.SIGTERM
 _MAX_DIRECTORY_FDS = 100_000
 
@@ -279,6 +282,7 @@ class MountProcess:
                 namespace=registry.mount_namespace(),
                 keeper=0 if self.keeper is None else self.keeper.pid,
                 record=0 if self.record is None else self.record.fd,
+                ended=-1 if self.guard is None else self.guard.ended,
             )
         )
 
@@ -336,6 +340,7 @@ class MountProcess:
                     nursery.start_soon(self._watch_keeper, self.keeper)
                 nursery.start_soon(later.load_in_thread, boundary.requests)
                 nursery.start_soon(self.offline.watch, self)
+                nursery.start_soon(self._tell_untold)
                 if self.fs.kept is not None:
                     nursery.start_soon(self._rest, self.fs.kept)
                 if listener is not None:
@@ -361,6 +366,12 @@ class MountProcess:
         self.keeper = None
         self.mortal = "the keeper has ended"
         log.warning("the keeper has ended: when this process does, users of the mount get errors")
+
+    async def _tell_untold(self) -> None:
+        while True:
+            if not self.coherence.tell_untold(_TOLD_AT_ONCE):
+                return
+            await trio.sleep(_TELLING_PAUSE)
 
     async def _rest(self, kept: KeptFiles) -> None:
         while True:

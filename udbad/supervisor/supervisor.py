@@ -27,6 +27,7 @@ from udbad.control.protocol import NOT_ANSWERING, Message, bind, flag_of, server
 from udbad.control.server import Command
 from udbad.errors import ExitCode, UserError
 from udbad.metrics import Samples
+from udbad.mount.keeper import Table
 from udbad.settings.file import Config, ConfigError, DaemonSettings, MountSettings, config_files, load, shared_trees
 from udbad.settings.options import format_options, parse_mount_options
 from udbad.supervisor import save, sdnotify
@@ -200,7 +201,7 @@ class Supervisor:
 
     def _adopt_one(self, entry: registry.Entry) -> Runner | None:
         try:
-            worker = Worker(entry.pid, os.pidfd_open(entry.pid))
+            worker = Worker(entry.pid, os.pidfd_open(entry.pid), keeper=_ended(entry))
         except OSError:
             return self._inherit(entry)
         try:
@@ -498,6 +499,22 @@ class Supervisor:
         log.info("asked to stop%s", ", mounts stay" if self._keep_mounts else "")
         asyncio.get_running_loop().call_soon(self._end.set)
         return {}
+
+
+def _ended(entry: registry.Entry) -> int:
+    """The eventfd by which a keeper says that its mount process has ended (mount/keeper.py); -1: there is none."""
+    if not entry.keeper or entry.ended < 0:
+        return -1
+    try:
+        table = Table(entry.keeper)
+    except OSError:
+        return -1
+    try:
+        return table.take(entry.ended)
+    except OSError:
+        return -1
+    finally:
+        table.close()
 
 
 async def _describe(runner: Runner) -> Message:

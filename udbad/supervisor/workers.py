@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from udbad.mount.keeper import Left
@@ -206,19 +207,16 @@ async def _readable(sock: socket.socket) -> None:
 async def _fork(sock: socket.socket) -> Worker | None:
     """None when the server has ended."""
     ours, theirs = socket.socketpair()
-    keeper = os.eventfd(0)
-    try:
+    with ExitStack() as undo:
+        undo.callback(ours.close)
+        keeper = os.eventfd(0)
+        undo.callback(os.close, keeper)
         with theirs:
             socket.send_fds(sock, [b"fork"], [theirs.fileno(), keeper])
         await _readable(sock)
         reply, descriptors, _, _ = socket.recv_fds(sock, 64, 1)
         if not reply:
-            ours.close()
-            os.close(keeper)
             return None
         ours.setblocking(False)
+        undo.pop_all()
         return Worker(int(reply), descriptors[0], ours, keeper)
-    except BaseException:
-        ours.close()
-        os.close(keeper)
-        raise
