@@ -170,7 +170,7 @@ def copies(slots: memoryview) -> dict[int, Identity]:
 
 def newest_first(slots: memoryview, handles: HandleTable | None = None) -> list[Slot]:
     """All slots; handles: of which the next one's number is noted, where something is to be noted."""
-    known = handles or HandleTable()
+    known = HandleTable() if handles is None else handles  # one that is empty is false
     every = [Slot(slots[at : at + SLOT], known) for at in range(0, len(slots) - SLOT + 1, SLOT)]
     return sorted(every, key=lambda slot: slot.sequence, reverse=True)
 
