@@ -185,6 +185,8 @@ class MountProcess:
             self.coherence.start()
             if predecessor is not None:
                 self.coherence.recalled()
+                if self.session.no_open:  # whatever has no handle may be open all the same, with pages of before
+                    self.coherence.tell_untold()
             self.passthrough: Passthrough | None = None
             self.edge = self._make_edge()
             if asked == "passthrough" and self.passthrough is None:
