@@ -219,8 +219,9 @@ class _Directory(pyfuse3.Operations):
         return data
 
 
-async def _let_go(operations: _Directory) -> None:
+async def _let_go(operations: _Directory, task_status: trio.TaskStatus[None]) -> None:
     with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+        task_status.started()
         async for _ in signals:
             operations.released.set()
             operations.released = trio.Event()
@@ -228,7 +229,7 @@ async def _let_go(operations: _Directory) -> None:
 
 async def _serve(operations: _Directory) -> None:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_let_go, operations)
+        await nursery.start(_let_go, operations)  # before anybody sends the signal
         print("ready", flush=True)
         await pyfuse3.main()
         nursery.cancel_scope.cancel()
