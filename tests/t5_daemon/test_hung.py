@@ -151,8 +151,18 @@ def test_what_happens_to_the_mount_meanwhile(notified: Mount, server: Server) ->
     assert (notified.path / "in_d").read_text() == "in_d"
     assert number_of(os.stat, notified.path / "only") == errno.EIO
     assert offline(notified) == [str(notified["hung"])]
-    refused = notified.control({"op": "where", "path": "/in_d"})
-    assert "does not answer" in refused["error"]
+    hung, other = str(notified["hung"]), str(notified["c"])
+    for request in (
+        {"op": "where", "path": "/in_d"},
+        {"op": "why", "path": "/in_d"},
+        {"op": "mvdown", "path": "/all/in_a", "source": hung},
+        {"op": "sync", "source": hung, "target": other, "mode": "copy"},
+        {"op": "branches", "edits": [["mod", f"{hung}=ro"]]},
+        {"op": "branches", "edits": [["del", other]]},
+        {"op": "remount", "options": "ro"},
+        {"op": "remount", "options": f"mod={hung}=ro"},
+    ):
+        assert "does not answer" in notified.control(request)["error"], request
     number_of(os.close, writer)
     notified.unmount()
 

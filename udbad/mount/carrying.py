@@ -19,6 +19,7 @@ from udbad.branch.spec import printable
 from udbad.control.protocol import Message, flag_of, path_of, text_of
 from udbad.errors import ExitCode, UserError
 from udbad.mount import rebranch
+from udbad.mount.offline import check_answering
 
 if TYPE_CHECKING:
     from udbad.mount.mountproc import MountProcess
@@ -100,6 +101,7 @@ class Carrying:
         from udbad.tools import mvdown
         from udbad.tools.carry import Halt
 
+        check_answering(self.process.sb.branches)
         flags = ("overwrite_lower", "keep_upper", "read_only_upper", "read_only_lower")
         parts = path_of(request)
         source = text_of(request, "source", "")
@@ -126,6 +128,7 @@ class Carrying:
         from udbad.tools import syncdown
         from udbad.tools.carry import Halt
 
+        check_answering(self.process.sb.branches)
         named = text_of(request, "source"), text_of(request, "target")
         mode = text_of(request, "mode")
         if mode not in ("copy", "move"):

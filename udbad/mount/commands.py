@@ -242,6 +242,7 @@ class Commands:
 
         All or nothing: an option that cannot change while mounted is an error and nothing is done.
         """
+        check_answering(self.process.sb.branches)  # whose paths are looked at
         async with self._changing:
             text, now = text_of(request, "options"), self.process.options
             # In a thread, as in rebranch.find. After this: the options are the same, `_changing` is held.

@@ -56,6 +56,7 @@ async def change_branches(
 
     Raises UserError: OPTION for bad edits.
     """
+    check_answering(process.sb.branches)  # before their paths are looked at
     specs = current_specs(process.sb.branches)
     # After this: the branches are the same, as one change at a time is made.
     return await set_branches(process, await _in_thread(edit_branches, specs, edits), check)
@@ -129,6 +130,7 @@ async def set_read_only(process: MountProcess, ro: bool, check: Callable[[], Non
     mount, or cannot be written to.
     """
     branches = process.sb.branches
+    check_answering(branches)
     before, after = _written(branches, process.options.ro), _written(branches, ro)
     try:
         await _lock(process, after)
