@@ -15,7 +15,7 @@ run_packages=(
 test_packages=(
     build-essential debootstrap fish libcap2-bin procps rsync strace
     btrfs-progs e2fsprogs squashfs-tools xfsprogs
-    postgresql sqlite3 prometheus openssl fuse-overlayfs mergerfs systemd zsh mandoc man-db
+    postgresql sqlite3 prometheus openssl fuse-overlayfs mergerfs openssh-server sshfs systemd zsh mandoc man-db
 )
 
 # To build the Debian package.
@@ -57,7 +57,7 @@ export DEBIAN_FRONTEND=noninteractive
 # A fresh machine may still be at its own upgrades: wait for the lock, in seconds.
 apt="apt-get -q -o DPkg::Lock::Timeout=300"
 $apt update
-# Installing a server (prometheus) must not start it here, nor at the next boot.
+# Installing a server (prometheus, sshd) must not start it here, nor at the next boot.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e $policy ]; then
     printf '#!/bin/sh\nexit 101\n' >$policy
@@ -65,6 +65,8 @@ if [ ! -e $policy ]; then
     trap 'rm -f '$policy EXIT
 fi
 $apt install -y --no-install-recommends "${missing[@]}"
-if [[ " ${missing[*]} " == *" prometheus "* ]] && command -v systemctl >/dev/null; then
-    systemctl disable --quiet prometheus 2>/dev/null || true
-fi
+for server in prometheus:prometheus openssh-server:ssh; do
+    if [[ " ${missing[*]} " == *" ${server%:*} "* ]] && command -v systemctl >/dev/null; then
+        systemctl disable --quiet "${server#*:}" 2>/dev/null || true
+    fi
+done
