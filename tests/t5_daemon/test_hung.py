@@ -159,12 +159,48 @@ def test_what_happens_to_the_mount_meanwhile(notified: Mount, server: Server) ->
         {"op": "sync", "source": hung, "target": other, "mode": "copy"},
         {"op": "branches", "edits": [["mod", f"{hung}=ro"]]},
         {"op": "branches", "edits": [["del", other]]},
+        {"op": "branches", "edits": [["del", hung], ["del", other]]},
+        {"op": "branches", "edits": [["append", f"{other}/all=ro"]]},
         {"op": "remount", "options": "ro"},
         {"op": "remount", "options": f"mod={hung}=ro"},
     ):
         assert "does not answer" in notified.control(request)["error"], request
     number_of(os.close, writer)
     notified.unmount()
+
+
+def test_it_is_removed(mount: Mount, server: Server) -> None:
+    """Without being asked: the rest is a union of its own at once, which other processes take over later, too."""
+    path, hung = mount.path, str(mount["hung"])
+    os.listdir(path / "all")
+    writer = os.open(path / "only/f", os.O_WRONLY)
+    os.pwrite(writer, b"F", 0)
+    deleted = os.open(path / "all/in_hung", os.O_RDONLY)
+    os.unlink(path / "all/in_hung")
+    inside = os.open(path / "only", os.O_RDONLY)
+    server.stall()
+    assert number_of(os.stat, path / "only/new") == errno.EIO
+    answer = mount.control({"op": "branches", "edits": [["del", hung]]})
+    assert answer["branches"] == [f"{mount[name]}=rw" for name in ("a", "b", "c", "d")]
+    for _ in range(2):
+        assert sorted(os.listdir(path)) == ["all", "apart", "in_d"]
+        assert os.listdir(path / "all") == ["in_a"]
+        assert number_of(os.stat, path / "only") == errno.ENOENT
+        assert (path / "in_d").read_text() == "in_d"
+        (path / "new").write_text("new")
+        (path / "new").unlink()
+        assert number_of(os.pwrite, writer, b"F", 0) == errno.EIO
+        assert number_of(os.pread, deleted, 1, 0) == errno.EIO
+        status = mount.control({"op": "status"})
+        assert status["offline"] == {}
+        assert status["branches"] == answer["branches"]
+        os.kill(status["pid"], signal.SIGKILL)
+    number_of(os.close, writer)
+    os.close(deleted)
+    os.close(inside)
+    server.go_on()
+    mount.control({"op": "branches", "edits": [["append", f"{hung}=rw"]]})
+    assert (path / "only/f").read_text() == "F"
 
 
 def test_a_branch_that_does_not_answer_at_the_mount(server: Server, tmp_path: Path) -> None:
@@ -203,4 +239,10 @@ def test_a_mount_of_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
         daemon.wait_for("pool", not_pid=second)
         assert sorted(os.listdir(path)) == ["apart", "of_hung"]
         assert "has not answered" not in daemon.command("status")
+        server.stall()
+        assert number_of(os.stat, path / "new") == errno.EIO
+        left = daemon.command("branch", "del", "--save", "pool", f"{tmp_path}/pool.hung")
+        assert left.splitlines()[0] == f"{tmp_path}/pool.a=rw"
+        assert os.listdir(path) == ["apart"]
+        assert "pool.hung" not in daemon.config.read_text()
         daemon.stop()

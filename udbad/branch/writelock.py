@@ -20,7 +20,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Final
 
@@ -76,6 +76,10 @@ class WriteLocks:
     def held(self) -> list[tuple[int, int, int]]:
         """As for `take_over`."""
         return [(*identity, fd) for identity, fd in (self._fds | self._kept).items()]
+
+    def abandon(self, devices: Collection[int]) -> None:
+        """Say nothing to the next process of locks on devices (st_dev) that do not answer: they end with the keeper."""
+        self._kept = {identity: fd for identity, fd in self._kept.items() if identity[0] not in devices}
 
     def keep(self, branches: Iterable[Branch]) -> None:
         """Release all but those of the writable ones among `branches`."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from udbad import __version__
-from udbad.branch.branches import BranchSpec
+from udbad.branch.branches import BranchSet, BranchSpec
 from udbad.branch.spec import format_branch
 from udbad.control.protocol import Message, checked_text, edits_of, flag_of, path_of, text_of
 from udbad.control.server import Command
@@ -195,13 +195,11 @@ class Commands:
         if edits:
             self.carrying.check_idle()
             async with self._changing:
+                if self.process.offline:
+                    return _listed(await rebranch.abandon(self.process, edits, self.carrying.check_idle))
                 await rebranch.change_branches(self.process, edits, self.carrying.check_idle)
                 self._note_branches()
-        branches = self.process.sb.branches
-        return {
-            "branches": [branch.describe() for branch in branches.branches],
-            "specs": [format_branch(spec) for spec in rebranch.current_specs(branches)],
-        }
+        return _listed(self.process.sb.branches)
 
     def _note_branches(self) -> None:
         specs = tuple(rebranch.current_specs(self.process.sb.branches))
@@ -406,6 +404,13 @@ class Commands:
         removed = node.parent is None and node is not self.process.sb.root
         path = "(removed)" if removed else os.fsdecode(reconfigure.path_of(node))
         return f"{what} {path} of process {pid}{more}"
+
+
+def _listed(branches: BranchSet) -> dict[str, Any]:
+    return {
+        "branches": [branch.describe() for branch in branches.branches],
+        "specs": [format_branch(spec) for spec in rebranch.current_specs(branches)],
+    }
 
 
 def _options_text(request: Message, key: str) -> str:

@@ -173,7 +173,13 @@ class MountProcess:
             elif asked == "cached":
                 self._fall_back(iomode.NO_CACHED)
             if predecessor is not None:
-                recall.recall(self.fs, predecessor.record, predecessor.take, copies(predecessor.record.slots))
+                recall.recall(
+                    self.fs,
+                    predecessor.record,
+                    predecessor.take,
+                    copies(predecessor.record.slots),
+                    self.offline.abandoned,
+                )
             if record is not None:
                 recall.keep(self.fs, record)
             self.invalidator = Invalidator(
@@ -355,10 +361,14 @@ class MountProcess:
             raise UserError(f"{text(self.mount_point)}: the connection was aborted; its users get errors until it is "
                             "unmounted or mounted again", ExitCode.FAILURE)  # fmt: skip
 
-    def make_room(self) -> None:
-        """End here, for another process to go on with the mount. Raises UserError when none could."""
+    def check_successor(self) -> None:
+        """Raises UserError when no other process could go on with the mount."""
         if self.keeper is None:
             raise UserError("nobody could go on with the mount", ExitCode.FAILURE)
+
+    def make_room(self) -> None:
+        """End here, for another process to go on with the mount. Raises UserError when none could."""
+        self.check_successor()
         self.write_entry()
         log.info("makes room for another process")
         end_for_another()

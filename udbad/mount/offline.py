@@ -111,9 +111,12 @@ class Offline:
         self._back: set[int] = set()
         self._answers: dict[int, int] = {}
         """By branch id: readable when it has answered."""
+        self.abandoned: set[int] = set()
+        """Ids of branches that were removed while they did not answer: what was open on them is never looked at."""
         if predecessor is None:
             return
         self._outages = outages(predecessor.facts)
+        self.abandoned |= set(predecessor.facts.get("abandoned", ()))
         killed = predecessor.record.killed
         for branch in self._branches:
             outage = self._outages.get(branch.id)
@@ -137,6 +140,7 @@ class Offline:
         """For the next process."""
         return {
             "offline": [branch.id for branch in self._branches if branch.id not in self._back],
+            "abandoned": sorted(self.abandoned),
             "outages": {str(branch): asdict(outage) for branch, outage in self._outages.items()},
         }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 import trio
@@ -17,7 +18,7 @@ import trio
 from udbad.branch import mountflags, writelock
 from udbad.branch.accept import open_branches
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
-from udbad.branch.spec import printable
+from udbad.branch.spec import parse_path, printable
 from udbad.errors import ExitCode, UserError
 from udbad.mount import strictness
 from udbad.mount.offline import check_answering
@@ -56,10 +57,54 @@ async def change_branches(
 
     Raises UserError: OPTION for bad edits.
     """
-    check_answering(process.sb.branches)  # before their paths are looked at
     specs = current_specs(process.sb.branches)
     # After this: the branches are the same, as one change at a time is made.
     return await set_branches(process, await _in_thread(edit_branches, specs, edits), check)
+
+
+async def abandon(process: MountProcess, edits: Sequence[tuple[str, str]], check: Callable[[], None]) -> BranchSet:
+    """Remove branches that do not answer, without touching them; returns what the union has then, which begins when
+    another process has taken over, soon after this returns. Files that are open there keep failing.
+
+    edits, check: as above. Raises UserError: BRANCH for all else that edits may say, as there is a branch that does
+    not answer.
+    """
+    old = process.sb.branches
+    gone = _silent(old, edits)
+    await _no_copyups(process)
+    # After this: requests were served; a branch stays offline as long as this process lives.
+    check()
+    process.check_successor()
+    rest = [branch for branch in old.branches if branch not in gone]
+    new = BranchSet(tuple(replace(branch, index=index) for index, branch in enumerate(rest)), old.generation + 1)
+    process.background.start_soon(_leave_without, process, gone, new)
+    return new
+
+
+def _silent(branches: BranchSet, edits: Sequence[tuple[str, str]]) -> list[Branch]:
+    """Those that `edits` remove, and nothing else. As they are written: to follow symbolic links may be to ask one."""
+    named = {os.path.normpath(parse_path(raw)) if key == "del" else b"" for key, raw in edits}
+    gone = [branch for branch in branches.branches if branch.offline and os.path.normpath(branch.path) in named]
+    if len(gone) != len(named) or len(gone) == len(branches):
+        check_answering(branches)
+    return gone
+
+
+async def _leave_without(process: MountProcess, gone: Sequence[Branch], new: BranchSet) -> None:
+    """When the answer is sent: nothing else happens in this process once it has other branches."""
+    await _no_copyups(process)
+    before = process.options, process.branches
+    process.options = replace(process.options, branches=tuple(current_specs(new)))
+    process.branches = process.sb.branches = new
+    process.write_locks.abandon({branch.dev for branch in gone} - {branch.dev for branch in new.branches})
+    process.offline.abandoned.update(branch.id for branch in gone)
+    log.info("branches are now %s", ":".join(branch.describe() for branch in new.branches))
+    try:
+        process.make_room()
+    except (OSError, UserError) as error:
+        process.options, process.branches = before
+        process.sb.branches = process.branches
+        log.error("no branch was removed: %s", error)
 
 
 async def set_branches(
@@ -97,7 +142,7 @@ async def set_branches(
         await strictness.relax(process, restrictions)
         fresh.close()
         raise
-    new = reconfigure.carry_over(old, fresh)
+    new = reconfigure.carry_over(old, fresh, process.offline.abandoned)
     after = _written(new, ro)
     gone = reconfigure.removed(old, new)
     process.coherence.hand_over()

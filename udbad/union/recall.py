@@ -11,7 +11,7 @@ import fcntl
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -41,16 +41,23 @@ def keep(fs: UnionFs, record: Record) -> None:
     record.rewrite()
 
 
-def recall(fs: UnionFs, record: Record, take: Take, copies: Mapping[int, Identity] | None = None) -> None:
+def recall(
+    fs: UnionFs,
+    record: Record,
+    take: Take,
+    copies: Mapping[int, Identity] | None = None,
+    abandoned: Collection[int] = (),
+) -> None:
     """Rebuild in a fresh union what the record says; it is left as it is.
 
     take: duplicates the descriptor that had this number; may raise OSError. copies: by node id, copies that open files
-    of the node may have been moved to when the predecessor was killed. Preconditions: the branches have the ids
+    of the node may have been moved to when the predecessor was killed. abandoned: ids of branches that are no more and
+    did not answer: nothing that was open on them may be looked at. Preconditions: the branches have the ids
     that they had, and descriptors of the same mounts; nothing was looked up yet. Afterwards, when the coherence
     strategy has started, `Coherence.recalled` has the kernel forget what it remembers.
     """
     with _no_collections():
-        _Recall(fs, take, copies or {}).run(record)
+        _Recall(fs, take, copies or {}, abandoned).run(record)
 
 
 @contextmanager
@@ -73,11 +80,12 @@ def _homes(sb: Superblock) -> dict[tuple[int, bytes], Plink]:
 class _Recall:
     """One recall. Of each object the last entry counts."""
 
-    def __init__(self, fs: UnionFs, take: Take, copies: Mapping[int, Identity]) -> None:
+    def __init__(self, fs: UnionFs, take: Take, copies: Mapping[int, Identity], abandoned: Collection[int]) -> None:
         self._fs = fs
         self._sb = fs.sb
         self._take = take
         self._copies = copies
+        self._abandoned = abandoned
         self._branches: dict[int, Branch] = {branch.id: branch for branch in fs.sb.branches.branches}
         self._nodes: dict[int, tuple[Any, int, bytes]] = {}
         """By id: what the entry says, references, the whole entry of what is no directory."""
@@ -225,7 +233,7 @@ class _Recall:
 
     def _gone(self, branch_id: int) -> Branch:
         """In the place of a branch that the mount has no more: what was on it is dead, but has its number still."""
-        return replace(self._sb.branches[0], id=branch_id)
+        return replace(self._sb.branches[0], id=branch_id, offline=branch_id in self._abandoned)
 
     def _attach(self) -> None:
         """Give the nodes their names."""

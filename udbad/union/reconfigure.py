@@ -29,13 +29,13 @@ class InUse:
     what: str
 
 
-def carry_over(old: BranchSet, fresh: BranchSet) -> BranchSet:
+def carry_over(old: BranchSet, fresh: BranchSet, used: Iterable[int] = ()) -> BranchSet:
     """The fresh set with the ids and descriptors of branches that are in the old one as well.
 
-    Closes the fresh descriptors of those. New branches get ids that were never used before.
+    Closes the fresh descriptors of those. New branches get ids that were never used before; used: some that were.
     """
     kept = {_identity(branch): branch for branch in old.branches}
-    next_id = 1 + max(branch.id for branch in old.branches)
+    next_id = 1 + max(*(branch.id for branch in old.branches), *used, 0)
     result = []
     for branch in fresh.branches:
         before = kept.get(_identity(branch))
