@@ -6,6 +6,7 @@ and gives them back. The coherence strategy tells a FakeNotifier what the kernel
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import resource
@@ -16,7 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 from tests.t2_core.fake_notifier import FakeNotifier
+from udbad.branch import syscalls
 from udbad.branch.accept import open_branches, prepare_writable
 from udbad.branch.credentials import Credentials
 from udbad.branch.policy import parse_copyup, parse_create
@@ -249,3 +253,12 @@ def core(
     finally:
         os.umask(umask)
         branches.close()
+
+
+def refuse_tmpfile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that has no files without a name: a copy-up makes a temporary one."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "injected")
+
+    monkeypatch.setattr(syscalls, "open_tmpfile", refuse)

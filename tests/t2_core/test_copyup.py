@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.t2_core.core import STRATEGIES, Core, core
+from tests.t2_core.core import STRATEGIES, Core, core, refuse_tmpfile
 from udbad.branch import copydata, syscalls
 from udbad.types import CopyMethod, Trigger
 from udbad.union import copyup
@@ -216,10 +216,7 @@ def test_content_is_on_disk_before_it_has_a_name(
 
 
 def test_a_file_system_without_files_of_no_name(union: Core, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> int:
-        raise OSError(errno.EOPNOTSUPP, "injected")
-
-    monkeypatch.setattr(syscalls, "open_tmpfile", refuse)
+    refuse_tmpfile(monkeypatch)
     copy_up(union)
     assert steps[-1] == "rename_at"
     assert [name for name in os.listdir(union["top"]) if "file" in name] == ["file"]

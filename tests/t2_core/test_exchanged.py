@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.posix import EXCHANGE, renameat2
-from tests.t2_core.core import core
+from tests.t2_core.core import core, refuse_tmpfile
 from tests.t3_fuse.live import errno_of as error_of
 from udbad.branch import syscalls
 from udbad.errors import ExitCode, UserError
@@ -137,13 +137,16 @@ def test_the_copy_of_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("named", [False, True])
 def test_the_copy_that_becomes_a_pseudo_link(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None], kept: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None], kept: bool, named: bool
 ) -> None:
     """Names in directories of others never show a file that was put under the name that was copied up.
 
-    kept: the copy has a name still, elsewhere.
+    kept: the copy has a name still, elsewhere. named: it had a temporary one, as on a file system without O_TMPFILE.
     """
+    if named:
+        refuse_tmpfile(monkeypatch)
     (tmp_path / "base/d").mkdir(parents=True)
     (tmp_path / "base/e").mkdir()
     (tmp_path / "top/d").mkdir(parents=True)
@@ -160,7 +163,10 @@ def test_the_copy_that_becomes_a_pseudo_link(
         expect_log("no pseudo-link for b'f'")
     with core(tmp_path) as union:
         handle = union.open("d/f", os.O_WRONLY)
-        after(monkeypatch, copydirs, "publish", attack)
+        if named:
+            after(monkeypatch, copydirs, "publish", attack)
+        else:
+            after(monkeypatch, syscalls, "link_fd", attack)
         union.write(handle, b"new")
         assert (tmp_path / "top/d/f").read_text() == "evil"
         assert union.content("e/g") == (b"new" if kept else b"old")

@@ -17,7 +17,7 @@ import pytest
 
 from tests.helpers.merge import diff, snapshot
 from tests.helpers.posix import EXCHANGE
-from tests.t2_core.core import STRATEGIES, Core, core
+from tests.t2_core.core import STRATEGIES, Core, core, refuse_tmpfile
 from tests.t2_core.fake_notifier import Message
 from udbad.branch import syscalls
 from udbad.branch.branches import BranchSet
@@ -121,9 +121,11 @@ def test_stale_numbers(union: Core) -> None:
 # -- what happens while the bytes of a copy-up travel ---------------------------------------------
 
 
-@pytest.fixture
-def job(union: Core) -> Iterator[copyup.Job]:
+@pytest.fixture(params=["nameless", "named"])
+def job(union: Core, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[copyup.Job]:
     """A copy-up of d/f that has begun and whose bytes are copied."""
+    if request.param == "named":
+        refuse_tmpfile(monkeypatch)
     made = copyup.begin(union.sb, NeedCopyUp(union.find("d/f"), Trigger.WRITE))
     assert made is not None
     try:
@@ -135,7 +137,8 @@ def job(union: Core) -> Iterator[copyup.Job]:
 
 
 def test_nothing_is_visible_before_the_commit(union: Core, job: copyup.Job) -> None:
-    assert len(temporaries(union["top"])) == 1
+    assert [path.name for path in temporaries(union["top"])] == ([job.tmp.decode()] if job.tmp else [])
+    assert not (union["top"] / "d/f").exists()
     assert sorted(union.names("d")) == ["f", "g"]
     assert union.find("d/f").branch.index == 1
     copyup.commit(union.sb, job)
@@ -148,7 +151,7 @@ def test_removed_meanwhile(union: Core, job: copyup.Job) -> None:
     union.unlink("d/f")
     assert error_of(lambda: copyup.commit(union.sb, job)) == "ESTALE"
     assert not union.exists("d/f")
-    assert sorted(os.listdir(union["top"] / "d"))[0] == ".wh..wh.f." + job.tmp.decode().rpartition(".")[2]
+    assert sorted(os.listdir(union["top"] / "d")) == [*([job.tmp.decode()] if job.tmp else []), ".wh.f"]
 
 
 def test_renamed_meanwhile(union: Core, job: copyup.Job) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import shutil
@@ -15,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.t2_core.core import refuse_tmpfile
 from tests.t2_core.killed import Mount, Request, outcome
-from udbad.branch import syscalls
 from udbad.branch.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from udbad.edge.once import REPEATED, RULES
 from udbad.edge.table import TABLE
@@ -445,11 +444,7 @@ def test_each_operation_is_done_once(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["chmod-lower", "write-lower-hard-link", "link-lower-whited"])
 def test_a_copy_up_under_a_temporary_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Where the file system has no files without one."""
-
-    def refuse(*_: object) -> int:
-        raise OSError(errno.EOPNOTSUPP, "injected")
-
-    monkeypatch.setattr(syscalls, "open_tmpfile", refuse)
+    refuse_tmpfile(monkeypatch)
     assert differences(tmp_path, CASES[name]) == []
 
 

@@ -43,7 +43,8 @@ DAEMON_VALUES: dict[str, object] = {
     "watch": False, "run_dir": "/run/elsewhere",
 }  # fmt: skip
 METRICS_VALUES: dict[str, object] = {"listen": "127.0.0.1:9999", "tls_certificate": "/c", "tls_key": "/k"}
-MOUNT_KEYS = FIELDS.keys() - {"branches", "notices", "control", "metrics", "allow_other"}
+# `source` takes the place of the branches: test_layers.py.
+MOUNT_KEYS = FIELDS.keys() - {"branches", "source", "notices", "control", "metrics", "allow_other"}
 
 
 def test_every_mount_key_is_tried_below() -> None:

@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import random
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -210,6 +211,21 @@ def test_counting(mount: Mount) -> None:
             pauses.append(time.monotonic() - began)
     print(f"seed {seed}: {KILLS} kills, pause {min(pauses) * 1000:.0f} to {max(pauses) * 1000:.0f} ms")
     assert sorted(os.listdir(mount.path)) == ["appended", "file", "many"]
+
+
+def test_told_to_stop_while_a_process_is_dead(union: UnionFactory) -> None:
+    """The guardian has not noticed yet, and tells it; then it tells the next one."""
+    mount = union(options="survive=on", allow_log=TAKEN_OVER)
+    pid = worker(mount)
+    pidfd = os.pidfd_open(pid)
+    mount.process.send_signal(signal.SIGSTOP)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: select.select([pidfd], [], [], 0)[0], "the end of the mount process")
+    os.close(pidfd)
+    mount.process.terminate()
+    mount.process.send_signal(signal.SIGCONT)
+    assert mount.process.wait(DEADLINE) == 0
+    assert not mount.is_mounted
 
 
 def test_nobody_takes_over(union: UnionFactory) -> None:

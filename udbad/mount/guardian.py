@@ -96,7 +96,7 @@ class Guardian:
         self._pidfd = -1
         self._serves = False
         self._asked = 0
-        """A signal to be forwarded."""
+        """The last signal to be forwarded: also to who follows a process that dies before it has acted on it."""
         self._died = 0.0
         self._place: Place | None = None
         """Once a mount process has served."""
@@ -148,11 +148,10 @@ class Guardian:
             self._pass_on()
 
     def _pass_on(self) -> None:
-        """What somebody has asked us for while no process served, and nobody has been told yet."""
-        number, self._asked = self._asked, 0
-        if number and self._pidfd >= 0:
+        """What somebody has asked us for, if anything."""
+        if self._asked and self._pidfd >= 0:
             with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, number)
+                signal.pidfd_send_signal(self._pidfd, self._asked)
 
     def _succeed(self) -> int:
         """Have processes try to take over until one has, and has ended in its turn; the status of the last one."""
@@ -230,7 +229,8 @@ class Guardian:
                             self._private = ()
                             self._on_ready()
                             _prepare()
-                        self._pass_on()
+                        else:
+                            self._pass_on()
                     elif word[0] == _LEAVES:
                         self._legacy.add((word[1], word[2]))
                     elif word[0] == _RENEWS:
