@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.helpers.leaks import mount_on, read_mountinfo, remove_mount
 from tests.helpers.mount import Mount, UnionFactory
+from tests.helpers.offline import number_of, offline
 from tests.system.support import OTHERS_LOG, clean_env, require, run, wait_gone
 from udbad.mount import keeper
 
@@ -143,22 +143,6 @@ def _sshfs(port: int, keys: Path, directory: Path, mount_point: Path) -> Iterato
     finally:
         process.terminate()
         process.wait(SECONDS)
-
-
-def number_of(call: Callable[..., Any], *arguments: Any) -> int | None:
-    try:
-        call(*arguments)
-    except OSError as error:
-        return error.errno
-    return None
-
-
-def offline(mount: Mount) -> list[str]:
-    """The branches that do not answer, as its status says."""
-    try:
-        return list(mount.control({"op": "status"})["offline"])
-    except (OSError, AssertionError):
-        return ["?"]  # one process ends, the next begins
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.helpers.mount import Mount, MountFailed, UnionFactory
+from tests.helpers.offline import number_of, offline
 from tests.helpers.stalling import STUCK, Server, stalling
 from tests.t5_daemon.daemon import Daemon, until
 from udbad.errors import ExitCode
@@ -46,22 +46,6 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture(params=MODES)
 def mount(request: pytest.FixtureRequest, server: Server, union: UnionFactory) -> Mount:
     return union(LAYERS, request.param, "survive=on,branch_timeout=1,create=rr", allow_log=LOG)
-
-
-def number_of(call: Callable[..., Any], *arguments: Any) -> int | None:
-    try:
-        call(*arguments)
-    except OSError as error:
-        return error.errno
-    return None
-
-
-def offline(mount: Mount) -> list[str]:
-    """The branches that do not answer, as its status says."""
-    try:
-        return list(mount.control({"op": "status"})["offline"])
-    except (OSError, AssertionError):
-        return ["?"]  # one process ends, the next begins
 
 
 def test_the_others_go_on(mount: Mount, server: Server) -> None:

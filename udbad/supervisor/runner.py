@@ -308,14 +308,19 @@ class Runner:
         for hangs in (False, True):
             if hangs:
                 await self._send_kill(worker)
-            try:
-                async with asyncio.timeout(_END_SECONDS):
-                    await worker.ended()
+            if await self._ends(worker):
                 return
-            except TimeoutError:
-                continue
         self.log.error("%s: process %d cannot be killed", self.label, worker.pid)
         worker.forget()
+
+    async def _ends(self, worker: Worker) -> bool:
+        """Whether it does, within _END_SECONDS."""
+        try:
+            async with asyncio.timeout(_END_SECONDS):
+                await worker.ended()
+        except TimeoutError:
+            return False
+        return True
 
     async def _send_kill(self, worker: Worker) -> None:
         await self.shared.pool.expect_end(worker.pid)
@@ -430,12 +435,9 @@ class Runner:
         if self.legacy:
             self.log.error("%s: %s; killed", self.label, what)
             await self._send_kill(worker)
-            try:
-                async with asyncio.timeout(_END_SECONDS):
-                    await worker.ended()
+            if await self._ends(worker):
                 return
-            except TimeoutError:
-                what = f"process {worker.pid} cannot be killed"
+            what = f"process {worker.pid} cannot be killed"
         self.log.error("%s: %s; aborted", self.label, what)
         await self._abort(worker)
 
