@@ -278,6 +278,9 @@ def test_a_mount_by_hand(tmp_path: Path, daemon: Daemon) -> None:
         (found,) = registry.entries(daemon.run_dir)
         return found
 
+    def wait_for_successor(pid: int) -> None:
+        until(lambda: entry().pid != pid, "another process")
+
     with mounted_by_hand(REPOSITORY, point, f"br={top}=rw,survive=on", run_dir) as guardian:
         with (point / "open").open("w") as file:
             file.write("written in the old version, ")
@@ -292,9 +295,11 @@ def test_a_mount_by_hand(tmp_path: Path, daemon: Daemon) -> None:
                 done = restart(tree, point, run_dir)
                 assert done.returncode == 0, done.stderr
                 assert (entry().version, entry().pid != pid) == (expected, True)
-                os.kill(entry().pid, signal.SIGKILL)  # what takes over is made by the guardian
+                killed = entry().pid
+                os.kill(killed, signal.SIGKILL)
                 file.write(f"in {expected}, ")
                 file.flush()
+                wait_for_successor(killed)  # which is made by the guardian
                 assert entry().version == expected
                 assert Path(f"/proc/{entry().pid}/stat").read_text().split()[3] == str(guardian)
         assert (top / "open").read_text() == f"written in the old version, in {NEW}, in {__version__}, "
