@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.t2_core.core import STRATEGIES, Core, core
-from tests.t2_core.test_recall import bury
+from tests.t2_core.test_recall import bury, succeed
 from udbad.branch.branches import BranchSet
 from udbad.branch.policy import parse_create
 from udbad.inodes.handles import OpenFile
@@ -55,16 +55,7 @@ class Pool:
         homes.load(sb)
         fs = UnionFs(sb, old.creds)
         recall.recall(fs, self.record, os.dup)
-        old.sb.changes.hooks.stop()  # type: ignore[attr-defined]  # a whole strategy
-        self.bury(old)
-        self.record.close()
-        self.record = Record.create()
-        recall.keep(fs, self.record)
-        core.fs = fs
-        strategy = STRATEGIES[old.sb.changes.hooks.name](sb, core.notifier)  # type: ignore[attr-defined]
-        strategy.start()
-        strategy.recalled()
-        strategy.tell_untold()
+        self.record = succeed(core, fs, self.record, self.bury)
 
     def bury(self, fs: UnionFs) -> None:
         for handle in fs.handles.lost.values():

@@ -103,6 +103,22 @@ def bury(fs: UnionFs) -> None:
     homes.close(fs.sb)
 
 
+def succeed(core: Core, fs: UnionFs, record: Record, bury: Callable[[UnionFs], None]) -> Record:
+    """What was recalled, `fs`, is the union of `core` from now on, and its predecessor is buried; the new record."""
+    old = core.fs
+    old.sb.changes.hooks.stop()  # type: ignore[attr-defined]  # a whole strategy
+    bury(old)
+    record.close()
+    record = Record.create()
+    recall.keep(fs, record)
+    core.fs = fs
+    strategy = STRATEGIES[old.sb.changes.hooks.name](fs.sb, core.notifier)  # type: ignore[attr-defined]
+    strategy.start()
+    strategy.recalled()
+    strategy.tell_untold()
+    return record
+
+
 # -- at random ------------------------------------------------------------------------------------
 
 
@@ -222,16 +238,7 @@ class Lives:
             without()
         recall.recall(fs, self.record, os.dup)
         compare(before, said(fs))
-        old.sb.changes.hooks.stop()  # type: ignore[attr-defined]  # a whole strategy
-        bury(old)
-        self.record.close()
-        self.record = Record.create()
-        recall.keep(fs, self.record)
-        core.fs = fs
-        strategy = STRATEGIES[old.sb.changes.hooks.name](sb, core.notifier)  # type: ignore[attr-defined]
-        strategy.start()
-        strategy.recalled()
-        strategy.tell_untold()
+        self.record = succeed(core, fs, self.record, bury)
 
     def handle(self, handle: OpenFile) -> OpenFile:
         """The one of now."""

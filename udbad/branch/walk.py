@@ -40,6 +40,11 @@ def entries_of(dirfd: int) -> Entries:
         return {os.fsencode(entry.name): entry for entry in entries}
 
 
+def give_up(path: bytes, error: OSError) -> None:
+    """For `walk`: what cannot be read ends it. Raises the error with the path."""
+    raise OSError(error.errno, error.strerror, path) from error
+
+
 def walk(root_fd: int, on_error: Callable[[bytes, OSError], None]) -> Generator[tuple[bytes, int, Entries], None, None]:
     """Every directory of the merged part of a branch, parents first: (path, descriptor, entries).
 

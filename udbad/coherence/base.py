@@ -231,10 +231,10 @@ class Coherence:
 
     def tell_untold(self, most: int | None = None) -> bool:
         """Have the kernel forget what `recalled` has left, of `most` nodes (None: all). False when nothing is left."""
-        portion, self._untold = self._untold[:most], self._untold[len(self._untold) if most is None else most :]
-        for node in portion:
-            self._drop_file(node)
-        return bool(self._untold)
+        untold = self._untold
+        for _ in range(len(untold) if most is None else min(most, len(untold))):
+            self._drop_file(untold.pop())
+        return bool(untold)
 
     def _lose(self, node: Dir) -> None:
         """A directory is not trusted; the caller has its names dropped, if it was."""

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import click
 
-from udbad import logs
 from udbad.branch import capabilities
 from udbad.branch.spec import split_escaped
 from udbad.commands.common import absolute_branch, layer_source
@@ -98,9 +97,10 @@ def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: b
     except UserError as error:
         if error.code is not ExitCode.NO_DAEMON:
             raise
-        logs.set_up("debug" if verbose else "info", "plain")
         told = replace(parsed, notices=())
-        code = serve_in_background(Job(told, Path(mount_point).absolute(), run_dir, False, "plain", background=True))
+        job = Job(told, Path(mount_point).absolute(), run_dir, verbose, "plain", background=True)
+        job.set_up_log()
+        code = serve_in_background(job)
         if code:
             sys.exit(_USAGE if code == ExitCode.OPTION else _FAILED)
 

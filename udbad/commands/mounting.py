@@ -64,7 +64,6 @@ def mount(
             mount_point = Path(place_in_store(parsed.source))
         if parsed.fsname == "none" and source != "none":
             parsed = replace(parsed, fsname=source)
-        logs.set_up("debug" if verbose else "info", log_format)
         job = Job(parsed, mount_point.absolute(), run_dir, verbose, log_format, background=not foreground)
         job.set_up_log()
         if foreground:

@@ -15,7 +15,7 @@ from contextlib import closing
 from typing import IO, Final
 
 from udbad.branch import copydata, syscalls, whiteout
-from udbad.branch.walk import join, walk
+from udbad.branch.walk import give_up, join, walk
 from udbad.errors import GONE
 
 XATTR: Final = "SCHILY.xattr."
@@ -38,13 +38,9 @@ def pack(root_fd: int, stream: IO[bytes]) -> None:
         mode="w|", fileobj=stream, format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape"
     ) as archive:
         packer = _Packer(archive)
-        with closing(walk(root_fd, _give_up)) as directories:
+        with closing(walk(root_fd, give_up)) as directories:
             for path, fd, entries in directories:
                 packer.directory(path, fd, whiteout.told_apart(entries))
-
-
-def _give_up(path: bytes, error: OSError) -> None:
-    raise OSError(error.errno, error.strerror, path) from error
 
 
 class _Packer:

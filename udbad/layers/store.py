@@ -26,7 +26,7 @@ from typing import Final
 from udbad.branch import copydata, sweep, syscalls, whiteout, writelock
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import shown
-from udbad.branch.walk import entries_of, open_branch, walk
+from udbad.branch.walk import entries_of, give_up, open_branch, walk
 from udbad.errors import ExitCode, UserError
 from udbad.layers.source import ID, REMOVING, Source
 
@@ -149,7 +149,7 @@ class Store:
         seen: set[tuple[int, int]] = set()
         size = 0
         try:
-            with closing(walk(fd, _give_up)) as directories:
+            with closing(walk(fd, give_up)) as directories:
                 for _, _, entries in directories:
                     for entry in entries.values():
                         st = entry.stat(follow_symlinks=False)
@@ -311,7 +311,3 @@ class Store:
             yield
         finally:
             os.close(fd)
-
-
-def _give_up(path: bytes, error: OSError) -> None:
-    raise OSError(error.errno, error.strerror, path) from error

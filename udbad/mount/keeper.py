@@ -143,6 +143,11 @@ def _wait_for_end(owner: int, watcher: Watcher | None) -> None:
             return
 
 
+def end_with_parent() -> None:
+    """Have this process killed when the thread that made it ends, prctl(2)."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def be_subreaper() -> None:
     """Have the orphans among our descendants become our children, prctl(2)."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -27,7 +27,7 @@ import trio
 from udbad.branch.branches import Branch, BranchSet
 from udbad.branch.spec import shown
 from udbad.errors import ExitCode, UserError
-from udbad.mount.keeper import LEFT
+from udbad.mount.keeper import LEFT, end_with_parent
 
 if TYPE_CHECKING:
     from udbad.mount.handover import Predecessor
@@ -40,7 +40,6 @@ _AGAIN_SECONDS: Final = 1.0
 """After an error."""
 _SOON: Final = 3600.0
 """Seconds after which it does not count any more that a branch was away; the longest wait, too."""
-_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
 
 
@@ -191,9 +190,8 @@ def _ask(owner: int, root: int, writer: int, delay: float, killed: int) -> NoRet
 
 def _be_alone(owner: int, *kept: int) -> None:
     """Have nothing of a mount open but these descriptors, and end with process `owner`."""
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    libc.prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
+    end_with_parent()
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
     last = -1
     for fd in (*sorted({0, 1, 2, *kept}), 1 << 30):
         if fd > last + 1:  # an empty range would be everything

@@ -13,8 +13,8 @@ import trio
 from udbad.control import registry, trioserver
 from udbad.control.protocol import ask
 from udbad.errors import ExitCode, UserError
-from udbad.kernel.mounts import lying, unions
-from udbad.mount import handover
+from udbad.kernel.mounts import lying
+from udbad.mount import handover, kernelside
 from udbad.mount.handover import Predecessor
 
 log = logging.getLogger(__name__)
@@ -110,8 +110,7 @@ class Presence:
         if self._identity.run_dir is None:
             return self._asked_control
         try:
-            mounted = {(os.fsdecode(mount.point), mount.connection) for mount in unions()}
-            registry.sweep(self._identity.run_dir, mounted)
+            registry.sweep(self._identity.run_dir, kernelside.unions())
             self.registration = registry.Registration(self._identity.run_dir, self._mount_point)
         except OSError as error:
             log.warning("not registered in %s: %s", self._identity.run_dir, error.strerror)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from udbad.inodes.record import Record
+from udbad.mount.keeper import end_with_parent
 
 FACTS: Final = "facts"
 """The note with the number of the descriptor of what a mount process tells its successor (handover.py)."""
@@ -207,10 +208,9 @@ def _mount_of(fd: int) -> int:
 def _ask(fd: int) -> NoReturn:
     """In a process of its own: have the file system ask its server or disk."""
     try:
-        libc = ctypes.CDLL(None)
-        libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        end_with_parent()
         buffer = ctypes.create_string_buffer(_STATX_SIZE)
-        libc.statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC, _STATX_BASIC, buffer)
+        ctypes.CDLL(None).statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC, _STATX_BASIC, buffer)
     finally:
         os._exit(0)
 

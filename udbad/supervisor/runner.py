@@ -305,11 +305,8 @@ class Runner:
 
         One that cannot be killed waits for a branch, and has no part in the mount when it wakes up.
         """
-        for hangs in (False, True):
-            if hangs:
-                await self._send_kill(worker)
-            if await self._ends(worker):
-                return
+        if await self._ends(worker) or await self._dies(worker):
+            return
         self.log.error("%s: process %d cannot be killed", self.label, worker.pid)
         worker.forget()
 
@@ -321,6 +318,11 @@ class Runner:
         except TimeoutError:
             return False
         return True
+
+    async def _dies(self, worker: Worker) -> bool:
+        """Whether it ends when it is killed, within _END_SECONDS."""
+        await self._send_kill(worker)
+        return await self._ends(worker)
 
     async def _send_kill(self, worker: Worker) -> None:
         await self.shared.pool.expect_end(worker.pid)
@@ -434,8 +436,7 @@ class Runner:
         what = f"no sign of life for {self.shared.daemon.wedged_after:g} s"
         if self.legacy:
             self.log.error("%s: %s; killed", self.label, what)
-            await self._send_kill(worker)
-            if await self._ends(worker):
+            if await self._dies(worker):
                 return
             what = f"process {worker.pid} cannot be killed"
         self.log.error("%s: %s; aborted", self.label, what)

@@ -278,14 +278,9 @@ def _begin_home(sb: Superblock, need: NeedCopyUp, branch: Branch, src_fd: int, s
 
 
 def _unnamed_file(branch: Branch) -> int:
-    try:
-        return syscalls.open_tmpfile(branch.root_fd, 0o600)
-    except OSError as error:
-        if error.errno not in _NO_TMPFILE:
-            raise
-    name = whiteout.temporary_name(b"orphan")
-    fd = syscalls.create_file_at(branch.root_fd, name, os.O_RDWR, 0o600)
-    syscalls.unlink_at(branch.root_fd, name)
+    tmp, fd = _new_file(branch.root_fd, b"orphan")
+    if tmp:
+        syscalls.unlink_at(branch.root_fd, tmp)
     return fd
 
 

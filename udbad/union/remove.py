@@ -40,6 +40,11 @@ def _check(sb: Superblock, parent: Dir, name: bytes) -> None:
 def find(sb: Superblock, parent: Dir, name: bytes) -> Found:
     """What a name that is going to change stands for. Raises ENOENT, EROFS, EPERM (.wh.*); as `check_changeable`."""
     _check(sb, parent, name)
+    return _find(sb, parent, name)
+
+
+def _find(sb: Superblock, parent: Dir, name: bytes) -> Found:
+    """`find` of a name that was checked."""
     found = lookup.resolve(sb, parent, name)
     if found.answer is Answer.FOUND:
         return found
@@ -129,7 +134,7 @@ def rmdir(sb: Superblock, parent: Dir, name: bytes) -> None:
     _check(sb, parent, name)
     if _remove_simple(sb, parent, name):
         return
-    found = find(sb, parent, name)
+    found = _find(sb, parent, name)
     if found.layers is None:
         raise os_error(errno.ENOTDIR)
     node, _ = lookup.intern(sb, parent, name, found)
