@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,16 +114,17 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 @pytest.fixture
 def process() -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
-    """A process that a test can kill."""
+    """A process that a test can kill; what a shell has started goes with it at the end."""
     made = []
 
     def start(script: str) -> subprocess.Popen[bytes]:
-        made.append(subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE))
+        made.append(subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, start_new_session=True))
         return made[-1]
 
     yield start
     for each in made:
-        each.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(each.pid, signal.SIGKILL)
         each.wait()
         if each.stdout is not None:
             each.stdout.close()
