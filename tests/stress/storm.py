@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,10 +39,14 @@ MODES: Final = ("none", "reval", "notify")
 LAYOUTS: Final = (("rw", "ro+wh", "ro"), ("rw", "rw", "ro"))
 DEADLINE: Final = 120.0
 """Seconds for the clients of one round."""
+AT_REST: Final = 10.0
+"""Seconds for what the daemon does in the background."""
 
 _TEMPORARY: Final = re.compile(rb"\.wh\.\.wh\..*\.[0-9a-f]{4,}", re.DOTALL)
 # A storm may cost watches and events, above all when another one goes on beside it; being wrong is what it may not.
-ALLOWED_LOG: Final = r"and its whiteout are both|lost branch events|coherence limited"
+ALLOWED_LOG: Final = (
+    r"and its whiteout are both|lost branch events|coherence limited|was put into .* while it was removed"
+)
 
 
 @dataclass(frozen=True)
@@ -270,6 +275,10 @@ def probe(root: Path, truth: Tree) -> Tree:
     return tree
 
 
+def _content(path: bytes) -> list[bytes]:
+    return os.listdir(path) if os.path.isdir(path) else []
+
+
 class Arena:
     """A mounted union in which storms happen. Attributes: mount, layout, direct (whether branches are changed)."""
 
@@ -353,11 +362,20 @@ class Arena:
     def _daemon_trouble(self) -> list[str]:
         statistics = self.mount.control({"op": "stats"})
         found = [f"{statistics['bugs']} bugs in the daemon:\n{self.mount.log()}"] if statistics["bugs"] else []
-        for branch in self.mount.branches:
-            for directory, names, files in os.walk(os.fsencode(branch)):
-                left = [name for name in names + files if _TEMPORARY.fullmatch(name)]
-                found += [f"left behind: {os.path.join(directory, name)!r}" for name in left]
-        return found
+        # The marks of a removed directory are removed in the background.
+        end = time.monotonic() + AT_REST
+        while (left := self._temporaries()) and time.monotonic() < end:
+            time.sleep(0.05)
+        return found + [f"left behind: {path!r}, which has {_content(path)}" for path in left]
+
+    def _temporaries(self) -> list[bytes]:
+        return [
+            os.path.join(directory, name)
+            for branch in self.mount.branches
+            for directory, names, files in os.walk(os.fsencode(branch))
+            for name in names + files
+            if _TEMPORARY.fullmatch(name)
+        ]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -91,7 +91,9 @@ class Sshd:
         """To all of it, the one that listens first. Returns the processes."""
         family = self._family()
         for pid in family:
-            os.kill(pid, number)
+            # Who was killed while the one that listens was stopped is reaped by it as soon as it goes on.
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
         return family
 
     def kill_connections(self) -> None:

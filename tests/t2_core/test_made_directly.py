@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from tests.t2_core.test_fs import error_of
 from udbad.branch import syscalls
 from udbad.branch.policy import parse_create
 from udbad.types import ROOT_ID
-from udbad.union import copyup, lookup
+from udbad.union import copyup, lookup, remove
 from udbad.union.fs import SetAttr
 
 ROUNDS = 200
@@ -235,3 +235,42 @@ def test_names_that_come_and_go_within_a_tick_on_tmpfs(tmpfs: Path) -> None:
             os.unlink(directory / f"old{number}")
             os.link(tmpfs / "base" / f"file{number}", directory / os.fsdecode(new))
             assert union.fs.lookup(node.id, new) is not None, number
+
+
+@pytest.mark.parametrize("taken", ["", "directory", "file"])
+@modes
+def test_what_is_put_into_a_directory_while_it_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None], udba: str, taken: str
+) -> None:
+    """By whoever had come there before it went out of sight. It stays visible, also where somebody else has the name
+    by now."""
+    (tmp_path / "base/d").mkdir(parents=True)
+    (tmp_path / "base/d/f").write_text("f")
+    with core(tmp_path, udba=udba) as union:
+        union.unlink("d/f")
+        directory = os.open(union["top"] / "d", os.O_PATH)
+        original = remove.count_marks
+
+        def count_marks(dirfd: int, name: bytes) -> int:
+            os.close(os.open("direct", os.O_CREAT | os.O_WRONLY, dir_fd=directory))
+            if taken == "directory":
+                (union["top"] / "d").mkdir()
+                (union["top"] / "d/other").touch()
+            elif taken:
+                (union["top"] / "d").touch()
+            return original(dirfd, name)
+
+        monkeypatch.setattr(remove, "count_marks", count_marks)
+        try:
+            assert error_of(lambda: union.rmdir("d")) == "ENOTEMPTY"
+        finally:
+            os.close(directory)
+        names = {path.name for path in union["top"].iterdir()}
+        if not taken:
+            assert (union["top"] / "d/direct").exists()
+            return
+        expect_log("something was put into b'd' while it was removed")
+        beside = [name for name in names if name.startswith("d.")]
+        assert len(beside) == 1
+        assert (union["top"] / beside[0] / "direct").exists()
+        assert (union["top"] / "d").exists()

@@ -24,6 +24,9 @@ _NOT_SIMPLE = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOT
 """rmdir(2) of a directory that holds something, marks perhaps; stat(2) and rmdir(2) of one that others have taken away.
 """
 
+_TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
+"""rename(2) of a directory to a name that something else has."""
+
 
 def _check(sb: Superblock, parent: Dir, name: bytes) -> None:
     """Whether a name may be changed, in a directory that is up to date then. Raises as `find`."""
@@ -207,18 +210,35 @@ def _remove_branch_dir(sb: Superblock, dirfd: int, name: bytes) -> None:
             sb.trash.append((os.dup(dirfd), tmp))
             return
     except BaseException:
-        # Something was put into it directly meanwhile: it is not empty, so it stays.
-        syscalls.rename_at(dirfd, tmp, dirfd, name)
+        _put_back(dirfd, tmp, name)
         raise
     try:
         purge(dirfd, tmp)
         syscalls.rmdir_at(dirfd, tmp)
     except OSError as error:
         if error.errno == errno.ENOTEMPTY:
-            syscalls.rename_at(dirfd, tmp, dirfd, name)
+            _put_back(dirfd, tmp, name)
             raise
         # Without some of its marks it would show again what they hid: it is removed, and this is left to the sweep.
         log.warning("cannot remove %r: %s", tmp, error.strerror)
+
+
+def _put_back(dirfd: int, tmp: bytes, name: bytes) -> None:
+    """Give a directory its name back: something was put into it directly, so it is not empty, and stays.
+
+    By whoever had come to it before it went out of sight. If somebody else has made another object of its name by now,
+    it gets a further one: under its temporary name the sweep would remove what was put into it.
+    """
+    try:
+        syscalls.rename_at(dirfd, tmp, dirfd, name)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        beside = tmp.removeprefix(whiteout.RESERVED)
+        syscalls.rename_at(dirfd, tmp, dirfd, beside, syscalls.RENAME_NOREPLACE)
+        log.warning(
+            "something was put into %r while it was removed; there is another one now, and it is %r", name, beside
+        )
 
 
 def empty_trash(trash: list[tuple[int, bytes]]) -> None:
