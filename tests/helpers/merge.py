@@ -21,6 +21,8 @@ from pathlib import Path
 WH_PREFIX = b".wh."
 OPAQUE = b".wh..wh..opq"
 PLINKS = b".wh..wh.plnk"
+OVERLAY = 2
+"""In the place of True, where it is asked whether the whiteouts of a branch count: those of overlayfs, too."""
 MAX_NAME = 242
 """Longest name the union knows, bytes (semantics 1)."""
 
@@ -111,7 +113,26 @@ def snapshot(path: Path) -> Tree:
     return tree
 
 
-def _is_whiteout(directory: bytes, name: bytes) -> bool:
+def _is_device(path: bytes) -> bool:
+    """A whiteout of overlayfs; a file system of another kind cannot have it in the place of an object."""
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISCHR(info.st_mode) and info.st_rdev == 0
+
+
+def _is_opaque(path: bytes, whable: int) -> bool:
+    if os.path.lexists(os.path.join(path, OPAQUE)):
+        return True
+    return whable == OVERLAY and any(
+        name.endswith(".opaque") and os.getxattr(path, name) == b"y" for name in os.listxattr(path)
+    )
+
+
+def _is_whiteout(directory: bytes, name: bytes, whable: int) -> bool:
+    if whable == OVERLAY and _is_device(os.path.join(directory, name)):
+        return True
     try:
         info = os.lstat(os.path.join(directory, WH_PREFIX + name))
     except OSError:  # absent, or `.wh.NAME` longer than the branch's file system allows: no whiteout
@@ -121,13 +142,13 @@ def _is_whiteout(directory: bytes, name: bytes) -> bool:
     return True
 
 
-def resolve(directories: Sequence[tuple[bytes, bool]], name: bytes) -> list[tuple[bytes, bool]]:
+def resolve(directories: Sequence[tuple[bytes, int]], name: bytes) -> list[tuple[bytes, int]]:
     """Where NAME of one merged directory lives, top first (the loop of semantics 4.2).
 
-    directories: (path on the branch, whether the branch's whiteouts count). Several results only for a
+    directories: (path on the branch, whether the branch's whiteouts count, or OVERLAY). Several results only for a
     directory; none when the name is absent. Raises InconsistentBranch.
     """
-    hits: list[tuple[bytes, bool]] = []
+    hits: list[tuple[bytes, int]] = []
     kind: int | None = None
     for directory, whable in directories:
         path = os.path.join(directory, name)
@@ -135,11 +156,13 @@ def resolve(directories: Sequence[tuple[bytes, bool]], name: bytes) -> list[tupl
             found: int | None = stat.S_IFMT(os.lstat(path).st_mode)
         except FileNotFoundError:
             found = None
-        whited = whable and _is_whiteout(directory, name)
+        whited = whable and _is_whiteout(directory, name, whable)
+        if whable == OVERLAY and _is_device(path):
+            break
         if found is not None and kind in (None, found):
             kind = found
             hits.append((path, whable))
-            if not stat.S_ISDIR(found) or (whable and os.path.lexists(os.path.join(path, OPAQUE))):
+            if not stat.S_ISDIR(found) or (whable and _is_opaque(path, whable)):
                 break
         if whited:
             break
@@ -178,8 +201,8 @@ def _content(path: bytes, branches: Sequence[bytes], plinks: Sequence[dict[tuple
     return path
 
 
-def merge(branches: Iterable[tuple[Path, bool]]) -> Tree:
-    """The union of `branches` (directory, whable: rw or +wh), top first, root itself left out."""
+def merge(branches: Iterable[tuple[Path, int]]) -> Tree:
+    """The union of `branches` (directory, whable: rw or +wh, as for `resolve`), top first, root itself left out."""
     tree: Tree = {}
     tops = [(os.fsencode(path), whable) for path, whable in branches]
     roots = [path for path, _ in tops]

@@ -11,13 +11,14 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import stat
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.merge import OPAQUE, InconsistentBranch, merge
+from tests.helpers.merge import OPAQUE, OVERLAY, InconsistentBranch, merge
 from tests.helpers.mount import Mount, mounted
 
 NAME = "n"
@@ -108,16 +109,32 @@ FIVE_TABLE = tuple(_five())
 ORDERS = ("names-first", "listing-first")
 
 
-def build(branches: Sequence[Path], vector: Vector, directory: str) -> None:
-    """Write one vector as `directory` on every branch."""
+def hide(directory: Path, name: str, overlay: bool) -> None:
+    """Make a whiteout. overlay: as overlayfs does."""
+    if overlay:
+        os.mknod(directory / name, stat.S_IFCHR)
+    else:
+        (directory / f".wh.{name}").touch()
+
+
+def make_opaque(directory: Path, overlay: bool) -> None:
+    if overlay:
+        os.setxattr(directory, "trusted.overlay.opaque", b"y")
+    else:
+        (directory / os.fsdecode(OPAQUE)).touch()
+
+
+def build(branches: Sequence[Path], vector: Vector, directory: str, overlays: Collection[int]) -> None:
+    """Write one vector as `directory` on every branch. overlays: those whose marks are made as overlayfs makes them;
+    of a whiteout beside its name, which there cannot be, and of wrong ones as ever."""
     for i, branch in enumerate(branches):
-        parent, letter = branch / directory, LETTERS[i]
+        parent, letter, overlay = branch / directory, LETTERS[i], i in overlays
         if vector.parent(i) == "wh":
-            (branch / f".wh.{directory}").touch()
+            hide(branch, directory, overlay)
             continue
         parent.mkdir()
         if vector.parent(i) == "opq":
-            (parent / os.fsdecode(OPAQUE)).touch()
+            make_opaque(parent, overlay)
         for word in vector.cells[i].split():
             match word:
                 case "file":
@@ -126,9 +143,9 @@ def build(branches: Sequence[Path], vector: Vector, directory: str) -> None:
                     (parent / NAME).mkdir()
                     (parent / NAME / f"in_{letter}").write_text(letter)
                 case "opq":
-                    (parent / NAME / os.fsdecode(OPAQUE)).touch()
+                    make_opaque(parent / NAME, overlay)
                 case "wh":
-                    (parent / f".wh.{NAME}").touch()
+                    hide(parent, NAME, overlay and vector.cells[i] == word)
                 case "wh=dir":
                     (parent / f".wh.{NAME}").mkdir()
                 case "wh=symlink":
@@ -183,39 +200,47 @@ def check_listing(path: Path, expect: str) -> None:
             assert entry.inode() == path.lstat().st_ino
 
 
-def fill(root: Path, permissions: Sequence[str], vectors: Sequence[Vector]) -> list[str]:
+def overlays_of(permissions: Sequence[str], notation: str) -> set[int]:
+    """The branches in the notation of overlayfs, which counts where nothing is written."""
+    return {i for i, permission in enumerate(permissions) if permission == "ro+wh" and notation == "overlay"}
+
+
+def fill(root: Path, permissions: Sequence[str], vectors: Sequence[Vector], notation: str = "aufs") -> list[str]:
     """All vectors in both copies below root/A, root/B, …; the branch arguments of the mount."""
     branches = [root / LETTERS[i] for i in range(len(permissions))]
     for branch in branches:
         branch.mkdir()
+    overlays = overlays_of(permissions, notation)
     for vector in vectors:
         for order in ORDERS:
-            build(branches, vector, f"{vector.id}.{order}")
+            build(branches, vector, f"{vector.id}.{order}", overlays)
     return [f"{branch}={permission}" for branch, permission in zip(branches, permissions, strict=True)]
 
 
-@pytest.fixture(scope="module", params=["none", "reval"])
-def udba(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=["none-aufs", "reval-aufs", "notify-overlay"])
+def how(request: pytest.FixtureRequest) -> str:
+    """The mode, and the notation of what is read only."""
     return str(request.param)
 
 
 def _mounted(
-    factory: pytest.TempPathFactory, permissions: Sequence[str], vectors: Sequence[Vector], udba: str
+    factory: pytest.TempPathFactory, permissions: Sequence[str], vectors: Sequence[Vector], how: str
 ) -> Iterator[Mount]:
     root = factory.mktemp("lookup")
+    udba, notation = how.split("-")
     # Each pair of NAME and its whiteout, and each whiteout that is no file, is rightly warned about.
-    with mounted(fill(root, permissions, vectors), root / "mnt", udba, allow_log=r"\.wh\.|whiteout") as mount:
+    with mounted(fill(root, permissions, vectors, notation), root / "mnt", udba, allow_log=r"\.wh\.|whiteout") as mount:
         yield mount
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory, udba: str) -> Iterator[Mount]:
-    yield from _mounted(tmp_path_factory, THREE, TABLE, udba)
+def three(tmp_path_factory: pytest.TempPathFactory, how: str) -> Iterator[Mount]:
+    yield from _mounted(tmp_path_factory, THREE, TABLE, how)
 
 
 @pytest.fixture(scope="module")
-def five(tmp_path_factory: pytest.TempPathFactory, udba: str) -> Iterator[Mount]:
-    yield from _mounted(tmp_path_factory, FIVE, FIVE_TABLE, udba)
+def five(tmp_path_factory: pytest.TempPathFactory, how: str) -> Iterator[Mount]:
+    yield from _mounted(tmp_path_factory, FIVE, FIVE_TABLE, how)
 
 
 def ask(mount: Mount, vector: Vector, order: str) -> None:
@@ -240,18 +265,23 @@ def test_marks_at_every_index_of_five_branches(five: Mount, vector: Vector, orde
     ask(five, vector, order)
 
 
+@pytest.mark.parametrize("notation", ["aufs", "overlay"])
 @pytest.mark.parametrize(
     ("permissions", "vector"),
     [(THREE, vector) for vector in TABLE] + [(FIVE, vector) for vector in FIVE_TABLE],
     ids=lambda value: value.id if isinstance(value, Vector) else f"{len(value)}",
 )
-def test_the_merge_oracle_agrees(tmp_path: Path, permissions: Sequence[str], vector: Vector) -> None:
+def test_the_merge_oracle_agrees(tmp_path: Path, permissions: Sequence[str], vector: Vector, notation: str) -> None:
     """The expectations above were written by hand; the independent merge must come to the same."""
     branches = [tmp_path / LETTERS[i] for i in range(len(permissions))]
     for branch in branches:
         branch.mkdir()
-    build(branches, vector, "D")
-    whable = [(branch, WHABLE[permission]) for branch, permission in zip(branches, permissions, strict=True)]
+    overlays = overlays_of(permissions, notation)
+    build(branches, vector, "D", overlays)
+    whable = [
+        (branch, OVERLAY if at in overlays else WHABLE[permission])
+        for at, (branch, permission) in enumerate(zip(branches, permissions, strict=True))
+    ]
     kind, _, letters = vector.expect.partition(" ")
     if kind == "EIO":
         with pytest.raises(InconsistentBranch):

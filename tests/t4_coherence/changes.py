@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.helpers.merge import Tree, merge, resolve
+from tests.helpers.merge import OVERLAY, Tree, merge, resolve
 
 LETTERS = "ABC"
 PERMISSIONS = ("rw", "ro+wh", "ro")
-WHABLE = (True, True, False)
-"""Whose whiteouts count: those of every branch but one that is plain ro."""
+WHABLE = (True, OVERLAY, False)
+"""Whose whiteouts count: those of every branch but one that is plain ro; those of overlayfs where nothing is written.
+"""
 
 OLD = b"old " * 1500
 NEW = b"new " * 1500
@@ -27,13 +29,18 @@ QUIET = "quiet/by"
 """A file that no change concerns; nothing of it may be asked again."""
 
 
+_OVERLAY = (1,)
+"""Where marks of overlayfs count."""
+_OPAQUE = "trusted.overlay.opaque"
+
+
 def build(roots: Sequence[Path], at: int) -> None:
     """Fill one case's directory, given for each branch, top first; branch `at` is the one to be changed."""
     for letter, root in zip(LETTERS, roots, strict=True):
-        for name in ("d/o", "d/q", "e", "quiet"):
+        for name in ("d/o", "d/p", "d/q", "e", "quiet"):
             (root / name).mkdir(parents=True)
-        (root / "d/o" / letter).write_text(letter)
-        (root / "d/q" / letter).write_text(letter)
+        for name in ("d/o", "d/p", "d/q"):
+            (root / name / letter).write_text(letter)
     here, lowest = roots[at], roots[-1]
     (here / QUIET).write_bytes(OLD)
     (here / "d/file").write_bytes(OLD)
@@ -45,6 +52,10 @@ def build(roots: Sequence[Path], at: int) -> None:
     (here / "d/q/.wh..wh..opq").touch()
     (here / "d/.wh.hidden").touch()
     (lowest / "d/hidden").write_bytes(OLD)
+    if at == _OVERLAY[0]:
+        os.mknod(here / "d/covered", stat.S_IFCHR)
+        os.setxattr(here / "d/p", _OPAQUE, b"y")
+        (lowest / "d/covered").write_bytes(OLD)
     (lowest / "d/low").write_bytes(OLD)
     (lowest / "d/lowdir").mkdir()
     (lowest / "d/lowdir/low").write_bytes(OLD)
@@ -94,6 +105,11 @@ def _save(here: Path) -> None:
     """What an editor does: write beside, rename over."""
     (here / "d/.file.tmp").write_bytes(NEW)
     os.rename(here / "d/.file.tmp", here / "d/file")
+
+
+def _remove_as_overlayfs(here: Path) -> None:
+    os.mknod(here / "d/.tmp", stat.S_IFCHR)
+    os.rename(here / "d/.tmp", here / "d/file")
 
 
 def _retarget(here: Path) -> None:
@@ -164,6 +180,25 @@ CHANGES = (
     Change("no-whiteout", lambda p: (p / "d/.wh.hidden").unlink(), absent=("d/hidden",)),
     Change("opaque", lambda p: (p / "d/o/.wh..wh..opq").touch(), files=_O, others=("d/o",), cwd="d/o"),
     Change("no-opaque", lambda p: (p / "d/q/.wh..wh..opq").unlink(), others=("d/q",), absent=_Q, cwd="d/q"),
+    Change("device", lambda p: os.mknod(p / "d/low", stat.S_IFCHR), files=("d/low",), branches=_OVERLAY),
+    Change("device-over-file", _remove_as_overlayfs, files=("d/file",), branches=_OVERLAY),
+    Change("no-device", lambda p: (p / "d/covered").unlink(), absent=("d/covered",), branches=_OVERLAY),
+    Change(
+        "opaque-attribute",
+        lambda p: os.setxattr(p / "d/o", _OPAQUE, b"y"),
+        files=_O,
+        others=("d/o",),
+        branches=_OVERLAY,
+        cwd="d/o",
+    ),
+    Change(
+        "no-opaque-attribute",
+        lambda p: os.removexattr(p / "d/p", _OPAQUE),
+        others=("d/p",),
+        absent=("d/p/A", "d/p/B", "d/p/C"),
+        branches=_OVERLAY,
+        cwd="d/p",
+    ),
     Change("make-tree", _make_tree, absent=("d/made", "d/made/leaf", "d/made/deep", "d/made/deep/leaf")),
     Change(
         "move-tree",

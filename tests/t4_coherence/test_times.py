@@ -87,7 +87,7 @@ def swap(branch: Path, name: str) -> None:
 CHANGES: list[Callable[[Path, str], None]] = [toggle, toggle, toggle_directory, toggle_mark, toggle_opaque, swap]
 
 
-def branches(mount: Mount) -> list[tuple[bytes, bool]]:
+def branches(mount: Mount) -> list[tuple[bytes, int]]:
     return [(os.fsencode(branch), branch is not mount.branches[-1]) for branch in mount.branches]
 
 

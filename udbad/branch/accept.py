@@ -129,6 +129,7 @@ def open_branches(specs: Sequence[BranchSpec], ro: bool, mount_point: bytes) -> 
                 restrictions=one.restrictions,
                 private=one.private,
                 keeps_order=keeps_order(one.place.fs_type, one.dev),
+                unmarked=whiteout.unmarked(one.root_fd),
             )
             for index, one in enumerate(found)
         )

@@ -59,6 +59,7 @@ class Branch:
     local: its times come from this machine's clock, and close(2) always succeeds; false where that is not known.
     in_memory: nothing of it outlives the power, so there is nothing to sync.
     keeps_order: content that has been written comes before a later rename after a power failure, too (ordering.py).
+    unmarked: its root has nothing of what aufs and we put into a branch that is written to (whiteout.unmarked).
     may_reflink: files of it may be able to share blocks.
     offline: it does not answer; nothing may be asked of it, not even to close a file.
     """
@@ -77,8 +78,11 @@ class Branch:
     private: bool = False
     keeps_order: bool = False
     offline: bool = False
+    unmarked: bool = False
     writable: bool = field(init=False)
     whable: bool = field(init=False)
+    overlay: bool = field(init=False)
+    """Whiteouts and opaque marks of overlayfs count on it, beside those of aufs."""
     exact_times: bool = field(init=False)
     exact_directory_times: bool = field(init=False)
     local: bool = field(init=False)
@@ -88,6 +92,7 @@ class Branch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "writable", self.perm is Perm.RW)
         object.__setattr__(self, "whable", self.perm is Perm.RW or "wh" in self.attrs)
+        object.__setattr__(self, "overlay", self.whable and not self.writable and self.unmarked)
         exact = self.perm is Perm.RR or (MULTIGRAIN_KERNEL and self.fs_type in _MULTIGRAIN_FS)
         object.__setattr__(self, "exact_times", exact)
         borrowed = self.perm is not Perm.RR and self.fs_type in _BORROWED_TIMES_FS

@@ -60,8 +60,9 @@ class Held:
         return End.WHITEOUT if self.whiteout else None
 
 
-def look(dirfd: int, name: bytes, marks: bool = True) -> Held:
-    """What a branch directory has under a name. marks: whether whiteouts and opaque marks count. Raises OSError.
+def look(dirfd: int, name: bytes, marks: bool = True, overlay: bool = False) -> Held:
+    """What a branch directory has under a name. marks: whether whiteouts and opaque marks count; overlay: those of
+    overlayfs, too. Raises OSError.
 
     What is replaced between two calls is not there.
     """
@@ -70,6 +71,9 @@ def look(dirfd: int, name: bytes, marks: bool = True) -> Held:
         st = syscalls.stat_at(dirfd, name)
         if st_mod.S_ISDIR(st.st_mode):
             held.fd = syscalls.open_dir_at(dirfd, name)
+        if overlay and whiteout.is_device(st):
+            held.whiteout = True
+            return held
         held.st = st
     except NO_DIRECTORY:
         pass
@@ -78,7 +82,7 @@ def look(dirfd: int, name: bytes, marks: bool = True) -> Held:
             raise
     try:
         held.whiteout = marks and whiteout.present(dirfd, name)
-        held.opaque = marks and held.fd >= 0 and whiteout.opaque(held.fd)
+        held.opaque = marks and held.fd >= 0 and whiteout.opaque(held.fd, overlay)
     except BaseException:
         if held.fd >= 0:
             os.close(held.fd)

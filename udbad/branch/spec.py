@@ -42,7 +42,8 @@ _RW: Final = frozenset({Perm.RW})
 ATTRIBUTES: Final = {
     "wh": Attribute(
         frozenset({Perm.RO, Perm.RR}),
-        "Its whiteouts and opaque marks count; without it those of read-only branches are ignored.",
+        "Its whiteouts and opaque marks count, those of overlayfs as well; without it those of read-only branches are "
+        "ignored.",
     ),
     "nolwh": Attribute(_RW, "Whiteouts are separate files, not hard links to one."),
     "coo_reg": Attribute(_ALL, "Opening a file copies it to the nearest writable branch above."),

@@ -1,8 +1,13 @@
-"""Whiteouts, opaque marks and temporary names on a branch: the on-disk notation of aufs (semantics 1).
+"""Whiteouts, opaque marks and temporary names on a branch: the on-disk notation of aufs, and how to read that of
+overlayfs (semantics 1).
 
 Everything here works on one branch directory, given by descriptor. A whiteout `.wh.NAME` hides NAME
 on lower branches only; NAME beside it on the same branch stays visible, so that every crash between
 the steps of a mutation leaves the old or the new state.
+
+In layers of overlayfs a character device 0/0 in the place of NAME is its whiteout, and a directory is opaque by an
+extended attribute. What is made here is always in the notation of aufs; that of overlayfs counts on branches where
+`Branch.overlay` says so, and is told apart in this module only.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from udbad.branch import syscalls
+from udbad.branch import listing, syscalls
 from udbad.branch.branches import Branch
 from udbad.errors import ABSENT, eio, os_error
 
@@ -40,8 +45,16 @@ TEMPORARY = re.compile(rb"\.wh\.\.wh\..+\.(?:[0-9a-fA-F]{4}|[0-9a-f]{12})", re.D
 
 _TEMPORARY_ROOM = 255 - len(RESERVED) - 1 - 12
 
+OVERLAY_OPAQUE = (b"trusted.overlay.opaque", b"user.overlay.opaque", b"user.fuseoverlayfs.opaque")
+"""Attributes by which overlayfs (mounted by root, or with userxattr) and fuse-overlayfs mark an opaque directory."""
+_OPAQUE_VALUE = b"y"
+"""Another one, "x", says that it may hold whiteouts that are no devices (Linux 6.8); not that it is opaque."""
+_OURS = (BASE, PLINK_DIR, ORPHAN_DIR, RESERVED + b"udbad")
+
 _stat = syscalls.stat_at
 _ISREG = st_mod.S_ISREG
+_S_IFMT, _S_IFCHR = 0o170000, st_mod.S_IFCHR
+_DEVICE, _REGULAR = st_mod.S_IFCHR >> 12, st_mod.S_IFREG >> 12
 
 
 def check_new_name(name: bytes) -> None:
@@ -70,13 +83,94 @@ def present(dirfd: int, name: bytes) -> bool:
     return True
 
 
-def opaque(dirfd: int) -> bool:
-    """Whether this branch directory hides everything that same-named lower ones contain."""
+def opaque(dirfd: int, overlay: bool = False) -> bool:
+    """Whether this branch directory hides everything that same-named lower ones contain.
+
+    overlay: `Branch.overlay`.
+    """
     try:
         _stat(dirfd, OPAQUE)
     except FileNotFoundError:
-        return False
+        return overlay and overlay_opaque(dirfd)
     return True
+
+
+# -- the notation of overlayfs ------------------------------------------------------------------
+
+
+def unmarked(root_fd: int) -> bool:
+    """Whether the root of a branch has nothing of what aufs, and we, put into a branch that is written to."""
+    return not any(syscalls.exists_at(root_fd, name) for name in _OURS)
+
+
+def is_device(st: os.stat_result) -> bool:
+    """Whether an object is a whiteout of overlayfs (ovl_is_whiteout() in fs/overlayfs/util.c), where those count."""
+    return st.st_mode & _S_IFMT == _S_IFCHR and not st.st_rdev
+
+
+def overlay_opaque(dirfd: int) -> bool:
+    """Whether overlayfs, or fuse-overlayfs, has marked a branch directory as opaque."""
+    path = syscalls.proc_path(dirfd)
+    try:
+        marks = [key for key in syscalls.listxattr(path) if key in OVERLAY_OPAQUE]
+        return any(syscalls.getxattr(path, key) == _OPAQUE_VALUE for key in marks)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENODATA):
+            return False
+        raise
+
+
+def hides(branch: Branch, dirfd: int, name: bytes) -> bool:
+    """Whether a directory of a branch, one whose whiteouts count, has a whiteout for `name` in any notation."""
+    if present(dirfd, name):
+        return True
+    if not branch.overlay:
+        return False
+    try:
+        return is_device(_stat(dirfd, name))
+    except FileNotFoundError:
+        return False
+
+
+def hides_alone(branch: Branch, dirfd: int, name: bytes) -> bool:
+    """Whether it has one, and not the name itself as well, which would be shown beside it."""
+    try:
+        st = _stat(dirfd, name)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return present(dirfd, name)
+        raise
+    return branch.overlay and is_device(st)
+
+
+def read_as_aufs(dirfd: int, names: list[bytes], types: bytearray) -> None:
+    """Change what listing.read has said of a branch directory, by the descriptor of which overlayfs' whiteouts are
+    looked at, to what it would be in the notation of aufs."""
+    at = types.find(_DEVICE)
+    while at >= 0:
+        try:
+            found = is_device(_stat(dirfd, names[at]))
+        except FileNotFoundError:
+            found = False  # whoever asks for the name finds out
+        if found:
+            names[at] = PREFIX + names[at]
+            types[at] = _REGULAR
+        at = types.find(_DEVICE, at + 1)
+
+
+def names_in(dirfd: int, overlay: bool) -> list[bytes]:
+    """All names in a branch directory, in the notation of aufs. overlay: whether marks of overlayfs count in it."""
+    fd = syscalls.open_listing(dirfd)
+    try:
+        names, _, types = listing.read(fd)
+        if overlay:
+            read_as_aufs(fd, names, types)
+    finally:
+        os.close(fd)
+    return names
+
+
+# -- names --------------------------------------------------------------------------------------
 
 
 class Meaning(Enum):

@@ -78,7 +78,9 @@ class Silence:
         watches: list[tuple[int, Identity]] = []
         try:
             for layer in wanted:
-                watches.append((watcher.watch_names(self._sb.layer_fd(node, layer), node), layer.identity))
+                # The opaque mark of overlayfs is an attribute; that of aufs is a name.
+                watch = watcher.watch_names(self._sb.layer_fd(node, layer), node, layer.branch.overlay)
+                watches.append((watch, layer.identity))
         except OSError as error:
             for watch, _ in watches:
                 watcher.unwatch(watch, node)

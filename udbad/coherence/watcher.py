@@ -115,9 +115,9 @@ class Watcher:
         """Watch the directory behind an O_PATH descriptor; its watch descriptor. Raises WatchLimit, OSError."""
         return self._add(fd, _DIRECTORY, handle)
 
-    def watch_names(self, fd: int, handle: object) -> int:
-        """Watch which names a directory has, and nothing else of it. Raises as above."""
-        return self._add(fd, _DIRECTORY_NAMES, handle)
+    def watch_names(self, fd: int, handle: object, attributes: bool) -> int:
+        """Watch which names a directory has, and nothing else of it but `attributes`. Raises as above."""
+        return self._add(fd, _DIRECTORY_NAMES | int(Mask.ATTRIB) if attributes else _DIRECTORY_NAMES, handle)
 
     def watch_file(self, fd: int, handle: object) -> int:
         """Watch one file itself: it may change through names in directories nobody watches. Raises as above."""

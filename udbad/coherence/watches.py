@@ -140,7 +140,10 @@ class Watches:
                 self._uncover(node.id)
                 return False
             entry.watches[index] = (watch, layer.identity)
-            if layer.branch.whable and node.parent is not None and whiteout.opaque(fd) != (node.opaque == index):
+            branch = layer.branch
+            if not branch.whable or node.parent is None:
+                continue
+            if whiteout.opaque(fd, branch.overlay) != (node.opaque == index):
                 complete = False  # an opaque mark came or went before the watch: its layers have to be found again
         return complete
 

@@ -62,13 +62,14 @@ class _Level:
     """A directory of the top branch, and what lies below it and can be compared, None: nothing.
 
     hides: nothing of that is visible in the union, because this directory, or one above it, is opaque or has a
-    whiteout beside it.
+    whiteout beside it. overlay: marks of overlayfs count.
     """
 
     path: bytes
     fd: int
     lower: Dir | None
     hides: bool
+    overlay: bool
     todo: list[bytes] = field(default_factory=list)
 
 
@@ -86,6 +87,7 @@ def opened(top: BranchSpec, lowers: Sequence[BranchSpec]) -> Iterator[tuple[Bran
                 Branch(
                     index, max(index - 1, 0), spec.path, spec.perm or Perm.RO, spec.attrs, spec.udba,
                     root_fd=fd, anchor_fd=os.dup(fd), dev=os.fstat(fd).st_dev, fs_type="",
+                    unmarked=whiteout.unmarked(fd),
                 )
             )  # fmt: skip
         yield branches[0], BranchSet(tuple(branches[1:]))
@@ -99,8 +101,10 @@ def changes(top: Branch, lowers: BranchSet) -> Generator[Change, None, None]:
 
     Whether the whiteouts of `top` count does not matter: it is taken as one that does.
     """
+    overlay = top.unmarked
     sb = Superblock(lowers, UnionOptions(parse_create("tdp"), parse_copyup("tdp")), max_fds=1)
-    levels = [_Level(b"", syscalls.open_dir_at(top.root_fd, b"."), sb.root, whiteout.opaque(top.root_fd))]
+    hides = whiteout.opaque(top.root_fd, overlay)
+    levels = [_Level(b"", syscalls.open_dir_at(top.root_fd, b"."), sb.root, hides, overlay)]
     try:
         yield from _names(sb, levels[0])
         while levels:
@@ -125,7 +129,7 @@ def _close(sb: Superblock, level: _Level) -> None:
 
 
 def _enter(sb: Superblock, level: _Level, name: bytes) -> _Level | None:
-    held = look(level.fd, name)
+    held = look(level.fd, name, True, level.overlay)
     if held.fd < 0:
         return None  # changed while we were looking
     try:
@@ -134,7 +138,8 @@ def _enter(sb: Superblock, level: _Level, name: bytes) -> _Level | None:
         os.close(held.fd)
         raise
     path = level.path + b"/" + name if level.path else name
-    return _Level(path, held.fd, None if layers is None else Dir(_NO_NODE, layers), level.hides or held.end is not None)
+    lower = None if layers is None else Dir(_NO_NODE, layers)
+    return _Level(path, held.fd, lower, level.hides or held.end is not None, level.overlay)
 
 
 def _below(sb: Superblock, lower: Dir, name: bytes) -> list[Layer] | None:
@@ -144,11 +149,7 @@ def _below(sb: Superblock, lower: Dir, name: bytes) -> list[Layer] | None:
 
 def _names(sb: Superblock, level: _Level) -> Iterator[Change]:
     """The changes of one directory; notes its subdirectories to be visited, last one first."""
-    listing = syscalls.open_listing(level.fd)
-    try:
-        names = {os.fsencode(text) for text in os.listdir(listing)}
-    finally:
-        os.close(listing)
+    names = set(whiteout.names_in(level.fd, level.overlay))
     mine = sorted(name for name in names if not name.startswith(whiteout.PREFIX))
     gone = {name[len(whiteout.PREFIX) :] for name in names if name.startswith(whiteout.PREFIX)
             and not name.startswith(whiteout.RESERVED)}  # fmt: skip
@@ -198,7 +199,7 @@ def _compare(sb: Superblock, level: _Level, name: bytes, path: bytes) -> Change 
         layer = level.lower.layer(found.branch.index)
         assert layer is not None
         differs = compare.differences(level.fd, name, sb.layer_fd(level.lower, layer), name)
-        hides = is_dir and _hides(level.fd, name)
+        hides = is_dir and _hides(level, name)
     except OSError as error:
         if error.errno not in GONE:
             raise
@@ -213,9 +214,9 @@ def _compare(sb: Superblock, level: _Level, name: bytes, path: bytes) -> Change 
     return Change(path, ChangeKind.IDENTICAL, label, "")
 
 
-def _hides(dirfd: int, name: bytes) -> bool:
+def _hides(level: _Level, name: bytes) -> bool:
     """Whether nothing of the same directory on lower branches shows."""
-    held = look(dirfd, name)
+    held = look(level.fd, name, True, level.overlay)
     if held.fd >= 0:
         os.close(held.fd)
     return held.end is not None

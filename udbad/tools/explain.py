@@ -155,12 +155,16 @@ def _root(places: Sequence[_Place]) -> list[_Seen]:
     ]  # fmt: skip
 
 
+def _held(place: _Place, name: bytes) -> Held:
+    return look(place.fd, name, place.branch.whable, place.branch.overlay)
+
+
 def _examine(places: Sequence[_Place], name: bytes) -> list[_Seen]:
     """Look up one name on every branch, top first; layers.py decides the roles."""
     step: list[_Seen] = []
     try:
         for place in places:
-            step.append(_Seen(place.branch, look(place.fd, name, place.branch.whable), "", place.hidden))
+            step.append(_Seen(place.branch, _held(place, name), "", place.hidden))
     except BaseException:
         for seen in step:
             if seen.held.fd >= 0:

@@ -188,7 +188,7 @@ def _check_between(
         if not source.index <= branch.index < target.index:
             continue
         fd = sb.layer_fd(parent, layer)
-        if branch.whable and whiteout.present(fd, name):
+        if branch.whable and whiteout.hides(branch, fd, name):
             raise _refused(parts, f"a whiteout on {_label(branch)} hides {_label(target)}")
         if branch is not source and syscalls.exists_at(fd, name):
             raise _refused(parts, f"another copy is between, on {_label(branch)}")

@@ -39,7 +39,6 @@ from udbad.tools.takeaway import (
     TakeAway,
     Whiteout,
     must_carry,
-    whited_only,
 )
 from udbad.union import copydirs, lookup
 from udbad.union.superblock import Superblock
@@ -203,7 +202,7 @@ class Sync:
     def _visit(self, level: _Level) -> Steps:
         """Everything in a directory but what is in its subdirectories."""
         names: list[bytes] = []
-        yield lambda: names.extend(_list(level.src_fd))
+        yield lambda: names.extend(whiteout.names_in(level.src_fd, self.src.overlay))
         batch: list[Copy] = []
         size = 0
         for name in names:
@@ -366,7 +365,7 @@ class Sync:
 
     def _apply_whiteout(self, level: _Level, name: bytes) -> Steps:
         """Remove on the lower branch what the whiteout hides there; carry it down when more is below."""
-        if level.hidden or not self._in_place(level) or not whited_only(level.src_fd, name):
+        if level.hidden or not self._in_place(level) or not whiteout.hides_alone(self.src, level.src_fd, name):
             return
         self._at(level.parts, name)
         if must_carry(self.sb, self.src, self.dst, level.parts, level.src_fd, level.dst_fd, name):
@@ -390,7 +389,8 @@ class Sync:
                 raise
             return None
         try:
-            opaque = self.src.whable and (whiteout.opaque(src_fd) or whiteout.present(level.src_fd, name))
+            marked = self.src.whable and whiteout.opaque(src_fd, self.src.overlay)
+            opaque = marked or (self.src.whable and whiteout.present(level.src_fd, name))
             if opaque and not level.hidden:
                 if not (yield from self._start_opaque(level, name, src_fd)):
                     os.close(src_fd)
@@ -469,7 +469,7 @@ class Sync:
     def _is_bare(self, dirfd: int, name: bytes) -> bool:
         fd = syscalls.open_dir_at(dirfd, name)
         try:
-            return set(_list(fd)) <= ({whiteout.OPAQUE} if not self._lowest else set())
+            return set(whiteout.names_in(fd, overlay=False)) <= ({whiteout.OPAQUE} if not self._lowest else set())
         finally:
             os.close(fd)
 
@@ -487,14 +487,6 @@ class Sync:
                         os.close(dirfd)
 
             yield remove_all
-
-
-def _list(dirfd: int) -> list[bytes]:
-    fd = syscalls.open_listing(dirfd)
-    try:
-        return list(map(os.fsencode, os.listdir(fd)))
-    finally:
-        os.close(fd)
 
 
 def _identity(fd: int) -> tuple[int, int]:

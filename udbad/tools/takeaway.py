@@ -192,7 +192,7 @@ class TakeAway:
     def _take_whiteout(self, item: Whiteout) -> None:
         src_fd, dst_fd = self._open(item.parts)
         try:
-            if not whited_only(src_fd, item.name):
+            if not whiteout.hides_alone(self.src, src_fd, item.name):
                 return
             if syscalls.exists_at(dst_fd, item.name) or must_carry(
                 self.sb, self.src, self.dst, item.parts, src_fd, dst_fd, item.name
@@ -224,11 +224,6 @@ def _linked(dirfd: int, name: bytes, item: File) -> ObjectStamp:
     if not same or not same_content(stamp(now), stamp(item.st)):
         raise Changed("the copy was changed directly")
     return object_stamp(now)
-
-
-def whited_only(dirfd: int, name: bytes) -> bool:
-    """Whether a branch directory has the whiteout and not the name itself, which would be shown beside it."""
-    return whiteout.present(dirfd, name) and not syscalls.exists_at(dirfd, name)
 
 
 def must_carry(sb: Superblock, src: Branch, dst: Branch, parts: Parts, src_fd: int, dst_fd: int, name: bytes) -> bool:

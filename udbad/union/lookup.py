@@ -26,7 +26,7 @@ from udbad.union import homes, times
 from udbad.union.superblock import LAST_DEPTH, Superblock, lower_links
 from udbad.union.view import load_view
 
-_S_IFDIR, _S_IFLNK = st_mod.S_IFDIR, st_mod.S_IFLNK
+_S_IFDIR, _S_IFLNK, _S_IFCHR = st_mod.S_IFDIR, st_mod.S_IFLNK, st_mod.S_IFCHR
 _S_IFMT = 0o170000
 _stat, _fstat = syscalls.stat_at, syscalls.fstat
 
@@ -134,6 +134,10 @@ def resolve(sb: Superblock, parent: Dir, name: bytes, below: int = -1, tries: in
             continue
         kind = st.st_mode & _S_IFMT
         if kind != _S_IFDIR:
+            if kind == _S_IFCHR and branch.overlay and whiteout.is_device(st):
+                if parent.offline:
+                    _check_known(parent, below, branch.index)
+                return Missing(Answer.WHITED, examined, branch.index)
             return Found(kind, branch, st, None, examined)
         try:
             return _merge(sb, parent, name, pos, st, examined)
@@ -231,9 +235,12 @@ def _merge(sb: Superblock, parent: Dir, name: bytes, first: int, st: os.stat_res
                 if not layers:
                     top_st = st
                 layers.append(layer)
-                if branch.whable and whiteout.opaque(layer.fd):
+                if branch.whable and whiteout.opaque(layer.fd, branch.overlay):
                     opaque = branch.index
                     break
+            elif branch.overlay and pos < last and whiteout.is_device(st):
+                whited = branch.index
+                break
             # A lower object of another type is skipped, it does not end the search (semantics 4.2).
             if branch.whable and pos < last and whiteout.present(fd, name):
                 whited = branch.index
@@ -579,7 +586,8 @@ def lookup(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_resu
                 except FileNotFoundError:
                     pass
                 else:
-                    if st.st_mode & _S_IFMT != _S_IFDIR:
+                    kind = st.st_mode & _S_IFMT
+                    if kind != _S_IFDIR and not (kind == _S_IFCHR and layer.branch.overlay):
                         counters.depth_found[1] += 1
                         return intern_file(sb, parent, name, layer.branch, st)
     return _ask(sb, parent, name)

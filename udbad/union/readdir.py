@@ -35,7 +35,7 @@ DOTS = 2
 _DOT = ord(b".")
 _ANY = (1 << 32) - 2
 """A number for what has none that we know: not 0, which getdents64(2) takes for no entry."""
-_S_IFMT, _S_IFDIR, _DIRECTORY = 0o170000, st_mod.S_IFDIR, st_mod.S_IFDIR >> 12
+_S_IFMT, _S_IFDIR, _S_IFCHR, _DIRECTORY = 0o170000, st_mod.S_IFDIR, st_mod.S_IFCHR, st_mod.S_IFDIR >> 12
 
 Names = list[bytes]
 Children = dict[bytes, Node]
@@ -337,7 +337,8 @@ def _by_hit(
             except FileNotFoundError:
                 pass
             else:
-                if st.st_mode & _S_IFMT != _S_IFDIR:
+                kind = st.st_mode & _S_IFMT
+                if kind != _S_IFDIR and not (kind == _S_IFCHR and layer.branch.overlay):
                     return lookup.intern_file(sb, parent, name, layer.branch, st)
     found = lookup.resolve(sb, parent, name)
     if found.answer is Answer.FOUND:

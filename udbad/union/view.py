@@ -66,6 +66,8 @@ def scan(sb: Superblock, node: Dir, stacked: set[bytes] | None = None, parts: li
         fd = syscalls.open_listing(sb.layer_fd(node, layer))
         try:
             found, numbers, types = listing.read(fd)
+            if branch.overlay:
+                whiteout.read_as_aufs(fd, found, types)
         finally:
             os.close(fd)
         kept = _merge(names, whited, stacked, here, branch, found, numbers, types)
