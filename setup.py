@@ -29,19 +29,27 @@ class BuildHotModules(build_ext):
     failed = False
 
     def finalize_options(self) -> None:
+        self.parallel = int(self.parallel or os.cpu_count() or 1)
         try:
-            from Cython.Build import cythonize
-
-            self.distribution.ext_modules = cythonize(
-                self.distribution.ext_modules,
-                build_dir=os.path.join("build", "cython"),
-                compiler_directives=DIRECTIVES,
-                quiet=True,
-            )
+            try:
+                self._to_c(self.parallel)
+            except (ImportError, OSError):  # a system without semaphores, as a chroot without /dev/shm
+                self._to_c(0)
         except Exception as error:  # there is no Cython, or it does not take a source
             self._give_up(error)
         super().finalize_options()
-        self.parallel = self.parallel or os.cpu_count()
+
+    def _to_c(self, processes: int) -> None:
+        """processes: 0 for none but this one."""
+        from Cython.Build import cythonize
+
+        self.distribution.ext_modules = cythonize(
+            self.distribution.ext_modules,
+            nthreads=processes,
+            build_dir=os.path.join("build", "cython"),
+            compiler_directives=DIRECTIVES,
+            quiet=True,
+        )
 
     def run(self) -> None:
         stamp = os.path.join(ROOT if self.inplace else self.build_lib, "udbad", COMPILED["STAMP"])
@@ -69,11 +77,12 @@ class BuildHotModules(build_ext):
         return [*super().get_outputs(), os.path.join(self.build_lib, "udbad", COMPILED["STAMP"])]
 
 
-setup(
-    ext_modules=[
-        Extension(name, [name.replace(".", "/") + suffix], extra_compile_args=FLAGS)
-        for names, suffix in ((COMPILED["MODULES"], ".py"), (COMPILED["IN_C"], ".pyx"))
-        for name in names
-    ],
-    cmdclass={"build_ext": BuildHotModules},
-)
+if __name__ == "__main__":  # the processes that Cython starts may import this file
+    setup(
+        ext_modules=[
+            Extension(name, [name.replace(".", "/") + suffix], extra_compile_args=FLAGS)
+            for names, suffix in ((COMPILED["MODULES"], ".py"), (COMPILED["IN_C"], ".pyx"))
+            for name in names
+        ],
+        cmdclass={"build_ext": BuildHotModules},
+    )
