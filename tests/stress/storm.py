@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -295,24 +295,18 @@ class Arena:
 
     def storm(self, seed: int, count: int) -> None:
         """Let a process for each root do `count` operations at the same time. Raises AssertionError."""
-        clients = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.stress.storm", root, str(seed + n), str(count), str(int(on_branch))],
-                cwd=REPOSITORY,
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-                stderr=subprocess.PIPE,
-            )
-            for n, (root, on_branch) in enumerate(self.roots)
-        ]
-        try:
+        module = [sys.executable, "-m", "tests.stress.storm"]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        with ExitStack() as stack:
+            clients: list[subprocess.Popen[bytes]] = []
+            for n, (root, on_branch) in enumerate(self.roots):
+                words = [*module, str(root), str(seed + n), str(count), str(int(on_branch))]
+                client = subprocess.Popen(words, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
+                clients.append(stack.enter_context(client))
+                stack.callback(client.kill)
             for client in clients:
                 _, errors = client.communicate(timeout=DEADLINE)
                 assert client.returncode == 0, errors.decode(errors="replace")
-        finally:
-            for client in clients:
-                if client.poll() is None:
-                    client.kill()
-                    client.communicate()
 
     def in_step(self, turns: Sequence[tuple[int, Op]]) -> list[str]:
         """(index into `roots`, operation), one after the other; exactly repeatable.
