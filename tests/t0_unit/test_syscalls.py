@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,26 @@ def test_what_is_not_there(directory: int) -> None:
         syscalls.open_file_at(directory, b"name", os.O_RDONLY)
     with pytest.raises(FileNotFoundError):
         syscalls.readlink_at(directory, b"name")
+
+
+def test_a_file_without_a_name_in_a_removed_directory(tmp_path: Path) -> None:
+    """Only some file systems refuse it, ext4 among them; the error is that of any other new file."""
+    (tmp_path / "d").mkdir()
+    directory = os.open(tmp_path / "d", os.O_PATH | os.O_DIRECTORY)
+    try:
+        (tmp_path / "d").rmdir()
+        with suppress(FileNotFoundError):
+            os.close(syscalls.open_tmpfile(directory, 0o600))
+    finally:
+        os.close(directory)
+
+
+def test_a_refused_file_without_a_name(directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EPERM stays what it is in a directory that is there."""
+
+    def refuse(*_: object, **__: object) -> int:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionError):
+        syscalls.open_tmpfile(directory, 0o600)

@@ -16,10 +16,13 @@ from tests.helpers.posix import NOREPLACE
 from tests.t2_core.core import STRATEGIES, Core, core
 from tests.t2_core.test_fs import error_of
 from udbad.branch import syscalls
+from udbad.branch.branches import Branch
 from udbad.branch.policy import parse_create
-from udbad.types import ROOT_ID
-from udbad.union import copyup, lookup, remove
+from udbad.inodes.table import Dir
+from udbad.types import ROOT_ID, Trigger
+from udbad.union import copydirs, copyup, lookup, remove
 from udbad.union.fs import SetAttr
+from udbad.union.superblock import NeedCopyUp, Superblock
 
 ROUNDS = 200
 
@@ -235,6 +238,29 @@ def test_names_that_come_and_go_within_a_tick_on_tmpfs(tmpfs: Path) -> None:
             os.unlink(directory / f"old{number}")
             os.link(tmpfs / "base" / f"file{number}", directory / os.fsdecode(new))
             assert union.fs.lookup(node.id, new) is not None, number
+
+
+@modes
+@pytest.mark.parametrize("length", [0, None], ids=["truncated", "whole"])
+def test_a_directory_that_a_copy_up_needs_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, udba: str, length: int | None
+) -> None:
+    """After it was looked at, so that its descriptor is that of a removed one, where no file can be made: ENOENT."""
+    for branch in ("base", "top"):
+        (tmp_path / branch / "d").mkdir(parents=True)
+    (tmp_path / "base/d/f").write_text("f")
+    with core(tmp_path, udba=udba) as union:
+        need = NeedCopyUp(union.find("d/f"), Trigger.TRUNCATE, length)
+        original = copydirs.ensure_dir
+
+        def ensure_dir(sb: Superblock, node: Dir, branch: Branch) -> int:
+            fd = original(sb, node, branch)
+            (union["top"] / "d").rmdir()
+            return fd
+
+        monkeypatch.setattr(copydirs, "ensure_dir", ensure_dir)
+        assert error_of(lambda: copyup.run(union.sb, need)) == "ENOENT"
+        assert not (union["top"] / "d").exists()
 
 
 @pytest.mark.parametrize("taken", ["", "directory", "file"])

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import ClassVar, Final, Literal
 
 from udbad import compiled
-from udbad.errors import ABSENT, estale
+from udbad.errors import ABSENT, enoent, estale
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -239,8 +239,17 @@ def create_file_at(dirfd: int, name: bytes, flags: int, mode: int) -> int:
 
 def open_tmpfile(dirfd: int, mode: int, flags: int = os.O_RDWR) -> int:
     """An unnamed regular file in the directory (O_TMPFILE, open(2)), which `link_fd` can give a name; EOPNOTSUPP where
-    unsupported. flags: for writing, at least; `mode` is subject to the process umask."""
-    return os.open(b".", os.O_TMPFILE | flags | os.O_CLOEXEC, mode, dir_fd=dirfd)
+    unsupported. flags: for writing, at least; `mode` is subject to the process umask.
+
+    ENOENT in a directory that has been removed, as for any other new file: vfs_tmpfile() in fs/namei.c leaves that to
+    the file systems, of which ext4 says EPERM (__ext4_new_inode()), and most say nothing.
+    """
+    try:
+        return os.open(b".", os.O_TMPFILE | flags | os.O_CLOEXEC, mode, dir_fd=dirfd)
+    except PermissionError as error:
+        if error.errno == errno.EPERM and not os.fstat(dirfd).st_nlink:
+            raise enoent() from None
+        raise
 
 
 def mkdir_at(dirfd: int, name: bytes, mode: int) -> None:
