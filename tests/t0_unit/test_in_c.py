@@ -20,6 +20,7 @@ from udbad.branch import listing, syscalls
 from udbad.branch.branches import Branch
 from udbad.inodes.table import Dir, Layer, Node
 from udbad.kernel import device, wire
+from udbad.kernel.protocol import inval_attributes, inval_data, inval_entry
 from udbad.kernel.received import Received
 from udbad.types import Perm
 from udbad.union.readdir import Run
@@ -272,6 +273,11 @@ def test_a_device(module: ModuleType) -> None:
         for body in (b"", b"answer", bytearray(b"answer"), bytes(1 << 17)):
             module.answer(fd, (1 << 64) - 1, 0, body)
             assert kernel.recv(1 << 18) == struct.pack("<IiQ", 16 + len(body), 0, (1 << 64) - 1) + body
+        messages = [inval_data(1), inval_entry(2, b"name"), inval_attributes(3)]
+        assert module.tell(fd, b"".join(messages)) == (0, 0)
+        assert [kernel.recv(1 << 18) for _ in messages] == messages
+        assert module.tell(-1, b"".join(messages)) == (0, errno.EBADF)
+        assert module.tell(fd, b"") == (0, 0)
         module.answer(fd, 7, errno.ENOENT, b"")
         assert kernel.recv(1 << 18) == struct.pack("<IiQ", 16, -errno.ENOENT, 7)
     with pytest.raises(OSError, match="Bad file descriptor"):

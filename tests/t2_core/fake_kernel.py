@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -94,6 +94,18 @@ class FakeKernel:
         self.notified["data"] += 1
         self.attributes_of.pop(node, None)
         self.listings.pop(node, None)  # its pages: fuse_readdir_cached() begins anew where one is missing
+
+    def expire_all(self, parent: int, names: Iterable[bytes]) -> None:
+        for name in names:
+            self.expire(parent, name)
+
+    def attributes_all(self, nodes: Iterable[int]) -> None:
+        for node in nodes:
+            self.attributes(node)
+
+    def data_all(self, nodes: Iterable[int]) -> None:
+        for node in nodes:
+            self.data(node)
 
     def everything(self) -> bool:
         if self.epochs:

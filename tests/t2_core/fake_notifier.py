@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from udbad.kernel.protocol import NOTIFICATIONS
@@ -123,6 +123,18 @@ class FakeNotifier:
 
     def data(self, node: int) -> None:
         self.told.append(Message("data", node))
+
+    def expire_all(self, parent: int, names: Iterable[bytes]) -> None:
+        for name in names:
+            self.expire(parent, name)
+
+    def attributes_all(self, nodes: Iterable[int]) -> None:
+        for node in nodes:
+            self.attributes(node)
+
+    def data_all(self, nodes: Iterable[int]) -> None:
+        for node in nodes:
+            self.data(node)
 
     def everything(self) -> bool:
         if self.epochs:

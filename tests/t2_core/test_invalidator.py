@@ -290,6 +290,60 @@ def test_flush_ends_when_the_invalidator_is_stopped_meanwhile() -> None:
     finish(flushing)
 
 
+def test_many_at_once() -> None:
+    """In portions, in a thread of their own where nobody is to wait behind them, or one by one."""
+    nodes, names = range(1, 1000), [b"n%d" % number for number in range(1000)]
+    told: list[tuple[str, list[tuple[int, bytes]]]] = []
+
+    def tell_many(kind: str, ones: list[tuple[int, bytes]]) -> tuple[int, int]:
+        told.append((kind, ones))
+        return 1, 0
+
+    write = HeldWrite()
+    write.hold()
+    invalidator = Invalidator(write.tell, True, tell_many=tell_many)
+    put(invalidator, entry(0))
+    write.wait_entered(entry(0))
+    invalidator.data_all(nodes)
+    invalidator.attributes_all(nodes)
+    invalidator.expire_all(2, names)
+    write.release()
+    invalidator.flush()
+    statistics = invalidator.statistics()
+    assert invalidator.stop()
+    for kind, expected in (
+        ("data", [(node, b"") for node in nodes]),
+        ("attributes", [(node, b"") for node in nodes]),
+        ("expire", [(2, name) for name in names]),
+    ):
+        portions = [ones for told_kind, ones in told if told_kind == kind]
+        assert [one for ones in portions for one in ones] == expected
+        assert len(portions) == 4
+        assert statistics.sent[kind] == len(expected)
+    assert (statistics.missed, statistics.failed) == (12, 0)
+
+    with running(HeldWrite()) as invalidator:
+        invalidator.data_all([5, 6])
+        invalidator.expire_all(7, [b"a", b"b"])
+        invalidator.flush()
+        sent = invalidator.statistics().sent
+    assert (sent["data"], sent["expire"]) == (2, 2)
+
+
+def test_many_that_the_kernel_refuses(expect_log: Callable[[str], None]) -> None:
+    expect_log("kernel refused to forget some data: Input/output error")
+    failure = errno.EIO
+    invalidator = Invalidator(HeldWrite().tell, True, tell_many=lambda kind, ones: (0, failure))
+    invalidator.data_all([5])
+    invalidator.flush()
+    assert invalidator.statistics().failed == 1
+    failure = errno.ENODEV  # unmounted already
+    invalidator.data_all([6])
+    invalidator.flush()
+    assert invalidator.statistics().failed == 1
+    assert invalidator.stop()
+
+
 @pytest.fixture
 def small_limit(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(module, "_LIMIT", 10)

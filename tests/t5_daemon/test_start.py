@@ -199,3 +199,18 @@ def test_a_signal_after_the_unmount_does_not_cut_the_end_short(tmp_path: Path) -
     assert _in_a_child(serve) == 0
     assert not (tmp_path / "top" / ".wh..wh.udbad").exists()
     assert mounts_under(tmp_path) == []
+
+
+def test_a_control_socket_that_is_gone_at_the_end(tmp_path: Path) -> None:
+    """As the next process finds it when one is killed in its orderly end: that is nothing to warn of."""
+    path = tmp_path / "ctl"
+
+    async def listen() -> None:
+        here = presence.Presence(os.fsencode(tmp_path), presence.NOBODY, str(path))
+        listener = here.listen(None)
+        assert listener is not None
+        path.unlink()
+        await listener.aclose()
+        here.close()
+
+    trio.run(listen)

@@ -14,7 +14,7 @@ module alone, and whatever takes it away has the kernel forget in the same step.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from stat import S_IFLNK
 from typing import Protocol
@@ -59,6 +59,15 @@ class KernelNotifier(Protocol):
     def data(self, node: int) -> None:
         """Forget the attributes and the cached pages of a node, mapped ones included."""
 
+    def expire_all(self, parent: int, names: Iterable[bytes]) -> None:
+        """`expire` for many names."""
+
+    def attributes_all(self, nodes: Iterable[int]) -> None:
+        """`attributes` for many nodes, which nothing else has to wait for."""
+
+    def data_all(self, nodes: Iterable[int]) -> None:
+        """`data`, likewise."""
+
     def everything(self) -> bool:
         """Forget every name at once; False when they must be given one by one, because this kernel has no epochs
         or because that would detach what others have mounted inside the union."""
@@ -92,8 +101,6 @@ class Coherence:
         self.notifier = notifier
         self.branch_events: dict[tuple[int, int], int] = {}
         """(branch index, kind bits of coherence/inotify.py) to number of events."""
-        self._untold: list[Node] = []
-        """Of what the kernel has still to forget something (`tell_untold`)."""
 
     def start(self) -> None:
         """Take over a tree, freshly mounted or handed over by another strategy: nothing in it is trusted yet."""
@@ -204,23 +211,22 @@ class Coherence:
             self.notifier.expire(node.id, name)
             self.tell_names(node)
 
-    def _distrust_all(self, later: bool = False) -> None:
-        """`distrust` for everything there is, what has lost its name included; by an epoch, where there is one.
-
-        later: with an epoch, leave to `tell_untold` what nobody has open. Whoever comes by a name asks for its
-        attributes as well; else only who has had such a file before, and no handle of it (O_PATH), could see old ones.
-        """
+    def _distrust_all(self) -> None:
+        """`distrust` for everything there is, what has lost its name included; by an epoch, where there is one."""
         epoch = self.notifier.everything()
         # A listing that was answered before may be taken in afterwards: names then have the new epoch, which
         # fuse_direntplus_link() looks at last. To have one forgotten waits for whoever reads the directory.
         reading = {handle.node.id for handle in self.sb.handles.dirs.values()}
-        for node in list(self.sb.table.nodes.values()):
+        opens = self.sb.kernel_opens
+        attributes: list[int] = []
+        data: list[int] = []
+        for node in self.sb.table.nodes.values():
             if type(node) is not Dir:
-                if later and epoch and not node.handles:
-                    node.lacks = None
-                    self._untold.append(node)
-                else:
+                if node.handles or not node.nlookup:
                     self._drop_file(node)
+                    continue
+                node.lacks = None
+                (data if opens or node.kind == S_IFLNK else attributes).append(node.id)
                 continue
             was_trusted = node.trusted
             self._lose(node)
@@ -228,13 +234,8 @@ class Coherence:
                 self.expire_names(node)
             elif epoch:
                 node.negatives = None
-
-    def tell_untold(self, most: int | None = None) -> bool:
-        """Have the kernel forget what `recalled` has left, of `most` nodes (None: all). False when nothing is left."""
-        untold = self._untold
-        for _ in range(len(untold) if most is None else min(most, len(untold))):
-            self._drop_file(untold.pop())
-        return bool(untold)
+        self.notifier.data_all(data)
+        self.notifier.attributes_all(attributes)
 
     def _lose(self, node: Dir) -> None:
         """A directory is not trusted; the caller has its names dropped, if it was."""
@@ -345,8 +346,7 @@ class Coherence:
     def expire_names(self, node: Dir) -> None:
         """Have the kernel ask again for every name of a directory, whatever it was told."""
         self.forget_negatives(node)
-        for name in node.children:
-            self.notifier.expire(node.id, name)
+        self.notifier.expire_all(node.id, node.children)
 
     def not_sent(self, node: Node) -> None:
         """Attributes that `attr_ttl` was asked for did not fit into the reply."""
@@ -361,7 +361,7 @@ class Coherence:
 
     def recalled(self) -> None:
         """The tree is one that a predecessor had (union/recall.py): the kernel may remember all of it, and nobody has
-        seen what has happened meanwhile. To be called after `start`; `tell_untold` is due soon."""
+        seen what has happened meanwhile. To be called after `start`."""
         # The pages of a listing are dropped where nobody is taking in an answer: a later mtime would be seen by who
         # compares it, though nothing has changed. Where nothing changes by itself, an answer of then is as good as one
         # of now.
@@ -375,7 +375,7 @@ class Coherence:
                 if node.listed and node.id not in reading:
                     node.listed = False
                     dropped.append(node)
-        self._distrust_all(later=True)
+        self._distrust_all()
         self.adopt(self.sb.root, False)
         for node in dropped:
             self.sb.table.changed(node)

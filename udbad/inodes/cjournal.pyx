@@ -1,15 +1,17 @@
 # The entries of journal.py that most requests make, written without an object for each number: nodes that are no
-# directories, and open files. Used where the hot modules are compiled; the Python there is what this means.
+# directories, and open files; and such nodes made of them again. Used where the hot modules are compiled; the Python
+# there, and in union/recall.py, is what this means.
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from udbad.inodes.table cimport Node
+from udbad.inodes.table cimport Dir, Node
 
 from udbad.inodes.handles import OpenFile
 from udbad.inodes.journal import CLOSED, FILE, OPEN_FILE
+from udbad.inodes.record import DROPPED
 from udbad.inodes.table import Node as NodeType
 
 cdef extern from *:
@@ -159,3 +161,68 @@ cdef class Writer:
             raise
         publish(self.end, end)
         return not changed and end <= <uint64_t>half.most
+
+
+VERSION = 1
+cdef uint64_t _DROPPED = DROPPED
+
+
+cdef uint64_t entry_at(const uint8_t[::1] memory, uint64_t size, uint64_t at) except 0:
+    """Where the next one is."""
+    cdef uint64_t payload
+    if at + HEAD > size:
+        raise ValueError("an entry goes on behind the log")
+    payload = (<node_entry *>&memory[at]).size
+    if not 0 < payload <= size - at - HEAD:
+        raise ValueError("an entry goes on behind the log")
+    return (at + HEAD + payload + 7) & ~<uint64_t>7
+
+
+cdef object payload_at(const uint8_t[::1] memory, uint64_t at):
+    return PyBytes_FromStringAndSize(<char *>&memory[at] + HEAD, (<node_entry *>&memory[at]).size)
+
+
+def scan(const uint8_t[::1] memory not None, uint64_t size, dict nodes not None, other):
+    cdef uint64_t at = 0, after
+    cdef node_entry *entry
+    if size > <uint64_t>memory.shape[0]:
+        raise ValueError("the log is longer than its memory")
+    while at < size:
+        after = entry_at(memory, size, at)
+        entry = <node_entry *>&memory[at]
+        if entry.kind == _FILE and entry.size >= sizeof(node_entry) - HEAD + entry.name_size:
+            nodes[entry.id] = at
+        else:
+            other(payload_at(memory, at), entry.count)
+        at = after
+
+
+def nodes(const uint8_t[::1] memory not None, uint64_t size, dict nodes not None, dict branches not None,
+          dict table not None):
+    """The places are those that `scan` has found."""
+    cdef uint64_t at
+    cdef node_entry *entry
+    cdef Node node
+    cdef Dir parent
+    cdef list rest = []
+    for place in nodes.values():
+        if type(place) is not int:
+            continue
+        at = place
+        entry = <node_entry *>&memory[at]
+        if entry.count == _DROPPED:
+            continue
+        branch = branches.get(entry.branch)
+        if branch is None or entry.orphan_fd != -1 or entry.size > sizeof(node_entry) - HEAD + entry.name_size:
+            rest.append((payload_at(memory, at), entry.count))
+            continue
+        node = Node(entry.id, entry.type, branch, entry.dev, entry.ino)
+        node.name = PyBytes_FromStringAndSize(<char *>entry + sizeof(node_entry), entry.name_size)
+        node.nlookup, node.nlink_extra, node.dead = entry.count, entry.links, entry.dead != 0
+        table[node.id] = node
+        above = table.get(entry.parent)
+        if type(above) is Dir:
+            parent = above
+            node.parent = parent
+            parent.children[node.name] = node
+    return rest

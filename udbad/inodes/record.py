@@ -24,7 +24,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 VERSION: Final = 1
 """Of what is in the record: this layout, the entries of journal.py, the slots of edge/once.py, and what
@@ -54,6 +54,7 @@ _MARSHAL: Final = 2
 """Format of marshal that every Python 3 reads and that is quickest to write."""
 
 unpack: Callable[[bytes], Any] = marshal.loads
+Scanned = TypeVar("Scanned")
 
 
 def pack(value: Any) -> bytes:
@@ -310,6 +311,10 @@ class Record:
     def entries(self) -> Iterator[tuple[bytes, int]]:
         """Payload and count of every entry, in the order in which they were written."""
         return self._half.entries()
+
+    def scan(self, work: Callable[..., Scanned], *arguments: Any) -> Scanned:
+        """What `work` makes of the memory of the log and its size, and of these arguments."""
+        return work(self._half.memory, self._half.end, *arguments)
 
     @property
     def size(self) -> int:

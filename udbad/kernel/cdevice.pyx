@@ -4,11 +4,11 @@
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
-from libc.errno cimport EAGAIN, EINTR, errno
+from libc.errno cimport EAGAIN, EINTR, ENOENT, ENOTDIR, errno
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.string cimport memchr
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
-from posix.unistd cimport read
+from posix.unistd cimport read, write
 
 from udbad.kernel.received cimport Received
 
@@ -98,6 +98,28 @@ def answer(int fd, uint64_t unique, int number, object body not None):
         written = writev(fd, vectors, count)
     if written < 0:
         PyErr_SetFromErrno(OSError)
+
+
+def tell(int fd, bytes messages not None):
+    cdef char *at = PyBytes_AS_STRING(messages)
+    cdef size_t left = PyBytes_GET_SIZE(messages)
+    cdef int missed = 0, failure = 0
+    cdef uint32_t length
+    with nogil:
+        while left >= sizeof(fuse_out_header):
+            length = (<fuse_out_header *>at).length
+            if not sizeof(fuse_out_header) <= length <= left:
+                break
+            if write(fd, at, length) < 0:
+                if errno == ENOENT or errno == ENOTDIR:
+                    missed += 1
+                else:
+                    failure = errno
+            at += length
+            left -= length
+    if left:
+        raise ValueError("no notification")
+    return missed, failure
 
 
 def wait(int requests, int wake, int events, double seconds):

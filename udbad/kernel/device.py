@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import select
+import struct
 from time import perf_counter
 
 from udbad import compiled
@@ -17,6 +18,7 @@ from udbad.kernel.wire import REPLY
 REQUESTS, WOKEN, EVENTS = 1, 2, 4
 """What `wait` has seen."""
 FOREVER = -1.0
+LENGTH = struct.Struct("=I")
 
 
 def receive(fd: int, request: Received, seconds: float) -> bool:
@@ -53,6 +55,25 @@ def answer(fd: int, unique: int, number: int, body: bytes | bytearray) -> None:
         os.writev(fd, [REPLY.pack(16 + len(body), 0, unique), body])
 
 
+def tell(fd: int, messages: bytes) -> tuple[int, int]:
+    """Write notifications, each of which begins with its length, one after the other. Any thread but that of the event
+    loop: it may block.
+
+    Returned is how many the kernel had nothing of (ENOENT, ENOTDIR), and the errno that another one got last, 0.
+    """
+    missed = failure = at = 0
+    while at < len(messages):
+        end = at + LENGTH.unpack_from(messages, at)[0]
+        try:
+            os.write(fd, messages[at:end])
+        except (FileNotFoundError, NotADirectoryError):
+            missed += 1
+        except OSError as error:
+            failure = error.errno or 0
+        at = end
+    return missed, failure
+
+
 def wait(requests: int, wake: int, events: int, seconds: float) -> int:
     """Wait until one of three descriptors can be read, of which negative ones are left out: a set of REQUESTS, WOKEN
     and EVENTS, 0 after so many seconds."""
@@ -65,4 +86,4 @@ def wait(requests: int, wake: int, events: int, seconds: float) -> int:
 
 
 if not compiled.why_not():
-    from udbad.kernel.cdevice import answer, name_at, receive, wait  # noqa: F401  # the same, as calls of the C library
+    from udbad.kernel.cdevice import answer, name_at, receive, tell, wait  # noqa: F401  # the same, as calls of C

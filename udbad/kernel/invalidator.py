@@ -16,11 +16,15 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from time import monotonic
+from typing import Final, TypeVar
 
 from udbad.metrics import INVALIDATION_BUCKETS, Counts
 
@@ -32,9 +36,18 @@ _PATIENCE_SECONDS = 0.01
 _LIMIT = 200_000
 """Pending notifications of one thread above which all its names are replaced by one epoch, where there are epochs."""
 
+_T = TypeVar("_T")
 _Key = tuple[str, int, bytes]
 _EPOCH: _Key = ("epoch", 0, b"")
-_NAMES = ("entry", "expire")
+_MANY: Final[dict[str, tuple[str, Callable[[int, bytes], list[tuple[int, bytes]]]]]] = {
+    "expire many": ("expire", lambda node, names: [(node, name) for name in names.split(b"/")]),
+    "attributes many": ("attributes", lambda _, nodes: [(node, b"") for node in array("Q", nodes)]),
+    "data many": ("data", lambda _, nodes: [(node, b"") for node in array("Q", nodes)]),
+}
+"""Kinds of keys that stand for many notifications, to what each of these is."""
+_TOGETHER: Final = 256
+"""How many those are at most."""
+_NAMES = ("entry", "expire", "expire many")
 _LOOK_SECONDS = 1.0
 _NOTHING_HELD = (errno.ENOENT, errno.ENOTDIR)
 """The kernel's answer when it holds nothing of what it is to forget."""
@@ -97,18 +110,30 @@ class _Shard:
             return self.sending if self.sending is not None or waiting is None else waiting[1]
 
 
+def _together(all_of_them: Iterable[_T]) -> Iterator[list[_T]]:
+    rest = iter(all_of_them)
+    while some := list(islice(rest, _TOGETHER)):
+        yield some
+
+
 class Invalidator:
     """Implements coherence.base.KernelNotifier."""
 
     def __init__(
-        self, tell: Callable[[str, int, bytes], None], epochs: bool, mounts_inside: Callable[[], bool] = lambda: False
+        self,
+        tell: Callable[[str, int, bytes], None],
+        epochs: bool,
+        mounts_inside: Callable[[], bool] = lambda: False,
+        tell_many: Callable[[str, list[tuple[int, bytes]]], tuple[int, int]] | None = None,
     ) -> None:
         """tell: gives the kernel one notification, by its kind (a key of protocol.NOTIFICATIONS), node and name; may
         block; raises OSError. epochs: NOTIFY_INC_EPOCH is known.
 
-        mounts_inside: whether something is mounted inside the union, which an epoch would detach.
+        mounts_inside: whether something is mounted inside the union, which an epoch would detach. tell_many: the same
+        for many nodes and names; returns how many the kernel had nothing of, and the errno of another failure, 0.
         """
         self._tell = tell
+        self._tell_many = tell_many
         self.epochs = epochs
         self._mounts_inside = mounts_inside
         self._looked = -1.0
@@ -116,7 +141,9 @@ class Invalidator:
         self.state = State.ACCEPTING
         self.since: float | None = None
         self._patient = _Shard(_PATIENCE_SECONDS)
-        self._shards = [*(_Shard() for _ in range(_THREADS)), self._patient]
+        self._rest = _Shard()
+        """What there is much of, and nobody is to wait behind."""
+        self._shards = [*(_Shard() for _ in range(_THREADS)), self._patient, self._rest]
         for number, shard in enumerate(self._shards):
             shard.thread = threading.Thread(target=self._work, args=(shard,), name=f"invalidate-{number}", daemon=True)
             shard.thread.start()
@@ -137,6 +164,18 @@ class Invalidator:
 
     def data(self, node: int) -> None:
         self._put(("data", node, b""))
+
+    def expire_all(self, parent: int, names: Iterable[bytes]) -> None:
+        for some in _together(names):
+            self._put(("expire many", parent, b"/".join(some)))
+
+    def attributes_all(self, nodes: Iterable[int]) -> None:
+        for some in _together(nodes):
+            self._put(("attributes many", 0, array("Q", some).tobytes()), self._rest)
+
+    def data_all(self, nodes: Iterable[int]) -> None:
+        for some in _together(nodes):
+            self._put(("data many", 0, array("Q", some).tobytes()), self._rest)
 
     def everything(self) -> bool:
         """One notification for every cached name; False when there is none, and names must be given."""
@@ -197,6 +236,9 @@ class Invalidator:
 
     def _send(self, key: _Key, shard: _Shard) -> None:
         kind, node, name = key
+        if kind in _MANY:
+            self._send_many(key, shard)
+            return
         shard.sent[kind] += 1
         try:
             self._tell(kind, node, name)
@@ -206,6 +248,19 @@ class Invalidator:
             elif error.errno != errno.ENODEV:  # unmounted already
                 shard.failed += 1
                 log.error("kernel refused to forget %s of node %d: %s", kind, node, error.strerror)
+
+    def _send_many(self, key: _Key, shard: _Shard) -> None:
+        kind, ones = _MANY[key[0]][0], _MANY[key[0]][1](*key[1:])
+        if self._tell_many is None:
+            for one in ones:
+                self._send((kind, *one), shard)
+            return
+        shard.sent[kind] += len(ones)
+        missed, failure = self._tell_many(kind, ones)
+        shard.missed += missed
+        if failure not in (0, errno.ENODEV):
+            shard.failed += 1
+            log.error("kernel refused to forget some %s: %s", kind, os.strerror(failure))
 
     # -- barriers -----------------------------------------------------------------------------
 

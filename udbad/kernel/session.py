@@ -14,13 +14,13 @@ from __future__ import annotations
 import errno
 import os
 import stat as st_mod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from udbad.branch.mountinfo import mount_id
 from udbad.errors import ExitCode, UserError
-from udbad.kernel import mounts, newmount
+from udbad.kernel import device, mounts, newmount
 from udbad.kernel.protocol import EPOCH_MINOR, MAX_REQUEST, NOTIFICATIONS, InitRequest, resend
 
 
@@ -132,6 +132,11 @@ class Session:
         """Have the kernel forget; kind: a key of protocol.NOTIFICATIONS. May block while a request it concerns is
         being served: never on the event loop. Raises OSError; ENOENT means the kernel has nothing of the kind."""
         os.write(self.fd, NOTIFICATIONS[kind](node, name))
+
+    def tell_many(self, kind: str, ones: Iterable[tuple[int, bytes]]) -> tuple[int, int]:
+        """`tell` for many nodes and names, all of one kind, as device.tell."""
+        message = NOTIFICATIONS[kind]
+        return device.tell(self.fd, b"".join([message(node, name) for node, name in ones]))
 
     def unmount(self, lazy: bool = False) -> None:
         """Take the mount away. In a thread: it may wait for requests that the event loop has to serve.

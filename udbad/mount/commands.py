@@ -168,7 +168,6 @@ class Commands:
 
     async def flush(self, request: Message) -> dict[str, Any]:
         """Every direct change made before the request is seen by every access after the answer."""
-        self.process.coherence.tell_untold()
         self.process.coherence.drain()
         await trio.to_thread.run_sync(self.process.invalidator.flush)
         return {}

@@ -105,6 +105,7 @@ def run(
             watched = crash.watch(record)
             ending.callback(crash.forget, watched)
             guard.told((own.pid, record.fd))
+        gc.disable()  # all that is made stays, so there is nothing to be found
         try:
             if guard is not None and guard.left:
                 predecessor = Predecessor(guard.left, registry.real_mount_point(mount_point), guard.died)
@@ -122,10 +123,12 @@ def run(
             process = MountProcess(options, mount_point, identity, record, predecessor, own)
         except OSError as error:
             raise _no_start(mount_point, error) from error
+        finally:
+            gc.freeze()
+            gc.enable()
         process.configured = configured or process.configured
         process.mortal = mortal or ""
         process.guard = guard
-        gc.freeze()
         # A thread that has to tell the kernel what to forget waits so long for a busy event loop; by default 5 ms.
         sys.setswitchinterval(_SWITCH_SECONDS)
         for number in STOPPING:

@@ -68,9 +68,6 @@ _OTHER_FDS = 1024
 """Descriptors that are neither of directories nor of open files: branches, sockets, copy-ups, one operation's own."""
 _LINGER_SECONDS = 2
 _OPENERS_SECONDS = 10
-_TOLD_AT_ONCE = 250
-_TELLING_PAUSE = 0.005
-"""Nodes of which a successor tells the kernel in one go, and seconds between two: requests come first."""
 STOPPING = signal.SIGINT, signal.SIGTERM
 _MAX_DIRECTORY_FDS = 100_000
 
@@ -183,7 +180,10 @@ class MountProcess:
             if record is not None:
                 recall.keep(self.fs, record)
             self.invalidator = Invalidator(
-                self.session.tell, self.session.has_epochs, lambda: mounts_inside(self.session.connection)
+                self.session.tell,
+                self.session.has_epochs,
+                lambda: mounts_inside(self.session.connection),
+                self.session.tell_many if isinstance(self.session, Session) else None,
             )
             ending.callback(self._stop_invalidator)
             self.coherence = strategy_of(options.udba)(self.sb, self.invalidator)
@@ -191,8 +191,6 @@ class MountProcess:
             self.coherence.start()
             if predecessor is not None:
                 self.coherence.recalled()
-                if self.session.no_open:  # whatever has no handle may be open all the same, with pages of before
-                    self.coherence.tell_untold()
             self.passthrough: Passthrough | None = None
             self.edge = self._make_edge()
             if asked == "passthrough" and self.passthrough is None:
@@ -348,7 +346,6 @@ class MountProcess:
                     nursery.start_soon(self._watch_keeper, self.keeper)
                 nursery.start_soon(later.load_in_thread, boundary.requests)
                 nursery.start_soon(self.offline.watch, self)
-                nursery.start_soon(self._tell_untold)
                 if self.fs.kept is not None:
                     nursery.start_soon(self._rest, self.fs.kept)
                 if listener is not None:
@@ -378,12 +375,6 @@ class MountProcess:
         self.keeper = None
         self.mortal = "the keeper has ended"
         log.warning("the keeper has ended: when this process does, users of the mount get errors")
-
-    async def _tell_untold(self) -> None:
-        while True:
-            if not self.coherence.tell_untold(_TOLD_AT_ONCE):
-                return
-            await trio.sleep(_TELLING_PAUSE)
 
     async def _rest(self, kept: KeptFiles) -> None:
         while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -133,7 +134,8 @@ class Presence:
             if self.registration is not None:
                 self.registration.remove()
             if self._asked_control and self.control_path == self._asked_control:
-                os.unlink(self._asked_control)
+                with suppress(FileNotFoundError):  # our predecessor was killed while it ended in order
+                    os.unlink(self._asked_control)
         except OSError as error:
             log.warning("cannot remove the control socket: %s", error)
 

@@ -8,14 +8,13 @@ be of, for its number may have been another one's when the predecessor was kille
 from __future__ import annotations
 
 import fcntl
-import gc
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from udbad import compiled
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch
 from udbad.inodes import journal
@@ -56,20 +55,7 @@ def recall(
     that they had, and descriptors of the same mounts; nothing was looked up yet. Afterwards, when the coherence
     strategy has started, `Coherence.recalled` has the kernel forget what it remembers.
     """
-    with _no_collections():
-        _Recall(fs, take, copies or {}, abandoned).run(record)
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """All that is made stays, so there is nothing for the collector to find."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
+    _Recall(fs, take, copies or {}, abandoned).run(record)
 
 
 def _homes(sb: Superblock) -> dict[tuple[int, bytes], Plink]:
@@ -87,82 +73,94 @@ class _Recall:
         self._copies = copies
         self._abandoned = abandoned
         self._branches: dict[int, Branch] = {branch.id: branch for branch in fs.sb.branches.branches}
-        self._nodes: dict[int, tuple[Any, int, bytes]] = {}
-        """By id: what the entry says, references, the whole entry of what is no directory."""
+        self._nodes: dict[int, int | tuple[Any, int]] = {}
+        """By id: the entry and references; the entry of a directory as what it says. A number: where that of anything
+        else is, for `cjournal`."""
         self._names: list[tuple[Node, int, list[tuple[int, bytes]]]] = []
         """Nodes with the ids of the directories they are in, and their further names."""
         self._homes = _homes(fs.sb)
+        self._files: dict[int, bytes] = {}
+        self._directories: dict[int, Any] = {}
+        self._listed: dict[int, Any] = {}
+        self._negatives: dict[int, set[bytes]] = {}
+        self._numbers: Any = None
+        self._table: dict[Identity, int] = {}
+        self._last = 0
+        """The highest number of a handle that was given."""
 
     def run(self, record: Record) -> None:
-        files: dict[int, bytes] = {}
-        directories: dict[int, Any] = {}
-        listings: dict[int, Any] = {}
-        negatives: dict[int, set[bytes]] = {}
-        numbers: Any = None
-        table: dict[Identity, int] = {}
-        last = 0
-        nodes = self._nodes
-        for payload, count in record.entries():
-            kind = payload[0]
-            if kind == journal.FILE:
-                said = journal.NODE.unpack_from(payload)
-                nodes[said[6]] = said, count, payload
-                continue
-            if kind == journal.OPEN_FILE:
-                number = journal.OPENED.unpack_from(payload)[6]
-                files[number] = payload
-                last = max(last, number)
-                continue
-            said = unpack(payload[1:])
-            if kind == journal.DIRECTORY:
-                nodes[said[0]] = said, count, b""
-            elif kind == journal.GONE:
-                nodes.pop(said, None)
-            elif kind == journal.OPEN_DIRECTORY:
-                directories[said[0]] = said
-                last = max(last, said[0])
-            elif kind == journal.CLOSED:
-                last = max(last, said)
-                files.pop(said, None)
-                directories.pop(said, None)
-            elif kind == journal.NEXT:
-                last = max(last, said - 1)
-            elif kind == journal.LISTINGS:
-                listings[said[0]] = said
-            elif kind == journal.NEGATIVES:
-                negatives.setdefault(said[0], set()).update(said[1])
-            elif kind == journal.NUMBERS:
-                numbers = said
-            elif kind == journal.NUMBER:
-                table[said[0], said[1]] = said[2]
-            elif kind == journal.HOME:
-                self._home(said)
-        self._sb.inomap.restore(numbers, {identity: number for identity, number in table.items() if number})
-        for said, count, payload in nodes.values():
-            if count == DROPPED:
-                continue
-            if payload:
-                self._node(said, count, payload)
-            else:
-                self._directory(said, count)
+        quick = not compiled.why_not() and record.version == cjournal.VERSION
+        if quick:
+            record.scan(cjournal.scan, self._nodes, self._entry)
+        else:
+            for payload, count in record.entries():
+                self._entry(payload, count)
+        self._sb.inomap.restore(self._numbers, {one: number for one, number in self._table.items() if number})
+        table = self._sb.table.nodes
+        rest = []
+        for said in self._nodes.values():
+            if type(said) is tuple and said[1] != DROPPED:
+                if type(said[0]) is bytes:
+                    rest.append(said)
+                else:
+                    self._directory(*said)
+        if quick:
+            rest = record.scan(cjournal.nodes, self._nodes, self._branches, table)
+        for payload, count in rest:
+            self._node(payload, count)
         self._attach()
-        self._sb.handles.next = last + 1
-        for _, payload in sorted(files.items()):
+        self._sb.handles.next = self._last + 1
+        for _, payload in sorted(self._files.items()):
             self._open_file(payload)
-        for said in listings.values():
+        for said in self._listed.values():
             self._listings(said)
-        for said in directories.values():
+        for said in self._directories.values():
             self._open_directory(said)
-        for number, names in negatives.items():
-            directory = self._sb.table.nodes.get(number)
+        for number, names in self._negatives.items():
+            directory = table.get(number)
             if type(directory) is Dir:
                 directory.negatives = names
         self._drop_unknown()
 
+    def _entry(self, payload: bytes, count: int) -> None:
+        kind = payload[0]
+        if kind == journal.FILE:
+            self._nodes[journal.NODE.unpack_from(payload)[6]] = payload, count
+            return
+        if kind == journal.OPEN_FILE:
+            number = journal.OPENED.unpack_from(payload)[6]
+            self._files[number] = payload
+            self._last = max(self._last, number)
+            return
+        said = unpack(payload[1:])
+        if kind == journal.DIRECTORY:
+            self._nodes[said[0]] = said, count
+        elif kind == journal.GONE:
+            self._nodes.pop(said, None)
+        elif kind == journal.OPEN_DIRECTORY:
+            self._directories[said[0]] = said
+            self._last = max(self._last, said[0])
+        elif kind == journal.CLOSED:
+            self._last = max(self._last, said)
+            self._files.pop(said, None)
+            self._directories.pop(said, None)
+        elif kind == journal.NEXT:
+            self._last = max(self._last, said - 1)
+        elif kind == journal.LISTINGS:
+            self._listed[said[0]] = said
+        elif kind == journal.NEGATIVES:
+            self._negatives.setdefault(said[0], set()).update(said[1])
+        elif kind == journal.NUMBERS:
+            self._numbers = said
+        elif kind == journal.NUMBER:
+            self._table[said[0], said[1]] = said[2]
+        elif kind == journal.HOME:
+            self._home(said)
+
     # -- nodes ------------------------------------------------------------------------------------------
 
-    def _node(self, said: Any, count: int, payload: bytes) -> None:
-        _, dead, size, kind, branch_id, orphan, number, dev, ino, parent, links = said
+    def _node(self, payload: bytes, count: int) -> None:
+        _, dead, size, kind, branch_id, orphan, number, dev, ino, parent, links = journal.NODE.unpack_from(payload)
         branch = self._branches.get(branch_id)
         node = Node(number, kind, self._gone(branch_id) if branch is None else branch, dev, ino)
         at = journal.NODE.size + size
@@ -336,3 +334,7 @@ class _Recall:
         node = self._sb.table.nodes.get(said[0])
         if type(node) is Dir:
             node.listings, node.room = said[1], said[2]
+
+
+if not compiled.why_not():
+    from udbad.inodes import cjournal  # the same for most nodes
