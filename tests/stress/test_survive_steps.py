@@ -138,6 +138,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     "rename-hard-link": after(lambda here: os.rename(here / "up", here / "low"), links("uplink")),
     "rename-directory": lambda here: os.rename(here / "updir", here / "new"),
     "rename-open-lower": held("low", lambda here: os.rename(here / "low", here / "up")),
+    "rename-over-open": held("both", lambda here: os.rename(here / "up", here / "both")),
     "rename-exchange": lambda here: renameat2(os.fsencode(here / "up"), os.fsencode(here / "low"), EXCHANGE),
     "rename-noreplace": lambda here: renameat2(os.fsencode(here / "low"), os.fsencode(here / "new"), NOREPLACE),
     "rename-noreplace-there": lambda here: renameat2(os.fsencode(here / "up"), os.fsencode(here / "both"), NOREPLACE),

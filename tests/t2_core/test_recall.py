@@ -24,9 +24,11 @@ from tests.t2_core.core import STRATEGIES, Core, core
 from tests.t2_core.fake_notifier import Message
 from tests.t2_core.test_trust import MODES, Chance, World, three_branches
 from udbad import compiled
+from udbad.branch import syscalls
 from udbad.branch.branches import BranchSpec
 from udbad.branch.credentials import Credentials
 from udbad.coherence.base import Coherence
+from udbad.inodes import journal
 from udbad.inodes.handles import OpenFile
 from udbad.inodes.record import Record
 from udbad.inodes.table import Dir
@@ -280,6 +282,29 @@ def test_the_kernel_is_told_of_every_file(lives: Lives) -> None:
     told.clear()
     strategy.recalled()
     assert {Message("data", node.id) for node in (opened, *rest)} <= set(told)
+
+
+def test_what_the_kernel_may_have_open_is_known_before_its_name_goes(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets no handle with io=cached, so whoever is killed after the system call has to have said what it keeps."""
+    union = lives.core
+    union.fs.keep_files(64)
+    union.fs.handles.remove_file(union.create("gone", b"kept").fh)
+    node = union.find("gone")
+    union.fs.table.refer(node)
+    lives.record.flush()
+    unlink_at = syscalls.unlink_at
+    known: set[int] = set()
+
+    def unlink(dirfd: int, name: bytes) -> None:
+        opened = [payload for payload, _ in lives.record.entries() if payload[0] == journal.OPEN_FILE]
+        known.update(journal.OPENED.unpack_from(payload)[6] for payload in opened)
+        unlink_at(dirfd, name)
+
+    monkeypatch.setattr(syscalls, "unlink_at", unlink)
+    union.unlink("gone")
+    assert -node.id in known
 
 
 def test_open_files_are_what_they_were(lives: Lives) -> None:

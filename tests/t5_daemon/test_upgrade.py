@@ -7,9 +7,10 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -26,28 +27,30 @@ from udbad.mount import keeper
 pytestmark = pytest.mark.fuse
 
 NEW = "99.0"
-NEXT = f"""
-import udbad
-from udbad.inodes import journal, record
+NEXT: Final = {
+    "__init__.py": [(f'__version__ = "{__version__}"', f'__version__ = "{NEW}"')],
+    "inodes/record.py": [
+        ("\nVERSION: Final = 1\n", "\nVERSION: Final = 2\n"),
+        ("READ: Final = frozenset({VERSION})", "READ: Final = frozenset({1, 2})"),
+        ("        entry = _ENTRY.pack(", "        payload = _other(self, payload)\n        entry = _ENTRY.pack("),
+        (
+            "        return self._half.entries()",
+            "        return ((_other(self, one), count) for one, count in self._half.entries())",
+        ),
+        (
+            "\nclass Record:\n",
+            """
+def _other(record: Record, payload: bytes) -> bytes:
+    return bytes(255 - byte for byte in payload) if record.version == 2 else payload
 
-udbad.__version__ = {NEW!r}
-record.VERSION = 2
-record.READ = record.WRITTEN = frozenset({{1, 2}})
-write, read, take_over = record.Record.append, record.Record.entries, journal.Journal.__init__
 
-def append(self, payload, count=0):
-    return write(self, bytes(255 - byte for byte in payload) if self.version == 2 else payload, count)
-
-def entries(self):
-    for payload, count in read(self):
-        yield bytes(255 - byte for byte in payload) if self.version == 2 else payload, count
-
-def begin(self, record, *arguments):
-    take_over(self, record, *arguments)
-    record.quick = None  # what is compiled writes version 1
-
-record.Record.append, record.Record.entries, journal.Journal.__init__ = append, entries, begin
-"""
+class Record:
+""",
+        ),
+    ],
+    "inodes/journal.py": [("record.quick = cjournal.Writer(table, handles)", "pass  # that writes version 1")],
+}
+"""A version to come, which writes each entry of the state in another way, and reads and writes both."""
 CHANGES = int(os.environ.get("UDBAD_CHANGES", scaled("2", "100")))
 """Of the version, under load."""
 
@@ -60,11 +63,22 @@ def install(daemon: Daemon, directory: Path) -> None:
     daemon.executed = True
 
 
-def install_next(daemon: Daemon, directory: Path) -> None:
-    """What is started is the version to come, which writes each entry of the state in another way, and reads both."""
-    directory.mkdir()
-    (directory / "sitecustomize.py").write_text(NEXT)
-    daemon.environment["PYTHONPATH"] = f"{directory}{os.pathsep}{REPOSITORY}"
+def copied(tree: Path, changes: Mapping[str, Sequence[tuple[str, str]]]) -> Path:
+    """Another version of udbad. changes: by file, what is replaced by what."""
+    shutil.copytree(REPOSITORY / "udbad", tree / "udbad", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, pairs in changes.items():
+        path = tree / "udbad" / name
+        source = path.read_text()
+        for old, new in pairs:
+            assert source.count(old) == 1, old
+            source = source.replace(old, new)
+        path.write_text(source)
+    return tree
+
+
+def install_next(daemon: Daemon, tree: Path) -> None:
+    """What is started is the version that lies there, another one than this."""
+    daemon.environment["PYTHONPATH"] = str(tree)
     daemon.executed = True
 
 
@@ -178,9 +192,10 @@ def test_a_mount_that_survives_changes_over_by_itself(daemon: Daemon, tmp_path: 
 @pytest.mark.skipif(keeper.why_not() is not None, reason=str(keeper.why_not()))
 @pytest.mark.parametrize("udba", ["notify"] if not SOAK else ["none", "reval", "notify"])
 def test_there_and_back_again_under_load(daemon: Daemon, tmp_path: Path, udba: str) -> None:
-    """The version to come, whose state is another one, and this one again; no client meets an error."""
+    """Two checkouts: the version to come, whose state is another one, and this one; no client meets an error."""
     point = daemon.add("used", survive=True, udba=udba)
     make_lower(daemon.branch("used", "base"))
+    new = copied(tmp_path / "new", NEXT)
     install_previous(daemon)
     daemon.start()
     clients = start(("appended", "renamed", "deleted", "mapped", "copied", "listed", "locked"), point)
@@ -191,7 +206,7 @@ def test_there_and_back_again_under_load(daemon: Daemon, tmp_path: Path, udba: s
             assert daemon.process is not None
             assert daemon.process.wait(DEADLINE) == 0
             if number % 2 == 0:
-                install_next(daemon, tmp_path / f"new {number}")
+                install_next(daemon, new)
             else:
                 install_previous(daemon)
             daemon.start()
@@ -205,8 +220,9 @@ def test_there_and_back_again_under_load(daemon: Daemon, tmp_path: Path, udba: s
 @pytest.mark.skipif(keeper.why_not() is not None, reason=str(keeper.why_not()))
 def test_a_version_that_cannot_read_the_state_leaves_the_mount_as_it_is(daemon: Daemon, tmp_path: Path) -> None:
     point = daemon.add("used", survive=True)
-    install_next(daemon, tmp_path / "new")
-    (tmp_path / "new/sitecustomize.py").write_text(NEXT.replace("frozenset({1, 2})", "frozenset({2})"))
+    install_next(daemon, copied(tmp_path / "new", NEXT))
+    record = tmp_path / "new/udbad/inodes/record.py"
+    record.write_text(record.read_text().replace("frozenset({1, 2})", "frozenset({2})"))
     daemon.start()
     pid = daemon.state("used")["pid"]
     with (point / "open").open("w") as file:
@@ -251,24 +267,13 @@ def restart(tree: Path, point: Path, run_dir: Path) -> subprocess.CompletedProce
     )  # fmt: skip
 
 
-def copied(tree: Path, changes: Mapping[str, tuple[str, str]]) -> Path:
-    """Another version of udbad. changes: by file, what is replaced by what."""
-    shutil.copytree(REPOSITORY / "udbad", tree / "udbad", ignore=shutil.ignore_patterns("__pycache__"))
-    for name, (old, new) in changes.items():
-        path = tree / "udbad" / name
-        source = path.read_text()
-        assert old in source
-        path.write_text(source.replace(old, new))
-    return tree
-
-
 @pytest.mark.skipif(keeper.why_not() is not None, reason=str(keeper.why_not()))
 def test_a_mount_by_hand(tmp_path: Path, daemon: Daemon) -> None:
     """Its guardian is of the new version as well, with the same number. What cannot read the state changes nothing."""
     version = f'__version__ = "{__version__}"'
-    new = copied(tmp_path / "new", {"__init__.py": (version, f'__version__ = "{NEW}"')})
+    new = copied(tmp_path / "new", {"__init__.py": [(version, f'__version__ = "{NEW}"')]})
     reads = "READ: Final = frozenset({"
-    strange = copied(tmp_path / "strange", {"inodes/record.py": (f"{reads}VERSION", f"{reads}7")})
+    strange = copied(tmp_path / "strange", {"inodes/record.py": [(f"{reads}VERSION", f"{reads}7")]})
     point, top = tmp_path / "mnt", tmp_path / "top"
     point.mkdir()
     top.mkdir()

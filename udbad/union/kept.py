@@ -103,10 +103,13 @@ class KeptFiles:
         """A node may be about to lose its last name, and somebody may have it open."""
         if node is None or node.kind != st_mod.S_IFREG or node.nlookup <= 0 or node.handles or node.orphan_fd >= 0:
             return
+        record = self._sb.handles.record
         try:
             self.open(-node.id)
+            if record is not None:
+                record.flush()  # whoever is killed when the name is gone has said by then what leads there
         except OSError:
-            pass  # gone already
+            pass  # gone already, or no room: that is said after the operation, which nobody is denied for it
 
     def released(self, handle: OpenFile) -> None:
         """A file that was just made is about to be closed here, as the kernel gets no handle. If nothing else leads to
