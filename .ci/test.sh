@@ -28,7 +28,7 @@ cat "$output/lint"
 .ci/pytest.sh -m 'not alone' -n "$workers" --dist worksteal | tee -i "$output/rest" || status=1
 # Once more without what is compiled: the tests of its modules.
 UDBAD_PURE=1 .ci/pytest.sh -n "$workers" --dist worksteal tests/t0_unit/test_compiled.py tests/t1_union \
-    tests/t2_core/test_{fs,inodes,only_on,positions,references,trust}.py tests/t3_fuse/test_{lookup,mutation}_table.py |
+    tests/t2_core/test_{fs,inodes,only_on,positions,recall,references,trust}.py tests/t3_fuse/test_{lookup,mutation}_table.py |
     tee -i "$output/pure" || status=1
 mkdir -p artifacts
 sed -n '/ slowest .* durations /,/^=.* in [0-9.]*s/p' "$output/rest" "$output/alone" >artifacts/durations.txt
