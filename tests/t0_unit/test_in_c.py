@@ -46,6 +46,8 @@ PYTHON_WIRE, PYTHON_DEVICE, PYTHON_LISTING = in_python(wire), in_python(device),
 BRANCH = Branch(0, 0, b"/", Perm.RO, frozenset(), None, -1, -1, 0, "ext4")
 U32 = st.integers(0, (1 << 32) - 1)
 U64 = st.integers(0, (1 << 63) - 1)
+LINKS = st.integers(0, (1 << 32) - 8)
+"""What `nodes` add to them has room, too."""
 TIME_NS = st.integers(-(1 << 31) * 10**9, (1 << 33) * 10**9)
 TIMEOUT = st.floats(0, 1e9)
 
@@ -54,7 +56,7 @@ TIMEOUT = st.floats(0, 1e9)
 def statuses(draw: st.DrawFn) -> os.stat_result:
     """Any that a file system can give."""
     times = [draw(TIME_NS) for _ in range(3)]
-    mode, links, uid, gid = draw(U32), draw(st.integers(0, (1 << 32) - 1)), draw(U32), draw(U32)
+    mode, links, uid, gid = draw(U32), draw(LINKS), draw(U32), draw(U32)
     return os.stat_result(
         (mode, draw(U64), draw(U64), links, uid, gid, draw(U64), *(time // 10**9 for time in times)),
         {

@@ -208,7 +208,7 @@ class Watches:
         """Have a file watched itself; False when that begins only now, so that what was read of it may be old."""
         if node.id in self._files:
             return True
-        if self.watcher is None or len(self._files) > watch_limit() // 4:
+        if self.watcher is None or len(self._files) > self.watcher.room // 4:
             return False
         try:
             dirfd, name = self._sb.locate(node)
