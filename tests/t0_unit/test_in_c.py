@@ -83,6 +83,7 @@ def test_entries(node: Node, status: os.stat_result, entry_timeout: float, attr_
     made = wire.entry(node, status, entry_timeout, attr_timeout)
     assert made == PYTHON_WIRE.entry(node, status, entry_timeout, attr_timeout)
     assert wire.attributes(node, status, attr_timeout) == PYTHON_WIRE.attributes(node, status, attr_timeout)
+    assert wire.negative(entry_timeout) == PYTHON_WIRE.negative(entry_timeout)
 
 
 @given(st.integers(1, (1 << 64) - 1), st.sampled_from([0o040000, 0o100000, 0o120000]), st.binary(max_size=300), U64)

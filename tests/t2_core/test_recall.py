@@ -30,6 +30,7 @@ from udbad.branch.credentials import Credentials
 from udbad.coherence.base import Coherence
 from udbad.inodes import journal
 from udbad.inodes.handles import OpenFile
+from udbad.inodes.journal import Negative
 from udbad.inodes.record import Record
 from udbad.inodes.table import Dir
 from udbad.types import Perm
@@ -439,10 +440,11 @@ def test_compiled_and_not_the_record_is_the_same(lives: Lives) -> None:
         union.open(name, os.O_RDONLY)
     union.link("d/f", "d/linked")
     union.unlink("d/g")
-    every = [*union.sb.table.nodes.values(), *union.fs.handles.files.values(), nameless]
+    every: list[object] = [*union.sb.table.nodes.values(), *union.fs.handles.files.values(), nameless]
     closed = union.open("f")
     union.fs.release(closed.fh)
     every.append(closed)
+    every.append(Negative(union.sb.root, b"no such name"))
     assert record.quick is not None
     alone = 0
     for one in every:
@@ -458,4 +460,4 @@ def test_compiled_and_not_the_record_is_the_same(lives: Lives) -> None:
         before = record.size
         record.write(one)
         assert record._half.memory[before : record.size] == by_c, one
-    assert alone >= 7
+    assert alone >= 8

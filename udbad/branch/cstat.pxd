@@ -11,6 +11,8 @@ cdef extern from "<sys/stat.h>" nogil:
 
 cdef class Status:
     cdef stat_t c
+    cdef readonly unsigned long long st_dev, st_ino
+    cdef readonly unsigned int st_mode
 
 cpdef Status stat_at(int dirfd, bytes name)
 cpdef Status fstat(int fd)

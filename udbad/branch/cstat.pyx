@@ -15,18 +15,6 @@ cdef class Status:
     """In the place of an os.stat_result: the attributes of that which somebody asks for, with the same values."""
 
     @property
-    def st_mode(self):
-        return self.c.st_mode
-
-    @property
-    def st_ino(self):
-        return self.c.st_ino
-
-    @property
-    def st_dev(self):
-        return self.c.st_dev
-
-    @property
     def st_nlink(self):
         return self.c.st_nlink
 
@@ -99,6 +87,11 @@ cdef object nanoseconds(timespec *time):
     return <object>time.tv_sec * 1_000_000_000 + time.tv_nsec
 
 
+cdef inline Status identified(Status status):
+    status.st_dev, status.st_ino, status.st_mode = status.c.st_dev, status.c.st_ino, status.c.st_mode
+    return status
+
+
 cpdef Status stat_at(int dirfd, bytes name):
     """fstatat(2) without following. Raises OSError, ValueError for a name with a zero byte."""
     if name is None:
@@ -112,7 +105,7 @@ cpdef Status stat_at(int dirfd, bytes name):
         failed = fstatat_c(dirfd, text, &status.c, AT_SYMLINK_NOFOLLOW)
     if failed:
         PyErr_SetFromErrno(OSError)
-    return status
+    return identified(status)
 
 
 cpdef Status fstat(int fd):
@@ -123,7 +116,7 @@ cpdef Status fstat(int fd):
         failed = fstat_c(fd, &status.c)
     if failed:
         PyErr_SetFromErrno(OSError)
-    return status
+    return identified(status)
 
 
 cdef int fill(stat_t *c, object st) except -1:

@@ -1,7 +1,10 @@
+cimport cython
+
 from udbad.edge.loop cimport Loop
 from udbad.edge.operations cimport Operations
 from udbad.edge.slot cimport Slot
 from udbad.inodes.table cimport InodeTable
+from udbad.kernel.boundary cimport OpStats
 from udbad.kernel.received cimport Received
 from udbad.union.fs cimport UnionFs
 
@@ -17,3 +20,8 @@ cdef class Native:
     cdef public Received _request
     cdef public dict _rows
     cdef public bint aborted
+    @cython.locals(
+        request=Received, slot=Slot, table=InodeTable, bound=tuple, arguments=tuple, stats=OpStats, least=Py_ssize_t,
+        start=double, number=int
+    )
+    cpdef bint take(self, double seconds=*)

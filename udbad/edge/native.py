@@ -192,7 +192,7 @@ class Native:
     def take_events(self) -> None:
         self.operations.coherence.take_events()
 
-    def take(self, seconds: float = 0.0) -> bool:
+    def take(self, seconds: boundary.Seconds = 0.0) -> bool:
         """Serve one request; False when there was none, however often it was looked for in so many seconds."""
         request = self._request
         try:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
 from typing import Final, NamedTuple, NoReturn
 
 from udbad.branch import syscalls, whiteout
@@ -43,11 +42,8 @@ Listed = tuple[bytes, Node, os.stat_result, float, float, int, bool]
 DOTS: Final = (b".", b"..")
 
 
-@dataclass(slots=True)
-class Negative:
-    """The answer to LOOKUP of a name that does not exist: how long (seconds) that may be kept."""
-
-    ttl: float
+Negative = float
+"""The answer to LOOKUP of a name that does not exist: how long (seconds) that may be kept."""
 
 
 class Space(NamedTuple):
@@ -133,7 +129,7 @@ class Operations:
         if found is None:
             ttl = self.coherence.negative_ttl(fs.table.nodes[parent], name)
             if ttl:
-                return Negative(ttl)
+                return ttl
             raise OSError(errno.ENOENT, "")
         return self.entry(parent, *found)
 

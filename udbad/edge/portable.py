@@ -21,7 +21,7 @@ import trio
 
 from udbad.branch.credentials import in_group
 from udbad.coherence.base import Coherence
-from udbad.edge.operations import Attributes, Entry, Later, Negative, Operations
+from udbad.edge.operations import Attributes, Entry, Later, Operations
 from udbad.edge.portable_session import PortableSession
 from udbad.edge.waiting import RETRIED, Request, Waiting
 from udbad.kernel import boundary, wire
@@ -229,10 +229,10 @@ class Handlers(pyfuse3.Operations):
     @_handler
     async def lookup(self, parent: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         found = await self._perform(partial(self.operations.lookup, parent, name, ctx.pid), ctx.pid, parent)
-        if isinstance(found, Negative):
+        if isinstance(found, float):
             negative = pyfuse3.EntryAttributes()
             negative.st_ino = 0
-            negative.entry_timeout = found.ttl
+            negative.entry_timeout = found
             return negative
         return self._entry(found)
 

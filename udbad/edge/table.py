@@ -345,7 +345,7 @@ def _data(result: Body) -> Body:
 
 
 def _found(result: Entry | Negative) -> bytes:
-    return wire.negative(result.ttl) if isinstance(result, Negative) else wire.entry(*result)
+    return wire.negative(result) if isinstance(result, float) else wire.entry(*result)
 
 
 def _entry(result: Entry) -> bytes:
@@ -395,7 +395,7 @@ def _space(result: Space) -> bytes:
 
 
 def _not_found(operations: Operations, result: Entry | Negative) -> None:
-    if not isinstance(result, Negative):
+    if not isinstance(result, float):
         operations.forget(result[0].id, 1)
 
 

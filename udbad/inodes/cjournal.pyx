@@ -10,8 +10,8 @@ from libc.string cimport memcpy
 from udbad.inodes.table cimport Dir, Node
 
 from udbad.inodes.handles import OpenFile
-from udbad.inodes.journal import CLOSED, FILE, OPEN_FILE
-from udbad.inodes.record import DROPPED
+from udbad.inodes.journal import CLOSED, FILE, NEGATIVES, OPEN_FILE, Negative
+from udbad.inodes.record import DROPPED, pack
 from udbad.inodes.table import Node as NodeType
 
 cdef extern from *:
@@ -49,7 +49,7 @@ cdef packed struct closed_entry:
 cdef int HEAD = 16
 cdef uint64_t LARGEST = 1024
 """Bytes that any of these entries may take."""
-cdef uint8_t _FILE = FILE, _OPEN_FILE = OPEN_FILE, _CLOSED = CLOSED
+cdef uint8_t _FILE = FILE, _OPEN_FILE = OPEN_FILE, _CLOSED = CLOSED, _NEGATIVES = NEGATIVES
 
 
 cdef uint64_t put_node(char *to, Node node):
@@ -84,6 +84,16 @@ cdef uint64_t put_opened(char *to, object handle, Node node) except 0:
     entry.node = node.id
     entry.backing_id = handle.backing_id
     return sizeof(opened_entry)
+
+
+cdef uint64_t put_negative(char *to, Node node, bytes name) except 0:
+    cdef uint64_t *head = <uint64_t *>to
+    cdef bytes said = pack((node.id, [name]))
+    cdef uint64_t size = PyBytes_GET_SIZE(said)  # a name has 255 bytes at most
+    head[0], head[1] = 1 + size, 0
+    to[HEAD] = <char>_NEGATIVES
+    memcpy(to + HEAD + 1, PyBytes_AS_STRING(said), size)
+    return HEAD + 1 + size
 
 
 cdef class Writer:
@@ -152,6 +162,8 @@ cdef class Writer:
                     else:
                         changed.add(one)
                         continue
+                elif type(one) is Negative and 0 < len((<tuple>one)[1] or b"") < 256:
+                    size = put_negative(to, (<tuple>one)[0], (<tuple>one)[1])
                 else:
                     changed.add(one)
                     continue

@@ -1,6 +1,8 @@
 # Memory layout of what there is one of for each inode that the kernel knows. Numbers are those of C: what does not fit
 # is an OverflowError. A new attribute of one of these classes needs a line here (tests/test_layering.py).
 
+cimport cython
+
 cdef class Plink:
     cdef public object branch, source_dev, identity
     cdef public bytes name
@@ -38,6 +40,8 @@ cdef class Dir(Node):
     cdef public long long floor, probes, load_at, version, resolved, sure, cached_opens, mtime_offset
     cdef public double ttl
     cdef public bint trusted, hot, listed, quiet
+    @cython.locals(position=Py_ssize_t, here=Py_ssize_t, layers=list, layer=Layer)
+    cpdef Layer layer(self, Py_ssize_t index)
 
 cdef class InodeTable:
     cdef dict __dict__  # for what is replaced: on_drop and the like
@@ -47,4 +51,5 @@ cdef class InodeTable:
     cdef public long long open_fds, _max_fds, _all_fds, _trim_below
     cpdef bint over_budget(self)
     cpdef add(self, Node node)
+    cpdef refer(self, Node node)
     cpdef Node add_file(self, Node node, Dir parent, bytes name)

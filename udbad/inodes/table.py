@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from udbad.inodes.handles import OpenFile
 
 
+Index = int
+"""Of a branch."""
+
 _libc = ctypes.CDLL(None)
 _MANY = 20_000
 """Nodes; about 10 MiB."""
@@ -296,14 +299,15 @@ class Dir(Node):
             self.view[name] = None
         self.note_stacked(name)
 
-    def layer(self, index: int) -> Layer | None:
+    def layer(self, index: Index) -> Layer | None:
         """The layer on the branch with this index, if the directory exists there."""
         layers = self.layers
         position = min(index, len(layers) - 1)  # sorted by branch: there, or above when some lack the directory
         while position >= 0:
             layer = layers[position]
-            if layer.branch.index <= index:
-                return layer if layer.branch.index == index else None
+            here = layer.branch.index
+            if here <= index:
+                return layer if here == index else None
             position -= 1
         return None
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import errno
 import logging
-from bisect import bisect_left
 from collections import deque
 
 from udbad.metrics import REQUEST_BUCKETS as BUCKETS
 
 log = logging.getLogger(__name__)
+
+
+Seconds = float
+Errno = int
 
 
 class Malformed(Exception):
@@ -36,12 +39,17 @@ class OpStats:
         """How many were answered."""
         return sum(self.buckets)
 
-    def count(self, taken: float, number: int) -> None:
+    def count(self, taken: Seconds, number: Errno) -> None:
         """One request was answered after `taken` seconds, with errno `number` (0: success)."""
         if number:
             self.errors += 1
         self.seconds += taken
-        self.buckets[bisect_left(BUCKETS, taken)] += 1
+        at = 0
+        for limit in BUCKETS:  # most requests end in one of the first
+            if taken <= limit:
+                break
+            at += 1
+        self.buckets[at] += 1
 
 
 _operations: dict[str, OpStats] = {}

@@ -76,6 +76,16 @@ def entry(Node node not None, object st, double entry_timeout, double attr_timeo
     return body
 
 
+def negative(double timeout):
+    """fuse_entry_out of a name that does not exist."""
+    body = PyBytes_FromStringAndSize(NULL, sizeof(fuse_entry_out))
+    cdef fuse_entry_out *out = <fuse_entry_out *>PyBytes_AS_STRING(body)
+    memset(out, 0, sizeof(fuse_entry_out))
+    out.entry_valid = <uint64_t>timeout
+    out.entry_valid_nsec = <uint32_t>((timeout - <double>out.entry_valid) * BILLION)
+    return body
+
+
 cdef Py_ssize_t put_dirent(char *start, Py_ssize_t room, uint64_t number, uint32_t kind, bytes name, uint64_t after):
     """The bytes that it takes; no more than `room` are written."""
     cdef Py_ssize_t size = len(name)

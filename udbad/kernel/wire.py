@@ -174,4 +174,5 @@ NO_ENTRY = bytes(ENTRY_SIZE)
 """Before "." and ".." of a READDIRPLUS: nothing is looked up by them."""
 
 if not compiled.why_not():
-    from udbad.kernel.cwire import attributes, dirent, dirents, entry  # noqa: F401  # the same, as structures of C
+    # The same, as structures of C.
+    from udbad.kernel.cwire import attributes, dirent, dirents, entry, negative  # noqa: F401

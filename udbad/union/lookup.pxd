@@ -1,5 +1,11 @@
-from udbad.union.superblock cimport Superblock
-from udbad.inodes.table cimport Node, Dir, Layer
+cimport cython
+
+from udbad.branch.cstat cimport Status
+from udbad.inodes.table cimport Dir, InodeTable, Layer, Node
+from udbad.union.superblock cimport Counters, Superblock
+
+cdef unsigned int _S_IFMT, _S_IFDIR, _S_IFLNK
+
 cdef class Found:
     cdef public long kind, examined
     cdef public object branch, st, whited, opaque
@@ -7,3 +13,11 @@ cdef class Found:
 cdef class Missing:
     cdef public object answer, whited
     cdef public long examined
+
+# The way of most lookups: a name of a directory whose view is known.
+@cython.locals(counters=Counters, view=dict, layer=Layer, fd=int, st=Status)
+cpdef lookup(Superblock sb, Dir parent, bytes name)
+@cython.locals(
+    kind=cython.uint, dev=cython.ulonglong, ino=cython.ulonglong, known=Node, node=Node, table=InodeTable, plinked=bint
+)
+cpdef intern_file(Superblock sb, Dir parent, bytes name, branch, st)

@@ -264,8 +264,8 @@ def _asked_anew(sb: Superblock, handle: OpenDir) -> Said:
         places = {name: place for place, name in enumerate(view.scan(sb, handle.node, None, parts))}
         now = view.said_of(sb, parts)
         for at, name in enumerate(names):
-            place = places.get(name)
-            if place is not None:
+            place = places.get(name, -1)
+            if place >= 0:
                 made.numbers[at], made.types[at] = now.numbers[place], now.types[place]
     return made
 

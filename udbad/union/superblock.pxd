@@ -1,6 +1,11 @@
+cimport cython
+
 from udbad.inodes.inomap cimport InoMap
 from udbad.inodes.table cimport Dir, InodeTable, Layer, Node
 from udbad.union.changes cimport Changes
+
+@cython.locals(dev=cython.ulonglong, ino=cython.ulonglong, kind=cython.uint)
+cpdef bint is_object(Node node, st)
 
 cdef class Counters:
     cdef public list depth_found, depth_negative, depth_whiteout
@@ -17,3 +22,9 @@ cdef class Superblock:
     cdef public Dir root
     cdef public InodeTable table
     cdef public Changes changes
+    @cython.locals(layer=Layer)
+    cpdef int branch_fd(self, Dir node, branch) except? -1
+    cpdef locate(self, Node node)
+    @cython.locals(fd=int)
+    cpdef stat(self, Node node)
+    cpdef int held_fd(self, Node node) except? -1

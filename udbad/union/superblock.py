@@ -7,7 +7,6 @@ coherence strategy of changes. Nothing here decides what is visible; that is loo
 from __future__ import annotations
 
 import os
-import stat as st_mod
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +105,8 @@ def is_object(node: Node, st: os.stat_result) -> bool:
 
     A number may have come round as an object of another type, which would spoil the kernel's inode.
     """
-    return st.st_ino == node.ino and st.st_dev == node.dev and st_mod.S_IFMT(st.st_mode) == node.kind
+    dev, ino, kind = st.st_dev, st.st_ino, st.st_mode & 0o170000
+    return ino == node.ino and dev == node.dev and kind == node.kind
 
 
 def lower_links(layers: list[Layer]) -> int:

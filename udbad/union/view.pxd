@@ -9,7 +9,9 @@ cdef class Said:
     cdef public unsigned char[::1] types
 
 # The loops over all names of a directory, of which there may be very many.
-@cython.locals(at=Py_ssize_t, kept=Py_ssize_t, kind=cython.uchar, whable=bint, name=bytes, prefix=bytes)
+@cython.locals(
+    at=Py_ssize_t, kept=Py_ssize_t, before=Py_ssize_t, kind=cython.uchar, whable=bint, name=bytes, prefix=bytes
+)
 cdef Py_ssize_t _merge(
     dict names, set whited, set stacked, list here, branch, list found, numbers, bytearray types
 ) except -1

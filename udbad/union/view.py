@@ -105,17 +105,17 @@ def _merge(
                     types[kept] = 0
                     kept += 1
             continue
-        if name in whited:
+        if whited and name in whited:
             continue
-        if name not in names:
-            names[name] = (index,) if kind == _DIRECTORY else index
+        before = len(names)
+        upper = names.setdefault(name, (index,) if kind == _DIRECTORY else index)
+        if len(names) > before:
             if kept != at:
                 numbers[kept], types[kept] = numbers[at], kind
             kept += 1
             continue
         if stacked is not None:
             stacked.add(name)
-        upper = names[name]
         if type(upper) is tuple and kind == _DIRECTORY:
             names[name] = (*upper, index)
     return kept
