@@ -22,7 +22,10 @@ from typing import Final
 MODULES: Final = (
     "udbad.branch.state",
     "udbad.coherence.base",
+    "udbad.coherence.events",
     "udbad.coherence.notify",
+    "udbad.coherence.sent",
+    "udbad.coherence.watcher",
     "udbad.edge.loop",
     "udbad.edge.native",
     "udbad.edge.operations",

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import socket
 import struct
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udbad import compiled
-from udbad.branch import listing, syscalls
+from udbad.branch import listing, state, syscalls
 from udbad.branch.branches import Branch
 from udbad.inodes.table import Dir, Layer, Node
 from udbad.kernel import device, wire
@@ -43,6 +44,7 @@ def in_python(module: ModuleType) -> ModuleType:
 
 
 PYTHON_WIRE, PYTHON_DEVICE, PYTHON_LISTING = in_python(wire), in_python(device), in_python(listing)
+PYTHON_STATE = in_python(state)
 BRANCH = Branch(0, 0, b"/", Perm.RO, frozenset(), None, -1, -1, 0, "ext4")
 U32 = st.integers(0, (1 << 32) - 1)
 U64 = st.integers(0, (1 << 63) - 1)
@@ -228,6 +230,53 @@ def test_a_listing(tmp_path: Path, module: ModuleType) -> None:
     assert dict(zip(names, zip(numbers, types, strict=True), strict=True)) == expected
     with pytest.raises(OSError, match="Bad file descriptor"):
         module.read(fd)
+
+
+@given(statuses(), st.sampled_from([-(10**13), -(10**10), 10**10, 10**13, None]), st.booleans())
+def test_stamps(status: os.stat_result, since: int | None, whole: bool) -> None:
+    """Of any status, and of one whose ctime is so many nanoseconds from now."""
+    if since is not None:
+        changed = time.time_ns() + since
+        changed = changed // 10**9 * 10**9 if whole else changed | 1
+        times = {"st_atime_ns": 5, "st_mtime_ns": 5, "st_ctime_ns": changed}
+        rest = {"st_blksize": 512, "st_blocks": 0, "st_rdev": 0}
+        status = os.stat_result((*status[:9], changed // 10**9), times | rest)
+    assert state.stamp(status) == PYTHON_STATE.stamp(status)
+    for fs_type in ("ext4", "nfs"):
+        for perm in (Perm.RO, Perm.RR):
+            branch = Branch(0, 0, b"/", perm, frozenset(), None, -1, -1, 0, fs_type)
+            made = state.lasting_stamp(branch, status)
+            assert made == PYTHON_STATE.lasting_stamp(branch, status)
+            assert made in (None, state.stamp(status))
+
+
+def test_a_stamp_of_a_file(tmp_path: Path) -> None:
+    for changed in (-1, 10**9, 1 << 34):
+        os.utime(tmp_path, (1, changed))
+        status = syscalls.stat_at(-1, os.fsencode(tmp_path))
+        assert state.stamp(status) == PYTHON_STATE.stamp(os.stat(tmp_path))
+
+
+@pytest.mark.parametrize("module", [listing, PYTHON_LISTING], ids=["used", "python"])
+def test_events(tmp_path: Path, module: ModuleType) -> None:
+    inotify = Inotify()
+    directory = os.open(tmp_path, os.O_PATH)
+    try:
+        number = listing.watch(inotify.fd, directory, int(Mask.CREATE | Mask.DELETE | Mask.DELETE_SELF))
+        names = [b"a", b"n" * 15, b"n" * 16, b"n" * 255]
+        for name in names:
+            os.close(os.open(os.fsencode(tmp_path) + b"/" + name, os.O_CREAT))
+        made = [(number, int(Mask.CREATE), name) for name in names]
+        assert module.events(os.read(inotify.fd, 4096)) == made
+        for name in names:
+            (tmp_path / os.fsdecode(name)).unlink()
+        tmp_path.rmdir()
+    finally:
+        os.close(directory)
+    gone = [(number, int(Mask.DELETE), name) for name in names]
+    assert module.events(os.read(inotify.fd, 4096))[: len(names)] == gone
+    inotify.close()
+    assert module.events(b"") == []
 
 
 @pytest.mark.parametrize("module", [listing, PYTHON_LISTING], ids=["used", "python"])

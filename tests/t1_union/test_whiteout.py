@@ -1,4 +1,4 @@
-"""Temporary names: always possible, always another one, always known for what they are."""
+"""Temporary names: always possible, always another one, always known for what they are. And what is in a directory."""
 
 from __future__ import annotations
 
@@ -45,3 +45,14 @@ def test_no_name_comes_twice() -> None:
 @pytest.mark.parametrize("name", [b".wh..wh.aufs", b".wh..wh.plnk", b".wh..wh.orph", b".wh..wh.udbad", b".wh..wh..opq"])
 def test_what_is_no_temporary_name(name: bytes) -> None:
     assert not TEMPORARY.fullmatch(name)
+
+
+@pytest.mark.parametrize("overlay", [False, True])
+def test_nothing_is_in_a_directory_that_was_removed(tmp_path: Path, overlay: bool) -> None:
+    (tmp_path / "d").mkdir()
+    directory = os.open(tmp_path / "d", os.O_PATH)
+    try:
+        (tmp_path / "d").rmdir()
+        assert whiteout.names_in(directory, overlay) == []
+    finally:
+        os.close(directory)

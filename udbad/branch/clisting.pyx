@@ -2,7 +2,7 @@
 
 from cpython.array cimport array, resize
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_Resize
-from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromString, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
@@ -24,6 +24,10 @@ cdef extern from "<sys/stat.h>" nogil:
     enum: S_IFMT
 
 cdef extern from "<sys/inotify.h>" nogil:
+    struct inotify_event:
+        int wd
+        uint32_t mask, len
+        char *name
     int inotify_add_watch(int fd, const char *path, uint32_t mask)
 
 
@@ -80,3 +84,15 @@ def watch(int inotify, int fd, uint32_t mask):
     if number < 0:
         PyErr_SetFromErrno(OSError)
     return number
+
+
+def events(bytes data not None):
+    cdef const char *at = PyBytes_AS_STRING(data)
+    cdef const char *end = at + len(data)
+    cdef inotify_event *event
+    found = []
+    while at < end:
+        event = <inotify_event *>at
+        at += sizeof(inotify_event) + event.len
+        found.append((event.wd, event.mask, PyBytes_FromString(event.name) if event.len else b""))
+    return found

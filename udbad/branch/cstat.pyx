@@ -3,10 +3,19 @@
 # a branch is asked, for that may wait for a disk or a server.
 
 cimport cython
-from cpython.bytes cimport PyBytes_AS_STRING
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
+from libc.errno cimport ENAMETOOLONG, ENOENT, errno
+from libc.stdint cimport uint64_t
 from libc.string cimport strlen
 from posix.fcntl cimport AT_SYMLINK_NOFOLLOW
+from posix.stat cimport S_IFDIR, S_IFMT
+from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
+
+from udbad.types import Perm
+
+cdef object _RR = Perm.RR
+cdef long long COARSE_NS = 50_000_000, WHOLE_NS = 2_100_000_000  # _COARSE_NS and _WHOLE_NS of state.py
 
 
 @cython.freelist(64)
@@ -108,6 +117,22 @@ cpdef Status stat_at(int dirfd, bytes name):
     return identified(status)
 
 
+def mode_at(int dirfd, bytes name not None):
+    """syscalls.mode_at: to make an error and to look at it takes several times as long as the call."""
+    cdef const char *text = PyBytes_AS_STRING(name)
+    cdef stat_t status
+    cdef int failed
+    if strlen(text) != <size_t>len(name):
+        raise ValueError("embedded null byte")
+    with nogil:
+        failed = fstatat_c(dirfd, text, &status, AT_SYMLINK_NOFOLLOW)
+    if not failed:
+        return status.st_mode
+    if errno == ENOENT or errno == ENAMETOOLONG:
+        return 0
+    PyErr_SetFromErrno(OSError)
+
+
 cpdef Status fstat(int fd):
     """fstat(2). Raises OSError."""
     cdef Status status = Status.__new__(Status)
@@ -117,6 +142,51 @@ cpdef Status fstat(int fd):
     if failed:
         PyErr_SetFromErrno(OSError)
     return identified(status)
+
+
+cdef object stamp_of(const stat_t *c):
+    cdef uint64_t[4] words
+    words[0] = <uint64_t>c.st_ctim.tv_sec * 1_000_000_000 + c.st_ctim.tv_nsec
+    words[1] = <uint64_t>c.st_mtim.tv_sec * 1_000_000_000 + c.st_mtim.tv_nsec
+    words[2], words[3] = c.st_size, c.st_nlink
+    return PyBytes_FromStringAndSize(<char *>words, sizeof(words))
+
+
+cdef bint is_within(const timespec *time, long long nanoseconds) noexcept nogil:
+    """Whether that is how long ago a time was at most, by the clock of now; one that is still to come, too."""
+    cdef timespec now
+    clock_gettime(CLOCK_REALTIME, &now)
+    cdef long long seconds = now.tv_sec - time.tv_sec
+    if not -10 < seconds < 10:  # a sum of nanoseconds may be more than there is room for
+        return seconds < 0
+    return seconds * 1_000_000_000 + now.tv_nsec - time.tv_nsec <= nanoseconds
+
+
+def stamp(st):
+    """state.stamp."""
+    cdef stat_t other
+    if type(st) is Status:
+        return stamp_of(&(<Status>st).c)
+    fill(&other, st)
+    return stamp_of(&other)
+
+
+def lasting_stamp(branch, st):
+    """state.lasting_stamp."""
+    cdef stat_t other
+    cdef stat_t *c = &other
+    if type(st) is Status:
+        c = &(<Status>st).c
+    else:
+        fill(c, st)
+    if c.st_ctim.tv_nsec:
+        if is_within(&c.st_ctim, COARSE_NS):
+            exact = branch.exact_directory_times if (c.st_mode & S_IFMT) == S_IFDIR else branch.exact_times
+            if not exact:
+                return None
+    elif is_within(&c.st_ctim, WHOLE_NS) and branch.perm is not _RR:
+        return None
+    return stamp_of(c)
 
 
 cdef int fill(stat_t *c, object st) except -1:

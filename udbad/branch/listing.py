@@ -1,10 +1,11 @@
-"""What is done once for a directory of a branch, when it is read or watched: getdents64(2), inotify_add_watch(2)."""
+"""What a directory of a branch says, and its watch: getdents64(2), inotify(7)."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import stat as st_mod
+import struct
 import sys
 from array import array
 
@@ -69,5 +70,20 @@ def unwatch(inotify: int, number: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+EVENT = struct.Struct("iIII")
+"""struct inotify_event (inotify(7)): watch descriptor, mask, cookie, length of the name that follows."""
+
+
+def events(data: bytes) -> list[tuple[int, int, bytes]]:
+    """What read(2) has brought from inotify: watch descriptor, mask and name, b"" for what is watched itself."""
+    found = []
+    at = 0
+    while at < len(data):
+        number, mask, _, length = EVENT.unpack_from(data, at)
+        at += EVENT.size + length
+        found.append((number, mask, data[at - length : at].rstrip(b"\0")))
+    return found
+
+
 if not compiled.why_not():
-    from udbad.branch.clisting import read, watch  # noqa: F401  # the same, as calls of the C library
+    from udbad.branch.clisting import events, read, watch  # noqa: F401  # the same, as calls of the C library

@@ -11,6 +11,7 @@ import stat as st_mod
 import struct
 from time import time_ns
 
+from udbad import compiled
 from udbad.branch.branches import Branch
 from udbad.types import Perm
 
@@ -70,3 +71,7 @@ def has_one_name(one: Stamp) -> bool:
 def object_stamp(st: os.stat_result) -> ObjectStamp:
     """`stamp` where the name may stand for another object by now."""
     return (st.st_dev, st.st_ino, stamp(st))
+
+
+if not compiled.why_not():
+    from udbad.branch.cstat import lasting_stamp, stamp  # noqa: F401  # the same, without an object for each number

@@ -82,6 +82,16 @@ def fstat(fd: int) -> os.stat_result:
     return os.fstat(fd)
 
 
+def mode_at(dirfd: int, name: bytes) -> int:
+    """st_mode of a name, not followed; 0 when nothing has it, which a name too long for the file system is."""
+    try:
+        return os.stat(name, dir_fd=dirfd, follow_symlinks=False).st_mode
+    except OSError as error:
+        if error.errno in ABSENT:
+            return 0
+        raise
+
+
 def exists_at(dirfd: int, name: bytes) -> bool:
     """Whether anything has this name; a name too long for the file system does not exist."""
     try:
@@ -631,7 +641,7 @@ if not compiled.why_not():
         unlink_at,
         utime_at,
     )
-    from udbad.branch.cstat import fstat, stat_at  # noqa: F401
+    from udbad.branch.cstat import fstat, mode_at, stat_at  # noqa: F401
 
 if sys.platform != "linux":  # pragma: no cover
     raise ImportError("udbad needs Linux")

@@ -52,6 +52,7 @@ _OPAQUE_VALUE = b"y"
 _OURS = (BASE, PLINK_DIR, ORPHAN_DIR, RESERVED + b"udbad")
 
 _stat = syscalls.stat_at
+_mode = syscalls.mode_at
 _ISREG = st_mod.S_ISREG
 _S_IFMT, _S_IFCHR = 0o170000, st_mod.S_IFCHR
 _DEVICE, _REGULAR = st_mod.S_IFCHR >> 12, st_mod.S_IFREG >> 12
@@ -72,15 +73,10 @@ def check_not_reserved(name: bytes) -> None:
 
 def present(dirfd: int, name: bytes) -> bool:
     """Whether this branch directory has a whiteout for `name`; EIO when it is not a regular file."""
-    try:
-        st = _stat(dirfd, PREFIX + name)
-    except OSError as error:
-        if error.errno in ABSENT:
-            return False
-        raise
-    if not _ISREG(st.st_mode):
+    mode = _mode(dirfd, PREFIX + name)
+    if mode and not _ISREG(mode):
         raise eio()
-    return True
+    return mode != 0
 
 
 def opaque(dirfd: int, overlay: bool = False) -> bool:
@@ -88,11 +84,7 @@ def opaque(dirfd: int, overlay: bool = False) -> bool:
 
     overlay: `Branch.overlay`.
     """
-    try:
-        _stat(dirfd, OPAQUE)
-    except FileNotFoundError:
-        return overlay and overlay_opaque(dirfd)
-    return True
+    return _mode(dirfd, OPAQUE) != 0 or (overlay and overlay_opaque(dirfd))
 
 
 # -- the notation of overlayfs ------------------------------------------------------------------
@@ -165,6 +157,8 @@ def names_in(dirfd: int, overlay: bool) -> list[bytes]:
         names, _, types = listing.read(fd)
         if overlay:
             read_as_aufs(fd, names, types)
+    except FileNotFoundError:
+        return []  # removed meanwhile: getdents(2) says so, and readdir(3) that it is empty
     finally:
         os.close(fd)
     return names

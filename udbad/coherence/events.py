@@ -75,7 +75,7 @@ def classify(sb: Superblock, node: Dir, name: bytes, kinds: int) -> Finding:
         return Case.ITSELF, None, None, None
     if not node.trusted:
         return Case.NOTHING_HELD, None, None, None
-    child = node.children.get(name)
+    child: Node | None = node.children.get(name)
     if not kinds & NAMES:
         if child is None:
             return Case.NOT_ASKED_FOR, None, None, None
@@ -192,6 +192,9 @@ class Events:
                     if self._watches.gone(handle):
                         self._coherence.distrust(handle.node)
                     continue
+                if self._is_unknown(handle.node, change):
+                    self.echoes += 1
+                    continue
                 key = subject(handle, change.name)
                 if key is not None:
                     names[key] = names.get(key, 0) | change.kinds
@@ -206,6 +209,18 @@ class Events:
                     self._compare_below(below)
             if table.over_budget():  # events come without requests, too
                 table.trim()
+
+    @staticmethod
+    def _is_unknown(node: Dir, change: Change) -> bool:
+        """Whether it is NOT_ASKED_FOR for certain: each copy-up sends some events of its file without a name."""
+        name = change.name
+        return (
+            not change.kinds & NAMES
+            and node.trusted
+            and name not in node.children
+            and not name.startswith(b".")
+            and name != b""
+        )
 
     def _file_changed(self, node: Node, change: Change) -> None:
         """An event of a file that is watched itself, as it has several names."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
@@ -43,11 +42,9 @@ _IGNORED = int(Mask.IGNORED)
 _GONE = int(Mask.IGNORED | Mask.UNMOUNT)
 _OVERFLOW = int(Mask.Q_OVERFLOW)
 
-_EVENT = struct.Struct("iIII")
-"""struct inotify_event (inotify(7)): watch descriptor, mask, cookie, length of the name that follows."""
 _READ_BYTES = 16 << 10
 """What one read(2) may bring: some hundred events, a few milliseconds of work."""
-_LONGEST = _EVENT.size + 256
+_LONGEST = listing.EVENT.size + 256
 """Bytes of an event with the longest name. When that had found room in a read(2), there were no more events."""
 
 
@@ -221,20 +218,16 @@ class Watcher:
         """Hand on what read(2) brought; how many events that is."""
         expected = self._expected
         changes: list[Change] = []
-        handled = at = 0
-        while at < len(data):
-            wd, mask, _, length = _EVENT.unpack_from(data, at)
-            at += _EVENT.size + length
-            handled += 1
+        events = listing.events(data)
+        for key in events:
+            wd, mask, name = key
             if mask & _OVERFLOW:
                 # What was read before it is covered by what the overflow makes us do.
                 changes.clear()
                 self._on_overflow()
                 continue
-            name = data[at - length : at].rstrip(b"\0")
             handles = self._handles.get(wd)
             if handles is not None:
-                key = (wd, mask, name)
                 if expected and key in expected:
                     expected[key] -= 1
                     if not expected[key]:
@@ -251,7 +244,7 @@ class Watcher:
             expected.clear()  # everything sent was read: what has not come was lost, and must not stand for another
         if changes:
             self._on_changes(changes)
-        return handled
+        return len(events)
 
     def close(self) -> None:
         self._handles.clear()

@@ -4,6 +4,7 @@ from typing import Any
 
 from udbad.branch.branches import Branch
 from udbad.inodes.handles import HandleTable
+from udbad.inodes.inomap import InoMap
 from udbad.inodes.record import Half
 from udbad.inodes.table import InodeTable, Node
 
@@ -21,5 +22,5 @@ def nodes(
     their names. Returned are payload and count of those that need more than that."""
 
 class Writer:
-    def __init__(self, table: InodeTable, handles: HandleTable) -> None: ...
+    def __init__(self, table: InodeTable, handles: HandleTable, inomap: InoMap) -> None: ...
     def __call__(self, changed: set[Any], half: Half) -> bool: ...

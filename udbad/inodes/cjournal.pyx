@@ -1,17 +1,20 @@
-# The entries of journal.py that most requests make, written without an object for each number: nodes that are no
-# directories, and open files; and such nodes made of them again. Used where the hot modules are compiled; the Python
-# there, and in union/recall.py, is what this means.
+# The entries of journal.py that most requests make, written in one go, and most numbers without an object for each; and
+# nodes that are no directories made of them again. Used where the hot modules are compiled; the Python there, and in
+# union/recall.py, is what this means.
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from udbad.inodes.table cimport Dir, Node
+from udbad.inodes.inomap cimport InoMap
+from udbad.inodes.table cimport Dir, Layer, Node
 
 from udbad.inodes.handles import OpenFile
-from udbad.inodes.journal import CLOSED, FILE, NEGATIVES, OPEN_FILE, Negative
+from udbad.inodes.inomap import InoMap as InoMapType
+from udbad.inodes.journal import CLOSED, DIRECTORY, FILE, NEGATIVES, NUMBER, NUMBERS, OPEN_FILE, Negative
 from udbad.inodes.record import DROPPED, pack
+from udbad.inodes.table import Dir as DirType
 from udbad.inodes.table import Node as NodeType
 
 cdef extern from *:
@@ -50,12 +53,23 @@ cdef int HEAD = 16
 cdef uint64_t LARGEST = 1024
 """Bytes that any of these entries may take."""
 cdef uint8_t _FILE = FILE, _OPEN_FILE = OPEN_FILE, _CLOSED = CLOSED, _NEGATIVES = NEGATIVES
+cdef uint8_t _DIRECTORY = DIRECTORY, _NUMBERS = NUMBERS, _NUMBER = NUMBER
 
 
-cdef uint64_t put_node(char *to, Node node):
+cdef uint64_t put_node(char *to, Node node) except? 0:
+    """0: there is no room for it."""
     cdef node_entry *entry = <node_entry *>to
     cdef uint64_t name_size = PyBytes_GET_SIZE(node.name)
-    entry.size = sizeof(node_entry) - HEAD + name_size
+    cdef uint64_t size = sizeof(node_entry) + name_size
+    cdef bytes more = None
+    if node.aliases or node.plink is not None:
+        home = None if node.plink is None else (node.plink.branch.id, node.plink.name)
+        more = pack(([(above.id, other) for above, other in node.aliases or ()], home))
+        if size + PyBytes_GET_SIZE(more) > LARGEST:
+            return 0
+        memcpy(to + size, PyBytes_AS_STRING(more), PyBytes_GET_SIZE(more))
+        size += PyBytes_GET_SIZE(more)
+    entry.size = size - HEAD
     entry.count = node.nlookup if node.nlookup > 0 else 0
     entry.kind = _FILE
     entry.dead = node.dead
@@ -67,7 +81,36 @@ cdef uint64_t put_node(char *to, Node node):
     entry.parent = 0 if node.parent is None else node.parent.id
     entry.links = node.nlink_extra
     memcpy(to + sizeof(node_entry), PyBytes_AS_STRING(node.name), name_size)
-    return sizeof(node_entry) + name_size
+    return size
+
+
+cdef uint64_t put_packed(char *to, uint8_t kind, object said, uint64_t count) except? 0:
+    """0: there is no room for it."""
+    cdef uint64_t *head = <uint64_t *>to
+    cdef bytes packed = pack(said)
+    cdef uint64_t size = PyBytes_GET_SIZE(packed)
+    if HEAD + 1 + size > LARGEST:
+        return 0
+    head[0], head[1] = size + 1, count
+    to[HEAD] = <char>kind
+    memcpy(to + HEAD + 1, PyBytes_AS_STRING(packed), size)
+    return HEAD + 1 + size
+
+
+cdef uint64_t put_directory(char *to, Dir node) except? 0:
+    """0: there is no room for it."""
+    cdef Layer layer
+    cdef list layers = []
+    for layer in node.layers:
+        layers.append((layer.branch.id, layer.dev, layer.ino, layer.nlink, layer.fd))
+    return put_packed(
+        to, _DIRECTORY,
+        (
+            node.id, 0 if node.parent is None else node.parent.id, node.name, bool(node.dead), node.nlink_extra,
+            node.floor, node.opaque, node.mtime_offset, bool(node.listed), layers,
+        ),
+        node.nlookup if node.nlookup > 0 else 0,
+    )
 
 
 cdef uint64_t put_opened(char *to, object handle, Node node) except 0:
@@ -86,25 +129,16 @@ cdef uint64_t put_opened(char *to, object handle, Node node) except 0:
     return sizeof(opened_entry)
 
 
-cdef uint64_t put_negative(char *to, Node node, bytes name) except 0:
-    cdef uint64_t *head = <uint64_t *>to
-    cdef bytes said = pack((node.id, [name]))
-    cdef uint64_t size = PyBytes_GET_SIZE(said)  # a name has 255 bytes at most
-    head[0], head[1] = 1 + size, 0
-    to[HEAD] = <char>_NEGATIVES
-    memcpy(to + HEAD + 1, PyBytes_AS_STRING(said), size)
-    return HEAD + 1 + size
-
-
 cdef class Writer:
     """Writes some of what has changed to a half of the record, and takes it out; the rest is for journal.py."""
 
     cdef object table, handles, mapped
+    cdef InoMap inomap
     cdef Py_buffer memory, words
     cdef uint64_t *end
 
-    def __init__(self, table, handles):
-        self.table, self.handles, self.mapped = table, handles, None
+    def __init__(self, table, handles, InoMap inomap not None):
+        self.table, self.handles, self.inomap, self.mapped = table, handles, inomap, None
 
     def __dealloc__(self):
         self.release()
@@ -143,13 +177,16 @@ cdef class Writer:
                 if end + LARGEST > <uint64_t>self.memory.len:
                     changed.add(one)
                     continue
-                if type(one) is NodeType:
+                size = 0
+                if type(one) is NodeType or type(one) is DirType:
                     node = one
-                    if node.aliases or node.plink is not None or nodes.get(node.id) is not node:
-                        changed.add(one)
-                        continue
-                    size = put_node(to, node)
-                    node.place = (end >> 3) + 1
+                    if nodes.get(node.id) is node:
+                        if type(one) is NodeType:
+                            size = put_node(to, node)
+                        elif (<Dir>node).offline is None:
+                            size = put_directory(to, <Dir>node)
+                        if size:
+                            node.place = (end >> 3) + 1
                 elif type(one) is OpenFile:
                     number = one.fh
                     if files.get(number) is one:
@@ -159,12 +196,13 @@ cdef class Writer:
                         closed.size, closed.count = sizeof(closed_entry) - HEAD, 0
                         closed.kind, closed.marshal_int, closed.fh = _CLOSED, c"i", <int32_t>number
                         size = sizeof(closed_entry)
-                    else:
-                        changed.add(one)
-                        continue
-                elif type(one) is Negative and 0 < len((<tuple>one)[1] or b"") < 256:
-                    size = put_negative(to, (<tuple>one)[0], (<tuple>one)[1])
-                else:
+                elif type(one) is Negative and (<tuple>one)[1] is not None:
+                    size = put_packed(to, _NEGATIVES, ((<Node>(<tuple>one)[0]).id, [(<tuple>one)[1]]), 0)
+                elif type(one) is tuple:
+                    size = put_packed(to, _NUMBER, (*one, self.inomap.entry(one)), 0)
+                elif type(one) is InoMapType:
+                    size = put_packed(to, _NUMBERS, self.inomap.state(), 0)
+                if not size:
                     changed.add(one)
                     continue
                 end = (end + size + 7) & ~<uint64_t>7

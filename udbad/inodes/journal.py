@@ -103,7 +103,7 @@ class Journal:
         record.write = self._write
         record.live = self._live
         if not compiled.why_not():
-            record.quick = cjournal.Writer(table, handles)
+            record.quick = cjournal.Writer(table, handles, inomap)
         table.record = handles.record = inomap.record = record
 
     def _write(self, one: Any) -> None:

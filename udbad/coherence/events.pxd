@@ -1,0 +1,3 @@
+from udbad.inodes.table cimport Dir, Node
+from udbad.union.lookup cimport Found
+from udbad.union.superblock cimport Superblock
