@@ -48,7 +48,7 @@ class Record:
 """,
         ),
     ],
-    "inodes/journal.py": [("record.quick = cjournal.Writer(table, handles)", "pass  # that writes version 1")],
+    "inodes/journal.py": [("record.quick = cjournal.Writer(table, handles, inomap)", "pass  # that writes version 1")],
 }
 """A version to come, which writes each entry of the state in another way, and reads and writes both."""
 CHANGES = int(os.environ.get("UDBAD_CHANGES", scaled("2", "100")))
