@@ -29,8 +29,10 @@ from tests.helpers.mount import WATCHDOG, Mount, UnionFactory, mounted, why_no_f
 WORKER: Final = "PYTEST_XDIST_WORKER" in os.environ
 """Whether this is one of several workers of pytest-xdist, which have a mount namespace each."""
 
-# On two shared cores the time of one example says nothing about the code.
-hypothesis.settings.register_profile("udbad", deadline=None, print_blob=True)
+# On two shared cores the time of one example says nothing about the code, nor does the time of drawing it.
+hypothesis.settings.register_profile(
+    "udbad", deadline=None, print_blob=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("udbad")
 
 
