@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from tests.t2_core.fake_notifier import OneByOne
 from udbad.coherence.base import Coherence
 from udbad.inodes.handles import OpenFile
 from udbad.inodes.table import Dir, Node
@@ -33,7 +34,7 @@ def fields(node: Node, st: os.stat_result) -> Held:
     }  # fmt: skip
 
 
-class FakeKernel:
+class FakeKernel(OneByOne):
     """Implements coherence.base.KernelNotifier. Bind it with `mount` before the first request."""
 
     since: float | None = None
@@ -87,25 +88,10 @@ class FakeKernel:
         self.notified["attributes"] += 1
         self.attributes_of.pop(node, None)
 
-    def attributes_soon(self, node: int) -> None:
-        self.attributes(node)
-
     def data(self, node: int) -> None:
         self.notified["data"] += 1
         self.attributes_of.pop(node, None)
         self.listings.pop(node, None)  # its pages: fuse_readdir_cached() begins anew where one is missing
-
-    def expire_all(self, parent: int, names: Iterable[bytes]) -> None:
-        for name in names:
-            self.expire(parent, name)
-
-    def attributes_all(self, nodes: Iterable[int]) -> None:
-        for node in nodes:
-            self.attributes(node)
-
-    def data_all(self, nodes: Iterable[int]) -> None:
-        for node in nodes:
-            self.data(node)
 
     def everything(self) -> bool:
         if self.epochs:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -101,8 +102,36 @@ class HeldWrite:
             assert self._changed.wait_for(lambda: message in self.left, DEADLINE), f"{message} is never written"
 
 
+class OneByOne(ABC):
+    """What a KernelNotifier can be told of many, or at leisure, as if it were told of each at once."""
+
+    @abstractmethod
+    def expire(self, parent: int, name: bytes) -> None: ...
+
+    @abstractmethod
+    def attributes(self, node: int) -> None: ...
+
+    @abstractmethod
+    def data(self, node: int) -> None: ...
+
+    def attributes_soon(self, node: int) -> None:
+        self.attributes(node)
+
+    def expire_all(self, parent: int, names: Iterable[bytes]) -> None:
+        for name in names:
+            self.expire(parent, name)
+
+    def attributes_all(self, nodes: Iterable[int]) -> None:
+        for node in nodes:
+            self.attributes(node)
+
+    def data_all(self, nodes: Iterable[int]) -> None:
+        for node in nodes:
+            self.data(node)
+
+
 @dataclass
-class FakeNotifier:
+class FakeNotifier(OneByOne):
     """Implements coherence.base.KernelNotifier; `told` is everything it was told, in order."""
 
     epochs: bool = True
@@ -118,23 +147,8 @@ class FakeNotifier:
     def attributes(self, node: int) -> None:
         self.told.append(Message("attributes", node))
 
-    def attributes_soon(self, node: int) -> None:
-        self.attributes(node)
-
     def data(self, node: int) -> None:
         self.told.append(Message("data", node))
-
-    def expire_all(self, parent: int, names: Iterable[bytes]) -> None:
-        for name in names:
-            self.expire(parent, name)
-
-    def attributes_all(self, nodes: Iterable[int]) -> None:
-        for node in nodes:
-            self.attributes(node)
-
-    def data_all(self, nodes: Iterable[int]) -> None:
-        for node in nodes:
-            self.data(node)
 
     def everything(self) -> bool:
         if self.epochs:

@@ -95,12 +95,9 @@ def mode_at(dirfd: int, name: bytes) -> int:
 def exists_at(dirfd: int, name: bytes) -> bool:
     """Whether anything has this name; a name too long for the file system does not exist."""
     try:
-        os.stat(name, dir_fd=dirfd, follow_symlinks=False)
-    except OSError as error:
-        if error.errno in ABSENT or error.errno == errno.ENOTDIR:
-            return False
-        raise
-    return True
+        return mode_at(dirfd, name) != 0
+    except NotADirectoryError:
+        return False
 
 
 def is_entry(dirfd: int, name: bytes, parent: tuple[int, int]) -> bool:

@@ -217,16 +217,18 @@ class Coherence:
         # A listing that was answered before may be taken in afterwards: names then have the new epoch, which
         # fuse_direntplus_link() looks at last. To have one forgotten waits for whoever reads the directory.
         reading = {handle.node.id for handle in self.sb.handles.dirs.values()}
-        opens = self.sb.kernel_opens
         attributes: list[int] = []
         data: list[int] = []
         for node in self.sb.table.nodes.values():
             if type(node) is not Dir:
-                if node.handles or not node.nlookup:
+                if node.handles:
                     self._drop_file(node)
                     continue
                 node.lacks = None
-                (data if opens or node.kind == S_IFLNK else attributes).append(node.id)
+                if self._has_pages(node):
+                    data.append(node.id)
+                elif node.nlookup:
+                    attributes.append(node.id)
                 continue
             was_trusted = node.trusted
             self._lose(node)
@@ -246,11 +248,14 @@ class Coherence:
             node.ttl = 0.0
             self.tell_names(node)
 
+    def _has_pages(self, node: Node) -> bool:
+        """Whether pages of what is no directory may be in use: of open files, and where links lead."""
+        return bool(node.handles) or self.sb.kernel_opens or node.kind == S_IFLNK
+
     def _drop_file(self, node: Node) -> None:
-        """Have the kernel ask for the attributes of what is no directory, and for pages that may be in use: of open
-        files, and where links lead."""
+        """Have the kernel ask for the attributes of what is no directory, and for pages that may be in use."""
         node.lacks = None
-        if node.handles or self.sb.kernel_opens or node.kind == S_IFLNK:
+        if self._has_pages(node):
             self.notifier.data(node.id)
         elif node.nlookup:
             self.notifier.attributes(node.id)

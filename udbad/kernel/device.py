@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import select
-import struct
 from time import perf_counter
 
 from udbad import compiled
@@ -18,7 +17,6 @@ from udbad.kernel.wire import REPLY
 REQUESTS, WOKEN, EVENTS = 1, 2, 4
 """What `wait` has seen."""
 FOREVER = -1.0
-LENGTH = struct.Struct("=I")
 
 
 def receive(fd: int, request: Received, seconds: float) -> bool:
@@ -63,7 +61,7 @@ def tell(fd: int, messages: bytes) -> tuple[int, int]:
     """
     missed = failure = at = 0
     while at < len(messages):
-        end = at + LENGTH.unpack_from(messages, at)[0]
+        end = at + REPLY.unpack_from(messages, at)[0]
         try:
             os.write(fd, messages[at:end])
         except (FileNotFoundError, NotADirectoryError):

@@ -39,10 +39,16 @@ _LIMIT = 200_000
 _T = TypeVar("_T")
 _Key = tuple[str, int, bytes]
 _EPOCH: _Key = ("epoch", 0, b"")
+
+
+def _of_nodes(_: int, nodes: bytes) -> list[tuple[int, bytes]]:
+    return [(node, b"") for node in array("Q", nodes)]
+
+
 _MANY: Final[dict[str, tuple[str, Callable[[int, bytes], list[tuple[int, bytes]]]]]] = {
     "expire many": ("expire", lambda node, names: [(node, name) for name in names.split(b"/")]),
-    "attributes many": ("attributes", lambda _, nodes: [(node, b"") for node in array("Q", nodes)]),
-    "data many": ("data", lambda _, nodes: [(node, b"") for node in array("Q", nodes)]),
+    "attributes many": ("attributes", _of_nodes),
+    "data many": ("data", _of_nodes),
 }
 """Kinds of keys that stand for many notifications, to what each of these is."""
 _TOGETHER: Final = 256

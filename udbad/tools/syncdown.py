@@ -389,8 +389,9 @@ class Sync:
                 raise
             return None
         try:
-            marked = self.src.whable and whiteout.opaque(src_fd, self.src.overlay)
-            opaque = marked or (self.src.whable and whiteout.present(level.src_fd, name))
+            opaque = self.src.whable and (
+                whiteout.opaque(src_fd, self.src.overlay) or whiteout.present(level.src_fd, name)
+            )
             if opaque and not level.hidden:
                 if not (yield from self._start_opaque(level, name, src_fd)):
                     os.close(src_fd)

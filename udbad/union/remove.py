@@ -235,7 +235,7 @@ def _put_back(dirfd: int, tmp: bytes, name: bytes) -> None:
         if error.errno not in _TAKEN:
             raise
         beside = tmp.removeprefix(whiteout.RESERVED)
-        syscalls.rename_at(dirfd, tmp, dirfd, beside, syscalls.RENAME_NOREPLACE)
+        copydirs.publish(dirfd, tmp, dirfd, beside)
         log.warning(
             "something was put into %r while it was removed; there is another one now, and it is %r", name, beside
         )
