@@ -21,6 +21,7 @@ COMMANDS: Final = {
         "tools",
         "What the top branch of MOUNT (or of a path in it) changes, or BRANCH against the LOWER ones, top first.",
     ),
+    "feed": ("feed", "Have MOUNT look at what standard input says has changed on its branches, a path a line."),
     "flush": (
         "inspect",
         "Return when every direct change made up to now is seen through MOUNT (its name, or a path in it).",

@@ -83,6 +83,7 @@ def test_tab(line: str, tmp_path: Path) -> None:
         ("umount", "/nowhere"),
         ("status", "--json"),
         ("flush", "/nowhere"),
+        ("feed", "/nowhere"),
         ("branch", "add", "/nowhere", "/a=ro"),
     ],
 )

@@ -58,6 +58,16 @@ _S_IFMT, _S_IFCHR = 0o170000, st_mod.S_IFCHR
 _DEVICE, _REGULAR = st_mod.S_IFCHR >> 12, st_mod.S_IFREG >> 12
 
 
+def subject(name: bytes) -> bytes | None:
+    """What a name in a branch directory is about: the name that a whiteout hides, b"" for the directory itself, of
+    which an opaque mark is, None for one of our own."""
+    if not name.startswith(PREFIX):
+        return name
+    if name.startswith(RESERVED):
+        return b"" if name == OPAQUE else None
+    return name[len(PREFIX) :]
+
+
 def check_new_name(name: bytes) -> None:
     """Refuse names that no object of the union may be given: EPERM for .wh.*, ENAMETOOLONG above 242 bytes."""
     if len(name) > MAX_NAME:

@@ -21,6 +21,7 @@ from typing import Protocol
 
 from udbad.branch import state
 from udbad.branch.branches import Branch
+from udbad.coherence.inotify import NAMES
 from udbad.inodes.handles import written_behind
 from udbad.inodes.journal import Negative
 from udbad.inodes.table import Dir, Node
@@ -201,6 +202,25 @@ class Coherence:
             else:
                 self.notifier.data(node.id)
         return count
+
+    def hint(self, node: Dir, name: bytes, kinds: int) -> bool:
+        """Somebody says that a name of a directory has changed on a branch (b"": the root itself).
+
+        kinds: bits of coherence/inotify.py. False when the kernel holds nothing of it, since the directory is not
+        trusted. Where nothing is recorded that could be compared, all is dropped that the name stands for.
+        """
+        if not node.trusted:
+            return False
+        child = node.children.get(name) if name else node
+        if kinds & NAMES and name:
+            self._doubt(node, name)
+            if type(child) is Dir:
+                self.distrust(child)
+        if type(child) is Dir:
+            self.tell_names(child)
+        elif child is not None:
+            self._drop_file(child)
+        return True
 
     def _doubt(self, node: Dir, name: bytes) -> None:
         """A name may stand for something else than we and the kernel think."""

@@ -128,12 +128,11 @@ def subject(place: Place, name: bytes) -> tuple[Dir, bytes] | None:
     name: as the event has it, b"" for the branch directory itself.
     """
     node = place.node
-    if name.startswith(whiteout.RESERVED):
-        if name != whiteout.OPAQUE:
+    if name.startswith(whiteout.PREFIX):
+        hidden = whiteout.subject(name)
+        if hidden is None:
             return None
-        name = b""
-    elif name.startswith(whiteout.PREFIX):
-        name = name[len(whiteout.PREFIX) :]
+        name = hidden
     if name or node.parent is None:
         return node, name
     return node.parent, node.name
@@ -204,11 +203,15 @@ class Events:
         table = self.sb.table
         for (node, name), kinds in names.items():
             if table.nodes.get(node.id) is node:
-                below = self.name_changed(node, name, kinds)
-                if below is not None:
-                    self._compare_below(below)
+                self.look(node, name, kinds)
             if table.over_budget():  # events come without requests, too
                 table.trim()
+
+    def look(self, node: Dir, name: bytes, kinds: int) -> None:
+        """`name_changed`, with all below it that has other layers now."""
+        below = self.name_changed(node, name, kinds)
+        if below is not None:
+            self._compare_below(below)
 
     @staticmethod
     def _is_unknown(node: Dir, change: Change) -> bool:

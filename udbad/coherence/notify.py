@@ -189,6 +189,15 @@ class NotifyCoherence(Coherence):
         log.warning("lost branch events (overflow %d); all caches dropped", self._overflows)
         self.drop_everything()
 
+    def hint(self, node: Dir, name: bytes, kinds: int) -> bool:
+        if not node.trusted:
+            return False
+        was = node.children.get(name)
+        self._events.look(node, name, kinds)
+        if type(was) is Dir and node.children.get(name) is not was:
+            self.distrust(was)  # hints of what was in it do not find it any more
+        return True
+
     # -- reporting ----------------------------------------------------------------------------
 
     def state_of(self, branch: Branch) -> str:

@@ -160,6 +160,14 @@ def edits_of(request: Message) -> list[tuple[str, str]]:
     return [(checked_text(key, "edits"), checked_text(value, "edits")) for key, value in edits]
 
 
+def hints_of(request: Message) -> list[tuple[str, str]]:
+    """The (path, kind) pairs in "hints" of a request: [path, kind] each. Raises UserError (OPTION)."""
+    hints = request.get("hints")
+    if not isinstance(hints, list) or not all(isinstance(hint, list) and len(hint) == 2 for hint in hints):
+        raise UserError("hints must be a list of [path, kind]", ExitCode.OPTION)
+    return [(checked_text(path, "hints"), checked_text(kind, "hints")) for path, kind in hints]
+
+
 def decode_answer(line: bytes, path: str) -> Message:
     """What a server at `path` has said. Raises ConnectionError unless it is one whole line of JSON."""
     try:

@@ -19,7 +19,8 @@ import trio
 from udbad import __version__
 from udbad.branch.branches import BranchSet, BranchSpec
 from udbad.branch.spec import format_branch
-from udbad.control.protocol import Message, checked_text, edits_of, flag_of, path_of, text_of
+from udbad.coherence import hints
+from udbad.control.protocol import Message, checked_text, edits_of, flag_of, hints_of, path_of, text_of
 from udbad.control.server import Command
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.record import UnreadableRecord
@@ -46,6 +47,10 @@ LIVE = frozenset(
 """Mount options that can change while mounted; the others are agreed with the kernel at the mount."""
 
 
+HINTS_AT_ONCE = 32
+"""Hints that are followed before requests have their turn: each may be a look at every branch."""
+
+
 class Commands:
     """The operations of one mount process."""
 
@@ -65,6 +70,7 @@ class Commands:
             "where": self.where,
             "why": self.why,
             "invalidate": self.invalidate,
+            "feed": self.feed,
             "busy": self.busy,
             "branches": self.branches,
             "reconfigure": self.reconfigure,
@@ -187,6 +193,24 @@ class Commands:
         count = self.process.coherence.invalidate(path_of(request))
         await trio.to_thread.run_sync(self.process.invalidator.flush)
         return {"nodes": count}
+
+    async def feed(self, request: Message) -> dict[str, Any]:
+        """Hints of others (coherence/hints.py); what they changed is seen by every access after the answer.
+
+        Returns how many there were, how many of them could be about something cached, and how many are outside.
+        """
+        process, hinted = self.process, hints_of(request)
+        known = outside = 0
+        for number, (path, kind) in enumerate(hinted):
+            # After this: each hint finds the tree as it is then.
+            if number % HINTS_AT_ONCE == HINTS_AT_ONCE - 1:
+                await trio.lowlevel.checkpoint()
+            held = hints.take_one(process.coherence, process.mount_point, os.fsencode(path), hints.kinds_of(kind))
+            known += held is True
+            outside += held is None
+        if known:
+            await trio.to_thread.run_sync(process.invalidator.flush)
+        return {"hints": len(hinted), "known": known, "outside": outside}
 
     async def branches(self, request: Message) -> dict[str, Any]:
         """Apply (option, value) pairs of add, ins, append, prepend, del and mod; without any, list the branches."""
