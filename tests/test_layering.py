@@ -28,6 +28,7 @@ LEVELS: list[list[str]] = [
         "udbad.union.superblock",
         "udbad.union.homes",
         "udbad.union.times",
+        "udbad.union.redirects",
         "udbad.union.view",
         "udbad.union.lookup",
         "udbad.union.readdir",

@@ -205,6 +205,7 @@ def test_defaults() -> None:
         "dirwh": 3,
         "diropq": "whiteouted",
         "rdcache": 10,
+        "dirren": "off",
         "watch_reserve": 10,
         "dirperm1": False,
         "warn_perm": True,
@@ -254,6 +255,9 @@ def test_defaults() -> None:
         ("diropq=a,diropq=w", "diropq", "whiteouted"),
         ("diropq=always,diropq=whiteouted", "diropq", "whiteouted"),
         ("rdcache=3600", "rdcache", 3600),
+        ("dirren", "dirren", "on"),
+        ("dirren=auto", "dirren", "auto"),
+        ("dirren,nodirren", "dirren", "off"),
         ("watch_reserve=25%", "watch_reserve", 25),
         ("watch_reserve=0", "watch_reserve", 0),
         ("dirperm1", "dirperm1", True),
@@ -350,11 +354,6 @@ def test_what_has_no_meaning_is_listed_in_one_notice() -> None:
     } - {"xino=/tmp/x"} | {"xino="}
     assert len(listed) == len(set(listed)), "each once"
     assert replace(found, notices=()) == options("")
-
-
-def test_dirren_is_answered_with_the_rule_that_holds() -> None:
-    assert "EXDEV" in options("dirren").notices[0]
-    assert options("nodirren").notices == ()
 
 
 @pytest.mark.parametrize(

@@ -347,11 +347,11 @@ def test_warn_perm(union: UnionFactory, tmp_path: Path, udba: str) -> None:
 
 @modes
 def test_options_without_meaning_get_one_notice(union: UnionFactory, tmp_path: Path, udba: str) -> None:
-    options = "trunc_xino,notrunc_xib,rdblk=512,rdhash=def,fhsm_sec=3,si=1234,dirren,xino=/tmp/x,delete=all,wsum"
+    options = "trunc_xino,notrunc_xib,rdblk=512,rdhash=def,fhsm_sec=3,si=1234,xino=/tmp/x,delete=all,wsum"
     mount = union(None, udba, options)
     told = [line for line in mount.log().splitlines() if "without effect" in line]
     assert len(told) == 1
-    for word in ("trunc_xino", "notrunc_xib", "rdblk", "rdhash", "fhsm_sec", "si", "dirren", "xino=", "delete", "wsum"):
+    for word in ("trunc_xino", "notrunc_xib", "rdblk", "rdhash", "fhsm_sec", "si", "xino=", "delete", "wsum"):
         assert word in told[0]
     assert os.listdir(mount.path) == []
 

@@ -22,7 +22,7 @@ from itertools import groupby
 from time import monotonic
 from typing import Final
 
-from udbad.branch import capabilities, syscalls
+from udbad.branch import capabilities, redirect, syscalls
 from udbad.errors import os_error
 from udbad.types import CopyMethod
 
@@ -440,7 +440,7 @@ def copy_xattrs(
     ACLs that the destination inherited from its directory are removed first. Not copied are trusted.overlay.*,
     overlayfs' own record of an object in one of its layers (redirect, origin, opaque) and wrong anywhere else, and
     trusted.SGI_ACL_*, under which XFS shows its ACLs a second time (xfs_attr_list) and which is junk on any other file
-    system. user.overlay.* is copied, as any user may have put it there.
+    system. user.overlay.* is copied, as any user may have put it there, but for a redirect where it counts as one.
 
     OSError: any failure to set an attribute that `ignore` does not forgive, EOPNOTSUPP included; ENOMEM, EDQUOT and
     ENOSPC are never forgiven. Any failure to read one but ENODATA (removed meanwhile).
@@ -475,7 +475,8 @@ def _names(path: Place, follow_symlinks: bool, acls: Sequence[str] = _ACLS) -> l
         if error.errno in (errno.EOPNOTSUPP, errno.ENODATA):
             return []
         raise
-    return [*acls, *(name for name in listed if name not in _ACLS and not name.startswith(_NEVER_COPIED))]
+    never = (*_NEVER_COPIED, os.fsdecode(redirect.key()))
+    return [*acls, *(name for name in listed if name not in _ACLS and not name.startswith(never))]
 
 
 def _value(path: Place, name: str, follow_symlinks: bool) -> bytes | None:

@@ -22,7 +22,7 @@ from udbad.coherence.base import Coherence
 from udbad.coherence.inotify import CONTENT, GONE, NAMES
 from udbad.coherence.sent import SentAttributes
 from udbad.coherence.watcher import Change
-from udbad.coherence.watches import Place, Watches
+from udbad.coherence.watches import Place, Watches, Way
 from udbad.inodes.table import Dir, Node
 from udbad.union import homes, lookup
 from udbad.union.lookup import Answer, Found
@@ -138,6 +138,14 @@ def subject(place: Place, name: bytes) -> tuple[Dir, bytes] | None:
     return node.parent, node.name
 
 
+def on_the_way(way: Way, change: Change) -> bool:
+    """Whether an event in a branch directory may have to do with the name in it that leads to a directory."""
+    name = change.name
+    if name.startswith(whiteout.PREFIX) and not name.startswith(whiteout.RESERVED):
+        name = name[len(whiteout.PREFIX) :]
+    return name == way.name or name in (b"", whiteout.OPAQUE)
+
+
 class Events:
     """The cases. Event loop only."""
 
@@ -169,9 +177,9 @@ class Events:
 
     def on_echo(self, handle: object, kinds: int) -> None:
         """An event that was expected (`Watcher.expect`), so that of a directory watch."""
-        assert isinstance(handle, Place)
-        self._counted(handle.index, kinds)
-        self.echoes += 1
+        if isinstance(handle, Place):
+            self._counted(handle.index, kinds)
+            self.echoes += 1
 
     def _counted(self, index: int, kinds: int) -> None:
         """One event on the branch with this index."""
@@ -197,6 +205,12 @@ class Events:
                 key = subject(handle, change.name)
                 if key is not None:
                     names[key] = names.get(key, 0) | change.kinds
+            elif isinstance(handle, Way):
+                # Where a redirect leads may be another directory now, or none.
+                parent = handle.node.parent
+                if parent is not None and (change.kinds & GONE or on_the_way(handle, change)):
+                    key = parent, handle.node.name
+                    names[key] = names.get(key, 0) | NAMES
             elif isinstance(handle, Node):
                 self._counted(handle.branch.index, change.kinds)
                 self._file_changed(handle, change)

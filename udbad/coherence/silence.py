@@ -78,8 +78,9 @@ class Silence:
         watches: list[tuple[int, Identity]] = []
         try:
             for layer in wanted:
-                # The opaque mark of overlayfs is an attribute; that of aufs is a name.
-                watch = watcher.watch_names(self._sb.layer_fd(node, layer), node, layer.branch.overlay)
+                # A redirect is an attribute, and so is the opaque mark of overlayfs; that of aufs is a name.
+                attributes = layer.branch.overlay or layer.branch.id in self._sb.redirecting
+                watch = watcher.watch_names(self._sb.layer_fd(node, layer), node, attributes)
                 watches.append((watch, layer.identity))
         except OSError as error:
             for watch, _ in watches:

@@ -22,6 +22,7 @@ from udbad.coherence.inotify import watch_limit
 from udbad.coherence.watcher import Change, Watcher, WatchLimit
 from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Layer, Node
+from udbad.union import redirects
 from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
@@ -41,12 +42,24 @@ class Place:
 
 
 @dataclass(slots=True)
+class Way:
+    """Handle of the watch of a branch directory in which `name` is on the way to where a redirect says that `node` is
+    on the branch with this index."""
+
+    node: Dir
+    index: int
+    name: bytes
+
+
+@dataclass(slots=True)
 class Watched:
     """The watches of one directory."""
 
     node: Dir
     watches: dict[int, tuple[int, Identity]] = field(default_factory=dict)
     """By branch index: the watch, and the identity of the branch directory it is on."""
+    ways: list[tuple[int, Way, Identity]] = field(default_factory=list)
+    """Of a directory that was moved: the watches, and what they are on, in the order they are passed."""
 
 
 class Watches:
@@ -68,6 +81,7 @@ class Watches:
         """The watches of files, by node id."""
         self._without: set[int] = set()
         """Directories that have no watch because of the limit."""
+        self._on_ways = True
         self._limited_at = 0.0
         self._refused = 0.0, 0
         """When the kernel refused a watch, and what the limit was then."""
@@ -127,6 +141,7 @@ class Watches:
         for index in [index for index in entry.watches if index not in wanted]:
             watcher.unwatch(entry.watches.pop(index)[0], Place(node, index))
         complete = True
+        first = redirects.source(node)
         for index, layer in wanted.items():
             held = entry.watches.get(index)
             if held is not None:
@@ -135,7 +150,7 @@ class Watches:
                 watcher.unwatch(held[0], Place(node, index))
                 del entry.watches[index]
             fd = self._sb.layer_fd(node, layer)
-            watch = self._add(watcher, node, index, fd)
+            watch = self._add(watcher, node, Place(node, index), fd)
             if watch is None:
                 self._uncover(node.id)
                 return False
@@ -143,9 +158,42 @@ class Watches:
             branch = layer.branch
             if not branch.whable or node.parent is None:
                 continue
-            if whiteout.opaque(fd, branch.overlay) != (node.opaque == index):
+            if first is not None and index > first.branch.index:
+                complete = False  # where a redirect leads, there may be less by now
+            elif whiteout.opaque(fd, branch.overlay) != (node.opaque == index):
                 complete = False  # an opaque mark came or went before the watch: its layers have to be found again
+            elif not redirects.is_as_known(self._sb, node, layer):
+                complete = False  # so did a redirect
+        if (node.moved or entry.ways) and not self._cover_ways(watcher, entry):
+            complete = False
         return complete
+
+    def _cover_ways(self, watcher: Watcher, entry: Watched) -> bool:
+        """Have the ways to where a directory is watched; False when they were not yet, and it has to be found again."""
+        node = entry.node
+        before, entry.ways = entry.ways, []
+        self._on_ways = True
+
+        def visit(branch: Branch, fd: int, name: bytes) -> None:
+            mode = self._mode_of(branch)
+            if mode == "reval":
+                self._on_ways = False
+            if mode != "notify" or not self._on_ways:
+                return
+            way = Way(node, branch.index, name)
+            watch = self._add(watcher, node, way, fd)
+            if watch is None:
+                self._on_ways = False
+                return
+            st = os.fstat(fd)
+            entry.ways.append((watch, way, (st.st_dev, st.st_ino)))
+
+        try:
+            redirects.visit_ways(self._sb, node, visit)
+        finally:
+            for watch, way, _ in before:
+                watcher.unwatch(watch, way)
+        return self._on_ways and before == entry.ways
 
     def _wanted(self, node: Dir) -> dict[int, Layer] | None:
         """The layers that need a watch, by branch index; None when events would not tell of all there are."""
@@ -158,10 +206,10 @@ class Watches:
                 wanted[layer.branch.index] = layer
         return wanted
 
-    def _add(self, watcher: Watcher, node: Dir, index: int, fd: int) -> int | None:
+    def _add(self, watcher: Watcher, node: Dir, handle: Place | Way, fd: int) -> int | None:
         for attempt in range(2):
             try:
-                watch = watcher.watch_directory(fd, Place(node, index))
+                watch = watcher.watch_directory(fd, handle)
                 if self.state == "limited":
                     self._got_one(node)
                 return watch
@@ -181,6 +229,8 @@ class Watches:
         if entry is not None and self.watcher is not None:
             for index, (watch, _) in entry.watches.items():
                 self.watcher.unwatch(watch, Place(entry.node, index))
+            for watch, way, _ in entry.ways:
+                self.watcher.unwatch(watch, way)
 
     def gone(self, place: Place) -> bool:
         """The kernel has dropped a watch (IN_IGNORED); whether what it was on is still a layer of its directory."""

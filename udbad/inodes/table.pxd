@@ -30,6 +30,7 @@ cdef class Layer:
     cdef public unsigned long long dev, ino
     cdef public long long nlink
     cdef public int fd
+    cdef public bytes below
 
 cdef class Dir(Node):
     cdef public list layers, offline, times
@@ -39,7 +40,7 @@ cdef class Dir(Node):
     cdef public object opaque
     cdef public long long floor, probes, load_at, version, resolved, sure, cached_opens, mtime_offset
     cdef public double ttl
-    cdef public bint trusted, hot, listed, quiet
+    cdef public bint trusted, hot, listed, quiet, moved
     @cython.locals(position=Py_ssize_t, here=Py_ssize_t, layers=list, layer=Layer)
     cpdef Layer layer(self, Py_ssize_t index)
 

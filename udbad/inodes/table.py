@@ -165,7 +165,7 @@ class Node:
 class Layer:
     """One branch directory that is merged into a directory of the mount."""
 
-    __slots__ = ("branch", "dev", "fd", "ino", "nlink")
+    __slots__ = ("below", "branch", "dev", "fd", "ino", "nlink")
 
     def __init__(self, branch: Branch, dev: int, ino: int, nlink: int, fd: int) -> None:
         self.branch = branch
@@ -173,6 +173,9 @@ class Layer:
         self.ino = ino
         self.nlink = nlink
         self.fd = fd
+        self.below: bytes | None = None
+        """The path from the root under which the branches below this one have it, where a redirect says so, here or
+        on the way here. None: the one its parent's layer on this branch has there, and its name."""
 
     @property
     def identity(self) -> Identity:
@@ -202,6 +205,7 @@ class Dir(Node):
         "listed",
         "listings",
         "load_at",
+        "moved",
         "mtime_offset",
         "negatives",
         "offline",
@@ -232,6 +236,8 @@ class Dir(Node):
         self.floor = 0
         """The lowest branch index at which something created here would be visible: opaque marks and whiteouts of this
         directory and its ancestors."""
+        self.moved = False
+        """A redirect says where some of its layers are, or would be: more than its parent and its name decides."""
         self.children: dict[bytes, Node] = {}
         """Nodes by the names they are known by here."""
         self.view: dict[bytes, Hit | None] | None = None

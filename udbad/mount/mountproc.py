@@ -524,4 +524,5 @@ def _union_options(options: MountOptions) -> UnionOptions:
         acl=options.acl,
         direct_io=options.dio,
         fsync_copyup=options.fsync_copyup,
+        dirren=options.dirren,
     )

@@ -164,6 +164,13 @@ class MountOptions:
         {"always": "always", "a": "always", "whiteouted": "whiteouted", "w": "whiteouted"},
     )  # fmt: skip
     """When a new directory gets an opaque mark: always, or where it takes the place of a whiteout."""
+    dirren: str = _one_of(
+        "off", "auto, on or off (true or false in a file)",
+        {"auto": "auto", "on": "on", "off": "off", True: "on", False: "off"},
+    )  # fmt: skip
+    """Whether a directory can be renamed that has parts on lower branches: these stay where they are, and a redirect
+    says where (see Branches on disk); auto: where no lower branch is written to, and not in a layer of a store. Else
+    EXDEV."""
     watch_reserve: int = _option(10, "a percentage from 0% to 100%", _percentage)
     """For `notify`: the share of fs.inotify.max_user_watches that is left to other programs of the same user."""
     rdcache: int = _number(10, 0, 3600, "a whole number of seconds from 0 to 3600")
@@ -269,6 +276,8 @@ _FLAGS: Final[dict[str, tuple[str, bool]]] = {
     **{"no" + name: (name, False) for name in _SWITCHES},
     "copyup_fsync": ("fsync_copyup", True),
     "nocopyup_fsync": ("fsync_copyup", False),
+    "dirren": ("dirren", True),
+    "nodirren": ("dirren", False),
     "nowarn": ("warn_perm", False),
     "v": ("verbose", True),
     **dict.fromkeys(("quiet", "q", "silent"), ("verbose", False)),
@@ -278,7 +287,7 @@ _FLAGS: Final[dict[str, tuple[str, bool]]] = {
 }
 """Words without a value, and the field they set."""
 
-_NO_CHANGE: Final = frozenset({"default_permissions", "nodirren"})
+_NO_CHANGE: Final = frozenset({"default_permissions"})
 """Words without a value that ask for what is always so."""
 
 _VALUES: Final = {
@@ -291,6 +300,7 @@ _VALUES: Final = {
             "dirwh",
             "diropq",
             "rdcache",
+            "dirren",
             "watch_reserve",
             "fsname",
             "metrics",
@@ -342,7 +352,7 @@ IGNORED: Final = frozenset(
     {
         "trunc_xino", "notrunc_xino", "trunc_xino_path", "itrunc_xino", "trunc_xib", "notrunc_xib",
         "rdblk", "rdhash", "fhsm_sec", "si", "wsum", "list_plink", "clean_plink", "nodlgt", "debug", "delete", "imap",
-        "droplvl", "ephemeral", "dirren",
+        "droplvl", "ephemeral",
         "defaults", "nouser", "_netdev", "nofail", "noauto", "auto", "comment",
         "mand", "nomand", "iversion", "noiversion", "loud",
     }
@@ -429,7 +439,7 @@ class _Reader:
         elif key in _VALUES and (equals or key not in _FLAGS):
             self._set(_VALUES[key], _needs_value(key, raw), _typed(_VALUES[key], unescape(raw)))
         elif key in IGNORED or key.startswith(("x-", "X-")):
-            self.ignored.append(f"{key} (directories are renamed by the EXDEV rule)" if key == "dirren" else key)
+            self.ignored.append(key)
         elif key not in KNOWN:
             raise UserError(f"unknown option {key!r}{suggestion(key, KNOWN)}", ExitCode.OPTION)
         elif equals and key != "user":  # mount(8) notes who mounted as user=NAME

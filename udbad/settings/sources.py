@@ -14,4 +14,6 @@ def resolved(options: MountOptions) -> MountOptions:
     named = source.parse(options.source) if options.source is not None else None
     if named is None:
         return options
-    return replace(options, source=None, branches=store.branches(named, options.ro))
+    # A layer goes elsewhere as a tar archive, which has no words for a redirect.
+    dirren = "off" if options.dirren == "auto" else options.dirren
+    return replace(options, source=None, branches=store.branches(named, options.ro), dirren=dirren)

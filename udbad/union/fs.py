@@ -312,7 +312,8 @@ class UnionFs:
     # -- extended attributes ------------------------------------------------------------------
 
     def _check_xattr(self, key: bytes) -> None:
-        if not self.sb.options.acl and key.startswith(_ACL_PREFIX):
+        """Raises EOPNOTSUPP; also for what is a mark on the branches, and would be one on a copy."""
+        if (not self.sb.options.acl and key.startswith(_ACL_PREFIX)) or key == self.sb.redirect_key:
             raise os_error(errno.EOPNOTSUPP)
 
     def getxattr(self, node_id: int, key: bytes) -> bytes:
@@ -342,6 +343,8 @@ class UnionFs:
         names = self._on_object(self.table.node(node_id), syscalls.listxattr)
         if caller.uid != 0:
             names = [key for key in names if not key.startswith(b"trusted.")]  # xattr(7)
+        if self.sb.redirect_key in names:
+            names.remove(self.sb.redirect_key)
         return names if self.sb.options.acl else [key for key in names if not key.startswith(_ACL_PREFIX)]
 
     def _check_changing_xattr(self, key: bytes, caller: Caller) -> None:

@@ -10,6 +10,7 @@ cdef class Found:
     cdef public long kind, examined
     cdef public object branch, st, whited, opaque
     cdef public list layers, offline
+    cdef public bint moved
 cdef class Missing:
     cdef public object answer, whited
     cdef public long examined

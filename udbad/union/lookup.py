@@ -22,7 +22,7 @@ from udbad.branch import state, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import ABSENT, NO_DIRECTORY, eio, enoent, estale
 from udbad.inodes.table import LOAD_AT_LEAST, Dir, Layer, Node
-from udbad.union import homes, times
+from udbad.union import homes, redirects, times
 from udbad.union.superblock import LAST_DEPTH, Superblock, lower_links
 from udbad.union.view import load_view
 
@@ -48,7 +48,7 @@ class Answer(Enum):
 class Found:
     """A visible object: its top branch and attributes, and for a directory every merged layer."""
 
-    __slots__ = ("branch", "examined", "kind", "layers", "offline", "opaque", "st", "whited")
+    __slots__ = ("branch", "examined", "kind", "layers", "moved", "offline", "opaque", "st", "whited")
 
     answer: ClassVar[Literal[Answer.FOUND]] = Answer.FOUND
 
@@ -62,7 +62,9 @@ class Found:
         self.examined = examined
         """Branches looked at."""
         self.whited: int | None = None
-        """Index of the branch whose whiteout ended the search for lower layers."""
+        """Index of the branch whose whiteout, or redirect, ended the search for lower layers by this name."""
+        self.moved = False
+        """As `Dir.moved`."""
         self.opaque: int | None = None
         """Index of the branch whose opaque mark did."""
         self.offline: list[Layer] | None = None
@@ -208,6 +210,7 @@ def _merge(sb: Superblock, parent: Dir, name: bytes, first: int, st: os.stat_res
     last = len(parent.layers) - 1
     top_st = st
     whited = opaque = None
+    path: bytes | None = None
     try:
         for pos in range(first, last + 1):
             above = parent.layers[pos]
@@ -232,12 +235,21 @@ def _merge(sb: Superblock, parent: Dir, name: bytes, first: int, st: os.stat_res
                     layer = Layer(branch, st.st_dev, st.st_ino, st.st_nlink, child)
                 else:
                     layer.nlink = st.st_nlink
+                    layer.below = None
                 if not layers:
                     top_st = st
                 layers.append(layer)
                 if branch.whable and whiteout.opaque(layer.fd, branch.overlay):
                     opaque = branch.index
                     break
+                if branch.id in sb.redirecting:
+                    path = redirects.path_of(sb, parent, layer)
+                    if path is not None:
+                        # Where this directory is below is for the redirect to say, not for its name: a whiteout beside
+                        # it hides what is there of its name.
+                        whited = branch.index
+                        layers += redirects.follow(sb, layer, path, held, opened)
+                        break
             elif branch.overlay and pos < last and whiteout.is_device(st):
                 whited = branch.index
                 break
@@ -252,20 +264,32 @@ def _merge(sb: Superblock, parent: Dir, name: bytes, first: int, st: os.stat_res
     found = Found(_S_IFDIR, layers[0].branch, top_st, layers, examined + pos - first)
     found.whited = whited
     found.opaque = opaque
-    if parent.offline:
-        found.offline = _not_seen(parent, known, found)
+    if path is not None:
+        found.moved = True
+        _found_moved(sb, parent, known, found)
+    elif parent.offline:
+        found.offline = _not_seen(parent.offline, known, found)
     return found
 
 
-def _not_seen(parent: Dir, known: Node | None, found: Found) -> list[Layer] | None:
-    """What a directory may have where nobody can look. One that was seen before has there what it had then."""
-    assert parent.offline is not None
+def _found_moved(sb: Superblock, parent: Dir, known: Node | None, found: Found) -> None:
+    """`Found.offline` of a directory that is below where a redirect says: any branch there may have it."""
+    assert found.whited is not None
+    beside = [layer for layer in parent.offline or () if layer.branch.index < found.whited]
+    below = [layer for layer in sb.root.offline or () if layer.branch.index > found.whited]
+    if beside or below:
+        found.offline = _not_seen(beside + below, known, found, below=True)
+
+
+def _not_seen(offline: list[Layer], known: Node | None, found: Found, below: bool = False) -> list[Layer] | None:
+    """What a directory may have on these branches, where nobody can look. One that was seen before has there what it
+    had then. below: also below what has ended the search by its name."""
     assert found.layers is not None
-    limits = [limit for limit in (found.opaque, found.whited) if limit is not None]
-    end = min(limits, default=parent.offline[-1].branch.index)
+    limits = [limit for limit in (found.opaque, found.whited) if limit is not None and not below]
+    end = min(limits, default=offline[-1].branch.index)
     if type(known) is Dir and not known.dead and same_directory(known, found.layers):
         return known.offline and [layer for layer in known.offline if layer.branch.index <= end]
-    return [Layer(layer.branch, layer.dev, 0, 0, -1) for layer in parent.offline if layer.branch.index <= end] or None
+    return [Layer(layer.branch, layer.dev, 0, 0, -1) for layer in offline if layer.branch.index <= end] or None
 
 
 def discard(sb: Superblock, parent: Dir, name: bytes, found: Found) -> None:
@@ -320,6 +344,7 @@ def set_layers(sb: Superblock, node: Dir, found: Found, floor: int) -> bool:
         node.probes = 0
     top = new[0]
     node.branch, node.dev, node.ino = top.branch, top.dev, top.ino
+    node.moved = found.moved
     node.opaque = found.opaque
     limits = [limit for limit in (found.opaque, found.whited, floor) if limit is not None]
     lowest = min(limits)
@@ -497,7 +522,12 @@ def refresh(sb: Superblock, node: Dir) -> None:
         elif not times.unchanged(sb, root):
             sb.count_links(root)
     _resolve_chain(sb, chain)
-    if current is root and root.quiet and sb.version == version and all(entry.quiet for entry in chain):
+    if (
+        current is root
+        and root.quiet
+        and sb.version == version
+        and all(entry.quiet and not entry.moved for entry in chain)
+    ):
         node.sure = version
 
 
@@ -536,7 +566,8 @@ def _resolve_chain(sb: Superblock, chain: list[Dir]) -> None:
             if found.answer is Answer.FOUND:
                 if found.layers is not None and same_directory(entry, found.layers):
                     adopt(sb, entry, found, parent.floor)
-                    entry.resolved = parent.version
+                    # Where a redirect leads is for other directories to say than those that are asked here.
+                    entry.resolved = -1 if entry.moved else parent.version
                     continue
                 discard(sb, parent, entry.name, found)
         alive = [layer for layer in entry.layers if layer.fd >= 0 and os.fstat(layer.fd).st_nlink > 0]

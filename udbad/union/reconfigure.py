@@ -123,6 +123,7 @@ def apply(sb: Superblock, new: BranchSet) -> None:
     by_id = {branch.id: branch for branch in new.branches}
     sb.branches = new
     homes.keep(sb)
+    sb.ask_redirects()
     _rebuild_root(sb, new)
     for node in list(sb.table.nodes.values()):
         if node is sb.root:

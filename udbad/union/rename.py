@@ -1,6 +1,7 @@
-"""rename(2) over branches (semantics 6.6): NOREPLACE, EXCHANGE, and the EXDEV rule for directories.
+"""rename(2) over branches (semantics 6.6): NOREPLACE, EXCHANGE, and directories that have parts on lower branches.
 
-A directory moves only when nothing of it stays behind on lower branches, else EXDEV, and tools copy.
+These stay where they are: the part that moves gets a redirect, which says where that is (union/redirects.py). Where
+none may be written (option `dirren`) the rename is EXDEV, and tools copy.
 All preparations keep the visible state as it was; the one renameat2 on the target branch is the
 moment of change; removing DST's whiteout afterwards changes nothing visible either, because the new
 object hides what the whiteout hid.
@@ -15,10 +16,10 @@ from contextlib import ExitStack
 
 from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
-from udbad.errors import enoent, os_error
+from udbad.errors import eio, enoent, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import Trigger
-from udbad.union import copydirs, lookup, readdir, remove
+from udbad.union import copydirs, lookup, readdir, redirects, remove
 from udbad.union.lookup import Answer, Found, Missing
 from udbad.union.superblock import NeedCopyUp, Superblock
 
@@ -95,17 +96,39 @@ def _target(sb: Superblock, parent: Dir, name: bytes, found: Found, node: Node, 
     `limit` (where the new name would be hidden), one above that it is copied to."""
     branch = found.branch
     if branch.writable and branch.index <= limit:
-        if type(node) is Dir and not readdir.lower_hidden(sb, node, branch.index):
+        if (
+            type(node) is Dir
+            and not redirects.may_write(sb, branch)
+            and not redirects.leads_on(sb, node, branch)
+            and not readdir.lower_hidden(sb, node, branch.index)
+        ):
             raise os_error(errno.EXDEV)
         return branch
     if type(node) is Dir:
-        if not readdir.is_empty(sb, node):
-            raise os_error(errno.EXDEV)
         known = copydirs.facts(sb, parent, min(branch.index, limit + 1), None, True, 0)
         target = copydirs.selected(sb, sb.options.copyup, known)
+        if not redirects.may_write(sb, target) and not readdir.is_empty(sb, node):
+            raise os_error(errno.EXDEV)
         copydirs.ensure_dir(sb, node, target)
         return target
     raise NeedCopyUp(node, Trigger.RENAME, None, (parent, name), limit=limit)
+
+
+def _keep_below(sb: Superblock, node: Dir, branch: Branch) -> tuple[bool, bool]:
+    """Have a directory that is about to move keep what it has below `branch`: whether a redirect says where that is,
+    and whether it was written now. Raises EXDEV where none can be, and something would be left behind."""
+    if node.offline:
+        raise eio()
+    if all(layer.branch.index <= branch.index for layer in node.layers):
+        return False, False
+    if not redirects.may_write(sb, branch):
+        return redirects.leads_on(sb, node, branch), False
+    try:
+        return True, redirects.write(sb, node, branch)
+    except OSError as error:
+        if error.errno != errno.EXDEV or not readdir.lower_hidden(sb, node, branch.index):
+            raise
+        return False, False
 
 
 def _move(
@@ -119,6 +142,9 @@ def _move(
     had_whiteout = not bare and whiteout.present(dst_fd, dst)
     lower_dst = not bare and not had_whiteout and remove.covered_below(sb, dst_dir, dst, branch)
     old = found.st if found.answer is Answer.FOUND else None
+    redirected = written = False
+    if type(src_node) is Dir:
+        redirected, written = _keep_below(sb, src_node, branch)
     if sb.notes is not None:
         replaced = (0, 0, 0) if old is None else (old.st_dev, old.st_ino, old.st_nlink)
         sb.notes.intend(branch.index, *src_node.identity, *replaced)
@@ -126,7 +152,7 @@ def _move(
     marked = False
     try:
         if type(src_node) is Dir:
-            if had_whiteout or lower_dst or sb.options.opaque_always:
+            if not redirected and (had_whiteout or lower_dst or sb.options.opaque_always):
                 marked = _make_opaque(sb, src_node, branch)
             if found.answer is Answer.FOUND and found.branch is branch:
                 # Only an empty directory can be replaced: hide what its marks hid, then take them out. The
@@ -144,6 +170,8 @@ def _move(
             _unmark(sb, src_node, branch)
         if hidden:
             whiteout.remove(src_fd, src)
+        if written and type(src_node) is Dir:  # after the whiteout beside it, which would count again
+            redirects.take_back(sb, src_node, branch)
         raise
     # The rename is done and cannot be taken back: what follows only tidies up.
     if not bare:
@@ -249,13 +277,19 @@ def _exchange(
         branch = _target(sb, src_dir, src, lookup_again(sb, src_dir, src), src_node, other.index)
     src_fd = copydirs.ensure_dir(sb, src_dir, branch)
     dst_fd = copydirs.ensure_dir(sb, dst_dir, branch)
-    if sb.notes is not None:
-        sb.notes.intend(branch.index, *src_node.identity, *dst_node.identity)
     with ExitStack() as undo:
         for node, parent, name in ((src_node, dst_dir, dst), (dst_node, src_dir, src)):
-            covers = type(node) is Dir and remove.covered_below(sb, parent, name, branch)
-            if covers and _make_opaque(sb, node, branch):
+            if type(node) is not Dir:
+                continue
+            redirected, written = _keep_below(sb, node, branch)
+            if written:
+                undo.callback(redirects.take_back, sb, node, branch)
+            if redirected or not remove.covered_below(sb, parent, name, branch):
+                continue
+            if _make_opaque(sb, node, branch):
                 undo.callback(_unmark, sb, node, branch)
+        if sb.notes is not None:
+            sb.notes.intend(branch.index, *src_node.identity, *dst_node.identity)
         syscalls.rename_at(src_fd, src, dst_fd, dst, syscalls.RENAME_EXCHANGE)
         undo.pop_all()
     sb.changes.exchanged(src_node, src_dir, src, dst_node, dst_dir, dst)

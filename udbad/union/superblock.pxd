@@ -15,7 +15,9 @@ cdef class Superblock:
     cdef public InoMap inomap
     cdef public Counters counters
     cdef public dict plinks, plink_fds, held, _free
-    cdef public set warned, changing
+    cdef public set warned, changing, redirecting
+    cdef public bytes redirect_key
+    cdef public long long bad_redirects
     cdef public list trash
     cdef public bint kernel_opens
     cdef public long long in_doubt, version

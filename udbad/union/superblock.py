@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from udbad.branch import syscalls
+from udbad.branch import redirect, syscalls
 from udbad.branch.branches import Branch, BranchSet
 from udbad.branch.policy import CopyUpPolicy, CreatePolicy
 from udbad.errors import GONE, NO_DIRECTORY, eio, estale
@@ -66,6 +66,7 @@ class UnionOptions:
     acl: bool = True
     direct_io: bool = True
     fsync_copyup: bool = True
+    dirren: str = "off"
 
 
 LAST_DEPTH = 63
@@ -143,6 +144,11 @@ class Superblock:
         """How many `carrying` are under way."""
         self.notes: Notes | None = None
         """Told before each system call that cannot be repeated; None: nobody goes on after a crash."""
+        self.redirect_key = redirect.key()
+        self.redirecting: set[int] = set()
+        """Ids of the branches whose directories may say where they are below."""
+        self.bad_redirects = 0
+        """How many redirects were met that lead nowhere for what they say."""
         self._free: dict[int, tuple[float, int]] = {}
         self.version = 0
         """The last one that `next_version` has given."""
@@ -160,6 +166,7 @@ class Superblock:
         root.floor = len(branches) - 1
         root.nlookup = 1
         self.root = root
+        self.ask_redirects()
         for layer in layers:
             self.inomap.alias(layer.dev, layer.ino, ROOT_ID)
         self.table = InodeTable(root, max_fds, self.handles.files, all_fds)
@@ -172,6 +179,14 @@ class Superblock:
         """For Dir.version: no two directories ever have the same, so none is taken for another one's."""
         self.version += 1
         return self.version
+
+    def ask_redirects(self) -> None:
+        """See which branches may have redirects: the set of branches is another one."""
+        self.redirecting = {
+            branch.id
+            for branch in self.branches.answering
+            if branch.whable and (branch.overlay or redirect.may_have(branch.root_fd))
+        }
 
     # -- reaching branch objects --------------------------------------------------------------
 
@@ -218,8 +233,8 @@ class Superblock:
 
     @staticmethod
     def _leads_back(node: Dir, layer: Layer) -> bool:
-        """Whether `layer_fd` would find a branch directory again. Goes by its own "..", as its parent's descriptor may
-        be closed already; that has been looked at when it was."""
+        """Whether `layer_fd` would find a branch directory again: not where a redirect leads. Goes by its own "..", as
+        its parent's descriptor may be closed already; that has been looked at when it was."""
         above = None if node.parent is None else node.parent.layer(layer.branch.index)
         try:
             return above is not None and syscalls.is_entry(layer.fd, node.name, above.identity)
