@@ -16,7 +16,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -168,6 +168,48 @@ def test_a_direct_change_during_the_outage(mount: Mount) -> None:
     mount.flush()
     assert (mount.path / "new").read_bytes() == b"new"
     assert not (mount.path / "file").exists()
+
+
+@pytest.mark.parametrize("udba", MODES)
+def test_a_directory_that_is_being_read(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """Nobody sees by its times that a process has ended, and nobody is shown what was there before."""
+    (tmp_path / "base/d").mkdir(parents=True)
+    for name in ("a", "b"):
+        (tmp_path / "base/d" / name).touch()
+    mount = union(udba=udba, options="survive=on,io=requests", allow_log=TAKEN_OVER)
+    d = mount.path / "d"
+
+    def listing_requests() -> int:
+        before = mount.requests()
+        os.listdir(d)
+        after = mount.requests()
+        return sum(after.get(name, 0) - before.get(name, 0) for name in ("readdir", "readdirplus"))
+
+    with ExitStack() as stack:
+        reader = os.open(d, os.O_RDONLY)
+        stack.callback(os.close, reader)
+        stack.callback(os.close, os.open(d, os.O_RDONLY))
+        assert sorted(os.listdir(reader)) == ["a", "b"]
+        assert (listing_requests() == 0) == (udba != "reval")
+        before = os.stat(d).st_mtime_ns, os.stat(mount.path).st_mtime_ns
+        kill(mount)
+        mount.flush()  # the kernel has been told what to ask for anew
+        assert (os.stat(d).st_mtime_ns, os.stat(mount.path).st_mtime_ns) == before
+        if udba == "notify":
+            assert [listing_requests() > 0 for _ in range(3)] == [True] * 3, "an answer may still come in"
+            pid = worker(mount)
+            mount.process.send_signal(signal.SIGSTOP)
+            os.kill(pid, signal.SIGKILL)
+            (mount["base"] / "d/new").touch()
+            mount.process.send_signal(signal.SIGCONT)
+            assert sorted(os.listdir(d)) == ["a", "b", "new"]
+            os.lseek(reader, 0, os.SEEK_SET)
+            assert sorted(os.listdir(reader)) == ["a", "b", "new"], "who begins anew"
+    until(lambda: (listing_requests() == 0) == (udba != "reval"), "the kernel keeps the listing")
+    os.rename(mount["base"] / "d/b", mount["base"] / "d/c")
+    if udba != "none":
+        mount.flush()
+        assert "c" in os.listdir(d)
 
 
 def test_counting(mount: Mount) -> None:

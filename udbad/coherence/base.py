@@ -387,11 +387,17 @@ class Coherence:
     def recalled(self) -> None:
         """The tree is one that a predecessor had (union/recall.py): the kernel may remember all of it, and nobody has
         seen what has happened meanwhile. To be called after `start`."""
-        # The pages of a listing are dropped where nobody is taking in an answer: a later mtime would be seen by who
-        # compares it, though nothing has changed. Where nothing changes by itself, an answer of then is as good as one
-        # of now.
-        changes = any(self.mode_of(branch) != "none" for branch in self.sb.branches.branches)
-        reading = {handle.node.id for handle in self.sb.handles.dirs.values()} if changes else set()
+        # The pages of a listing are dropped: a later mtime would be seen by who compares it, though nothing has
+        # changed. An answer of then may come between that and its use. Where nothing changes by itself, it is as good
+        # as one of now; elsewhere the listing is not used until it has been taken in, but where that cannot be had.
+        handles = self.sb.handles
+        reading: set[int] = set()
+        if any(self.mode_of(branch) != "none" for branch in self.sb.branches.branches):
+            if self.sb.kernel_opens:
+                reading = {handle.node.id for handle in handles.dirs.values()}
+            else:
+                handles.unheard = {handle.fh: handle.node for handle in handles.dirs.values() if handle.cached}
+                handles.unsure = set(handles.unheard.values())
         dropped: list[Dir] = []
         for node in self.sb.table.nodes.values():
             if type(node) is Dir:

@@ -302,9 +302,32 @@ class Operations:
         node = handle.node
         if not self._keep_listings or not node.ttl or self.fs.sb.options.show_whiteouts:
             return handle.fh, 0, 0
+        flags = CACHE_DIR | KEEP_CACHE
+        if self.fs.handles.unsure and node in self.fs.handles.unsure:
+            flags = self._listing_anew(node)
+            if not flags:
+                return handle.fh, 0, 0
         handle.cached = True
         node.cached_opens += 1
-        return handle.fh, CACHE_DIR | KEEP_CACHE, 0
+        return handle.fh, flags, 0
+
+    def _listing_anew(self, node: Dir) -> int:
+        """How a directory is opened that others were reading when this process took over.
+
+        What they had been answered is perhaps taken in only now, and was true then. Until each of them has been heard
+        of, nobody uses the kernel's listing; who comes next drops it (fuse_dir_open()), and may fill it again.
+        """
+        handles = self.fs.handles
+        if node in handles.unheard.values():
+            return 0
+        handles.unsure.discard(node)
+        return CACHE_DIR
+
+    def _heard(self, fh: int) -> None:
+        """Whoever asks has taken in what was answered before."""
+        node = self.fs.handles.unheard.pop(fh, None)
+        if node is not None:
+            self.coherence.notifier.data(node.id)  # who has it open as well may begin anew
 
     def entries(self, fh: int, start: int) -> Generator[Listed, None, None]:
         """Entries from a position on, with attributes. Who takes one asks for the next; who has no room for one closes
@@ -313,6 +336,8 @@ class Operations:
         An error comes as from getdents64(2): first what there is, and it when it is met again at the start of a reply.
         """
         fs, attr_ttl = self.fs, self.coherence.attr_ttl
+        if fs.handles.unheard:
+            self._heard(fh)
         directory = fs.handles.directory(fh).node
         given: list[Node] = []
         begun = False
@@ -339,6 +364,8 @@ class Operations:
 
     def names(self, fh: int, start: int) -> Iterator[Name | Run]:
         """Names from a position on, without attributes; no reference goes with any. OSError comes first."""
+        if self.fs.handles.unheard:
+            self._heard(fh)
         return self.fs.readdir_names(fh, start)
 
     def unlisted(self, nodes: list[Node]) -> None:
@@ -347,6 +374,8 @@ class Operations:
             self.fs.forget(node.id, 1)
 
     def releasedir(self, fh: int) -> None:
+        if self.fs.handles.unheard:
+            self._heard(fh)
         self.fs.releasedir(fh)
 
     def fsyncdir(self, fh: int, data_only: bool) -> None:

@@ -117,6 +117,10 @@ class HandleTable:
         self.dirs: dict[int, OpenDir] = {}
         self.lost: dict[int, OpenFile] = {}
         """Files that are open on a branch that does not answer. Their descriptors are only kept: close(2) may wait."""
+        self.unheard: dict[int, Dir] = {}
+        """Directories whose readers a predecessor answered, by handle: the last answer may still be taken in."""
+        self.unsure: set[Dir] = set()
+        """Directories of which the kernel may come to have a listing in that way."""
         self.next = 1
         """The number of the next handle. One that was closed may be told of again, so none is given twice."""
         self.record: Record | None = None
