@@ -1,4 +1,5 @@
-"""The manual pages, from the commands of click and the models of the options: udbad(8), mount.udba(8), udbad.toml(5).
+"""The manual pages, from the commands of click and the models of the options: udbad(8), mount.udba(8), udbad.toml(5),
+udbad-overlay(1).
 
     python -m udbad.manpages share/man     writes them, in the checkout of the repository
 
@@ -22,6 +23,7 @@ from udbad.branch.capabilities import SYSTEM_CONFIG, SYSTEM_RUN_DIR
 from udbad.branch.policy import COPYUP_POLICIES, CREATE_POLICIES
 from udbad.branch.spec import ATTRIBUTES
 from udbad.cli import main as program
+from udbad.commands import overlay
 from udbad.settings import reference
 from udbad.settings.file import BranchTable, DaemonSettings, MetricsSettings, MountKeys
 from udbad.settings.options import IGNORED
@@ -349,6 +351,36 @@ def _udbad_toml(date: str, examples: Mapping[str, str]) -> str:
     )
 
 
+# -- udbad-overlay(1) -------------------------------------------------------------------------------
+
+
+def _overlay(date: str) -> str:
+    usage, _, options = overlay.HELP.partition("\n\n")[2].partition("\n\n")
+    return _page(
+        "udbad-overlay",
+        1,
+        date,
+        "mount a union with the command line of fuse-overlayfs",
+        _section(
+            "SYNOPSIS",
+            _lines(
+                "\\fBudbad\\-overlay\\fP [\\fB\\-f\\fP] [\\fB\\-d\\fP] [\\fB\\-o\\fP \\fIOPTIONS\\fP]... \\fIMERGED\\fP"
+            ),
+        ),
+        _section(
+            "DESCRIPTION",
+            _paragraph(" ".join(usage.split())),
+            _paragraph(
+                "It takes the place of fuse-overlayfs as `mount_program` of containers-storage.conf(5), for buildah "
+                "and podman. The mount is one of udbad(8) like any other: `udbad status`, `udbad why` and the like "
+                "work on it."
+            ),
+        ),
+        _section("OPTIONS", _example(options)),
+        _see_also("udbad(8)", "mount.udba(8)", "containers-storage.conf(5)", "fuse-overlayfs(1)"),
+    )
+
+
 def pages(root: Path) -> dict[str, str]:
     """The text of each page, by its path below a directory `man`. root: of the repository, for date and examples."""
     (stamp,) = re.findall(r"^ -- .*>  (.*)$", (root / "debian/changelog").read_text(), re.MULTILINE)[:1]
@@ -358,6 +390,7 @@ def pages(root: Path) -> dict[str, str]:
         "man8/udbad.8": _udbad(date),
         "man8/mount.udba.8": _mount_udba(date),
         "man8/mount.fuse.udba.8": ".so man8/mount.udba.8\n",
+        "man1/udbad-overlay.1": _overlay(date),
         "man5/udbad.toml.5": _udbad_toml(date, examples),
     }
 

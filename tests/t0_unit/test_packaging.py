@@ -25,7 +25,9 @@ def test_manual_pages_are_current() -> None:
     assert written == manpages.pages(ROOT)
 
 
-@pytest.mark.parametrize("page", ["man8/udbad.8", "man8/mount.udba.8", "man8/mount.fuse.udba.8", "man5/udbad.toml.5"])
+@pytest.mark.parametrize(
+    "page", ["man1/udbad-overlay.1", "man8/udbad.8", "man8/mount.udba.8", "man8/mount.fuse.udba.8", "man5/udbad.toml.5"]
+)
 def test_manual_page_is_good_man(page: str) -> None:
     """Neither man(1), that is groff, nor mandoc has anything to say about it."""
     environment = {**os.environ, "LC_ALL": "C.UTF-8", "MANWIDTH": "80"}

@@ -17,12 +17,13 @@ from typing import Any
 import trio
 
 from udbad.coherence.base import Coherence
+from udbad.edge.idmap import IdMap
 from udbad.edge.loop import Loop
 from udbad.edge.once import RULES, Answered, Once, Rule
 from udbad.edge.operations import Later, Operations
 from udbad.edge.poison import Poison
 from udbad.edge.slot import CURRENT, RESENT
-from udbad.edge.table import OLD_SETXATTR, TABLE, Body, Row, first_number, forgotten, without_open
+from udbad.edge.table import OLD_SETXATTR, TABLE, Body, Row, first_number, forgotten, without_open, without_sync
 from udbad.edge.waiting import RETRIED, Request, Waiting
 from udbad.inodes.record import Record
 from udbad.kernel import boundary, wire
@@ -127,10 +128,12 @@ class Native:
         setxattr_ext: bool = True,
         passthrough: Passthrough | None = None,
         record: Record | None = None,
+        id_map: IdMap | None = None,
     ) -> None:
         """fd: /dev/fuse, non-blocking. stale: told the process (thread) id of who is told ESTALE. setxattr_ext:
         FUSE_SETXATTR_EXT was agreed on. passthrough: gives files to the kernel, where that was agreed on. record:
-        by which the next process goes on when this one is killed; with the slots of those before this one."""
+        by which the next process goes on when this one is killed; with the slots of those before this one. id_map:
+        shows owners as others."""
         self._fd = fd
         self.fs = fs
         self.stale = stale
@@ -151,6 +154,10 @@ class Native:
         rows = TABLE if setxattr_ext else {**TABLE, wire.SETXATTR: OLD_SETXATTR}
         if fs.kept is not None:
             rows = without_open(rows, not fs.sb.options.show_whiteouts)
+        if fs.sb.options.volatile:
+            rows = without_sync(rows)
+        if id_map is not None:
+            rows = id_map.rows(rows)
         self._rows: dict[int, Bound] = {
             opcode: (
                 row.parse, row.operation, row.encode, row.least, boundary.operation(row.name), row,

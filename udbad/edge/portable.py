@@ -381,6 +381,8 @@ class Handlers(pyfuse3.Operations):
 
     @_handler
     async def fsync(self, fh: int, datasync: bool) -> None:
+        if self.operations.fs.sb.options.volatile:
+            return
         await self._perform(partial(self.operations.fsync, fh, datasync))
 
     # -- directories --------------------------------------------------------------------------
@@ -404,6 +406,8 @@ class Handlers(pyfuse3.Operations):
 
     @_handler
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        if self.operations.fs.sb.options.volatile:
+            return
         await self._perform(partial(self.operations.fsyncdir, fh, datasync))
 
     # -- the whole ----------------------------------------------------------------------------

@@ -491,6 +491,11 @@ def without_open(rows: Mapping[int, Row], directories: bool) -> dict[int, Row]:
     return kept
 
 
+def without_sync(rows: Mapping[int, Row]) -> dict[int, Row]:
+    """The rows of a volatile union: the first FSYNC is ENOSYS, and the kernel asks for none any more."""
+    return {opcode: each for opcode, each in rows.items() if opcode not in (wire.FSYNC, wire.FSYNCDIR)}
+
+
 def first_number(request: Received) -> int:
     """Of FORGET: how many references are given back. Of INTERRUPT: the unique number of the request it is about."""
     if request.size < _BODY + wire.QWORD.size:

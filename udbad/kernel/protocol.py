@@ -44,6 +44,7 @@ _HANDLE_KILLPRIV_V2 = 1 << 28
 _SETXATTR_EXT = 1 << 29
 _INIT_EXT = 1 << 30
 _PASSTHROUGH = 1 << 37 - 32
+_ALLOW_IDMAP = 1 << 40 - 32
 """Of flags2."""
 
 _WANTED = (
@@ -87,13 +88,16 @@ class InitRequest:
         flags2 = _FLAGS2.unpack_from(raw, _IN_HEADER.size + _INIT_IN.size)[0] if self.flags & _INIT_EXT else 0
         self.passthrough = flags2 & _PASSTHROUGH != 0
         """Whether files can be given to the kernel (Linux 6.9)."""
+        self.allow_idmap = flags2 & _ALLOW_IDMAP != 0
+        """Whether mounts of it may have ids of their own (Linux 6.12); with default_permissions only."""
         self.no_open = self.flags & _NO_OPEN_SUPPORT != 0 and self.flags & _NO_OPENDIR_SUPPORT != 0
         """Whether the kernel can open files and directories by itself, when OPEN and OPENDIR are answered with ENOSYS
         (Linux 3.15 and 5.1)."""
 
-    def reply(self, acl: bool, passthrough: bool = False, no_open: bool = False) -> bytes:
+    def reply(self, acl: bool, passthrough: bool = False, no_open: bool = False, allow_idmap: bool = False) -> bytes:
         """Our answer; acl: let the kernel enforce POSIX ACLs. passthrough, no_open: files will be given to the kernel,
-        or opened by it, which must have offered it."""
+        or opened by it; allow_idmap: who creates something has the id that his mount gives him, and who does anything
+        else is not told. The kernel must have offered them."""
         wanted = _WANTED | (_POSIX_ACL if acl else 0)
         wanted |= _HANDLE_KILLPRIV_V2 if self.flags & _HANDLE_KILLPRIV_V2 else _HANDLE_KILLPRIV
         if self.minor >= _LINKS_MINOR:
@@ -104,6 +108,9 @@ class InitRequest:
         if passthrough:
             wanted |= _INIT_EXT
             flags2, depth = _PASSTHROUGH, _STACKING
+        if allow_idmap:
+            wanted |= _INIT_EXT
+            flags2 |= _ALLOW_IDMAP
         body = _INIT_OUT.pack(
             7, min(self.minor, _MAX_MINOR), self.max_readahead, self.flags & wanted,
             64, 48,  # max_background, congestion_threshold

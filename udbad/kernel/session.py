@@ -34,12 +34,20 @@ class Session:
     edge = "native"
     lacks: tuple[str, ...] = ()
 
-    def __init__(self, mount_point: bytes, fsname: str, flags: frozenset[str], acl: bool, io: str = "requests") -> None:
+    def __init__(
+        self,
+        mount_point: bytes,
+        fsname: str,
+        flags: frozenset[str],
+        acl: bool,
+        io: str = "requests",
+        allow_idmap: bool = False,
+    ) -> None:
         """Begin a connection and answer INIT; nobody can see it yet. flags: names as in mount(8).
 
-        io: as in the mount options, where the kernel can do that.
+        io: as in the mount options, where the kernel can do that. allow_idmap: other mounts of it may be idmapped.
 
-        Raises UserError without /dev/fuse or permission.
+        Raises UserError without /dev/fuse or permission, or where the kernel has no such mounts of FUSE.
         """
         self.mount_point = mount_point
         self.mounted = False
@@ -61,7 +69,9 @@ class Session:
             request = InitRequest(os.read(self.fd, MAX_REQUEST))
             self.passthrough = io == "passthrough" and request.passthrough
             self.no_open = io == "cached" and request.no_open
-            os.write(self.fd, request.reply(acl, self.passthrough, self.no_open))
+            if allow_idmap and not request.allow_idmap:
+                raise UserError("allow_idmap needs Linux 6.12", ExitCode.OPTION)
+            os.write(self.fd, request.reply(acl, self.passthrough, self.no_open, allow_idmap))
             self.has_epochs = request.minor >= EPOCH_MINOR
             self.setxattr_ext = request.setxattr_ext
             os.set_blocking(self.fd, False)

@@ -32,6 +32,7 @@ from udbad.coherence.none import NoneCoherence
 from udbad.coherence.reval import RevalCoherence
 from udbad.control import exporter, registry, trioserver
 from udbad.edge.holding import Holding
+from udbad.edge.idmap import IdMap
 from udbad.edge.native import Native
 from udbad.edge.once import copies
 from udbad.errors import ExitCode, UserError
@@ -51,6 +52,7 @@ from udbad.mount.offline import Offline, end_for_another
 from udbad.mount.presence import NOBODY, Identity, Presence
 from udbad.mount.readings import MetricsReader, text
 from udbad.mount.writing import Writing
+from udbad.settings import ids
 from udbad.settings.options import MountOptions, format_options
 from udbad.union import homes, recall
 from udbad.union.fs import UnionFs
@@ -226,7 +228,13 @@ class MountProcess:
 
     def _begin_session(self, io: str) -> Session | PortableSession:
         if not self._is_portable:
-            return Session(self.mount_point, self._source(), self.flags_for(self.options), self.options.acl, io)
+            return Session(
+                self.mount_point, self._source(), self.flags_for(self.options), self.options.acl, io,
+                self.options.allow_idmap,
+            )  # fmt: skip
+        if self.options.allow_idmap or _id_map(self.options) is not None:
+            text = "uidmapping, gidmapping, squash_to_uid, squash_to_gid and allow_idmap cannot be through pyfuse3"
+            raise UserError(text, ExitCode.OPTION)
         # Not for everybody: importing pyfuse3 takes a while.
         from udbad.edge.portable_session import PortableSession
 
@@ -246,7 +254,8 @@ class MountProcess:
         if self.record is not None and self._predecessor is not None:
             handover.carry_on(self._predecessor, self.record)
         native = Native(
-            session.fd, self.fs, self.coherence, stale, session.setxattr_ext, self.passthrough, self.record
+            session.fd, self.fs, self.coherence, stale, session.setxattr_ext, self.passthrough, self.record,
+            _id_map(self.options),
         )  # fmt: skip
         if native.once is not None:
             native.once.settle()
@@ -499,6 +508,13 @@ def is_portable(options: MountOptions) -> bool:
     return options.edge == "pyfuse3" or (options.edge == "auto" and not capabilities.may_mount())
 
 
+def _id_map(options: MountOptions) -> IdMap | None:
+    """None where every id is shown as it is."""
+    users = ids.of(options.uidmapping, options.squash_to_uid)
+    groups = ids.of(options.gidmapping, options.squash_to_gid)
+    return IdMap(users, groups) if options.allow_idmap or users != ids.SAME or groups != ids.SAME else None
+
+
 def _raise_fd_limit() -> tuple[int, int]:
     """Allow as many descriptors as the hard limit permits; returned is how many directories may have, and how many
     directories and open files together."""
@@ -523,6 +539,7 @@ def _union_options(options: MountOptions) -> UnionOptions:
         sum_space=options.sum,
         acl=options.acl,
         direct_io=options.dio,
-        fsync_copyup=options.fsync_copyup,
         dirren=options.dirren,
+        fsync_copyup=options.fsync_copyup and not options.volatile,
+        volatile=options.volatile,
     )

@@ -31,6 +31,7 @@ from udbad.branch.spec import (
 )
 from udbad.errors import ExitCode, UserError
 from udbad.layers import source as layer_source
+from udbad.settings import ids
 
 # -- what the value of an option may be ------------------------------------------------------------
 
@@ -205,6 +206,19 @@ class MountOptions:
         True, "on or off (true or false in a file)", {"on": True, "off": False, True: True, False: False}
     )
     """The content of a copy-up is on disk before it is visible: see Durability."""
+    volatile: bool = _switch(False)
+    """fsync(2) and sync(2) return at once, and copy-ups are not synced: after a crash of the machine the writable
+    branches are worth nothing. A remount does not change it."""
+    uidmapping: str | None = _text(None, ids.FORM, ids.parse)
+    """Users of the branches as others: the first id there, the first one here, how many: see Containers."""
+    gidmapping: str | None = _text(None, ids.FORM, ids.parse)
+    """The same of groups."""
+    squash_to_uid: int = _number(-1, -1, ids.MOST, "a user id; -1: none")
+    """Everything is shown as this user's, whoever's it is on its branch."""
+    squash_to_gid: int = _number(-1, -1, ids.MOST, "a group id; -1: none")
+    """The same of groups."""
+    allow_idmap: bool = _switch(False)
+    """The union can be mounted once more with other ids (`X-mount.idmap=` of mount(8)), Linux 6.12: see Containers."""
     survive: bool = _one_of(
         True, "on or off (true or false in a file)", {"on": True, "off": False, True: True, False: False}
     )
@@ -269,7 +283,19 @@ def _branches_of(table: Mapping[str, object]) -> dict[str, object]:
 
 # -- what may be written after -o (semantics 2; mount(8) for the generic ones) -----------------
 
-_SWITCHES: Final = ("plink", "shwh", "dirperm1", "warn_perm", "sum", "acl", "dio", "verbose", "xino")
+_SWITCHES: Final = (
+    "plink",
+    "shwh",
+    "dirperm1",
+    "warn_perm",
+    "sum",
+    "acl",
+    "dio",
+    "verbose",
+    "xino",
+    "volatile",
+    "allow_idmap",
+)
 
 _FLAGS: Final[dict[str, tuple[str, bool]]] = {
     **{name: (name, True) for name in _SWITCHES},
@@ -309,6 +335,10 @@ _VALUES: Final = {
             "survive",
             "restart_timeout",
             "branch_timeout",
+            "uidmapping",
+            "gidmapping",
+            "squash_to_uid",
+            "squash_to_gid",
         )
     },
     **dict.fromkeys(("create", "create_policy"), "create"),
@@ -359,6 +389,8 @@ IGNORED: Final = frozenset(
 )  # fmt: skip
 """Words that mean nothing here, with a value or without; one notice lists them."""
 
+KERNEL_WORDS: Final = frozenset(_KERNEL)
+"""Words for mount(2)."""
 KNOWN: Final = frozenset({*_FLAGS, *_NO_CHANGE, *_VALUES, *LIST_OPTIONS, *_KERNEL, *IGNORED})
 """Every word that may be written, but for those that begin with x-."""
 
@@ -484,7 +516,7 @@ def _needs_value(key: str, raw: str) -> str:
     return key
 
 
-_DIGITS: Final = re.compile("[0-9]{1,9}")
+_DIGITS: Final = re.compile("[0-9]{1,10}")
 
 
 def _typed(field: str, value: str) -> str | int:

@@ -67,6 +67,7 @@ class UnionOptions:
     direct_io: bool = True
     fsync_copyup: bool = True
     dirren: str = "off"
+    volatile: bool = False
 
 
 LAST_DEPTH = 63
