@@ -204,6 +204,7 @@ def test_defaults() -> None:
         "shwh": False,
         "dirwh": 3,
         "diropq": "whiteouted",
+        "whiteouts": "auto",
         "rdcache": 10,
         "dirren": "off",
         "watch_reserve": 10,

@@ -154,10 +154,10 @@ def test_a_replacement_that_comes_second_is_taken_back(
     first, second = WriteLocks(), WriteLocks()
     replace = writelock._replace
 
-    def late(root_fd: int, bad_fd: int) -> bool:
+    def late(root_fd: int, directory: bytes, bad_fd: int) -> bool:
         monkeypatch.setattr(writelock, "_replace", replace)
         first.take([branches[0]], 0.0)
-        return replace(root_fd, bad_fd)
+        return replace(root_fd, directory, bad_fd)
 
     monkeypatch.setattr(writelock, "_replace", late)
     with pytest.raises(UserError, match="written to by another mount"):

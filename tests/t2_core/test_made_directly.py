@@ -277,14 +277,14 @@ def test_what_is_put_into_a_directory_while_it_is_removed(
         directory = os.open(union["top"] / "d", os.O_PATH)
         original = remove.count_marks
 
-        def count_marks(dirfd: int, name: bytes) -> int:
+        def count_marks(branch: Branch, dirfd: int, name: bytes) -> int:
             os.close(os.open("direct", os.O_CREAT | os.O_WRONLY, dir_fd=directory))
             if taken == "directory":
                 (union["top"] / "d").mkdir()
                 (union["top"] / "d/other").touch()
             elif taken:
                 (union["top"] / "d").touch()
-            return original(dirfd, name)
+            return original(branch, dirfd, name)
 
         monkeypatch.setattr(remove, "count_marks", count_marks)
         try:

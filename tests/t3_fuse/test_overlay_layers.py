@@ -123,6 +123,9 @@ WRITERS = [
     ),
 ]
 
+READERS = WRITERS[:2]
+"""The third one reads what the second one does."""
+
 
 @pytest.fixture(params=WRITERS)
 def written(request: pytest.FixtureRequest, tmp_path: Path) -> Tree:

@@ -19,7 +19,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Final
 
-from udbad.branch import capabilities, mountinfo, syscalls, whiteout
+from udbad.branch import capabilities, mountinfo, notation, syscalls, whiteout
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.branch.mountinfo import FS_TYPE, Mount
 from udbad.branch.ordering import keeps_order
@@ -85,13 +85,14 @@ class _Candidate:
         return shown(self.spec.path)
 
 
-def open_branches(specs: Sequence[BranchSpec], ro: bool, mount_point: bytes) -> BranchSet:
+def open_branches(specs: Sequence[BranchSpec], ro: bool, mount_point: bytes, whiteouts: str = "auto") -> BranchSet:
     """Open and check all branches of a new mount, top first.
 
     ro: the mount itself is read-only, which only changes the default permission of the first branch.
     mount_point: an existing directory, where the union will be mounted. A permission left out becomes rr
     where the medium can never change, else rw for the first branch of a writable mount, else ro. Relative
     paths are taken from the current directory; the resulting Branch.path is absolute and free of links.
+    whiteouts: in what notation writable branches are written (MountOptions.whiteouts).
     Raises UserError: BRANCH, or MOUNT_POINT when the mount point cannot be opened.
     """
     if not specs:
@@ -130,11 +131,25 @@ def open_branches(specs: Sequence[BranchSpec], ro: bool, mount_point: bytes) -> 
                 private=one.private,
                 keeps_order=keeps_order(one.place.fs_type, one.dev),
                 unmarked=whiteout.unmarked(one.root_fd),
+                writes_overlay=one.perm is Perm.RW and _writes_overlay(one, whiteouts),
             )
             for index, one in enumerate(found)
         )
         opened.pop_all()
     return BranchSet(branches)
+
+
+def _writes_overlay(one: _Candidate, whiteouts: str) -> bool:
+    """Raises UserError where a branch is in the other notation than the one that is asked for."""
+    if whiteouts == "auto":
+        return notation.is_overlay(one.root_fd)
+    if whiteouts == "aufs" and syscalls.exists_at(one.root_fd, whiteout.OVERLAY_DIR):
+        raise _refused(f"branch {one.name} has whiteouts of overlayfs ({shown(whiteout.OVERLAY_DIR)})")
+    if whiteouts == "overlay" and not whiteout.unmarked(one.root_fd):
+        raise _refused(
+            f"branch {one.name} has whiteouts of aufs; `udbad convert aufs overlay {one.name}` rewrites them"
+        )
+    return whiteouts == "overlay"
 
 
 def permission_warnings(branches: BranchSet) -> list[str]:
@@ -368,6 +383,8 @@ def check_names(branch: Branch, plink: bool) -> None:
     types = {whiteout.BASE: _FILE, whiteout.ORPHAN_DIR: _DIRECTORY} | (
         {whiteout.PLINK_DIR: _DIRECTORY} if plink else {}
     )
+    if branch.overlay:
+        types, plink = {whiteout.OVERLAY_DIR: _DIRECTORY}, False
     for name, (wanted, word) in types.items():
         if syscalls.exists_at(branch.root_fd, name):
             _require_type(branch, name, wanted, word)
@@ -403,8 +420,10 @@ def prepare_writable(branch: Branch, plink: bool) -> None:
     The base file that whiteouts are links to (removed with +nolwh), the directory of pseudo-links with
     `plink`, the directory of orphans. What exists already stays as it is. Raises UserError (BRANCH) when
     such a name is of the wrong type, when link(2) is needed and the file system has none (nothing is left
-    behind then), and when the branch cannot be written.
+    behind then), and when the branch cannot be written. One in the notation of overlayfs has all it needs by its lock.
     """
+    if branch.overlay:
+        return
     use_base = "nolwh" not in branch.attrs
     try:
         _require_ours(branch)

@@ -60,6 +60,7 @@ class Branch:
     in_memory: nothing of it outlives the power, so there is nothing to sync.
     keeps_order: content that has been written comes before a later rename after a power failure, too (ordering.py).
     unmarked: its root has nothing of what aufs and we put into a branch that is written to (whiteout.unmarked).
+    writes_overlay: where it is written to, whiteouts are made as overlayfs does (notation.py).
     may_reflink: files of it may be able to share blocks.
     offline: it does not answer; nothing may be asked of it, not even to close a file.
     """
@@ -79,10 +80,13 @@ class Branch:
     keeps_order: bool = False
     offline: bool = False
     unmarked: bool = False
+    writes_overlay: bool = False
     writable: bool = field(init=False)
     whable: bool = field(init=False)
     overlay: bool = field(init=False)
     """Whiteouts and opaque marks of overlayfs count on it, beside those of aufs."""
+    copying: frozenset[str] = field(init=False)
+    """Of a copy to it (copydata.copy_xattrs): its attributes, and "overlay" where it is written as overlayfs does."""
     exact_times: bool = field(init=False)
     exact_directory_times: bool = field(init=False)
     local: bool = field(init=False)
@@ -92,7 +96,8 @@ class Branch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "writable", self.perm is Perm.RW)
         object.__setattr__(self, "whable", self.perm is Perm.RW or "wh" in self.attrs)
-        object.__setattr__(self, "overlay", self.whable and not self.writable and self.unmarked)
+        object.__setattr__(self, "overlay", self.writes_overlay if self.writable else self.whable and self.unmarked)
+        object.__setattr__(self, "copying", self.attrs | {"overlay"} if self.writes_overlay else self.attrs)
         exact = self.perm is Perm.RR or (MULTIGRAIN_KERNEL and self.fs_type in _MULTIGRAIN_FS)
         object.__setattr__(self, "exact_times", exact)
         borrowed = self.perm is not Perm.RR and self.fs_type in _BORROWED_TIMES_FS
@@ -120,9 +125,12 @@ class BranchSet:
     """Of each branch, for the policies."""
     close_may_fail: bool = field(init=False)
     """On a branch that is written to."""
+    may_plink: bool = field(init=False)
+    """There is a place for pseudo-links: overlayfs knows none, and would show the directory of them."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "writable", tuple(one.writable and not one.offline for one in self.branches))
+        object.__setattr__(self, "may_plink", not any(one.writes_overlay for one in self.branches))
         object.__setattr__(self, "close_may_fail", any(one.writable and not one.local for one in self.branches))
 
     def __len__(self) -> int:

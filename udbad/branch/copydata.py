@@ -51,6 +51,7 @@ _REFUSED: Final = frozenset(
 
 _ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 _NEVER_COPIED: Final = ("trusted.overlay.", "trusted.SGI_ACL_")
+_NOT_TO_OVERLAY: Final = ("user.overlay.", "user.fuseoverlayfs.")
 _NEVER_IGNORED: Final = frozenset({errno.ENOMEM, errno.EDQUOT, errno.ENOSPC})
 _ICEX_OF: Final = {"security": "icexsec", "system": "icexsys", "trusted": "icextr", "user": "icexusr"}
 
@@ -433,14 +434,15 @@ def copy_xattrs(
     src_path, dst_path: `/proc/self/fd/N` (a pinned object, a symlink too) with follow_symlinks true, or
     `/proc/self/fd/N/NAME` with false, or the descriptor N itself, open for reading or writing, which saves the way
     through /proc; anything else is a ValueError, because it would read the attributes of the link
-    in /proc, or follow a symlink out of the branch. ignore: attributes of the destination branch; icex, icexsec,
+    in /proc, or follow a symlink out of the branch. ignore: `Branch.copying` of the destination branch; icex, icexsec,
     icexsys, icextr, icexusr and icexoth forgive that an attribute cannot be set. acls: what such an object
     may have of them.
 
     ACLs that the destination inherited from its directory are removed first. Not copied are trusted.overlay.*,
     overlayfs' own record of an object in one of its layers (redirect, origin, opaque) and wrong anywhere else, and
     trusted.SGI_ACL_*, under which XFS shows its ACLs a second time (xfs_attr_list) and which is junk on any other file
-    system. user.overlay.* is copied, as any user may have put it there, but for a redirect where it counts as one.
+    system. user.overlay.* is copied, as any user may have put it there, but for a redirect where it counts as one; with
+    "overlay" among `ignore` it is not, nor is user.fuseoverlayfs.*, for there they mean something.
 
     OSError: any failure to set an attribute that `ignore` does not forgive, EOPNOTSUPP included; ENOMEM, EDQUOT and
     ENOSPC are never forgiven. Any failure to read one but ENODATA (removed meanwhile).
@@ -448,7 +450,7 @@ def copy_xattrs(
     _check_form(src_path, follow_symlinks)
     _check_form(dst_path, follow_symlinks)
     _remove_acls(dst_path, follow_symlinks, acls)
-    for name in _names(src_path, follow_symlinks, acls):
+    for name in _names(src_path, follow_symlinks, acls, _NOT_TO_OVERLAY if "overlay" in ignore else ()):
         value = _value(src_path, name, follow_symlinks)
         if value is None:
             continue
@@ -467,15 +469,16 @@ def _check_form(path: Place, follow_symlinks: bool) -> None:
         raise ValueError(f"{path!r} is not a path of this module with follow_symlinks={follow_symlinks}")
 
 
-def _names(path: Place, follow_symlinks: bool, acls: Sequence[str] = _ACLS) -> list[str]:
-    """All names to copy; the ACLs are always asked for, as not every file system lists them."""
+def _names(path: Place, follow_symlinks: bool, acls: Sequence[str] = _ACLS, more: tuple[str, ...] = ()) -> list[str]:
+    """All names to copy; the ACLs are always asked for, as not every file system lists them. more: prefixes of what is
+    not."""
     try:
         listed = os.listxattr(path, follow_symlinks=follow_symlinks)
     except OSError as error:
         if error.errno in (errno.EOPNOTSUPP, errno.ENODATA):
             return []
         raise
-    never = (*_NEVER_COPIED, os.fsdecode(redirect.key()))
+    never = (*_NEVER_COPIED, *more, os.fsdecode(redirect.key()))
     return [*acls, *(name for name in listed if name not in _ACLS and not name.startswith(never))]
 
 

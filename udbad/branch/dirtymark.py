@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import stat as st_mod
+from contextlib import suppress
 from typing import Final
 
 from udbad.branch import syscalls, whiteout
@@ -25,6 +26,7 @@ def begin_writing(branch: Branch) -> bool:
     Raises UserError (BRANCH): the mark cannot be made, or its name is taken by something else.
     """
     try:
+        _check_notation(branch)
         left = was_dirty(branch.root_fd)
         mark_dirty(branch.root_fd)
     except OSError as error:
@@ -37,8 +39,20 @@ def end_writing(branch: Branch) -> None:
     """Mark a branch clean. One that cannot be, read-only by now for instance, is swept by the next mount: one line."""
     try:
         mark_clean(branch.root_fd)
+        if branch.overlay:
+            # The last thing: without it, what else is there would be taken for that of a branch of aufs.
+            with suppress(FileNotFoundError):
+                syscalls.rmdir_at(branch.root_fd, whiteout.OVERLAY_DIR)
     except OSError as error:
         log.warning("branch %s: %s cannot be removed: %s", shown(branch.path), os.fsdecode(DIRTY_MARK), error.strerror)
+
+
+def _check_notation(branch: Branch) -> None:
+    """Two mounts may have come at the same time, and agree on one thing only, that nobody has a lock: each has made
+    what it locks before it looks here. Raises UserError (BRANCH)."""
+    if branch.overlay != syscalls.exists_at(branch.root_fd, whiteout.OVERLAY_DIR) and branch.writable:
+        text = f"branch {shown(branch.path)} is written to by another mount, in another notation of whiteouts"
+        raise UserError(text, ExitCode.BRANCH)
 
 
 def mark_dirty(root_fd: int) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from functools import cache
 
 from udbad.branch import capabilities, syscalls, whiteout
@@ -67,15 +68,15 @@ def checked(value: bytes) -> bytes:
     return value
 
 
-def write(root_fd: int, fd: int, attribute: bytes, path: bytes) -> None:
-    """Have a directory of the branch with this root looked up under another path below. Raises EXDEV where the file
-    system takes no such attribute, or the path is too long; OSError."""
+def write(root_fd: int | None, fd: int, attribute: bytes, path: bytes) -> None:
+    """Have a directory of the branch with this root looked up under another path below. root_fd: None where redirects
+    are looked for in any case. Raises EXDEV where the file system takes no such attribute, or the path is too long;
+    OSError."""
     try:
         checked(path)
-        try:
-            os.close(syscalls.create_file_at(root_fd, MARK, os.O_WRONLY, 0o444))
-        except FileExistsError:
-            pass
+        if root_fd is not None:
+            with suppress(FileExistsError):
+                os.close(syscalls.create_file_at(root_fd, MARK, os.O_WRONLY, 0o444))
         syscalls.setxattr(syscalls.proc_path(fd), attribute, path)
     except Unusable:
         raise os_error(errno.EXDEV) from None

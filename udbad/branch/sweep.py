@@ -11,7 +11,8 @@ import stat as st_mod
 from collections.abc import Callable
 from contextlib import closing
 
-from udbad.branch import syscalls, whiteout
+from udbad.branch import notation, syscalls, whiteout
+from udbad.branch.branches import Branch
 from udbad.branch.spec import printable
 from udbad.branch.walk import READ_DIR, Entries, descend, entries_of, join, objects_in, walk
 from udbad.errors import GONE
@@ -23,8 +24,11 @@ def sweep_temporaries(
     root_fd: int,
     stopped: Callable[[], bool] = lambda: False,
     atomically: Callable[[Callable[[], None]], None] = lambda call: call(),
+    branch: Branch | None = None,
 ) -> int:
     """Remove stale temporary names and the content of the orphan directory; returns how many objects.
+
+    branch: if it is in the notation of overlayfs, whiteouts that are under way there get their last form, too.
 
     For a writable branch that was not left in order; it may be in use by this process, whose own temporary names
     stay. Costs a walk through the branch, so the caller asks `was_dirty` first. What cannot be read or removed is
@@ -50,6 +54,15 @@ def sweep_temporaries(
             return 0
         return 1
 
+    def settle(branch: Branch, directory: bytes, dirfd: int, name: bytes) -> None:
+        kind, hidden = whiteout.meaning(name)
+        if kind is not whiteout.Meaning.WHITEOUT or stopped():
+            return
+        try:
+            atomically(lambda: _settle(branch, dirfd, hidden))
+        except OSError as error:
+            on_error(join(directory, name), error)
+
     for directory in (whiteout.ORPHAN_DIR, whiteout.PLINK_DIR):
         doomed = [
             name
@@ -65,9 +78,18 @@ def sweep_temporaries(
     with closing(walk(root_fd, on_error)) as directories:
         for directory, fd, entries in directories:
             removed += sum(sweep(directory, fd, name) for name in entries if _is_stale(name))
+            if branch is not None and branch.overlay:
+                for name in entries:
+                    settle(branch, directory, fd, name)
             if stopped():
                 break
     return removed
+
+
+def _settle(branch: Branch, dirfd: int, name: bytes) -> None:
+    before = os.fstat(dirfd)
+    notation.of(branch).settle(branch, dirfd, name)
+    syscalls.restore_times(dirfd, before)
 
 
 def _is_stale(name: bytes) -> bool:

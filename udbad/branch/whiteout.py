@@ -6,8 +6,8 @@ on lower branches only; NAME beside it on the same branch stays visible, so that
 the steps of a mutation leaves the old or the new state.
 
 In layers of overlayfs a character device 0/0 in the place of NAME is its whiteout, and a directory is opaque by an
-extended attribute. What is made here is always in the notation of aufs; that of overlayfs counts on branches where
-`Branch.overlay` says so, and is told apart in this module only.
+extended attribute. That notation counts on branches where `Branch.overlay` says so, beside that of aufs, and is told
+apart in this module only; notation.py writes either.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ PLINK_DIR = b".wh..wh.plnk"
 ORPHAN_DIR = b".wh..wh.orph"
 OPAQUE = b".wh..wh..opq"
 RESERVED = b".wh..wh."
+OVERLAY_DIR = b".wh..wh.over"
+"""In place of the orphan directory in a branch that is written to in the notation of overlayfs, from mount to unmount:
+whatever else a crash leaves there, that branch is none of aufs."""
 MAX_NAME = 242
 """Bytes of a name that can be given: 255 less the room that `.wh..wh.NAME.xxxx` needs, as aufs has it (semantics 1).
 
@@ -47,7 +50,7 @@ _TEMPORARY_ROOM = 255 - len(RESERVED) - 1 - 12
 
 OVERLAY_OPAQUE = (b"trusted.overlay.opaque", b"user.overlay.opaque", b"user.fuseoverlayfs.opaque")
 """Attributes by which overlayfs (mounted by root, or with userxattr) and fuse-overlayfs mark an opaque directory."""
-_OPAQUE_VALUE = b"y"
+OPAQUE_VALUE = b"y"
 """Another one, "x", says that it may hold whiteouts that are no devices (Linux 6.8); not that it is opaque."""
 _OURS = (BASE, PLINK_DIR, ORPHAN_DIR, RESERVED + b"udbad")
 
@@ -101,8 +104,9 @@ def opaque(dirfd: int, overlay: bool = False) -> bool:
 
 
 def unmarked(root_fd: int) -> bool:
-    """Whether the root of a branch has nothing of what aufs, and we, put into a branch that is written to."""
-    return not any(syscalls.exists_at(root_fd, name) for name in _OURS)
+    """Whether the root of a branch has nothing of what aufs, and we, put into a branch that is written to as aufs
+    does."""
+    return syscalls.exists_at(root_fd, OVERLAY_DIR) or not any(syscalls.exists_at(root_fd, name) for name in _OURS)
 
 
 def is_device(st: os.stat_result) -> bool:
@@ -110,12 +114,22 @@ def is_device(st: os.stat_result) -> bool:
     return st.st_mode & _S_IFMT == _S_IFCHR and not st.st_rdev
 
 
+def is_device_at(dirfd: int, name: bytes) -> bool:
+    """The same of a name, which may be nothing's."""
+    try:
+        return is_device(_stat(dirfd, name))
+    except OSError as error:
+        if error.errno in ABSENT:
+            return False
+        raise
+
+
 def overlay_opaque(dirfd: int) -> bool:
     """Whether overlayfs, or fuse-overlayfs, has marked a branch directory as opaque."""
     path = syscalls.proc_path(dirfd)
     try:
         marks = [key for key in syscalls.listxattr(path) if key in OVERLAY_OPAQUE]
-        return any(syscalls.getxattr(path, key) == _OPAQUE_VALUE for key in marks)
+        return any(syscalls.getxattr(path, key) == OPAQUE_VALUE for key in marks)
     except OSError as error:
         if error.errno in (errno.EOPNOTSUPP, errno.ENODATA):
             return False
@@ -126,12 +140,7 @@ def hides(branch: Branch, dirfd: int, name: bytes) -> bool:
     """Whether a directory of a branch, one whose whiteouts count, has a whiteout for `name` in any notation."""
     if present(dirfd, name):
         return True
-    if not branch.overlay:
-        return False
-    try:
-        return is_device(_stat(dirfd, name))
-    except FileNotFoundError:
-        return False
+    return branch.overlay and is_device_at(dirfd, name)
 
 
 def hides_alone(branch: Branch, dirfd: int, name: bytes) -> bool:
@@ -150,11 +159,7 @@ def read_as_aufs(dirfd: int, names: list[bytes], types: bytearray) -> None:
     looked at, to what it would be in the notation of aufs."""
     at = types.find(_DEVICE)
     while at >= 0:
-        try:
-            found = is_device(_stat(dirfd, names[at]))
-        except FileNotFoundError:
-            found = False  # whoever asks for the name finds out
-        if found:
+        if is_device_at(dirfd, names[at]):  # if it is gone, whoever asks for the name finds out
             names[at] = PREFIX + names[at]
             types[at] = _REGULAR
         at = types.find(_DEVICE, at + 1)
@@ -218,41 +223,8 @@ def told_apart(names: Iterable[bytes]) -> Names:
     return Names(tuple(found[Meaning.OBJECT]), tuple(found[Meaning.WHITEOUT]), bool(found[Meaning.OPAQUE]))
 
 
-def create(branch: Branch, dirfd: int, name: bytes) -> bool:
-    """Make the whiteout for `name`; False when it is there already.
-
-    A hard link to the branch's base file where possible: it costs no inode (semantics 6.2).
-    """
-    return _mark(branch, dirfd, PREFIX + name)
-
-
-def make_opaque(branch: Branch, dirfd: int) -> None:
-    """Write the opaque mark into a branch directory."""
-    _mark(branch, dirfd, OPAQUE)
-
-
-def _mark(branch: Branch, dirfd: int, mark: bytes) -> bool:
-    if "nolwh" not in branch.attrs:
-        try:
-            syscalls.link_at(branch.root_fd, BASE, dirfd, mark)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            # No base file (somebody removed it), too many links on it, or another subvolume: any
-            # empty file does as well.
-            if error.errno not in (errno.ENOENT, errno.EMLINK, errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP):
-                raise
-        else:
-            return True
-    try:
-        os.close(syscalls.create_file_at(dirfd, mark, os.O_WRONLY, 0o444))
-    except FileExistsError:
-        return False
-    return True
-
-
 def remove(dirfd: int, name: bytes) -> bool:
-    """Remove the whiteout for `name`; False when there was none."""
+    """Remove the whiteout `.wh.NAME`; False when there was none."""
     try:
         syscalls.unlink_at(dirfd, PREFIX + name)
     except OSError as error:

@@ -6,7 +6,8 @@ mounts, another mount namespace), and no list of mounts knows those of another r
 to an inode of the branch, and it ends with the process that holds it, however that ends.
 
 Whoever can open something can lock it, so it is not the branch's root, which others may read: it is `.wh..wh.orph`,
-which aufs has in every writable branch with mode 0700. Who owns the branch's root can put something of his own in
+which aufs has in every writable branch with mode 0700 (`.wh..wh.over` in the notation of overlayfs, where it goes at
+the end). Who owns the branch's root can put something of his own in
 its place, but his lock on that keeps nobody out: what others can open is replaced. (Ours he cannot bring to another
 branch: to move a directory takes permission to write to it, vfs_rename() in fs/namei.c.)
 
@@ -58,7 +59,8 @@ class WriteLocks:
             for branch in branches:
                 identity = _identity(branch.root_fd)
                 if branch.writable and identity not in self._fds:
-                    self._fds[identity] = lock(branch.root_fd, branch.path, _SHARED, end)
+                    directory = whiteout.OVERLAY_DIR if branch.overlay else whiteout.ORPHAN_DIR
+                    self._fds[identity] = lock(branch.root_fd, branch.path, _SHARED, end, directory)
                     taken.append(identity)
         except BaseException:
             for identity in taken:
@@ -97,26 +99,30 @@ class WriteLocks:
             os.close(fd)
 
 
-def lock(root_fd: int, path: bytes, refusal: str, end: float = 0.0) -> int:
+def lock(root_fd: int, path: bytes, refusal: str, end: float = 0.0, directory: bytes | None = None) -> int:
     """A descriptor that holds the lock of a branch until it is closed; -1 where there are no such locks.
 
-    root_fd: the root of the branch, which gets the directory that is locked. end: time.monotonic() until which to
+    root_fd: the root of the branch, which gets the directory that is locked. directory: its name, None: by the notation
+    of the branch. end: time.monotonic() until which to
     wait. Raises UserError (BRANCH) when somebody else has it: "branch", the path, and `refusal`, with `{holder}` for
     the process.
     """
     made = False
+    if directory is None:
+        directory = lock_directory(root_fd)
     try:
         while True:
-            made = _make(root_fd) or made
-            fd = syscalls.open_listing_at(root_fd, whiteout.ORPHAN_DIR)
+            made = _make(root_fd, directory) or made
+            try:
+                fd = syscalls.open_listing_at(root_fd, directory)
+            except FileNotFoundError:
+                continue  # the mount that had it has ended just now
             try:
                 locked = _try_lock(fd)
-                if not _is_private(os.fstat(fd)) and _replace(root_fd, fd):
-                    log.info(
-                        "branch %s: %s could be opened by others; replaced", shown(path), shown(whiteout.ORPHAN_DIR)
-                    )
+                if not _is_private(os.fstat(fd)) and _replace(root_fd, directory, fd):
+                    log.info("branch %s: %s could be opened by others; replaced", shown(path), shown(directory))
                     continue
-                if locked and os.path.samestat(os.fstat(fd), syscalls.stat_at(root_fd, whiteout.ORPHAN_DIR)):
+                if locked and _is_there(root_fd, directory, fd):
                     held, fd = fd, -1
                     return held
                 if not locked and time.monotonic() >= end:
@@ -131,14 +137,28 @@ def lock(root_fd: int, path: bytes, refusal: str, end: float = 0.0) -> int:
         log.debug("branch %s cannot be locked: %s", shown(path), error.strerror)
         if made:
             with suppress(OSError):
-                syscalls.rmdir_at(root_fd, whiteout.ORPHAN_DIR)
+                syscalls.rmdir_at(root_fd, directory)
         return -1
 
 
-def _make(root_fd: int) -> bool:
+def lock_directory(root_fd: int) -> bytes:
+    """What is to be locked in a branch, by the notation in which a mount writes to it now."""
+    overlay = syscalls.exists_at(root_fd, whiteout.OVERLAY_DIR)
+    return whiteout.OVERLAY_DIR if overlay else whiteout.ORPHAN_DIR
+
+
+def _is_there(root_fd: int, directory: bytes, fd: int) -> bool:
+    """Whether what was locked is still what others lock: who has the lock may replace it, and may remove it."""
+    try:
+        return os.path.samestat(os.fstat(fd), syscalls.stat_at(root_fd, directory))
+    except FileNotFoundError:
+        return False
+
+
+def _make(root_fd: int, directory: bytes) -> bool:
     """Whether the directory to be locked had to be made."""
     try:
-        syscalls.mkdir_at(root_fd, whiteout.ORPHAN_DIR, 0o700)
+        syscalls.mkdir_at(root_fd, directory, 0o700)
     except FileExistsError:
         return False
     return True
@@ -157,20 +177,20 @@ def _is_private(st: os.stat_result) -> bool:
     return st.st_uid in (0, os.geteuid()) and not st.st_mode & 0o066
 
 
-def _replace(root_fd: int, bad_fd: int) -> bool:
+def _replace(root_fd: int, directory: bytes, bad_fd: int) -> bool:
     """Put a directory that only we can open in the place of one that others can; False where that is not possible.
 
     Two mounts may do that at the same time: who finds that it has replaced another one's good directory puts it back.
     """
     # A temporary name as in branch/whiteout.py: what is left under it is invisible, and swept.
-    name = whiteout.ORPHAN_DIR + b"." + secrets.token_hex(6).encode()
+    name = directory + b"." + secrets.token_hex(6).encode()
     syscalls.mkdir_at(root_fd, name, 0o700)
     try:
         if not _is_private(syscalls.stat_at(root_fd, name)):  # a file system that keeps no owners
             return False
-        syscalls.rename_at(root_fd, name, root_fd, whiteout.ORPHAN_DIR, syscalls.RENAME_EXCHANGE)
+        syscalls.rename_at(root_fd, name, root_fd, directory, syscalls.RENAME_EXCHANGE)
         if not os.path.samestat(os.fstat(bad_fd), syscalls.stat_at(root_fd, name)):
-            syscalls.rename_at(root_fd, name, root_fd, whiteout.ORPHAN_DIR, syscalls.RENAME_EXCHANGE)
+            syscalls.rename_at(root_fd, name, root_fd, directory, syscalls.RENAME_EXCHANGE)
         return True
     finally:
         with suppress(OSError):  # not empty

@@ -326,6 +326,7 @@ def _unlink(operations: Operations, noted: Noted, number: int, name: bytes) -> N
         elif node is not None and node.identity == _who(found):
             node = None
         lookup.discard(fs.sb, parent, name, found)
+    remove.settle(fs.sb, parent, name)
     remove.unlinked_from(fs.sb, parent, name, node, _status(dev, ino, links), was_lower != 0, None, True)
 
 
@@ -339,6 +340,7 @@ def _rmdir(operations: Operations, noted: Noted, number: int, name: bytes) -> No
         lookup.discard(fs.sb, parent, name, found)
         if noted.words in layers:
             raise _Perform
+    remove.settle(fs.sb, parent, name)
     node = parent.children.get(name) or fs.table.nodes.get(fs.sb.inomap.number(*noted.words))
     if type(node) is Dir and noted.words in [layer.identity for layer in node.layers]:
         fs.sb.changes.removed(parent, name, node, None, True)

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
-from udbad.branch import beneath, capabilities, copydata, sweep, syscalls, whiteout
+from udbad.branch import beneath, capabilities, copydata, notation, sweep, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.spec import printable
 from udbad.branch.whiteout import Meaning
@@ -151,11 +151,11 @@ class _Unpacker:
         if not member.isreg():
             raise Refused(path, "a whiteout is an empty file")
         if kind is Meaning.OPAQUE:
-            whiteout.make_opaque(self._branch(), dirfd)
+            notation.AUFS.make_opaque(self._branch(), dirfd)
         elif hidden in (b"", b".", b".."):
             raise Refused(path, "a whiteout of nothing that a directory can have in it")
         else:
-            whiteout.create(self._branch(), dirfd, hidden)
+            notation.AUFS.hide(self._branch(), dirfd, hidden, beside=True)
 
     def _branch(self) -> Branch:
         """The layer, for who makes marks on branches; separate files, as it may have no base file."""

@@ -122,7 +122,7 @@ class MountProcess:
                 self._dead = self.presence.claim()
                 if not self._dead and check_mount_point(self.mount_point):
                     log.info("mount point %s is not empty; its content is hidden while mounted", text(self.mount_point))
-                self.branches = open_branches(options.branches, options.ro, self.mount_point)
+                self.branches = open_branches(options.branches, options.ro, self.mount_point, options.whiteouts)
             else:
                 self.branches = handover.branches(predecessor.facts, predecessor.take, predecessor.record.hung)
             ending.callback(lambda: self.branches.close())  # those of then

@@ -124,7 +124,7 @@ async def set_branches(
     ro = process.options.ro if ro is None else ro
     # Whatever asks a branch for something does so in a thread, which may wait for it as long as it hangs; abandoned
     # only with the mount. After each: requests were served; the branches are the same.
-    fresh = await _in_thread(open_branches, specs, ro, process.mount_point)
+    fresh = await _in_thread(open_branches, specs, ro, process.mount_point, process.options.whiteouts)
     restrictions = process.restrictions
     try:
         await _lock(process, _written(fresh, ro))

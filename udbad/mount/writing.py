@@ -32,12 +32,13 @@ class _Sweep:
     def __init__(self, branch: Branch) -> None:
         self.name = branch.describe()
         self.stopped = threading.Event()
+        self._branch = branch
         self._fd = os.dup(branch.root_fd)  # of its own: the branch may go while the thread waits
 
     def run(self) -> int | None:
         """In a thread, which may wait as long as the branch hangs; None when it could not be done."""
         try:
-            return sweep_temporaries(self._fd, self.stopped.is_set, trio.from_thread.run_sync)
+            return sweep_temporaries(self._fd, self.stopped.is_set, trio.from_thread.run_sync, self._branch)
         except trio.RunFinishedError:  # abandoned, and the mount has ended
             return None
         except OSError as error:

@@ -172,6 +172,9 @@ class MountOptions:
     """Whether a directory can be renamed that has parts on lower branches: these stay where they are, and a redirect
     says where (see Branches on disk); auto: where no lower branch is written to, and not in a layer of a store. Else
     EXDEV."""
+    whiteouts: str = _one_of("auto", "auto, aufs or overlay", {word: word for word in ("auto", "aufs", "overlay")})
+    """How whiteouts are written: as aufs does, or as overlayfs does, which then shows the same tree; auto: as in the
+    branch so far: see Layers of overlayfs."""
     watch_reserve: int = _option(10, "a percentage from 0% to 100%", _percentage)
     """For `notify`: the share of fs.inotify.max_user_watches that is left to other programs of the same user."""
     rdcache: int = _number(10, 0, 3600, "a whole number of seconds from 0 to 3600")
@@ -327,6 +330,7 @@ _VALUES: Final = {
             "diropq",
             "rdcache",
             "dirren",
+            "whiteouts",
             "watch_reserve",
             "fsname",
             "metrics",

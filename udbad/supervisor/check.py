@@ -61,7 +61,7 @@ def _try(mount: MountSettings) -> None:
             specs.append(replace(spec, perm=Perm.RO) if index and not specs and spec.perm is None else spec)
     if not specs:
         return
-    branches = open_branches(specs, options.ro, place)
+    branches = open_branches(specs, options.ro, place, options.whiteouts)
     try:
         for branch in branches.branches if not options.ro else ():
             if branch.writable:

@@ -91,7 +91,7 @@ def transfer(
         return st
     tmp = whiteout.temporary_name(copy.name)
     if not st_mod.S_ISREG(st.st_mode):
-        os.close(copydata.copy_special(st, copy.src_dirfd, copy.name, copy.dst_dirfd, tmp, copy.target.attrs))
+        os.close(copydata.copy_special(st, copy.src_dirfd, copy.name, copy.dst_dirfd, tmp, copy.target.copying))
         copy.tmp = tmp
         return st
     src_fd, now = syscalls.open_file_at(copy.src_dirfd, copy.name, os.O_RDONLY)
@@ -103,7 +103,7 @@ def transfer(
         try:
             copydata.copy_contents(src_fd, dst_fd, None, progress, cancelled)
             copydata.copy_metadata(
-                st, syscalls.proc_path(src_fd), syscalls.proc_path(dst_fd), copy.target.attrs, follow_symlinks=True
+                st, syscalls.proc_path(src_fd), syscalls.proc_path(dst_fd), copy.target.copying, follow_symlinks=True
             )
             if not copy.target.local:
                 os.fsync(dst_fd)  # what is synced later as a whole may be no more than our side of it

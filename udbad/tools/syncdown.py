@@ -21,7 +21,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Final
 
-from udbad.branch import copydata, sweep, syscalls, walk, whiteout
+from udbad.branch import copydata, notation, sweep, syscalls, walk, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.spec import printable
 from udbad.branch.state import object_stamp
@@ -179,7 +179,7 @@ class Sync:
                         yield from self._visit(child)
                     continue
                 if level.parts:
-                    yield lambda level=level: _copy_attributes(level.src_fd, level.dst_fd, self.dst.attrs)  # type: ignore[misc]  # a lambda with a default
+                    yield lambda level=level: _copy_attributes(level.src_fd, level.dst_fd, self.dst.copying)  # type: ignore[misc]  # a lambda with a default
                 self._close(levels.pop())
                 if level.parts:
                     self._done(level)
@@ -368,9 +368,12 @@ class Sync:
         if level.hidden or not self._in_place(level) or not whiteout.hides_alone(self.src, level.src_fd, name):
             return
         self._at(level.parts, name)
+        marks = notation.of(self.dst)
         if must_carry(self.sb, self.src, self.dst, level.parts, level.src_fd, level.dst_fd, name):
-            whiteout.create(self.dst, level.dst_fd, name)
+            marks.lift(self.dst, level.dst_fd, name)
+            marks.hide(self.dst, level.dst_fd, name, beside=True)
         self._clear(level, name)
+        marks.settle(self.dst, level.dst_fd, name)
         self.progress.synced += 1
         if self.move:
             self._away.add(Whiteout(level.parts, name))
@@ -420,7 +423,7 @@ class Sync:
             if layer is not None and layer.identity == _identity(src_fd):
                 copydirs.ensure_dir(self.sb, node, self.dst)
                 return
-        self._place_directory(level, name, src_fd, whiteout.present(level.dst_fd, name))
+        self._place_directory(level, name, src_fd, whiteout.hides(self.dst, level.dst_fd, name))
 
     def _place_directory(self, level: _Level, name: bytes, src_fd: int, opaque: bool) -> None:
         """Put a new directory with the attributes of the upper one where nobody sees it, in the place of anything."""
@@ -431,8 +434,8 @@ class Sync:
             if not copydirs.is_empty(fd):
                 raise estale()  # exchanged by who may write there, see copydirs.py
             if opaque:
-                whiteout.make_opaque(self.dst, fd)
-            _copy_attributes(src_fd, fd, self.dst.attrs)
+                notation.of(self.dst).make_opaque(self.dst, fd)
+            _copy_attributes(src_fd, fd, self.dst.copying)
         finally:
             os.close(fd)
         self._clear(level, name)
@@ -456,11 +459,12 @@ class Sync:
         if _identity_at(level.dst_fd, name) != made or not self._is_bare(level.dst_fd, name):
             return False
         before = os.fstat(src_fd)
-        if not whiteout.opaque(src_fd):
+        marks = notation.of(self.src)
+        if not whiteout.opaque(src_fd, self.src.overlay):
             # Only the whiteout beside it hides what is below: make that the mark's work, for an instant.
-            whiteout.make_opaque(self.src, src_fd)
+            marks.make_opaque(self.src, src_fd)
         whiteout.remove(level.src_fd, name)
-        syscalls.unlink_at(src_fd, whiteout.OPAQUE)
+        marks.clear_opaque(src_fd)
         syscalls.restore_times(src_fd, before)
         parent = carry.find(self.sb, level.parts)
         if type(parent) is Dir:
@@ -470,7 +474,7 @@ class Sync:
     def _is_bare(self, dirfd: int, name: bytes) -> bool:
         fd = syscalls.open_dir_at(dirfd, name)
         try:
-            return set(whiteout.names_in(fd, overlay=False)) <= ({whiteout.OPAQUE} if not self._lowest else set())
+            return set(whiteout.names_in(fd, self.dst.overlay)) <= ({whiteout.OPAQUE} if not self._lowest else set())
         finally:
             os.close(fd)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 
-from udbad.branch import copydata, syscalls, whiteout
+from udbad.branch import copydata, notation, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.policy import CopyUpPolicy, CreatePolicy, Facts
 from udbad.errors import erofs, estale
@@ -100,7 +100,8 @@ def _copy_dir(sb: Superblock, node: Dir, branch: Branch, parent_fd: int) -> int:
     src_fd = sb.layer_fd(node, top)
     st = os.fstat(src_fd)
     before = os.fstat(parent_fd)
-    whited = whiteout.present(parent_fd, node.name)
+    marks = notation.of(branch)
+    whited = whiteout.hides(branch, parent_fd, node.name)
     tmp = whiteout.temporary_name(node.name)
     syscalls.mkdir_at(parent_fd, tmp, 0o700)
     try:
@@ -111,17 +112,21 @@ def _copy_dir(sb: Superblock, node: Dir, branch: Branch, parent_fd: int) -> int:
                 # must not get the owner and mode of what is copied.
                 raise estale()
             if whited:
-                whiteout.make_opaque(branch, fd)
+                marks.make_opaque(branch, fd)
             copydata.copy_metadata(
-                st, syscalls.proc_path(src_fd), syscalls.proc_path(fd), branch.attrs, follow_symlinks=True
+                st, syscalls.proc_path(src_fd), syscalls.proc_path(fd), branch.copying, follow_symlinks=True
             )
             made = os.fstat(fd)
+            if whited:
+                marks.lift(branch, parent_fd, node.name)
             publish(parent_fd, tmp, parent_fd, node.name)
         except BaseException:
             os.close(fd)
             raise
     except BaseException:
         _remove_tmp_dir(parent_fd, tmp)
+        if whited:
+            marks.settle(branch, parent_fd, node.name)
         raise
     # It has its name, and whatever fails from here on, the next to need it must know.
     layer = Layer(branch, made.st_dev, made.st_ino, made.st_nlink, fd)

@@ -162,7 +162,7 @@ def _new_file(dirfd: int, name: bytes) -> tuple[bytes, int]:
 
 def _has_names(sb: Superblock, node: Node, as_link: bool, st: os.stat_result) -> bool:
     """Whether the copy needs a pseudo-link, as a file with attributes `st` that has further names."""
-    return sb.options.plink and (as_link or st.st_nlink > 1 or node.plink is not None)
+    return sb.plink and (as_link or st.st_nlink > 1 or node.plink is not None)
 
 
 def _extent(sb: Superblock, branch: Branch, st: os.stat_result, length: int | None) -> tuple[int | None, bool]:
@@ -351,7 +351,7 @@ def put_on_disk(job: Job) -> None:
 
 
 def _copy_attributes(job: Job) -> None:
-    copydata.copy_metadata(job.st, job.src_fd, job.dst_fd, job.branch.attrs, follow_symlinks=True)
+    copydata.copy_metadata(job.st, job.src_fd, job.dst_fd, job.branch.copying, follow_symlinks=True)
 
 
 def commit(sb: Superblock, job: Job, at_once: bool = False) -> None:
@@ -600,8 +600,10 @@ def _copy_special(
     st = syscalls.stat_at(src_dirfd, src_name)
     if (st.st_dev, st.st_ino) != node.identity:
         raise estale()
+    if branch.overlay and whiteout.is_device(st):
+        raise os_error(errno.EPERM)  # it would be a whiteout there
     tmp = whiteout.temporary_name(name)
-    fd = copydata.copy_special(st, src_dirfd, src_name, dirfd, tmp, branch.attrs)
+    fd = copydata.copy_special(st, src_dirfd, src_name, dirfd, tmp, branch.copying)
     try:
         made = os.fstat(fd)
         try:

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from udbad.branch import syscalls, whiteout
+from udbad.branch import notation, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.credentials import Credentials
 from udbad.errors import enoent, erofs, estale, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Trigger
-from udbad.union import copydirs, homes, lookup
+from udbad.union import copydirs, homes, lookup, remove
 from udbad.union.lookup import Answer, Found, Missing
 from udbad.union.superblock import NeedCopyUp, Superblock
 
@@ -31,13 +31,18 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Target:
-    """Where a new object goes. whited: the branch directory has a whiteout for the name now. alone: nothing on any
+    """Where a new object goes. whited: the branch directory has a whiteout `.wh.NAME` for it now. alone: nothing on any
     branch has that name."""
 
     branch: Branch
     dirfd: int
     whited: bool
     alone: bool = False
+
+    def give_up(self, name: bytes) -> None:
+        """Nothing is made after all: the whiteout gets back the form that it had."""
+        if self.whited:
+            remove.settle_on(self.branch, self.dirfd, name)
 
 
 def prepare(sb: Superblock, parent: Dir, name: bytes, is_dir: bool = False) -> Target:
@@ -46,7 +51,8 @@ def prepare(sb: Superblock, parent: Dir, name: bytes, is_dir: bool = False) -> T
     branch = _choose(sb, parent, missing, is_dir)
     asked = missing.excludes_whiteout(parent, branch)
     dirfd = copydirs.ensure_dir(sb, parent, branch)
-    return Target(branch, dirfd, not asked and whiteout.present(dirfd, name), missing.answer is Answer.CLEAR)
+    whited = not asked and notation.of(branch).lift(branch, dirfd, name)
+    return Target(branch, dirfd, whited, missing.answer is Answer.CLEAR)
 
 
 def _choose(sb: Superblock, parent: Dir, missing: Missing, is_dir: bool) -> Branch:
@@ -80,13 +86,17 @@ def check_free(sb: Superblock, parent: Dir, name: bytes) -> Missing:
     raise os_error(errno.EEXIST)
 
 
-def _make(sb: Superblock, parent: Dir, name: bytes, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def _make(
+    sb: Superblock, parent: Dir, name: bytes, target: Target, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
     if sb.notes is not None:
         sb.notes.intend()  # the name was free: what has it afterwards says the rest
     try:
         return call(*args, **kwargs)
-    except FileExistsError:
-        parent.doubt(name)
+    except BaseException as error:
+        if isinstance(error, FileExistsError):
+            parent.doubt(name)
+        target.give_up(name)
         raise
 
 
@@ -124,7 +134,7 @@ def create_file(
     """open(2) with O_CREAT|O_EXCL; returns node, attributes and the open descriptor."""
     target = prepare(sb, parent, name)
     with creds.creating(caller, mode):
-        fd = _make(sb, parent, name, syscalls.create_file_at, target.dirfd, name, flags, mode)
+        fd = _make(sb, parent, name, target, syscalls.create_file_at, target.dirfd, name, flags, mode)
     try:
         _finish(sb, parent, name, target)
         st = syscalls.fstat(fd)
@@ -132,6 +142,7 @@ def create_file(
     except BaseException:
         syscalls.close_quietly(fd)
         _undo(target.dirfd, name)
+        target.give_up(name)
         raise
 
 
@@ -170,8 +181,11 @@ def mknod(
     sb: Superblock, creds: Credentials, parent: Dir, name: bytes, mode: int, rdev: int, caller: Caller
 ) -> tuple[Node, os.stat_result]:
     target = prepare(sb, parent, name)
+    if target.branch.overlay and st_mod.S_ISCHR(mode) and not rdev:
+        target.give_up(name)
+        raise os_error(errno.EPERM)  # it would be a whiteout (ovl_mknod() in fs/overlayfs/dir.c)
     with creds.creating(caller, mode):
-        _make(sb, parent, name, syscalls.mknod_at, target.dirfd, name, mode, rdev)
+        _make(sb, parent, name, target, syscalls.mknod_at, target.dirfd, name, mode, rdev)
     return _made(sb, parent, name, target, st_mod.S_IFMT(mode))
 
 
@@ -180,7 +194,7 @@ def symlink(
 ) -> tuple[Node, os.stat_result]:
     target = prepare(sb, parent, name)
     with creds.creating(caller, 0):
-        _make(sb, parent, name, syscalls.symlink_at, link_target, target.dirfd, name)
+        _make(sb, parent, name, target, syscalls.symlink_at, link_target, target.dirfd, name)
     return _made(sb, parent, name, target, st_mod.S_IFLNK)
 
 
@@ -190,6 +204,7 @@ def _made(sb: Superblock, parent: Dir, name: bytes, target: Target, kind: int) -
         _finish(sb, parent, name, target)
     except BaseException:
         _undo(target.dirfd, name)
+        target.give_up(name)
         raise
     try:
         st = syscalls.stat_at(target.dirfd, name)
@@ -207,7 +222,7 @@ def mkdir(
     """A directory that replaces a whiteout is made opaque before the whiteout goes (semantics 6.5)."""
     target = prepare(sb, parent, name, is_dir=True)
     with creds.creating(caller, mode):
-        _make(sb, parent, name, syscalls.mkdir_at, target.dirfd, name, mode)
+        _make(sb, parent, name, target, syscalls.mkdir_at, target.dirfd, name, mode)
     return _made_directory(sb, parent, name, target, sent=True)
 
 
@@ -216,11 +231,12 @@ def _made_directory(
 ) -> tuple[Dir, os.stat_result]:
     """The node of a directory that was just made. sent: making it has sent one event."""
     fd = -1
+    marks = notation.of(target.branch)
     found: Found | Missing = lookup.CLEAR
     try:
         if target.whited or sb.options.opaque_always:
             fd = syscalls.open_dir_at(target.dirfd, name)
-            whiteout.make_opaque(target.branch, fd)
+            marks.make_opaque(target.branch, fd)
         # While it can still be undone: this opens the new directory and what it is merged with.
         if target.alone and fd < 0:
             found = lookup.opened(target.branch, target.dirfd, name)
@@ -233,11 +249,9 @@ def _made_directory(
         if found.answer is Answer.FOUND:
             lookup.discard(sb, parent, name, found)
         if fd >= 0:
-            try:
-                syscalls.unlink_at(fd, whiteout.OPAQUE)
-            except FileNotFoundError:
-                pass
+            marks.clear_opaque(fd)
         syscalls.rmdir_at(target.dirfd, name)
+        target.give_up(name)
         raise
     finally:
         if fd >= 0:
@@ -299,27 +313,31 @@ def link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result
         if node.plink is not None and node.plink.branch.writable:
             # The home is on a branch that cannot show the new name.
             raise os_error(errno.EXDEV)
-        if sb.options.plink:
+        if sb.plink:
             need = NeedCopyUp(node, Trigger.LINK, None, (parent, name), limit)
             need.then = lambda: (node, _finish_link(sb, node, parent, name))
             raise need
         raise NeedCopyUp(node, Trigger.LINK, None, None, limit)
     dirfd = copydirs.ensure_dir(sb, parent, branch)
     fd, owned = sb.open_object(node)
+    target = Target(branch, dirfd, notation.of(branch).lift(branch, dirfd, name))
     try:
         if sb.notes is not None:
             sb.notes.intend(node.dev, node.ino)
         syscalls.link_fd(fd, dirfd, name)
-    except FileExistsError:
-        parent.doubt(name)
+    except BaseException as error:
+        if isinstance(error, FileExistsError):
+            parent.doubt(name)
+        target.give_up(name)
         raise
     finally:
         if owned:
             os.close(fd)
     try:
-        whiteout.remove(dirfd, name)
+        _finish(sb, parent, name, target)
     except BaseException:
         _undo(dirfd, name)
+        target.give_up(name)
         raise
     sb.changes.linked(node, parent, name)
     return syscalls.stat_at(dirfd, name)

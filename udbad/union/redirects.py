@@ -245,7 +245,7 @@ def write(sb: Superblock, node: Dir, branch: Branch) -> bool:
         return False
     path = path_below(node, branch.index)
     sb.redirecting.add(branch.id)
-    redirect.write(branch.root_fd, fd, sb.redirect_key, path)
+    redirect.write(None if branch.overlay else branch.root_fd, fd, sb.redirect_key, path)
     layer.below = path
     node.moved = True
     return True

@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 
-from udbad.branch import syscalls, whiteout
+from udbad.branch import notation, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import enoent, erofs, os_error
 from udbad.inodes.table import Dir, Node
@@ -90,7 +90,7 @@ def unlink(sb: Superblock, parent: Dir, name: bytes) -> None:
     st, was_lower = found.st, branch is not top
     if sb.notes is not None:
         sb.notes.intend(st.st_dev, st.st_ino, st.st_ctime_ns, st.st_nlink, was_lower)
-    made = whited and whiteout.create(branch, dirfd, name)
+    made = whited and notation.of(branch).hide(branch, dirfd, name, branch is top)
     unlinked = False
     if branch is top:
         try:
@@ -103,6 +103,8 @@ def unlink(sb: Superblock, parent: Dir, name: bytes) -> None:
             raise
         else:
             unlinked = True
+        if made:
+            settle_on(branch, dirfd, name)
     node = parent.children.get(name)
     if node is None:
         node = sb.table.nodes.get(sb.inomap.number(st.st_dev, st.st_ino))
@@ -150,14 +152,16 @@ def rmdir(sb: Superblock, parent: Dir, name: bytes) -> None:
     whited = branch is not top or covered_below(sb, parent, name, branch)
     if sb.notes is not None:
         sb.notes.intend(*node.identity)
-    made = whited and whiteout.create(branch, dirfd, name)
+    made = whited and notation.of(branch).hide(branch, dirfd, name, branch is top)
     if branch is top:
         try:
-            _remove_branch_dir(sb, dirfd, name)
+            _remove_branch_dir(sb, branch, dirfd, name)
         except BaseException:
             if made:
                 whiteout.remove(dirfd, name)
             raise
+        if made:
+            settle_on(branch, dirfd, name)
     sb.changes.removed(parent, name, node, None, made)
 
 
@@ -186,7 +190,22 @@ def _remove_simple(sb: Superblock, parent: Dir, name: bytes) -> bool:
     return True
 
 
-def _remove_branch_dir(sb: Superblock, dirfd: int, name: bytes) -> None:
+def settle_on(branch: Branch, dirfd: int, name: bytes) -> None:
+    """What is left to do of a whiteout whose name is gone: it hides as it is, so that nobody need be told."""
+    try:
+        notation.of(branch).settle(branch, dirfd, name)
+    except OSError as error:
+        log.warning("the whiteout of %r stays as it is: %s", name, error.strerror)
+
+
+def settle(sb: Superblock, parent: Dir, name: bytes) -> None:
+    """The same on every branch, where a process was killed before it came to that."""
+    for layer in parent.layers:
+        if layer.branch.writable and not layer.branch.offline:
+            settle_on(layer.branch, sb.layer_fd(parent, layer), name)
+
+
+def _remove_branch_dir(sb: Superblock, branch: Branch, dirfd: int, name: bytes) -> None:
     """Remove a logically empty branch directory: out of sight first, then its marks (semantics 6.4).
 
     With more than `dirwh` marks only the first step is done here, the rest in the background. One without any mark,
@@ -206,14 +225,14 @@ def _remove_branch_dir(sb: Superblock, dirfd: int, name: bytes) -> None:
     except FileNotFoundError:
         return
     try:
-        if count_marks(dirfd, tmp) > sb.options.dirwh:
-            sb.trash.append((os.dup(dirfd), tmp))
+        if count_marks(branch, dirfd, tmp) > sb.options.dirwh:
+            sb.trash.append((branch, os.dup(dirfd), tmp))
             return
     except BaseException:
         _put_back(dirfd, tmp, name)
         raise
     try:
-        purge(dirfd, tmp)
+        purge(branch, dirfd, tmp)
         syscalls.rmdir_at(dirfd, tmp)
     except OSError as error:
         if error.errno == errno.ENOTEMPTY:
@@ -241,11 +260,11 @@ def _put_back(dirfd: int, tmp: bytes, name: bytes) -> None:
         )
 
 
-def empty_trash(trash: list[tuple[int, bytes]]) -> None:
+def empty_trash(trash: list[tuple[Branch, int, bytes]]) -> None:
     """Finish removals that were put off; any thread. What cannot be removed is left for the next sweep."""
-    for dirfd, tmp in trash:
+    for branch, dirfd, tmp in trash:
         try:
-            purge(dirfd, tmp)
+            purge(branch, dirfd, tmp)
             syscalls.rmdir_at(dirfd, tmp)
         except FileNotFoundError:
             pass  # the directory that it was in has been removed meanwhile, and it was one of the marks in there
@@ -255,48 +274,49 @@ def empty_trash(trash: list[tuple[int, bytes]]) -> None:
             os.close(dirfd)
 
 
-def _marks(child: int) -> list[bytes]:
+def _marks(branch: Branch, child: int) -> list[bytes]:
     """Names in a branch directory that holds nothing but marks. Raises ENOTEMPTY for another name."""
     listing = syscalls.open_listing(child)
     try:
         marks = [os.fsencode(text) for text in os.listdir(listing)]
     finally:
         os.close(listing)
-    if not all(mark.startswith(whiteout.PREFIX) for mark in marks):
-        raise os_error(errno.ENOTEMPTY)
+    for mark in marks:
+        if not (mark.startswith(whiteout.PREFIX) or (branch.overlay and whiteout.is_device_at(child, mark))):
+            raise os_error(errno.ENOTEMPTY)
     return marks
 
 
-def count_marks(dirfd: int, name: bytes) -> int:
+def count_marks(branch: Branch, dirfd: int, name: bytes) -> int:
     """How many whiteouts and marks a branch directory holds. Raises ENOTEMPTY when there is something else."""
     child = syscalls.open_dir_at(dirfd, name)
     try:
-        return len(_marks(child))
+        return len(_marks(branch, child))
     finally:
         os.close(child)
 
 
-def purge(dirfd: int, name: bytes) -> None:
+def purge(branch: Branch, dirfd: int, name: bytes) -> None:
     """Remove all whiteouts and marks in a branch directory. Raises ENOTEMPTY when there is something else."""
     try:
         child = syscalls.open_dir_at(dirfd, name)
     except FileNotFoundError:
         return
     try:
-        for mark in _marks(child):
-            _remove_mark(child, mark)
+        for mark in _marks(branch, child):
+            _remove_mark(branch, child, mark)
     finally:
         os.close(child)
 
 
-def _remove_mark(dirfd: int, mark: bytes) -> None:
+def _remove_mark(branch: Branch, dirfd: int, mark: bytes) -> None:
     try:
         syscalls.unlink_at(dirfd, mark)
     except FileNotFoundError:
         pass
     except IsADirectoryError:
         # A temporary directory that a crash left, or that the background is about to remove.
-        purge(dirfd, mark)
+        purge(branch, dirfd, mark)
         try:
             syscalls.rmdir_at(dirfd, mark)
         except FileNotFoundError:

@@ -14,7 +14,7 @@ import logging
 import os
 from contextlib import ExitStack
 
-from udbad.branch import syscalls, whiteout
+from udbad.branch import notation, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import eio, enoent, os_error
 from udbad.inodes.table import Dir, Node
@@ -139,7 +139,8 @@ def _move(
     what has got it directly meanwhile is replaced, as what was there before."""
     src_fd = copydirs.ensure_dir(sb, src_dir, branch)
     dst_fd = copydirs.ensure_dir(sb, dst_dir, branch)
-    had_whiteout = not bare and whiteout.present(dst_fd, dst)
+    marks = notation.of(branch)
+    had_whiteout = not bare and whiteout.hides(branch, dst_fd, dst)
     lower_dst = not bare and not had_whiteout and remove.covered_below(sb, dst_dir, dst, branch)
     old = found.st if found.answer is Answer.FOUND else None
     redirected = written = False
@@ -148,7 +149,7 @@ def _move(
     if sb.notes is not None:
         replaced = (0, 0, 0) if old is None else (old.st_dev, old.st_ino, old.st_nlink)
         sb.notes.intend(branch.index, *src_node.identity, *replaced)
-    hidden = remove.covered_below(sb, src_dir, src, branch) and whiteout.create(branch, src_fd, src)
+    hidden = remove.covered_below(sb, src_dir, src, branch) and marks.hide(branch, src_fd, src, beside=True)
     marked = False
     try:
         if type(src_node) is Dir:
@@ -157,9 +158,11 @@ def _move(
             if found.answer is Answer.FOUND and found.branch is branch:
                 # Only an empty directory can be replaced: hide what its marks hid, then take them out. The
                 # whiteout stays also when the rename fails, as the marks do not come back.
-                if lower_dst and whiteout.create(branch, dst_fd, dst):
+                if lower_dst and marks.hide(branch, dst_fd, dst, beside=True):
                     had_whiteout = True
-                remove.purge(dst_fd, dst)
+                remove.purge(branch, dst_fd, dst)
+        if had_whiteout:
+            marks.lift(branch, dst_fd, dst)
         if replace:
             syscalls.rename_at(src_fd, src, dst_fd, dst)
         else:
@@ -172,6 +175,8 @@ def _move(
             whiteout.remove(src_fd, src)
         if written and type(src_node) is Dir:  # after the whiteout beside it, which would count again
             redirects.take_back(sb, src_node, branch)
+        if had_whiteout:
+            marks.settle(branch, dst_fd, dst)
         raise
     # The rename is done and cannot be taken back: what follows only tidies up.
     if not bare:
@@ -181,6 +186,8 @@ def _move(
             whiteout.remove(dst_fd, dst)
         except OSError as error:
             log.warning("the whiteout beside the renamed %r stays: %s", dst, error.strerror)
+    if hidden:
+        remove.settle_on(branch, src_fd, src)
     if found.answer is Answer.FOUND and dst_node is not None:
         _replaced(sb, dst_dir, dst, dst_node, found.st, found.branch is not branch)
     _moved(sb, src_node, src_dir, src, dst_dir, dst, branch, dst_fd)
@@ -201,6 +208,7 @@ def finish(
     name, None if that is not known. old: status of what had the new one, as in remove.unlinked_from."""
     dst_fd = sb.branch_fd(dst_dir, branch)
     whiteout.remove(dst_fd, dst)
+    remove.settle(sb, src_dir, src)
     dst_dir.note_stacked(dst)
     src_dir.note_stacked(src)
     dst_node = dst_dir.children.get(dst)
@@ -227,15 +235,15 @@ def _make_opaque(sb: Superblock, node: Node, branch: Branch) -> bool:
     whited out already, so the mark changes nothing visible yet. False when it had a mark."""
     assert type(node) is Dir
     fd = sb.branch_fd(node, branch)
-    if whiteout.opaque(fd):
+    if whiteout.opaque(fd, branch.overlay):
         return False
-    whiteout.make_opaque(branch, fd)
+    notation.of(branch).make_opaque(branch, fd)
     return True
 
 
 def _unmark(sb: Superblock, node: Node, branch: Branch) -> None:
     assert type(node) is Dir
-    syscalls.unlink_at(sb.branch_fd(node, branch), whiteout.OPAQUE)
+    notation.of(branch).clear_opaque(sb.branch_fd(node, branch))
 
 
 def _moved(

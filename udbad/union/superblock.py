@@ -133,7 +133,7 @@ class Superblock:
         """Branch id to the descriptor of its .wh..wh.plnk directory."""
         self.warned: set[tuple[int, bytes]] = set()
         """(node id, name) of which the log has said that it is beside its own whiteout."""
-        self.trash: list[tuple[int, bytes]] = []
+        self.trash: list[tuple[Branch, int, bytes]] = []
         """Branch directories out of sight that the background has to remove: (parent descriptor, name)."""
         self.held: dict[Node, tuple[int, float]] = {}
         """Objects that somebody is about to ask for, by an O_PATH descriptor of each (held.py), and until when."""
@@ -241,6 +241,11 @@ class Superblock:
             return above is not None and syscalls.is_entry(layer.fd, node.name, above.identity)
         except OSError:
             return False
+
+    @property
+    def plink(self) -> bool:
+        """Whether names of a file that is copied up are kept together by pseudo-links."""
+        return self.options.plink and self.branches.may_plink
 
     def branch_fd(self, node: Dir, branch: Branch) -> int:
         """The descriptor of a directory on a branch where it exists; ESTALE where it does not, EIO if nobody knows."""
