@@ -4,6 +4,7 @@ branches, and that nothing a redirect says leads out of them."""
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,12 @@ import pytest
 from tests.t2_core.core import STRATEGIES, Core, core
 from tests.t3_fuse.live import errno_of
 from udbad.branch import syscalls
+from udbad.branch.branches import BranchSpec
+from udbad.errors import UserError
+from udbad.layers import pack
+from udbad.tools import branchdiff, explain, fsck, mvdown, syncdown
+from udbad.tools.carry import Halt
+from udbad.types import Perm
 
 KEY = "trusted.overlay.redirect"
 EXCHANGE = 2
@@ -342,3 +349,93 @@ def test_few_descriptors(tmp_path: Path, udba: str) -> None:
             assert tree(at, "q/new") == deep
             at.sb.table.trim()
             assert at.sb.table.open_fds < 30
+
+
+# -- tools -----------------------------------------------------------------------------------------
+
+
+def test_why_and_where(union: Core) -> None:
+    union.create("old/sub/mine", b"mine")
+    union.rename("old", "other/new")
+    base = str(union["base"])
+    names = (b"other", b"new", b"sub", b"b")
+    answer = explain.where(union.sb, names)
+    assert answer["branch"] == base
+    steps = explain.why(union.sb, names)["steps"]
+    new = {row["branch"].partition("=")[0]: row for row in steps[2]["branches"]}
+    assert new[base]["role"] == "merged"
+    assert "leads to /old" in new[base]["why"]
+    assert [row["role"] for row in steps[4]["branches"]] == ["absent", "serves"]
+    fill(union["base"], {"other": {"new": {"hidden": "hidden"}}})
+    assert not explain.why(union.sb, (b"other", b"new", b"hidden"))["exists"]
+    assert explain.why(union.sb, (b"other", b"new", b"a"))["exists"]
+    assert not explain.why(union.sb, (b"old",))["exists"]
+
+
+def test_diff(union: Core) -> None:
+    union.create("old/sub/mine", b"mine")
+    union.unlink("old/a")
+    union.rename("old", "other/new")
+    top, base = (BranchSpec(os.fsencode(union[name]), Perm.RO) for name in ("top", "base"))
+    with branchdiff.opened(top, [base]) as (branch, lowers):
+        found = {(os.fsdecode(one.path), one.kind.value, one.detail) for one in branchdiff.changes(branch, lowers)}
+    assert {one for one in found if one[1] != "identical" and "time" not in one[2]} == {
+        ("old", "deleted", ""),
+        ("other/new", "added", "was /old"),
+        ("other/new/a", "deleted", ""),
+        ("other/new/sub/mine", "added", ""),
+    }
+
+
+def test_fsck(union: Core) -> None:
+    union.rename("old", "new")
+    fd = os.open(union["top"], os.O_PATH)
+    try:
+        kinds = fsck.DefectKind
+        assert [one for one in fsck.find_defects(fd) if one.kind is not kinds.TEMPORARY] == []
+        os.setxattr(union["top"] / "new", KEY, b"../outside")
+        (defect,) = fsck.find_defects(fd)
+        assert (defect.kind, defect.path) == (kinds.BAD_REDIRECT, b"new")
+        fsck.repair(fd, defect)
+        assert redirect(union["top"] / "new") is None
+        os.setxattr(union["top"] / "new", KEY, b"/old")
+        (union["top"] / ".wh..wh.redirects").unlink()
+        (defect,) = fsck.find_defects(fd)
+        assert (defect.kind, defect.remedy) == (kinds.UNTOLD_REDIRECT, "")
+    finally:
+        os.close(fd)
+
+
+def test_an_archive_has_no_words_for_it(union: Core) -> None:
+    union.rename("old", "new")
+    fd = os.open(union["top"], os.O_PATH)
+    try:
+        with pytest.raises(OSError, match="renamed directory"):
+            pack.pack(fd, io.BytesIO())
+    finally:
+        os.close(fd)
+
+
+def test_what_goes_by_names_is_refused(tmp_path: Path) -> None:
+    with core(tmp_path, {"top": "rw", "base": "rw"}, dirren="on") as at:
+        fill(at["base"], {"old": OLD})
+        fill(at["top"], {"old": {}})
+        at.rename("old", "new")
+        at.fs.release(at.create("new/mine", b"mine").fh)
+        before = tree(at)
+        src, dst = syncdown.check(at.sb, os.fsencode(at["top"]), os.fsencode(at["base"]), True)
+
+        def merge() -> None:
+            for work in syncdown.Sync(at.sb, src, dst, True, Halt()).steps():
+                if work is not None:
+                    work()
+
+        with pytest.raises(UserError, match=r"new on .*top is a renamed directory"):
+            merge()
+        with pytest.raises(UserError, match="renamed, which hides"):
+            next(mvdown.steps(at.sb, (b"new", b"mine"), mvdown.Options(), Halt()))
+        with at.sb.carrying():
+            fill(at["base"], {"further": OLD})
+            fill(at["top"], {"further": {}})
+            assert errno_of(lambda: at.rename("further", "away")) == "EXDEV"
+        assert tree(at) == {**before, "further": OLD}

@@ -7,6 +7,7 @@ zeros, because many readers know no other form; unpack.py makes them holes again
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat as st_mod
@@ -14,7 +15,7 @@ import tarfile
 from contextlib import closing
 from typing import IO, Final
 
-from udbad.branch import copydata, syscalls, whiteout
+from udbad.branch import copydata, redirect, syscalls, whiteout
 from udbad.branch.walk import give_up, join, walk
 from udbad.errors import GONE
 
@@ -37,7 +38,7 @@ def pack(root_fd: int, stream: IO[bytes]) -> None:
     with tarfile.open(
         mode="w|", fileobj=stream, format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape"
     ) as archive:
-        packer = _Packer(archive)
+        packer = _Packer(archive, redirect.may_have(root_fd))
         with closing(walk(root_fd, give_up)) as directories:
             for path, fd, entries in directories:
                 packer.directory(path, fd, whiteout.told_apart(entries))
@@ -46,12 +47,18 @@ def pack(root_fd: int, stream: IO[bytes]) -> None:
 class _Packer:
     """One archive being written; `linked`: the first name of each file that has several."""
 
-    def __init__(self, archive: tarfile.TarFile) -> None:
+    def __init__(self, archive: tarfile.TarFile, renamed: bool) -> None:
+        """renamed: whether directories may have been renamed (branch/redirect.py)."""
         self.archive = archive
+        self.renamed = renamed
         self.linked: dict[tuple[int, int], str] = {}
 
     def directory(self, path: bytes, fd: int, names: whiteout.Names) -> None:
         if path:
+            if self.renamed and redirect.read(fd, redirect.key()) is not None:
+                raise OSError(
+                    errno.EOPNOTSUPP, "a renamed directory, which an archive of a layer has no words for", path
+                )
             info = _info(path, os.fstat(fd), tarfile.DIRTYPE)
             _add_xattrs(info, fd, follow_symlinks=True)
             self.archive.addfile(info)

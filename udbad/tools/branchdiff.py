@@ -17,15 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 
-from udbad.branch import compare, syscalls, whiteout
+from udbad.branch import compare, redirect, syscalls, whiteout
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.branch.layers import look
 from udbad.branch.policy import parse_copyup, parse_create
+from udbad.branch.spec import printable
 from udbad.branch.walk import kind_name, open_branch
 from udbad.errors import GONE
 from udbad.inodes.table import Dir, Layer
 from udbad.types import Perm
-from udbad.union import lookup, view
+from udbad.union import lookup, redirects, view
 from udbad.union.lookup import Answer
 from udbad.union.superblock import Superblock, UnionOptions
 
@@ -70,6 +71,10 @@ class _Level:
     lower: Dir | None
     hides: bool
     overlay: bool
+    redirects: bool
+    """Directories may have been renamed."""
+    above: bytes | None = None
+    """Its path on lower branches, where that is another one."""
     todo: list[bytes] = field(default_factory=list)
 
 
@@ -104,7 +109,8 @@ def changes(top: Branch, lowers: BranchSet) -> Generator[Change, None, None]:
     overlay = top.unmarked
     sb = Superblock(lowers, UnionOptions(parse_create("tdp"), parse_copyup("tdp")), max_fds=1)
     hides = whiteout.opaque(top.root_fd, overlay)
-    levels = [_Level(b"", syscalls.open_dir_at(top.root_fd, b"."), sb.root, hides, overlay)]
+    renamed = overlay or redirect.may_have(top.root_fd)
+    levels = [_Level(b"", syscalls.open_dir_at(top.root_fd, b"."), sb.root, hides, overlay, renamed)]
     try:
         yield from _names(sb, levels[0])
         while levels:
@@ -133,13 +139,37 @@ def _enter(sb: Superblock, level: _Level, name: bytes) -> _Level | None:
     if held.fd < 0:
         return None  # changed while we were looking
     try:
-        layers = None if level.lower is None else _below(sb, level.lower, name)
+        origin = _origin(sb, level, name)
+        if origin is not None:
+            layers: list[Layer] | None = redirects.followed(sb, -1, origin) or None
+        else:
+            layers = None if level.lower is None else _below(sb, level.lower, name)
     except BaseException:
         os.close(held.fd)
         raise
     path = level.path + b"/" + name if level.path else name
     lower = None if layers is None else Dir(_NO_NODE, layers)
-    return _Level(path, held.fd, lower, level.hides or held.end is not None, level.overlay)
+    hides = level.hides or held.end is not None if origin is None else held.opaque
+    above = origin
+    if above is None and level.above is not None:
+        above = level.above + b"/" + name
+    return _Level(path, held.fd, lower, hides, level.overlay, level.redirects, above)
+
+
+def _origin(sb: Superblock, level: _Level, name: bytes) -> bytes | None:
+    """The path that a directory has on lower branches, where it was renamed."""
+    if not level.redirects:
+        return None
+    fd = syscalls.open_dir_at(level.fd, name)
+    try:
+        said = redirect.read(fd, sb.redirect_key)
+    except redirect.Unusable:
+        return b""
+    finally:
+        os.close(fd)
+    if said is None or said.startswith(b"/"):
+        return said
+    return (b"/" + level.path if level.above is None else level.above).rstrip(b"/") + b"/" + said
 
 
 def _below(sb: Superblock, lower: Dir, name: bytes) -> list[Layer] | None:
@@ -189,6 +219,14 @@ def _compare(sb: Superblock, level: _Level, name: bytes, path: bytes) -> Change 
     is_dir = kind == st_mod.S_IFDIR
     if is_dir:
         level.todo.append(name)
+        try:
+            origin = _origin(sb, level, name)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return None
+        if origin:
+            return Change(path, ChangeKind.ADDED, label, f"was {printable(origin)}")
     found = lookup.CLEAR if level.lower is None else lookup.resolve(sb, level.lower, name)
     if found.answer is not Answer.FOUND:
         return Change(path, ChangeKind.ADDED, label, "")

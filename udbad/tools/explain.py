@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from udbad.branch import whiteout
+from udbad.branch import redirect, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.layers import End, Held, Part, look, merge
+from udbad.branch.spec import printable
 from udbad.branch.walk import kind_name
 from udbad.inodes.table import Dir, Node
+from udbad.union import redirects
 from udbad.union.superblock import Superblock
 
 _ROLES = {
@@ -134,8 +136,8 @@ def _walk(sb: Superblock, parts: Sequence[bytes]) -> list[list[_Seen]]:
     places = [_Place(branch, os.dup(branch.root_fd), "") for branch in sb.branches.branches]
     steps = [_root(places)]
     try:
-        for name in parts:
-            step = _examine(places, name)
+        for at, name in enumerate(parts):
+            step = _examine(sb, b"/" + b"/".join(parts[:at]), places, name)
             steps.append(step)
             for place in places:
                 os.close(place.fd)
@@ -159,8 +161,49 @@ def _held(place: _Place, name: bytes) -> Held:
     return look(place.fd, name, place.branch.whable, place.branch.overlay)
 
 
-def _examine(places: Sequence[_Place], name: bytes) -> list[_Seen]:
-    """Look up one name on every branch, top first; layers.py decides the roles."""
+def _redirect(sb: Superblock, seen: _Seen) -> bytes | None:
+    """What a directory that counts says of where it is below; the empty path where that can be none."""
+    if seen.role not in ("serves", "merged") or seen.branch.id not in sb.redirecting:
+        return None
+    if seen.held.fd < 0 or seen.held.opaque:
+        return None
+    try:
+        return redirect.read(seen.held.fd, sb.redirect_key)
+    except redirect.Unusable:
+        return b""
+
+
+def _follow_redirect(sb: Superblock, above: bytes, step: list[_Seen]) -> None:
+    """Where the uppermost part of a directory that says so is below, in the place of what is there of its name.
+
+    above: the path of the directory it is in, as the branches below have it.
+    """
+    told = next(((seen, said) for seen in step if (said := _redirect(sb, seen)) is not None), None)
+    if told is None:
+        return
+    seen, said = told
+    label = os.fsdecode(seen.branch.path)
+    path = said if said.startswith(b"/") or not said else above.rstrip(b"/") + b"/" + said
+    found = {layer.branch.index: layer for layer in redirects.followed(sb, seen.branch.index, path)} if path else {}
+    for lower in [one for one in step if one.branch.index > seen.branch.index]:
+        layer = found.pop(lower.branch.index, None)
+        if layer is not None:
+            if lower.held.fd >= 0:
+                os.close(lower.held.fd)
+            lower.held = Held(os.fstat(layer.fd), fd=layer.fd)
+            lower.role, lower.why = "merged", f"the redirect on {label} leads to {printable(path)}"
+        else:
+            lower.role, lower.why = "", f"the redirect on {label} leads elsewhere"
+    for layer in found.values():
+        step.append(
+            _Seen(layer.branch, Held(os.fstat(layer.fd), fd=layer.fd), "merged",
+                  f"the redirect on {label} leads to {printable(path)}")
+        )  # fmt: skip
+    step.sort(key=lambda one: one.branch.index)
+
+
+def _examine(sb: Superblock, place_at: bytes, places: Sequence[_Place], name: bytes) -> list[_Seen]:
+    """Look up one name on every branch, top first; layers.py decides the roles. place_at: the path of `places`."""
     step: list[_Seen] = []
     try:
         for place in places:
@@ -189,6 +232,7 @@ def _examine(places: Sequence[_Place], name: bytes) -> list[_Seen]:
         elif marked:
             ended = f"the whiteout on {label} hides it"
         seen.role = _ROLES[part]
+    _follow_redirect(sb, place_at, step)
     for seen in step:
         seen.role = seen.role or ("absent" if seen.st is None else "hidden")
     return step

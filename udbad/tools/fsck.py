@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from udbad.branch import origin, sweep, syscalls, whiteout, writelock
+from udbad.branch import origin, redirect, sweep, syscalls, whiteout, writelock
 from udbad.branch.dirtymark import DIRTY_MARK, was_dirty
 from udbad.branch.spec import printable
 from udbad.branch.walk import Entries, descend, join, objects_in, open_branch, stat_or_none, walk
@@ -32,6 +32,7 @@ _ADMINISTRATIVE: Final = {
     whiteout.PLINK_DIR: st_mod.S_IFDIR,
     whiteout.ORPHAN_DIR: st_mod.S_IFDIR,
     DIRTY_MARK: st_mod.S_IFREG,
+    redirect.MARK: st_mod.S_IFREG,
 }
 
 
@@ -46,6 +47,8 @@ class DefectKind(Enum):
     PLINK_SHARED = "pseudo-link"
     ORPHAN = "leftover of a deleted file"
     TEMPORARY = "stale temporary name"
+    BAD_REDIRECT = "redirect that cannot be a path"
+    UNTOLD_REDIRECT = "redirect that does not count"
     UNREADABLE = "cannot be checked"
 
 
@@ -96,7 +99,17 @@ def find_defects(root_fd: int, lower_fds: Sequence[int] = ()) -> Generator[Defec
 
     inodes = {ino for _, ino in shared}
     with closing(walk(root_fd, on_error)) as directories:
+        # In a layer of overlayfs they always count.
+        told = redirect.may_have(root_fd) or not syscalls.exists_at(root_fd, whiteout.BASE)
         for directory, fd, entries in directories:
+            if directory:
+                try:
+                    defect = _redirect(directory, fd, told)
+                except OSError as error:
+                    on_error(directory, error)
+                else:
+                    if defect is not None:
+                        yield defect
             for name, entry in entries.items():
                 try:
                     if inodes and entry.inode() in inodes:
@@ -114,6 +127,19 @@ def find_defects(root_fd: int, lower_fds: Sequence[int] = ()) -> Generator[Defec
         # Removing it is not for a checker to offer: the next mount takes it up, and names of the file
         # that exist on lower branches only would show their old content again (semantics 10.3).
         yield Defect(DefectKind.PLINK_SHARED, path, detail, "")
+
+
+def _redirect(directory: bytes, fd: int, told: bool) -> Defect | None:
+    """What is wrong with what a directory says of where it is below. told: the root says that there are redirects."""
+    try:
+        said = redirect.read(fd, redirect.key())
+    except redirect.Unusable as error:
+        return Defect(DefectKind.BAD_REDIRECT, directory, printable(error.args[0][:200]), "remove it")
+    if said is None or told:
+        return None
+    return Defect(
+        DefectKind.UNTOLD_REDIRECT, directory, f"{printable(said)}; {printable(redirect.MARK)} is missing", ""
+    )
 
 
 def _administrative(root_fd: int) -> Generator[Defect, None, None]:
@@ -200,6 +226,13 @@ def repair(root_fd: int, defect: Defect) -> None:
     """
     if not defect.remedy:
         raise ValueError(f"no remedy for {defect}")
+    if defect.kind is DefectKind.BAD_REDIRECT:
+        fd = descend(root_fd, defect.path.split(b"/"))
+        try:
+            redirect.remove(fd, redirect.key())
+        finally:
+            os.close(fd)
+        return
     *directories, name = defect.path.split(b"/")
     try:
         dirfd = descend(root_fd, directories)

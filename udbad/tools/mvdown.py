@@ -182,7 +182,7 @@ def _check_between(
     if parent.floor < target.index:
         opaque = parent.opaque
         what = "a directory above it" if opaque is None else f"its directory on {_label(sb.branches[opaque])}"
-        raise _refused(parts, f"{what} is opaque or whited out, which hides {_label(target)}")
+        raise _refused(parts, f"{what} is opaque, whited out or renamed, which hides {_label(target)}")
     for layer in parent.layers:
         branch = layer.branch
         if not source.index <= branch.index < target.index:

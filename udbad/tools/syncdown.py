@@ -40,7 +40,7 @@ from udbad.tools.takeaway import (
     Whiteout,
     must_carry,
 )
-from udbad.union import copydirs, lookup
+from udbad.union import copydirs, lookup, redirects
 from udbad.union.superblock import Superblock
 
 BATCH_FILES: Final = 64
@@ -133,6 +133,17 @@ class Sync:
                 os.close(dirfd)
 
     def _measure(self) -> None:
+        # All of this goes by names, which are not what a renamed directory has on lower branches. None is renamed
+        # from here on (redirects.may_write).
+        for branch in self.sb.branches.branches[: self.src.index + 1]:
+            path = redirects.any_in(branch, self.sb.redirect_key) if branch.id in self.sb.redirecting else None
+            if path is not None:
+                raise UserError(
+                    f"{printable(path)} on {printable(branch.path)} is a renamed directory, whose lower parts have "
+                    "another name: nothing can be merged from there downwards",
+                    ExitCode.REFUSED,
+                )
+
         def ignore(path: bytes, error: OSError) -> None:
             pass  # met again, and told, when its turn comes
 

@@ -18,7 +18,7 @@ import os
 import stat as st_mod
 from collections.abc import Callable, Iterable
 
-from udbad.branch import redirect, syscalls, whiteout
+from udbad.branch import redirect, syscalls, walk, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import ABSENT
 from udbad.inodes.table import Dir, Layer
@@ -209,6 +209,27 @@ def source(node: Dir) -> Layer | None:
     return next((layer for layer in node.layers if layer.below is not None), None)
 
 
+def followed(sb: Superblock, index: int, path: bytes) -> list[Layer]:
+    """What is under a path in the branches below this one (-1: in all of them), for who compares or explains
+    branches; the descriptors are the caller's."""
+    try:
+        return _Walk(sb, None).to(index, path)
+    except _TooFar:
+        return []
+
+
+def any_in(branch: Branch, attribute: bytes) -> bytes | None:
+    """The path of some directory of a branch that has a redirect; None without one. A walk through all of it: any
+    thread."""
+    for path, fd, _ in walk.walk(branch.root_fd, lambda path, error: None):
+        try:
+            if path and redirect.read(fd, attribute) is not None:
+                return path
+        except redirect.Unusable:
+            return path
+    return None
+
+
 def is_as_known(sb: Superblock, node: Dir, layer: Layer) -> bool:
     """Whether a layer of a directory says what it said when its layers were found."""
     if layer.branch.id not in sb.redirecting:
@@ -227,7 +248,10 @@ def is_as_known(sb: Superblock, node: Dir, layer: Layer) -> bool:
 
 
 def may_write(sb: Superblock, branch: Branch) -> bool:
-    """Whether a directory that is renamed on this branch may leave what it has below where that is."""
+    """Whether a directory that is renamed on this branch may leave what it has below where that is. Not while branches
+    are merged, or files carried down, which goes by names."""
+    if sb.in_doubt:
+        return False
     if sb.options.dirren == "auto":
         return not any(one.writable for one in sb.branches.branches[branch.index + 1 :])
     return sb.options.dirren == "on"
