@@ -79,16 +79,33 @@ def may_mount() -> bool:
     return usable and bool(read()[0] & _CAP_SYS_ADMIN)
 
 
+def namespace_user() -> int | None:
+    """Who is outside what root is in this user namespace; None in the first one, and for everybody else.
+
+    A root that is an ordinary user outside may mount(2) and use the devices of file systems there, as rootless podman
+    does, but the places of the system are not his.
+    """
+    if os.geteuid() != 0:
+        return None
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as lines:
+            inside, outside, count = map(int, lines.readline().split())
+    except (OSError, ValueError):  # no such namespaces here, or nobody has given this one its ids
+        return None
+    return None if inside == outside == 0 and count == 0xFFFFFFFF else outside
+
+
 def run_dir() -> str:
     """Where sockets and what is known of mounts go: root's place, or one of the user's own.
 
     What lies there is believed only where nobody else can have written it (control/private.py); so a name in /tmp,
     where there is nothing better, is no more than that.
     """
-    if os.geteuid() == 0:
+    user = os.geteuid() or namespace_user()
+    if user is None:
         return SYSTEM_RUN_DIR
-    place = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
-    return f"{place}/udbad" if os.path.isdir(place) else f"/tmp/udbad-{os.geteuid()}"
+    place = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}"
+    return f"{place}/udbad" if os.path.isdir(place) else f"/tmp/udbad-{user}"
 
 
 def config_file() -> str:
