@@ -15,6 +15,7 @@ run_packages=(
 test_packages=(
     build-essential debootstrap fish libcap2-bin procps rsync strace
     btrfs-progs e2fsprogs squashfs-tools xfsprogs
+    buildah podman crun uidmap busybox-static
     postgresql sqlite3 prometheus openssl fuse-overlayfs mergerfs openssh-server sshfs systemd zsh mandoc man-db
 )
 

@@ -38,11 +38,13 @@ _WORDS: Final = {
     "acl=0": "noacl",
     "squash_to_root": "squash_to_uid=0,squash_to_gid=0",
     "allow_idmap": "allow_idmap",
+    "redirect_dir=on": "dirren=on",
 }
 """What stands for other mount options."""
 _NO_CHANGE: Final = frozenset(
     {
-        "acl=1", "noxattrs=0", "fsync=1", "xattr_permissions=0", "static_nlink=0", "redirect_dir=off", "metacopy=off",
+        "acl=1", "noxattrs=0", "fsync=1", "xattr_permissions=0", "static_nlink=0", "redirect_dir=off",
+        "redirect_dir=follow", "metacopy=off",
         "index=off", "nfs_export=off",
     }
 )  # fmt: skip
@@ -53,7 +55,7 @@ _KNOWN: Final = frozenset(
 
 # Set-id programs, devices and programs are what they are in the image, as in overlayfs, wherever the layers lie;
 # containers/storage says so where it is to be otherwise.
-_FIRST: Final = "suid,dev,exec,nowarn,udba=none,fsname=" + FSNAME
+_FIRST: Final = "suid,dev,exec,nowarn,udba=none,whiteouts=overlay,dirren=off,fsname=" + FSNAME
 _LOWER: Final = "ro+wh"
 _UPPER: Final = "rw"
 

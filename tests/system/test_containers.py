@@ -1,0 +1,267 @@
+"""buildah and podman on udbad-overlay: images are built, run, changed and committed, by root and by an ordinary user.
+
+The same script runs on fuse-overlayfs, and what is in the images afterwards must be the same. Nothing here needs a
+network: the first image is made of busybox-static.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.helpers.merge import Tree, diff, snapshot
+from tests.helpers.mount import REPOSITORY
+from tests.system.support import clean_env, require
+from tests.t5_daemon.daemon import until
+
+pytestmark = [pytest.mark.system, pytest.mark.fuse]
+
+USER: Final = 54321
+SUBORDINATE: Final = 600000
+
+SCRIPT: Final = r"""
+set -eu
+c=$(buildah from scratch)
+m=$(buildah mount $c)
+mkdir -p $m/bin $m/etc/sub $m/data $m/srv/a/b
+cp /bin/busybox $m/bin/
+for name in sh ls cat rm mkdir mv echo ln chmod touch; do ln -s busybox $m/bin/$name; done
+echo hello > $m/etc/hello
+echo linked > $m/etc/first
+ln $m/etc/first $m/etc/second
+echo sub > $m/etc/sub/file
+seq 100 > $m/etc/numbers
+for i in $(seq 50); do echo $i > $m/data/$i; done
+echo deep > $m/srv/a/b/file
+buildah umount $c >/dev/null
+buildah commit -q $c base >/dev/null
+buildah rm $c >/dev/null
+
+c=$(buildah from base)
+m=$(buildah mount $c)
+rm $m/etc/numbers $m/bin/echo
+echo more >> $m/etc/hello
+mv $m/etc/sub $m/etc/moved
+rm -r $m/data
+mkdir $m/data
+echo new > $m/data/new
+mkdir $m/etc/sub
+buildah run --isolation chroot $c -- /bin/sh -c \
+    'cat /etc/hello; mkdir /made; cat /etc/hello > /made/copy; rm /etc/moved/file; ln /made/copy /made/link'
+buildah commit -q $c changed >/dev/null
+buildah umount $c >/dev/null
+
+cat > Containerfile <<X
+FROM changed
+RUN touch /one && rm -r /made
+RUN mkdir /made && cat /etc/hello > /made/two
+COPY Containerfile /copied
+RUN rm /data/new && mv /srv /srv2 && chmod 700 /etc/moved
+X
+buildah build -q --isolation chroot --layers -t built . >/dev/null
+podman diff changed > changes
+m=$(podman image mount built)
+cd $m
+find etc/sub > ~-/replaced
+find . -path ./etc/sub -prune -o \( -type f -printf '%p %m %n %s\n' -o -printf '%p %m %y %l\n' \) | sort
+cat etc/hello srv2/a/b/file made/*
+cd - >/dev/null
+podman image umount built >/dev/null
+buildah rm -a >/dev/null
+podman image prune -f >/dev/null
+podman image inspect --format '{{.GraphDriver.Data.UpperDir}}:{{.GraphDriver.Data.LowerDir}}' built > layers
+"""
+
+AS_USER: Final = r"""
+# What an ordinary user needs, in this mount namespace only: his name and ids, /dev/fuse, the way to what is root's.
+set -eu
+work=$1; shift
+cp -L /etc/passwd $work/passwd; echo "tester:x:$ID:$ID::$work:/bin/sh" >> $work/passwd
+cp -L /etc/group $work/group; echo "tester:x:$ID:" >> $work/group
+echo "tester:$SUB:65536" > $work/subuid
+for name in passwd group; do mount --bind $work/$name /etc/$name; done
+for name in subuid subgid; do [ -e /etc/$name ] || touch /etc/$name; mount --bind $work/subuid /etc/$name; done
+mknod -m 666 $work/fuse c 10 229
+mount --bind $work/fuse /dev/fuse
+n=0
+for path in "$@"; do
+    closed= above=$path
+    while ! setpriv --reuid $ID --regid $ID --clear-groups test -x "$above"; do
+        closed=$above above=$(dirname "$above")
+    done
+    [ -n "$closed" ] || continue
+    mkdir $work/way$n; mount --bind "$path" $work/way$n
+    mount -t tmpfs -o mode=755 none "$closed"
+    mkdir -p "$path"; mount --move $work/way$n "$path"
+    n=$((n+1))
+done
+cd $work/home
+export HOME=$work/home XDG_RUNTIME_DIR=$work/run
+exec setpriv --reuid $ID --regid $ID --init-groups buildah unshare bash -c "$SCRIPT"
+"""
+
+
+@dataclass
+class Storage:
+    """A private store of containers, and the program that mounts them."""
+
+    home: Path
+    program: Path
+    user: int = 0
+
+    def __post_init__(self) -> None:
+        self.home.mkdir()
+        (self.home / "storage.conf").write_text(
+            f'[storage]\ndriver = "overlay"\ngraphroot = "{self.home}/graph"\nrunroot = "{self.home}/state"\n'
+            f'[storage.options.overlay]\nmount_program = "{self.program}"\n'
+        )
+
+    def run(self, *command: str, **extra: str) -> str:
+        env = clean_env(CONTAINERS_STORAGE_CONF=f"{self.home}/storage.conf", UDBAD_PURE="1", **extra)
+        done = subprocess.run(
+            command, cwd=self.home, env=env, capture_output=True, text=True, timeout=500, check=False,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def layers(self) -> list[str]:
+        """Of the image `built`, the uppermost first."""
+        text = (self.home / "layers").read_text().strip().replace("<no value>", "")
+        return [path for path in text.split(":") if path]
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """udbad-overlay, of these sources."""
+    path = tmp_path / "udbad-overlay"
+    path.write_text(
+        f'#!/bin/sh\nexport PYTHONPATH={REPOSITORY}\nexec {sys.executable} -P -m udbad.commands.overlay "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def tools() -> Iterator[None]:
+    require("buildah", "podman", "fuse-overlayfs", "unshare", "setpriv", "newuidmap")
+    assert Path("/bin/busybox").exists(), "busybox-static"
+    yield
+    # Mounts that a container was left with end with the mount namespace of their script, and the processes then.
+    until(lambda: not served(), "the end of every mount process")
+
+
+def served() -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"udbad.commands.overlay" in words:
+            found.append(str(path))
+    return found
+
+
+def test_images_by_root(tmp_path: Path, program: Path) -> None:
+    ours, theirs = Storage(tmp_path / "ours", program), Storage(tmp_path / "theirs", Path("/usr/bin/fuse-overlayfs"))
+    said = [one.run("unshare", "-m", "bash", "-c", SCRIPT) for one in (ours, theirs)]
+    assert said[0].splitlines() == said[1].splitlines()
+    for one in (ours, theirs):
+        same_tree_in_all(tmp_path, program, one.layers())
+    changes = (ours.home / "changes").read_text().splitlines()
+    assert {"D /etc/numbers", "D /bin/echo", "C /etc/hello", "A /etc/moved", "A /made/link", "A /data/new"} <= {
+        *changes
+    }
+    # The directory that has taken another one's place is empty; a commit with fuse-overlayfs has the old file in it.
+    assert (ours.home / "replaced").read_text() == "etc/sub\n"
+    committed = [json.loads(one.run("podman", "image", "inspect", "built"))[0] for one in (ours, theirs)]
+    assert len(committed[0]["RootFS"]["Layers"]) == len(committed[1]["RootFS"]["Layers"])
+
+
+def test_layers_that_were_written_are_those_of_overlayfs(tmp_path: Path, program: Path) -> None:
+    """What a container has written, before it is committed: the kernel shows the same tree."""
+    for name in ("lower/dir", "lower/gone", "upper", "work", "merged"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("kept", "removed", "changed", "dir/removed", "dir/kept", "gone/file"):
+        (tmp_path / "lower" / name).write_text(name)
+    words = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    merged = tmp_path / "merged"
+    subprocess.run([program, "-o", words, merged], check=True, timeout=60, env=clean_env(UDBAD_PURE="1"))
+    try:
+        for name in ("removed", "dir/removed", "gone/file"):
+            (merged / name).unlink()
+        (merged / "gone").rmdir()
+        (merged / "gone").mkdir()
+        (merged / "changed").write_text("new")
+        with pytest.raises(OSError, match="cross-device"):
+            (merged / "dir").rename(merged / "other")
+    finally:
+        subprocess.run(["fusermount3", "-u", merged], check=True, timeout=60)
+    until(lambda: not served(), "the end of every mount process")
+    assert sorted(os.listdir(tmp_path / "upper")) == ["changed", "dir", "gone", "removed"]
+    same_tree_in_all(tmp_path, program, [f"{tmp_path}/upper", f"{tmp_path}/lower"], kernel=True)
+
+
+def without_marks(tree: Tree) -> Tree:
+    """overlayfs hides its own attributes in layers, the others show them."""
+    return {
+        path: replace(entry, xattrs=tuple(one for one in entry.xattrs if "overlay" not in one[0]))
+        for path, entry in tree.items()
+    }
+
+
+def same_tree_in_all(tmp_path: Path, program: Path, layers: list[str], kernel: bool = False) -> None:
+    """One set of layers, as udbad-overlay, fuse-overlayfs and overlayfs show it. containers/storage keeps committed
+    layers in the notation of aufs, which overlayfs does not read, where there is a mount_program: kernel."""
+    assert len(layers) > 1
+    place = tmp_path / "place"
+    place.mkdir(exist_ok=True)
+    lower = "lowerdir=" + ":".join(layers)
+    trees = []
+    commands = [[str(program), "-o", lower, str(place)], ["fuse-overlayfs", "-o", lower, str(place)]]
+    if kernel:
+        commands.append(["mount", "-t", "overlay", "overlay", "-o", lower + ",redirect_dir=on", str(place)])
+    for command in commands:
+        subprocess.run(command, check=True, capture_output=True, timeout=60, env=clean_env(UDBAD_PURE="1"))
+        try:
+            trees.append(without_marks(snapshot(place)))
+        finally:
+            subprocess.run(["umount", place], check=True, timeout=60)
+    for other in trees[1:]:
+        assert diff(trees[0], other) == []
+
+
+def test_images_by_an_ordinary_user(tmp_path: Path, program: Path) -> None:
+    """In a user namespace, as rootless podman has it: mounted there by its root, who is nobody outside."""
+    opened = tmp_path
+    while opened != opened.parent:
+        opened.chmod(opened.stat().st_mode | 0o111) if opened.stat().st_uid == os.geteuid() else None
+        if opened.name.startswith("udbad-test"):
+            break
+        opened = opened.parent
+    said = []
+    for name, mounts in (("ours", program), ("theirs", Path("/usr/bin/fuse-overlayfs"))):
+        work = tmp_path / name
+        work.mkdir()
+        (work / "run").mkdir(mode=0o700)
+        storage = Storage(work / "home", mounts)
+        for path in (work, work / "run", storage.home, storage.home / "storage.conf"):
+            os.chown(path, USER, USER)
+        ways = [sys.base_prefix, sys.prefix, str(REPOSITORY)]
+        said.append(
+            storage.run(
+                "unshare", "-m", "bash", "-c", AS_USER, "-", str(work), *ways,
+                ID=str(USER), SUB=str(SUBORDINATE), SCRIPT=SCRIPT,
+            )
+        )  # fmt: skip
+    assert said[0].splitlines() == said[1].splitlines()
+    assert "./made/two" in said[0]
