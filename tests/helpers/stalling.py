@@ -4,7 +4,8 @@ In a test: with stalling(directory, mount_point) as server: …, server.stall(),
 kernel, so that each access asks the server.
 
 A request that the server has read when it stops cannot be ended by a signal; one that it has not can. `stuck` makes the
-first kind: names that begin with STUCK are looked up and never answered, until `go_on`.
+first kind: names that begin with STUCK are looked up and never answered, until `go_on`. So is reading a file whose name
+begins with HALF, from HALF_AT bytes on, for who had opened it before `go_on`.
 """
 
 from __future__ import annotations
@@ -26,20 +27,33 @@ import trio
 from tests.helpers.leaks import abort_connection, read_mountinfo, remove_mount
 
 STUCK = "stuck"
+HALF = "half"
+HALF_AT = 1 << 20
 _DEADLINE = 20.0
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Server:
-    """The test's side."""
+    """The test's side. connection: the number of its mount among those of FUSE."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], connection: int) -> None:
         self.process = process
+        self.connection = connection
 
     def stall(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
         while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
             time.sleep(0.001)
+
+    def wait_for_half(self) -> None:
+        """Return when somebody reads a HALF that far."""
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == b"half\n"
+
+    @property
+    def waiting(self) -> int:
+        """How many requests there are that it has not answered."""
+        return int(Path(f"/sys/fs/fuse/connections/{self.connection}/waiting").read_text())
 
     def go_on(self) -> None:
         self.process.send_signal(signal.SIGCONT)
@@ -58,7 +72,7 @@ def stalling(directory: Path, mount_point: Path) -> Iterator[Server]:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         mount = next(one for one in read_mountinfo() if one.path == mount_point)
-        server = Server(process)
+        server = Server(process, mount.minor)
         yield server
         server.go_on()
     finally:
@@ -96,6 +110,8 @@ class _Directory(pyfuse3.Operations):
         super().__init__()
         self._paths: dict[int, str] = {pyfuse3.ROOT_INODE: root}
         self._lists: dict[int, list[str]] = {}
+        self.halves: dict[int, bool] = {}
+        """Open files that are read by half; whether that was said."""
         self.released = trio.Event()
 
     def _path(self, parent: int, name: bytes) -> str:
@@ -188,6 +204,8 @@ class _Directory(pyfuse3.Operations):
 
     async def open(self, inode: int, flags: int, ctx: Any) -> Any:
         fd = self._call(os.open, self._paths[inode], flags & ~(os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_DIRECT))
+        if os.path.basename(self._paths[inode]).startswith(HALF):
+            self.halves[fd] = False
         return pyfuse3.FileInfo(fh=fd, direct_io=False, keep_cache=False)
 
     async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
@@ -197,6 +215,11 @@ class _Directory(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=fd), self._entry(path)
 
     async def read(self, fh: int, offset: int, size: int) -> bytes:
+        if fh in self.halves and offset >= HALF_AT:
+            if not self.halves[fh]:
+                self.halves[fh] = True
+                print("half", flush=True)
+            await self.released.wait()
         return self._call(os.pread, fh, size, offset)  # type: ignore[no-any-return]  # bytes
 
     async def write(self, fh: int, offset: int, buffer: bytes) -> int:
@@ -209,6 +232,7 @@ class _Directory(pyfuse3.Operations):
         return
 
     async def release(self, fh: int) -> None:
+        self.halves.pop(fh, None)
         os.close(fh)
 
     async def statfs(self, ctx: Any) -> Any:
@@ -223,6 +247,7 @@ async def _let_go(operations: _Directory, task_status: trio.TaskStatus[None]) ->
     with trio.open_signal_receiver(signal.SIGUSR1) as signals:
         task_status.started()
         async for _ in signals:
+            operations.halves.clear()
             operations.released.set()
             operations.released = trio.Event()
 

@@ -9,18 +9,23 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.helpers.mount import Mount, MountFailed, UnionFactory
 from tests.helpers.offline import number_of, offline
-from tests.helpers.stalling import STUCK, Server, stalling
+from tests.helpers.stalling import HALF, HALF_AT, STUCK, Server, stalling
 from tests.t5_daemon.daemon import Daemon, until
+from udbad.branch.branches import Branch, BranchSet
 from udbad.errors import ExitCode
 from udbad.mount import keeper
+from udbad.mount.offline import Offline
+from udbad.types import Perm
 
 pytestmark = [
     pytest.mark.fuse,
@@ -230,3 +235,173 @@ def test_a_mount_of_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
         assert os.listdir(path) == ["apart"]
         assert "pool.hung" not in daemon.config.read_text()
         daemon.stop()
+
+
+def test_its_process_is_killed_while_it_waits(server: Server, union: UnionFactory) -> None:
+    """Before anybody could find out what for: the next one waits for the branch, too, and is found out in its turn."""
+    mount = union(LAYERS, "notify", "survive=on,branch_timeout=2,create=rr", allow_log=LOG)
+    path = mount.path
+    first = mount.control({"op": "status"})["pid"]
+    server.stall()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(number_of, os.stat, path / "only/new")
+        until(lambda: server.waiting > 0, "request to the branch", SECONDS)
+        os.kill(first, signal.SIGKILL)
+        assert waiting.result(SECONDS) == errno.EIO
+    assert offline(mount) == [str(mount["hung"])]
+    assert (path / "in_d").read_text() == "in_d"
+    server.go_on()
+    until(lambda: offline(mount) == [], "its return", SECONDS)
+    assert (path / "only/f").read_text() == "f"
+
+
+def test_a_mount_of_the_daemon_is_killed_while_it_waits(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "pool.a/apart").mkdir(parents=True)
+    with stalling(tmp_path / "real", tmp_path / "pool.hung") as server:
+        path = daemon.add("pool", survive=True, branch_timeout=2)
+        daemon.mounts["pool"]["branches"] = [f"{tmp_path}/pool.{name}=rw" for name in ("a", "hung")]
+        daemon.start()
+        first = daemon.wait_for("pool")["pid"]
+        server.stall()
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(number_of, os.stat, path / "new")
+            until(lambda: server.waiting > 0, "request to the branch", SECONDS)
+            os.kill(first, signal.SIGKILL)
+            assert waiting.result(SECONDS) == errno.EIO
+        second = daemon.wait_for("pool", not_pid=first)["pid"]
+        assert (path / "apart").is_dir()
+        server.go_on()
+        daemon.wait_for("pool", not_pid=second)
+        assert os.listdir(path) == ["apart"]
+        daemon.stop()
+
+
+def test_nothing_is_asked_of_it(mount: Mount, server: Server) -> None:
+    """What a server that stands still was sent stays in its queue, and can be counted: who works on the other four
+    branches waits for nothing of the fifth."""
+    path = mount.path
+    os.stat(path / "apart/f")
+    here = os.open(path / "apart", os.O_PATH)  # the kernel does not forget it
+    server.stall()
+    assert number_of(os.stat, path / "only/new") == errno.EIO
+    until(lambda: server.waiting == 1, "prober that asks, alone", SECONDS)
+    for number in range(20):
+        new, directory = path / f"apart/new{number}", path / f"apart/dir{number}"
+        new.write_text("new")
+        directory.mkdir()
+        os.chmod(new, 0o600)
+        os.truncate(new, 1)
+        os.setxattr(new, "user.x", b"x")
+        os.link(new, directory / "link")
+        os.symlink("new", directory / "symlink")
+        os.rename(new, directory / "renamed")
+        with open(directory / "renamed", "r+b") as stream:
+            stream.write(b"N")
+            os.fsync(stream.fileno())
+        assert sorted(os.listdir(directory)) == ["link", "renamed", "symlink"]
+        assert os.statvfs(path).f_blocks
+        for name in ("link", "symlink", "renamed"):
+            os.unlink(directory / name)
+        directory.rmdir()
+        assert (path / "in_d").read_text() == "in_d"
+        for name in ("in_hung", "new"):
+            assert number_of(os.stat, path / "all" / name) == errno.EIO
+        for name in ("", "all", "only"):
+            assert number_of(os.listdir, path / name) == errno.EIO
+        assert number_of(os.unlink, path / "all/in_a") == errno.EIO
+        assert number_of(os.mkdir, path / "all/new") == errno.EIO
+        for source, target in (("all/in_a", "apart/in_a"), ("apart/f", "all/f"), ("only", "apart/only")):
+            assert number_of(os.rename, path / source, path / target) == errno.EIO
+    assert server.waiting == 1
+    server.go_on()
+    until(lambda: offline(mount) == [], "its return", SECONDS)
+    assert sorted(os.listdir(path / "all")) == ["in_a", "in_hung"]
+    assert os.listdir(path / "apart") == ["f"]
+    os.close(here)
+
+
+def test_closing_is_what_hangs(notified: Mount, server: Server) -> None:
+    """close(2) asks the server. It has no descriptor any more that would say which branch that is of."""
+    path = notified.path
+    writer = os.open(path / "only/f", os.O_WRONLY)
+    os.pwrite(writer, b"F", 0)
+    server.stall()
+    with ThreadPoolExecutor(1) as threads:
+        closing = threads.submit(number_of, os.close, writer)
+        until(lambda: server.waiting > 0, "request to the branch", SECONDS)
+        assert closing.result(SECONDS) == errno.EIO, "what was written may be lost"
+    assert offline(notified) == [str(notified["hung"])]
+    assert (path / "in_d").read_text() == "in_d"
+    server.go_on()
+    until(lambda: offline(notified) == [], "its return", SECONDS)
+    assert (path / "only/f").read_text() == "F"
+
+
+def test_a_copy_up_is_under_way(server: Server, union: UnionFactory, tmp_path: Path) -> None:
+    """It has read some of the file when the branch stops answering. Nobody else waits, and nothing of it is left."""
+    size = 3 * HALF_AT
+    (tmp_path / f"real/only/{HALF}").write_bytes(b"h" * size)
+    (tmp_path / "a/only").mkdir()
+    layers = LAYERS | {"hung": "ro"}
+    mount = union(layers, "notify", "survive=on,branch_timeout=1,io=requests", allow_log=LOG)
+    path, copied = mount.path, mount["a"] / "only"
+    file = os.open(path / f"only/{HALF}", os.O_RDWR)
+    with ThreadPoolExecutor(1) as threads:
+        for result in (errno.EIO, None):
+            writing = threads.submit(number_of, os.pwrite, file, b"H", 0)
+            server.wait_for_half()
+            if result is None:
+                server.go_on()
+            else:
+                server.stall()
+            assert (path / "in_d").read_text() == "in_d"
+            assert writing.result(SECONDS) == result
+            if result is not None:
+                assert offline(mount) == [str(mount["hung"])]
+                assert os.listdir(copied) == []
+                assert number_of(os.stat, path / f"only/{HALF}") == errno.EIO
+                assert number_of(os.chmod, path / f"only/{HALF}", 0o600) == errno.EIO
+                server.go_on()
+                until(lambda: offline(mount) == [], "its return", SECONDS)
+                assert os.listdir(copied) == []
+    os.close(file)
+    assert (copied / HALF).read_bytes() == b"H" + b"h" * (size - 1)
+
+
+def test_it_is_asked_later_each_time(mount: Mount, server: Server) -> None:
+    for times in (1, 2):
+        server.stall()
+        assert number_of(os.stat, mount.path / "only/new") == errno.EIO
+        server.go_on()
+        until(lambda: offline(mount) == [], f"its return, {times}", SECONDS)
+        assert (mount.path / "only/f").read_text() == "f"
+
+
+@pytest.mark.parametrize(
+    ("before", "ended", "delay"),
+    [(0, 0.0, 0.0), (1, 10.0, 40.0), (3, 10.0, 160.0), (20, 10.0, 3600.0), (3, 4000.0, 0.0)],
+    ids=["first", "second", "fourth", "longest", "long-ago"],
+)
+def test_how_much_later(
+    before: int,
+    ended: float,
+    delay: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """before: how often it was away already; ended: seconds since it was the last time."""
+    asked: list[float] = []
+
+    def probe(branch: Branch, delay: float, killed: Sequence[int]) -> int:
+        asked.append(delay)
+        return -1
+
+    monkeypatch.setattr("udbad.mount.offline._probe", probe)
+    branch = Branch(7, 0, bytes(tmp_path), Perm.RW, frozenset(), None, -1, -1, 0, "nfs", offline=True)
+    outages = {"7": {"since": 0.0, "times": before, "ended": time.monotonic() - ended}} if before else {}
+    left = SimpleNamespace(facts={"outages": outages}, killed=[])
+    caplog.set_level("CRITICAL", "udbad.mount.offline")
+    Offline(BranchSet((branch,), 1), left, 20)  # type: ignore[arg-type]  # as much of one as it looks at
+    assert asked == [delay]

@@ -66,6 +66,16 @@ class UnreadableRecord(Exception):
     """There is no state in it, or one of another version."""
 
 
+def condemned(fd: int) -> tuple[int, int] | None:
+    """Of a record, which may be empty: the process that was killed for a branch, of which a thread may wait for that
+    still, and the index of the branch; None when it was not. Raises OSError."""
+    head = os.pread(fd, (_HUNG + 1) * 8, 0)
+    words = memoryview(head).cast("Q") if len(head) == (_HUNG + 1) * 8 else ()
+    if not words or words[0] != _MAGIC or not words[_HUNG]:
+        return None
+    return words[_HUNG] >> 32, (words[_HUNG] & (1 << 32) - 1) - 1
+
+
 class Counted(Protocol):
     """An object whose references are counted in place. place: number of the word, 0: it has none."""
 
@@ -332,16 +342,6 @@ class Record:
         """Process `pid`, which writes this, is about to be killed: the branch of that index does not answer
         (mount/watchdog.py)."""
         self._words[_HUNG] = pid << 32 | index + 1
-
-    @property
-    def hung(self) -> int | None:
-        """The index of the branch for which its process was killed."""
-        return (self._words[_HUNG] & (1 << 32) - 1) - 1 if self._words[_HUNG] else None
-
-    @property
-    def killed(self) -> int:
-        """The number of that process, of which a thread may wait for the branch still; else 0."""
-        return self._words[_HUNG] >> 32
 
     # -- small facts ------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,11 +18,11 @@ from udbad.branch.branches import Branch, BranchSet
 from udbad.control import registry
 from udbad.edge import poison
 from udbad.errors import ExitCode, UserError
-from udbad.inodes.record import READ, Record, UnreadableRecord
+from udbad.inodes.record import READ, Record, UnreadableRecord, condemned
 from udbad.kernel.session import Session
 from udbad.mount.crash import Crash
 from udbad.mount.keeper import Gone, Left, Table
-from udbad.mount.watchdog import FACTS
+from udbad.mount.watchdog import BEGUN, FACTS
 from udbad.settings.options import format_options, parse_mount_options
 from udbad.types import Perm
 
@@ -58,15 +58,28 @@ def write(process: MountProcess, record: Record, last: int) -> int:
         "control": [process.presence.control_path, process.presence.control_fd],
         "session": the_session.facts(),
     }
+    fd = _say(record, FACTS, facts)
+    if last >= 0:
+        os.close(last)
+    return fd
+
+
+def begin(record: Record, branches: BranchSet) -> int:
+    """Say which branches a process takes over, before it asks them anything: it may wait for one, as any other process
+    (mount/watchdog.py). Returns the descriptor of that, for `write`. Raises OSError."""
+    served = branches.branches
+    facts = {"branches": [_branch_words(one) for one in served], "offline": [one.id for one in served if one.offline]}
+    return _say(record, BEGUN, facts)
+
+
+def _say(record: Record, note: str, facts: dict[str, Any]) -> int:
     fd = os.memfd_create("udbad facts", os.MFD_CLOEXEC)
     try:
         os.write(fd, json.dumps(facts).encode())
-        record.note(FACTS, b"%d" % fd)
+        record.note(note, b"%d" % fd)
     except BaseException:
         os.close(fd)
         raise
-    if last >= 0:
-        os.close(last)
     return fd
 
 
@@ -96,17 +109,16 @@ def _branch_words(branch: Branch) -> dict[str, Any]:
     }
 
 
-def branches(facts: dict[str, Any], take: Callable[[int], int], hung: int | None = None) -> BranchSet:
+def branches(facts: dict[str, Any], take: Callable[[int], int], hung: Collection[int] = ()) -> BranchSet:
     """The branches themselves, by their descriptors: what somebody has mounted over their paths since is not asked.
 
-    hung: the index of one that does not answer. Another one of its file system will not, either.
+    hung: the indexes of those that do not answer. Others of their file systems will not, either.
 
     Raises OSError.
     """
-    offline = set(facts.get("offline", ()))
-    if hung is not None:
-        dev = facts["branches"][hung]["dev"]
-        offline |= {words["id"] for words in facts["branches"] if words["dev"] == dev}
+    devices = {facts["branches"][index]["dev"] for index in hung}
+    away = {words["id"] for words in facts["branches"] if words["dev"] in devices}
+    offline = away.union(facts.get("offline", ()))
     return BranchSet(
         tuple(_branch(words, take, words["id"] in offline) for words in facts["branches"]), facts["generation"]
     )
@@ -154,7 +166,7 @@ def carry_on(predecessor: Predecessor, record: Record) -> None:
     crash = predecessor.crash
     if crash.text:
         log.error("the process before has crashed: %s", crash)
-    if predecessor.record.hung is not None:
+    if predecessor.hung:
         poison.absolve(record.slots)
     if crash.thread is not None:
         poison.blame(record.slots, crash.thread)
@@ -167,8 +179,12 @@ class Predecessor:
         """left: by one or several processes, the newest first: one that was killed before it had taken all over has
         said nothing, and does not count. mount_point: as the kernel has it; what was left of another mount is not ours.
         died: time.monotonic() of its end. Raises OSError, UserError: nothing is left, or it is of another version.
+
+        hung: indexes of branches that one of them has waited for too long, killed: those processes, which may still.
         """
         self.died = died
+        self.hung: set[int] = set()
+        self.killed: list[int] = []
         self._tables: list[Table] = []
         problem: Exception = UserError("nothing is left of the process before", ExitCode.FAILURE)
         for keeper, record in left:
@@ -180,7 +196,12 @@ class Predecessor:
             self._tables.append(table)
             try:
                 self.take = table.take
-                self.record = _attach(table.take(record))
+                fd = table.take(record)
+                found = condemned(fd)
+                if found is not None:
+                    self.killed.append(found[0])
+                    self.hung.add(found[1])
+                self.record = _attach(fd)
                 self.facts = read(self.record, table.take)
                 if os.fsencode(self.facts["mount_point"]) != mount_point:
                     raise UserError(f"process {keeper} keeps another mount", ExitCode.FAILURE)

@@ -124,8 +124,10 @@ class MountProcess:
                     log.info("mount point %s is not empty; its content is hidden while mounted", text(self.mount_point))
                 self.branches = open_branches(options.branches, options.ro, self.mount_point, options.whiteouts)
             else:
-                self.branches = handover.branches(predecessor.facts, predecessor.take, predecessor.record.hung)
+                self.branches = handover.branches(predecessor.facts, predecessor.take, predecessor.hung)
             ending.callback(lambda: self.branches.close())  # those of then
+            if record is not None and predecessor is not None:
+                self._facts_fd = handover.begin(record, self.branches)
             self.offline = Offline(self.branches, predecessor, options.branch_timeout)
             if options.warn_perm and predecessor is None:
                 for line in permission_warnings(self.branches):

@@ -116,7 +116,6 @@ class Offline:
             return
         self._outages = outages(predecessor.facts)
         self.abandoned |= set(predecessor.facts.get("abandoned", ()))
-        killed = predecessor.record.killed
         for branch in self._branches:
             outage = self._outages.get(branch.id)
             if outage is None or outage.ended:
@@ -126,7 +125,7 @@ class Offline:
                     "branch %s has not answered for %d s: the mount goes on without it", shown(branch.path), timeout
                 )
             delay = min(timeout * 2.0 ** (outage.times - 1), _SOON) if outage.times > 1 else 0.0
-            self._answers[branch.id] = _probe(branch, delay, killed)
+            self._answers[branch.id] = _probe(branch, delay, predecessor.killed)
 
     def __bool__(self) -> bool:
         return bool(self._branches)
@@ -163,9 +162,9 @@ class Offline:
             log.error("branch %s stays away until it is mounted again: %s", shown(branch.path), error.message)
 
 
-def _probe(branch: Branch, delay: float, killed: int) -> int:
-    """Have a branch asked after `delay` seconds, and when process `killed` has ended, which may still wait for it. The
-    descriptor that a byte can be read from when it has answered."""
+def _probe(branch: Branch, delay: float, killed: Sequence[int]) -> int:
+    """Have a branch asked after `delay` seconds, and when processes `killed` have ended, which may still wait for it.
+    The descriptor that a byte can be read from when it has answered."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     owner = os.getpid()
     pid = os.fork()
@@ -175,11 +174,12 @@ def _probe(branch: Branch, delay: float, killed: int) -> int:
     return reader
 
 
-def _ask(owner: int, root: int, writer: int, delay: float, killed: int) -> NoReturn:
+def _ask(owner: int, root: int, writer: int, delay: float, killed: Sequence[int]) -> NoReturn:
     """In a process of its own."""
     try:
         _be_alone(owner, root, writer)
-        _wait_for(killed)
+        for pid in killed:
+            _wait_for(pid)
         time.sleep(delay)
         while not _answers(root):
             time.sleep(_AGAIN_SECONDS)

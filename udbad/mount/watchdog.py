@@ -31,6 +31,8 @@ from udbad.mount.keeper import end_with_parent
 
 FACTS: Final = "facts"
 """The note with the number of the descriptor of what a mount process tells its successor (handover.py)."""
+BEGUN: Final = "begun"
+"""That with the same of one that takes over and has told nothing yet: its branches alone."""
 _LOOKS: Final = 4
 """In the time that a branch has to answer."""
 _LONGEST_PAUSE: Final = 5.0
@@ -133,7 +135,7 @@ class Watchdog:
 
     def _branches(self) -> Iterator[tuple[int, int, int]]:
         """Index, descriptor of the root and number of its mount, of each branch that is served."""
-        said = self._record.noted(FACTS)
+        said = self._record.noted(FACTS) or self._record.noted(BEGUN)
         if said is None:
             return
         fd = int(said)
