@@ -31,16 +31,24 @@ def judge(found: list[str], seed: int) -> None:
     assert not found, f"UDBAD_STORM_SEED={SEED} (this storm: {seed}):\n" + "\n".join(found)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=":".join)
-@pytest.mark.parametrize("udba", MODES)
-def test_processes_at_the_same_time(tmp_path: Path, udba: str, layout: tuple[str, ...]) -> None:
+def storms(tmp_path: Path, udba: str, layout: tuple[str, ...], options: str = "noplink") -> None:
     print(f"UDBAD_STORM_SEED={SEED}")
-    with arena(tmp_path, udba, layout) as here:
+    with arena(tmp_path, udba, layout, options) as here:
         fill(here, SEED, 200)
         for number in range(ROUNDS):
             seed = SEED + 100 * number
             here.storm(seed, CLIENT_OPERATIONS)
             judge(here.check(fresh=number % FRESH_EVERY == FRESH_EVERY - 1), seed)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=":".join)
+@pytest.mark.parametrize("udba", MODES)
+def test_processes_at_the_same_time(tmp_path: Path, udba: str, layout: tuple[str, ...]) -> None:
+    storms(tmp_path, udba, layout)
+
+
+def test_whole_file_systems_are_watched(tmp_path: Path) -> None:
+    storms(tmp_path, "notify", LAYOUTS[0], "noplink,watch=fanotify")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=":".join)

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udbad import compiled
-from udbad.branch import listing, state, syscalls
+from udbad.branch import fanotify, listing, state, syscalls
 from udbad.branch.branches import Branch
 from udbad.inodes.table import Dir, Layer, Node
 from udbad.kernel import device, wire
@@ -44,7 +44,7 @@ def in_python(module: ModuleType) -> ModuleType:
 
 
 PYTHON_WIRE, PYTHON_DEVICE, PYTHON_LISTING = in_python(wire), in_python(device), in_python(listing)
-PYTHON_STATE = in_python(state)
+PYTHON_STATE, PYTHON_FANOTIFY = in_python(state), in_python(fanotify)
 BRANCH = Branch(0, 0, b"/", Perm.RO, frozenset(), None, -1, -1, 0, "ext4")
 U32 = st.integers(0, (1 << 32) - 1)
 U64 = st.integers(0, (1 << 63) - 1)
@@ -255,6 +255,42 @@ def test_a_stamp_of_a_file(tmp_path: Path) -> None:
         os.utime(tmp_path, (1, changed))
         status = syscalls.stat_at(-1, os.fsencode(tmp_path))
         assert state.stamp(status) == PYTHON_STATE.stamp(os.stat(tmp_path))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="fanotify of a file system is root's")
+@pytest.mark.parametrize("module", [fanotify, PYTHON_FANOTIFY], ids=["used", "python"])
+def test_events_of_a_file_system(tmp_path: Path, module: ModuleType) -> None:
+    for directory in ("known", "foreign"):
+        (tmp_path / directory).mkdir()
+    group = fanotify.open_group()
+    known, file = os.open(tmp_path / "known", os.O_PATH), -1
+    try:
+        fanotify.mark(group, known)
+        fsid = fanotify.file_system_id(known)
+        handle = fanotify.handle_of(known, fsid)
+        names = [b"a", b"n" * 15, b"n" * 16, b"n" * 255]
+        for name in names:
+            for directory in ("known", "foreign"):
+                os.close(os.open(os.fsencode(tmp_path / directory) + b"/" + name, os.O_CREAT))
+        data = os.read(group, 1 << 16)
+        count, found = module.events(data, {handle: None})
+        assert count >= 2 * len(names)
+        assert [(key, name, pid) for key, _, name, pid in found] == [(handle, name, os.getpid()) for name in names]
+        assert all(mask & fanotify.CREATE for _, mask, _, _ in found)
+        # A file that is known itself: by its own handle, whatever directory it is in.
+        file = os.open(tmp_path / "foreign" / "a", os.O_PATH)
+        of_file = fanotify.handle_of(file, fsid)
+        (tmp_path / "foreign" / "a").chmod(0o600)
+        (tmp_path / "known").chmod(0o700)
+        _, found = module.events(os.read(group, 1 << 16), {handle: None, of_file: None})
+        attributes = [(key, name) for key, mask, name, _ in found if mask & fanotify.ATTRIB]
+        assert attributes == [(of_file, b""), (handle, b"")]
+        assert module.events(b"", {}) == (0, [])
+        overflow = struct.pack("=IBBHQii", 24, 3, 0, 24, fanotify.Q_OVERFLOW, -1, 0)
+        assert module.events(overflow, {}) == (1, [(b"", fanotify.Q_OVERFLOW, b"", 0)])
+    finally:
+        for fd in (group, known, *([file] if file >= 0 else ())):
+            os.close(fd)
 
 
 @pytest.mark.parametrize("module", [listing, PYTHON_LISTING], ids=["used", "python"])

@@ -35,7 +35,7 @@ from udbad.coherence.events import Events
 from udbad.coherence.none import NoneCoherence
 from udbad.coherence.notify import NotifyCoherence
 from udbad.coherence.reval import RevalCoherence
-from udbad.coherence.watcher import Change, Watcher, WatchLimit
+from udbad.coherence.watcher import Change, Watch, Watcher, WatchLimit
 from udbad.inodes.handles import OpenFile
 from udbad.inodes.table import Dir
 from udbad.kernel import wire
@@ -324,7 +324,7 @@ def new_world(
     world = World(directory, mode, epochs, specs)
     watch = Watcher.watch_directory
 
-    def limited(self: Watcher, fd: int, handle: object) -> int:
+    def limited(self: Watcher, fd: int, handle: object) -> Watch:
         if len(self) >= world.limit:
             raise WatchLimit
         return watch(self, fd, handle)

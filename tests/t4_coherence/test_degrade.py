@@ -241,7 +241,7 @@ ATTEMPTS = 5
 def test_watch_limit(union: UnionFactory, tmp_path: Path) -> None:
     populate(tmp_path / "base", DIRECTORIES, files=2)
     names = [f"d{number}{part}" for number in range(DIRECTORIES) for part in ("", "/f0", "/f1", "/f2")]
-    mount = union({"top": "rw", "base": "ro"}, "notify", "watch_reserve=0", allow_log=LIMITED)
+    mount = union({"top": "rw", "base": "ro"}, "notify", "watch=inotify,watch_reserve=0", allow_log=LIMITED)
     for _ in range(ATTEMPTS):
         with ExitStack() as held, lowered("max_user_watches", watches_in_use() + ROOM):
             # Directories in use cannot just be forgotten when they get no watch or lose it.
@@ -283,7 +283,7 @@ def right_while_limited(mount: Mount, names: list[str]) -> None:
 def test_the_directory_in_use_keeps_its_watch(union: UnionFactory, tmp_path: Path) -> None:
     """Least recently used directories give theirs up first."""
     populate(tmp_path / "base", DIRECTORIES, files=1)
-    mount = union({"top": "rw", "base": "ro"}, "notify", "watch_reserve=0", allow_log=LIMITED)
+    mount = union({"top": "rw", "base": "ro"}, "notify", "watch=inotify,watch_reserve=0", allow_log=LIMITED)
     last = mount.path / f"d{DIRECTORIES - 1}"
     for _ in range(ATTEMPTS):
         with lowered("max_user_watches", watches_in_use() + ROOM):
@@ -298,6 +298,48 @@ def test_the_directory_in_use_keeps_its_watch(union: UnionFactory, tmp_path: Pat
                 break
         mount.remount()
     assert mount.log().count(LIMITED) == 1
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("watch", ["auto", "fanotify"])
+def test_whole_file_systems_have_no_limit(union: UnionFactory, tmp_path: Path, watch: str) -> None:
+    populate(tmp_path / "base", DIRECTORIES, files=2)
+    names = [f"d{number}{part}" for number in range(DIRECTORIES) for part in ("", "/f0", "/f1", "/f2")]
+    mount = union({"top": "rw", "base": "ro"}, "notify", f"watch={watch},watch_reserve=0")
+    with ExitStack() as held, lowered("max_user_watches", watches_in_use() + ROOM):
+        for number in range(2 * ROOM):
+            held.callback(os.close, os.open(mount.path / f"d{number}", os.O_RDONLY | os.O_DIRECTORY))
+        agree(mount, names)
+        found = statistics(mount, "coherence")
+        assert (found["state"], found["degraded_directories"]) == ("healthy", 0)
+        assert found["watches"] + found["handles"] >= DIRECTORIES
+        assert found["watches"] == 0 if watch == "fanotify" else found["handles"] > 0
+        assert warm_passes(mount, names) == {}
+        for number in range(DIRECTORIES):
+            here = mount["base"] / f"d{number}"
+            (here / "f1").write_bytes(b"changed")
+            (here / "f2").touch()
+        mount.flush()
+        agree(mount, names)
+    assert ("whole file systems are watched" in mount.log()) == (watch == "auto")
+
+
+def test_own_changes_tell_nothing_new(union: UnionFactory) -> None:
+    """fanotify says who has made a change."""
+    mount = union({"top": "rw", "base": "ro"}, "notify", "watch=fanotify")
+    here = mount.path / "d"
+    here.mkdir()
+    (here / "f").write_bytes(b"content")
+    os.link(here / "f", here / "g")
+    (here / "f").chmod(0o600)
+    os.setxattr(here / "g", "user.udbad", b"x")
+    os.truncate(here / "f", 3)
+    (here / "f").rename(here / "h")
+    (here / "g").unlink()
+    mount.flush()
+    found = statistics(mount, "coherence")
+    assert found["events"] > 0
+    assert found["echoes"] == found["events"]
 
 
 # -- file systems without events ------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tests.helpers.mount import Mount, UnionFactory
 from tests.helpers.posix import KEEP_SIZE, PUNCH_HOLE, fallocate, link_fd
 from tests.helpers.profile import scaled
 from tests.t2_core.fake_notifier import Message
-from udbad.coherence.watcher import Watcher
+from udbad.coherence.watcher import Watch, Watcher
 from udbad.types import ROOT_CALLER, ROOT_ID, Perm
 from udbad.union.fs import SetAttr
 
@@ -267,7 +267,7 @@ def test_an_opaque_mark_that_changes_before_the_watch(
     watch = Watcher.watch_directory
     due = [mark.unlink if marked else mark.touch]
 
-    def late(self: Watcher, fd: int, handle: object) -> int:
+    def late(self: Watcher, fd: int, handle: object) -> Watch:
         if os.path.samestat(os.stat(fd), upper.stat()) and due:
             due.pop()()
         return watch(self, fd, handle)

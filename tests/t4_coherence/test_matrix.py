@@ -33,10 +33,12 @@ USUAL = tuple((mode, state) for mode in MODES for state in (scaled(STATES[:1], S
 """After the remount that `none` waits for, it does not matter much what the kernel had cached before."""
 OPENED = tuple((mode, state) for mode in ("reval", "notify") for state in ("open", "mapped"))
 PORTABLE = (("reval", "open"), ("notify", "negative"), ("notify", "mapped"))
+MARKED = tuple(("notify", state) for state in scaled(("listed", "open", "inside"), STATES))
 UNTOLD = tuple(scene for scene in USUAL if scene[0] != "reval")
 SCENES = (
     *(("", *scene) for scene in USUAL),
     *(("edge=pyfuse3", *scene) for scene in scaled(PORTABLE[:2], PORTABLE)),
+    *(("watch=fanotify", *scene) for scene in MARKED),
 )
 """Options, mode and state."""
 READ_BY_THE_KERNEL = (

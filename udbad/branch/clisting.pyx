@@ -96,3 +96,50 @@ def events(bytes data not None):
         at += sizeof(inotify_event) + event.len
         found.append((event.wd, event.mask, PyBytes_FromString(event.name) if event.len else b""))
     return found
+
+
+cdef extern from "<sys/fanotify.h>" nogil:
+    struct fanotify_event_metadata:
+        uint32_t event_len
+        unsigned short metadata_len
+        uint64_t mask
+        int pid
+    struct fanotify_event_info_header:
+        unsigned char info_type
+        unsigned short len
+    enum: FAN_EVENT_INFO_TYPE_DFID_NAME
+    enum: FAN_Q_OVERFLOW
+
+
+def fan_events(bytes data not None, dict known not None):
+    cdef const char *at = PyBytes_AS_STRING(data)
+    cdef const char *end = at + len(data)
+    cdef const char *info
+    cdef const char *handle
+    cdef fanotify_event_metadata *event
+    cdef fanotify_event_info_header *header
+    cdef Py_ssize_t count = 0
+    cdef uint32_t size
+    found = []
+    while at < end:
+        event = <fanotify_event_metadata *>at
+        info = at + event.metadata_len
+        at += event.event_len
+        if event.mask & FAN_Q_OVERFLOW:
+            found.append((b"", event.mask, b"", event.pid))
+        while info < at:
+            header = <fanotify_event_info_header *>info
+            handle = info + 4
+            info += header.len
+            size = 16 + (<uint32_t *>(handle + 8))[0]  # an id of 8 bytes, struct file_handle
+            key = PyBytes_FromStringAndSize(handle, size)
+            if key not in known:
+                continue
+            name = b""
+            if header.info_type == FAN_EVENT_INFO_TYPE_DFID_NAME and not (
+                handle[size] == b"." and handle[size + 1] == 0
+            ):
+                name = PyBytes_FromString(handle + size)
+            found.append((key, event.mask, name, event.pid))
+        count += 1
+    return count, found

@@ -82,6 +82,7 @@ class CoherenceStatistics:
     state: str = "healthy"
     watches: int = 0
     watch_limit: int = 0
+    handles: int = 0
     degraded_directories: int = 0
     events: int = 0
     echoes: int = 0

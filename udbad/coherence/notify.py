@@ -212,6 +212,7 @@ class NotifyCoherence(Coherence):
             state=self._watches.state,
             watches=len(self._watches),
             watch_limit=watch_limit(),
+            handles=self._watches.handles,
             degraded_directories=sum(not node.trusted for node in dirs),
             events=self._events.count,
             echoes=self._events.echoes,

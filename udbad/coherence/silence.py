@@ -26,7 +26,7 @@ from udbad.types import Perm
 from udbad.union.superblock import Superblock
 
 if TYPE_CHECKING:
-    from udbad.coherence.watcher import Change, Watcher
+    from udbad.coherence.watcher import Change, Watch, Watcher
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Silence:
 
     def __init__(self, sb: Superblock) -> None:
         self._sb = sb
-        self._watched: OrderedDict[int, tuple[Dir, list[tuple[int, Identity]]]] = OrderedDict()
+        self._watched: OrderedDict[int, tuple[Dir, list[tuple[Watch, Identity]]]] = OrderedDict()
         """By node id: the directory, and its watches, each with the branch directory it is on; oldest first."""
         self._most = watch_limit() // _SHARE
         self._watcher: Watcher | None = None
@@ -75,7 +75,7 @@ class Silence:
             return False
         while self._watched and len(watcher) + len(wanted) > self._most:
             self._leave(next(iter(self._watched)))
-        watches: list[tuple[int, Identity]] = []
+        watches: list[tuple[Watch, Identity]] = []
         try:
             for layer in wanted:
                 # A redirect is an attribute, and so is the opaque mark of overlayfs; that of aufs is a name.

@@ -1,9 +1,12 @@
-"""inotify on branch directories: the only module that knows trio-asyncio, and asyncinotify for branches.
+"""Events of branch directories: the only module that knows trio-asyncio, and asyncinotify for branches.
 
 A watch is put on the directory we opened, through /proc/self/fd, never on a path that may mean another
 directory by now, and is mapped back by its watch descriptor, never by path. Events are handed on in bursts: the
 descriptor is waited for once, then drained synchronously, which is what keeps up with a busy tree. No decisions
 here: what an event means is for events.py, and the branch's state decides that.
+
+inotify has a watch for each directory, of a limited number; fanotify tells of whole file systems (coherence/marks.py).
+Both can be in use at a time: a directory is watched by one of them.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
@@ -19,8 +23,9 @@ from typing import TYPE_CHECKING
 import trio
 from asyncinotify import Inotify, Mask
 
-from udbad.branch import listing
+from udbad.branch import fanotify, listing
 from udbad.coherence.inotify import ATTRIBUTES, CONTENT, GONE, NAMES, queue_limit, watch_limit
+from udbad.coherence.marks import Marks
 
 if TYPE_CHECKING:
     import trio_asyncio
@@ -41,6 +46,8 @@ _ATTRIBUTES = int(Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF)
 _IGNORED = int(Mask.IGNORED)
 _GONE = int(Mask.IGNORED | Mask.UNMOUNT)
 _OVERFLOW = int(Mask.Q_OVERFLOW)
+# The bits of fanotify(7) are those of inotify(7), but for this.
+_FAN_GONE = fanotify.DELETE_SELF
 
 _READ_BYTES = 16 << 10
 """What one read(2) may bring: some hundred events, a few milliseconds of work."""
@@ -64,6 +71,10 @@ class Change:
     kinds: int
 
 
+Watch = int | bytes
+"""A watch descriptor of inotify, or a handle of fanotify."""
+
+
 class Watcher:
     """Watches for one mount. Event loop only.
 
@@ -76,8 +87,9 @@ class Watcher:
         on_changes: Callable[[list[Change]], None],
         on_echo: Callable[[object, int], None],
         on_overflow: Callable[[], None],
+        by: str = "inotify",
     ) -> None:
-        """Raises OSError (EMFILE) when no inotify instance can be had."""
+        """by: the option `watch`. Raises OSError (EMFILE) when no inotify instance can be had."""
         self._inotify = Inotify()
         os.set_blocking(self._inotify.fd, False)  # asyncinotify's NONBLOCK is O_CLOEXEC
         self._handles: dict[int, list[object]] = {}
@@ -96,31 +108,90 @@ class Watcher:
         self._emptied = False
         """The last burst was all there was when it was read."""
         self._loop: trio_asyncio.BaseTrioEventLoop | None = None
+        self._by = by
+        self._marks: Marks | None = None
+        self._both: select.epoll | None = None
+        """Readable when one of the two is."""
+        if by != "inotify":
+            self._both = select.epoll()
+            self._both.register(self._inotify.fd, select.EPOLLIN)
+        if by == "fanotify":
+            self._begin_marks()
 
     def __len__(self) -> int:
+        """Watches of inotify."""
         return len(self._handles)
+
+    @property
+    def handles(self) -> int:
+        """How many directories and files are watched by way of their file system."""
+        return 0 if self._marks is None else len(self._marks.handles)
+
+    def _begin_marks(self) -> bool:
+        """Whether whole file systems can be watched from now on."""
+        if self._both is None:
+            return False
+        if self._marks is None:
+            try:
+                self._marks = Marks()
+            except OSError as error:
+                log.info("no fanotify to be had (%s); directories are watched one by one", error.strerror)
+                self._by = "inotify"
+                return False
+            self._both.register(self._marks.fd, select.EPOLLIN)
+        return True
 
     def shrink(self) -> None:
         """Give up the room that many watches have taken; a dictionary never shrinks by itself."""
         self._handles = dict(self._handles)
+        if self._marks is not None:
+            self._marks.shrink()
 
     @property
     def fd(self) -> int:
-        return self._inotify.fd
+        return self._inotify.fd if self._both is None else self._both.fileno()
 
-    def watch_directory(self, fd: int, handle: object) -> int:
-        """Watch the directory behind an O_PATH descriptor; its watch descriptor. Raises WatchLimit, OSError."""
+    def watch_directory(self, fd: int, handle: object) -> Watch:
+        """Watch the directory behind an O_PATH descriptor. Raises WatchLimit, OSError."""
         return self._add(fd, _DIRECTORY, handle)
 
-    def watch_names(self, fd: int, handle: object, attributes: bool) -> int:
+    def watch_names(self, fd: int, handle: object, attributes: bool) -> Watch:
         """Watch which names a directory has, and nothing else of it but `attributes`. Raises as above."""
         return self._add(fd, _DIRECTORY_NAMES | int(Mask.ATTRIB) if attributes else _DIRECTORY_NAMES, handle)
 
-    def watch_file(self, fd: int, handle: object) -> int:
+    def watch_file(self, fd: int, handle: object) -> Watch:
         """Watch one file itself: it may change through names in directories nobody watches. Raises as above."""
         return self._add(fd, _FILE, handle)
 
-    def _add(self, fd: int, mask: int, handle: object) -> int:
+    def _add(self, fd: int, mask: int, handle: object) -> Watch:
+        if self._by == "fanotify":
+            watch = self._add_to_marks(fd, handle)
+            if watch is not None:
+                return watch
+        try:
+            return self._add_to_inotify(fd, mask, handle)
+        except WatchLimit:
+            watch = None
+            if self._by == "auto":
+                if self._marks is None and self._begin_marks():
+                    log.info("no more watches to be had than %d: whole file systems are watched from now on", len(self))
+                watch = self._add_to_marks(fd, handle)
+            if watch is None:
+                raise
+            return watch
+
+    def _add_to_marks(self, fd: int, handle: object) -> bytes | None:
+        """None where that cannot be."""
+        if self._marks is None:
+            return None
+        try:
+            return self._marks.watch(fd, handle)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return None
+
+    def _add_to_inotify(self, fd: int, mask: int, handle: object) -> int:
         if len(self) >= self.room:
             raise WatchLimit
         try:
@@ -136,8 +207,12 @@ class Watcher:
         self._handles.setdefault(watch, []).append(handle)
         return watch
 
-    def unwatch(self, watch: int, handle: object) -> None:
+    def unwatch(self, watch: Watch, handle: object) -> None:
         """Let go of a watch added with this handle; one that the kernel has dropped already is fine."""
+        if isinstance(watch, bytes):
+            if self._marks is not None:
+                self._marks.unwatch(watch, handle)
+            return
         handles = self._handles.get(watch, [])
         if handle not in handles:
             return
@@ -151,13 +226,16 @@ class Watcher:
             if error.errno != errno.EINVAL:
                 raise
 
-    def expect(self, watch: int, mask: int, name: bytes) -> None:
+    def expect(self, watch: Watch, mask: int, name: bytes) -> None:
         """A system call of ours has sent this event, which tells nothing new. mask: one that says how a name changed.
+        fanotify says so by itself.
 
         Sent, so it is in the queue already. Another one that looks like it may be ahead of it, but not be merged with
         it, as a name cannot come twice without going in between: of the two, one is looked at, and after both it
         does not matter which.
         """
+        if isinstance(watch, bytes):
+            return
         key = (watch, mask, name)
         self._expected[key] = self._expected.get(key, 0) + 1
 
@@ -173,7 +251,7 @@ class Watcher:
             if self._closed:
                 return  # while the loop was opened
             self._loop = loop
-            loop.add_reader(self._inotify.fd, self.take)
+            loop.add_reader(self.fd, self.take)
             try:
                 await trio.sleep_forever()
             finally:
@@ -183,7 +261,7 @@ class Watcher:
         """Before the descriptor is closed, which may be before `run` is cancelled."""
         loop, self._loop = self._loop, None
         if loop is not None:
-            loop.remove_reader(self._inotify.fd)
+            loop.remove_reader(self.fd)
 
     def take(self) -> None:
         """Hand on one burst; there may be more. Under a storm, all else must not wait for its end."""
@@ -193,26 +271,55 @@ class Watcher:
     def drain(self) -> None:
         """Hand on everything that has happened up to now, without waiting for the loop."""
         remaining = self._queue
-        while remaining > 0:
+        until = 0 if self._marks is None else self._marks.taken + self._marks.waiting()
+        while True:
             handled = self._hand_on()
+            remaining -= handled
             if not handled or self._emptied:
                 return
-            remaining -= handled
+            if remaining <= 0 and (self._marks is None or self._marks.taken >= until):
+                return
 
     def _hand_on(self) -> int:
         """One burst of events; 0 when there is none to read."""
-        try:
-            data = os.read(self._inotify.fd, _READ_BYTES)
-        except BlockingIOError:
-            data = b""
         self.read_at = monotonic()
         try:
-            return self._take_apart(data)
+            try:
+                data = os.read(self._inotify.fd, _READ_BYTES)
+            except BlockingIOError:
+                data = b""
+            count = self._take_apart(data)
+            return count if self._marks is None else count + self._take_from_marks(self._marks)
         except Exception:
             # Whatever went wrong, the rest of the burst is lost with it: doubt widens.
             log.exception("handling branch events failed")
             self._on_overflow()
             return 1
+
+    def _take_from_marks(self, marks: Marks) -> int:
+        """Hand on what whole file systems tell; how many events that was."""
+        count, events, emptied = marks.read(_READ_BYTES)
+        self._emptied = self._emptied and emptied
+        changes: list[Change] = []
+        for event in events:
+            key, mask, name, _ = event
+            if mask & fanotify.Q_OVERFLOW:
+                changes.clear()
+                self._on_overflow()
+                continue
+            kinds = _kinds(mask)
+            handles = marks.handles.get(key, ())
+            if mask & _FAN_GONE and not name:
+                marks.handles.pop(key, None)
+                kinds |= GONE
+            elif marks.is_own(event):
+                for handle in handles:
+                    self._on_echo(handle, kinds)
+                continue
+            changes += [Change(handle, name, kinds) for handle in handles]
+        if changes:
+            self._on_changes(changes)
+        return count
 
     def _take_apart(self, data: bytes) -> int:
         """Hand on what read(2) brought; how many events that is."""
@@ -250,6 +357,10 @@ class Watcher:
         self._handles.clear()
         self._leave_loop()
         self._closed = True
+        if self._both is not None:
+            self._both.close()
+        if self._marks is not None:
+            self._marks.close()
         self._inotify.close()
 
 

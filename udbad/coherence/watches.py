@@ -19,7 +19,7 @@ from time import monotonic
 from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.coherence.inotify import watch_limit
-from udbad.coherence.watcher import Change, Watcher, WatchLimit
+from udbad.coherence.watcher import Change, Watch, Watcher, WatchLimit
 from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Layer, Node
 from udbad.union import redirects
@@ -56,9 +56,9 @@ class Watched:
     """The watches of one directory."""
 
     node: Dir
-    watches: dict[int, tuple[int, Identity]] = field(default_factory=dict)
+    watches: dict[int, tuple[Watch, Identity]] = field(default_factory=dict)
     """By branch index: the watch, and the identity of the branch directory it is on."""
-    ways: list[tuple[int, Way, Identity]] = field(default_factory=list)
+    ways: list[tuple[Watch, Way, Identity]] = field(default_factory=list)
     """Of a directory that was moved: the watches, and what they are on, in the order they are passed."""
 
 
@@ -77,7 +77,7 @@ class Watches:
         self._sb = sb
         self._mode_of = mode_of
         self._on_lost = on_lost
-        self._files: dict[int, int] = {}
+        self._files: dict[int, Watch] = {}
         """The watches of files, by node id."""
         self._without: set[int] = set()
         """Directories that have no watch because of the limit."""
@@ -89,6 +89,11 @@ class Watches:
     def __len__(self) -> int:
         return 0 if self.watcher is None else len(self.watcher)
 
+    @property
+    def handles(self) -> int:
+        """How many directories and files are watched by way of their file system."""
+        return 0 if self.watcher is None else self.watcher.handles
+
     def open(
         self,
         on_changes: Callable[[list[Change]], None],
@@ -97,7 +102,7 @@ class Watches:
     ) -> int:
         """Begin to watch, with the callbacks of `Watcher`; the descriptor to wait for, -1 when none is to be had."""
         try:
-            self.watcher = Watcher(on_changes, on_echo, on_overflow)
+            self.watcher = Watcher(on_changes, on_echo, on_overflow, self._sb.options.watch)
             self.options_changed()
         except OSError as error:
             self._set_state("degraded", f"no inotify instance to be had ({error.strerror}); served as reval")
@@ -206,7 +211,7 @@ class Watches:
                 wanted[layer.branch.index] = layer
         return wanted
 
-    def _add(self, watcher: Watcher, node: Dir, handle: Place | Way, fd: int) -> int | None:
+    def _add(self, watcher: Watcher, node: Dir, handle: Place | Way, fd: int) -> Watch | None:
         for attempt in range(2):
             try:
                 watch = watcher.watch_directory(fd, handle)

@@ -537,6 +537,7 @@ def _union_options(options: MountOptions) -> UnionOptions:
         show_whiteouts=options.shwh,
         dirwh=options.dirwh,
         watch_reserve=options.watch_reserve,
+        watch=options.watch,
         opaque_always=options.diropq == "always",
         sum_space=options.sum,
         acl=options.acl,

@@ -175,6 +175,10 @@ class MountOptions:
     whiteouts: str = _one_of("auto", "auto, aufs or overlay", {word: word for word in ("auto", "aufs", "overlay")})
     """How whiteouts are written: as aufs does, or as overlayfs does, which then shows the same tree; auto: as in the
     branch so far: see Layers of overlayfs."""
+    watch: str = _one_of("auto", "auto, inotify or fanotify", {word: word for word in ("auto", "inotify", "fanotify")})
+    """How `notify` hears of direct changes: a watch for each directory (inotify), or of all that happens on a whole
+    file system (fanotify), which takes CAP_SYS_ADMIN; auto: inotify until no more watches are to be had, then fanotify
+    for the rest. What has no fanotify is watched with inotify."""
     watch_reserve: int = _option(10, "a percentage from 0% to 100%", _percentage)
     """For `notify`: the share of fs.inotify.max_user_watches that is left to other programs of the same user."""
     rdcache: int = _number(10, 0, 3600, "a whole number of seconds from 0 to 3600")
@@ -331,6 +335,7 @@ _VALUES: Final = {
             "rdcache",
             "dirren",
             "whiteouts",
+            "watch",
             "watch_reserve",
             "fsname",
             "metrics",

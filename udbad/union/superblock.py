@@ -61,6 +61,7 @@ class UnionOptions:
     show_whiteouts: bool = False
     dirwh: int = 3
     watch_reserve: int = 10
+    watch: str = "inotify"
     opaque_always: bool = False
     sum_space: bool = False
     acl: bool = True
