@@ -17,10 +17,17 @@ def test_another_end_is_told_of_while_one_is_looked_at(monkeypatch: pytest.Monke
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     monkeypatch.setattr(forkserver, "_children", set(pids))
 
+    def of_ours(pid: int, options: int) -> tuple[int, int]:
+        """No other child of this process."""
+        assert pid == -1
+        if not pids:
+            raise ChildProcessError
+        return waitpid(pids.pop(), options)
+
     def interrupted(pid: int, options: int) -> tuple[int, int]:
-        monkeypatch.setattr(os, "waitpid", waitpid)
+        monkeypatch.setattr(os, "waitpid", of_ours)
         forkserver._reap(0, None)
-        return waitpid(pid, options)
+        return of_ours(pid, options)
 
     monkeypatch.setattr(os, "waitpid", interrupted)
     forkserver._reap(0, None)

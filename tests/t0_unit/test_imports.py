@@ -154,3 +154,22 @@ def test_a_mount_process_has_all_of_udbad_that_it_can_want() -> None:
     wanted = {name for path in paths if path.exists() for name in imported_by_functions(path)}
     assert {"udbad.tools.explain", "udbad.tools.syncdown", "udbad.coherence.notify"} <= wanted
     assert wanted <= loaded
+
+
+BEGINS_A_DAEMON = """
+import sys
+from udbad.cli import main
+from udbad.supervisor import workers
+def popen(*arguments, **words):
+    print(*sorted(sys.modules), file=sys.stderr)
+    raise SystemExit
+workers.subprocess.Popen = popen
+main(["run", "-c", "/nonexistent"])
+"""
+
+
+def test_the_daemon_starts_its_fork_server_first() -> None:
+    """When both were killed, who uses a mount waits for what both import: at the same time."""
+    modules = run(BEGINS_A_DAEMON)
+    assert "udbad.supervisor.workers" in modules
+    assert not {"pydantic", "udbad.settings.file"}.intersection(modules)

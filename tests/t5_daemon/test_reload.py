@@ -24,6 +24,7 @@ from udbad.settings.options import FIELDS, parse_mount_options
 from udbad.supervisor.configwatch import signature
 from udbad.supervisor.reload import OWN_KEYS, Outcome
 from udbad.supervisor.supervisor import Supervisor
+from udbad.supervisor.workers import Pool
 
 pytestmark = pytest.mark.fuse
 
@@ -241,7 +242,7 @@ async def test_every_key_of_the_daemon(tmp_path: Path, table: str, key: str) -> 
         path.write_text("\n".join([f"[{table}]", *(f"{name} = {toml(one)}" for name, one in values.items())]))
 
     write(tls if key in tls else {})
-    supervisor = Supervisor(path, load(path), signature(path))
+    supervisor = Supervisor(path, load(path), signature(path), Pool())
     before = supervisor.shared.daemon
     write({**others, key: value})
     try:
@@ -263,7 +264,7 @@ async def test_every_key_of_the_daemon(tmp_path: Path, table: str, key: str) -> 
 async def test_watch_can_be_turned_off_and_on(tmp_path: Path) -> None:
     path = tmp_path / "udbad.toml"
     path.write_text("[daemon]\nwatch = false\n")
-    supervisor = Supervisor(path, load(path), signature(path))
+    supervisor = Supervisor(path, load(path), signature(path), Pool())
     noticed: asyncio.Queue[asyncio.Event] = asyncio.Queue()
 
     async def changed() -> None:

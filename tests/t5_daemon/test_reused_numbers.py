@@ -125,7 +125,7 @@ async def test_only_who_listens_is_adopted(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     configuration = tmp_path / "udbad.toml"
     configuration.write_text(f'[daemon]\nrun_dir = "{run_dir}"\n')
-    supervisor = Supervisor(configuration, load(configuration), signature(configuration))
+    supervisor = Supervisor(configuration, load(configuration), signature(configuration), Pool())
     written = entry(run_dir, "/mnt", 7, pid=os.getppid())
     with bind(written.control):
         assert server_pid(written.control) == os.getpid()
@@ -228,7 +228,7 @@ async def test_a_wedged_process_never_costs_somebody_else_his_mount(
 ) -> None:
     """Its mount was unmounted meanwhile, and the number has gone to another."""
     fusectl = kernel(there)
-    shared = Shared(DaemonSettings(), Pool("plain"), lambda _: None)
+    shared = Shared(DaemonSettings(), Pool(), lambda _: None)
     runner = Runner(MountSettings("a", "/link/a", parse_mount_options("br=/x")), shared)
     runner.place, runner.connection = "/mnt/a", 40
     process = _Wedged()

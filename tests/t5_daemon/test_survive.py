@@ -331,6 +331,30 @@ def test_an_adopted_process_is_watched_by_its_keeper(daemon: Daemon) -> None:
     daemon.stop()
 
 
+def test_what_a_killed_process_leaves_has_a_parent(daemon: Daemon) -> None:
+    """Its keeper becomes a child of the fork server, and none of pid 1, which may wait for nobody."""
+    daemon.add("a", survive=True)
+    daemon.start()
+    entry = next(iter(registry.entries(daemon.run_dir)))
+    server = _parent(entry.pid)
+    os.kill(entry.keeper, signal.SIGSTOP)  # it can be killed still
+    os.kill(entry.pid, signal.SIGKILL)
+    parents = set()
+    while parent := _parent(entry.keeper):
+        parents.add(parent)
+    assert parents - {entry.pid} == {server}
+    daemon.wait_for("a", not_pid=entry.pid)
+    daemon.stop()
+
+
+def _parent(pid: int) -> int:
+    """0: there is no such process, not even a dead one."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
 def test_the_daemon_is_killed_first(daemon: Daemon) -> None:
     """Who uses the mount waits for the next daemon, which goes on with it."""
     point = daemon.add("a", survive=True)

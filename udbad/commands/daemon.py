@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,15 @@ config_option = click.option(
 @click.option("--log-format", type=click.Choice(["plain", "json"]), help="Instead of daemon.log_format.")
 def run(config: Path, log_format: str | None) -> None:
     """Run the daemon in the foreground: mount what the configuration says and keep it mounted."""
-    from udbad.supervisor import supervisor
+    from udbad.supervisor.workers import Pool
 
-    with user_errors():
-        supervisor.run(config.absolute(), log_format)
+    pool = Pool()
+    with user_errors(), closing(pool):
+        with suppress(OSError):  # then it is tried again when it is needed
+            pool.begin()  # it imports what a mount needs while we import the rest: who uses a mount may wait for both
+        from udbad.supervisor import supervisor
+
+        supervisor.run(config.absolute(), pool, log_format)
 
 
 @click.command("check-config")

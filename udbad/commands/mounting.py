@@ -230,10 +230,9 @@ def guard(fd: int) -> None:
 
 
 @click.command("mount-server", hidden=True)
-@click.option("--log-format", type=click.Choice(["plain", "json"]), default="plain")
-def mount_server(log_format: str) -> None:
+def mount_server() -> None:
     """What the daemon forks mount processes from."""
-    logs.set_up("info", log_format)
+    logs.set_up("info", "plain")
     from udbad.mount import worker
 
     sys.exit(worker.main())

@@ -54,14 +54,15 @@ _UNMOUNT_SECONDS = 3.0
 class Supervisor:
     """Everything `udbad run` does, from the configuration to the last unmount."""
 
-    def __init__(self, path: Path, config: Config, seen: Signature, log_format: str | None = None) -> None:
+    def __init__(self, path: Path, config: Config, seen: Signature, pool: Pool, log_format: str | None = None) -> None:
         """seen: of the files, taken before `config` was read. log_format: wins over it. Made inside the event loop."""
         self.path = path
         self._watch = ConfigWatch(path, seen)
         self._log_format = log_format
         self.config = config
         daemon = config.daemon.model_copy(update={"log_format": log_format or config.daemon.log_format})
-        self.shared = Shared(daemon, Pool(daemon.log_format), self._parent_of)
+        pool.log_format = daemon.log_format
+        self.shared = Shared(daemon, pool, self._parent_of)
         self.runners: dict[str, Runner] = {}
         self.reloaded = time.time()
         self.reload_succeeded = True
@@ -563,13 +564,13 @@ def _log_verdicts(verdicts: Iterable[Verdict]) -> None:
         log.log(logging.WARNING if verdict.outcome is Outcome.REJECTED else logging.INFO, "%s", verdict)
 
 
-def run(path: Path, log_format: str | None = None) -> None:
+def run(path: Path, pool: Pool, log_format: str | None = None) -> None:
     """`udbad run -c PATH`; log_format: instead of the one in the configuration. Raises UserError."""
     seen = signature(path)
     config = load(path)
     logs.set_up(config.daemon.log_level, log_format or config.daemon.log_format)
 
     async def serve() -> None:
-        await Supervisor(path, config, seen, log_format).run()
+        await Supervisor(path, config, seen, pool, log_format).run()
 
     asyncio.run(serve())

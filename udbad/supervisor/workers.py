@@ -120,12 +120,17 @@ class Worker:
 class Pool:
     """Makes mount processes, by way of a fork server that is started when it is needed and not there."""
 
-    def __init__(self, log_format: str) -> None:
-        """log_format: of what the fork server says, plain or json."""
-        self.log_format = log_format
+    def __init__(self) -> None:
+        self.log_format = "plain"
+        """Of what the fork server says, or json."""
         self._server: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
         self._turn = asyncio.Lock()
+
+    def begin(self) -> None:
+        """Start the fork server; for a caller that has something else to do before it takes a process. Raises
+        OSError."""
+        self._start()
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -133,7 +138,7 @@ class Pool:
         with theirs:
             try:
                 self._server = subprocess.Popen(
-                    [*COMMAND, "mount-server", "--log-format", self.log_format],
+                    [*COMMAND, "mount-server"],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     cwd="/",
@@ -154,7 +159,7 @@ class Pool:
                 sock = self._sock or self._start()
                 try:
                     async with asyncio.timeout(_FORK_SECONDS):
-                        worker = await _fork(sock)
+                        worker = await _fork(sock, self.log_format)
                 except OSError:
                     worker = None
                 except asyncio.CancelledError:
@@ -204,15 +209,15 @@ async def _readable(sock: socket.socket) -> None:
         loop.remove_reader(sock)
 
 
-async def _fork(sock: socket.socket) -> Worker | None:
-    """None when the server has ended."""
+async def _fork(sock: socket.socket, log_format: str) -> Worker | None:
+    """None when the server has ended. log_format: what it says from now on."""
     ours, theirs = socket.socketpair()
     with ExitStack() as undo:
         undo.callback(ours.close)
         keeper = os.eventfd(0)
         undo.callback(os.close, keeper)
         with theirs:
-            socket.send_fds(sock, [b"fork"], [theirs.fileno(), keeper])
+            socket.send_fds(sock, [log_format.encode()], [theirs.fileno(), keeper])
         await _readable(sock)
         reply, descriptors, _, _ = socket.recv_fds(sock, 64, 1)
         if not reply:
