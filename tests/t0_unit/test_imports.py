@@ -122,6 +122,26 @@ def test_a_mount_that_begins_to_serve(udba: str, needs: set[str], tmp_path: Path
     assert heavy(run(SAYS_THE_MODULES_OF_A_MOUNT, *words), SERVING) == needs
 
 
+SAYS_THE_MODULES_OF_THE_PROGRAM = """
+import sys
+before = set(sys.modules)
+from udbad.commands import overlay
+try:
+    overlay.main()
+except SystemExit:
+    pass
+import udbad.mount.guardian, udbad.mount.life, udbad.mount.presence
+print(*sorted(set(sys.modules) - before), file=sys.stderr)
+"""
+
+
+def test_what_runs_for_each_container() -> None:
+    """The program itself takes no library, and what serves no more than of other mounts, and no click."""
+    loaded = run(SAYS_THE_MODULES_OF_THE_PROGRAM, "-o", "lowerdir=/nowhere,nothing", "/nowhere")
+    assert heavy(loaded, SERVING) == set()
+    assert "click" not in loaded
+
+
 LOADED_FOR_EVER = """
 import sys
 import udbad.mount.worker

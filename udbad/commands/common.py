@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
 from udbad.branch import capabilities
-from udbad.branch.spec import escape, printable, split_escaped, unescape
+from udbad.branch.spec import escape, split_escaped, unescape
+from udbad.commands.serving import for_terminal, user_errors
 from udbad.control import client
 from udbad.control.protocol import Message
-from udbad.errors import UserError
 from udbad.layers.source import SCHEME, absolute, parse
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+__all__ = [
+    "absolute_branch",
+    "ask_mount",
+    "for_terminal",
+    "layer_source",
+    "place_in_store",
+    "print_wide",
+    "run_dir_option",
+    "user_errors",
+]
 
 
 def print_wide(drawn: RenderableType) -> None:
@@ -26,22 +35,6 @@ def print_wide(drawn: RenderableType) -> None:
     from rich.console import Console  # not for commands that print none
 
     Console(width=None if os.isatty(1) else 4096).print(drawn)
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Mistakes of the user are one line on stderr and an exit code, never a traceback."""
-    try:
-        yield
-    except UserError as error:
-        for line in error.message.splitlines():
-            click.echo(f"udbad: {for_terminal(line)}", err=True)
-        sys.exit(int(error.code))
-
-
-def for_terminal(text: str) -> str:
-    """What users may have named, files and processes, for the terminal of root: without its control characters."""
-    return printable(os.fsencode(text))
 
 
 run_dir_option = click.option(

@@ -19,7 +19,7 @@ import click
 from udbad.branch import capabilities
 from udbad.branch.spec import split_escaped
 from udbad.commands.common import absolute_branch, layer_source
-from udbad.commands.mounting import Job, serve_in_background
+from udbad.commands.serving import Job, serve_in_background
 from udbad.control import client, registry
 from udbad.errors import ExitCode, UserError
 from udbad.settings.options import MountOptions, format_options, parse_mount_options

@@ -1,7 +1,6 @@
 """udbad-overlay: a union with the command line of fuse-overlayfs, for who calls that as a mount_program.
 
-It runs once for each container, and whoever calls it waits: so no click here, and nothing is imported that does not
-serve.
+It runs once for each container, and whoever calls it waits: so no click here, see serving.py.
 """
 
 from __future__ import annotations
@@ -13,7 +12,10 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from udbad import __version__
+from udbad.branch import capabilities
+from udbad.commands.serving import Job, serve, serve_in_background, user_errors
 from udbad.errors import ExitCode, UserError
+from udbad.settings.overlayfs import mount_options
 
 _NAME: Final = "udbad-overlay"
 HELP: Final = f"""\
@@ -86,27 +88,18 @@ def parse(arguments: Sequence[str]) -> Words | str:
 
 def main() -> None:
     """Entry point of udbad-overlay."""
-    try:
+    with user_errors(_NAME):
         words = parse(sys.argv[1:])
         if isinstance(words, str):
             sys.stdout.write(words)
-            return
-        code = _mount(words)
-    except UserError as error:
-        sys.stderr.write(f"{_NAME}: {error.message}\n")
-        code = int(error.code)
-    sys.exit(code)
+        else:
+            sys.exit(_mount(words))
 
 
 def _mount(words: Words) -> int:
-    from udbad.branch import capabilities
-    from udbad.commands.mounting import Job, serve, serve_in_background
-    from udbad.settings.overlayfs import mount_options
-
     options = mount_options(words.options)
     run_dir = os.environ.get("UDBAD_RUN_DIR") or capabilities.run_dir()
-    mount_point = Path(words.mount_point).absolute()
-    job = Job(options, mount_point, run_dir, words.debug, "plain", background=not words.foreground)
+    job = Job(options, Path(words.mount_point).absolute(), run_dir, words.debug, "plain", not words.foreground)
     job.set_up_log()
     return serve(job, lambda: None, ()) if words.foreground else serve_in_background(job)
 
