@@ -267,6 +267,7 @@ MERGED: Mapping[str, Make] = {"top/d": None, **LOWER_DIR}
 WHITED: Mapping[str, Make] = {"top/.wh.n": WH, "base/n": b"hidden"}
 WHITED_DIR: Mapping[str, Make] = {"top/.wh.n": WH, "base/n/x": b"hidden"}
 
+REDIRECTS = {"dirren": "on"}
 CASES: dict[str, Case] = {
     # making
     **{
@@ -348,6 +349,18 @@ CASES: dict[str, Case] = {
     "exchange-dir": Case(
         rename("d", "e", RENAME_EXCHANGE),
         {"top/d/x": b"1", "top/d/.wh..wh..opq": WH, "base/d/z": b"low", "top/e/y": b"2"},
+    ),
+    "redirect-merged": Case(rename("d", "n"), {"top/d/u": b"up", **LOWER_DIR}, options=REDIRECTS),
+    "redirect-lower": Case(rename("d", "n"), LOWER_DIR, options=REDIRECTS),
+    "redirect-to-whited": Case(rename("d", "n"), {**LOWER_DIR, "top/.wh.n": WH, "base/n/y": b"low"}, options=REDIRECTS),
+    "redirect-over-lower-empty": Case(rename("d", "e"), {**LOWER_DIR, "base/e": None}, options=REDIRECTS),
+    "redirect-over-marks": Case(
+        rename("d", "e"), {**LOWER_DIR, "top/e/.wh.y": WH, "base/e/y": b"low"}, options=REDIRECTS
+    ),
+    "redirect-into-lower-dir": Case(rename("d", "e/n"), {**LOWER_DIR, "base/e/y": b"low"}, options=REDIRECTS),
+    "redirect-exchange": Case(rename("d", "e", RENAME_EXCHANGE), {**LOWER_DIR, "base/e/y": b"low"}, options=REDIRECTS),
+    "redirect-exchange-with-file": Case(
+        rename("d", "a", RENAME_EXCHANGE), {**LOWER_DIR, "base/a": b"low"}, options=REDIRECTS
     ),
     # attributes
     "chmod-upper": Case(setattr_("a", wire.SET_MODE, mode=0o600), {"top/a": b"up"}),

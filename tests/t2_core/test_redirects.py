@@ -4,19 +4,24 @@ branches, and that nothing a redirect says leads out of them."""
 from __future__ import annotations
 
 import errno
+import gc
 import io
+import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.t2_core.core import STRATEGIES, Core, core
+from tests.t2_core.killed import Faults, Killed, descriptors, swept
 from tests.t3_fuse.live import errno_of
 from udbad.branch import syscalls
 from udbad.branch.branches import BranchSpec
 from udbad.errors import UserError
+from udbad.inodes.table import Dir
 from udbad.layers import pack
 from udbad.tools import branchdiff, explain, fsck, mvdown, syncdown
 from udbad.tools.carry import Halt
@@ -349,6 +354,61 @@ def test_few_descriptors(tmp_path: Path, udba: str) -> None:
             assert tree(at, "q/new") == deep
             at.sb.table.trim()
             assert at.sb.table.open_fds < 30
+
+
+# -- kills -----------------------------------------------------------------------------------------
+
+
+STEPS: dict[str, tuple[Callable[[Core], object], Callable[[Core], object]]] = {
+    "a lower one": (lambda at: None, lambda at: at.rename("old", "new")),
+    "a merged one": (lambda at: at.mkdir("old/mine"), lambda at: at.rename("old", "other/new")),
+    "one that was renamed": (lambda at: at.rename("old", "new"), lambda at: at.rename("new", "other/newer")),
+    "back": (lambda at: at.rename("old", "new"), lambda at: at.rename("new", "old")),
+    "over a merged one": (lambda at: at.unlink("other/c"), lambda at: at.rename("old", "other")),
+    "exchange": (lambda at: None, lambda at: at.rename("old", "other", EXCHANGE)),
+    "exchange with a renamed one": (lambda at: at.rename("old", "new"), lambda at: at.rename("new", "other", EXCHANGE)),
+    "exchange with a file": (lambda at: None, lambda at: at.rename("old", "f", EXCHANGE)),
+}
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_a_kill_leaves_the_old_state_or_the_new(tmp_path: Path, steps: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody does the rest; with and without the sweep of what is left."""
+    prepare, act = STEPS[steps]
+    caplog.set_level(logging.ERROR, "udbad.union.view")  # a directory beside the whiteout of its old name
+
+    def run(number: int, after: bool) -> tuple[Faults, dict[str, Any], list[dict[str, Any]]]:
+        place = tmp_path / f"{number}{after}"
+        faults = Faults(number, after)
+        with core(place, dirren="on") as at:
+            fill(at["base"], {"old": {"a": "a", "sub": {"b": "b"}}, "other": {"c": "c"}, "f": "f"})
+            prepare(at)
+            before = tree(at)
+            held = descriptors()
+            with faults.armed(), suppress(Killed):
+                act(at)
+            if faults.fired:
+                gc.collect()
+                kept = {layer.fd for node in at.sb.table.nodes.values() if type(node) is Dir for layer in node.layers}
+                for fd in descriptors() - held - kept:
+                    os.close(fd)
+        shown = []
+        for _ in range(2):
+            with core(place) as at:
+                shown.append(tree(at))
+            swept(place / "top")
+        return faults, before, shown
+
+    faults, old, (new, _) = run(0, False)
+    assert old != new
+    reached = set()
+    for number in range(1, faults.count + 1):
+        for after in (False, True):
+            _, _, shown = run(number, after)
+            assert shown[0] == shown[1]
+            assert shown[0] in (old, new), f"{'after' if after else 'before'} {number}, {faults.calls[number - 1]}"
+            reached.add(shown[0] == new)
+    assert reached == {False, True}
 
 
 # -- tools -----------------------------------------------------------------------------------------
