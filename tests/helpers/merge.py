@@ -21,6 +21,8 @@ from pathlib import Path
 WH_PREFIX = b".wh."
 OPAQUE = b".wh..wh..opq"
 PLINKS = b".wh..wh.plnk"
+REDIRECT = "trusted.overlay.redirect"
+"""On a directory that was renamed: its path on the branches below. A mark, and so no attribute of the object."""
 OVERLAY = 2
 """In the place of True, where it is asked whether the whiteouts of a branch count: those of overlayfs, too."""
 MAX_NAME = 242
@@ -91,7 +93,7 @@ def read_entry(path: bytes) -> Entry:
 
 def _xattrs(file: bytes | int) -> tuple[tuple[str, bytes], ...]:
     follow = isinstance(file, int)  # with a descriptor there is nothing to follow, and no other value is allowed
-    names = sorted(os.listxattr(file, follow_symlinks=follow))
+    names = sorted(name for name in os.listxattr(file, follow_symlinks=follow) if name != REDIRECT)
     return tuple((name, os.getxattr(file, name, follow_symlinks=follow)) for name in names)
 
 
@@ -142,11 +144,27 @@ def _is_whiteout(directory: bytes, name: bytes, whable: int) -> bool:
     return True
 
 
-def resolve(directories: Sequence[tuple[bytes, int]], name: bytes) -> list[tuple[bytes, int]]:
+def _redirected(path: bytes, tops: Sequence[tuple[bytes, int]]) -> list[tuple[bytes, int]] | None:
+    """Where a directory that was renamed is on lower branches; None when it was not. tops: the roots."""
+    try:
+        target = os.getxattr(path, REDIRECT)
+    except OSError:
+        return None
+    index = next(number for number, (root, _) in enumerate(tops) if path.startswith(root + b"/"))
+    lower = list(tops[index + 1 :])
+    for part in target.strip(b"/").split(b"/"):
+        lower = [hit for hit in resolve(lower, part, tops) if os.path.isdir(hit[0]) and not os.path.islink(hit[0])]
+    return lower
+
+
+def resolve(
+    directories: Sequence[tuple[bytes, int]], name: bytes, tops: Sequence[tuple[bytes, int]] = ()
+) -> list[tuple[bytes, int]]:
     """Where NAME of one merged directory lives, top first (the loop of semantics 4.2).
 
     directories: (path on the branch, whether the branch's whiteouts count, or OVERLAY). Several results only for a
-    directory; none when the name is absent. Raises InconsistentBranch.
+    directory; none when the name is absent. tops: the roots of all branches, where directories may have been renamed.
+    Raises InconsistentBranch.
     """
     hits: list[tuple[bytes, int]] = []
     kind: int | None = None
@@ -163,6 +181,10 @@ def resolve(directories: Sequence[tuple[bytes, int]], name: bytes) -> list[tuple
             kind = found
             hits.append((path, whable))
             if not stat.S_ISDIR(found) or (whable and _is_opaque(path, whable)):
+                break
+            lower = _redirected(path, tops) if whable and tops else None
+            if lower is not None:
+                hits += lower
                 break
         if whited:
             break
@@ -214,7 +236,7 @@ def merge(branches: Iterable[tuple[Path, int]]) -> Tree:
         for name in names:
             if name.startswith(WH_PREFIX):
                 continue
-            hits = resolve(directories, name)
+            hits = resolve(directories, name, tops)
             if not hits:
                 continue
             child = os.path.join(relative, name)

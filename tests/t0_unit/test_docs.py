@@ -167,7 +167,6 @@ def test_every_option_is_explained() -> None:
     assert {one.key for one in options if one.key} == FIELDS.keys() - INTERNAL - {"branches"}
     assert {word.rstrip("=") for one in options for word in one.words} | LIST_OPTIONS.keys() | IGNORED >= KNOWN - {
         "default_permissions",
-        "nodirren",
     }
     assert all(one.meaning.endswith(".") and one.values for one in options)
 

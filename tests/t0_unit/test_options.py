@@ -206,7 +206,7 @@ def test_defaults() -> None:
         "diropq": "whiteouted",
         "whiteouts": "auto",
         "rdcache": 10,
-        "dirren": "off",
+        "dirren": "auto",
         "watch": "auto",
         "watch_reserve": 10,
         "dirperm1": False,

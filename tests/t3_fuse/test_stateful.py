@@ -68,9 +68,16 @@ class Union(RuleBasedStateMachine):
             if not layer.writable
         }
         words = [f"{branch}={perm}" for branch, perm in zip(self.branches, self.permissions, strict=True)]
+        options = ",".join(filter(None, ("dirren=off", self.options)))
         # A name beside its whiteout, which random layers may have, is rightly warned about.
         self.mount: Mount = self.stack.enter_context(
-            mounted(words, self.root / "mnt", self.udba, self.options, allow_log=r"whiteout|\.wh\.")
+            mounted(
+                words,
+                self.root / "mnt",
+                self.udba,
+                options,
+                allow_log=r"whiteout|\.wh\.",
+            )
         )
 
     @rule(data=st.data())

@@ -38,7 +38,7 @@ def pack(root_fd: int, stream: IO[bytes]) -> None:
     with tarfile.open(
         mode="w|", fileobj=stream, format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape"
     ) as archive:
-        packer = _Packer(archive, redirect.may_have(root_fd))
+        packer = _Packer(archive, redirect.may_have(root_fd) or whiteout.unmarked(root_fd))
         with closing(walk(root_fd, give_up)) as directories:
             for path, fd, entries in directories:
                 packer.directory(path, fd, whiteout.told_apart(entries))

@@ -166,7 +166,7 @@ class MountOptions:
     )  # fmt: skip
     """When a new directory gets an opaque mark: always, or where it takes the place of a whiteout."""
     dirren: str = _one_of(
-        "off", "auto, on or off (true or false in a file)",
+        "auto", "auto, on or off (true or false in a file)",
         {"auto": "auto", "on": "on", "off": "off", True: "on", False: "off"},
     )  # fmt: skip
     """Whether a directory can be renamed that has parts on lower branches: these stay where they are, and a redirect
