@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -209,6 +210,28 @@ def test_layers_that_were_written_are_those_of_overlayfs(tmp_path: Path, program
     until(lambda: not served(), "the end of every mount process")
     assert sorted(os.listdir(tmp_path / "upper")) == ["changed", "dir", "gone", "removed"]
     same_tree_in_all(tmp_path, program, [f"{tmp_path}/upper", f"{tmp_path}/lower"], kernel=True)
+
+
+def test_a_container_goes_on_when_its_mount_process_is_killed(tmp_path: Path, program: Path) -> None:
+    """With the owners that it had."""
+    for name in ("lower", "upper", "work", "merged", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lower" / "file").write_text("lower")
+    merged = tmp_path / "merged"
+    env = clean_env(UDBAD_PURE="1", UDBAD_RUN_DIR=f"{tmp_path}/run", PYTHONPATH=str(REPOSITORY))
+    words = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work,uidmapping=0:100000:1000"
+    subprocess.run([program, "-o", words, merged], check=True, timeout=60, env=env)
+    try:
+        asked = [sys.executable, "-P", "-m", "udbad", "status", "--json"]
+        said = subprocess.run(asked, check=True, timeout=60, env=env, capture_output=True, text=True).stdout
+        pid = next(int(one["pid"]) for one in json.loads(said)["mounts"])
+        with (merged / "file").open() as file:
+            os.kill(pid, signal.SIGKILL)
+            assert file.read() == "lower"
+            assert (merged / "file").stat().st_uid == 100000
+    finally:
+        subprocess.run(["fusermount3", "-u", merged], check=True, timeout=60)
+    until(lambda: not served(), "the end of every mount process")
 
 
 def without_marks(tree: Tree) -> Tree:
