@@ -146,3 +146,31 @@ def test_one_name_and_a_path(union: UnionFactory, tmp_path: Path) -> None:
     mount = union({"up": "ro+wh", "low": "ro"}, "none")
     found = {os.fsdecode(name) for name in snapshot(mount.path)}
     assert found == {"p", "p/new", "p/new/f", "p/q", "p/q/f", "s"}
+
+
+@pytest.mark.parametrize("udba", ["none", "reval", "notify"])
+def test_what_is_written_is_read_by_overlayfs(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """whiteouts=overlay: directories that were renamed here have what they had, there."""
+    low, point = tmp_path / "low", tmp_path / "point"
+    for path in (low, point):
+        path.mkdir()
+    for name in ("p/old/f", "p/old/sub/g", "q/f", "r/f", "s/f", "t/deep/f"):
+        (low / name).parent.mkdir(parents=True, exist_ok=True)
+        (low / name).write_text(name)
+    mount = union({"up": "rw", "low": "ro+wh"}, udba, "whiteouts=overlay,dirren=on")
+    root = mount.path
+    (root / "p/old").rename(root / "new")
+    (root / "new/sub").rename(root / "q/sub")
+    (root / "new/more").write_text("more")
+    (root / "q").rename(root / "t/q")
+    (root / "r/f").unlink()
+    (root / "s").rename(root / "r")
+    (root / "q").mkdir()
+    (root / "q/again").write_text("again")
+    (root / "t/deep").rename(root / "t/deeper")
+    (root / "t/deeper").rename(root / "t/deep")
+    shown = without_records(snapshot(root))
+    mount.unmount()
+    assert redirects(tmp_path / "up") > 0
+    with overlayfs([tmp_path / "up", low], point):
+        assert diff(shown, without_records(snapshot(point)), ignore=("nlink",)) == []
