@@ -138,8 +138,10 @@ def fail(number: int) -> OSError:
 class Model:
     """The union. Every operation raises OSError as the system call on the mount is expected to."""
 
-    def __init__(self, layers: Iterable[Layer]) -> None:
+    def __init__(self, layers: Iterable[Layer], dirren: bool = False) -> None:
+        """dirren: a directory that has parts on lower layers, none of them writable, can be renamed."""
         self.layers = list(layers)
+        self.dirren = dirren
 
     # -- looking --------------------------------------------------------------------------------
 
@@ -404,7 +406,7 @@ class Model:
         if flags & EXCHANGE:
             self._exchange(src, dst, target)
             return
-        self._check_movable(src, target)
+        self._make_movable(src, target)
         self._ensure_dir(dst[:-1], target)
         self._own(src, target)
         beyond = bool(self.hits(dst, target + 1)) or dst in self.layers[target].whiteouts
@@ -433,6 +435,33 @@ class Model:
             i -= 1
         return i
 
+    def _make_movable(self, path: PathT, target: int) -> None:
+        """Where a redirect keeps the lower parts of a directory, all of it is as if it were in the target already."""
+        node = self.get(path)
+        assert node is not None
+        if not self.dirren or not node.is_dir or any(layer.writable for layer in self.layers[target + 1 :]):
+            self._check_movable(path, target)
+            return
+        if self.hits(path, marks=False)[-1] == target:
+            return
+        self._own(path, target)
+        layer = self.layers[target]
+        shown: dict[PathT, Node] = {}
+        todo = [path]
+        while todo:
+            here = todo.pop()
+            for name in self.names(here):
+                child = (*here, name)
+                top = self.top(child)
+                assert top is not None
+                found = self.layers[top].nodes[child]
+                shown[child] = found if top == target else found.copy() if found.is_dir else found.final()
+                if found.is_dir:
+                    todo.append(child)
+        layer.whiteouts = {one for one in layer.whiteouts if one[: len(path)] != path or one == path}
+        layer.nodes |= shown
+        layer.opaque.add(path)
+
     def _check_movable(self, path: PathT, target: int) -> None:
         """EXDEV for a directory of which something would stay behind below the target.
 
@@ -445,8 +474,8 @@ class Model:
             raise fail(errno.EXDEV)
 
     def _exchange(self, src: PathT, dst: PathT, target: int) -> None:
-        self._check_movable(src, target)
-        self._check_movable(dst, target)
+        self._make_movable(src, target)
+        self._make_movable(dst, target)
         self._own(src, target)
         self._own(dst, target)
         layer = self.layers[target]

@@ -38,6 +38,7 @@ LAYOUTS: tuple[tuple[str, ...], ...] = (
     ("rw", "ro+wh", "ro", "ro+wh"),
 )
 
+MODES = ("none", "reval", "notify")
 STORM = 20
 """Operations in a row of the rule `storm`."""
 
@@ -56,7 +57,9 @@ class Union(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def mount_random_layers(self, data: st.DataObject) -> None:
-        self.model = Model([data.draw(ops.layers(permission)) for permission in self.permissions])
+        self.model = Model(
+            [data.draw(ops.layers(permission)) for permission in self.permissions], "dirren=auto" in self.options
+        )
         self.root = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="udbad-state-")))
         self.branches = [self.root / f"{i}-{permission}" for i, permission in enumerate(self.permissions)]
         for branch, layer in zip(self.branches, self.model.layers, strict=True):
@@ -177,6 +180,11 @@ def name_of(number: int) -> str:
     [
         *((layout, udba, "") for layout in LAYOUTS for udba in ("none", "reval")),
         (LAYOUTS[0], "notify", "edge=pyfuse3"),
+        *(
+            (layout, udba, "dirren=auto")
+            for layout in LAYOUTS[1:5]
+            for udba in scaled(("none",), ("none", "reval", "notify"))
+        ),
         *((layout, "none", "io=cached") for layout in scaled(LAYOUTS[2:3], LAYOUTS)),
         # An open file is not copied up then, which only a second writable branch makes a difference.
         *((layout, "notify", "io=passthrough") for layout in scaled(LAYOUTS[1:2], LAYOUTS) if layout.count("rw") == 1),
