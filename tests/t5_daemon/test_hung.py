@@ -141,6 +141,8 @@ def test_what_happens_to_the_mount_meanwhile(notified: Mount, server: Server) ->
     assert number_of(os.stat, notified.path / "only") == errno.EIO
     assert offline(notified) == [str(notified["hung"])]
     hung, other = str(notified["hung"]), str(notified["c"])
+    up = notified.control({"op": "metrics"})["metrics"]["udbad_branch_up"]
+    assert {branch: value for (branch,), value in up} == {str(notified[name]): name != "hung" for name in LAYERS}
     for request in (
         {"op": "where", "path": "/in_d"},
         {"op": "why", "path": "/in_d"},
