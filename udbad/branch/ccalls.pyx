@@ -4,7 +4,7 @@
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
-from libc.errno cimport EAGAIN, ENOENT, ENOSYS, EOPNOTSUPP, EPERM, errno
+from libc.errno cimport EAGAIN, EINVAL, ENOENT, ENOSYS, EOPNOTSUPP, EPERM, errno
 from libc.stdint cimport uint64_t
 from libc.stdio cimport snprintf
 from libc.string cimport strerror, strlen
@@ -12,7 +12,8 @@ from posix.time cimport timespec
 
 cdef extern from "<fcntl.h>" nogil:
     int openat_c "openat"(int dirfd, const char *path, int flags, unsigned int mode)
-    int AT_EMPTY_PATH, AT_FDCWD, AT_SYMLINK_FOLLOW, O_CLOEXEC, O_CREAT, O_EXCL, O_NOFOLLOW, O_PATH
+    int AT_EMPTY_PATH, AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_FOLLOW
+    int O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOFOLLOW, O_PATH
 
 cdef extern from "<stdio.h>" nogil:
     int renameat2_c "renameat2"(int src_dirfd, const char *src, int dst_dirfd, const char *dst, unsigned int flags)
@@ -31,7 +32,13 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<sys/stat.h>" nogil:
     int utimensat_c "utimensat"(int dirfd, const char *path, const timespec *times, int flags)
+    int mkdirat_c "mkdirat"(int dirfd, const char *path, unsigned int mode)
     int AT_SYMLINK_NOFOLLOW
+    long UTIME_NOW, UTIME_OMIT
+
+cdef extern from "<sys/fsuid.h>" nogil:
+    int setfsuid_c "setfsuid"(unsigned int uid)
+    int setfsgid_c "setfsgid"(unsigned int gid)
 
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -172,6 +179,55 @@ def utime_at(int dirfd, bytes name, atime_ns, mtime_ns):
     with nogil:
         failed = utimensat_c(dirfd, text, times, AT_SYMLINK_NOFOLLOW)
     check(failed)
+
+
+cdef timespec wanted(time):
+    cdef timespec each
+    if time is None or type(time) is str:  # "now"
+        each.tv_sec, each.tv_nsec = 0, UTIME_OMIT if time is None else UTIME_NOW
+        return each
+    return time_of(time)
+
+
+def utime_fd(int fd, atime_ns, mtime_ns):
+    """utimensat(2) through any descriptor. None leaves a time as it is, "now" is the file system's own idea of it."""
+    cdef char path[32]
+    cdef timespec times[2]
+    cdef int failed
+    times[0], times[1] = wanted(atime_ns), wanted(mtime_ns)
+    with nogil:
+        failed = utimensat_c(fd, b"", times, AT_EMPTY_PATH)
+        if failed and errno == EINVAL:  # before Linux 5.8
+            snprintf(path, sizeof(path), b"/proc/self/fd/%d", fd)
+            failed = utimensat_c(AT_FDCWD, path, times, 0)
+    check(failed)
+
+
+def mkdir_at(int dirfd, bytes name, unsigned int mode):
+    cdef const char *text = text_of(name)
+    cdef int failed
+    with nogil:
+        failed = mkdirat_c(dirfd, text, mode)
+    check(failed)
+
+
+def rmdir_at(int dirfd, bytes name):
+    cdef const char *text = text_of(name)
+    cdef int failed
+    with nogil:
+        failed = unlinkat_c(dirfd, text, AT_REMOVEDIR)
+    check(failed)
+
+
+def open_dir_at(int dirfd, bytes name):
+    """A search-only (O_PATH) descriptor of a directory; ENOTDIR for anything else."""
+    return opened(dirfd, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC, 0)
+
+
+def set_fs_ids(unsigned int uid, unsigned int gid):
+    """setfsuid(2) and setfsgid(2) for the calling thread; they report no error."""
+    setfsgid_c(gid)
+    setfsuid_c(uid)
 
 
 cdef bint is_among(unsigned long type, const unsigned long *types, int count) noexcept nogil:

@@ -631,12 +631,17 @@ if not compiled.why_not():
         chown_fd,
         create_file_at,
         link_fd,
+        mkdir_at,
         open_at,
+        open_dir_at,
         pin_at,
         read_cached,
         rename_at,
+        rmdir_at,
+        set_fs_ids,
         unlink_at,
         utime_at,
+        utime_fd,
     )
     from udbad.branch.cstat import fstat, mode_at, stat_at  # noqa: F401
 

@@ -243,10 +243,12 @@ class Events:
         """An event of a file that is watched itself, as it has several names."""
         if change.kinds & GONE:
             self._watches.file_gone(node)
+        if node.dead and self.sb.held_fd(node) < 0:
+            return  # removed through the mount, and the kernel knows
         try:
             st = self.sb.stat(node)
         except OSError:
-            if not node.dead:  # else removed through the mount, and the kernel knows
+            if not node.dead:
                 self._notifier.attributes(node.id)
             return
         self._compare(node, st, change.kinds)

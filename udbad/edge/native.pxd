@@ -1,6 +1,7 @@
 cimport cython
 
 from udbad.edge.loop cimport Loop
+from udbad.edge.once cimport Once
 from udbad.edge.operations cimport Operations
 from udbad.edge.slot cimport Slot
 from udbad.inodes.table cimport InodeTable
@@ -11,7 +12,8 @@ from udbad.union.fs cimport UnionFs
 cdef class Native:
     cdef public int _fd
     cdef public UnionFs fs
-    cdef public object stale, waiting, _over, record, once, _poison
+    cdef public object stale, waiting, _over, record, _poison
+    cdef public Once once
     cdef public Slot slot
     cdef public bint _refuses
     cdef public Operations operations
@@ -21,7 +23,7 @@ cdef class Native:
     cdef public dict _rows
     cdef public bint aborted
     @cython.locals(
-        request=Received, slot=Slot, table=InodeTable, bound=tuple, arguments=tuple, stats=OpStats, least=Py_ssize_t,
+        request=Received, slot=Slot, table=InodeTable, bound=tuple, arguments=tuple, stats=OpStats, once=Once, least=Py_ssize_t,
         start=double, number=int
     )
     cpdef bint take(self, double seconds=*)

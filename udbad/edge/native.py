@@ -66,8 +66,8 @@ class _Waiter(Request):
 
     def perform(self) -> object:
         native, operation = self._native, self._row.operation
-        self.resume()
         if self._rule is None or native.once is None:
+            self.resume()
             return operation(native.operations, *self._arguments)
         return native.once.perform(self._rule, self.unique, operation, self._arguments)
 

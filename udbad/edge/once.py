@@ -46,6 +46,8 @@ from udbad.union.lookup import Answer, Found
 
 log = logging.getLogger(__name__)
 
+Unique = int
+"""A request's number."""
 DECIDED: Final = 1
 ANSWERED: Final = 2
 """Of Slot.counts."""
@@ -90,7 +92,9 @@ class Once:
 
     # -- before and after an operation ------------------------------------------------------------
 
-    def perform(self, rule: Rule, unique: int, operation: Callable[..., object], arguments: tuple[Any, ...]) -> object:
+    def perform(
+        self, rule: Rule, unique: Unique, operation: Callable[..., object], arguments: tuple[Any, ...]
+    ) -> object:
         """The result of an operation, performed now or before. Raises what it raises; Answered."""
         self.own.unique = unique
         if unique >= RESENT:
@@ -102,7 +106,7 @@ class Once:
             self.intend()
         return operation(self._operations, *arguments)
 
-    def resume(self, unique: int) -> None:
+    def resume(self, unique: Unique) -> None:
         """What is done next belongs to this request, which has waited."""
         self.own.words[CURRENT] = self.own.unique = unique
 

@@ -1,3 +1,4 @@
+from udbad.inodes.handles cimport OpenDir, OpenFile
 from udbad.inodes.table cimport Dir, Node
 from udbad.union.fs cimport UnionFs
 

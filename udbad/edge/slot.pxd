@@ -1,7 +1,10 @@
 # Words that are stored by one instruction each.
 
+from udbad.inodes.handles cimport HandleTable
+
 cdef class Slot:
-    cdef public object memory, handles
+    cdef public object memory
+    cdef public HandleTable handles
     cdef public dict _seats
     cdef public object _next_seat
     cdef public unsigned long long[::1] words

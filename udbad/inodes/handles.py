@@ -19,6 +19,9 @@ from udbad.inodes.record import Record
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Fh
 
+Number = int
+"""Of a handle, or what the kernel says is one."""
+
 
 class OpenFile:
     """One open(2) of a regular file. flags: as given by the caller; uid, gid, pid: who opened it.
@@ -109,6 +112,14 @@ class OpenDir:
         self.said: Any = None
 
 
+def kept_number(node_id: Number) -> Fh:
+    """Of what stands for everybody who has a node open without our knowing: the node's, negative.
+
+    By Python's arithmetic: a compiled node's id is a number without a sign.
+    """
+    return Fh(-node_id)
+
+
 class HandleTable:
     """File handle numbers. No locking: used from the event loop only."""
 
@@ -167,7 +178,7 @@ class HandleTable:
 
     def add_kept(self, node: Node, fd: int, flags: int, caller: Caller) -> OpenFile:
         """An open file of the node itself, whose number is the node's, negative."""
-        return self._keep(OpenFile(Fh(-node.id), node, fd, flags, caller, False), first=True)
+        return self._keep(OpenFile(kept_number(node.id), node, fd, flags, caller, False), first=True)
 
     def add_dir(self, node: Dir, pid: int) -> OpenDir:
         handle = OpenDir(self._number(), node, pid)
@@ -177,13 +188,14 @@ class HandleTable:
 
     def add_kept_dir(self, node: Dir) -> OpenDir:
         """What stands for all who have a directory open without our knowing; its number is the node's, negative."""
-        handle = self.dirs[-node.id] = OpenDir(Fh(-node.id), node, 0)
+        handle = OpenDir(kept_number(node.id), node, 0)
+        self.dirs[handle.fh] = handle
         handle.cached = True
         node.cached_opens += 1
         self.changed(handle)
         return handle
 
-    def file(self, fh: int) -> OpenFile:
+    def file(self, fh: Number) -> OpenFile:
         """Raises EBADF for a handle that is not open, EIO for one of a branch that does not answer."""
         try:
             return self.files[fh]

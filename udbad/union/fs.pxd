@@ -1,3 +1,4 @@
+from udbad.inodes.handles cimport HandleTable, OpenDir, OpenFile
 from udbad.inodes.table cimport Dir, InodeTable, Node
 from udbad.union.superblock cimport Superblock
 
@@ -8,4 +9,5 @@ cdef class UnionFs:
     cdef dict __dict__  # for what is replaced
     cdef public Superblock sb
     cdef public InodeTable table
-    cdef public object creds, handles, walks, on_unused_backing, kept
+    cdef public HandleTable handles
+    cdef public object creds, walks, on_unused_backing, kept

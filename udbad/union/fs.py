@@ -237,7 +237,7 @@ class UnionFs:
         try:
             content = changes.size is not None or changes.atime_ns is not None or changes.mtime_ns is not None
             if content:
-                self.sb.changes.before_data(node)
+                self.sb.changes.before_data(node, fd)
             if changes.size is not None:
                 self._truncate(node, fd, changes.size, fh, caller)
             if changes.uid is not None or changes.gid is not None:
@@ -246,8 +246,8 @@ class UnionFs:
                 syscalls.chmod_fd(fd, st_mod.S_IMODE(changes.mode))
             if changes.atime_ns is not None or changes.mtime_ns is not None:
                 syscalls.utime_fd(fd, changes.atime_ns, changes.mtime_ns)
-            self.sb.changes.data(node, content, mtime=changes.mtime_ns is not None)
             st = syscalls.fstat(fd)
+            self.sb.changes.data(node, content, st, fd, changes.mtime_ns is not None)
             if node.handles:
                 note_id_bits(node, st)
             return node, st
@@ -432,10 +432,10 @@ class UnionFs:
         fd, st = self._open_fd(node, wanted)
         try:
             if truncating:
-                self.sb.changes.before_data(node)
+                self.sb.changes.before_data(node, fd)
                 self._cut(fd, 0, caller, st)
-                self.sb.changes.data(node, True)
-                before, st = st, os.fstat(fd)
+                before, st = st, syscalls.fstat(fd)
+                self.sb.changes.data(node, True, st, fd)
                 if (before.st_mode ^ st.st_mode) & ID_BITS:
                     ranges.id_bits_went(self.sb, node, st)
             handle = self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable)
@@ -554,10 +554,11 @@ class UnionFs:
     def release(self, fh: int) -> None:
         if self.kept is not None and not fh:
             return
-        lost = self.handles.drop_lost(fh)
-        if lost is not None:
-            self.table.release_handles(lost.node)
-            return
+        if self.handles.lost:
+            lost = self.handles.drop_lost(fh)
+            if lost is not None:
+                self.table.release_handles(lost.node)
+                return
         if self.kept is not None:
             self.kept.released(self.handles.file(fh))
         handle = self.handles.remove_file(fh)

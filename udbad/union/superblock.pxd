@@ -1,5 +1,6 @@
 cimport cython
 
+from udbad.inodes.handles cimport HandleTable
 from udbad.inodes.inomap cimport InoMap
 from udbad.inodes.table cimport Dir, InodeTable, Layer, Node
 from udbad.union.changes cimport Changes
@@ -11,7 +12,8 @@ cdef class Counters:
     cdef public list depth_found, depth_negative, depth_whiteout
 
 cdef class Superblock:
-    cdef public object branches, options, handles, notes
+    cdef public object branches, options, notes
+    cdef public HandleTable handles
     cdef public InoMap inomap
     cdef public Counters counters
     cdef public dict plinks, plink_fds, held, _free

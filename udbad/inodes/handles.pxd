@@ -1,0 +1,22 @@
+# A handle's number is Python's: it may be a node's id, negative, for which those of C have no room.
+
+from udbad.inodes.table cimport Dir, Node
+
+cdef class OpenFile:
+    cdef public object fh, group
+    cdef public Node node
+    cdef public int fd, backing_id
+    cdef public unsigned int flags, uid, gid, pid, id_bits
+    cdef public bint writable
+
+cdef class OpenDir:
+    cdef public object fh, pid, base, said
+    cdef public Dir node
+    cdef public list names
+    cdef public dict hits
+    cdef public bint cached
+
+cdef class HandleTable:
+    cdef public dict files, dirs, lost
+    cdef public object next, record, on_missing, on_missing_dir, unheard, unsure
+    cpdef OpenFile file(self, fh)
