@@ -26,6 +26,10 @@ COMMANDS: Final = {
         "inspect",
         "Return when every direct change made up to now is seen through MOUNT (its name, or a path in it).",
     ),
+    "convert": (
+        "tools",
+        "Rewrite the whiteouts of a branch that is not in use: aufs to overlay or overlay to aufs.",
+    ),
     "fsck": ("tools", "Check a branch that is not mounted for what crashes and hands leave behind, and repair it."),
     "guard": ("mounting", ""),
     "invalidate": ("inspect", "Forget what is cached about PATH and everything below it."),

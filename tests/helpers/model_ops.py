@@ -278,8 +278,8 @@ def op_for(draw: st.DrawFn, model: Model) -> Op:
 
 
 @st.composite
-def layers(draw: st.DrawFn, perm: str) -> Layer:
-    """A random layer: objects, hard links between files, whiteouts (beside objects too), opaque marks."""
+def layers(draw: st.DrawFn, perm: str, linked: bool = True) -> Layer:
+    """A random layer: objects, hard links between files (linked), whiteouts (beside objects too), opaque marks."""
     layer = Layer.of(perm)
     directories: list[PathT] = [()]
 
@@ -292,7 +292,7 @@ def layers(draw: st.DrawFn, perm: str) -> Layer:
             continue
         node = _node(draw(st.sampled_from(KINDS)), draw(st.integers(0, 9)))
         twins = [n for n in layer.nodes.values() if n.kind == node.kind and not n.is_dir]
-        layer.nodes[path] = draw(st.sampled_from(twins)) if twins and draw(st.integers(0, 3)) == 0 else node
+        layer.nodes[path] = draw(st.sampled_from(twins)) if twins and linked and draw(st.integers(0, 3)) == 0 else node
         if node.is_dir and len(path) < DEPTH:
             directories.append(path)
     layer.whiteouts |= {place() for _ in range(draw(st.integers(0, 3)))}

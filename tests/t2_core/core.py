@@ -215,6 +215,7 @@ def core(
     udba: str = "reval",
     max_fds: int = 1000,
     all_fds: int = sys.maxsize,
+    whiteouts: str = "aufs",
     **options: Any,
 ) -> Iterator[Core]:
     """A union of directories below `directory` (name → permission, top first), which are made if missing.
@@ -225,7 +226,7 @@ def core(
     for path in (*paths.values(), directory / "mnt"):
         path.mkdir(parents=True, exist_ok=True)
     text = ":".join(f"{paths[name]}={perm}" for name, perm in (layers or {"top": "rw", "base": "ro"}).items())
-    branches = open_branches(parse_branches(text), False, os.fsencode(directory / "mnt"))
+    branches = open_branches(parse_branches(text), False, os.fsencode(directory / "mnt"), whiteouts)
     umask = os.umask(0o022)
     try:
         for branch in branches.branches:

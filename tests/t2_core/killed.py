@@ -24,6 +24,7 @@ import pytest
 from tests.helpers.mount import DEADLINE
 from tests.t2_core.core import Core, core
 from udbad.branch import sweep, syscalls, whiteout
+from udbad.branch.branches import Branch
 from udbad.coherence.base import Coherence
 from udbad.edge import poison
 from udbad.edge.native import Native
@@ -31,7 +32,7 @@ from udbad.edge.once import copies
 from udbad.edge.slot import RESENT
 from udbad.inodes.record import Record
 from udbad.kernel import device, wire
-from udbad.types import Caller
+from udbad.types import Caller, Perm
 from udbad.union import recall
 
 UNIQUE = 4242
@@ -212,18 +213,22 @@ def union_tree(directory: Path, layers: Mapping[str, str], **options: Any) -> Tr
     return tree
 
 
-def swept(root: Path) -> None:
+def swept(root: Path, overlay: bool = False) -> None:
     fd = os.open(root, os.O_PATH | os.O_DIRECTORY)
     whiteout._digits.renew()
     try:
-        sweep.sweep_temporaries(fd)
+        branch = Branch(
+            0, 0, bytes(root), Perm.RW, frozenset(), None,
+            root_fd=fd, anchor_fd=-1, dev=0, fs_type="", writes_overlay=overlay,
+        )  # fmt: skip
+        sweep.sweep_temporaries(fd, branch=branch)
     finally:
         os.close(fd)
 
 
-def branch_tree(root: Path) -> Tree:
+def branch_tree(root: Path, overlay: bool = False) -> Tree:
     """What is on a branch, marks too, after a sweep."""
-    swept(root)
+    swept(root, overlay)
     tree: Tree = {}
     first: dict[int, str] = {}
     for above, directories, files in os.walk(root):
@@ -241,6 +246,8 @@ def branch_tree(root: Path) -> Tree:
                 content = path.read_bytes()
             elif st_mod.S_ISLNK(st.st_mode):
                 content = os.readlink(path)
+            elif overlay and st_mod.S_ISDIR(st.st_mode):
+                content = [key for key in os.listxattr(path) if "overlay" in key]
             group = first.setdefault(st.st_ino, relative) if not st_mod.S_ISDIR(st.st_mode) else ""
             tree[relative] = (oct(st.st_mode), st.st_uid, st.st_gid, st.st_rdev, group, content)
     return tree
@@ -331,13 +338,14 @@ def outcome(
             answer = last.answer()
             assert answer is not None
             assert answer[0] == UNIQUE | RESENT
+        overlay = options.get("whiteouts") == "overlay"
         for name in layers:
-            swept(directory / name)
+            swept(directory / name, overlay and layers[name] == "rw")
         files = opened(last)
     del first, last
     gc.collect()  # what an object has a descriptor of is closed with it, and not once more with another one's number
     for fd in descriptors() - before:
         os.close(fd)  # of what was killed
-    union = union_tree(directory, layers)
-    branches = {name: branch_tree(directory / name) for name in layers}
+    union = union_tree(directory, layers, whiteouts="overlay" if overlay else "aufs")
+    branches = {name: branch_tree(directory / name, overlay and layers[name] == "rw") for name in layers}
     return Outcome(answer[1], comparable(opcode, answer[2]), files, union, branches), faults

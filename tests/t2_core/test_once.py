@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.t2_core.core import refuse_tmpfile
-from tests.t2_core.killed import Mount, Request, outcome
+from tests.t2_core.killed import Mount, Request, outcome, swept
 from udbad.branch.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from udbad.edge.once import REPEATED, RULES
 from udbad.edge.table import TABLE
@@ -413,7 +413,7 @@ CASES: dict[str, Case] = {
 }
 
 
-def differences(tmp_path: Path, case: Case) -> list[str]:
+def differences(tmp_path: Path, case: Case, whiteouts: str = "aufs") -> list[str]:
     """Of each process that is killed from one that is not."""
     found: list[str] = []
     number = 0
@@ -424,8 +424,12 @@ def differences(tmp_path: Path, case: Case) -> list[str]:
         directory = tmp_path / str(number)
         build(directory, case.content)
         case.prepare(directory)
+        for name, permission in case.layers.items():
+            if whiteouts == "overlay" and permission == "rw":
+                (directory / name).mkdir(exist_ok=True)
+                swept(directory / name, True)  # devices, where the content says `.wh.NAME`
         try:
-            return outcome(directory, case.layers, case.ask, at, after, **case.options)
+            return outcome(directory, case.layers, case.ask, at, after, whiteouts=whiteouts, **case.options)
         finally:
             shutil.rmtree(directory)
 
@@ -452,6 +456,18 @@ def _quick_collections() -> Iterator[None]:
 @pytest.mark.parametrize("name", CASES)
 def test_each_operation_is_done_once(tmp_path: Path, name: str) -> None:
     assert differences(tmp_path, CASES[name]) == []
+
+
+OF_NAMES = [
+    name
+    for name in CASES
+    if name.split("-")[0] in ("mkdir", "mknod", "symlink", "create", "link", "unlink", "rmdir", "rename", "exchange")
+]
+
+
+@pytest.mark.parametrize("name", OF_NAMES)
+def test_each_is_done_once_with_whiteouts_of_overlayfs(tmp_path: Path, name: str) -> None:
+    assert differences(tmp_path, CASES[name], "overlay") == []
 
 
 @pytest.mark.parametrize("name", ["chmod-lower", "write-lower-hard-link", "link-lower-whited"])

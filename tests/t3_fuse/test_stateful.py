@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from tests.helpers import model as m
 from tests.helpers import model_ops as ops
-from tests.helpers.merge import Tree, diff, merge, snapshot, temporary_names
+from tests.helpers.merge import OVERLAY, Tree, diff, merge, snapshot, temporary_names
 from tests.helpers.model import Model, Node, PathT
 from tests.helpers.model_ops import Op
 from tests.helpers.mount import Mount, mounted
@@ -57,8 +57,10 @@ class Union(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def mount_random_layers(self, data: st.DataObject) -> None:
+        linked = "overlay" not in self.options  # without pseudo-links a copy-up parts the names of a lower file
         self.model = Model(
-            [data.draw(ops.layers(permission)) for permission in self.permissions], "dirren=auto" in self.options
+            [data.draw(ops.layers(permission, linked)) for permission in self.permissions],
+            "dirren=auto" in self.options,
         )
         self.root = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="udbad-state-")))
         self.branches = [self.root / f"{i}-{permission}" for i, permission in enumerate(self.permissions)]
@@ -166,7 +168,13 @@ class Union(RuleBasedStateMachine):
             assert not temporary_names(branch), "temporary names left"
 
     def merged(self) -> Tree:
-        return merge([(branch, layer.whable) for branch, layer in zip(self.branches, self.model.layers, strict=True)])
+        overlay = "whiteouts=overlay" in self.options
+        return merge(
+            [
+                (branch, OVERLAY if overlay and layer.writable else layer.whable)
+                for branch, layer in zip(self.branches, self.model.layers, strict=True)
+            ]
+        )
 
 
 def name_of(number: int) -> str:
@@ -186,6 +194,7 @@ def name_of(number: int) -> str:
             for udba in scaled(("none",), ("none", "reval", "notify"))
         ),
         *((layout, "none", "io=cached") for layout in scaled(LAYOUTS[2:3], LAYOUTS)),
+        *((layout, udba, "whiteouts=overlay") for layout in LAYOUTS[1:3] for udba in ("none", "reval", "notify")),
         # An open file is not copied up then, which only a second writable branch makes a difference.
         *((layout, "notify", "io=passthrough") for layout in scaled(LAYOUTS[1:2], LAYOUTS) if layout.count("rw") == 1),
     ],

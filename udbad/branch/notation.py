@@ -57,6 +57,10 @@ class Notation(ABC):
         """Whether `name`, which this branch does not have, is hidden; if so by `.wh.NAME`, so that it can be made."""
 
     @abstractmethod
+    def uncover(self, dirfd: int, name: bytes) -> None:
+        """Remove the whiteout of `name`, in whatever form it has."""
+
+    @abstractmethod
     def make_opaque(self, branch: Branch, dirfd: int) -> None:
         """Hide everything that same-named directories on lower branches contain."""
 
@@ -74,6 +78,9 @@ class _Aufs(Notation):
 
     def lift(self, branch: Branch, dirfd: int, name: bytes) -> bool:
         return whiteout.present(dirfd, name)
+
+    def uncover(self, dirfd: int, name: bytes) -> None:
+        whiteout.remove(dirfd, name)
 
     def make_opaque(self, branch: Branch, dirfd: int) -> None:
         _mark(branch, dirfd, whiteout.OPAQUE)
@@ -116,6 +123,11 @@ class _Overlay(Notation):
         _make_file(dirfd, whiteout.PREFIX + name)
         syscalls.unlink_at(dirfd, name)
         return True
+
+    def uncover(self, dirfd: int, name: bytes) -> None:
+        whiteout.remove(dirfd, name)
+        if whiteout.is_device_at(dirfd, name):
+            syscalls.unlink_at(dirfd, name)
 
     def make_opaque(self, branch: Branch, dirfd: int) -> None:
         for key in _WRITTEN:

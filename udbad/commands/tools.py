@@ -216,3 +216,32 @@ def fsck(yes: bool, no: bool, branch: Path, lowers: tuple[Path, ...]) -> None:
 
     with user_errors():
         sys.exit(int(run_fsck(os.fsencode(branch), ask, click.echo, [*map(os.fsencode, lowers)])))
+
+
+@click.command()
+@click.argument("source", metavar="FROM", type=click.Choice(["aufs", "overlay"]))
+@click.argument("target", metavar="TO", type=click.Choice(["aufs", "overlay"]))
+@click.argument("branch", type=click.Path(path_type=Path))
+def convert(source: str, target: str, branch: Path) -> None:
+    """Rewrite the whiteouts of a branch that is not in use: aufs to overlay or overlay to aufs.
+
+    Opaque marks, too. It shows the same tree afterwards. When it was interrupted, the same command goes on.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from udbad.tools.convert import convert as run
+
+    if source == target:
+        raise click.UsageError("FROM and TO are the same")
+    columns = (TextColumn("directories"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    drawn = Progress(*columns, console=Console(stderr=True), disable=not os.isatty(2), transient=True)
+    with user_errors(), drawn as bar:
+        task = bar.add_task("", total=None)
+        try:
+            marks = run(
+                os.fsencode(branch), source, target, lambda done, count: bar.update(task, completed=done, total=count)
+            )
+        except OSError as error:
+            raise UserError(f"{for_terminal(str(branch))}: {error.strerror}", ExitCode.FAILURE) from None
+    click.echo(f"{for_terminal(str(branch))}: {marks} marks rewritten")

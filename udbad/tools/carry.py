@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from udbad.branch import compare, copydata, syscalls, whiteout
+from udbad.branch import compare, copydata, notation, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.origin import Place
 from udbad.branch.state import ObjectStamp, is_racy, object_stamp, same_content, stamp
@@ -362,10 +362,10 @@ def release(sb: Superblock, parts: Sequence[bytes]) -> None:
         sb.table.forget(node.id, 0)
 
 
-def uncover_whiteout(src_dirfd: int, name: bytes) -> None:
+def uncover_whiteout(src: Branch, src_dirfd: int, name: bytes) -> None:
     """Remove an upper whiteout below which nothing is left to hide."""
     before = os.fstat(src_dirfd)
-    whiteout.remove(src_dirfd, name)
+    notation.of(src).uncover(src_dirfd, name)
     syscalls.restore_times(src_dirfd, before)
 
 

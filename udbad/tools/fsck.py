@@ -20,17 +20,20 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from udbad.branch import origin, redirect, sweep, syscalls, whiteout, writelock
+from udbad.branch import notation, origin, redirect, sweep, syscalls, whiteout, writelock
+from udbad.branch.branches import Branch
 from udbad.branch.dirtymark import DIRTY_MARK, was_dirty
 from udbad.branch.spec import printable
 from udbad.branch.walk import Entries, descend, join, objects_in, open_branch, stat_or_none, walk
 from udbad.errors import NO_DIRECTORY, ExitCode
 from udbad.tools.homecheck import shown_by
+from udbad.types import Perm
 
 _ADMINISTRATIVE: Final = {
     whiteout.BASE: st_mod.S_IFREG,
     whiteout.PLINK_DIR: st_mod.S_IFDIR,
     whiteout.ORPHAN_DIR: st_mod.S_IFDIR,
+    whiteout.OVERLAY_DIR: st_mod.S_IFDIR,
     DIRTY_MARK: st_mod.S_IFREG,
     redirect.MARK: st_mod.S_IFREG,
 }
@@ -41,6 +44,9 @@ class DefectKind(Enum):
 
     WHITEOUT_PAIR = "whiteout beside its name"
     BAD_WHITEOUT = "whiteout of a wrong type"
+    PENDING = "whiteout that was under way"
+    OVERLAY_WHITEOUT = "whiteout of overlayfs in a branch of aufs, where it is a device"
+    OVERLAY_OPAQUE = "opaque mark of overlayfs in a branch of aufs, where it means nothing"
     BAD_BASE = "administrative name of a wrong type"
     PLINK_LEFTOVER = "leftover pseudo-link, the file's only name"
     PLINK_ALONE = "pseudo-link, the file's only name here"
@@ -68,10 +74,11 @@ class Defect:
 # -- finding ----------------------------------------------------------------------------------
 
 
-def find_defects(root_fd: int, lower_fds: Sequence[int] = ()) -> Generator[Defect, None, None]:
+def find_defects(root_fd: int, lower_fds: Sequence[int] = (), pending: bool = False) -> Generator[Defect, None, None]:
     """All defects of the branch whose root directory is `root_fd` (O_PATH will do).
 
-    lower_fds: the root directories of all branches below it in the union, where they are known. A defect may be
+    lower_fds: the root directories of all branches below it in the union, where they are known. pending: a mount that
+    wrote it in the notation of overlayfs did not end well. A defect may be
     repaired while the generator is suspended. What cannot be read is a defect too, not an OSError. Source:
     semantics 12, row auchk, and 6.4 for the temporary names.
     """
@@ -98,6 +105,7 @@ def find_defects(root_fd: int, lower_fds: Sequence[int] = ()) -> Generator[Defec
         yield Defect(DefectKind.ORPHAN, join(whiteout.ORPHAN_DIR, name), "", _removal(st))
 
     inodes = {ino for _, ino in shared}
+    overlay = whiteout.unmarked(root_fd)
     with closing(walk(root_fd, on_error)) as directories:
         # In a layer of overlayfs they always count.
         told = redirect.may_have(root_fd) or not syscalls.exists_at(root_fd, whiteout.BASE)
@@ -110,11 +118,20 @@ def find_defects(root_fd: int, lower_fds: Sequence[int] = ()) -> Generator[Defec
                 else:
                     if defect is not None:
                         yield defect
+            if not overlay and whiteout.overlay_opaque(fd) and whiteout.OPAQUE not in entries:
+                remedy = f"make {printable(whiteout.OPAQUE)}"
+                yield Defect(DefectKind.OVERLAY_OPAQUE, join(directory, whiteout.OPAQUE), "not there", remedy)
             for name, entry in entries.items():
                 try:
                     if inodes and entry.inode() in inodes:
                         _note_name(shared, fd, directory, name)
                     defect = _classify(directory, fd, name, entries)
+                    if defect is None and not overlay and _is_device(fd, name, entry):
+                        hidden = printable(whiteout.PREFIX + name)
+                        path = join(directory, name)
+                        defect = Defect(DefectKind.OVERLAY_WHITEOUT, path, "", f"make it {hidden}")
+                    elif defect is None and pending and whiteout.meaning(name)[0] is whiteout.Meaning.WHITEOUT:
+                        defect = Defect(DefectKind.PENDING, join(directory, name), "", "put a device in its place")
                 except OSError as error:
                     on_error(join(directory, name), error)
                     continue
@@ -205,6 +222,13 @@ def _classify(directory: bytes, dirfd: int, name: bytes, names: Entries) -> Defe
     return None
 
 
+def _is_device(dirfd: int, name: bytes, entry: os.DirEntry[str]) -> bool:
+    """Whether a name is a device 0/0; most names cost no system call."""
+    if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
+        return False
+    return whiteout.is_device_at(dirfd, name)
+
+
 def _removal(st: os.stat_result) -> str:
     return "remove it with all it contains" if st_mod.S_ISDIR(st.st_mode) else "remove it"
 
@@ -240,10 +264,36 @@ def repair(root_fd: int, defect: Defect) -> None:
         return
     try:
         st = stat_or_none(dirfd, name)
-        if st is not None and _still(dirfd, name, st, defect.kind):
-            sweep.remove(dirfd, name)
+        if defect.kind in _REWRITTEN:
+            _rewrite(root_fd, dirfd, name, defect.kind)
+        elif st is not None and _still(dirfd, name, st, defect.kind):
+            if defect.kind is DefectKind.WHITEOUT_PAIR and whiteout.unmarked(root_fd):
+                _rewrite(root_fd, dirfd, name, DefectKind.PENDING)  # a directory may lack its mark
+            else:
+                sweep.remove(dirfd, name)
     finally:
         os.close(dirfd)
+
+
+_REWRITTEN: Final = frozenset({DefectKind.PENDING, DefectKind.OVERLAY_WHITEOUT, DefectKind.OVERLAY_OPAQUE})
+
+
+def _rewrite(root_fd: int, dirfd: int, name: bytes, kind: DefectKind) -> None:
+    """Put a mark into the form that counts here."""
+    branch = Branch(
+        0, 0, b"", Perm.RW, frozenset(), None,
+        root_fd=root_fd, anchor_fd=-1, dev=0, fs_type="", writes_overlay=kind is DefectKind.PENDING,
+    )  # fmt: skip
+    marks = notation.of(branch)
+    before = os.fstat(dirfd)
+    if kind is DefectKind.PENDING:
+        marks.settle(branch, dirfd, name[len(whiteout.PREFIX) :])
+    elif kind is DefectKind.OVERLAY_OPAQUE:
+        marks.make_opaque(branch, dirfd)
+    elif whiteout.is_device_at(dirfd, name):
+        marks.hide(branch, dirfd, name, beside=True)
+        syscalls.unlink_at(dirfd, name)
+    syscalls.restore_times(dirfd, before)
 
 
 def _still(dirfd: int, name: bytes, st: os.stat_result, kind: DefectKind) -> bool:
@@ -280,13 +330,15 @@ def run_fsck(
     found = repaired = 0
     try:
         before = os.fstat(root_fd)
-        bare = not syscalls.exists_at(root_fd, whiteout.ORPHAN_DIR)  # what is locked is made for that, and not left
+        # Of an unmarked one, what a kill leaves must not make it one of aufs.
+        directory = whiteout.OVERLAY_DIR if whiteout.unmarked(root_fd) else whiteout.ORPHAN_DIR
+        bare = not syscalls.exists_at(root_fd, directory)  # what is locked is made for that, and not left
         end = time.monotonic() + writelock.PATIENCE
-        lock_fd = writelock.lock(root_fd, path, "is written to by a mount{holder}; unmount it first", end)
+        lock_fd = writelock.lock(root_fd, path, "is written to by a mount{holder}; unmount it first", end, directory)
         if was_dirty(root_fd):
             echo(f"{printable(path)}: was not unmounted cleanly, or is mounted now; check only what is not in use")
         lower_fds.extend(map(open_branch, lowers))
-        with closing(find_defects(root_fd, lower_fds)) as defects:
+        with closing(find_defects(root_fd, lower_fds, not bare and directory == whiteout.OVERLAY_DIR)) as defects:
             for defect in defects:
                 echo(str(defect))
                 if defect.kind in (DefectKind.PLINK_SHARED, DefectKind.PLINK_ALONE):
@@ -297,7 +349,7 @@ def run_fsck(
     finally:
         if lock_fd >= 0:
             if bare:
-                syscalls.rmdir_at(root_fd, whiteout.ORPHAN_DIR)
+                syscalls.rmdir_at(root_fd, directory)
                 syscalls.restore_times(root_fd, before)
             os.close(lock_fd)
         for fd in (root_fd, *lower_fds):

@@ -381,9 +381,9 @@ class Sync:
         self._at(level.parts, name)
         marks = notation.of(self.dst)
         if must_carry(self.sb, self.src, self.dst, level.parts, level.src_fd, level.dst_fd, name):
-            marks.lift(self.dst, level.dst_fd, name)
             marks.hide(self.dst, level.dst_fd, name, beside=True)
-        self._clear(level, name)
+        if not whiteout.hides_alone(self.dst, level.dst_fd, name):  # its own whiteout may have the place of the name
+            self._clear(level, name)
         marks.settle(self.dst, level.dst_fd, name)
         self.progress.synced += 1
         if self.move:
@@ -425,7 +425,10 @@ class Sync:
         try:
             if st_mod.S_ISDIR(syscalls.stat_at(level.dst_fd, name).st_mode):
                 return
-            syscalls.unlink_at(level.dst_fd, name)  # of another type: the directory covers it
+            if whiteout.hides_alone(self.dst, level.dst_fd, name):
+                notation.of(self.dst).lift(self.dst, level.dst_fd, name)
+            else:
+                syscalls.unlink_at(level.dst_fd, name)  # of another type: the directory covers it
         except FileNotFoundError:
             pass
         node = carry.find(self.sb, parts)

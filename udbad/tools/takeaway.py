@@ -194,11 +194,10 @@ class TakeAway:
         try:
             if not whiteout.hides_alone(self.src, src_fd, item.name):
                 return
-            if syscalls.exists_at(dst_fd, item.name) or must_carry(
-                self.sb, self.src, self.dst, item.parts, src_fd, dst_fd, item.name
-            ):
+            there = syscalls.exists_at(dst_fd, item.name) and not whiteout.hides_alone(self.dst, dst_fd, item.name)
+            if there or must_carry(self.sb, self.src, self.dst, item.parts, src_fd, dst_fd, item.name):
                 raise Changed("the lower branch was changed directly")
-            carry.uncover_whiteout(src_fd, item.name)
+            carry.uncover_whiteout(self.src, src_fd, item.name)
         finally:
             os.close(src_fd)
             os.close(dst_fd)
@@ -207,7 +206,7 @@ class TakeAway:
         src_fd, dst_fd = self._open(item.parts)
         try:
             parent = carry.visible(self.sb, item.parts, self.src, src_fd, self.dst, dst_fd)
-            return carry.uncover_directory(self.sb, parent, src_fd, dst_fd, item.name, self.dst.attrs)
+            return carry.uncover_directory(self.sb, parent, src_fd, dst_fd, item.name, self.dst.copying)
         finally:
             os.close(src_fd)
             os.close(dst_fd)
@@ -233,5 +232,5 @@ def must_carry(sb: Superblock, src: Branch, dst: Branch, parts: Parts, src_fd: i
     except Changed:
         node = None
     if node is None:  # not to be seen now; what was hidden must be so also when it can be
-        return dst.index < len(sb.branches) - 1 and not whiteout.present(dst_fd, name)
+        return dst.index < len(sb.branches) - 1 and not whiteout.hides(dst, dst_fd, name)
     return remove.covered_below(sb, node, name, dst)

@@ -66,7 +66,7 @@ def covered_below(sb: Superblock, parent: Dir, name: bytes, branch: Branch) -> b
         return False
     lookup.discard(sb, parent, name, found)
     layer = parent.layer(branch.index)
-    return layer is None or not branch.whable or not whiteout.present(sb.layer_fd(parent, layer), name)
+    return layer is None or not branch.whable or not whiteout.hides(branch, sb.layer_fd(parent, layer), name)
 
 
 def choose(sb: Superblock, parent: Dir, found: Found) -> Branch:
