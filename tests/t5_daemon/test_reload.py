@@ -31,12 +31,14 @@ pytestmark = pytest.mark.fuse
 LIVE_VALUES: dict[str, Any] = {
     "udba": "none", "create": "rr", "cpup": "bu", "dirwh": 7, "diropq": "always", "sum": True,
     "fsync_copyup": False, "verbose": True, "warn_perm": False, "rdcache": 3, "ro": True,
-    "kernel_flags": ["noexec"], "watch_reserve": 20,
+    "kernel_flags": ["noexec"], "watch_reserve": 20, "dirren": "on",
 }  # fmt: skip
 FIXED_VALUES: dict[str, object] = {
     "plink": False, "xino": False, "shwh": True, "dirperm1": True, "acl": False, "dio": False,
     "fsname": "other", "io": "cached", "edge": "pyfuse3",
-    "survive": True, "restart_timeout": 5, "branch_timeout": 5,
+    "survive": True, "restart_timeout": 5, "branch_timeout": 5, "watch": "fanotify", "whiteouts": "aufs",
+    "volatile": True, "allow_idmap": True, "squash_to_uid": 7, "squash_to_gid": 8,
+    "uidmapping": "0:1000:10", "gidmapping": "0:1000:10",
 }  # fmt: skip
 DAEMON_VALUES: dict[str, object] = {
     "log_level": "debug", "log_format": "json", "heartbeat": 1, "wedged_after": 50, "start_timeout": 200,
