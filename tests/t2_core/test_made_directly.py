@@ -59,6 +59,38 @@ def test_a_directory_that_a_copy_up_needs(tmp_path: Path, udba: str, change: str
 
 
 @modes
+@pytest.mark.parametrize("below", ["d", "d/e"])
+def test_a_branch_in_between_that_has_something_else_of_that_name(tmp_path: Path, udba: str, below: str) -> None:
+    """It is not shown, as a branch above has a directory of that name, and nothing can be made below it."""
+    (tmp_path / "top/d").mkdir(parents=True)
+    (tmp_path / "mid").mkdir()
+    (tmp_path / "base/d/e/s").mkdir(parents=True)
+    for name in ("f", "g", "h"):
+        (tmp_path / "base/d/e" / name).write_text(name)
+    if below == "d":
+        (tmp_path / "mid/d").write_text("a file")
+    else:
+        (tmp_path / "mid/d").mkdir()
+        (tmp_path / "top/d/e").mkdir()
+        (tmp_path / "mid/d/e").write_text("a file")
+    with core(tmp_path, {"top": "rw", "mid": "rw", "base": "ro"}, udba=udba) as union:
+        directory = union.find("d/e").id
+        union.run(lambda: union.fs.mkdir(directory, b"new", 0o755, union.caller))
+        create(union, directory, b"made")
+        chmod(union, union.find("d/e/f").id)
+        union.unlink("d/e/g")
+        union.run(lambda: union.fs.rename(directory, b"h", directory, b"i", 0))
+        (union["mid"] / "x").write_text("x")
+        assert union.names("") == ["d", "x"]
+        file = union.find("x").id
+        assert error_of(lambda: union.run(lambda: union.fs.rename(ROOT_ID, b"x", directory, b"x", 0))) == "EXDEV"
+        assert error_of(lambda: union.run(lambda: union.fs.link(file, directory, b"x"))) == "EXDEV"
+        assert set(union.names("d/e")) == {"f", "i", "made", "new", "s"}
+        assert (union["top"] / "d/e/f").read_text() == "f"
+        assert (union["mid"] / below).read_text() == "a file"
+
+
+@modes
 def test_something_else_where_a_copy_up_needs_a_directory(tmp_path: Path, udba: str) -> None:
     (tmp_path / "base/d").mkdir(parents=True)
     with core(tmp_path, udba=udba) as union:

@@ -125,7 +125,7 @@ def test_lost_watches(union: UnionFactory, tmp_path: Path) -> None:
     (tmp_path / "base" / INSIDE).mkdir(parents=True)
     for number in range(4 * ROOM):
         (tmp_path / "base" / f"x{number}").mkdir()
-    mount = union({"top": "rw", "base": "ro"}, "notify", allow_log="watch limit reached")
+    mount = union({"top": "rw", "base": "ro"}, "notify", "watch=inotify", allow_log="watch limit reached")
     with mounted_inside(mount), lowered("max_user_watches", watches_in_use() + ROOM), ExitStack() as held:
         assert not (mount.path / "d" / "deep" / "later").exists()
         for number in range(4 * ROOM):

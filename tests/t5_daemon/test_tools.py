@@ -504,7 +504,10 @@ def test_more_rules_and_the_options_of_mvdown(daemon: Daemon) -> None:
         return re.sub(r"^udbad: /\S+: ", "", said).rstrip("\n")
 
     assert refused("whited") == f"a whiteout on branch {between} hides branch {dst}"
-    assert refused("opaque/x") == f"its directory on branch {between} is opaque or whited out, which hides branch {dst}"
+    assert (
+        refused("opaque/x")
+        == f"its directory on branch {between} is opaque, whited out or renamed, which hides branch {dst}"
+    )
     assert refused("twice") == f"another copy is between, on branch {between}"
     assert refused("twice", "--from", str(between)) == f"an upper copy is on branch {src}"
     assert refused("only", "--from", str(src)) == f"branch {src} has no copy of it"

@@ -16,7 +16,6 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Final, Literal
 
 from udbad.branch.branches import BranchSpec
-from udbad.branch.policy import parse_copyup, parse_create
 from udbad.branch.spec import (
     UDBA_MODES,
     escape,
@@ -105,9 +104,20 @@ def _percentage(value: object) -> object:
     return _only_if(type(value) is int and 0 <= value <= 100, value)
 
 
-def _parsed_by(parse: Callable[[str], object]) -> Callable[[str], bool]:
-    """Right is what `parse` raises nothing for."""
-    return lambda value: (parse(value), True)[1]
+def _is_create_policy(value: str) -> bool:
+    """Raises UserError."""
+    from udbad.branch.policy import parse_create  # compiled: its sources are hashed, for which not every command waits
+
+    parse_create(value)
+    return True
+
+
+def _is_copyup_policy(value: str) -> bool:
+    """Raises UserError."""
+    from udbad.branch.policy import parse_copyup  # as above
+
+    parse_copyup(value)
+    return True
 
 
 def _is_address(value: str) -> bool:
@@ -148,9 +158,9 @@ class MountOptions:
     """Which direct changes of the branches are seen, and when: see Modes."""
     io: str = _one_of("auto", "auto, requests, passthrough or cached", IO_MODES)
     """Who reads and writes files: this process, or the kernel where that can be; auto: by the branches: see Modes."""
-    create: str = _text("tdp", "a create policy", _parsed_by(parse_create))
+    create: str = _text("tdp", "a create policy", _is_create_policy)
     """Which branch gets a new object: see Create policies."""
-    cpup: str = _text("tdp", "a copy-up policy", _parsed_by(parse_copyup))
+    cpup: str = _text("tdp", "a copy-up policy", _is_copyup_policy)
     """Which branch receives a copy-up: see Copy-up policies."""
     plink: bool = _switch(True)
     """One file with names on several branches stays one file after a copy-up."""

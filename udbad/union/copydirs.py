@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import stat as st_mod
 
 from udbad.branch import copydata, notation, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.policy import CopyUpPolicy, CreatePolicy, Facts
-from udbad.errors import erofs, estale
+from udbad.errors import ABSENT, erofs, estale, os_error
 from udbad.inodes.table import Dir, Layer
 from udbad.union import lookup
 from udbad.union.lookup import Answer
@@ -38,17 +39,44 @@ def target_branch(sb: Superblock, parent: Dir, source: int) -> Branch:
     """The branch that receives a copy of an object whose top copy is on `source`. Raises EROFS."""
     if sb.options.read_only:
         raise erofs()
-    return selected(sb, sb.options.copyup, facts(sb, parent, source, None, False, 0))
+    return selected(sb, sb.options.copyup, facts(sb, parent, source, None, False, 0), parent)
 
 
-def selected(sb: Superblock, policy: CreatePolicy | CopyUpPolicy, known: Facts) -> Branch:
-    """The branch that a policy takes. Raises EROFS; EIO where one that does not answer might have done."""
+def selected(sb: Superblock, policy: CreatePolicy | CopyUpPolicy, known: Facts, parent: Dir) -> Branch:
+    """The branch that a policy takes for something in `parent`, or one above where that cannot be made there.
+
+    Raises EROFS; EIO where one that does not answer might have done.
+    """
     try:
-        return sb.branches[policy.select(known)]
+        branch = sb.branches[policy.select(known)]
     except OSError as error:
         if error.errno != errno.EROFS:
             raise
         raise sb.branches.refusal() from None
+    if parent.layer(branch.index) is not None:
+        return branch
+    for one in reversed(sb.branches.branches[: branch.index + 1]):
+        if one.writable and _has_room(sb, parent, one):
+            return one
+    return branch  # whatever is there instead is met when the directory is made
+
+
+def _has_room(sb: Superblock, node: Dir, branch: Branch) -> bool:
+    """Whether a directory is on a branch or can be made there. What is not shown, because an upper branch has a
+    directory of that name, may have its place."""
+    name = b""
+    while (layer := node.layer(branch.index)) is None:
+        if node.parent is None:
+            return False
+        name, node = node.name, node.parent
+    if not name:
+        return True
+    try:
+        return st_mod.S_ISDIR(syscalls.stat_at(sb.layer_fd(node, layer), name).st_mode)
+    except OSError as error:
+        if error.errno not in ABSENT:
+            raise
+        return True
 
 
 def ensure_dir(sb: Superblock, node: Dir, branch: Branch) -> int:
@@ -77,10 +105,21 @@ def ensure_dir(sb: Superblock, node: Dir, branch: Branch) -> int:
     return fd
 
 
+def ensure_dir_beside(sb: Superblock, node: Dir, branch: Branch) -> int:
+    """`ensure_dir` for a name that an object is to get on the branch it is on. Raises EXDEV where that cannot be, and
+    whoever asked copies."""
+    try:
+        return ensure_dir(sb, node, branch)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        raise os_error(errno.EXDEV) from None
+
+
 def _made_directly(sb: Superblock, node: Dir, branch: Branch) -> int:
     """The descriptor of a directory on `branch` that somebody was faster to make, and that our layers lack.
 
-    Raises ESTALE when the name stands for something else than this directory by now.
+    Raises ESTALE when the name stands for something else than this directory by now, EROFS when it cannot be there.
     """
     parent = node.parent
     assert parent is not None
@@ -89,6 +128,8 @@ def _made_directly(sb: Superblock, node: Dir, branch: Branch) -> int:
     if found.answer is Answer.FOUND:
         if found.layers is not None and lookup.same_directory(node, found.layers):
             lookup.adopt(sb, node, found, parent.floor)
+            if node.layer(branch.index) is None:
+                raise erofs()  # what has its place on this branch is no directory, and not shown
             return sb.branch_fd(node, branch)
         lookup.discard(sb, parent, node.name, found)
     raise estale()

@@ -58,7 +58,7 @@ def prepare(sb: Superblock, parent: Dir, name: bytes, is_dir: bool = False) -> T
 def _choose(sb: Superblock, parent: Dir, missing: Missing, is_dir: bool) -> Branch:
     policy = sb.options.create
     known = copydirs.facts(sb, parent, None, missing.whited, is_dir, policy.cache_seconds)
-    return copydirs.selected(sb, policy, known)
+    return copydirs.selected(sb, policy, known, parent)
 
 
 def _check_directory(sb: Superblock, parent: Dir) -> None:
@@ -318,7 +318,7 @@ def link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result
             need.then = lambda: (node, _finish_link(sb, node, parent, name))
             raise need
         raise NeedCopyUp(node, Trigger.LINK, None, None, limit)
-    dirfd = copydirs.ensure_dir(sb, parent, branch)
+    dirfd = copydirs.ensure_dir_beside(sb, parent, branch)
     fd, owned = sb.open_object(node)
     target = Target(branch, dirfd, notation.of(branch).lift(branch, dirfd, name))
     try:

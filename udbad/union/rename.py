@@ -106,7 +106,7 @@ def _target(sb: Superblock, parent: Dir, name: bytes, found: Found, node: Node, 
         return branch
     if type(node) is Dir:
         known = copydirs.facts(sb, parent, min(branch.index, limit + 1), None, True, 0)
-        target = copydirs.selected(sb, sb.options.copyup, known)
+        target = copydirs.selected(sb, sb.options.copyup, known, parent)
         if not redirects.may_write(sb, target) and not readdir.is_empty(sb, node):
             raise os_error(errno.EXDEV)
         copydirs.ensure_dir(sb, node, target)
@@ -138,7 +138,7 @@ def _move(
     """bare: nothing has the new name in any layer, and no whiteout on `branch` hides it, as far as is known. replace:
     what has got it directly meanwhile is replaced, as what was there before."""
     src_fd = copydirs.ensure_dir(sb, src_dir, branch)
-    dst_fd = copydirs.ensure_dir(sb, dst_dir, branch)
+    dst_fd = copydirs.ensure_dir_beside(sb, dst_dir, branch)
     marks = notation.of(branch)
     had_whiteout = not bare and whiteout.hides(branch, dst_fd, dst)
     lower_dst = not bare and not had_whiteout and remove.covered_below(sb, dst_dir, dst, branch)
@@ -284,7 +284,7 @@ def _exchange(
         # Both move to the upper one of the two.
         branch = _target(sb, src_dir, src, lookup_again(sb, src_dir, src), src_node, other.index)
     src_fd = copydirs.ensure_dir(sb, src_dir, branch)
-    dst_fd = copydirs.ensure_dir(sb, dst_dir, branch)
+    dst_fd = copydirs.ensure_dir_beside(sb, dst_dir, branch)
     with ExitStack() as undo:
         for node, parent, name in ((src_node, dst_dir, dst), (dst_node, src_dir, src)):
             if type(node) is not Dir:
