@@ -247,6 +247,16 @@ CHANGES = (
 )
 
 
+def build_cases(root: Path) -> list[Path]:
+    """The branches, below a new directory, each with what every case needs of it."""
+    branches = [root / letter for letter in LETTERS]
+    for branch in branches:
+        branch.mkdir()
+    for case in CASES:
+        case.build(branches)
+    return branches
+
+
 @dataclass(frozen=True)
 class Case:
     """One change on branch number `at`."""

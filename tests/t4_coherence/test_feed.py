@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.mount import Mount, UnionFactory, mounted
 from tests.helpers.profile import scaled
-from tests.t4_coherence.changes import CASES, LETTERS, PERMISSIONS, Case
+from tests.t4_coherence.changes import CASES, PERMISSIONS, Case, build_cases
 from tests.t4_coherence.test_matrix import STATES, Scene, asked
 
 pytestmark = pytest.mark.fuse
@@ -53,11 +53,7 @@ def tell(mount: Mount, paths: list[str]) -> None:
 def fed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     mode, state = request.param
     root = tmp_path_factory.mktemp("fed")
-    branches = [root / letter for letter in LETTERS]
-    for branch in branches:
-        branch.mkdir()
-    for case in CASES:
-        case.build(branches)
+    branches = build_cases(root)
     own = "" if mode == "none" else "+udba=none"
     words = [f"{branch}={permission}{own}" for branch, permission in zip(branches, PERMISSIONS, strict=True)]
     with mounted(words, root / "mnt", mode, "") as mount:

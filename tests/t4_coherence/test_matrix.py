@@ -23,7 +23,7 @@ import pytest
 from tests.helpers.merge import Tree, diff, read_entry, snapshot
 from tests.helpers.mount import Mount, mounted
 from tests.helpers.profile import scaled
-from tests.t4_coherence.changes import CASES, LETTERS, PERMISSIONS, QUIET, Case
+from tests.t4_coherence.changes import CASES, PERMISSIONS, QUIET, Case, build_cases
 
 pytestmark = pytest.mark.fuse
 
@@ -253,11 +253,7 @@ class Scene:
 def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     options, mode, state = request.param
     root = tmp_path_factory.mktemp("matrix")
-    branches = [root / letter for letter in LETTERS]
-    for branch in branches:
-        branch.mkdir()
-    for case in CASES:
-        case.build(branches)
+    branches = build_cases(root)
     words = [f"{branch}={permission}" for branch, permission in zip(branches, PERMISSIONS, strict=True)]
     with mounted(words, root / "mnt", mode, options) as mount:
         scene = Scene(mount, mode, state)

@@ -239,17 +239,22 @@ def test_a_mount_of_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
         daemon.stop()
 
 
+def kill_while_it_waits(server: Server, process: int, path: Path) -> None:
+    """Stop the branch, and kill the mount process that waits for it with somebody's stat(2) of `path`, who gets EIO."""
+    server.stall()
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(number_of, os.stat, path)
+        until(lambda: server.waiting > 0, "request to the branch", SECONDS)
+        os.kill(process, signal.SIGKILL)
+        assert waiting.result(SECONDS) == errno.EIO
+
+
 def test_its_process_is_killed_while_it_waits(server: Server, union: UnionFactory) -> None:
     """Before anybody could find out what for: the next one waits for the branch, too, and is found out in its turn."""
     mount = union(LAYERS, "notify", "survive=on,branch_timeout=2,create=rr", allow_log=LOG)
     path = mount.path
     first = mount.control({"op": "status"})["pid"]
-    server.stall()
-    with ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(number_of, os.stat, path / "only/new")
-        until(lambda: server.waiting > 0, "request to the branch", SECONDS)
-        os.kill(first, signal.SIGKILL)
-        assert waiting.result(SECONDS) == errno.EIO
+    kill_while_it_waits(server, first, path / "only/new")
     assert offline(mount) == [str(mount["hung"])]
     assert (path / "in_d").read_text() == "in_d"
     server.go_on()
@@ -265,12 +270,7 @@ def test_a_mount_of_the_daemon_is_killed_while_it_waits(daemon: Daemon, tmp_path
         daemon.mounts["pool"]["branches"] = [f"{tmp_path}/pool.{name}=rw" for name in ("a", "hung")]
         daemon.start()
         first = daemon.wait_for("pool")["pid"]
-        server.stall()
-        with ThreadPoolExecutor(1) as threads:
-            waiting = threads.submit(number_of, os.stat, path / "new")
-            until(lambda: server.waiting > 0, "request to the branch", SECONDS)
-            os.kill(first, signal.SIGKILL)
-            assert waiting.result(SECONDS) == errno.EIO
+        kill_while_it_waits(server, first, path / "new")
         second = daemon.wait_for("pool", not_pid=first)["pid"]
         assert (path / "apart").is_dir()
         server.go_on()

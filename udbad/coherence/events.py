@@ -128,22 +128,17 @@ def subject(place: Place, name: bytes) -> tuple[Dir, bytes] | None:
     name: as the event has it, b"" for the branch directory itself.
     """
     node = place.node
-    if name.startswith(whiteout.PREFIX):
-        hidden = whiteout.subject(name)
-        if hidden is None:
-            return None
-        name = hidden
-    if name or node.parent is None:
-        return node, name
+    about = whiteout.subject(name)
+    if about is None:
+        return None
+    if about or node.parent is None:
+        return node, about
     return node.parent, node.name
 
 
 def on_the_way(way: Way, change: Change) -> bool:
     """Whether an event in a branch directory may have to do with the name in it that leads to a directory."""
-    name = change.name
-    if name.startswith(whiteout.PREFIX) and not name.startswith(whiteout.RESERVED):
-        name = name[len(whiteout.PREFIX) :]
-    return name == way.name or name in (b"", whiteout.OPAQUE)
+    return whiteout.subject(change.name) in (way.name, b"")
 
 
 class Events:

@@ -21,7 +21,7 @@ ANYTHING: Final = NAMES | CONTENT | ATTRIBUTES
 _KINDS: Final = {
     **dict.fromkeys(("create", "delete", "move", "moved_from", "moved_to"), NAMES),
     **dict.fromkeys(("modify", "close_write"), CONTENT),
-    **dict.fromkeys(("attrib",), ATTRIBUTES),
+    "attrib": ATTRIBUTES,
     "isdir": 0,
 }
 """The words of inotifywait(1), which others use as well."""
@@ -42,14 +42,18 @@ def kinds_of(words: str) -> int:
     return kinds or ANYTHING
 
 
-def inside(branches: BranchSet, mount_point: bytes, path: bytes) -> Path | None:
+def roots_of(branches: BranchSet, mount_point: bytes) -> list[bytes]:
+    """What absolute paths in the union begin with, the longest first: one branch may lie in another one's directory."""
+    return sorted([mount_point, *(branch.path for branch in branches.branches)], key=len, reverse=True)
+
+
+def inside(roots: Sequence[bytes], path: bytes) -> Path | None:
     """The names of a path in the union; None when it is not in it.
 
-    path: absolute, on one of the branches or below the mount point, or relative to any of them. It is not looked up:
-    what it names may be gone, and a link in it is none of the union's.
+    path: absolute, below one of `roots_of`, or relative to any of them. It is not looked up: what it names may be gone,
+    and a link in it is none of the union's.
     """
     if path.startswith(b"/"):
-        roots = sorted([mount_point, *(branch.path for branch in branches.branches)], key=len, reverse=True)
         for root in roots:
             if path == root or path.startswith(root.rstrip(b"/") + b"/"):
                 path = path[len(root) :]
@@ -79,12 +83,12 @@ def take(coherence: Coherence, path: Path, kinds: int) -> bool:
     return coherence.hint(node, path[-1] if path else b"", kinds)
 
 
-def take_one(coherence: Coherence, mount_point: bytes, path: bytes, kinds: int) -> bool | None:
+def take_one(coherence: Coherence, roots: Sequence[bytes], path: bytes, kinds: int) -> bool | None:
     """`take` for a path as `inside` has it; one that ends with a slash stands for all that is below it, too.
 
     True when anything is cached that it could be about, None when it is not in the union.
     """
-    names = inside(coherence.sb.branches, mount_point, path)
+    names = inside(roots, path)
     if names is None:
         return None
     return coherence.invalidate(names) > 0 if path.endswith(b"/") else take(coherence, names, kinds)

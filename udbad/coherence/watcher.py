@@ -46,8 +46,6 @@ _ATTRIBUTES = int(Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF)
 _IGNORED = int(Mask.IGNORED)
 _GONE = int(Mask.IGNORED | Mask.UNMOUNT)
 _OVERFLOW = int(Mask.Q_OVERFLOW)
-# The bits of fanotify(7) are those of inotify(7), but for this.
-_FAN_GONE = fanotify.DELETE_SELF
 
 _READ_BYTES = 16 << 10
 """What one read(2) may bring: some hundred events, a few milliseconds of work."""
@@ -307,9 +305,9 @@ class Watcher:
                 changes.clear()
                 self._on_overflow()
                 continue
-            kinds = _kinds(mask)
+            kinds = _kinds(mask)  # whose bits are those of inotify(7)
             handles = marks.handles.get(key, ())
-            if mask & _FAN_GONE and not name:
+            if mask & fanotify.DELETE_SELF and not name:
                 marks.handles.pop(key, None)
                 kinds |= GONE
             elif marks.is_own(event):

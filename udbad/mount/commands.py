@@ -200,12 +200,13 @@ class Commands:
         Returns how many there were, how many of them could be about something cached, and how many are outside.
         """
         process, hinted = self.process, hints_of(request)
+        roots = hints.roots_of(process.sb.branches, process.mount_point)
         known = outside = 0
         for number, (path, kind) in enumerate(hinted):
             # After this: each hint finds the tree as it is then.
             if number % HINTS_AT_ONCE == HINTS_AT_ONCE - 1:
                 await trio.lowlevel.checkpoint()
-            held = hints.take_one(process.coherence, process.mount_point, os.fsencode(path), hints.kinds_of(kind))
+            held = hints.take_one(process.coherence, roots, os.fsencode(path), hints.kinds_of(kind))
             known += held is True
             outside += held is None
         if known:
