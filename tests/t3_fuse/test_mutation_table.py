@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.merge import Tree, diff, merge, snapshot
+from tests.helpers.merge import OVERLAY, Tree, diff, merge, snapshot
 from tests.helpers.mount import Mount, UnionFactory, mounted
+from tests.helpers.profile import scaled
 
 pytestmark = pytest.mark.fuse
 
@@ -30,6 +31,7 @@ BASE_NS = 1_000_000_000_000_000_000
 DIR = None
 WH = ""
 OPQ = ".wh..wh..opq"
+OPAQUE_ATTRIBUTE = "trusted.overlay.opaque"
 
 
 @dataclass(frozen=True)
@@ -202,54 +204,93 @@ KEPT = {"rename-lower-file": "m", "open-rdwr-write": "n", "setxattr": "n", "setx
 
 @dataclass
 class Shared:
-    """The shared union and the two lower branches as they were before the mount."""
+    """The shared union and the two lower branches as they were before the mount.
+
+    overlay: the first one is in the notation of overlayfs.
+    """
 
     mount: Mount
+    overlay: bool
     lower: dict[str, Tree] = field(default_factory=dict)
 
     @property
-    def branches(self) -> list[tuple[Path, bool]]:
-        return [(self.mount["A"], True), (self.mount["B"], True), (self.mount["C"], False)]
+    def branches(self) -> list[tuple[Path, int]]:
+        return [(self.mount["A"], OVERLAY if self.overlay else True), (self.mount["B"], True), (self.mount["C"], False)]
 
 
-def write_content(directory: Path, content: Content | None) -> None:
-    """Make the row's directory; everything has mode bits and times that a copy-up must keep."""
+def write_content(directory: Path, content: Content | None, overlay: bool = False) -> None:
+    """Make the row's directory; everything has mode bits and times that a copy-up must keep.
+
+    overlay: marks, which the rows have as aufs does, are made as overlayfs does.
+    """
     if content is None:
         return
     directory.mkdir()
     for name, text in content.items():
+        path = directory / name
         if text is None:
-            (directory / name).mkdir()
+            path.mkdir()
+        elif overlay and path.name == OPQ:
+            os.setxattr(path.parent, OPAQUE_ATTRIBUTE, b"y")
+        elif overlay and path.name.startswith(".wh."):
+            os.mknod(path.with_name(path.name.removeprefix(".wh.")), stat.S_IFCHR)
         else:
-            (directory / name).write_text(text)
+            path.write_text(text)
     for path in [*sorted(directory.rglob("*"), reverse=True), directory]:
         path.chmod(0o751 if path.is_dir() else 0o640)
         os.chown(path, 5, 6)
         os.utime(path, ns=(BASE_NS, BASE_NS))
 
 
-def read_content(directory: Path) -> Content | None:
+def read_content(directory: Path, overlay: bool = False) -> Content | None:
+    """As `write_content` has it; a mark of the other notation is as any object of that name."""
     if not directory.exists():
         return None
-    return {
-        str(path.relative_to(directory)): None if path.is_dir() else path.read_text()
-        for path in sorted(directory.rglob("*"))
-    }
+    content: dict[str, str | None] = {}
+    for path in directory.rglob("*"):
+        name = path.relative_to(directory)
+        if path.is_dir():
+            content[str(name)] = None
+            if overlay and OPAQUE_ATTRIBUTE in os.listxattr(path):
+                content[str(name / OPQ)] = WH
+        elif overlay and path.is_char_device() and not path.stat().st_rdev:
+            content[str(name.with_name(f".wh.{name.name}"))] = WH
+        else:
+            assert not (overlay and name.name.startswith(".wh.")), f"{name}: the notation of aufs"
+            content[str(name)] = path.read_text()
+    return dict(sorted(content.items()))
 
 
-@pytest.fixture(scope="module", params=["none", "reval"])
+WAYS = (
+    ("none", ""),
+    ("reval", ""),
+    ("notify", "whiteouts=overlay,io=cached"),
+    *scaled(
+        (),
+        (
+            ("none", "whiteouts=overlay"),
+            ("reval", "whiteouts=overlay,io=passthrough"),
+            ("notify", "whiteouts=overlay"),
+        ),
+    ),
+)
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=lambda way: "-".join(filter(None, way)))
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     root = tmp_path_factory.mktemp("mutation")
     branches = [root / letter for letter in "ABC"]
     for branch in branches:
         branch.mkdir()
+    udba, options = request.param
+    overlay = "whiteouts=overlay" in options
     for row in ROWS:
         for branch, content in zip(branches, (row.a, row.b, row.c), strict=True):
-            write_content(branch / row.id, content)
+            write_content(branch / row.id, content, overlay and branch is branches[0])
     lower = {branch.name: snapshot(branch) for branch in branches[1:]}
     words = [f"{branch}={perm}" for branch, perm in zip(branches, ("rw", "ro+wh", "ro"), strict=True)]
-    with mounted(words, root / "mnt", request.param) as mount:
-        yield Shared(mount, lower)
+    with mounted(words, root / "mnt", udba, options) as mount:
+        yield Shared(mount, overlay, lower)
     for branch in branches[1:]:
         assert diff(lower[branch.name], snapshot(branch)) == []
 
@@ -270,7 +311,7 @@ def test_row(shared: Shared, row: Row) -> None:
         assert CHANGED[row.id]((on_disk / "n").stat(), on_disk / "n")
     if row.a is None and row.after:
         check_copied_up(row, on_disk)
-    assert read_content(on_disk) == (None if row.after is None else dict(sorted(row.after.items())))
+    assert read_content(on_disk, shared.overlay) == (None if row.after is None else dict(sorted(row.after.items())))
     for name in ("B", "C"):
         branch = {k: v for k, v in shared.lower[name].items() if k.startswith(os.fsencode(row.id) + b"/")}
         now = snapshot(mount[name] / row.id) if (mount[name] / row.id).exists() else {}

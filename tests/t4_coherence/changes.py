@@ -21,6 +21,8 @@ PERMISSIONS = ("rw", "ro+wh", "ro")
 WHABLE = (True, OVERLAY, False)
 """Whose whiteouts count: those of every branch but one that is plain ro; those of overlayfs where nothing is written.
 """
+WHABLE_OVERLAY = (OVERLAY, OVERLAY, False)
+"""The same with `whiteouts=overlay`."""
 
 OLD = b"old " * 1500
 NEW = b"new " * 1500
@@ -28,14 +30,16 @@ NEW = b"new " * 1500
 QUIET = "quiet/by"
 """A file that no change concerns; nothing of it may be asked again."""
 
-
 _OVERLAY = (1,)
-"""Where marks of overlayfs count."""
+"""Where marks of overlayfs count, and with `whiteouts=overlay` on the first branch, too."""
 _OPAQUE = "trusted.overlay.opaque"
 
 
-def build(roots: Sequence[Path], at: int) -> None:
-    """Fill one case's directory, given for each branch, top first; branch `at` is the one to be changed."""
+def build(roots: Sequence[Path], at: int, overlay: bool) -> None:
+    """Fill one case's directory, given for each branch, top first; branch `at` is the one to be changed.
+
+    overlay: marks of overlayfs count there.
+    """
     for letter, root in zip(LETTERS, roots, strict=True):
         for name in ("d/o", "d/p", "d/q", "e", "quiet"):
             (root / name).mkdir(parents=True)
@@ -52,7 +56,7 @@ def build(roots: Sequence[Path], at: int) -> None:
     (here / "d/q/.wh..wh..opq").touch()
     (here / "d/.wh.hidden").touch()
     (lowest / "d/hidden").write_bytes(OLD)
-    if at == _OVERLAY[0]:
+    if overlay:
         os.mknod(here / "d/covered", stat.S_IFCHR)
         os.setxattr(here / "d/p", _OPAQUE, b"y")
         (lowest / "d/covered").write_bytes(OLD)
@@ -247,22 +251,23 @@ CHANGES = (
 )
 
 
-def build_cases(root: Path) -> list[Path]:
+def build_cases(root: Path, cases: Sequence[Case]) -> list[Path]:
     """The branches, below a new directory, each with what every case needs of it."""
     branches = [root / letter for letter in LETTERS]
     for branch in branches:
         branch.mkdir()
-    for case in CASES:
+    for case in cases:
         case.build(branches)
     return branches
 
 
 @dataclass(frozen=True)
 class Case:
-    """One change on branch number `at`."""
+    """One change on branch number `at`. whable: whose whiteouts count."""
 
     change: Change
     at: int
+    whable: tuple[int, ...] = WHABLE
 
     @property
     def id(self) -> str:
@@ -271,21 +276,25 @@ class Case:
     def build(self, branches: Sequence[Path]) -> None:
         for branch in branches:
             (branch / self.id).mkdir()
-        build([branch / self.id for branch in branches], self.at)
+        build([branch / self.id for branch in branches], self.at, self.whable[self.at] == OVERLAY)
 
     def act(self, branches: Sequence[Path]) -> None:
         self.change.act(branches[self.at] / self.id)
 
     def expected(self, branches: Sequence[Path]) -> Tree:
         """What must be visible below the case's directory according to the branches now."""
-        return merge((branch / self.id, whable) for branch, whable in zip(branches, WHABLE, strict=True))
+        return merge((branch / self.id, whable) for branch, whable in zip(branches, self.whable, strict=True))
 
     def winner(self, branches: Sequence[Path], name: str) -> bytes:
         """Path of the branch object that `name` shows; it must be visible."""
-        found = [(os.fsencode(branch / self.id), whable) for branch, whable in zip(branches, WHABLE, strict=True)]
+        found = [(os.fsencode(branch / self.id), whable) for branch, whable in zip(branches, self.whable, strict=True)]
         for part in os.fsencode(name).split(b"/"):
             found = resolve(found, part)
         return found[0][0]
 
 
 CASES = tuple(Case(change, at) for change in CHANGES for at in change.branches)
+OVERLAY_CASES = tuple(
+    Case(change, 0, WHABLE_OVERLAY) for change in CHANGES if 0 in change.branches or change.branches == _OVERLAY
+)
+"""Changes of a top branch that is in the notation of overlayfs."""

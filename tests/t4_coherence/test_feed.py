@@ -53,7 +53,7 @@ def tell(mount: Mount, paths: list[str]) -> None:
 def fed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     mode, state = request.param
     root = tmp_path_factory.mktemp("fed")
-    branches = build_cases(root)
+    branches = build_cases(root, CASES)
     own = "" if mode == "none" else "+udba=none"
     words = [f"{branch}={permission}{own}" for branch, permission in zip(branches, PERMISSIONS, strict=True)]
     with mounted(words, root / "mnt", mode, "") as mount:

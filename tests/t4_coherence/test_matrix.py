@@ -23,7 +23,7 @@ import pytest
 from tests.helpers.merge import Tree, diff, read_entry, snapshot
 from tests.helpers.mount import Mount, mounted
 from tests.helpers.profile import scaled
-from tests.t4_coherence.changes import CASES, PERMISSIONS, QUIET, Case, build_cases
+from tests.t4_coherence.changes import CASES, OVERLAY_CASES, PERMISSIONS, QUIET, Case, build_cases
 
 pytestmark = pytest.mark.fuse
 
@@ -46,6 +46,12 @@ READ_BY_THE_KERNEL = (
     *(("io=cached", *scene) for scene in scaled(OPENED[2:], UNTOLD)),
 )
 """io=cached is not for reval; who reads a file matters where it is open."""
+OVERLAY_TOP = (
+    *(("whiteouts=overlay", *scene) for scene in scaled((("reval", "negative"), ("notify", "listed")), USUAL)),
+    *(("whiteouts=overlay,io=passthrough", *scene) for scene in scaled((("reval", "open"),), OPENED)),
+    *(("whiteouts=overlay,io=cached", *scene) for scene in scaled((("notify", "positive"), ("none", "listed")), UNTOLD)),
+    *(("whiteouts=overlay,watch=fanotify", *scene) for scene in scaled((), MARKED)),
+)
 OF_FILES = [case for case in CASES if scaled(bool(case.change.files), True)]
 """The others change nothing that can be open as a file: who reads files has no part in them."""
 NEVER = "d/never"
@@ -253,13 +259,14 @@ class Scene:
 def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     options, mode, state = request.param
     root = tmp_path_factory.mktemp("matrix")
-    branches = build_cases(root)
+    cases = OVERLAY_CASES if "whiteouts=overlay" in options else CASES
+    branches = build_cases(root, cases)
     words = [f"{branch}={permission}" for branch, permission in zip(branches, PERMISSIONS, strict=True)]
     with mounted(words, root / "mnt", mode, options) as mount:
         scene = Scene(mount, mode, state)
         if mode == "none":
             # Nothing is promised before the remount, so one is enough for all cases.
-            for case in CASES:
+            for case in cases:
                 try:
                     with scene.warmed(case):
                         case.act(branches)
@@ -284,6 +291,12 @@ def test_a_direct_change_is_seen(scene: Scene, case: Case) -> None:
 @scenes(*READ_BY_THE_KERNEL)
 @pytest.mark.parametrize("case", OF_FILES, ids=lambda case: case.id)
 def test_a_direct_change_of_files_that_the_kernel_reads_is_seen(scene: Scene, case: Case) -> None:
+    check(scene, case)
+
+
+@scenes(*OVERLAY_TOP)
+@pytest.mark.parametrize("case", OVERLAY_CASES, ids=lambda case: case.id)
+def test_a_direct_change_of_a_top_branch_of_overlayfs_is_seen(scene: Scene, case: Case) -> None:
     check(scene, case)
 
 
