@@ -15,7 +15,7 @@ import re
 import stat
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 WH_PREFIX = b".wh."
@@ -23,6 +23,8 @@ OPAQUE = b".wh..wh..opq"
 PLINKS = b".wh..wh.plnk"
 REDIRECT = "trusted.overlay.redirect"
 """On a directory that was renamed: its path on the branches below. A mark, and so no attribute of the object."""
+RECORDS = ("trusted.overlay.", "user.overlay.", "user.fuseoverlayfs.")
+"""Attributes by which overlayfs and fuse-overlayfs note something in a layer: nothing of an object, where they count."""
 OVERLAY = 2
 """In the place of True, where it is asked whether the whiteouts of a branch count: those of overlayfs, too."""
 MAX_NAME = 242
@@ -240,7 +242,10 @@ def merge(branches: Iterable[tuple[Path, int]]) -> Tree:
             if not hits:
                 continue
             child = os.path.join(relative, name)
-            tree[child] = read_entry(_content(hits[0][0], roots, plinks))
+            entry = read_entry(_content(hits[0][0], roots, plinks))
+            if hits[0][1] == OVERLAY:
+                entry = replace(entry, xattrs=tuple(one for one in entry.xattrs if not one[0].startswith(RECORDS)))
+            tree[child] = entry
             if tree[child].is_dir:
                 todo.append((child, hits))
     return tree

@@ -22,7 +22,7 @@ from itertools import groupby
 from time import monotonic
 from typing import Final
 
-from udbad.branch import capabilities, redirect, syscalls
+from udbad.branch import capabilities, overlayattr, redirect, syscalls
 from udbad.errors import os_error
 from udbad.types import CopyMethod
 
@@ -51,7 +51,8 @@ _REFUSED: Final = frozenset(
 
 _ACLS: Final = ("system.posix_acl_access", "system.posix_acl_default")
 _NEVER_COPIED: Final = ("trusted.overlay.", "trusted.SGI_ACL_")
-_NOT_TO_OVERLAY: Final = ("user.overlay.", "user.fuseoverlayfs.")
+_NOT_TO_OVERLAY: Final = tuple(map(os.fsdecode, overlayattr.PREFIXES))
+_ESCAPED: Final = tuple(map(os.fsdecode, overlayattr.ESCAPED))
 _NEVER_IGNORED: Final = frozenset({errno.ENOMEM, errno.EDQUOT, errno.ENOSPC})
 _ICEX_OF: Final = {"security": "icexsec", "system": "icexsys", "trusted": "icextr", "user": "icexusr"}
 
@@ -442,7 +443,8 @@ def copy_xattrs(
     overlayfs' own record of an object in one of its layers (redirect, origin, opaque) and wrong anywhere else, and
     trusted.SGI_ACL_*, under which XFS shows its ACLs a second time (xfs_attr_list) and which is junk on any other file
     system. user.overlay.* is copied, as any user may have put it there, but for a redirect where it counts as one; with
-    "overlay" among `ignore` it is not, nor is user.fuseoverlayfs.*, for there they mean something.
+    "overlay" among `ignore` it is not, nor is user.fuseoverlayfs.*, for there they mean something. Those of an object,
+    which have another name there (overlayattr.py), are copied under that.
 
     OSError: any failure to set an attribute that `ignore` does not forgive, EOPNOTSUPP included; ENOMEM, EDQUOT and
     ENOSPC are never forgiven. Any failure to read one but ENODATA (removed meanwhile).
@@ -479,7 +481,10 @@ def _names(path: Place, follow_symlinks: bool, acls: Sequence[str] = _ACLS, more
             return []
         raise
     never = (*_NEVER_COPIED, *more, os.fsdecode(redirect.key()))
-    return [*acls, *(name for name in listed if name not in _ACLS and not name.startswith(never))]
+    return [
+        *acls,
+        *(name for name in listed if name not in _ACLS and (name.startswith(_ESCAPED) or not name.startswith(never))),
+    ]
 
 
 def _value(path: Place, name: str, follow_symlinks: bool) -> bytes | None:

@@ -16,7 +16,7 @@ import stat as st_mod
 from collections.abc import Callable, Iterator
 from typing import Final, Literal, TypeVar
 
-from udbad.branch import state, syscalls, whiteout
+from udbad.branch import overlayattr, state, syscalls, whiteout
 from udbad.branch.credentials import Credentials, sgid_group
 from udbad.errors import REPLACED, eio, erofs, estale, os_error
 from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, backing_id, note_id_bits
@@ -312,16 +312,26 @@ class UnionFs:
     # -- extended attributes ------------------------------------------------------------------
 
     def _check_xattr(self, key: bytes) -> None:
-        """Raises EOPNOTSUPP; also for what is a mark on the branches, and would be one on a copy."""
-        if (not self.sb.options.acl and key.startswith(_ACL_PREFIX)) or key == self.sb.redirect_key:
+        """Raises EOPNOTSUPP."""
+        if not self.sb.options.acl and key.startswith(_ACL_PREFIX):
             raise os_error(errno.EOPNOTSUPP)
+
+    def _kept(self, node: Node, key: bytes) -> bytes:
+        """The name that an attribute has on the object's branch. Raises EOPNOTSUPP for what is a mark there, or would
+        be one on a copy."""
+        if node.branch.overlay:
+            return overlayattr.kept(key)
+        if key == self.sb.redirect_key:
+            raise os_error(errno.EOPNOTSUPP)
+        return key
 
     def getxattr(self, node_id: int, key: bytes) -> bytes:
         self._check_xattr(key)
         node = self.table.node(node_id)
         bit = XATTR_BITS.get(key)
         if bit is None:
-            return self._on_object(node, lambda object_: syscalls.getxattr(object_, key))
+            name = self._kept(node, key)
+            return self._on_object(node, lambda object_: syscalls.getxattr(object_, name))
         state = self.sb.changes.known_state(node)
         known = 0 if node.lacks is None or node.lacks[1] != state else node.lacks[0]
         if known & bit:
@@ -340,10 +350,13 @@ class UnionFs:
             node.lacks = _CAPABILITY_BIT, state
 
     def listxattr(self, node_id: int, caller: Caller) -> list[bytes]:
-        names = self._on_object(self.table.node(node_id), syscalls.listxattr)
+        node = self.table.node(node_id)
+        names = self._on_object(node, syscalls.listxattr)
         if caller.uid != 0:
             names = [key for key in names if not key.startswith(b"trusted.")]  # xattr(7)
-        if self.sb.redirect_key in names:
+        if node.branch.overlay:
+            names = overlayattr.shown(names)
+        elif self.sb.redirect_key in names:
             names.remove(self.sb.redirect_key)
         return names if self.sb.options.acl else [key for key in names if not key.startswith(_ACL_PREFIX)]
 
@@ -361,11 +374,12 @@ class UnionFs:
         nor privileged, so that an ACL costs the setgid bit (posix_acl_update_mode)."""
         self._check_changing_xattr(key, caller)
         node = self._changing_xattr(node_id)
+        name = self._kept(node, key)
 
         def change(target: syscalls.Object) -> None:
             if flags & os.XATTR_CREATE and self.sb.notes is not None:
-                self.sb.notes.intend(syscalls.has_xattr(target, key))
-            syscalls.setxattr(target, key, value, flags)
+                self.sb.notes.intend(syscalls.has_xattr(target, name))
+            syscalls.setxattr(target, name, value, flags)
             if kill_sgid and key == _ACL_ACCESS:
                 mode = os.stat(target).st_mode
                 if mode & st_mod.S_ISGID:
@@ -378,11 +392,12 @@ class UnionFs:
     def removexattr(self, node_id: int, key: bytes, caller: Caller) -> None:
         self._check_changing_xattr(key, caller)
         node = self._changing_xattr(node_id)
+        name = self._kept(node, key)
 
         def change(target: syscalls.Object) -> None:
             if self.sb.notes is not None:
-                self.sb.notes.intend(syscalls.has_xattr(target, key))
-            syscalls.removexattr(target, key)
+                self.sb.notes.intend(syscalls.has_xattr(target, name))
+            syscalls.removexattr(target, name)
 
         self._on_object(node, change)
         self.sb.changes.data(node)
