@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from pathlib import Path
 
 LAYERS = {"src": "rw", "dst": "rw", "low": "ro+wh"}
@@ -73,6 +74,18 @@ def _special(src: Path) -> None:
     os.setxattr(src / "mixed" / "one", "user.word", b"value")
     os.setxattr(src / "new", "user.word", b"of a directory")
     os.chmod(src / "new", 0o2750)
+
+
+def as_overlay(branch: Path) -> None:
+    """Make the marks of a branch as overlayfs does; a whiteout beside its name, which it cannot have, stays."""
+    for path in branch.rglob(".wh.*"):
+        hidden = path.with_name(path.name.removeprefix(".wh."))
+        if path.name == ".wh..wh..opq":
+            os.setxattr(path.parent, "trusted.overlay.opaque", b"y")
+            path.unlink()
+        elif not os.path.lexists(hidden):
+            os.mknod(hidden, stat.S_IFCHR)
+            path.unlink()
 
 
 def listing(branch: Path) -> list[str]:

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import pytest
 
 from tests.helpers import carry_tree
 from tests.helpers.carry_tree import LAYERS, listing
-from tests.helpers.merge import MAX_NAME, diff, merge, temporary_names
+from tests.helpers.merge import MAX_NAME, OVERLAY, diff, merge, temporary_names
 from tests.helpers.merge import Tree as Snapshot
 from tests.helpers.profile import scaled
 from tests.t2_core.core import Core, core
+from tests.t2_core.killed import swept
 from udbad.branch import syscalls
-from udbad.branch.sweep import sweep_temporaries
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.table import Dir
 from udbad.tools import carry, mvdown, syncdown
@@ -43,12 +43,18 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("udbad.union.view"), "disabled", True)  # it warns of the pairs
 
 
-def build(top: Path) -> None:
+def build(top: Path, whiteouts: str = "aufs") -> None:
     carry_tree.build(*(top / name for name in LAYERS))
+    if whiteouts == "overlay":
+        for name in LAYERS:
+            carry_tree.as_overlay(top / name)
 
 
-def merged(top: Path) -> Snapshot:
-    return merge([(top / name, True) for name in LAYERS])
+def merged(top: Path, layers: Sequence[str] = (*LAYERS,)) -> Snapshot:
+    return merge([(top / name, OVERLAY) for name in layers])
+
+
+notations = pytest.mark.parametrize("whiteouts", ["aufs", "overlay"])
 
 
 def run(steps: Generator[carry.Work | None, None, Any], between: Callable[[int], None] | None = None) -> Any:
@@ -102,14 +108,17 @@ def seen(union: Core) -> Shown:
     return found
 
 
+@notations
 @pytest.mark.parametrize("udba", ["none", "reval"])
 @pytest.mark.parametrize("move", [False, True])
 @pytest.mark.parametrize("known", [False, True])
-def test_the_union_is_the_same_at_every_step(tmp_path: Path, udba: str, move: bool, known: bool) -> None:
+def test_the_union_is_the_same_at_every_step(
+    tmp_path: Path, udba: str, move: bool, known: bool, whiteouts: str
+) -> None:
     """known: whether the daemon has all names in its tables when it begins."""
-    build(tmp_path)
+    build(tmp_path, whiteouts)
     before = merged(tmp_path)
-    with core(tmp_path, LAYERS, udba) as union:
+    with core(tmp_path, LAYERS, udba, whiteouts=whiteouts) as union:
         at_first = seen(union) if known else None
         job = sync(union, move, lambda number: _same(before, merged(tmp_path), f"at step {number}"))
         assert not job.progress.left
@@ -124,14 +133,23 @@ def test_the_union_is_the_same_at_every_step(tmp_path: Path, udba: str, move: bo
     if move:
         assert listing(tmp_path / "src") == []
     # Without the upper branch the others show the same.
-    _same(before, merge([(tmp_path / "dst", True), (tmp_path / "low", True)]), "without the upper branch")
+    _same(before, merged(tmp_path, ("dst", "low")), "without the upper branch")
     assert (tmp_path / "dst" / "mixed" / "one").stat().st_nlink == 3
     assert (tmp_path / "dst" / "mixed" / "sparse").stat().st_blocks < 100
-    assert listing_of_whiteouts(tmp_path / "dst") == [".wh.gone", ".wh.gone_dir", "both/.wh.gone", "both/deep/.wh.gone"]
+    whited = ["both/deep/gone", "both/gone", "gone", "gone_dir"]
+    assert whiteouts_of(tmp_path / "dst") == {"aufs": [], "overlay": []} | {whiteouts: whited}
 
 
-def listing_of_whiteouts(branch: Path) -> list[str]:
-    return [name for name in listing(branch) if Path(name).name.startswith(".wh.") and "wh..opq" not in name]
+def whiteouts_of(branch: Path) -> dict[str, list[str]]:
+    """The names that a branch hides, by the notation that it does so in."""
+    found: dict[str, list[str]] = {"aufs": [], "overlay": []}
+    for name in listing(branch):
+        path = branch / name
+        if path.name.startswith(".wh.") and not path.name.endswith(".opq"):
+            found["aufs"].append(str(Path(name).with_name(path.name.removeprefix(".wh."))))
+        elif path.is_char_device():
+            found["overlay"].append(name)
+    return {key: sorted(names) for key, names in found.items()}
 
 
 def _same(before: Snapshot, after: Snapshot, when: str) -> None:
@@ -139,16 +157,17 @@ def _same(before: Snapshot, after: Snapshot, when: str) -> None:
     assert not found, (when, found)
 
 
-def test_a_copy_leaves_the_upper_branch_as_it_was(tmp_path: Path) -> None:
-    build(tmp_path)
-    with core(tmp_path, LAYERS) as union:
-        before = listing(tmp_path / "src"), merge([(tmp_path / "src", True)])
+@notations
+def test_a_copy_leaves_the_upper_branch_as_it_was(tmp_path: Path, whiteouts: str) -> None:
+    build(tmp_path, whiteouts)
+    with core(tmp_path, LAYERS, whiteouts=whiteouts) as union:
+        before = listing(tmp_path / "src"), merged(tmp_path, ["src"])
         sync(union, move=False)
-        assert (listing(tmp_path / "src"), merge([(tmp_path / "src", True)])) == before
+        assert (listing(tmp_path / "src"), merged(tmp_path, ["src"])) == before
         # Again: everything is there already, but the opaque directories are made anew.
         twice = sync(union, move=False)
         assert twice.progress.synced == len([name for name in before[0] if not name.endswith((".opq", "nothing"))]) - 1
-    _same(merged(tmp_path), merge([(tmp_path / "dst", True), (tmp_path / "low", True)]), "without the upper branch")
+    _same(merged(tmp_path), merged(tmp_path, ("dst", "low")), "without the upper branch")
 
 
 # -- crashes --------------------------------------------------------------------------------------------
@@ -174,13 +193,13 @@ class Crash:
         return wrapped
 
 
-def crash(top: Path, at: int, work: Callable[[Core], object]) -> bool:
+def crash(top: Path, at: int, work: Callable[[Core], object], whiteouts: str = "aufs") -> bool:
     """Whether a process that does `work` was ended by the crash; it must do it well otherwise."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            with core(top, LAYERS) as union:
+            with core(top, LAYERS, whiteouts=whiteouts) as union:
                 Crash(at).install()
                 work(union)
                 code = 0
@@ -193,44 +212,40 @@ def crash(top: Path, at: int, work: Callable[[Core], object]) -> bool:
 
 
 @pytest.mark.usefixtures("in_memory")
+@notations
 @pytest.mark.parametrize("move", [False, True])
-def test_a_crash_at_any_change_leaves_the_same_union_and_the_next_run_finishes(tmp_path: Path, move: bool) -> None:
-    build(tmp_path / "model")
+def test_a_crash_at_any_change_leaves_the_same_union_and_the_next_run_finishes(
+    tmp_path: Path, move: bool, whiteouts: str
+) -> None:
+    build(tmp_path / "model", whiteouts)
     before = merged(tmp_path / "model")
     at = crashes = 0
     while True:
         top = tmp_path / "now"
         shutil.copytree(tmp_path / "model", top, symlinks=True, copy_function=_copy_special)
         _link_again(top)
-        if not crash(top, at, lambda union: sync(union, move)):
+        if not crash(top, at, lambda union: sync(union, move), whiteouts):
             break
         crashes += 1
         _same(_unlinked(before), _unlinked(merged(top)), f"after a crash at change {at}")
         for branch in ("src", "dst"):
-            sweep(top / branch)
-        with core(top, LAYERS) as union:
+            swept(top / branch, whiteouts == "overlay")
+        with core(top, LAYERS, whiteouts=whiteouts) as union:
             job = sync(union, move)
             assert not job.progress.left, (at, job.progress.left)
         _same(_unlinked(before), _unlinked(merged(top)), f"finished after a crash at change {at}")
         if move:
             assert listing(top / "src") == [], at
         shutil.rmtree(top)
-        at += scaled(2, 1, 6) if move else scaled(6, 3, 12)
+        often = move and whiteouts == "aufs"
+        at += scaled(2, 1, 6) if often else scaled(6, 3, 12)
     assert crashes > scaled(10, 10, 4)
 
 
-def sweep(branch: Path) -> None:
-    """What a mount does before it serves a branch that was not unmounted."""
-    fd = os.open(branch, os.O_PATH)
-    try:
-        sweep_temporaries(fd)
-    finally:
-        os.close(fd)
-
-
 def _copy_special(source: str, target: str) -> None:
-    if stat.S_ISFIFO(os.lstat(source).st_mode):
-        os.mkfifo(target, 0o640)
+    info = os.lstat(source)
+    if stat.S_ISFIFO(info.st_mode) or stat.S_ISCHR(info.st_mode):
+        os.mknod(target, info.st_mode, info.st_rdev)
         shutil.copystat(source, target)
     else:
         shutil.copy2(source, target)

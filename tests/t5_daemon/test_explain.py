@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,23 @@ pytestmark = pytest.mark.fuse
 THREE = {"a": "rw", "b": "ro+wh", "c": "ro"}
 
 
-def make(branch: Path, what: str, label: str) -> None:
-    """In a directory of the branch `label`, named x: nothing, file, dir, opaque (dir), wh, file+wh, dir+wh."""
-    if "wh" in what:
+def make(branch: Path, what: str, label: str, overlay: bool) -> None:
+    """In a directory of the branch `label`, named x: nothing, file, dir, opaque (dir), wh, file+wh, dir+wh.
+
+    overlay: marks are made as overlayfs does; beside its name it has no whiteout.
+    """
+    if what == "wh" and overlay:
+        os.mknod(branch / "x", stat.S_IFCHR)
+    elif "wh" in what:
         (branch / ".wh.x").touch()
     if "file" in what:
         (branch / "x").write_text(label)
     if "dir" in what or "opaque" in what:
         (branch / "x").mkdir()
         (branch / "x" / f"in_{label}").touch()
-    if "opaque" in what:
+    if "opaque" in what and overlay:
+        os.setxattr(branch / "x", "trusted.overlay.opaque", b"y")
+    elif "opaque" in what:
         (branch / "x" / ".wh..wh..opq").touch()
 
 
@@ -36,22 +44,24 @@ def ask(mount: Mount, operation: str, path: str) -> dict[str, Any]:
     return answer
 
 
-def test_every_combination_is_explained_as_it_is_served(union: UnionFactory, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whiteouts", ["aufs", "overlay"])
+def test_every_combination_is_explained_as_it_is_served(union: UnionFactory, tmp_path: Path, whiteouts: str) -> None:
     top = ["nothing", "file", "dir", "opaque", "wh", "file+wh", "dir+wh"]
     cases = list(itertools.product(top, top, ["nothing", "file", "dir"]))
     for number, case in enumerate(cases):
         for branch, what in zip("abc", case, strict=True):
             directory = tmp_path / branch / str(number)
             directory.mkdir(parents=True)
-            make(directory, what, branch)
-    mount = union(THREE, "reval")
+            make(directory, what, branch, whiteouts == "overlay")
+    mount = union(THREE, "reval", f"whiteouts={whiteouts}")
     for number, case in enumerate(cases):
         path = mount.path / str(number) / "x"
         answer = ask(mount, "where", f"{number}/x")
         why = ask(mount, "why", f"{number}/x")
         assert answer["exists"] == why["exists"] == os.path.lexists(path), (case, why)
         roles = {Path(copy["branch"]).name: copy["role"] for copy in answer["copies"]}
-        assert set(roles) == {branch for branch in "abc" if (tmp_path / branch / str(number) / "x").exists()}
+        held = [branch for branch, what in zip("abc", case, strict=True) if what not in ("nothing", "wh")]
+        assert set(roles) == set(held)
         last = {Path(one["branch"].partition("=")[0]).name: one["role"] for one in why["steps"][-1]["branches"]}
         assert {branch: role for branch, role in last.items() if role != "absent"} == roles, case
         if not answer["exists"]:

@@ -30,11 +30,18 @@ MODES = scaled(["reval", "notify"], ["none", "reval", "notify"])
 WORDS = [f"{name}={perm}" for name, perm in LAYERS.items()]
 
 
-def mounted(daemon: Daemon, udba: str = "reval", layers: list[str] = WORDS, build: bool = True) -> Path:
+def mounted(
+    daemon: Daemon, udba: str = "reval", layers: list[str] = WORDS, build: bool = True, whiteouts: str = "aufs"
+) -> Path:
     """A running mount `a` of the branches src, dst and low, with the tree of carry_tree in them."""
-    path = daemon.add("a", layers, udba=udba, io="requests")  # others leave alone what is open for writing
+    # io: others leave alone what is open for writing
+    path = daemon.add("a", layers, udba=udba, io="requests", whiteouts=whiteouts)
     if build:
-        carry_tree.build(*(daemon.branch("a", name) for name in LAYERS))
+        branches = [daemon.branch("a", name) for name in LAYERS]
+        carry_tree.build(*branches)
+        if whiteouts == "overlay":
+            for branch in branches:
+                carry_tree.as_overlay(branch)
     daemon.start()
     return path
 
@@ -52,10 +59,15 @@ def sync(daemon: Daemon, mode: str, code: int = 0) -> str:
 # -- sync -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("udba", MODES)
+OVERLAY_MODES = [(udba, "overlay") for udba in scaled(["notify"], MODES)]
+
+
+@pytest.mark.parametrize(("udba", "whiteouts"), [*((udba, "aufs") for udba in MODES), *OVERLAY_MODES])
 @pytest.mark.parametrize("mode", ["copy", "move"])
-def test_the_mount_shows_the_same_tree_before_and_after(daemon: Daemon, udba: str, mode: str) -> None:
-    mount = mounted(daemon, udba)
+def test_the_mount_shows_the_same_tree_before_and_after(
+    daemon: Daemon, udba: str, mode: str, whiteouts: str
+) -> None:
+    mount = mounted(daemon, udba, whiteouts=whiteouts)
     before = snapshot(mount)  # and so the kernel has cached all of it
     numbers = {path: os.lstat(os.path.join(os.fsencode(mount), path)).st_ino for path in before}
     src = daemon.branch("a", "src")
@@ -376,9 +388,9 @@ def test_a_branch_named_by_a_path_in_the_mount_itself(daemon: Daemon) -> None:
 # -- mvdown -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("udba", MODES)
-def test_a_file_moves_and_nobody_sees_it(daemon: Daemon, udba: str) -> None:
-    mount = mounted(daemon, udba)
+@pytest.mark.parametrize(("udba", "whiteouts"), [*((udba, "aufs") for udba in MODES), *OVERLAY_MODES])
+def test_a_file_moves_and_nobody_sees_it(daemon: Daemon, udba: str, whiteouts: str) -> None:
+    mount = mounted(daemon, udba, whiteouts=whiteouts)
     path = mount / "big"
     content = os.urandom(3 << 20)
     path.write_bytes(content)
@@ -540,8 +552,9 @@ def changes(daemon: Daemon, *words: str) -> dict[bytes, tuple[str, str, str]]:
     return {os.fsencode(one["path"]): (one["change"], one["type"], one["detail"]) for one in found}
 
 
-def test_diff_tells_what_the_top_branch_changes(daemon: Daemon) -> None:
-    mount = mounted(daemon)
+@pytest.mark.parametrize("whiteouts", ["aufs", "overlay"])
+def test_diff_tells_what_the_top_branch_changes(daemon: Daemon, whiteouts: str) -> None:
+    mount = mounted(daemon, whiteouts=whiteouts)
     src = daemon.branch("a", "src")
     offline = changes(daemon, *(str(daemon.branch("a", name)) for name in LAYERS))
     found = changes(daemon, str(mount))
