@@ -16,6 +16,7 @@ from tests.t3_fuse.test_overlay_layers import (
     READERS,
     build,
     change,
+    fuse_overlayfs,
     marks,
     without_records,
 )
@@ -136,3 +137,87 @@ def test_a_device_that_would_be_a_whiteout_cannot_be_made(union: UnionFactory) -
         os.mknod(mount.path / "null", 0o020644, os.makedev(0, 0))
     os.mknod(mount.path / "null", 0o020644, os.makedev(1, 3))
     assert os.listdir(mount.path) == ["null"]
+
+
+REFUSING = """
+import ctypes, errno, struct
+instructions = [
+    (0x20, 0, 0, 0),                               # nr
+    (0x15, 0, 4, {mknodat}),
+    (0x20, 0, 0, 32),                              # mode, the lower half
+    (0x54, 0, 0, 0o170000),
+    (0x15, 0, 1, 0o020000),
+    (0x06, 0, 0, 0x00050000 | errno.EPERM),
+    (0x20, 0, 0, 0),
+    *((0x15, 0, 1, number) if even else (0x06, 0, 0, 0x00050000 | errno.EOPNOTSUPP)
+      for number in {attributes} for even in (True, False)),
+    (0x06, 0, 0, 0x7fff0000),
+]
+code = b"".join(struct.pack("HBBI", *one) for one in instructions)
+kept = ctypes.create_string_buffer(code, len(code))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(instructions), ctypes.addressof(kept)))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(22, 2, ctypes.c_void_p(ctypes.addressof(program)), 0, 0) == 0, ctypes.get_errno()
+"""
+"""seccomp(2): mknodat(2) of a character device is EPERM, as in a sandbox that allows none, and setting an attribute
+EOPNOTSUPP, as on a file system that has none. Classic BPF of struct seccomp_data."""
+NUMBERS = {"x86_64": (259, (188, 189, 190)), "aarch64": (33, (5, 6, 7))}
+"""mknodat, and setxattr, lsetxattr and fsetxattr."""
+
+WITHOUT_CAP_MKNOD = """
+import ctypes, struct
+libc = ctypes.CDLL(None, use_errno=True)
+head = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0))
+data = ctypes.create_string_buffer(24)
+assert libc.capget(head, data) == 0
+sets = [word & ~(1 << 27) if at < 3 else word for at, word in enumerate(struct.unpack("6I", data.raw))]
+assert libc.capset(head, ctypes.create_string_buffer(struct.pack("6I", *sets))) == 0, ctypes.get_errno()
+"""
+
+
+@pytest.mark.skipif(shutil.which("fuse-overlayfs") is None, reason="not installed")
+@pytest.mark.skipif(os.uname().machine not in NUMBERS, reason="ok: numbers of its system calls are not known here")
+@pytest.mark.parametrize("attributes", [True, False])
+@pytest.mark.parametrize("udba", ["reval", "notify"])
+def test_where_no_device_can_be_made(
+    union: UnionFactory, layers: tuple[Path, Path], tmp_path: Path, patch_daemon: Callable[[str], None], udba: str,
+    attributes: bool,
+) -> None:  # fmt: skip
+    """Whiteouts are `.wh.NAME`, and without attributes opaque marks `.wh..wh..opq`: fuse-overlayfs reads them."""
+    mknodat, setting = NUMBERS[os.uname().machine]
+    patch_daemon(REFUSING.format(mknodat=mknodat, attributes=() if attributes else setting))
+    options = "whiteouts=overlay,dirren=off"
+    mount = union(LAYERS, udba, options)
+    change(mount.path)
+    shown = without_records(snapshot(mount.path))
+    mount.unmount()
+    devices, opaque, names = marks(tmp_path / "up")
+    assert (devices, opaque > 0) == (0, attributes)
+    assert names > 5
+    assert diff(shown, shown_by(fuse_overlayfs, layers, tmp_path), ignore=("nlink",)) == []
+
+    mount = union(LAYERS, udba, options)
+    assert diff(shown, without_records(snapshot(mount.path))) == []
+    os.unlink(tmp_path / "up/dir/.wh.removed")  # directly
+    mount.flush()
+    assert (mount.path / "dir/removed").read_text() == "dir/removed"
+    (mount.path / "dir/removed").unlink()
+    more(mount.path)
+    shown = without_records(snapshot(mount.path))
+    mount.unmount()
+    assert marks(tmp_path / "up")[0] == 0
+    assert diff(shown, shown_by(fuse_overlayfs, layers, tmp_path), ignore=("nlink",)) == []
+
+
+def test_devices_need_no_capability(
+    union: UnionFactory, layers: tuple[Path, Path], tmp_path: Path, patch_daemon: Callable[[str], None]
+) -> None:
+    """As in a user namespace, and where a container's runtime has dropped it: vfs_mknod() lets whiteouts through."""
+    patch_daemon(WITHOUT_CAP_MKNOD)
+    mount = union(LAYERS, "notify", "whiteouts=overlay")
+    change(mount.path)
+    with pytest.raises(PermissionError):
+        os.mknod(mount.path / "null", 0o020644, os.makedev(1, 3))
+    mount.unmount()
+    devices, attributes, names = marks(tmp_path / "up")
+    assert (devices > 5, attributes > 0, names) == (True, True, 0)
