@@ -24,7 +24,7 @@ PLINKS = b".wh..wh.plnk"
 REDIRECT = "trusted.overlay.redirect"
 """On a directory that was renamed: its path on the branches below. A mark, and so no attribute of the object."""
 RECORDS = ("trusted.overlay.", "user.overlay.", "user.fuseoverlayfs.")
-"""Attributes by which overlayfs and fuse-overlayfs note something in a layer: nothing of an object, where they count."""
+"""By these overlayfs and fuse-overlayfs note something in a layer: no attributes of an object, where they count."""
 OVERLAY = 2
 """In the place of True, where it is asked whether the whiteouts of a branch count: those of overlayfs, too."""
 MAX_NAME = 242

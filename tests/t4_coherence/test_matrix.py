@@ -49,7 +49,10 @@ READ_BY_THE_KERNEL = (
 OVERLAY_TOP = (
     *(("whiteouts=overlay", *scene) for scene in scaled((("reval", "negative"), ("notify", "listed")), USUAL)),
     *(("whiteouts=overlay,io=passthrough", *scene) for scene in scaled((("reval", "open"),), OPENED)),
-    *(("whiteouts=overlay,io=cached", *scene) for scene in scaled((("notify", "positive"), ("none", "listed")), UNTOLD)),
+    *(
+        ("whiteouts=overlay,io=cached", *scene)
+        for scene in scaled((("notify", "positive"), ("none", "listed")), UNTOLD)
+    ),
     *(("whiteouts=overlay,watch=fanotify", *scene) for scene in scaled((), MARKED)),
 )
 OF_FILES = [case for case in CASES if scaled(bool(case.change.files), True)]

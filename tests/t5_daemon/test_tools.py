@@ -64,9 +64,7 @@ OVERLAY_MODES = [(udba, "overlay") for udba in scaled(["notify"], MODES)]
 
 @pytest.mark.parametrize(("udba", "whiteouts"), [*((udba, "aufs") for udba in MODES), *OVERLAY_MODES])
 @pytest.mark.parametrize("mode", ["copy", "move"])
-def test_the_mount_shows_the_same_tree_before_and_after(
-    daemon: Daemon, udba: str, mode: str, whiteouts: str
-) -> None:
+def test_the_mount_shows_the_same_tree_before_and_after(daemon: Daemon, udba: str, mode: str, whiteouts: str) -> None:
     mount = mounted(daemon, udba, whiteouts=whiteouts)
     before = snapshot(mount)  # and so the kernel has cached all of it
     numbers = {path: os.lstat(os.path.join(os.fsencode(mount), path)).st_ino for path in before}

@@ -32,11 +32,12 @@ def kept(key: bytes) -> bytes:
 
 def shown(names: Iterable[bytes]) -> list[bytes]:
     """The attributes of an object of which such a branch has these: without records, and named as they were set."""
-    found = []
-    for name in names:
-        if name.startswith(ESCAPED):
-            prefix = next(prefix for prefix in PREFIXES if name.startswith(prefix))
-            found.append(prefix + name[len(prefix) + len(_ESCAPE) :])
-        elif not name.startswith(PREFIXES):
-            found.append(name)
-    return found
+    return [name for name in map(shown_as, names) if name]
+
+
+def shown_as(name: bytes) -> bytes:
+    """The name under which an attribute was set; empty for a record."""
+    if name.startswith(ESCAPED):
+        prefix = next(prefix for prefix in PREFIXES if name.startswith(prefix))
+        return prefix + name[len(prefix) + len(_ESCAPE) :]
+    return b"" if name.startswith(PREFIXES) else name

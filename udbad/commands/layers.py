@@ -158,10 +158,14 @@ def diff(root: str, layer_id: str, output: IO[bytes]) -> None:
 
 @layer.command()
 @click.option("--devices", is_flag=True, help="Make device nodes, too.")
+@click.option(
+    "--whiteouts", type=click.Choice(["aufs", "overlay"]), default="aufs", show_default=True,
+    help="How deletions are written: as aufs does, or as overlayfs does.",
+)  # fmt: skip
 @click.argument("root")
 @click.argument("layer_id", metavar="ID")
 @click.argument("archive", type=click.File("rb"), default="-")
-def apply(root: str, layer_id: str, archive: IO[bytes], devices: bool) -> None:
+def apply(root: str, layer_id: str, archive: IO[bytes], devices: bool, whiteouts: str) -> None:
     """Fill an empty layer from ARCHIVE, or from standard input: the tar archive of a layer, plain or compressed by
     gzip, bzip2 or xz.
 
@@ -170,7 +174,7 @@ def apply(root: str, layer_id: str, archive: IO[bytes], devices: bool) -> None:
     from udbad.layers import unpack
 
     with _store(root) as store, store.replacing(layer_id) as fd:
-        done = unpack.unpack(fd, archive, devices)
+        done = unpack.unpack(fd, archive, devices, whiteouts == "overlay")
     click.echo(f"{done.names} names, {done.size} bytes", err=True)
 
 

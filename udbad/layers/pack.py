@@ -15,8 +15,8 @@ import tarfile
 from contextlib import closing
 from typing import IO, Final
 
-from udbad.branch import copydata, redirect, syscalls, whiteout
-from udbad.branch.walk import give_up, join, walk
+from udbad.branch import copydata, overlayattr, redirect, syscalls, whiteout
+from udbad.branch.walk import Entries, give_up, join, walk
 from udbad.errors import GONE
 
 XATTR: Final = "SCHILY.xattr."
@@ -38,19 +38,30 @@ def pack(root_fd: int, stream: IO[bytes]) -> None:
     with tarfile.open(
         mode="w|", fileobj=stream, format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape"
     ) as archive:
-        packer = _Packer(archive, redirect.may_have(root_fd) or whiteout.unmarked(root_fd))
+        overlay = whiteout.unmarked(root_fd)
+        packer = _Packer(archive, redirect.may_have(root_fd) or overlay, overlay)
         with closing(walk(root_fd, give_up)) as directories:
             for path, fd, entries in directories:
-                packer.directory(path, fd, whiteout.told_apart(entries))
+                packer.directory(path, fd, whiteout.told_apart(_read_as_aufs(fd, entries) if overlay else entries))
+
+
+def _read_as_aufs(dirfd: int, entries: Entries) -> list[bytes]:
+    """What is in a branch directory where marks of overlayfs count."""
+    devices = (name for name, entry in entries.items() if not entry.is_file(follow_symlinks=False))
+    hidden = {name for name in devices if whiteout.is_device_at(dirfd, name)}
+    names = [whiteout.PREFIX + name if name in hidden else name for name in entries]
+    return [*names, whiteout.OPAQUE] if whiteout.overlay_opaque(dirfd) else names
 
 
 class _Packer:
     """One archive being written; `linked`: the first name of each file that has several."""
 
-    def __init__(self, archive: tarfile.TarFile, renamed: bool) -> None:
-        """renamed: whether directories may have been renamed (branch/redirect.py)."""
+    def __init__(self, archive: tarfile.TarFile, renamed: bool, overlay: bool) -> None:
+        """renamed: whether directories may have been renamed (branch/redirect.py). overlay: marks of overlayfs
+        count."""
         self.archive = archive
         self.renamed = renamed
+        self.overlay = overlay
         self.linked: dict[tuple[int, int], str] = {}
 
     def directory(self, path: bytes, fd: int, names: whiteout.Names) -> None:
@@ -60,7 +71,7 @@ class _Packer:
                     errno.EOPNOTSUPP, "a renamed directory, which an archive of a layer has no words for", path
                 )
             info = _info(path, os.fstat(fd), tarfile.DIRTYPE)
-            _add_xattrs(info, fd, follow_symlinks=True)
+            self._add_xattrs(info, fd, follow_symlinks=True)
             self.archive.addfile(info)
         marks = [whiteout.PREFIX + name for name in names.hidden]
         for mark in [whiteout.OPAQUE, *marks] if names.opaque else marks:
@@ -93,7 +104,7 @@ class _Packer:
         if st_mod.S_ISLNK(st.st_mode):
             info.linkname = text(syscalls.readlink_at(dirfd, name))
         info.devmajor, info.devminor = os.major(st.st_rdev), os.minor(st.st_rdev)
-        _add_xattrs(info, syscalls.xattr_path(dirfd, name), follow_symlinks=False)
+        self._add_xattrs(info, syscalls.xattr_path(dirfd, name), follow_symlinks=False)
         self.archive.addfile(info)
 
     def _file(self, path: bytes, dirfd: int, name: bytes) -> None:
@@ -104,8 +115,15 @@ class _Packer:
         with open(fd, "rb") as file:
             info = _info(path, st, tarfile.REGTYPE)
             info.size = st.st_size
-            _add_xattrs(info, fd, follow_symlinks=True)
+            self._add_xattrs(info, fd, follow_symlinks=True)
             self.archive.addfile(info, _Padded(file, st.st_size))
+
+    def _add_xattrs(self, info: tarfile.TarInfo, place: copydata.Place, *, follow_symlinks: bool) -> None:
+        for name in copydata.copied_names(place, follow_symlinks=follow_symlinks):
+            set_as = os.fsdecode(overlayattr.shown_as(os.fsencode(name))) if self.overlay else name
+            if set_as and not set_as.startswith(_LOCAL):
+                value = os.getxattr(place, name, follow_symlinks=follow_symlinks)
+                info.pax_headers = {**info.pax_headers, XATTR + set_as: text(value)}
 
 
 _TYPES: Final = {
@@ -144,10 +162,3 @@ def _decimal(nanoseconds: int) -> str:
     """Seconds, as POSIX.1 pax has them; one before 1970 is negative as a whole."""
     seconds, rest = divmod(abs(nanoseconds), 1_000_000_000)
     return f"{'-' * (nanoseconds < 0)}{seconds}.{rest:09}"
-
-
-def _add_xattrs(info: tarfile.TarInfo, place: copydata.Place, *, follow_symlinks: bool) -> None:
-    for name in copydata.copied_names(place, follow_symlinks=follow_symlinks):
-        if not name.startswith(_LOCAL):
-            value = os.getxattr(place, name, follow_symlinks=follow_symlinks)
-            info.pax_headers = {**info.pax_headers, XATTR + name: text(value)}

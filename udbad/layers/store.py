@@ -58,6 +58,12 @@ def branches(source: Source, ro: bool) -> tuple[BranchSpec, ...]:
     return (source.top(ro), *(Source(source.root, parent).top(ro=True) for parent in parents))
 
 
+def _remove_if_there(dirfd: int, directory: bytes) -> None:
+    """So that a layer does not look as if aufs had written to it."""
+    with suppress(OSError):
+        syscalls.rmdir_at(dirfd, directory)
+
+
 def check_id(layer: str) -> str:
     """The id itself. Raises UserError (USAGE)."""
     if ID.fullmatch(layer) is None:
@@ -260,9 +266,13 @@ class Store:
         """Keep mounts from writing to a layer, and others from sweeping it under its next name."""
         fd = self._claimed(ending, name)
         end = time.monotonic() + writelock.PATIENCE
-        held = writelock.lock(fd, os.path.join(os.fsencode(self.root), b"diff", name), _WRITTEN, end)
+        directory = writelock.lock_directory(fd)
+        existed = syscalls.exists_at(fd, directory)
+        held = writelock.lock(fd, os.path.join(os.fsencode(self.root), b"diff", name), _WRITTEN, end, directory)
         if held >= 0:
             ending.callback(os.close, held)
+            if not existed:
+                ending.callback(_remove_if_there, fd, directory)
 
     def _claimed(self, ending: ExitStack, name: bytes) -> int:
         fd = syscalls.open_listing_at(self.diff_fd, name)

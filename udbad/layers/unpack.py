@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
-from udbad.branch import beneath, capabilities, copydata, notation, sweep, syscalls, whiteout
+from udbad.branch import beneath, capabilities, copydata, notation, overlayattr, sweep, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.spec import printable
 from udbad.branch.whiteout import Meaning
@@ -80,15 +80,15 @@ class Unpacked:
     size: int = 0
 
 
-def unpack(root_fd: int, stream: IO[bytes], devices: bool = False) -> Unpacked:
+def unpack(root_fd: int, stream: IO[bytes], devices: bool = False, overlay: bool = False) -> Unpacked:
     """Fill an empty branch, whose root `root_fd` is, from an archive: plain, or compressed by gzip, bzip2 or xz.
 
-    stream: need not be seekable. devices: make device nodes. Raises UserError: REFUSED for what a layer may not have,
-    FAILURE for what is no archive, or ends early; OSError for what the file system says, with the name. Then part of it
-    is in the branch, and of no use. On disk when this returns.
+    stream: need not be seekable. devices: make device nodes. overlay: make marks as overlayfs does.
+    Raises UserError: REFUSED for what a layer may not have, FAILURE for what is no archive, or ends early; OSError for
+    what the file system says, with the name. Then part of it is in the branch, and of no use. On disk when this returns.
     """
     with syscalls.syncing(root_fd) as synced:
-        unpacker = _Unpacker(root_fd, devices)
+        unpacker = _Unpacker(root_fd, devices, overlay)
         try:
             try:
                 with tarfile.open(
@@ -111,9 +111,12 @@ def unpack(root_fd: int, stream: IO[bytes], devices: bool = False) -> Unpacked:
 class _Unpacker:
     root_fd: int
     devices: bool
+    overlay: bool
     done: Unpacked = field(default_factory=Unpacked)
     directories: dict[tuple[bytes, ...], tarfile.TarInfo] = field(default_factory=dict)
     """They get their attributes at the end, when nothing is made in them any more."""
+    hidden: list[tuple[list[bytes], bytes]] = field(default_factory=list)
+    """Directories, and names that they hide: these whiteouts get their last form when it is known what has the name."""
     parent: tuple[list[bytes], int] | None = None
     """The directory that was used last, as it is in an archive for most of the entries, and a descriptor of it."""
 
@@ -143,25 +146,29 @@ class _Unpacker:
         dirfd = self._open_parent(path, names[:-1])
         kind, hidden = meanings[-1]
         if kind is not Meaning.OBJECT:
-            self._mark(dirfd, path, member, kind, hidden)
+            self._mark(dirfd, path, names[:-1], member, kind, hidden)
         else:
             self._make(dirfd, path, names, archive, member)
 
-    def _mark(self, dirfd: int, path: bytes, member: tarfile.TarInfo, kind: Meaning, hidden: bytes) -> None:
+    def _mark(
+        self, dirfd: int, path: bytes, above: list[bytes], member: tarfile.TarInfo, kind: Meaning, hidden: bytes
+    ) -> None:
         if not member.isreg():
             raise Refused(path, "a whiteout is an empty file")
         if kind is Meaning.OPAQUE:
-            notation.AUFS.make_opaque(self._branch(), dirfd)
+            notation.of(self._branch()).make_opaque(self._branch(), dirfd)
         elif hidden in (b"", b".", b".."):
             raise Refused(path, "a whiteout of nothing that a directory can have in it")
         else:
-            notation.AUFS.hide(self._branch(), dirfd, hidden, beside=True)
+            notation.of(self._branch()).hide(self._branch(), dirfd, hidden, beside=True)
+            if self.overlay:
+                self.hidden.append((above, hidden))
 
     def _branch(self) -> Branch:
         """The layer, for who makes marks on branches; separate files, as it may have no base file."""
         return Branch(
             0, 0, b"", Perm.RW, frozenset({"nolwh"}), None,
-            root_fd=self.root_fd, anchor_fd=-1, dev=0, fs_type="",
+            root_fd=self.root_fd, anchor_fd=-1, dev=0, fs_type="", writes_overlay=self.overlay,
         )  # fmt: skip
 
     def _make(
@@ -179,7 +186,7 @@ class _Unpacker:
             self._clear(dirfd, name)
             fd = self._make_object(dirfd, path, name, archive, member)
             try:
-                _set_attributes(fd, member)
+                _set_attributes(fd, member, self.overlay)
             finally:
                 os.close(fd)
 
@@ -294,6 +301,9 @@ class _Unpacker:
 
     def finish(self) -> None:
         """Give directories their attributes, the deepest first: those above need not be searched any more."""
+        for parent, name in self.hidden:
+            with suppress(Refused):  # another entry has taken the directory's place
+                notation.of(self._branch()).settle(self._branch(), self._open_parent(name, parent), name)
         self.close()
         for names in sorted(self.directories, key=len, reverse=True):
             try:
@@ -307,7 +317,7 @@ class _Unpacker:
                     continue  # another entry has taken its place
                 raise
             try:
-                _set_attributes(fd, self.directories[names])
+                _set_attributes(fd, self.directories[names], self.overlay)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, b"/".join(names)) from error
             finally:
@@ -361,7 +371,7 @@ def _write(fd: int, data: bytes, offset: int) -> None:
             start += os.pwrite(fd, memoryview(data)[start:stop], offset + start)
 
 
-def _set_attributes(fd: int, member: tarfile.TarInfo) -> None:
+def _set_attributes(fd: int, member: tarfile.TarInfo, overlay: bool) -> None:
     """Owner, extended attributes, mode and times, in the order that copydata.copy_metadata explains."""
     mode = member.mode & 0o7777
     ours = capabilities.acts_for_others()
@@ -373,7 +383,8 @@ def _set_attributes(fd: int, member: tarfile.TarInfo) -> None:
     for key, value in member.pax_headers.items():
         name = key.removeprefix(XATTR)
         if name != key and (ours or not name.startswith(("security.", "trusted."))):
-            syscalls.setxattr(place, name.encode(), _bytes(value))
+            kept = overlayattr.kept(name.encode()) if overlay else name.encode()
+            syscalls.setxattr(place, kept, _bytes(value))
     if not member.issym():
         syscalls.chmod_fd(fd, mode)
     mtime = _nanoseconds(member)
