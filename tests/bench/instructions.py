@@ -145,7 +145,7 @@ def change_side(kernel: Kernel, lower: int, upper: int) -> None:
     copied = nodes(kernel, lower, names)
     time.sleep(AGE)
     kernel.count("chown, copy-up", [(wire.SETATTR, each, setattr_body(wire.SET_UID, uid=7)) for each in copied])
-    kernel.ask([(wire.LOOKUP, upper, b"new%d\0" % each) for each in range(FILES)])
+    kernel.ask([(wire.LOOKUP, upper, b"new%d\0" % each) for each in range(FILES)], errno.ENOENT)
     flags = wire.FOUR_WORDS.pack(os.O_RDWR | os.O_CREAT, 0o100644, 0o22, 0)
     made = kernel.count("create", [(wire.CREATE, upper, flags + b"new%d\0" % each) for each in range(FILES)])
     opened = [(number(body), number(body, wire.ENTRY_SIZE)) for body in made]

@@ -16,6 +16,7 @@ from asyncinotify import Inotify, Mask
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.scenarios import ACL
 from udbad import compiled
 from udbad.branch import fanotify, listing, state, syscalls
 from udbad.branch.branches import Branch
@@ -103,6 +104,16 @@ def test_listings(entries: list[tuple[bytes, int, int, int]], room: int) -> None
         said.numbers[at], said.types[at] = number, kind >> 12
     run = Run([name for name, *_ in entries], said, len(entries) // 2, len(entries), 1000)
     assert wire.dirents([run, *run], room) == PYTHON_WIRE.dirents([*run, run], room)
+
+
+@given(st.integers(0, (1 << 9) - 1), st.binary(min_size=84, max_size=84))
+def test_what_a_setattr_asks_for(valid: int, rest: bytes) -> None:
+    """fuse_setattr_in is 88 bytes."""
+    request = bytearray(wire.BODY) + wire.WORD.pack(valid) + rest
+    asked = wire.setattr_in(request)
+    assert asked == PYTHON_WIRE.setattr_in(request)
+    mode, *_, fh = asked
+    assert (mode is None, fh is None) == (not valid & wire.SET_MODE, not valid & wire.SET_FH)
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link", "fifo", "device", "old"])
@@ -205,6 +216,43 @@ def test_changes(tmp_path: Path, calls: ModuleType) -> None:
             calls.open_at(directory, b"a\0b", os.O_RDONLY)
     finally:
         os.close(directory)
+
+
+@pytest.mark.parametrize("calls", [syscalls, PYTHON_SYSCALLS], ids=["used", "python"])
+def test_files_that_are_copied(tmp_path: Path, calls: ModuleType) -> None:
+    """What a copy-up asks of its two files."""
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    pinned = os.open(tmp_path / "file", os.O_PATH)
+    try:
+        os.write(fd, b"data")
+        calls.start_writing(fd, 0, 0)
+        calls.start_writing(-1, 0, 0)  # told to who waits
+        calls.write_out(fd)
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            calls.write_out(-1)
+        acls = ("system.posix_acl_access",)
+        assert calls.is_bare(fd, acls)
+        assert calls.is_bare(fd, ())
+        assert not calls.is_bare(pinned, acls), "it cannot be asked"
+        os.setxattr(fd, "user.a", b"")
+        assert not calls.is_bare(fd, acls)
+        os.removexattr(fd, "user.a")
+        os.setxattr(fd, "system.posix_acl_access", ACL)
+        assert not calls.is_bare(fd, acls)
+    finally:
+        os.close(fd)
+        os.close(pinned)
+
+
+def test_attributes_that_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS does not list ACLs."""
+    path = tmp_path / "file"
+    path.touch()
+    os.setxattr(path, "system.posix_acl_access", ACL)
+    monkeypatch.setattr(os, "listxattr", lambda *_: [])
+    with path.open() as file:
+        for calls in (syscalls, PYTHON_SYSCALLS):
+            assert not calls.is_bare(file.fileno(), ("system.posix_acl_access",))
 
 
 @pytest.mark.parametrize("module", [listing, PYTHON_LISTING], ids=["used", "python"])

@@ -4,7 +4,8 @@
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
-from libc.errno cimport EAGAIN, EINVAL, ENOENT, ENOSYS, EOPNOTSUPP, EPERM, errno
+from cpython.unicode cimport PyUnicode_AsUTF8
+from libc.errno cimport EAGAIN, EINVAL, ENODATA, ENOENT, ENOSYS, EOPNOTSUPP, EPERM, errno
 from libc.stdint cimport uint64_t
 from libc.stdio cimport snprintf
 from libc.string cimport strerror, strlen
@@ -12,6 +13,8 @@ from posix.time cimport timespec
 
 cdef extern from "<fcntl.h>" nogil:
     int openat_c "openat"(int dirfd, const char *path, int flags, unsigned int mode)
+    int sync_file_range(int fd, long long offset, long long count, unsigned int flags)
+    int SYNC_FILE_RANGE_WAIT_BEFORE, SYNC_FILE_RANGE_WRITE, SYNC_FILE_RANGE_WAIT_AFTER
     int AT_EMPTY_PATH, AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_FOLLOW
     int O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOFOLLOW, O_PATH
 
@@ -35,6 +38,11 @@ cdef extern from "<sys/stat.h>" nogil:
     int mkdirat_c "mkdirat"(int dirfd, const char *path, unsigned int mode)
     int AT_SYMLINK_NOFOLLOW
     long UTIME_NOW, UTIME_OMIT
+
+cdef extern from "<sys/xattr.h>" nogil:
+    Py_ssize_t flistxattr(int fd, char *names, size_t room)
+    Py_ssize_t fgetxattr(int fd, const char *name, void *value, size_t room)
+
 
 cdef extern from "<sys/fsuid.h>" nogil:
     int setfsuid_c "setfsuid"(unsigned int uid)
@@ -228,6 +236,36 @@ def set_fs_ids(unsigned int uid, unsigned int gid):
     """setfsuid(2) and setfsgid(2) for the calling thread; they report no error."""
     setfsgid_c(gid)
     setfsuid_c(uid)
+
+
+def is_bare(int fd, more):
+    cdef Py_ssize_t count
+    cdef const char *name
+    with nogil:
+        count = flistxattr(fd, NULL, 0)
+    if count:
+        return False
+    for key in more:
+        name = PyUnicode_AsUTF8(key)
+        with nogil:
+            count = fgetxattr(fd, name, NULL, 0)
+        if count >= 0 or (errno != ENODATA and errno != EOPNOTSUPP):
+            return False
+    return True
+
+
+def start_writing(int fd, long long offset, long long count):
+    with nogil:
+        sync_file_range(fd, offset, count, SYNC_FILE_RANGE_WRITE)
+
+
+def write_out(int fd):
+    cdef int failed
+    with nogil:
+        failed = sync_file_range(
+            fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER
+        )
+    check(failed)
 
 
 cdef bint is_among(unsigned long type, const unsigned long *types, int count) noexcept nogil:

@@ -63,7 +63,7 @@ Place = bytes | int
 """Of an object whose metadata is copied: a path of the forms above, or a descriptor of it that is not an O_PATH one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CopyResult:
     """What copy_contents did.
 
@@ -99,7 +99,7 @@ def copy_contents(
     A source that grows meanwhile is copied up to the size it had at first; one that shrinks gives the smaller size.
     OSError: ECANCELED when `cancelled` said so; else what the file systems said. The destination is then incomplete.
     """
-    status = os.fstat(src_fd)
+    status = syscalls.fstat(src_fd)
     wanted = status.st_size if length is None else min(length, status.st_size)
     if wanted == 0:
         return CopyResult(CopyMethod.NONE, 0, 0)
@@ -353,6 +353,10 @@ def copy_metadata(
     mode = st_mod.S_IMODE(src.st_mode) & ~_copy_owner(src, dst_path, follow_symlinks)
     acls = _ACLS if st_mod.S_ISDIR(src.st_mode) else () if st_mod.S_ISLNK(src.st_mode) else _ACLS[:1]
     copy_xattrs(src_path, dst_path, ignore, follow_symlinks=follow_symlinks, acls=acls)
+    if isinstance(dst_path, int):
+        syscalls.chmod_fd(dst_path, mode)
+        syscalls.utime_fd(dst_path, src.st_atime_ns, src.st_mtime_ns)
+        return
     if not st_mod.S_ISLNK(src.st_mode):
         os.chmod(dst_path, mode, follow_symlinks=follow_symlinks)
     os.utime(dst_path, ns=(src.st_atime_ns, src.st_mtime_ns), follow_symlinks=follow_symlinks)
@@ -361,7 +365,10 @@ def copy_metadata(
 def _copy_owner(src: os.stat_result, dst_path: Place, follow_symlinks: bool) -> int:
     """Give the destination owner and group of the source; returns the mode bits that it may not have."""
     try:
-        os.chown(dst_path, src.st_uid, src.st_gid, follow_symlinks=follow_symlinks)
+        if isinstance(dst_path, int):
+            syscalls.chown_fd(dst_path, src.st_uid, src.st_gid)
+        else:
+            os.chown(dst_path, src.st_uid, src.st_gid, follow_symlinks=follow_symlinks)
     except PermissionError:
         if capabilities.acts_for_others():
             raise
@@ -451,6 +458,8 @@ def copy_xattrs(
     """
     _check_form(src_path, follow_symlinks)
     _check_form(dst_path, follow_symlinks)
+    if _is_bare(src_path, acls) and _is_bare(dst_path, acls):
+        return  # as nearly all are
     _remove_acls(dst_path, follow_symlinks, acls)
     for name in _names(src_path, follow_symlinks, acls, _NOT_TO_OVERLAY if "overlay" in ignore else ()):
         value = _value(src_path, name, follow_symlinks)
@@ -461,6 +470,10 @@ def copy_xattrs(
         except OSError as error:
             if error.errno in _NEVER_IGNORED or not (_forgiven(name, ignore) or _is_root_s(name, error)):
                 raise
+
+
+def _is_bare(path: Place, acls: Sequence[str]) -> bool:
+    return isinstance(path, int) and syscalls.is_bare(path, acls)
 
 
 def _check_form(path: Place, follow_symlinks: bool) -> None:

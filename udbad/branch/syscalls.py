@@ -387,6 +387,17 @@ def has_xattr(target: Object, key: bytes) -> bool:
     return True
 
 
+def is_bare(fd: int, more: Sequence[str]) -> bool:
+    """Whether a file is sure to have no extended attributes, nor one of `more`, which not every file system lists.
+
+    fd: no O_PATH one.
+    """
+    try:
+        return not os.listxattr(fd) and not any(has_xattr(fd, os.fsencode(key)) for key in more)
+    except OSError:
+        return False
+
+
 def listxattr(target: Object) -> list[bytes]:
     return [os.fsencode(key) for key in os.listxattr(target)]
 
@@ -502,8 +513,8 @@ def all_data(fd: int, offset: int, whence: int) -> int:
 
 
 def start_writing(fd: int, offset: int, count: int) -> None:
-    """Have these bytes of a file written to its disk, without waiting for it (sync_file_range(2)). Never fails: what is
-    wrong is told to who waits for it."""
+    """Have these bytes of a file written to its disk, without waiting for it (sync_file_range(2)); count 0: all from
+    `offset` on. Never fails: what is wrong is told to who waits for it."""
     _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_WRITE)
 
 
@@ -630,6 +641,7 @@ if not compiled.why_not():
         chmod_fd,
         chown_fd,
         create_file_at,
+        is_bare,
         link_fd,
         mkdir_at,
         open_at,
@@ -639,9 +651,11 @@ if not compiled.why_not():
         rename_at,
         rmdir_at,
         set_fs_ids,
+        start_writing,
         unlink_at,
         utime_at,
         utime_fd,
+        write_out,
     )
     from udbad.branch.cstat import fstat, mode_at, stat_at  # noqa: F401
 

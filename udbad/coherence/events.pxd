@@ -1,3 +1,9 @@
-from udbad.inodes.table cimport Dir, Node
+cimport cython
+
+from udbad.inodes.table cimport Dir, Layer, Node
 from udbad.union.lookup cimport Found
 from udbad.union.superblock cimport Superblock
+
+cpdef classify(Superblock sb, Dir node, bytes name, long kinds)
+@cython.locals(layer=Layer)
+cpdef _same_file(Dir node, bytes name, Node child)

@@ -23,7 +23,7 @@ from udbad.coherence.inotify import CONTENT, GONE, NAMES
 from udbad.coherence.sent import SentAttributes
 from udbad.coherence.watcher import Change
 from udbad.coherence.watches import Place, Watches, Way
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.table import Dir, Index, Node
 from udbad.union import homes, lookup
 from udbad.union.lookup import Answer, Found
 from udbad.union.superblock import Superblock, is_object
@@ -64,7 +64,7 @@ Finding = tuple[Case, Node | None, Found | None, os.stat_result | None]
 and closed otherwise; the status of the object for SAME_FILE and SAME_OBJECT."""
 
 
-def classify(sb: Superblock, node: Dir, name: bytes, kinds: int) -> Finding:
+def classify(sb: Superblock, node: Dir, name: bytes, kinds: Index) -> Finding:
     """Which case a name of a directory is (b"": the directory itself), after events with these kind bits.
 
     Raises OSError when the branches cannot say.

@@ -21,6 +21,8 @@ UNKNOWN: Final = b""
 
 
 class SentAttributes:
+    __slots__ = ("_notifier", "_sb")
+
     def __init__(self, sb: Superblock, notifier: KernelNotifier) -> None:
         self._sb = sb
         self._notifier = notifier

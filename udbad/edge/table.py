@@ -20,7 +20,7 @@ from udbad.kernel.device import name_at
 from udbad.kernel.protocol import MAX_REQUEST
 from udbad.kernel.received import Received
 from udbad.types import Caller
-from udbad.union.fs import NOW, SetAttr
+from udbad.union.fs import SetAttr
 
 Body = bytes | bytearray
 
@@ -65,7 +65,8 @@ def row(
 
 
 def _caller(request: Received, umask: int = 0) -> Caller:
-    return Caller(request.uid, request.gid, request.pid, umask)
+    # What Caller() does, which is a function of Python.
+    return tuple.__new__(Caller, (request.uid, request.gid, request.pid, umask))
 
 
 def _last_name(request: Received, start: int) -> bytes:
@@ -146,20 +147,8 @@ def _tmpfile(request: Received) -> tuple[int, int, int, Caller]:
 
 
 def _setattr(request: Received) -> tuple[int, SetAttr, int | None, Caller]:
-    valid, fh, length, atime, mtime, _, atime_nsec, mtime_nsec, _, mode, uid, gid = wire.SETATTR_IN.unpack_from(
-        request.buffer, _BODY
-    )
-    changes = SetAttr(
-        mode if valid & wire.SET_MODE else None,
-        uid if valid & wire.SET_UID else None,
-        gid if valid & wire.SET_GID else None,
-        length if valid & wire.SET_SIZE else None,
-    )
-    if valid & wire.SET_ATIME:
-        changes.atime_ns = NOW if valid & wire.SET_ATIME_NOW else atime * wire.BILLION + atime_nsec
-    if valid & wire.SET_MTIME:
-        changes.mtime_ns = NOW if valid & wire.SET_MTIME_NOW else mtime * wire.BILLION + mtime_nsec
-    return request.node, changes, fh if valid & wire.SET_FH else None, _caller(request)
+    mode, uid, gid, size, atime, mtime, fh = wire.setattr_in(request.buffer)
+    return request.node, SetAttr(mode, uid, gid, size, atime, mtime), fh, _caller(request)
 
 
 def _getxattr(request: Received) -> tuple[int, bytes, int]:
@@ -204,7 +193,7 @@ def _key_and_value(request: Received, start: int, kill_sgid: bool) -> tuple[int,
 
 def _open(request: Received) -> tuple[int, int, Caller]:
     flags, _ = wire.TWO_WORDS.unpack_from(request.buffer, _BODY)
-    return request.node, flags, Caller(request.uid, request.gid, request.pid, 0)
+    return request.node, flags, _caller(request)
 
 
 def _opendir(request: Received) -> tuple[int, int]:

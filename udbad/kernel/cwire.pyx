@@ -1,6 +1,7 @@
 # The answers of wire.py that most requests get, as the structures of linux/fuse.h. Used where the hot modules are
 # compiled.
 
+from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -29,6 +30,16 @@ cdef struct fuse_dirent:
     uint32_t namelen, type
     # the name, without a zero byte, and padding to 8 bytes
 
+cdef struct fuse_setattr_in:
+    uint32_t valid, padding
+    uint64_t fh, size, lock_owner
+    int64_t atime, mtime, ctime
+    uint32_t atimensec, mtimensec, ctimensec, mode, unused4, uid, gid, unused5
+
+cdef enum:
+    MODE = 1, UID = 2, GID = 4, SIZE = 8, ATIME = 16, MTIME = 32, FH = 64, ATIME_NOW = 128, MTIME_NOW = 256  # FATTR_*
+    BODY = 40  # of wire.py
+
 cdef int64_t BILLION = 1_000_000_000
 
 
@@ -50,6 +61,33 @@ cdef int put_attributes(fuse_attr *attr, Node node, object st) except -1:
     attr.mode, attr.nlink, attr.uid, attr.gid = c.st_mode, links, c.st_uid, c.st_gid
     attr.rdev, attr.blksize, attr.flags = <uint32_t>c.st_rdev, c.st_blksize, 0
     return 0
+
+
+cdef object time_in(int64_t seconds, uint32_t nanoseconds, bint meant, bint now):
+    if not meant:
+        return None
+    if now:
+        return "now"
+    if -9_000_000_000 < seconds < 9_000_000_000:
+        return seconds * BILLION + nanoseconds
+    return <object>seconds * BILLION + nanoseconds  # may be more than there is room for
+
+
+def setattr_in(bytearray buffer not None):
+    """wire.setattr_in."""
+    cdef fuse_setattr_in c
+    if len(buffer) < <Py_ssize_t>(BODY + sizeof(c)):
+        raise ValueError("short")
+    memcpy(&c, PyByteArray_AS_STRING(buffer) + BODY, sizeof(c))
+    return (
+        c.mode if c.valid & MODE else None,
+        c.uid if c.valid & UID else None,
+        c.gid if c.valid & GID else None,
+        c.size if c.valid & SIZE else None,
+        time_in(c.atime, c.atimensec, c.valid & ATIME, c.valid & ATIME_NOW),
+        time_in(c.mtime, c.mtimensec, c.valid & MTIME, c.valid & MTIME_NOW),
+        c.fh if c.valid & FH else None,
+    )
 
 
 def attributes(Node node not None, object st, double timeout):

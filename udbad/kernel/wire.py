@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Literal
 
 from udbad import compiled
 from udbad.inodes.table import Node
@@ -98,6 +99,28 @@ def links(node: Node, st: os.stat_result) -> int:
     return max(st.st_nlink + node.nlink_extra, 0 if node.dead or not st.st_nlink else 1)
 
 
+Time = int | Literal["now"] | None
+Settable = tuple[int | None, int | None, int | None, int | None, Time, Time, int | None]
+
+
+def setattr_in(buffer: bytearray) -> Settable:
+    """What a SETATTR asks for: mode, uid, gid, size, atime, mtime (ns, or "now"), handle; None for what it does not."""
+    valid, fh, length, atime, mtime, _, atime_nsec, mtime_nsec, _, mode, uid, gid = SETATTR_IN.unpack_from(buffer, BODY)
+    return (
+        mode if valid & SET_MODE else None,
+        uid if valid & SET_UID else None,
+        gid if valid & SET_GID else None,
+        length if valid & SET_SIZE else None,
+        _time_in(atime * BILLION + atime_nsec, valid, SET_ATIME, SET_ATIME_NOW),
+        _time_in(mtime * BILLION + mtime_nsec, valid, SET_MTIME, SET_MTIME_NOW),
+        fh if valid & SET_FH else None,
+    )
+
+
+def _time_in(time: int, valid: int, meant: int, now: int) -> Time:
+    return None if not valid & meant else "now" if valid & now else time
+
+
 def attributes(node: Node, st: os.stat_result, timeout: float) -> bytes:
     """fuse_attr_out."""
     valid, nsec = _seconds(timeout)
@@ -175,4 +198,4 @@ NO_ENTRY = bytes(ENTRY_SIZE)
 
 if not compiled.why_not():
     # The same, as structures of C.
-    from udbad.kernel.cwire import attributes, dirent, dirents, entry, negative  # noqa: F401
+    from udbad.kernel.cwire import attributes, dirent, dirents, entry, negative, setattr_in  # noqa: F401

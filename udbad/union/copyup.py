@@ -324,6 +324,8 @@ def copy(
         )
         job.method = result.method
         job.copied = result.bytes_copied
+        if _has_to_be_on_disk(job):
+            syscalls.start_writing(job.dst_fd, 0, 0)  # while the rest is done
         _copy_attributes(job)
         now = syscalls.fstat(job.src_fd)
         if not is_racy(job.source, st) and stamp(now) == stamp(st):
@@ -338,7 +340,7 @@ def copy(
 def put_on_disk(job: Job) -> None:
     """Wait until what was copied is on disk, where it has to be there before the name is, and ask what closing it would
     tell. Any thread. Raises OSError."""
-    if not job.fsync or job.method is CopyMethod.REFLINK:  # blocks that are shared are on disk already
+    if not _has_to_be_on_disk(job):
         if not job.branch.local:
             syscalls.flush(job.dst_fd)
         return
@@ -348,6 +350,10 @@ def put_on_disk(job: Job) -> None:
     else:
         os.fsync(job.dst_fd)
     job.waited = perf_counter() - start
+
+
+def _has_to_be_on_disk(job: Job) -> bool:
+    return job.fsync and job.method is not CopyMethod.REFLINK  # blocks that are shared are on disk already
 
 
 def _copy_attributes(job: Job) -> None:
