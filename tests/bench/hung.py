@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from time import perf_counter_ns, sleep
@@ -58,7 +58,7 @@ def _union(
             mount.destroy()
 
 
-def _timed(took: Took, name: str, call: Callable[..., object], *arguments: object) -> None:
+def timed(took: Took, name: str, call: Callable[..., object], *arguments: object) -> None:
     begun = perf_counter_ns()
     call(*arguments)
     took[name].append(perf_counter_ns() - begun)
@@ -67,17 +67,17 @@ def _timed(took: Took, name: str, call: Callable[..., object], *arguments: objec
 def _round(apart: Path, took: Took) -> None:
     for number in range(FILES):
         old, new, moved = (apart / f"{name}{number}" for name in ("old", "new", "moved"))
-        _timed(took, "read", old.read_bytes)
-        _timed(took, "create", new.write_bytes, b"new")
-        _timed(took, "chmod", os.chmod, new, 0o600)
-        _timed(took, "rename", os.rename, new, moved)
-        _timed(took, "unlink", os.unlink, moved)
-        _timed(took, "mkdir", os.mkdir, new)
-        _timed(took, "rmdir", os.rmdir, new)
-    _timed(took, "readdir", os.listdir, apart)
+        timed(took, "read", old.read_bytes)
+        timed(took, "create", new.write_bytes, b"new")
+        timed(took, "chmod", os.chmod, new, 0o600)
+        timed(took, "rename", os.rename, new, moved)
+        timed(took, "unlink", os.unlink, moved)
+        timed(took, "mkdir", os.mkdir, new)
+        timed(took, "rmdir", os.rmdir, new)
+    timed(took, "readdir", os.listdir, apart)
 
 
-def _percentile(values: list[int], part: float) -> float:
+def percentile(values: Sequence[float], part: float) -> float:
     return sorted(values)[int(len(values) * part)] / 1000
 
 
@@ -100,7 +100,7 @@ def main() -> int:
         server.go_on()
     print(f"{'':10}" + "".join(f"{name:>24}" for name in took))
     for name in took["all answer"]:
-        figures = [(_percentile(each[name], 0.5), _percentile(each[name], 0.99)) for each in took.values()]
+        figures = [(percentile(each[name], 0.5), percentile(each[name], 0.99)) for each in took.values()]
         print(f"{name:10}" + "".join(f"{median:12.0f}{worst:12.0f}" for median, worst in figures))
     return 0
 

@@ -107,6 +107,31 @@ def test_a_forget_is_not_answered(kernel: Kernel, batch: bool) -> None:
     assert kernel.answers() == {}
 
 
+def test_many_that_are_forgotten_at_a_time_hold_up_nobody(kernel: Kernel) -> None:
+    """Some at once, the rest between other requests, with what comes meanwhile behind it."""
+    top = os.fsdecode(kernel.native.fs.sb.branches[0].path)
+    names = [b"n%d" % number for number in range(150)]
+    for name in names:
+        Path(top, os.fsdecode(name)).touch()
+    kernel.native.take_events()
+    found = []
+    for name in names:
+        kernel.ask(wire.LOOKUP, ROOT_ID, name + b"\0")
+        found.append(wire.QWORD.unpack_from(kernel.answer()[1])[0])
+    nodes, loop = kernel.native.fs.table.nodes, kernel.native.loop
+    for some in found[:-1], found[-1:]:
+        ones = b"".join(wire.FORGET_ONE.pack(node, 1) for node in some)
+        kernel.ask(wire.BATCH_FORGET, 0, struct.pack("<II", len(some), 0) + ones)
+    assert 0 < sum(node in nodes for node in found) < len(found)
+    assert found[-1] in nodes
+    kernel.ask(wire.LOOKUP, ROOT_ID, names[-1] + b"\0")
+    assert kernel.answer()[0] == 0
+    for _ in range(10):
+        loop.call_posted()
+    assert [node for node in found if node in nodes] == found[-1:]
+    kernel.forget_all()
+
+
 @pytest.mark.parametrize(("opcode", "number"), [(39, errno.ENOSYS), (4711, errno.ENOSYS), (wire.DESTROY, 0)])
 def test_what_there_is_no_operation_for(kernel: Kernel, opcode: int, number: int) -> None:
     """IOCTL, something from the future, and the end, which needs none."""

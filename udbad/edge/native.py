@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -38,6 +40,8 @@ log = logging.getLogger(__name__)
 _GONE = (errno.ENOENT, errno.EINTR)
 _TAKEN_BACK = (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED)
 """Errors of an answer that nobody waits for any more."""
+_PORTION = 64
+"""Nodes that are forgotten at a time, which takes less than a millisecond."""
 _SILENT = (wire.FORGET, wire.BATCH_FORGET)
 
 Bound = tuple[Any, Any, Any, int, boundary.OpStats, Row, Rule | None]
@@ -149,6 +153,8 @@ class Native:
         self.aborted = False
         """Whether the connection has ended because somebody has aborted it, through fusectl."""
         self._over: trio.Event | None = None
+        self._forgotten: deque[Iterator[tuple[int, int]]] = deque()
+        """What BATCH_FORGET has given back, and was not taken notice of yet."""
         self._table = fs.table
         self._request = Received()
         rows = TABLE if setxattr_ext else {**TABLE, wire.SETXATTR: OLD_SETXATTR}
@@ -296,8 +302,10 @@ class Native:
                 self.fs.forget(request.node, first_number(request))
                 return
             if opcode == wire.BATCH_FORGET:
-                for one, times in forgotten(request):
-                    self.fs.forget(one, times)
+                # Copied, as the buffer will hold other requests.
+                self._forgotten.append(iter(list(forgotten(request))))
+                if len(self._forgotten) == 1:
+                    self._forget_some()
                 return
             if opcode == wire.INTERRUPT:
                 self.waiting.interrupt(first_number(request))
@@ -309,6 +317,17 @@ class Native:
             return
         # For an operation that we do not have. The kernel does not ask for it again then.
         self.send(request.unique, 0 if opcode == wire.DESTROY else errno.ENOSYS, b"")
+
+    def _forget_some(self) -> None:
+        """Between two requests: of nodes that nobody waits for there may be tens of thousands at a time."""
+        forget = self.fs.forget
+        some = list(islice(self._forgotten[0], _PORTION))
+        for one, times in some:
+            forget(one, times)
+        if len(some) < _PORTION:
+            self._forgotten.popleft()
+        if self._forgotten:
+            self.loop.post(self._forget_some)
 
     def send(self, unique: int, number: int, body: Body) -> bool:
         """Any thread. False when the kernel has not taken the answer, because whoever asked was killed meanwhile."""

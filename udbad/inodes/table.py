@@ -11,8 +11,6 @@ No I/O but closing descriptors, no locking: used from the event loop only.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import stat as st_mod
 import sys
@@ -25,6 +23,7 @@ from udbad.branch import syscalls
 from udbad.branch.branches import Branch
 from udbad.branch.state import Stamp
 from udbad.errors import estale
+from udbad.inodes import garbage
 from udbad.inodes.inomap import Identity
 from udbad.inodes.record import DROPPED, Record
 from udbad.types import ROOT_ID, NodeId
@@ -35,11 +34,6 @@ if TYPE_CHECKING:
 
 Index = int
 """Of a branch."""
-
-_libc = ctypes.CDLL(None)
-_MANY = 20_000
-"""Nodes; about 10 MiB."""
-
 
 LOAD_AT_LEAST = 16
 """Questions about a directory's names, times its branches, that are never worth reading it."""
@@ -383,7 +377,7 @@ class InodeTable:
         self.nodes[node.id] = node
         if self.record is not None:
             self.record.changed.add(node)
-        if len(self.nodes) > _MANY and len(self.nodes) > 4 * self._trim_below:
+        if len(self.nodes) > garbage.MANY and len(self.nodes) > 4 * self._trim_below:
             self._trim_below = len(self.nodes) // 4
 
     def add_file(self, node: Node, parent: Dir, name: bytes) -> Node:
@@ -458,10 +452,7 @@ class InodeTable:
         self.nodes = dict(self.nodes)  # a dictionary never shrinks by itself
         self._fd_dirs = OrderedDict(self._fd_dirs)
         self.on_shrink()
-        # The interpreter keeps thousands of small tuples and dictionaries for the next to need one (free lists), and
-        # each may hold an arena of a megabyte; a collection lets go of them.
-        gc.collect()
-        _libc.malloc_trim(0)
+        garbage.give_back(len(self.nodes))
 
     def _release_untold(self, node: Dir) -> None:
         """Children the kernel was never told of must not keep a directory that it has forgotten.

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from udbad.control import registry
 from udbad.errors import ExitCode, UserError
+from udbad.inodes import garbage
 from udbad.inodes.record import Record
 from udbad.mount import crash, keeper
 from udbad.mount.handover import Predecessor
@@ -126,6 +127,7 @@ def run(
         finally:
             gc.freeze()
             gc.enable()
+        garbage.spare(lambda: len(process.sb.table.nodes))
         process.configured = configured or process.configured
         process.mortal = mortal or ""
         process.guard = guard
