@@ -37,7 +37,7 @@ FIXED_VALUES: dict[str, object] = {
     "plink": False, "xino": False, "shwh": True, "dirperm1": True, "acl": False, "dio": False,
     "fsname": "other", "io": "cached", "edge": "native",
     "survive": True, "restart_timeout": 5, "branch_timeout": 5, "watch": "fanotify", "whiteouts": "aufs",
-    "volatile": True, "allow_idmap": True, "squash_to_uid": 7, "squash_to_gid": 8,
+    "replay": ["/in/**"], "volatile": True, "allow_idmap": True, "squash_to_uid": 7, "squash_to_gid": 8,
     "uidmapping": "0:1000:10", "gidmapping": "0:1000:10",
 }  # fmt: skip
 DAEMON_VALUES: dict[str, object] = {

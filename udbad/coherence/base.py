@@ -22,6 +22,7 @@ from typing import Protocol
 from udbad.branch import state
 from udbad.branch.branches import Branch
 from udbad.coherence.inotify import NAMES
+from udbad.coherence.replays import Replays
 from udbad.inodes.handles import written_behind
 from udbad.inodes.journal import Negative
 from udbad.inodes.table import Dir, Node
@@ -108,6 +109,9 @@ class Coherence:
         """Take over a tree, freshly mounted or handed over by another strategy: nothing in it is trusted yet."""
         self.sb.changes.attach_hooks(self)
         self.adopt(self.sb.root, False)
+
+    def replay_to(self, replays: Replays | None) -> None:
+        """Have watchers of the union see direct changes that are found; only where others tell of them."""
 
     async def run(self) -> None:
         """Work in the background until cancelled (child of the mount's nursery)."""

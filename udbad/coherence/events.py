@@ -19,11 +19,13 @@ from enum import Enum, auto
 
 from udbad.branch import syscalls, whiteout
 from udbad.coherence.base import Coherence
-from udbad.coherence.inotify import CONTENT, GONE, NAMES
+from udbad.coherence.inotify import CONTENT, GONE, NAMES, OF_NAMES
+from udbad.coherence.replays import Replays
 from udbad.coherence.sent import SentAttributes
 from udbad.coherence.watcher import Change
 from udbad.coherence.watches import Place, Watches, Way
 from udbad.inodes.table import Dir, Index, Node
+from udbad.types import MOVED_FROM, REMOVED
 from udbad.union import homes, lookup
 from udbad.union.lookup import Answer, Found
 from udbad.union.superblock import Superblock, is_object
@@ -141,6 +143,11 @@ def on_the_way(way: Way, change: Change) -> bool:
     return whiteout.subject(change.name) in (way.name, b"")
 
 
+def _about(change: Change) -> int:
+    """The kinds of an event for the name it is about: how a whiteout came or went says nothing of the name it hides."""
+    return change.kinds & ~OF_NAMES if change.name.startswith(whiteout.PREFIX) else change.kinds
+
+
 class Events:
     """The cases. Event loop only."""
 
@@ -155,6 +162,8 @@ class Events:
         self._notifier = coherence.notifier
         self._watches = watches
         self._sent = sent
+        self.replays: Replays | None = None
+        """Has watchers of the union see what is found here; None: they do not."""
         self._cases: dict[Case, Callable[[Dir, bytes, Finding, int], Dir | None]] = {
             Case.NOTHING_HELD: self._nothing_held,
             Case.ITSELF: self._itself,
@@ -196,10 +205,12 @@ class Events:
                     continue
                 if self._is_unknown(handle.node, change):
                     self.echoes += 1
+                    if self.replays is not None:
+                        self.replays.changed(handle.node, change.name, None, change.kinds, True)
                     continue
                 key = subject(handle, change.name)
                 if key is not None:
-                    names[key] = names.get(key, 0) | change.kinds
+                    names[key] = names.get(key, 0) | _about(change)
             elif isinstance(handle, Way):
                 # Where a redirect leads may be another directory now, or none.
                 parent = handle.node.parent
@@ -215,6 +226,8 @@ class Events:
                 self.look(node, name, kinds)
             if table.over_budget():  # events come without requests, too
                 table.trim()
+        if self.replays is not None:
+            self.replays.end_of_burst()
 
     def look(self, node: Dir, name: bytes, kinds: int) -> None:
         """`name_changed`, with all below it that has other layers now."""
@@ -246,7 +259,8 @@ class Events:
             if not node.dead:
                 self._notifier.attributes(node.id)
             return
-        self._compare(node, st, change.kinds)
+        if self._compare(node, st, change.kinds) and self.replays is not None:
+            self.replays.changed_elsewhere(node)
 
     def name_changed(self, node: Dir, name: bytes, kinds: int) -> Dir | None:
         """A name may stand for something else (b"": the directory itself is another): bring what is recorded up to
@@ -314,13 +328,17 @@ class Events:
         pass
 
     def _itself(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
-        self._compare(node, self.sb.stat(node), kinds)
+        differs = self._compare(node, self.sb.stat(node), kinds)
+        if self.replays is not None and node.parent is None:
+            self.replays.changed(node, b"", node, kinds, differs)
 
     def _same_file(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
         _, child, _, st = finding
         assert child is not None
         assert st is not None
-        self._compare(child, st, kinds)
+        differs = self._compare(child, st, kinds)
+        if self.replays is not None:
+            self.replays.changed(node, name, child, kinds, differs)
 
     def _same_object(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
         self._remember_known(node, name, finding, kinds)
@@ -334,7 +352,9 @@ class Events:
         before = [layer.identity for layer in child.layers]
         below = self._judge(child, lookup.set_layers(self.sb, child, found, node.floor))
         if [layer.identity for layer in child.layers] == before:
-            self._compare(child, self.sb.stat(child), kinds)
+            differs = self._compare(child, self.sb.stat(child), kinds)
+            if self.replays is not None:
+                self.replays.changed(node, name, child, kinds, differs)
         return child if below else None
 
     def _replaced(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
@@ -346,6 +366,9 @@ class Events:
         # Whoever still has it open sees its new link count.
         self._sent.doubt(child)
         self._notifier.attributes(child.id)
+        if self.replays is not None:
+            self.replays.lost(node, name, child, kinds)
+            self._shown(node, name, finding, kinds)
 
     def _gone(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
         self._replaced(node, name, finding, kinds)  # by nothing
@@ -353,6 +376,7 @@ class Events:
     def _appeared(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
         found = finding[2]
         assert found is not None
+        is_new = node.view is None or name not in node.view
         self._remember_unknown(node, name, found, kinds)
         if node.negatives is not None and name in node.negatives:
             node.negatives.discard(name)
@@ -360,12 +384,28 @@ class Events:
         else:
             self._compare(node, self.sb.stat(node), kinds)
         self._compare_other_name(found, kinds)
+        if self.replays is not None and is_new:
+            self._shown(node, name, finding, kinds)
+
+    def _shown(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
+        """Watchers are to see what a name stands for now, if anything."""
+        found = finding[2]
+        if self.replays is None or found is None:
+            return
+        self.replays.made(node, name, (found.st.st_dev, found.st.st_ino), found.layers is not None, kinds)
+        if found.layers is None:
+            self.replays.changed(node, name, None, kinds, True)
 
     def _not_asked_for(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
         self.echoes += 1
+        if self.replays is not None:
+            self.replays.changed(node, name, None, kinds, True)
 
     def _absent(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
+        was_shown = kinds & (REMOVED | MOVED_FROM) if node.view is None else name in node.view
         self._remember_unknown(node, name, None, kinds)
+        if self.replays is not None and was_shown:
+            self.replays.lost(node, name, None, kinds)
         self._compare(node, self.sb.stat(node), kinds)  # its times may be others
 
     # -- what is recorded, what the kernel is told ----------------------------------------------
@@ -387,10 +427,13 @@ class Events:
         if listing:
             self._coherence.tell_names(node)
 
-    def _compare(self, node: Node, st: os.stat_result, kinds: int) -> None:
-        """Attributes of a node that is what it was."""
+    def _compare(self, node: Node, st: os.stat_result, kinds: int) -> bool:
+        """Attributes of a node that is what it was; whether others have changed it, as far as can be told."""
+        known = node.sent is not None
         if self._sent.compare(node, st, bool(kinds & CONTENT)):
             self.echoes += 1
+            return False
+        return known
 
     def _compare_other_name(self, found: Found, kinds: int) -> None:
         """A new name of something that the kernel may know by another one: link(2) sends no event to that one."""

@@ -13,15 +13,21 @@ from typing import Final
 from udbad.branch import whiteout
 from udbad.branch.branches import BranchSet
 from udbad.coherence.base import Coherence
-from udbad.coherence.inotify import ATTRIBUTES, CONTENT, NAMES
+from udbad.coherence.inotify import ATTRIBUTES, CLOSED, CONTENT, MODIFIED, NAMES, TOUCHED
 from udbad.inodes.table import Dir
+from udbad.types import MADE, MOVED_FROM, MOVED_TO, REMOVED
 
-ANYTHING: Final = NAMES | CONTENT | ATTRIBUTES
+ANYTHING: Final = NAMES | CONTENT | ATTRIBUTES | MODIFIED | TOUCHED
 
 _KINDS: Final = {
-    **dict.fromkeys(("create", "delete", "move", "moved_from", "moved_to"), NAMES),
-    **dict.fromkeys(("modify", "close_write"), CONTENT),
-    "attrib": ATTRIBUTES,
+    "create": NAMES | MADE,
+    "delete": NAMES | REMOVED,
+    "move": NAMES,
+    "moved_from": NAMES | MOVED_FROM,
+    "moved_to": NAMES | MOVED_TO,
+    "modify": CONTENT | MODIFIED,
+    "close_write": CONTENT | CLOSED,
+    "attrib": ATTRIBUTES | TOUCHED,
     "isdir": 0,
 }
 """The words of inotifywait(1), which others use as well."""

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from udbad.types import MADE, MOVED_FROM, MOVED_TO, OF_DIRECTORY, REMOVED
+
 NAMES, CONTENT, ATTRIBUTES, GONE = 1, 2, 4, 8
 """What a change concerns, as bits."""
+
+MODIFIED, CLOSED, TOUCHED = 0x10, 0x20, 0x400
+"""Which event told of it, for who shows it to others (coherence/replays.py): IN_MODIFY, IN_CLOSE_WRITE, IN_ATTRIB. Of
+names, the numbers of udbad/types.py, which are those of the events."""
+OF_NAMES = MOVED_FROM | MOVED_TO | MADE | REMOVED | OF_DIRECTORY
 
 SILENT_FS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "afs", "lustre", "gfs2", "ocfs2", "vboxsf"}

@@ -24,6 +24,7 @@ from udbad.branch.branches import Branch
 from udbad.coherence.base import FOREVER, Coherence, CoherenceStatistics, KernelNotifier
 from udbad.coherence.events import Events
 from udbad.coherence.inotify import SILENT_FS, watch_limit
+from udbad.coherence.replays import Replays
 from udbad.coherence.sent import UNKNOWN, SentAttributes
 from udbad.coherence.watcher import Change
 from udbad.coherence.watches import Watches
@@ -44,6 +45,7 @@ class NotifyCoherence(Coherence):
         self._watches = Watches(sb, self.mode_of, self.distrust)
         self._sent = SentAttributes(sb, notifier)
         self._events = Events(self, self._watches, self._sent)
+        self._replays: Replays | None = None
         self._silent: set[int] = set()
         """Indices of the branches whose file system sends no events."""
         self._overflows = 0
@@ -57,6 +59,9 @@ class NotifyCoherence(Coherence):
                 self._silent.add(branch.index)
                 log.info("branch %s: %s sends no events; served as reval", branch.describe(), branch.fs_type)
         super().start()
+
+    def replay_to(self, replays: Replays | None) -> None:
+        self._replays = self._events.replays = replays
 
     async def run(self) -> None:
         if self._watches.watcher is not None:
@@ -149,12 +154,16 @@ class NotifyCoherence(Coherence):
         if mtime:
             super().own_data(node, mtime=True)
         self._sent.own_data(node, content, st, fd)
+        if self._replays is not None:
+            self._replays.own_data(node)
 
     def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None, moved: bool = False) -> None:
         super().own_change(node, name, st, moved)
         # The kernel marks the directory's attributes old by itself (fuse_dir_changed()), and asks for them when it
         # needs them.
         node.sent = None
+        if self._replays is not None:
+            self._replays.own_name(node, name)
         child = node.children.get(name)
         if child is not None:
             self.own_data(child, False, st)

@@ -12,6 +12,7 @@ Both can be in use at a time: a directory is watched by one of them.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import select
@@ -24,7 +25,18 @@ import trio
 from asyncinotify import Inotify, Mask
 
 from udbad.branch import fanotify, listing
-from udbad.coherence.inotify import ATTRIBUTES, CONTENT, GONE, NAMES, queue_limit, watch_limit
+from udbad.coherence.inotify import (
+    ATTRIBUTES,
+    CLOSED,
+    CONTENT,
+    GONE,
+    MODIFIED,
+    NAMES,
+    OF_NAMES,
+    TOUCHED,
+    queue_limit,
+    watch_limit,
+)
 from udbad.coherence.marks import Marks
 
 if TYPE_CHECKING:
@@ -41,7 +53,8 @@ _FILE = int(Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE)
 
 # Plain numbers: an operation on an enum takes longer than all else that is done with an event here.
 _NAMES = int(Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
-_CONTENT = int(Mask.MODIFY | Mask.CLOSE_WRITE)
+_MODIFY, _CLOSE_WRITE, _ATTRIB = int(Mask.MODIFY), int(Mask.CLOSE_WRITE), int(Mask.ATTRIB)
+_CONTENT = _MODIFY | _CLOSE_WRITE
 _ATTRIBUTES = int(Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF)
 _IGNORED = int(Mask.IGNORED)
 _GONE = int(Mask.IGNORED | Mask.UNMOUNT)
@@ -362,14 +375,21 @@ class Watcher:
         self._inotify.close()
 
 
+@functools.lru_cache(256)  # of the few there are
 def _kinds(mask: int) -> int:
-    kinds = 0
+    kinds = mask & OF_NAMES
     if mask & _NAMES:
         kinds |= NAMES
     if mask & _CONTENT:
         kinds |= CONTENT
+        if mask & _MODIFY:
+            kinds |= MODIFIED
+        if mask & _CLOSE_WRITE:
+            kinds |= CLOSED
     if mask & _ATTRIBUTES:
         kinds |= ATTRIBUTES
+        if mask & _ATTRIB:
+            kinds |= TOUCHED
     if mask & _GONE:
         kinds |= GONE
     return kinds

@@ -12,7 +12,7 @@ from udbad.union.fs cimport UnionFs
 cdef class Native:
     cdef public int _fd
     cdef public UnionFs fs
-    cdef public object stale, waiting, _over, record, _poison, _forgotten
+    cdef public object stale, waiting, _over, record, replayer, _poison, _forgotten
     cdef public Once once
     cdef public Slot slot
     cdef public bint _refuses

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import islice
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -25,7 +25,17 @@ from udbad.edge.once import RULES, Answered, Once, Rule
 from udbad.edge.operations import Later, Operations
 from udbad.edge.poison import Poison
 from udbad.edge.slot import CURRENT, RESENT
-from udbad.edge.table import OLD_SETXATTR, TABLE, Body, Row, first_number, forgotten, without_open, without_sync
+from udbad.edge.table import (
+    OLD_SETXATTR,
+    TABLE,
+    Body,
+    Row,
+    first_number,
+    forgotten,
+    with_nothing,
+    without_open,
+    without_sync,
+)
 from udbad.edge.waiting import RETRIED, Request, Waiting
 from udbad.inodes.record import Record
 from udbad.kernel import boundary, wire
@@ -35,7 +45,13 @@ from udbad.kernel.received import Received
 from udbad.union.fs import UnionFs
 from udbad.union.superblock import NeedCopyUp
 
+if TYPE_CHECKING:
+    from udbad.edge.replay import Replayer
+
 log = logging.getLogger(__name__)
+
+REPLAY_UID: Final = 0xFFFF_FFD0
+"""As whom the helper of replay.py asks. No user has a number that high (systemd: "Users, Groups, UIDs and GIDs")."""
 
 _GONE = (errno.ENOENT, errno.EINTR)
 _TAKEN_BACK = (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED)
@@ -133,11 +149,12 @@ class Native:
         passthrough: Passthrough | None = None,
         record: Record | None = None,
         id_map: IdMap | None = None,
+        replays: bool = False,
     ) -> None:
         """fd: /dev/fuse, non-blocking. stale: told the process (thread) id of who is told ESTALE. setxattr_ext:
         FUSE_SETXATTR_EXT was agreed on. passthrough: gives files to the kernel, where that was agreed on. record:
         by which the next process goes on when this one is killed; with the slots of those before this one. id_map:
-        shows owners as others."""
+        shows owners as others. replays: there will be a `replayer`."""
         self._fd = fd
         self.fs = fs
         self.stale = stale
@@ -152,6 +169,8 @@ class Native:
         self._refuses = self._poison is not None and self._poison.known
         self.aborted = False
         """Whether the connection has ended because somebody has aborted it, through fusectl."""
+        self.replayer: Replayer | None = None
+        """Takes the requests of its own helper."""
         self._over: trio.Event | None = None
         self._forgotten: deque[Iterator[tuple[int, int]]] = deque()
         """What BATCH_FORGET has given back, and was not taken notice of yet."""
@@ -162,6 +181,8 @@ class Native:
             rows = without_open(rows, not fs.sb.options.show_whiteouts)
         if fs.sb.options.volatile:
             rows = without_sync(rows)
+        if replays:
+            rows = with_nothing(rows)
         if id_map is not None:
             rows = id_map.rows(rows)
         self._rows: dict[int, Bound] = {
@@ -216,6 +237,9 @@ class Native:
                 self.aborted = error.errno == errno.ECONNABORTED  # FUSE_ABORT_ERROR; unmounted: ENODEV
                 self.terminate()
             return False
+        replayer = self.replayer
+        if replayer is not None and request.uid == REPLAY_UID and replayer.take(request):
+            return True
         slot = self.slot
         if slot is not None:
             slot.words[CURRENT] = request.unique

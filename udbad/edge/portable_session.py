@@ -27,6 +27,7 @@ LACKS: Final = (
     "cached listings and targets of symbolic links",
     "io=cached and io=passthrough",
     "fallocate, SEEK_HOLE, copy_file_range, O_TMPFILE, birth times",
+    "replay",
     "safe mounts inside it",
     "copy-ups that end with who waits for them",
     "default ACLs above the umask",

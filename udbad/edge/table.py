@@ -485,6 +485,20 @@ def without_sync(rows: Mapping[int, Row]) -> dict[int, Row]:
     return {opcode: each for opcode, each in rows.items() if opcode not in (wire.FSYNC, wire.FSYNCDIR)}
 
 
+NOTHING: Final = (1 << 63) - 2
+"""Handle of a file that is opened for nothing (replay.py)."""
+
+
+def with_nothing(rows: Mapping[int, Row]) -> dict[int, Row]:
+    """The rows where there may be such files; the kernel does not say who closes one."""
+    return {**rows, wire.RELEASE: replace(rows[wire.RELEASE], operation=_release)}
+
+
+def _release(operations: Operations, fh: int) -> None:
+    if fh != NOTHING:
+        operations.release(fh)
+
+
 def first_number(request: Received) -> int:
     """Of FORGET: how many references are given back. Of INTERRUPT: the unique number of the request it is about."""
     if request.size < _BODY + wire.QWORD.size:

@@ -108,6 +108,11 @@ class Session:
             "setxattr_ext": self.setxattr_ext,
         }
 
+    @property
+    def id(self) -> int:
+        """Of the mount, where it is mounted (mountinfo)."""
+        return self._id
+
     def begin_again(self) -> None:
         """Have the kernel send once more what was read and not answered: once, before the first request is read.
 

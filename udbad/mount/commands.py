@@ -176,6 +176,8 @@ class Commands:
         """Every direct change made before the request is seen by every access after the answer."""
         self.process.coherence.drain()
         await trio.to_thread.run_sync(self.process.invalidator.flush)
+        if self.process.replayer is not None:
+            await self.process.replayer.idle()
         return {}
 
     async def udba(self, request: Message) -> dict[str, Any]:

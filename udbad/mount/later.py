@@ -14,7 +14,13 @@ import trio
 
 log = logging.getLogger(__name__)
 
-_MODULES = ("udbad.coherence.notify", "udbad.tools.explain", "udbad.tools.mvdown", "udbad.tools.syncdown")
+_MODULES = (
+    "udbad.coherence.notify",
+    "udbad.edge.replay",
+    "udbad.tools.explain",
+    "udbad.tools.mvdown",
+    "udbad.tools.syncdown",
+)
 _QUIET_SECONDS = 0.2
 _PATIENCE_SECONDS = 5.0
 

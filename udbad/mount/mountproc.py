@@ -44,7 +44,7 @@ from udbad.kernel.openers import openers
 from udbad.kernel.passthrough import Passthrough
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import PAUSE_BUCKETS, Counts, Samples, Server
-from udbad.mount import handover, iomode, later, strictness
+from udbad.mount import handover, iomode, later, replayhelper, strictness
 from udbad.mount.commands import Commands
 from udbad.mount.handover import Predecessor
 from udbad.mount.keeper import Keeper
@@ -62,6 +62,7 @@ from udbad.union.superblock import Superblock, UnionOptions
 if TYPE_CHECKING:
     from udbad.edge.portable import Portable
     from udbad.edge.portable_session import PortableSession
+    from udbad.edge.replay import Replayer
     from udbad.mount.life import Guard
 
 log = logging.getLogger(__name__)
@@ -159,6 +160,10 @@ class MountProcess:
             else:
                 self.restrictions = frozenset(predecessor.facts["restrictions"])
             self._is_portable = is_portable(options)
+            why_not = _why_not_replay(options)
+            self._replays = options.replay != "off" and why_not is None
+            if options.replay != "off" and why_not is not None:
+                log.info("replay has no effect: %s", why_not)
             asked, reasons = iomode.possible(options, self.branches, self._is_portable)
             if predecessor is not None and options.io == "auto":
                 asked, reasons = "", []  # as was agreed on, which branches that have come since may not suit
@@ -257,10 +262,15 @@ class MountProcess:
             handover.carry_on(self._predecessor, self.record)
         native = Native(
             session.fd, self.fs, self.coherence, stale, session.setxattr_ext, self.passthrough, self.record,
-            _id_map(self.options),
+            _id_map(self.options), self._replays,
         )  # fmt: skip
         if native.once is not None:
             native.once.settle()
+        if self._replays:
+            from udbad.edge.replay import Replayer  # not for everybody
+
+            native.replayer = Replayer(self.options.replay, native, lambda: mounts_inside(self.session.connection))
+            native.replayer.attend(self.coherence)
         return native
 
     def _source(self) -> str:
@@ -359,6 +369,8 @@ class MountProcess:
                 nursery.start_soon(self.offline.watch, self)
                 if self.fs.kept is not None:
                     nursery.start_soon(self._rest, self.fs.kept)
+                if self.replayer is not None:
+                    nursery.start_soon(self._replay, self.replayer)
                 if listener is not None:
                     nursery.start_soon(trioserver.serve, listener, self._commands.table())
                 try:
@@ -386,6 +398,16 @@ class MountProcess:
         self.keeper = None
         self.mortal = "the keeper has ended"
         log.warning("the keeper has ended: when this process does, users of the mount get errors")
+
+    @property
+    def replayer(self) -> Replayer | None:
+        return self.edge.replayer if isinstance(self.edge, Native) else None
+
+    async def _replay(self, replayer: Replayer) -> None:
+        from udbad.edge.replay import helper
+
+        assert isinstance(self.session, Session)
+        await replayer.run(helper(replayhelper.__file__, self.mount_point, self.session.id))
 
     async def _rest(self, kept: KeptFiles) -> None:
         while True:
@@ -489,6 +511,8 @@ class MountProcess:
         """Begin anew with a strategy (None: the same one) after one that has handed over."""
         strategy = strategy_of(mode or self.coherence.name)
         self.coherence = self.edge.operations.coherence = strategy(self.sb, self.invalidator)
+        if self.replayer is not None:
+            self.replayer.attend(self.coherence)
         self.coherence.start()
         self._changing_mode.cancel()
 
@@ -508,6 +532,15 @@ def strategy_of(mode: str) -> type[Coherence]:
 def is_portable(options: MountOptions) -> bool:
     """Whether requests come through pyfuse3."""
     return options.edge == "pyfuse3" or (options.edge == "auto" and not capabilities.may_mount())
+
+
+def _why_not_replay(options: MountOptions) -> str | None:
+    """Why watchers of the union cannot be told of direct changes; None when they can."""
+    if is_portable(options):
+        return "it is served through pyfuse3"
+    if options.allow_idmap:
+        return "with allow_idmap, the kernel does not say who asks"
+    return None
 
 
 def _id_map(options: MountOptions) -> IdMap | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import platform
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -19,6 +20,7 @@ import trio
 from udbad import __version__
 from udbad.branch.branches import Branch
 from udbad.coherence import inotify
+from udbad.coherence.replays import Kind
 from udbad.edge.native import Native
 from udbad.kernel.boundary import operations
 from udbad.metrics import COHERENCE_STATES, COPYUP_BUCKETS, DEPTH_BUCKETS, EVENT_KINDS, Counts, Samples
@@ -80,6 +82,7 @@ class MetricsReader:
             **self._requests(),
             **self._copying(),
             **self._coherence(),
+            **self._replays(),
             **self._tables(),
             **self._survival(),
             **self._branches(spaces),
@@ -149,6 +152,14 @@ class MetricsReader:
             "udbad_invalidation_latency_seconds": [((), sent.latency_counts)],
             "udbad_watches": [((), statistics.watches)],
             "udbad_watch_limit": [((), statistics.watch_limit or inotify.watch_limit())],
+        }
+
+    def _replays(self) -> Samples:
+        replayer = self._process.replayer
+        done = Counter() if replayer is None else replayer.done
+        return {
+            "udbad_replayed_events_total": [((kind.value,), done[kind]) for kind in Kind],
+            "udbad_replays_dropped_total": [((), 0 if replayer is None else replayer.dropped)],
         }
 
     def _tables(self) -> Samples:

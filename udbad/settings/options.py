@@ -104,6 +104,15 @@ def _percentage(value: object) -> object:
     return _only_if(type(value) is int and 0 <= value <= 100, value)
 
 
+def _replay(value: object) -> str:
+    """A configuration file may have true, false, or a list of patterns."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    words = value if isinstance(value, (list, tuple)) else [value]
+    patterns = ":".join(_only_if(isinstance(word, str), word) for word in words)
+    return str(_only_if(re.fullmatch("on|off|/[^:]+(:/[^:]+)*", patterns) is not None, patterns))
+
+
 def _is_create_policy(value: str) -> bool:
     """Raises UserError."""
     from udbad.branch.policy import parse_create  # compiled: its sources are hashed, for which not every command waits
@@ -189,6 +198,9 @@ class MountOptions:
     """How `notify` hears of direct changes: a watch for each directory (inotify), or of all that happens on a whole
     file system (fanotify), which takes CAP_SYS_ADMIN; auto: inotify until no more watches are to be had, then fanotify
     for the rest. What has no fanotify is watched with inotify."""
+    replay: str = _option("off", "on, off, or patterns of paths like /in/**:/etc/*", _replay)
+    """Whether watchers of the union (inotify, fanotify) get the events of direct changes, or of those of these paths
+    (`*` and `?` stand for no slash, `**` does). Needs `udba=notify`: see Watching the union."""
     watch_reserve: int = _option(10, "a percentage from 0% to 100%", _percentage)
     """For `notify`: the share of fs.inotify.max_user_watches that is left to other programs of the same user."""
     rdcache: int = _number(10, 0, 3600, "a whole number of seconds from 0 to 3600")
@@ -346,6 +358,7 @@ _VALUES: Final = {
             "dirren",
             "whiteouts",
             "watch",
+            "replay",
             "watch_reserve",
             "fsname",
             "metrics",

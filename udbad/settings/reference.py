@@ -122,6 +122,7 @@ _LINKS = {
     ": see Without root": ": [Without root](guide.md#without-root)",
     ": see What happens when…": ": [What happens when…](operations.md#what-happens-when)",
     ": see Durability": ": [Durability](modes.md#durability)",
+    ": see Watching the union": ": [Watching the union](modes.md#watching-the-union)",
     ": see Containers": ": [Containers](containers.md)",
 }
 """Where in docs/ that is which a meaning sends its reader to."""
