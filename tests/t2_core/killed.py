@@ -164,11 +164,14 @@ class Mount:
 
 @contextmanager
 def mounted(
-    directory: Path, layers: Mapping[str, str], predecessor: Record | None = None, **options: Any
+    directory: Path, layers: Mapping[str, str], predecessor: Record | None = None, cached: bool = False, **options: Any
 ) -> Iterator[Mount]:
+    """cached: the kernel opens files and directories by itself (io=cached)."""
     whiteout._digits.renew()  # as in another process
     record = Record.create()
     with core(directory, layers, fsync_copyup=False, **options) as union:
+        if cached:
+            union.fs.keep_files(64)
         if predecessor is not None:
             recall.recall(union.fs, predecessor, os.dup, copies(predecessor.slots))
             poison.carry_on(predecessor, record, True)

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from tests.t2_core.core import refuse_tmpfile
-from tests.t2_core.killed import Mount, Request, outcome, swept
+from tests.t2_core.killed import UNIQUE, Faults, Killed, Mount, Request, mounted, outcome, swept
 from udbad.branch.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from udbad.edge.once import REPEATED, RULES
+from udbad.edge.slot import RESENT
 from udbad.edge.table import TABLE
 from udbad.kernel import wire
 from udbad.types import ROOT_ID
@@ -584,3 +585,24 @@ def test_what_was_begun_within_a_system_call_is_finished(tmp_path: Path) -> None
     came, _ = outcome(tmp_path, TWO, ask, 1, False, put("top/a", b"longmo"))
     assert came.errno == 0
     assert came.union["a"][5] == b"longmore"
+
+
+def test_a_handle_that_was_given_since_stays(tmp_path: Path) -> None:
+    """An operation notes the number of the next handle; what its successor gives while it waits is another one's."""
+    build(tmp_path, {"top/a": b"up", "top/b": b"up"})
+    with mounted(tmp_path, TWO) as first:
+        opcode, node, body = unlink("a")(first)
+        opening, other, flags = open_("b", os.O_RDWR)(first)
+        first.record.flush()
+        faults = Faults(1, after=True)
+        with faults.armed(), pytest.raises(Killed):
+            first.send(opcode, node, body)
+        assert faults.calls == ["unlink"]
+        with mounted(tmp_path, TWO, first.record) as last:
+            last.send(opening, other, flags, UNIQUE + 2)
+            answer = last.answer()
+            assert answer is not None
+            handle = wire.QWORD.unpack_from(answer[2])[0]
+            last.send(opcode, node, body, UNIQUE | RESENT)
+            assert last.answer() == (UNIQUE | RESENT, 0, b"")
+            assert handle in last.fs.handles.files

@@ -83,6 +83,8 @@ class Once:
         every = newest_first(slots, fs.handles)
         own = every.pop()
         own.begin(every[0].sequence + 1, every[0].counts() if every[0].sequence else (0, 0, 0, 0))
+        # A number that was noted may have been given: nobody else gets it before that request is here again (`_close`).
+        fs.handles.next = max(fs.handles.next, *(slot.read_intent()[0] + 1 for slot in every))
         self._slots = [own, *every]
         """Newest first. More processes than there are slots do not die of one request (poison.py)."""
         self.own = own

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final
 
@@ -187,7 +188,8 @@ class Predecessor:
         self.killed: list[int] = []
         self._tables: list[Table] = []
         problem: Exception = UserError("nothing is left of the process before", ExitCode.FAILURE)
-        for keeper, record in left:
+        waiting = iter(left)
+        for keeper, record in waiting:
             try:
                 table = Table(keeper)
             except Gone as error:
@@ -209,6 +211,9 @@ class Predecessor:
                 problem = error
             else:
                 self.crash = Crash(self.record, table.take)
+                for older, _ in waiting:  # which one of the others has not come to ending
+                    with suppress(Gone):
+                        self._tables.append(Table(older))
                 return
         self.close()
         raise problem

@@ -278,6 +278,15 @@ class _Recall:
         os.close(fd)
         return -1
 
+    @staticmethod
+    def _is_forgotten(node: Node, number: int) -> bool:
+        """Whether a handle is one that was kept for a node (union/kept.py) which the kernel has forgotten since.
+
+        It was closed then, by a FORGET; no answer follows one, so the record need not say so. The node is about to go,
+        and the next one of its number would be read by its handle.
+        """
+        return number < 0 and node.nlookup <= 0
+
     def _unseen(self, number: int) -> int:
         """The predecessor's descriptor, as it is: the branch cannot be asked. Who takes it when that answers looks."""
         try:
@@ -288,7 +297,7 @@ class _Recall:
     def _open_file(self, payload: bytes) -> None:
         _, fd, flags, uid, gid, pid, number, group, node_id, backing = journal.OPENED.unpack_from(payload)
         node = self._sb.table.nodes.get(node_id)
-        if node is None:
+        if node is None or self._is_forgotten(node, number):
             return
         if node.branch.offline:
             self._open_offline(payload, node)
@@ -319,7 +328,7 @@ class _Recall:
     def _open_directory(self, said: Any) -> None:
         number, node_id, pid, cached, base, names = said
         node = self._sb.table.nodes.get(node_id)
-        if type(node) is not Dir:
+        if type(node) is not Dir or self._is_forgotten(node, number):
             return
         handle = OpenDir(Fh(number), node, pid)
         handle.cached, handle.base = cached, base

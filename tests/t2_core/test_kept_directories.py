@@ -1,0 +1,50 @@
+"""Directories that the kernel has open without telling (io=cached), where their mount process is killed."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from tests.t2_core.killed import Killed, Mount, mounted
+from udbad.kernel import wire
+from udbad.types import ROOT_ID
+
+LAYERS = {"top": "rw"}
+
+
+def ask(mount: Mount, opcode: int, node: int, body: bytes) -> bytes:
+    mount.send(opcode, node, body)
+    reply = mount.answer()
+    assert reply is not None
+    assert reply[1] == 0, os.strerror(reply[1])
+    return reply[2]
+
+
+def look_up(mount: Mount, name: bytes) -> int:
+    number: int = wire.QWORD.unpack_from(ask(mount, wire.LOOKUP, ROOT_ID, name + b"\0"))[0]
+    return number
+
+
+def listing(mount: Mount, node: int) -> bytes:
+    """READDIRPLUS from the beginning, by whoever has it open without a handle."""
+    return ask(mount, wire.READDIRPLUS, node, struct.pack("<QQIIQII", 0, 0, 4096, 0, 0, 0, 0))
+
+
+def test_a_handle_does_not_outlive_its_directory(tmp_path: Path) -> None:
+    """A process is killed while it forgets a directory that had been read. That the handle was closed is not in the
+    record, as no answer follows a FORGET. Who comes to have the number next, or the same directory, which is looked up
+    again, must not be read by it: its descriptors are closed (ESTALE, or no names)."""
+    (tmp_path / "top/d").mkdir(parents=True)
+    with mounted(tmp_path, LAYERS, cached=True, udba="none") as first:
+        number = look_up(first, b"d")
+        listing(first, number)
+        with patch.object(os, "close", side_effect=Killed), pytest.raises(Killed):
+            first.send(wire.FORGET, number, wire.QWORD.pack(1))
+        (tmp_path / "top/d/x").touch()
+        with mounted(tmp_path, LAYERS, first.record, cached=True, udba="none") as second:
+            assert look_up(second, b"d") == number
+            assert b"x" in listing(second, number)

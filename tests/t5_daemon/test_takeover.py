@@ -1,0 +1,101 @@
+"""Mount processes that are killed at a certain step: what is counted of it, and what is left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.mount import Mount, UnionFactory
+from tests.t5_daemon.daemon import until
+from tests.t5_daemon.test_survive import TAKEN_OVER, kill
+from udbad.mount import keeper
+
+pytestmark = [
+    pytest.mark.fuse,
+    pytest.mark.skipif(keeper.why_not() is not None, reason=str(keeper.why_not())),
+]
+
+DIES = """
+import os, signal
+from udbad.branch import syscalls
+from udbad.edge import native
+from udbad.mount.mountproc import MountProcess
+from udbad.union import create
+
+made = []
+
+def dies(where):
+    try:
+        os.rmdir(os.path.join(OUTSIDE, where))
+    except FileNotFoundError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def mkdir(sb, creds, parent, name, *rest, make=create.mkdir):
+    if name == b"not noted":
+        dies("not noted")
+    return make(sb, creds, parent, name, *rest)
+
+def mkdir_at(dirfd, name, *rest, make=syscalls.mkdir_at):
+    if name == b"not done":
+        dies("not done")
+    make(dirfd, name, *rest)
+    if name == b"not recorded":
+        dies("not recorded")
+    made.append(name)
+
+def answer(*arguments, send=native.answer):
+    if made and made.pop() == b"not answered":
+        dies("not answered")
+    return send(*arguments)
+
+def take_over(self, predecessor, take=MountProcess._take_over):
+    dies("not taken over")
+    take(self, predecessor)
+
+create.mkdir, syscalls.mkdir_at, native.answer, MountProcess._take_over = mkdir, mkdir_at, answer, take_over
+"""
+"""At the places that directories in OUTSIDE say, once each."""
+
+
+@pytest.fixture
+def dying(union: UnionFactory, patch_daemon: Callable[[str], None], tmp_path: Path) -> Mount:
+    (tmp_path / "outside").mkdir()
+    patch_daemon(f"OUTSIDE = {os.fspath(tmp_path / 'outside')!r}\n" + DIES)
+    return union(options="survive=on,restart_timeout=0", allow_log=TAKEN_OVER)
+
+
+def test_what_is_counted(dying: Mount, tmp_path: Path) -> None:
+    """Of requests that are sent again, one is performed as if it came first, two are decided by what is on the branch,
+    and one has an answer."""
+    for number, name in enumerate(("not noted", "not done", "not recorded", "not answered"), 1):
+        (tmp_path / "outside" / name).mkdir()
+        os.mkdir(dying.path / name)
+        numbers = dying.control({"op": "metrics"})["metrics"]
+        assert numbers["udbad_requests_resent_total"] == [[[], number]]
+        assert sorted(numbers["udbad_requests_recovered_total"]) == [
+            [["answered"], max(number - 3, 0)], [["decided"], min(number - 1, 2)],
+        ]  # fmt: skip
+        assert numbers["udbad_requests_refused_total"] == [[[], 0]]
+        *buckets, seconds = numbers["udbad_takeover_duration_seconds"][0][1]
+        assert sum(buckets) == dying.control({"op": "status"})["restarts"] == number
+        assert seconds > 0
+    assert not os.listdir(tmp_path / "outside")
+    assert len(os.listdir(dying.path)) == 4
+
+
+def test_nothing_is_left_of_those_before(dying: Mount, tmp_path: Path) -> None:
+    """One that is killed when it has said what the mount is, but not yet ended the keeper before its own."""
+
+    def keepers() -> int:
+        children = Path(f"/proc/{dying.process.pid}/task/{dying.process.pid}/children").read_text().split()
+        return sum(Path(f"/proc/{pid}/comm").read_text().rstrip("\n") == keeper.NAME for pid in children)
+
+    (tmp_path / "outside/not taken over").mkdir()
+    kill(dying)
+    os.mkdir(dying.path / "made")
+    assert dying.control({"op": "status"})["restarts"] == 2
+    until(lambda: not keepers(), "the end of the keepers before")  # that of now is a child of its mount process
