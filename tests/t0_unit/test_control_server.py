@@ -81,8 +81,8 @@ def on_trio(path: str) -> Iterator[Serving]:
 
     async def main() -> None:
         gate = trio.Event()
-        listener = trioserver.listen(path)
-        with trio.CancelScope() as scope, listener.socket:
+        listener = bind(path)
+        with trio.CancelScope() as scope, listener:
             started.put((trio.lowlevel.current_trio_token(), gate, scope))
             await trioserver.serve(listener, commands(gate.wait))
 

@@ -18,7 +18,6 @@ from tests.helpers.leaks import mounts_under
 from tests.helpers.mount import DEADLINE, REPOSITORY, UnionFactory
 from udbad.branch.writelock import WriteLocks
 from udbad.coherence.notify import NotifyCoherence
-from udbad.control import trioserver
 from udbad.edge import waiting
 from udbad.errors import UserError
 from udbad.kernel import mounts, newmount, session
@@ -42,9 +41,7 @@ STEPS: dict[str, tuple[object, str]] = {
     "edge": (mountproc, "Native"),
     "event loop": (os, "eventfd"),
     "threads": (waiting, "ThreadPoolExecutor"),
-    "commands": (mountproc, "Commands"),
-    "control socket": (trioserver, "listen"),
-    "trio": (trio.lowlevel, "start_guest_run"),
+    "control socket": (presence, "bind"),
     "mount": (newmount, "attach"),
     "connection number": (mounts, "unions"),
     "entry": (mountproc.MountProcess, "write_entry"),
@@ -201,16 +198,33 @@ def test_a_signal_after_the_unmount_does_not_cut_the_end_short(tmp_path: Path) -
     assert mounts_under(tmp_path) == []
 
 
+def test_trio_that_cannot_begin(tmp_path: Path) -> None:
+    """The mount serves by then; so it ends as after any other crash, which a guardian would see."""
+    for name in ("top", "base", "mnt"):
+        (tmp_path / name).mkdir()
+    options = parse_mount_options(f"br={tmp_path}/top=rw:{tmp_path}/base=ro")
+
+    def fail(*arguments: object, **keys: object) -> None:
+        raise RuntimeError("injected")
+
+    def serve() -> None:
+        trio.lowlevel.start_guest_run = fail  # in a child of our own
+        with pytest.raises(RuntimeError, match="injected"):
+            life.run(options, os.fsencode(tmp_path / "mnt"), lambda _: None)
+
+    try:
+        assert _in_a_child(serve) == 0
+    finally:
+        subprocess.run(["umount", "-l", tmp_path / "mnt"], check=True, timeout=DEADLINE)
+
+
 def test_a_control_socket_that_is_gone_at_the_end(tmp_path: Path) -> None:
     """As the next process finds it when one is killed in its orderly end: that is nothing to warn of."""
     path = tmp_path / "ctl"
 
-    async def listen() -> None:
-        here = presence.Presence(os.fsencode(tmp_path), presence.NOBODY, str(path))
-        listener = here.listen(None)
-        assert listener is not None
-        path.unlink()
-        await listener.aclose()
-        here.close()
-
-    trio.run(listen)
+    here = presence.Presence(os.fsencode(tmp_path), presence.NOBODY, str(path))
+    listener = here.listen(None)
+    assert listener is not None
+    path.unlink()
+    listener.close()
+    here.close()

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING
 
-import trio
 from asyncinotify import Inotify, Mask
 
 from udbad.branch import fanotify, listing
@@ -256,6 +255,7 @@ class Watcher:
         For an edge whose event loop is not ours (Native.takes_events). The asyncio loop only tells us that there is
         something to read, so that others can read it, too: `drain`.
         """
+        import trio
         import trio_asyncio  # not where an edge takes the events itself
 
         async with trio_asyncio.open_loop() as loop:

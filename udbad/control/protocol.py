@@ -69,6 +69,13 @@ def bind(path: str) -> socket.socket:
     return sock
 
 
+def go_on(fd: int) -> socket.socket:
+    """A socket that another process has listened on; fd: owned from here on. Raises OSError."""
+    sock = socket.socket(fileno=fd)
+    sock.listen(BACKLOG)  # whoever connects is told that it is us, SO_PEERCRED
+    return sock
+
+
 def may_ask(getsockopt: Callable[[int, int, int], bytes]) -> bool:
     """Whether the process at the other end (unix(7), SO_PEERCRED) is root's or of our own user."""
     return peer(getsockopt)[1] in (0, os.getuid())

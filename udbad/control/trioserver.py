@@ -6,26 +6,13 @@ import socket
 
 import trio
 
-from udbad.control.protocol import BACKLOG, bind
 from udbad.control.server import Command, Server
 
 _CHUNK = 4096
 
 
-def listen(path: str) -> trio.SocketListener:
-    """`bind` for trio."""
-    return trio.SocketListener(trio.socket.from_stdlib_socket(bind(path)))
-
-
-def go_on(fd: int) -> trio.SocketListener:
-    """A socket that another process has listened on; fd: owned from here on. Raises OSError."""
-    sock = socket.socket(fileno=fd)
-    sock.listen(BACKLOG)  # whoever connects is told that it is us, SO_PEERCRED
-    return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
-
-
-async def serve(listener: trio.SocketListener, commands: dict[str, Command]) -> None:
-    """Answer clients until cancelled."""
+async def serve(listener: socket.socket, commands: dict[str, Command]) -> None:
+    """Answer clients until cancelled, and close the listening socket."""
     core = Server(commands)
 
     async def client(stream: trio.SocketStream) -> None:
@@ -36,7 +23,7 @@ async def serve(listener: trio.SocketListener, commands: dict[str, Command]) -> 
             except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
                 pass
 
-    await trio.serve_listeners(client, [listener])
+    await trio.serve_listeners(client, [trio.SocketListener(trio.socket.from_stdlib_socket(listener))])
 
 
 class _Client:

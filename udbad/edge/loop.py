@@ -3,7 +3,8 @@
 It waits for three descriptors: /dev/fuse, the branch events of the coherence strategy, and an eventfd by which any
 thread has something called here (`post`). Trio, which all else runs on (control socket, signals, what a command sets
 off), is a guest of this loop (trio.lowlevel.start_guest_run): it waits for its own descriptors in a thread and posts
-its turns. So a request costs nothing of trio, and trio nothing of a request.
+its turns. So a request costs nothing of trio, and trio nothing of a request. It comes when requests are served already:
+to import it takes longer than to mount.
 
 - While requests follow one another at once, the next one is looked for without sleeping, for SPIN_SECONDS: to be put to
   sleep and woken takes a third of what a client waits for a lookup. The first one that does not come in that time ends
@@ -24,8 +25,6 @@ from collections.abc import Awaitable, Callable
 from threading import Lock
 from time import perf_counter
 from typing import Any, Protocol
-
-import trio
 
 from udbad.kernel import boundary, device
 
@@ -73,26 +72,49 @@ class Loop:
         self._fd = fd
         self._server = server
 
+    @property
+    def serves(self) -> bool:
+        """Whether there may be requests."""
+        return self._server is not None
+
     def leave(self) -> None:
         """There are no requests any more, nor events."""
         self._fd = -1
         self._server = None
 
-    def run(self, main: Callable[[], Awaitable[None]]) -> None:
-        """Run `main` on trio, and serve meanwhile. Raises what it raises."""
+    def run(self, main: Callable[[], Awaitable[None]], soon: Callable[[Callable[[], object]], object]) -> None:
+        """Serve, and run `main` on trio once what `soon` is given has been called, by any thread. Returns when `main`
+        has, or when there is nothing to serve any more before it has begun. Raises what it raises."""
         outcomes: list[Any] = []
-        trio.lowlevel.start_guest_run(
-            main,
-            run_sync_soon_threadsafe=self.post,
-            run_sync_soon_not_threadsafe=self._calls.append,
-            done_callback=outcomes.append,
-        )
+        failures: list[Exception] = []
+        begun: list[bool] = []
+
+        def begin() -> None:
+            import trio  # not for serving
+
+            try:
+                trio.lowlevel.start_guest_run(
+                    main,
+                    run_sync_soon_threadsafe=self.post,
+                    run_sync_soon_not_threadsafe=self._calls.append,
+                    done_callback=outcomes.append,
+                )
+                begun.append(True)
+            except Exception as error:
+                failures.append(error)
+                self.leave()
+
+        soon(lambda: self.post(begin))
         while not outcomes:
-            if self._server is None:
+            if self._server is not None:
+                self._serve(self._server, outcomes)
+            elif begun:
                 self._wait(-1, device.FOREVER)
                 self.call_posted()
+            elif failures:
+                raise failures[0]
             else:
-                self._serve(self._server, outcomes)
+                return
         outcomes[0].unwrap()
 
     def call_posted(self) -> None:

@@ -16,8 +16,6 @@ from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-import trio
-
 from udbad.coherence.base import Coherence
 from udbad.edge.idmap import IdMap
 from udbad.edge.loop import Loop
@@ -46,6 +44,8 @@ from udbad.union.fs import UnionFs
 from udbad.union.superblock import NeedCopyUp
 
 if TYPE_CHECKING:
+    import trio
+
     from udbad.edge.replay import Replayer
 
 log = logging.getLogger(__name__)
@@ -196,18 +196,21 @@ class Native:
 
     # -- life ---------------------------------------------------------------------------------
 
-    def run(self, main: Callable[[], Awaitable[None]]) -> None:
-        """Run `main` on trio; requests are served while it is in `serve`. Raises what it raises."""
-        self.loop.run(main)
+    def run(self, main: Callable[[], Awaitable[None]], soon: Callable[[Callable[[], object]], object]) -> None:
+        """Serve from now on, and run `main` on trio soon, as Loop.run() does. Raises what it raises."""
+        self.loop.serve(self._fd, self)
+        self.loop.run(main, soon)
 
     async def serve(self) -> None:
-        """Serve until the mount is gone, the connection aborted, or `terminate` called."""
+        """Return when the mount is gone, the connection aborted, or `terminate` called."""
+        import trio  # not for serving
+
         self._over = trio.Event()
-        self.loop.serve(self._fd, self)
-        await self._over.wait()
+        if self.loop.serves:
+            await self._over.wait()
 
     def terminate(self) -> None:
-        """End `serve`; event loop only."""
+        """Serve no more, and end `serve`; event loop only."""
         self.loop.leave()
         if self._over is not None:
             self._over.set()

@@ -73,13 +73,15 @@ class Portable:
             pass
         self._posted_late.append(call)
 
-    def run(self, main: Callable[[], Awaitable[None]]) -> None:
-        """Run `main` on trio; requests are served while it is in `serve`. Raises what it raises."""
+    def run(self, main: Callable[[], Awaitable[None]], soon: Callable[[Callable[[], object]], object]) -> None:
+        """Run `main` on trio; requests are served while it is in `serve`. Raises what it raises. soon: as Native's,
+        which has to wait for trio."""
 
         async def run() -> None:
             self._token = trio.lowlevel.current_trio_token()
             await main()
 
+        soon(lambda: None)
         trio.run(run)
 
     async def serve(self) -> None:

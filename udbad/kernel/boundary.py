@@ -68,8 +68,8 @@ def operations() -> dict[str, OpStats]:
 
 
 def requests() -> int:
-    """How many were answered, of all operations. Event loop only."""
-    return sum(stats.requests for stats in operations().values())
+    """How many were answered, of all operations, by and by those that threads have answered. Any thread."""
+    return sum(stats.requests for stats in list(_operations.values()))
 
 
 def count_in_thread(stats: OpStats, taken: float, number: int) -> None:

@@ -85,7 +85,7 @@ def unpack(root_fd: int, stream: IO[bytes], devices: bool = False, overlay: bool
 
     stream: need not be seekable. devices: make device nodes. overlay: make marks as overlayfs does.
     Raises UserError: REFUSED for what a layer may not have, FAILURE for what is no archive, or ends early; OSError for
-    what the file system says, with the name. Then part of it is in the branch, and of no use. On disk when this returns.
+    what the file system says, with the name. Then part of it is in the branch, and of no use. On disk when it returns.
     """
     with syscalls.syncing(root_fd) as synced:
         unpacker = _Unpacker(root_fd, devices, overlay)

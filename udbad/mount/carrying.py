@@ -108,7 +108,7 @@ class Carrying:
         options = mvdown.Options(
             **{flag: flag_of(request, flag) for flag in flags},
             source=(await self._find(source)).path if source else b"",
-            openers=await self.process.openers(),
+            openers=await self.process.beside.openers(),
         )
         halt = Halt()
         self._moves += 1
@@ -145,7 +145,7 @@ class Carrying:
         self._sync = syncdown.Sync(self.process.sb, src, dst, move, Halt())
         self._running = True
         self._error = ""
-        self.process.background.start_soon(self._run, self._sync)
+        self.process.beside.nursery.start_soon(self._run, self._sync)
         return {"joined": False}
 
     async def _find(self, path: str) -> Branch:

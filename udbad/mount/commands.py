@@ -166,7 +166,7 @@ class Commands:
         sb = self.process.sb
         branch = await rebranch.find(sb.branches, wanted)
         # After this: it may have gone from the mount, and then nothing of it is used.
-        users = reconfigure.users(sb, branch, await self.process.openers())
+        users = reconfigure.users(sb, branch, await self.process.beside.openers())
         return {"users": [{"pid": user.pid, "command": _command(user.pid), "what": user.what,
                            "path": os.fsdecode(user.path)} for user in users]}  # fmt: skip
 
@@ -183,7 +183,7 @@ class Commands:
     async def udba(self, request: Message) -> dict[str, Any]:
         try:
             async with self._changing:
-                await self.process.set_mode(text_of(request, "mode"))
+                await self.process.beside.set_mode(text_of(request, "mode"))
         except ValueError as error:
             raise UserError(str(error), ExitCode.OPTION) from None
         self.process.options = replace(self.process.options, udba=self.process.coherence.name)
@@ -290,7 +290,7 @@ class Commands:
         process.apply_union_options()
         strictness.settle(process)
         if "udba" in live:
-            await process.set_mode(new.udba)
+            await process.beside.set_mode(new.udba)
         if live:
             log.info("changed while mounted: %s", ", ".join(sorted(live)))
             self._write_entry()
@@ -331,7 +331,7 @@ class Commands:
             place = os.fsdecode(self.process.mount_point)
             if error.errno == errno.EBUSY and error.strerror == os.strerror(errno.EBUSY):
                 raise UserError(
-                    f"{place} is busy: {self._who(await self.process.openers(True), True)}", ExitCode.FAILURE
+                    f"{place} is busy: {self._who(await self.process.beside.openers(True), True)}", ExitCode.FAILURE
                 ) from None
             raise UserError(f"{place}: {error.strerror}", ExitCode.FAILURE) from None
 
@@ -398,12 +398,12 @@ class Commands:
         """Unmount; with "force" also what is in use. EBUSY is answered with who uses it."""
         force = flag_of(request, "force")
         try:
-            await self.process.unmount(force)
+            await self.process.beside.unmount(force)
         except OSError as error:
             place = os.fsdecode(self.process.mount_point)
             if error.errno == errno.EBUSY and error.strerror == os.strerror(errno.EBUSY):
                 raise UserError(
-                    f"{place} is busy: {self._who(await self.process.openers())}", ExitCode.FAILURE
+                    f"{place} is busy: {self._who(await self.process.beside.openers())}", ExitCode.FAILURE
                 ) from None
             raise UserError(f"{place}: {error.strerror}", ExitCode.FAILURE) from None
         return {}

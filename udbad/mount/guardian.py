@@ -95,6 +95,7 @@ class Guardian:
         self._private = tuple(private)
         self._pidfd = -1
         self._serves = False
+        self._prepared = False
         self._asked = 0
         """The last signal to be forwarded: also to who follows a process that dies before it has acted on it."""
         self._died = 0.0
@@ -115,7 +116,7 @@ class Guardian:
 
     def go_on(self, state: State) -> int:
         """As `run`, with what the guardian of another version has left, whose process we are."""
-        _prepare()
+        self._prepare()
         for left in reversed(state.left):
             self._legacy.add((left[0], left[1]))
         self._place, self._private = (state.place[0], state.place[1]), ()
@@ -206,8 +207,10 @@ class Guardian:
         ended = is_late = in_order = False
         with ours:
             while not ended:
-                ready = dict(poll.poll(None if served else self._milliseconds(is_late)))
-                if not ready:
+                ready = dict(poll.poll(self._milliseconds(served, is_late)))
+                if not ready and served and not is_late:
+                    self._prepare()
+                elif not ready:
                     if is_late:
                         log.error("process %d cannot be killed", pid)
                         break
@@ -228,7 +231,6 @@ class Guardian:
                         if begins:
                             self._private = ()
                             self._on_ready()
-                            _prepare()
                         else:
                             self._pass_on()
                     elif word[0] == _LEAVES:
@@ -268,10 +270,13 @@ class Guardian:
         os.close(fd)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
 
-    def _milliseconds(self, is_late: bool) -> float | None:
-        """For a process to begin to serve; of one that has been killed, to end. None: any number."""
+    def _milliseconds(self, served: bool, is_late: bool) -> float | None:
+        """For a process to begin to serve; of one that has been killed, to end; before we prepare for its end, when it
+        serves. None: any number."""
         if is_late:
             return END_SECONDS * 1000
+        if served:
+            return None if self._prepared else later.PATIENCE_SECONDS * 1000
         if self._place is None or not self._patience:
             return None
         return max(self._seconds_left(), 0.0) * 1000
@@ -284,6 +289,14 @@ class Guardian:
             self._dying.add(pid)
             return signal.SIGKILL
         return status
+
+    def _prepare(self) -> None:
+        """While a process serves: import what the next ones would, and whoever waits for them. Not at once, as then
+        whoever has wanted the mount is busy with it; and a mount that is gone by then needs no next process."""
+        self._prepared = True
+        later.load()
+        gc.collect()
+        gc.freeze()
 
     def _be_mount_process(self, guardian: socket.socket, died: int) -> None:
         for number in _FORWARDED:
@@ -313,10 +326,3 @@ class Guardian:
             self._serve(guard, ready)
             tell([_ENDS])
         raise SystemExit(0)
-
-
-def _prepare() -> None:
-    """While the first process serves: import what the next ones would, and whoever waits for them."""
-    later.load()
-    gc.collect()
-    gc.freeze()

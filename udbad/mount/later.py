@@ -1,55 +1,72 @@
 """What a mount process imports when it serves already, and so serves sooner.
 
-All that its functions import when they are called, and that soon: a version that is installed while the mount goes on
-must not bring parts of its own into this process (tests/t0_unit/test_imports.py looks for what is missing here).
+First what it does beside requests, with trio, which takes as long to import as all that a request needs. Then all that
+its functions import when they are called, and that soon: a version that is installed while the mount goes on must not
+bring parts of its own into this process (tests/t0_unit/test_imports.py looks for what is missing here).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import select
+import threading
+import time
+from collections.abc import Callable, Sequence
 from importlib import import_module
-
-import trio
+from typing import Final
 
 log = logging.getLogger(__name__)
 
-_MODULES = (
+_BESIDE: Final = "udbad.mount.beside"
+_MODULES: Final = (
     "udbad.coherence.notify",
     "udbad.edge.replay",
     "udbad.tools.explain",
     "udbad.tools.mvdown",
     "udbad.tools.syncdown",
 )
-_QUIET_SECONDS = 0.2
-_PATIENCE_SECONDS = 5.0
+_QUIET_SECONDS: Final = 0.2
+PATIENCE_SECONDS: Final = 5.0
 
 
 def load() -> None:
-    for name in _MODULES:
+    for name in (_BESIDE, *_MODULES):
         import_module(name)
 
 
-async def load_in_thread(requests: Callable[[], int]) -> None:
-    """For the nursery of a mount that serves, which goes on whatever comes of this.
+def load_in_thread(requests: Callable[[], int], wanted: Sequence[int], begin: Callable[[], object]) -> None:
+    """Begin to import all of it, in a thread that ends by itself; the mount goes on whatever comes of this.
 
     requests: how many there have been. Nothing is loaded while they keep coming, for some seconds at most: who makes
-    modules keeps the interpreter's lock for milliseconds, again and again, and a request would wait for it.
+    modules keeps the interpreter's lock for milliseconds, again and again, and a request would wait for it. wanted:
+    descriptors; when one of them can be read, somebody waits for what is done beside requests. begin: called, in the
+    thread, when that is there.
     """
+    threading.Thread(target=_load, args=(requests, wanted, begin), name="udbad later", daemon=True).start()
+
+
+def _load(requests: Callable[[], int], wanted: Sequence[int], begin: Callable[[], object]) -> None:
+    poll = select.poll()
+    for fd in wanted:
+        poll.register(fd, select.POLLIN)
+    end = time.monotonic() + PATIENCE_SECONDS
     try:
-        with trio.move_on_after(_PATIENCE_SECONDS):
-            for name in _MODULES:
-                await _quiet(requests)
-                await trio.to_thread.run_sync(import_module, name, abandon_on_cancel=True)
-            return
-        await trio.to_thread.run_sync(load, abandon_on_cancel=True)
+        _quiet(requests, end, poll)
+        import_module(_BESIDE)
+        begin()
+        for name in _MODULES:
+            _quiet(requests, end)
+            import_module(name)
     except ImportError as error:
         log.error("udbad was changed while it started; mount again: %s", error)
 
 
-async def _quiet(requests: Callable[[], int]) -> None:
-    """Return when there was none for a while."""
+def _quiet(requests: Callable[[], int], end: float, wanted: select.poll | None = None) -> None:
+    """Return when there was none for a while, at the latest at `end` (time.monotonic()) or when somebody waits."""
     before = -1
-    while before != (now := requests()):
+    while before != (now := requests()) and time.monotonic() < end:
         before = now
-        await trio.sleep(_QUIET_SECONDS)
+        if wanted is None:
+            time.sleep(_QUIET_SECONDS)
+        elif wanted.poll(_QUIET_SECONDS * 1000):
+            return

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 from udbad.control import registry
@@ -136,7 +135,7 @@ def run(
         for number in STOPPING:
             signal.signal(number, process.on_late_signal)
         try:
-            process.edge.run(partial(process.serve, lambda: on_ready(process)))
+            process.serve(lambda: on_ready(process))
         except BaseException as error:
             if process.ready:
                 if not isinstance(error, UserError):

@@ -7,19 +7,16 @@ sweeps them for temporary names first.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import resource
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from types import FrameType
-from typing import TYPE_CHECKING, Any
-
-import trio
+from typing import TYPE_CHECKING
 
 from udbad import __version__, compiled
 from udbad.branch import capabilities
@@ -30,7 +27,7 @@ from udbad.branch.writelock import WriteLocks
 from udbad.coherence.base import Coherence
 from udbad.coherence.none import NoneCoherence
 from udbad.coherence.reval import RevalCoherence
-from udbad.control import exporter, registry, trioserver
+from udbad.control import exporter, registry
 from udbad.edge.holding import Holding
 from udbad.edge.idmap import IdMap
 from udbad.edge.native import Native
@@ -40,12 +37,10 @@ from udbad.inodes.record import Record
 from udbad.kernel import boundary
 from udbad.kernel.invalidator import Invalidator
 from udbad.kernel.mounts import mounts_inside
-from udbad.kernel.openers import openers
 from udbad.kernel.passthrough import Passthrough
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import PAUSE_BUCKETS, Counts, Samples, Server
-from udbad.mount import handover, iomode, later, replayhelper, strictness
-from udbad.mount.commands import Commands
+from udbad.mount import handover, iomode, later, strictness
 from udbad.mount.handover import Predecessor
 from udbad.mount.keeper import Keeper
 from udbad.mount.offline import Offline, end_for_another
@@ -56,21 +51,21 @@ from udbad.settings import ids
 from udbad.settings.options import MountOptions, format_options
 from udbad.union import homes, recall
 from udbad.union.fs import UnionFs
-from udbad.union.kept import WRITING_SECONDS, KeptFiles
 from udbad.union.superblock import Superblock, UnionOptions
 
 if TYPE_CHECKING:
+    import socket
+
     from udbad.edge.portable import Portable
     from udbad.edge.portable_session import PortableSession
     from udbad.edge.replay import Replayer
+    from udbad.mount.beside import Beside
     from udbad.mount.life import Guard
 
 log = logging.getLogger(__name__)
 
 _OTHER_FDS = 1024
 """Descriptors that are neither of directories nor of open files: branches, sockets, copy-ups, one operation's own."""
-_LINGER_SECONDS = 2
-_OPENERS_SECONDS = 10
 STOPPING = signal.SIGINT, signal.SIGTERM
 _MAX_DIRECTORY_FDS = 100_000
 
@@ -201,15 +196,18 @@ class MountProcess:
             if predecessor is not None:
                 self.coherence.recalled()
             self.passthrough: Passthrough | None = None
+            self.holding = Holding(self.fs.walks)
             self.edge = self._make_edge()
             if asked == "passthrough" and self.passthrough is None:
                 self._fall_back(iomode.NO_PASSTHROUGH)
             ending.callback(self.edge.close)
             self.readings = MetricsReader(self)
-            self.background: trio.Nursery  # of serve(): what ends with the mount
-            self._changing_mode = trio.CancelScope()
-            self._commands = Commands(self)
-            self.ready = False
+            self.beside: Beside  # soon after it serves
+            self._stop_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            ending.callback(self._close_stop_fd)
+            self.asked_to_stop = 0
+            """The signal that did, before trio could see it."""
+            self._serving = self.ready = False
             self._ending = ending.pop_all()
 
     def io(self) -> tuple[str, list[str]]:
@@ -221,17 +219,6 @@ class MountProcess:
     def _fall_back(self, line: str) -> None:
         self._io_fallbacks.append(line)
         log.info("%s", line)
-
-    async def openers(self, writing: bool = False) -> list[tuple[int, int]]:
-        """(node id, pid) of files that are open or mapped, where the kernel does not tell of that (io=cached).
-
-        In a thread, which may wait for a process that waits for us. Raises UserError when it does so too long.
-        """
-        if self.fs.kept is None:
-            return []
-        with trio.move_on_after(_OPENERS_SECONDS):
-            return await trio.to_thread.run_sync(openers, self.session.connection, writing, abandon_on_cancel=True)
-        raise UserError("who has files open cannot be found out at the moment: try again", ExitCode.FAILURE)
 
     def _begin_session(self, io: str) -> Session | PortableSession:
         if not self._is_portable:
@@ -248,7 +235,7 @@ class MountProcess:
         return PortableSession(self.mount_point, self._source(), self.flags_for(self.options), self.options.acl)
 
     def _make_edge(self) -> Native | Portable:
-        session, stale = self.session, Holding(self.fs.walks).stale
+        session, stale = self.session, self.holding.stale
         if isinstance(session, Session):
             if session.passthrough:
                 self.passthrough = Passthrough(session.fd, self.fs)
@@ -331,17 +318,19 @@ class MountProcess:
             log.warning("no metrics are served: %s", error.message)
             return None
 
-    async def serve(self, on_ready: Callable[[], None]) -> None:
+    def serve(self, on_ready: Callable[[], None]) -> None:
         """Serve until unmounted or told to stop by SIGINT or SIGTERM; on_ready is called once requests are answered.
 
         Others see the mount only when everything that can be refused has been done; `abandon` undoes what was done so
         far. Raises UserError, also when the connection was aborted through fusectl.
         """
-        listener = self.presence.listen(self._predecessor)
-        with (
-            nullcontext() if listener is None else listener.socket,
-            trio.open_signal_receiver(*STOPPING) as signals,
-        ):
+        self._serving = True
+        with ExitStack() as ending:
+            wanted = [self._stop_fd]
+            listener = self.presence.listen(self._predecessor)
+            if listener is not None:
+                ending.enter_context(listener)
+                wanted.append(listener.fileno())
             if self._predecessor is None:
                 self.session.mount(self._dead)
             else:
@@ -357,29 +346,20 @@ class MountProcess:
                 log.info("served through %s, without %s", self.session.edge, "; ".join(self.session.lacks))
             on_ready()
             self.ready = True
-            async with trio.open_nursery() as nursery:
-                self.background = nursery
-                nursery.start_soon(self._stop_on_signal, signals)
-                if not self.edge.takes_events:
-                    nursery.start_soon(self._run_coherence)
-                self.writing.sweep(nursery)
-                if self.keeper is not None:
-                    nursery.start_soon(self._watch_keeper, self.keeper)
-                nursery.start_soon(later.load_in_thread, boundary.requests)
-                nursery.start_soon(self.offline.watch, self)
-                if self.fs.kept is not None:
-                    nursery.start_soon(self._rest, self.fs.kept)
-                if self.replayer is not None:
-                    nursery.start_soon(self._replay, self.replayer)
-                if listener is not None:
-                    nursery.start_soon(trioserver.serve, listener, self._commands.table())
-                try:
-                    await self.edge.serve()
-                finally:
-                    nursery.cancel_scope.cancel()
+            self.edge.run(
+                lambda: self._attend(listener), lambda begin: later.load_in_thread(boundary.requests, wanted, begin)
+            )
         if self.edge.aborted:
             raise UserError(f"{text(self.mount_point)}: the connection was aborted; its users get errors until it is "
                             "unmounted or mounted again", ExitCode.FAILURE)  # fmt: skip
+
+    async def _attend(self, listener: socket.socket | None) -> None:
+        """On trio, until requests are not served any more: all else."""
+        from udbad.mount.beside import Beside  # when it serves, later.py
+
+        self.holding.begin()
+        self.beside = Beside(self)
+        await self.beside.run(listener, self.asked_to_stop)
 
     def check_successor(self) -> None:
         """Raises UserError when no other process could go on with the mount."""
@@ -393,65 +373,23 @@ class MountProcess:
         log.info("makes room for another process")
         end_for_another()
 
-    async def _watch_keeper(self, keeper: Keeper) -> None:
-        await trio.lowlevel.wait_readable(keeper.pidfd)
-        self.keeper = None
-        self.mortal = "the keeper has ended"
-        log.warning("the keeper has ended: when this process does, users of the mount get errors")
-
     @property
     def replayer(self) -> Replayer | None:
         return self.edge.replayer if isinstance(self.edge, Native) else None
 
-    async def _replay(self, replayer: Replayer) -> None:
-        from udbad.edge.replay import helper
-
-        assert isinstance(self.session, Session)
-        await replayer.run(helper(replayhelper.__file__, self.mount_point, self.session.id))
-
-    async def _rest(self, kept: KeptFiles) -> None:
-        while True:
-            await trio.sleep(WRITING_SECONDS)
-            kept.rest()
-
     def on_late_signal(self, number: int, frame: FrameType | None) -> None:
-        """A signal when `serve` does not wait for it. After the mount has gone it comes too late: dying half-way
-        through `close` would leave the branches marked, and the supervisor with a process that was killed."""
-        if not self.ready:
+        """A signal when nothing on trio waits for it: before that is there it will see that there was one. After the
+        mount has gone it comes too late: dying half-way through `close` would leave the branches marked, and the
+        supervisor with a process that was killed."""
+        if not self._serving:
             signal.default_int_handler(number, frame)
+        self.asked_to_stop = number
+        if self._stop_fd >= 0:
+            os.eventfd_write(self._stop_fd, 1)
 
-    async def _stop_on_signal(self, signals: Any) -> None:
-        async for number in signals:
-            log.info("%s: unmounting", signal.Signals(number).name)
-            await self.unmount(force=True)
-
-    async def unmount(self, force: bool) -> None:
-        """Unmount, after which `serve` returns.
-
-        Raises OSError without force: EBUSY when it is in use or something else is mounted over it, EINVAL when it was
-        detached already (umount -l) and its last users keep it. force: it ends all the same, its users get errors.
-        """
-        try:
-            # After this: the mount is gone and main() returns, or it stays.
-            await trio.to_thread.run_sync(self.session.unmount)
-        except OSError as error:
-            if not force:
-                raise
-            if error.errno == errno.EBUSY:
-                try:
-                    await trio.to_thread.run_sync(self.session.unmount, True)
-                    log.warning("%s is in use; detached, users get errors", text(self.mount_point))
-                except OSError as other:
-                    error = other
-            if self.session.mounted:
-                log.warning("%s: %s; the session ends all the same", text(self.mount_point), error.strerror)
-            self.edge.terminate()
-            return
-        # Normally the loop has ended with the mount. It has not where a copy of the mount is left in
-        # another mount namespace (a container, a service with private mounts).
-        await trio.sleep(_LINGER_SECONDS)
-        log.info("the mount is still in use in another mount namespace; ending all the same")
-        self.edge.terminate()
+    def _close_stop_fd(self) -> None:
+        fd, self._stop_fd = self._stop_fd, -1
+        os.close(fd)
 
     def close(self) -> None:
         """The end after serving: release everything, in order, and mark the branches clean."""
@@ -472,26 +410,6 @@ class MountProcess:
     def _stop_invalidator(self) -> None:
         if not self.invalidator.stop():
             log.warning("some notifications are still in the kernel")
-
-    async def _run_coherence(self) -> None:
-        """The strategy's background work, begun anew when another strategy takes over."""
-        while True:
-            self._changing_mode = trio.CancelScope()
-            with self._changing_mode:
-                await self.coherence.run()
-                await trio.sleep_forever()
-
-    async def set_mode(self, mode: str) -> None:
-        """Change the coherence mode while mounted; when this returns, the new promise holds.
-
-        Raises ValueError for a mode that does not exist.
-        """
-        strategy_of(mode)
-        log.info("coherence mode changes from %s to %s", self.coherence.name, mode)
-        self.coherence.hand_over()
-        self.restart_coherence(mode)
-        # After this: nothing is used any more; requests meanwhile were served in the new mode.
-        await trio.to_thread.run_sync(self.invalidator.flush)
 
     def flags_for(self, options: MountOptions) -> frozenset[str]:
         """The flags of the mount with these options; `restrictions`: of every branch that it ever had."""
@@ -514,7 +432,7 @@ class MountProcess:
         if self.replayer is not None:
             self.replayer.attend(self.coherence)
         self.coherence.start()
-        self._changing_mode.cancel()
+        self.beside.coherence_restarted()
 
 
 def strategy_of(mode: str) -> type[Coherence]:

@@ -22,8 +22,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-import trio
-
 from udbad.branch.branches import Branch, BranchSet
 from udbad.branch.spec import shown
 from udbad.errors import ExitCode, UserError
@@ -144,11 +142,15 @@ class Offline:
 
     async def watch(self, process: MountProcess) -> None:
         """Until one answers: then this process ends, and the next one has it."""
+        import trio  # not where a mount begins
+
         async with trio.open_nursery() as nursery:
             for branch in self._branches:
                 nursery.start_soon(self._wait, process, branch)
 
     async def _wait(self, process: MountProcess, branch: Branch) -> None:
+        import trio
+
         await trio.lowlevel.wait_readable(self._answers[branch.id])
         if not os.read(self._answers[branch.id], 1):
             log.warning("branch %s: nobody asks whether it answers again; mount again then", shown(branch.path))

@@ -7,16 +7,17 @@ import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import trio
-
-from udbad.control import registry, trioserver
-from udbad.control.protocol import ask
+from udbad.control import registry
+from udbad.control.protocol import ask, bind, go_on
 from udbad.errors import ExitCode, UserError
 from udbad.kernel.mounts import lying
 from udbad.mount import handover, kernelside
 from udbad.mount.handover import Predecessor
+
+if TYPE_CHECKING:
+    import socket
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Presence:
         if self._claim is not None:
             self._claim.release()
 
-    def listen(self, predecessor: Predecessor | None) -> trio.SocketListener | None:
+    def listen(self, predecessor: Predecessor | None) -> socket.socket | None:
         """Have a place where to be found, and listen there; go on with what `predecessor` listened on.
 
         Returns None without a control socket. Raises UserError when one was asked for that cannot be had.
@@ -96,9 +97,9 @@ class Presence:
             return None
         try:
             taken = -1 if predecessor is None else handover.control(predecessor, path)
-            listener = trioserver.listen(path) if taken < 0 else trioserver.go_on(taken)
+            listener = bind(path) if taken < 0 else go_on(taken)
             self.control_path = path
-            self.control_fd = listener.socket.fileno()
+            self.control_fd = listener.fileno()
             return listener
         except OSError as error:
             if self._asked_control:

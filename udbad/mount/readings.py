@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
+import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Final
-
-import trio
 
 from udbad import __version__
 from udbad.branch.branches import Branch
@@ -94,7 +92,7 @@ class MetricsReader:
         info = (process.coherence.name, text(process.mount_point), options.create, options.cpup)
         return {
             "udbad_mount_info": [(info, 1)],
-            "udbad_build_info": [((__version__, platform.python_version(), os.uname().release), 1)],
+            "udbad_build_info": [((__version__, sys.version.split()[0], os.uname().release), 1)],
         }
 
     def _requests(self) -> Samples:
@@ -196,6 +194,8 @@ class MetricsReader:
 
     async def _spaces(self) -> dict[int, Space | None]:
         """Branch id to its space, None for a branch that does not answer or whose directory is gone."""
+        import trio  # as the rest of this module serves before that is there (later.py)
+
         spaces: dict[int, Space | None] = {}
 
         async def ask(branch: Branch) -> None:

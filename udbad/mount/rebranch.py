@@ -77,7 +77,7 @@ async def abandon(process: MountProcess, edits: Sequence[tuple[str, str]], check
     process.check_successor()
     rest = [branch for branch in old.branches if branch not in gone]
     new = BranchSet(tuple(replace(branch, index=index) for index, branch in enumerate(rest)), old.generation + 1)
-    process.background.start_soon(_leave_without, process, gone, new)
+    process.beside.nursery.start_soon(_leave_without, process, gone, new)
     return new
 
 
@@ -131,7 +131,7 @@ async def set_branches(
         await _in_thread(process.writing.begin, _written(fresh, ro), process.options.plink)
         await strictness.restrict(process, fresh)  # before anything of a new branch shows
         await _no_copyups(process)
-        openers = await process.openers()
+        openers = await process.beside.openers()
         # After this: requests were served. Who has opened a file since then, without telling, gets ESTALE for what the
         # kernel has not of it.
         check()
@@ -153,7 +153,7 @@ async def set_branches(
     process.set_read_only(ro)
     mountflags.settle(after, after, process.options.kernel_flags)
     process.restart_coherence()
-    process.writing.sweep(process.background)
+    process.writing.sweep(process.beside.nursery)
     # After this: requests were served from the new branches.
     await _keep(process, after)
     strictness.settle(process)
@@ -190,7 +190,7 @@ async def set_read_only(process: MountProcess, ro: bool, check: Callable[[], Non
         strictness.settle(process)
         raise
     process.set_read_only(ro)
-    process.writing.sweep(process.background)
+    process.writing.sweep(process.beside.nursery)
     await _keep(process, after)
     strictness.settle(process)
 

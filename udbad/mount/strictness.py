@@ -7,8 +7,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-import trio
-
 from udbad.branch import mountflags
 from udbad.branch.branches import BranchSet
 from udbad.errors import ExitCode, UserError
@@ -25,6 +23,8 @@ async def restrict(process: MountProcess, branches: BranchSet) -> None:
     """Have the mount be as strict as the strictest of branches to come. It does not become less so without a word:
     what came from them may be in use, and the next mount is as its branches are then. Raises UserError (BRANCH).
     """
+    import trio  # not where a mount begins
+
     before = process.restrictions
     process.restrictions |= branches.restrictions
     flags = process.session.flags | process.flags_for(process.options) & branches.restrictions
@@ -41,6 +41,8 @@ async def restrict(process: MountProcess, branches: BranchSet) -> None:
 
 async def relax(process: MountProcess, restrictions: frozenset[str]) -> None:
     """Take back what `restrict` has added to these, for branches that are not to come after all."""
+    import trio
+
     process.restrictions = restrictions
     flags = process.flags_for(process.options)
     if flags != process.session.flags:

@@ -13,13 +13,15 @@ import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-
-import trio
+from typing import TYPE_CHECKING
 
 from udbad.branch.accept import prepare_writable
 from udbad.branch.branches import Branch
 from udbad.branch.dirtymark import begin_writing, end_writing
 from udbad.branch.sweep import sweep_temporaries
+
+if TYPE_CHECKING:
+    import trio
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ class _Sweep:
 
     def run(self) -> int | None:
         """In a thread, which may wait as long as the branch hangs; None when it could not be done."""
+        import trio  # not where a mount begins
+
         try:
             return sweep_temporaries(self._fd, self.stopped.is_set, trio.from_thread.run_sync, self._branch)
         except trio.RunFinishedError:  # abandoned, and the mount has ended
@@ -67,7 +71,7 @@ class Writing:
 
     def __init__(self) -> None:
         self._begun: dict[_Identity, _Begun] = {}
-        self._one_at_a_time = trio.CapacityLimiter(1)
+        self._one_at_a_time: trio.CapacityLimiter | None = None
 
     def begin(self, branches: Iterable[Branch], plink: bool, ready: bool = False) -> None:
         """Mark those that are writable and make them ready, where that was not done before; any thread.
@@ -93,6 +97,9 @@ class Writing:
 
     async def _sweep(self, begun: _Begun, sweep: _Sweep) -> None:
         log.info("branch %s was not unmounted cleanly; it is swept for temporary names", sweep.name)
+        import trio
+
+        self._one_at_a_time = self._one_at_a_time or trio.CapacityLimiter(1)
         # With the mount it is abandoned, and stopped by `keep`: it may hang.
         removed = await trio.to_thread.run_sync(sweep.run, abandon_on_cancel=True, limiter=self._one_at_a_time)
         # After this: the branch may have been left; then nobody asks for the mark any more.
