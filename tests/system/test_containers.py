@@ -6,11 +6,13 @@ network: the first image is made of busybox-static.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +60,7 @@ mkdir $m/etc/sub
 buildah run --isolation chroot $c -- /bin/sh -c \
     'cat /etc/hello; mkdir /made; cat /etc/hello > /made/copy; rm /etc/moved/file; ln /made/copy /made/link'
 buildah commit -q $c changed >/dev/null
+buildah commit -q $c oci-archive:$PWD/changed.tar >/dev/null
 buildah umount $c >/dev/null
 
 cat > Containerfile <<X
@@ -79,6 +82,32 @@ podman image umount built >/dev/null
 buildah rm -a >/dev/null
 podman image prune -f >/dev/null
 podman image inspect --format '{{.GraphDriver.Data.UpperDir}}:{{.GraphDriver.Data.LowerDir}}' built > layers
+"""
+
+RUN: Final = r"""
+set -eu
+mount -t cgroup2 none /sys/fs/cgroup  # crun wants to know of which kind it is
+mkdir -p /run/libpod
+mount -t tmpfs none /run/libpod  # short, as conmon's sockets are in there; where their names get too long, all waits
+# What crun sets without that, it may not everywhere.
+run="podman run --cgroups=disabled --network=none --ulimit nofile=1024:1024 --ulimit nproc=1024:1024"
+c=$(buildah from scratch)
+m=$(buildah mount $c)
+mkdir -p $m/bin $m/etc $m/dir/sub
+cp /bin/busybox $m/bin/
+for name in sh cat rm ls mv touch; do ln -s busybox $m/bin/$name; done
+echo hello > $m/etc/hello
+echo below > $m/dir/sub/file
+buildah commit -q --rm $c base >/dev/null
+$run --name first base /bin/sh -c \
+    'cat /etc/hello; echo new > /new; rm /bin/touch; mv /dir/sub/file /dir/file; ls / /bin'
+podman start -a first | tail -n 1
+podman diff first | sort
+podman commit -q first changed >/dev/null
+$run --rm changed /bin/sh -c 'cat /new /dir/file; ls /bin /dir/sub; ! rm /none 2>/dev/null'
+$run --rm --read-only changed /bin/sh -c '! touch /no 2>/dev/null && echo read-only'
+podman rm first >/dev/null
+podman ps -a --format '{{.Names}}'
 """
 
 AS_USER: Final = r"""
@@ -110,23 +139,30 @@ exec setpriv --reuid $ID --regid $ID --init-groups buildah unshare bash -c "$SCR
 """
 
 
+CONFS: Final = {"STORAGE_CONF": "storage.conf", "CONF": "containers.conf"}
+
+
 @dataclass
 class Storage:
-    """A private store of containers, and the program that mounts them."""
+    """A private store of containers, and the program that mounts them. state: where they keep what they know of those
+    that run; default: beside it."""
 
     home: Path
     program: Path
-    user: int = 0
+    state: str = ""
 
     def __post_init__(self) -> None:
         self.home.mkdir()
         (self.home / "storage.conf").write_text(
-            f'[storage]\ndriver = "overlay"\ngraphroot = "{self.home}/graph"\nrunroot = "{self.home}/state"\n'
+            f'[storage]\ndriver = "overlay"\ngraphroot = "{self.home}/graph"\n'
+            f'runroot = "{self.state or self.home}/state"\n'
             f'[storage.options.overlay]\nmount_program = "{self.program}"\n'
         )
+        (self.home / "containers.conf").write_text('[engine]\nevents_logger = "none"\nlock_type = "file"\n')
 
     def run(self, *command: str, **extra: str) -> str:
-        env = clean_env(CONTAINERS_STORAGE_CONF=f"{self.home}/storage.conf", UDBAD_PURE="1", **extra)
+        confs = {f"CONTAINERS_{name}": f"{self.home}/{file}" for name, file in CONFS.items()}
+        env = clean_env(**confs, UDBAD_PURE="1", **extra)
         done = subprocess.run(
             command, cwd=self.home, env=env, capture_output=True, text=True, timeout=500, check=False,
             stdin=subprocess.DEVNULL,
@@ -184,8 +220,49 @@ def test_images_by_root(tmp_path: Path, program: Path) -> None:
     }
     # The directory that has taken another one's place is empty; a commit with fuse-overlayfs has the old file in it.
     assert (ours.home / "replaced").read_text() == "etc/sub\n"
+    archives = [uppermost_layer(one.home / "changed.tar") for one in (ours, theirs)]
+    # In the one of fuse-overlayfs there is nothing of the new directory at all.
+    assert archives[0].pop("etc/sub")
+    assert archives[0].pop("etc/sub/.wh..wh..opq", None) or archives[0].pop("etc/sub/.wh.file")
+    assert archives[0] == archives[1]
+    assert {"bin/.wh.echo", "etc/hello", "data/.wh..wh..opq", "made/link"} & archives[0].keys()
     committed = [json.loads(one.run("podman", "image", "inspect", "built"))[0] for one in (ours, theirs)]
     assert len(committed[0]["RootFS"]["Layers"]) == len(committed[1]["RootFS"]["Layers"])
+
+
+def uppermost_layer(path: Path) -> dict[str, tuple[object, ...]]:
+    """What the archive of an image has in its last layer, but for times: name to type, attributes and content."""
+    with tarfile.open(path) as image:
+
+        def blob(digest: str) -> bytes:
+            file = image.extractfile(f"blobs/{digest.replace(':', '/')}")
+            assert file is not None
+            return file.read()
+
+        index = image.extractfile("index.json")
+        assert index is not None
+        manifest = json.loads(blob(json.loads(index.read())["manifests"][0]["digest"]))
+        data = blob(manifest["layers"][-1]["digest"])
+    found: dict[str, tuple[object, ...]] = {}
+    with tarfile.open(fileobj=io.BytesIO(data)) as layer:
+        for one in layer:
+            content = layer.extractfile(one)
+            xattrs = {key: value for key, value in one.pax_headers.items() if key.startswith("SCHILY")}
+            found[one.name] = (
+                one.type, one.mode, one.uid, one.gid, one.size, one.linkname, one.devmajor, one.devminor, xattrs,
+                None if content is None else content.read(),
+            )  # fmt: skip
+    return found
+
+
+def test_podman_runs_containers(tmp_path: Path, program: Path) -> None:
+    """By crun, in name spaces of their own; what they leave is committed, and runs."""
+    require("crun", "conmon")
+    said = []
+    for name, mounts in (("ours", program), ("theirs", Path("/usr/bin/fuse-overlayfs"))):
+        said.append(Storage(tmp_path / name, mounts, "/run/libpod").run("unshare", "-m", "bash", "-c", RUN))
+    assert said[0].splitlines() == said[1].splitlines()
+    assert "read-only" in said[0].splitlines()
 
 
 def test_layers_that_were_written_are_those_of_overlayfs(tmp_path: Path, program: Path) -> None:
