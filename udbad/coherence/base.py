@@ -104,6 +104,8 @@ class Coherence:
         self.notifier = notifier
         self.branch_events: dict[tuple[int, int], int] = {}
         """(branch index, kind bits of coherence/inotify.py) to number of events."""
+        self.replays: Replays | None = None
+        """Has watchers of the union see direct changes; None: they do not."""
 
     def start(self) -> None:
         """Take over a tree, freshly mounted or handed over by another strategy: nothing in it is trusted yet."""
@@ -272,6 +274,8 @@ class Coherence:
             node.trusted = False
             node.ttl = 0.0
             self.tell_names(node)
+            if self.replays is not None:
+                self.replays.on_doubt()
 
     def _has_pages(self, node: Node) -> bool:
         """Whether pages of what is no directory may be in use: of open files, and where links lead."""

@@ -429,11 +429,11 @@ class Events:
 
     def _compare(self, node: Node, st: os.stat_result, kinds: int) -> bool:
         """Attributes of a node that is what it was; whether others have changed it, as far as can be told."""
-        known = node.sent is not None
+        sent = node.sent
         if self._sent.compare(node, st, bool(kinds & CONTENT)):
             self.echoes += 1
             return False
-        return known
+        return sent is not None or (self.replays is not None and not self.replays.may_be_own(node))
 
     def _compare_other_name(self, found: Found, kinds: int) -> None:
         """A new name of something that the kernel may know by another one: link(2) sends no event to that one."""

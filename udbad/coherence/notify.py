@@ -45,7 +45,6 @@ class NotifyCoherence(Coherence):
         self._watches = Watches(sb, self.mode_of, self.distrust)
         self._sent = SentAttributes(sb, notifier)
         self._events = Events(self, self._watches, self._sent)
-        self._replays: Replays | None = None
         self._silent: set[int] = set()
         """Indices of the branches whose file system sends no events."""
         self._overflows = 0
@@ -61,7 +60,7 @@ class NotifyCoherence(Coherence):
         super().start()
 
     def replay_to(self, replays: Replays | None) -> None:
-        self._replays = self._events.replays = replays
+        self.replays = self._events.replays = replays
 
     async def run(self) -> None:
         if self._watches.watcher is not None:
@@ -135,6 +134,8 @@ class NotifyCoherence(Coherence):
 
     def opened_behind(self, node: Node, st: os.stat_result) -> None:
         self._sent.compare(node, st, False)
+        if self.replays is not None:
+            self.replays.own_data(node)
 
     def not_sent(self, node: Node) -> None:
         self._sent.doubt(node)
@@ -154,16 +155,16 @@ class NotifyCoherence(Coherence):
         if mtime:
             super().own_data(node, mtime=True)
         self._sent.own_data(node, content, st, fd)
-        if self._replays is not None:
-            self._replays.own_data(node)
+        if self.replays is not None:
+            self.replays.own_data(node)
 
     def own_change(self, node: Dir, name: bytes, st: os.stat_result | None = None, moved: bool = False) -> None:
         super().own_change(node, name, st, moved)
         # The kernel marks the directory's attributes old by itself (fuse_dir_changed()), and asks for them when it
         # needs them.
         node.sent = None
-        if self._replays is not None:
-            self._replays.own_name(node, name)
+        if self.replays is not None:
+            self.replays.own_name(node, name)
         child = node.children.get(name)
         if child is not None:
             self.own_data(child, False, st)

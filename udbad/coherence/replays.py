@@ -94,6 +94,12 @@ def _expression(glob: bytes) -> bytes:
     return b"".join(special.get(part, re.escape(part)) for part in parts)
 
 
+def _note(who: dict[Identity, None], one: Identity) -> None:
+    who[one] = None
+    if len(who) > MOST:
+        del who[next(iter(who))]
+
+
 class Replays:
     """What waits to be replayed, of one mount."""
 
@@ -110,6 +116,10 @@ class Replays:
         self._foreign: dict[Identity, None] = {}
         """Files that others have made or changed, and perhaps not closed: what comes of them is theirs, too, though it
         leaves no trace any more. Oldest first."""
+        self._own: dict[Identity, None] = {}
+        """What was changed through the mount, and may be changed by the kernel itself. Oldest first."""
+        self.on_doubt: Callable[[], object] = lambda: None
+        """Called when trust in a directory is lost, of which nothing is heard until somebody uses it."""
         self.dropped = 0
 
     def __len__(self) -> int:
@@ -159,7 +169,7 @@ class Replays:
     def made(self, parent: Dir, name: bytes, identity: Identity, directory: bool, kinds: int) -> None:
         """A name stands for an object that it did not stand for. identity: of that on its branch."""
         if not directory:
-            self._note_foreign(identity)
+            _note(self._foreign, identity)
         one = Replay(Kind.CREATE, parent, name, identity=identity)
         if kinds & MOVED_TO:
             away = self._gone.get(identity) or self._last_gone
@@ -189,7 +199,7 @@ class Replays:
 
     def changed_elsewhere(self, node: Node) -> None:
         """Others have changed a file, by whatever name; the event of that name follows, if it is one of the union."""
-        self._note_foreign(node.identity)
+        _note(self._foreign, node.identity)
 
     def _is_foreign(self, node: Node, kinds: int, differs: bool) -> bool:
         """Whether others have changed a node, by an event with these kinds."""
@@ -198,25 +208,25 @@ class Replays:
             self._foreign.pop(who, None)  # by the kernel, too, for who uses the mount: nobody can tell
             return False
         if differs:
-            self._note_foreign(who)
+            _note(self._foreign, who)
         elif who not in self._foreign:
             return False
         if kinds & CLOSED:
             del self._foreign[who]
         return True
 
-    def _note_foreign(self, who: Identity) -> None:
-        self._foreign[who] = None
-        if len(self._foreign) > MOST:
-            del self._foreign[next(iter(self._foreign))]
-
     def own_name(self, parent: Dir, name: bytes) -> None:
         """A name was made, removed or moved through the mount: what waits of its content is not of what it is now."""
         self._forget_changes(parent, name)
 
     def own_data(self, node: Node) -> None:
-        """A node was changed through the mount: what comes of it may be that."""
+        """A node was changed through the mount, or will be by the kernel: what comes of it may be that."""
         self._foreign.pop(node.identity, None)
+        _note(self._own, node.identity)
+
+    def may_be_own(self, node: Node) -> bool:
+        """Whether an event of a node may be of a change through the mount; to be asked where nothing else tells."""
+        return node.identity in self._own
 
     # -- what waits -------------------------------------------------------------------------------
 
@@ -231,18 +241,25 @@ class Replays:
         if len(self._pending) >= MOST:
             self.dropped += 1
             return False
-        self._pending[self._key(one)] = one
+        key = self._key(one)
+        before = self._pending.get(key)
+        if before is not None and before is not one:
+            self._settled(before)
+        self._pending[key] = one
         self._wake()
         return True
 
     def _is_wanted(self, one: Replay) -> bool:
-        """A directory that somebody watches is held by the kernel."""
-        for parent, name in ((one.parent, one.name), one.origin or (one.parent, one.name)):
-            if parent.nlookup > 0 or parent.id == ROOT_ID:
-                path = path_in(parent)
-                if path is not None and self._is_chosen(path + b"/" + name if path else name):
-                    return True
-        return False
+        if one.origin is not None and self.is_watched(*one.origin):
+            return True
+        return self.is_watched(one.parent, one.name)
+
+    def is_watched(self, parent: Dir, name: bytes) -> bool:
+        """Whether somebody may be told of a name. A directory that is watched is held by the kernel."""
+        if parent.nlookup <= 0 and parent.id != ROOT_ID:
+            return False
+        path = path_in(parent)
+        return path is not None and self._is_chosen(path + b"/" + name if path else name)
 
     def _forget_changes(self, parent: Dir, name: bytes) -> None:
         self._pending.pop((parent, name, Kind.ATTRIBUTES), None)

@@ -33,7 +33,7 @@ from udbad.edge.native import REPLAY_UID
 from udbad.edge.operations import Entry
 from udbad.edge.table import NOTHING, TABLE, Body
 from udbad.inodes.handles import backing_id
-from udbad.inodes.table import Node
+from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
 from udbad.kernel.received import Received
 
@@ -51,6 +51,9 @@ _GATHER_SECONDS: Final = 0.01
 _TRIES: Final = 4
 _RETRY_SECONDS: Final = 0.01
 _LINGER_SECONDS: Final = 2.0
+_CALM_SECONDS: Final = 0.1
+_AT_ONCE, _PAUSE_SECONDS = 32, 0.002
+"""How many directories are asked at once, and how long requests come first then."""
 _PATIENCE_SECONDS: Final = 30.0
 """How long the helper may be at one change before another one is started."""
 
@@ -65,6 +68,7 @@ _READING: Final = frozenset(
      wire.LISTXATTR, wire.READLINK, wire.STATFS}
 )  # fmt: skip
 """What changes nothing, and is performed for whoever asks."""
+_NAMED: Final = (Kind.CREATE, Kind.RENAME)
 _MAKING: Final = {wire.MKNOD, wire.MKDIR, wire.SYMLINK}
 
 
@@ -90,6 +94,8 @@ class Replayer:
         self._came = False
         """The request that was expected has come."""
         self._ghosts = _GHOSTS
+        self._doubted = trio.Event()
+        self.replays.on_doubt = lambda: self._doubted.set()
         self._lost = 0
         self._ended = False
 
@@ -215,6 +221,29 @@ class Replayer:
     def attend(self, coherence: Coherence) -> None:
         """Direct changes that this strategy finds are replayed from now on."""
         coherence.replay_to(self.replays)
+        self._doubted.set()
+
+    async def attend_again(self) -> None:
+        """Until cancelled: have directories watched in which watchers may be, after trust in them was lost.
+
+        Others need not be: who uses one the next time asks what it is.
+        """
+        while not self._ended:
+            await self._doubted.wait()
+            await trio.sleep(_CALM_SECONDS)
+            self._doubted = trio.Event()
+            directories = [
+                node
+                for node in self._fs.table.nodes.values()
+                if type(node) is Dir and not node.trusted and self.replays.is_watched(node, b"*")
+            ]
+            for number, node in enumerate(directories):
+                # After this: the node may be gone, and trusted again.
+                if number % _AT_ONCE == _AT_ONCE - 1:
+                    await trio.sleep(_PAUSE_SECONDS)
+                if not node.trusted and self._fs.table.nodes.get(node.id) is node:
+                    with suppress(OSError):
+                        self._fs.getattr(node.id)
 
     async def idle(self) -> None:
         """Return when everything that was found before has been shown, or dropped."""
@@ -300,7 +329,9 @@ class Replayer:
     async def _failed(self, one: Replay, number: int | None) -> None:
         """The kernel knew better: somebody has looked the name up since. It is made to ask, and then asked again."""
         one.tries += 1
-        if number in (None, errno.EROFS) or one.tries >= _TRIES or self._mounts_inside():
+        hopeless = number in (None, errno.EROFS, errno.ENODEV) or one.tries >= _TRIES
+        # What is mounted on a name would be detached when the kernel is told that there is no such name.
+        if hopeless or (one.kind in _NAMED and await trio.to_thread.run_sync(self._mounts_inside)):
             self._lost += 1
             return
         notifier = self._operations.coherence.notifier

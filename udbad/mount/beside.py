@@ -60,6 +60,7 @@ class Beside:
                     self.nursery.start_soon(self._rest, process.fs.kept)
                 if process.replayer is not None:
                     self.nursery.start_soon(self._replay, process.replayer)
+                    self.nursery.start_soon(process.replayer.attend_again)
                 if listener is not None:
                     self.nursery.start_soon(trioserver.serve, listener, self._commands.table())
                 try:

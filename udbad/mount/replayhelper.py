@@ -20,6 +20,7 @@ import socket
 import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG, _PR_SET_SECUREBITS = 1, 28
@@ -33,6 +34,8 @@ _RESOLVE = 0x01 | 0x04 | 0x08
 _UTIME_NOW, _UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
 _IDLE_SECONDS = 0.05
 """How long the union is held after the last thing that was to be done."""
+_MOST_USES = 32
+"""How often a copy is used, so that one of a mount that is gone does not stay."""
 _MOST_BYTES = 1 << 16
 
 
@@ -123,33 +126,37 @@ def act(root: int, message: bytes) -> None:
 
 def main(_: str, mount_point: str, number: str, mount_id: str, parent: str, uid: str) -> None:
     """number: a socket of our own. parent: the mount process. uid: as whom to ask."""
-    _checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
-    if os.getppid() != int(parent):
-        return
     os.umask(0)
-    root = -1
-    with socket.socket(fileno=int(number)) as channel:
+    with socket.socket(fileno=int(number)) as channel, suppress(ConnectionError):  # it has ended
         try:
             be_marked(int(uid))
+            _checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))  # which another user id takes back
         except OSError as error:
             channel.send(b"%d" % (error.errno or errno.EPERM))
             return
-        channel.send(b"0")
-        while True:
-            if root >= 0 and not select.select([channel], [], [], _IDLE_SECONDS)[0]:
-                os.close(root)
-                root = -1
-            message = channel.recv(_MOST_BYTES)
-            if not message:
-                return
-            failed = 0
-            try:
-                if root < 0:
-                    root = copy_of_mount(os.fsencode(mount_point), int(mount_id))
-                act(root, message)
-            except OSError as error:
-                failed = error.errno or errno.EIO
-            channel.send(b"%d" % failed)
+        if os.getppid() == int(parent):
+            channel.send(b"0")
+            _serve(channel, os.fsencode(mount_point), int(mount_id))
+
+
+def _serve(channel: socket.socket, mount_point: bytes, mount_id: int) -> None:
+    root, used = -1, 0
+    while True:
+        if root >= 0 and (used >= _MOST_USES or not select.select([channel], [], [], _IDLE_SECONDS)[0]):
+            os.close(root)
+            root, used = -1, 0
+        message = channel.recv(_MOST_BYTES)
+        if not message:
+            return
+        failed = 0
+        try:
+            if root < 0:
+                root = copy_of_mount(mount_point, mount_id)
+            used += 1
+            act(root, message)
+        except OSError as error:
+            failed = error.errno or errno.EIO
+        channel.send(b"%d" % failed)
 
 
 if __name__ == "__main__":
