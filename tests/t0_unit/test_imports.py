@@ -25,8 +25,8 @@ HEAVY = {
     *("multiprocessing", "random", "ssl", "subprocess", "tempfile", "wsgiref"),
 }
 """Libraries, and modules of the standard library that bring many others or are big themselves."""
-SERVING = {"hashlib", "random", "concurrent.futures"}
-"""A pool of threads, and what the fingerprint of compiled modules is made by. Not trio, which comes later."""
+SERVING = {"hashlib", "concurrent.futures"}
+"""What the directory of a mount is named by, and a pool of threads. Not trio, which comes later (mount/later.py)."""
 
 SAYS_ITS_MODULES = """
 import sys
@@ -112,7 +112,11 @@ mounting.end()
 @pytest.mark.fuse
 @pytest.mark.parametrize(
     ("udba", "needs"),
-    [("none", set()), ("reval", set()), ("notify", {"asyncio", "asyncinotify", "ssl", "subprocess", "tempfile"})],
+    [
+        ("none", set()),
+        ("reval", set()),
+        ("notify", {"asyncio", "asyncinotify", "random", "ssl", "subprocess", "tempfile"}),
+    ],
 )
 def test_a_mount_that_begins_to_serve(udba: str, needs: set[str], tmp_path: Path) -> None:
     for name in ("top", "base", "mnt"):

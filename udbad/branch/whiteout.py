@@ -16,7 +16,6 @@ import errno
 import itertools
 import os
 import re
-import secrets
 import stat as st_mod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -242,8 +241,8 @@ class _Digits:
         os.register_at_fork(after_in_child=self.renew)
 
     def renew(self) -> None:
-        self.own = secrets.token_hex(3).encode()
-        self.numbers = itertools.count(secrets.randbits(24))
+        self.own = os.urandom(3).hex().encode()
+        self.numbers = itertools.count(int.from_bytes(os.urandom(3)))
 
 
 _digits = _Digits()

@@ -19,7 +19,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import secrets
 import time
 from collections.abc import Collection, Iterable
 from contextlib import suppress
@@ -183,7 +182,7 @@ def _replace(root_fd: int, directory: bytes, bad_fd: int) -> bool:
     Two mounts may do that at the same time: who finds that it has replaced another one's good directory puts it back.
     """
     # A temporary name as in branch/whiteout.py: what is left under it is invisible, and swept.
-    name = directory + b"." + secrets.token_hex(6).encode()
+    name = directory + b"." + os.urandom(6).hex().encode()
     syscalls.mkdir_at(root_fd, name, 0o700)
     try:
         if not _is_private(syscalls.stat_at(root_fd, name)):  # a file system that keeps no owners

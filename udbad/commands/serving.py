@@ -6,6 +6,7 @@ no click.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -84,6 +85,7 @@ def serve(job: Job, on_ready: Callable[[], None], private: tuple[int, ...], stat
     on_ready: called here. private: descriptors that are for nobody else. state: instead, go on as the guardian of a
     mount. Returns the exit code. Raises UserError.
     """
+    gc.disable()  # until all is there: of what is imported nothing goes, and to look for that takes 10 ms
     from udbad.mount import guardian, life, presence  # the supervisor and the tools must not load pyfuse3
 
     options = job.options

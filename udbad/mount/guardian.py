@@ -107,8 +107,8 @@ class Guardian:
 
     def run(self) -> int:
         """The exit code of the mount process that has ended in order, or could not begin."""
-        gc.collect()
         gc.freeze()  # the mount processes share what is there now
+        gc.enable()
         for number in _FORWARDED:
             signal.signal(number, self._forward)
         be_subreaper()  # keepers are children of mount processes, and become ours
