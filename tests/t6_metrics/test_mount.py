@@ -233,6 +233,19 @@ def test_direct_changes_are_counted_from_the_event_to_the_kernel(union: UnionFac
         assert after.one("udbad_coherence_state", branch=base, state=state) == value
 
 
+def test_redirects_that_lead_nowhere_are_counted(union: UnionFactory, tmp_path: Path) -> None:
+    for name in ("top/renamed", "top/damaged", "base/old"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "top/.wh..wh.redirects").touch()
+    os.setxattr(tmp_path / "top/renamed", "trusted.overlay.redirect", b"/old")
+    os.setxattr(tmp_path / "top/damaged", "trusted.overlay.redirect", b"../outside")
+    mount = union(options=METRICS_ON, allow_log="redirect .* cannot be a path")
+    assert os.listdir(mount.path / "renamed") == []
+    assert scrape(port(mount)).one("udbad_redirects_unusable_total") == 0
+    assert os.listdir(mount.path / "damaged") == []
+    assert scrape(port(mount)).one("udbad_redirects_unusable_total") > 0
+
+
 def test_own_changes_come_back_as_echoes(union: UnionFactory) -> None:
     mount = union(udba="notify", options=METRICS_ON)
     (mount.path / "file").write_bytes(b"content")

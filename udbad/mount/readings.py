@@ -144,6 +144,7 @@ class MetricsReader:
             "udbad_coherence_events_total": list(events.items()),
             "udbad_coherence_echoes_total": [((), statistics.echoes)],
             "udbad_coherence_overflows_total": [((), statistics.overflows)],
+            "udbad_redirects_unusable_total": [((), self._process.sb.bad_redirects)],
             "udbad_coherence_lag_seconds": [((), sent.oldest)],
             "udbad_coherence_state": list(states),
             "udbad_invalidations_total": [((kind,), count) for kind, count in sent.sent.items()],
