@@ -94,6 +94,26 @@ def test_the_others_go_on(mount: Mount, server: Server) -> None:
     os.close(here)
 
 
+def test_several_at_once(server: Server, union: UnionFactory, tmp_path: Path) -> None:
+    """Who waits for one of them is not told by one process after the other: it is taken over once."""
+    (tmp_path / "other/there").mkdir(parents=True)
+    with stalling(tmp_path / "other", tmp_path / "d") as second:
+        mount = union(LAYERS, "notify", "survive=on,branch_timeout=1,create=rr", allow_log=LOG)
+        os.stat(mount.path / "there")
+        server.stall()
+        second.stall()
+        assert number_of(os.stat, mount.path / "only/new") == errno.EIO
+        assert sorted(offline(mount)) == [str(mount["d"]), str(mount["hung"])]
+        assert mount.control({"op": "status"})["restarts"] == 1
+        assert (mount.path / "apart/f").read_text() == "f"
+        second.go_on()
+        until(lambda: offline(mount) == [str(mount["hung"])], "the return of one", SECONDS)
+        assert (mount.path / "there").is_dir()
+        server.go_on()
+        until(lambda: not offline(mount), "the return of the other", SECONDS)
+        mount.unmount()
+
+
 def test_a_call_that_no_signal_ends(mount: Mount, server: Server) -> None:
     """The process that waits for the branch cannot be killed, and another one goes on all the same."""
     assert number_of(os.stat, mount.path / f"only/{STUCK}") == errno.EIO
@@ -143,6 +163,11 @@ def test_what_happens_to_the_mount_meanwhile(notified: Mount, server: Server) ->
     hung, other = str(notified["hung"]), str(notified["c"])
     up = notified.control({"op": "metrics"})["metrics"]["udbad_branch_up"]
     assert {branch: value for (branch,), value in up} == {str(notified[name]): name != "hung" for name in LAYERS}
+
+    def options(*names: str, first: str = "rw") -> str:
+        listed = ":".join(f"{notified[name]}={'rw' if at else first}" for at, name in enumerate(names))
+        return f"survive=on,branch_timeout=1,create=rr,udba=notify,br={listed}"
+
     for request in (
         {"op": "where", "path": "/in_d"},
         {"op": "why", "path": "/in_d"},
@@ -154,6 +179,10 @@ def test_what_happens_to_the_mount_meanwhile(notified: Mount, server: Server) ->
         {"op": "branches", "edits": [["append", f"{other}/all=ro"]]},
         {"op": "remount", "options": "ro"},
         {"op": "remount", "options": f"mod={hung}=ro"},
+        {"op": "reconfigure", "options": options("a", "b", "d")},
+        {"op": "reconfigure", "options": options("b", "a", "c", "d")},
+        {"op": "reconfigure", "options": f"{options('a', 'b', 'c', 'd')}:{other}/all=ro"},
+        {"op": "reconfigure", "options": options("a", "b", "c", "d", first="ro")},
     ):
         assert "does not answer" in notified.control(request)["error"], request
     number_of(os.close, writer)
@@ -236,6 +265,32 @@ def test_a_mount_of_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
         assert left.splitlines()[0] == f"{tmp_path}/pool.a=rw"
         assert os.listdir(path) == ["apart"]
         assert "pool.hung" not in daemon.config.read_text()
+        daemon.stop()
+
+
+def test_the_file_alone_removes_it(daemon: Daemon, tmp_path: Path) -> None:
+    """With what else it says; it is in use, and the next process knows of no such branch, either."""
+    (tmp_path / "real/of_hung").mkdir(parents=True)
+    (tmp_path / "pool.a/apart").mkdir(parents=True)
+    with stalling(tmp_path / "real", tmp_path / "pool.hung") as server:
+        path = daemon.add("pool", survive=True, branch_timeout=1)
+        a, hung, b = (f"{tmp_path}/pool.{name}=rw" for name in ("a", "hung", "b"))
+        daemon.mounts["pool"]["branches"] = [a, hung, b]
+        (tmp_path / "pool.b").mkdir()
+        daemon.start()
+        inside = os.open(path / "of_hung", os.O_RDONLY)
+        server.stall()
+        assert number_of(os.stat, path / "of_hung/new") == errno.EIO
+        second = daemon.wait_for("pool")["pid"]
+        daemon.mounts["pool"]["branches"] = [a, b]
+        daemon.mounts["pool"]["dirwh"] = 7
+        daemon.write()
+        daemon.command("reload")  # or the file is seen to have changed
+        daemon.wait_for("pool", not_pid=second)
+        assert daemon.command("branch", "list", "pool").split() == [a, b]
+        assert os.listdir(path) == ["apart"]
+        assert daemon.command("reload") == "nothing has changed\n"
+        os.close(inside)
         daemon.stop()
 
 

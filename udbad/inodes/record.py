@@ -9,9 +9,10 @@ aligned word then says that the other half is the log.
 What is in an entry is not known here (journal.py), but for one word: a count that is changed in place (`count`).
 
 Layout, numbers in the machine's order: words of 8 bytes MAGIC, STATE (version << 32 | half), END of either half, NOTES
-(length << 1 | which), HUNG (process << 32 | 1 + index of a branch); two areas for notes; from SLOTS_AT on what
-edge/once.py keeps there; from LOG_AT on the halves, HALF_STRIDE bytes apart, most of them never touched. An entry:
-length in bytes, the count, payload, up to the next word.
+(length << 1 | which), HUNG (process << 32 | 1 + index of a branch), SILENT (a bit for each further one, by its index;
+whoever does not know it loses a time-out at most); two areas for notes; from SLOTS_AT on what edge/once.py keeps there;
+from LOG_AT on the halves, HALF_STRIDE bytes apart, most of them never touched. An entry: length in bytes, the count,
+payload, up to the next word.
 Event loop only.
 """
 
@@ -39,7 +40,7 @@ SLOTS_AT: Final = 4096
 LOG_AT: Final = 65536
 HALF_STRIDE: Final = 1 << 38
 _MAGIC: Final = int.from_bytes(b"udbadrec", "little")
-_STATE, _END, _NOTES, _HUNG = 1, 2, 4, 5
+_STATE, _END, _NOTES, _HUNG, _SILENT = 1, 2, 4, 5, 6
 """Numbers of words; the end of the second half is after that of the first."""
 _NOTES_AT: Final = 64
 _NOTES_SIZE: Final = (SLOTS_AT - _NOTES_AT) // 2
@@ -66,14 +67,15 @@ class UnreadableRecord(Exception):
     """There is no state in it, or one of another version."""
 
 
-def condemned(fd: int) -> tuple[int, int] | None:
+def condemned(fd: int) -> tuple[int, list[int]] | None:
     """Of a record, which may be empty: the process that was killed for a branch, of which a thread may wait for that
-    still, and the index of the branch; None when it was not. Raises OSError."""
-    head = os.pread(fd, (_HUNG + 1) * 8, 0)
-    words = memoryview(head).cast("Q") if len(head) == (_HUNG + 1) * 8 else ()
+    still, and the indexes of the branches that did not answer then; None when it was not killed. Raises OSError."""
+    head = os.pread(fd, (_SILENT + 1) * 8, 0)
+    words = memoryview(head).cast("Q") if len(head) == (_SILENT + 1) * 8 else ()
     if not words or words[0] != _MAGIC or not words[_HUNG]:
         return None
-    return words[_HUNG] >> 32, (words[_HUNG] & (1 << 32) - 1) - 1
+    others = [index for index in range(64) if words[_SILENT] >> index & 1]
+    return words[_HUNG] >> 32, [(words[_HUNG] & (1 << 32) - 1) - 1, *others]
 
 
 class Counted(Protocol):
@@ -338,9 +340,10 @@ class Record:
 
     # -- why its process was killed -------------------------------------------------------------------
 
-    def condemn(self, pid: int, index: int) -> None:
+    def condemn(self, pid: int, index: int, others: Iterable[int] = ()) -> None:
         """Process `pid`, which writes this, is about to be killed: the branch of that index does not answer
-        (mount/watchdog.py)."""
+        (mount/watchdog.py), and neither do `others`, of which the first 64 branches can be told."""
+        self._words[_SILENT] = sum(1 << other for other in others if other < 64)
         self._words[_HUNG] = pid << 32 | index + 1
 
     # -- small facts ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from udbad import __version__
-from udbad.branch.branches import BranchSet, BranchSpec
+from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.branch.spec import format_branch
 from udbad.coherence import hints
 from udbad.control.protocol import Message, checked_text, edits_of, flag_of, hints_of, path_of, text_of
@@ -248,11 +248,21 @@ class Commands:
         if new.source is not None:  # another one is for another mount
             new = replace(new, branches=self.process.options.branches)
         configured = _options_text(request, "configured") if "configured" in request else None
+        process = self.process
         async with self._changing:
-            answer = await self._become(new)
+            gone: list[Branch] = []
+            if process.offline and "branches" in _live(process.options, new):
+                gone = rebranch.left_out(process, new.branches)
+                await rebranch.check_leaving(process, self.carrying.check_idle)
+            # After this: a branch that did not answer stays away as long as this process lives.
+            answer = await self._become(replace(new, branches=process.options.branches) if gone else new)
             if configured is not None:
-                self.process.configured = configured
-                self._write_entry()
+                process.configured = configured
+                if not gone:
+                    self._write_entry()
+            if gone:  # with all of that, or this process is found as it was
+                rebranch.leave(process, gone, new.branches)
+                answer["applied"] = sorted([*answer["applied"], "branches"])
             return answer
 
     async def configured(self, request: Message) -> dict[str, Any]:

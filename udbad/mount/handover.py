@@ -202,7 +202,7 @@ class Predecessor:
                 found = condemned(fd)
                 if found is not None:
                     self.killed.append(found[0])
-                    self.hung.add(found[1])
+                    self.hung.update(found[1])
                 self.record = _attach(fd)
                 self.facts = read(self.record, table.take)
                 if os.fsencode(self.facts["mount_point"]) != mount_point:

@@ -69,16 +69,50 @@ async def abandon(process: MountProcess, edits: Sequence[tuple[str, str]], check
     edits, check: as above. Raises UserError: BRANCH for all else that edits may say, as there is a branch that does
     not answer.
     """
-    old = process.sb.branches
-    gone = _silent(old, edits)
+    gone = _silent(process.sb.branches, edits)
+    await check_leaving(process, check)
+    new = _without(process.sb.branches, gone)
+    leave(process, gone, tuple(current_specs(new)))
+    return new
+
+
+async def check_leaving(process: MountProcess, check: Callable[[], None]) -> None:
+    """Whether branches that do not answer can be left now. check: as above. Raises UserError."""
     await _no_copyups(process)
     # After this: requests were served; a branch stays offline as long as this process lives.
     check()
     process.check_successor()
+
+
+def leave(process: MountProcess, gone: Sequence[Branch], specs: tuple[BranchSpec, ...]) -> None:
+    """Have another process go on without branches that do not answer, after the next wait of this one. specs: the rest,
+    as the options are to say it. Precondition: `check_leaving`."""
+    process.beside.nursery.start_soon(_leave_without, process, gone, specs)
+
+
+def left_out(process: MountProcess, specs: Sequence[BranchSpec]) -> list[Branch]:
+    """The branches that do not answer, and that a new list leaves out, which changes nothing else.
+
+    Raises UserError (BRANCH) for any other list, as there is a branch that does not answer.
+    """
+    branches = process.sb.branches
+    gone: list[Branch] = []
+    rest = list(specs)
+    for branch, was, now in zip(branches.branches, process.options.branches, current_specs(branches), strict=True):
+        if rest and rest[0] in (was, now):
+            del rest[0]
+        else:
+            gone.append(branch)
+    # One that comes to be the first, and has no permission of its own, would be written to.
+    first_changes = branches[0] in gone and (not specs or specs[0].perm is None)
+    if rest or first_changes or not all(branch.offline for branch in gone):
+        check_answering(branches)
+    return gone
+
+
+def _without(old: BranchSet, gone: Sequence[Branch]) -> BranchSet:
     rest = [branch for branch in old.branches if branch not in gone]
-    new = BranchSet(tuple(replace(branch, index=index) for index, branch in enumerate(rest)), old.generation + 1)
-    process.beside.nursery.start_soon(_leave_without, process, gone, new)
-    return new
+    return BranchSet(tuple(replace(branch, index=index) for index, branch in enumerate(rest)), old.generation + 1)
 
 
 def _silent(branches: BranchSet, edits: Sequence[tuple[str, str]]) -> list[Branch]:
@@ -90,11 +124,11 @@ def _silent(branches: BranchSet, edits: Sequence[tuple[str, str]]) -> list[Branc
     return gone
 
 
-async def _leave_without(process: MountProcess, gone: Sequence[Branch], new: BranchSet) -> None:
+async def _leave_without(process: MountProcess, gone: Sequence[Branch], specs: tuple[BranchSpec, ...]) -> None:
     """When the answer is sent: nothing else happens in this process once it has other branches."""
     await _no_copyups(process)
-    before = process.options, process.branches
-    process.options = replace(process.options, branches=tuple(current_specs(new)))
+    before, new = (process.options, process.branches), _without(process.branches, gone)
+    process.options = replace(process.options, branches=specs)
     process.branches = process.sb.branches = new
     process.write_locks.abandon({branch.dev for branch in gone} - {branch.dev for branch in new.branches})
     process.offline.abandoned.update(branch.id for branch in gone)

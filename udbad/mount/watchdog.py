@@ -10,6 +10,8 @@ that is slow, or a file that is large, wakes it again and again. Where that tell
 by a process that may hang: a call that flushes takes long by right (fsync(2)), one that waits for others to write is
 woken by the clock (balance_dirty_pages() in mm/page-writeback.c), and close(2) has no descriptor any more.
 
+Then all the others are asked as well, at the same time: what has taken one server away may have taken more.
+
 The finding is in the record before the process is killed. Its successor does not touch the branch (union/, offline).
 """
 
@@ -92,7 +94,9 @@ class Watchdog:
             return False  # it ends, or what it says of itself was just changed: the next look tells
         if index is None:
             return False
-        self._record.condemn(owner, index)
+        # With those that hang for the same reason, each of which would cost a time-out of its own.
+        others = self._silent([(other, fd) for other, fd, _ in self._branches() if other != index])
+        self._record.condemn(owner, index, others)
         with suppress(ProcessLookupError):
             os.kill(owner, signal.SIGKILL)
         _wait_for_threads(owner)
@@ -131,7 +135,7 @@ class Watchdog:
         suspects = [(index, fd) for index, fd, mount in self._branches() if lost or mount in mounts]
         if len(suspects) == 1 and not lost and not waiting.woken and number not in _FLUSHING:
             return suspects[0][0]
-        return self._silent(suspects)
+        return next(iter(self._silent(suspects)), None)
 
     def _branches(self) -> Iterator[tuple[int, int, int]]:
         """Index, descriptor of the root and number of its mount, of each branch that is served."""
@@ -145,8 +149,8 @@ class Watchdog:
                 root = int(words["root_fd"])
                 yield index, root, _mount_of(root)
 
-    def _silent(self, suspects: list[tuple[int, int]]) -> int | None:
-        """Ask branches, all at once; the index of one that does not answer."""
+    def _silent(self, suspects: list[tuple[int, int]]) -> list[int]:
+        """Ask branches, all at once; the indexes of those that do not answer."""
         asked = []
         for index, fd in suspects:
             pid = self._fork()
@@ -159,7 +163,7 @@ class Watchdog:
             time.sleep(_POLL)
         for _, pid in asked:
             os.kill(pid, signal.SIGKILL)
-        return asked[0][0] if asked else None
+        return [index for index, _ in asked]
 
 
 def _look_at(task: str, now: float) -> _Waiting | None:
