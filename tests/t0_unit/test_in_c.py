@@ -234,7 +234,15 @@ def test_files_that_are_copied(tmp_path: Path, calls: ModuleType) -> None:
         assert calls.is_bare(fd, acls)
         assert calls.is_bare(fd, ())
         assert not calls.is_bare(pinned, acls), "it cannot be asked"
-        os.setxattr(fd, "user.a", b"")
+        path = syscalls.proc_path(pinned)
+        assert calls.getxattr(fd, b"user.a") is calls.getxattr(path, b"user.a") is None
+        for value in (b"", b"a\0b", bytes(256), bytes(257), bytes(1000)):
+            os.setxattr(fd, "user.a", value)
+            assert calls.getxattr(fd, b"user.a") == calls.getxattr(path, b"user.a") == value
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            calls.getxattr(pinned, b"user.a")
+        with pytest.raises(OSError, match=os.strerror(errno.EOPNOTSUPP)):
+            calls.getxattr(fd, b"nothing")
         assert not calls.is_bare(fd, acls)
         os.removexattr(fd, "user.a")
         os.setxattr(fd, "system.posix_acl_access", ACL)

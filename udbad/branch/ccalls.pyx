@@ -2,10 +2,12 @@
 # to be taken apart, and no way through /proc to what a descriptor names already. Used where the hot modules are
 # compiled. The interpreter's lock is released while a branch is asked, for that may wait for a disk or a server.
 
+import os
+
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
 from cpython.unicode cimport PyUnicode_AsUTF8
-from libc.errno cimport EAGAIN, EINVAL, ENODATA, ENOENT, ENOSYS, EOPNOTSUPP, EPERM, errno
+from libc.errno cimport EAGAIN, EINVAL, ENODATA, ENOENT, ENOSYS, EOPNOTSUPP, EPERM, ERANGE, errno
 from libc.stdint cimport uint64_t
 from libc.stdio cimport snprintf
 from libc.string cimport strerror, strlen
@@ -41,6 +43,7 @@ cdef extern from "<sys/stat.h>" nogil:
 
 cdef extern from "<sys/xattr.h>" nogil:
     Py_ssize_t flistxattr(int fd, char *names, size_t room)
+    Py_ssize_t getxattr_c "getxattr"(const char *path, const char *name, void *value, size_t room)
     Py_ssize_t fgetxattr(int fd, const char *name, void *value, size_t room)
 
 
@@ -236,6 +239,30 @@ def set_fs_ids(unsigned int uid, unsigned int gid):
     """setfsuid(2) and setfsgid(2) for the calling thread; they report no error."""
     setfsgid_c(gid)
     setfsuid_c(uid)
+
+
+def getxattr(target, bytes key):
+    cdef char value[256]
+    cdef const char *name = text_of(key)
+    cdef const char *path = NULL
+    cdef Py_ssize_t count
+    cdef int fd = -1
+    if type(target) is bytes:
+        path = text_of(target)
+    else:
+        fd = target
+    with nogil:
+        if path == NULL:
+            count = fgetxattr(fd, name, value, sizeof(value))
+        else:
+            count = getxattr_c(path, name, value, sizeof(value))
+    if count >= 0:
+        return PyBytes_FromStringAndSize(value, count)
+    if errno == ENODATA:
+        return None
+    if errno == ERANGE:
+        return os.getxattr(target, key)  # however long it is
+    PyErr_SetFromErrno(OSError)
 
 
 def is_bare(int fd, more):

@@ -50,10 +50,10 @@ def read(fd: int, attribute: bytes) -> bytes | None:
     try:
         value = syscalls.getxattr(syscalls.proc_path(fd), attribute)
     except OSError as error:
-        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+        if error.errno == errno.EOPNOTSUPP:
             return None
         raise
-    return checked(value)
+    return None if value is None else checked(value)
 
 
 def checked(value: bytes) -> bytes:

@@ -372,19 +372,24 @@ That leads to the object itself, a symlink too (proc_pid_fd(5)).
 """
 
 
-def getxattr(target: Object, key: bytes) -> bytes:
-    return os.getxattr(target, key)
+def getxattr(target: Object, key: bytes) -> bytes | None:
+    """The value of an extended attribute; None where there is none (ENODATA), as of most that are asked for."""
+    try:
+        return os.getxattr(target, key)
+    except OSError as error:
+        if error.errno != errno.ENODATA:
+            raise
+        return None
 
 
 def has_xattr(target: Object, key: bytes) -> bool:
     """False also where nothing can have it."""
     try:
-        os.getxattr(target, key)
+        return getxattr(target, key) is not None
     except OSError as error:
-        if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+        if error.errno != errno.EOPNOTSUPP:
             raise
         return False
-    return True
 
 
 def is_bare(fd: int, more: Sequence[str]) -> bool:
@@ -641,6 +646,7 @@ if not compiled.why_not():
         chmod_fd,
         chown_fd,
         create_file_at,
+        getxattr,
         is_bare,
         link_fd,
         mkdir_at,

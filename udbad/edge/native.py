@@ -27,6 +27,7 @@ from udbad.edge.table import (
     OLD_SETXATTR,
     TABLE,
     Body,
+    Refused,
     Row,
     first_number,
     forgotten,
@@ -109,7 +110,9 @@ class _Waiter(Request):
         row, native = self._row, self._native
         number = 0
         body: Body = b""
-        if error is None:
+        if type(result) is Refused:
+            number = result.number
+        elif error is None:
             try:
                 body = row.encode(result)
             except Exception as another:
@@ -271,7 +274,10 @@ class Native:
                 result = operation(self.operations, *arguments)
             else:
                 result = once.perform(rule, request.unique, operation, arguments)
-            body = encode(result)
+            if type(result) is Refused:
+                number = result.number
+            else:
+                body = encode(result)
         except (NeedCopyUp, Later) as error:
             self.waiting.go_on(_Waiter(self, bound, request, arguments, start), error)
             return True

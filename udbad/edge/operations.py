@@ -193,6 +193,10 @@ class Operations:
     def getxattr(self, node_id: int, key: bytes) -> bytes:
         return self.fs.getxattr(node_id, key)
 
+    def find_xattr(self, node_id: int, key: bytes) -> bytes | None:
+        """`getxattr`; None for ENODATA."""
+        return self.fs.find_xattr(node_id, key)
+
     def listxattr(self, node_id: int, caller: Caller) -> list[bytes]:
         return self.fs.listxattr(node_id, caller)
 

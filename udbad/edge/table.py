@@ -30,6 +30,19 @@ Ts = TypeVarTuple("Ts")
 _BODY: Final = wire.BODY
 
 
+class Refused:
+    """What an operation may return in the place of raising the error with this number, where that is the usual answer:
+    an exception takes as long as all the rest of a request. Only where there is nothing to `undo`."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+_NO_DATA: Final = Refused(errno.ENODATA)
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """What is done with a request of one opcode.
@@ -278,8 +291,9 @@ _Sized = bytes | int
 """A value, or, when no room was given, its size."""
 
 
-def _sized_getxattr(operations: Operations, node_id: int, key: bytes, room: int) -> _Sized:
-    return _fitting(operations.getxattr(node_id, key), room)
+def _sized_getxattr(operations: Operations, node_id: int, key: bytes, room: int) -> _Sized | Refused:
+    value = operations.find_xattr(node_id, key)
+    return _NO_DATA if value is None else _fitting(value, room)
 
 
 def _sized_listxattr(operations: Operations, node_id: int, caller: Caller, room: int) -> _Sized:
@@ -361,7 +375,7 @@ def _created(result: tuple[Entry, Opened]) -> bytes:
     return wire.entry(*result[0]) + wire.OPENED.pack(*result[1])
 
 
-def _sized(result: _Sized) -> bytes:
+def _sized(result: _Sized | Refused) -> bytes:
     return wire.TWO_WORDS.pack(result, 0) if type(result) is int else result  # type: ignore[return-value]  # bytes then
 
 

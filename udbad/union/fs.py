@@ -326,22 +326,25 @@ class UnionFs:
         return key
 
     def getxattr(self, node_id: int, key: bytes) -> bytes:
+        value = self.find_xattr(node_id, key)
+        if value is None:
+            raise os_error(errno.ENODATA)
+        return value
+
+    def find_xattr(self, node_id: int, key: bytes) -> bytes | None:
+        """`getxattr`; None for ENODATA, which most are told."""
         self._check_xattr(key)
         node = self.table.node(node_id)
-        bit = XATTR_BITS.get(key)
-        if bit is None:
-            name = self._kept(node, key)
-            return self._on_object(node, lambda object_: syscalls.getxattr(object_, name))
-        state = self.sb.changes.known_state(node)
-        known = 0 if node.lacks is None or node.lacks[1] != state else node.lacks[0]
+        bit = XATTR_BITS.get(key, 0)
+        state = self.sb.changes.known_state(node) if bit else None
+        known = 0 if state is None or node.lacks is None or node.lacks[1] != state else node.lacks[0]
         if known & bit:
-            raise os_error(errno.ENODATA)
-        try:
-            return self._on_object(node, lambda object_: syscalls.getxattr(object_, key))
-        except OSError as error:
-            if error.errno == errno.ENODATA and state is not None:
-                node.lacks = known | bit, state
-            raise
+            return None
+        name = key if bit else self._kept(node, key)
+        value = self._on_object(node, lambda object_: syscalls.getxattr(object_, name))
+        if value is None and state is not None:
+            node.lacks = known | bit, state
+        return value
 
     def note_new(self, node: Node) -> None:
         """A file was just made, which has no capabilities then: the kernel asks before the first write."""
