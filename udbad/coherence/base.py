@@ -174,9 +174,9 @@ class Coherence:
         waiting = [top]
         while waiting:
             node = waiting.pop()
-            was_trusted = node.trusted
-            self._lose(node)
+            was_trusted = self._lose(node)
             if was_trusted:
+                self.notifier.attributes(node.id)
                 self.expire_names(node)
             for child in node.children.values():
                 if type(child) is Dir:
@@ -257,25 +257,32 @@ class Coherence:
                 elif node.nlookup:
                     attributes.append(node.id)
                 continue
-            was_trusted = node.trusted
-            self._lose(node)
-            if was_trusted and (not epoch or node.id in reading):
-                self.expire_names(node)
+            directory: Dir = node
+            was_trusted = self._lose(directory, directory.id in reading)
+            if was_trusted:
+                attributes.append(directory.id)
+            if was_trusted and (not epoch or directory.id in reading):
+                self.expire_names(directory)
             elif epoch:
-                node.negatives = None
+                directory.negatives = None
         self.notifier.data_all(data)
         self.notifier.attributes_all(attributes)
 
-    def _lose(self, node: Dir) -> None:
-        """A directory is not trusted; the caller has its names dropped, if it was."""
+    def _lose(self, node: Dir, recorded: bool = True) -> bool:
+        """A directory is not trusted; whether it was, so that the caller has its names and attributes dropped.
+
+        recorded: that its listing is out of date. A successor that finds it listed has the kernel drop that.
+        """
         node.lacks = None
         node.forget_names()
-        if node.trusted:
-            node.trusted = False
-            node.ttl = 0.0
-            self.tell_names(node)
-            if self.replays is not None:
-                self.replays.on_doubt()
+        if not node.trusted:
+            return False
+        node.trusted = False
+        node.ttl = 0.0
+        self._outdate_listing(node, recorded)
+        if self.replays is not None:
+            self.replays.on_doubt()
+        return True
 
     def _has_pages(self, node: Node) -> bool:
         """Whether pages of what is no directory may be in use: of open files, and where links lead."""
@@ -332,11 +339,15 @@ class Coherence:
         It looks at mtime before it uses a listing (fuse_readdir_cached()), and a change on a lower branch
         leaves that of the top copy alone. Dropping the pages instead could come between an answer and its use.
         """
+        self._outdate_listing(node, True)
+        self.notifier.attributes(node.id)
+
+    def _outdate_listing(self, node: Dir, recorded: bool) -> None:
         if node.listed:
             node.mtime_offset += 1
-            self.sb.table.changed(node)
+            if recorded:
+                self.sb.table.changed(node)
             node.listed = False  # until it is read anew
-        self.notifier.attributes(node.id)
 
     def moved_in(self, node: Dir, name: bytes) -> None:
         """A rename gave an object this name, in a directory that is not trusted."""
@@ -407,19 +418,18 @@ class Coherence:
             else:
                 handles.unheard = {handle.fh: handle.node for handle in handles.dirs.values() if handle.cached}
                 handles.unsure = set(handles.unheard.values())
-        dropped: list[Dir] = []
+        dropped: list[int] = []
         for node in self.sb.table.nodes.values():
             if type(node) is Dir:
-                node.trusted = True
-                node.ttl = FOREVER
-                if node.listed and node.id not in reading:
-                    node.listed = False
-                    dropped.append(node)
+                directory: Dir = node
+                directory.trusted = True
+                directory.ttl = FOREVER
+                if directory.listed and directory.id not in reading:
+                    directory.listed = False  # a successor that finds it listed drops that once more
+                    dropped.append(directory.id)
         self._distrust_all()
         self.adopt(self.sb.root, False)
-        for node in dropped:
-            self.sb.table.changed(node)
-            self.notifier.data(node.id)
+        self.notifier.data_all(dropped)
 
     def attr_ttl(self, node: Node, st: os.stat_result) -> float:
         """How long (seconds) the kernel may keep the attributes of a node."""

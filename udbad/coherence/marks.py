@@ -14,6 +14,7 @@ import os
 import termios
 
 from udbad.branch import fanotify
+from udbad.coherence.holders import hold, let_go
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Marks:
         if fsid is None:
             raise OSError(errno.EOPNOTSUPP, "no file handles")
         key = fanotify.handle_of(fd, fsid)
-        self.handles.setdefault(key, []).append(handle)
+        hold(self.handles, key, handle)
         return key
 
     def _mark(self, fd: int) -> bytes | None:
@@ -58,11 +59,7 @@ class Marks:
         return fsid
 
     def unwatch(self, key: bytes, handle: object) -> None:
-        handles = self.handles.get(key, [])
-        if handle in handles:
-            handles.remove(handle)
-            if not handles:
-                del self.handles[key]
+        let_go(self.handles, key, handle)
 
     def read(self, size: int) -> tuple[int, list[fanotify.Event], bool]:
         """Some events, without waiting: how many, those of them that concern somebody, and whether they were all."""

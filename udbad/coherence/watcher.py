@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from asyncinotify import Inotify, Mask
 
 from udbad.branch import fanotify, listing
+from udbad.coherence.holders import hold, let_go
 from udbad.coherence.inotify import (
     ATTRIBUTES,
     CLOSED,
@@ -212,9 +213,7 @@ class Watcher:
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise WatchLimit from None
             raise
-        # An inode has one watch (inotify_add_watch(2)). While a directory moves from one node to another,
-        # both have it: the one that lets go must not take it from the other.
-        self._handles.setdefault(watch, []).append(handle)
+        hold(self._handles, watch, handle)
         return watch
 
     def unwatch(self, watch: Watch, handle: object) -> None:
@@ -223,13 +222,8 @@ class Watcher:
             if self._marks is not None:
                 self._marks.unwatch(watch, handle)
             return
-        handles = self._handles.get(watch, [])
-        if handle not in handles:
+        if not let_go(self._handles, watch, handle):
             return
-        handles.remove(handle)
-        if handles:
-            return
-        del self._handles[watch]
         try:
             listing.unwatch(self._inotify.fd, watch)
         except OSError as error:

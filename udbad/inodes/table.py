@@ -581,11 +581,12 @@ class InodeTable:
         return True
 
     def statistics(self) -> TableStatistics:
-        dirs = [node for node in self.nodes.values() if type(node) is Dir]
-        return TableStatistics(
-            nodes=len(self.nodes),
-            directories=len(dirs),
-            views=sum(d.view is not None for d in dirs),
-            view_names=sum(len(d.view) for d in dirs if d.view is not None),
-            directory_fds=self.open_fds,
-        )
+        directories = views = view_names = 0
+        for node in self.nodes.values():
+            if type(node) is Dir:
+                directory: Dir = node  # as compiled, that is quicker: there may be a million
+                directories += 1
+                if directory.view is not None:
+                    views += 1
+                    view_names += len(directory.view)
+        return TableStatistics(len(self.nodes), directories, views, view_names, self.open_fds)
