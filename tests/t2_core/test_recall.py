@@ -10,6 +10,7 @@ import fcntl
 import itertools
 import os
 import random
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,7 +33,7 @@ from udbad.inodes import journal
 from udbad.inodes.handles import OpenFile
 from udbad.inodes.journal import Negative
 from udbad.inodes.record import Record
-from udbad.inodes.table import Dir
+from udbad.inodes.table import Dir, Node
 from udbad.types import Perm
 from udbad.union import homes, recall
 from udbad.union.fs import SetAttr, UnionFs
@@ -283,6 +284,22 @@ def test_the_kernel_is_told_of_every_file(lives: Lives) -> None:
     told.clear()
     strategy.recalled()
     assert {Message("data", node.id) for node in (opened, *rest)} <= set(told)
+
+
+def test_a_number_of_a_node_is_given_to_no_other(lives: Lives) -> None:
+    """A process that is killed within a flush has written the node, and not that its number was given."""
+    union = lives.core
+    before = union.sb.inomap.state()
+    number = union.sb.inomap.fresh(1, 1)
+    node = Node(number, stat.S_IFREG, union.sb.branches[0], 1, 1)
+    union.sb.table.add(node)
+    union.sb.table.refer(node)
+    union.sb.inomap.restore(before, {})
+    lives.record.flush()
+    sb = Superblock(union.sb.branches, union.sb.options, max_fds=1000)
+    recall.recall(UnionFs(sb, union.fs.creds), lives.record, os.dup)
+    assert number in sb.table.nodes
+    assert sb.inomap.fresh(1, 2) == number + 1
 
 
 def test_what_the_kernel_may_have_open_is_known_before_its_name_goes(

@@ -113,7 +113,7 @@ class InoMap:
         if self.record is not None:
             self.record.changed.add(self)
         self._enter((dev, ino), number)
-        self._next_spare = _SPILL if number == _SHORT - 2 else number + 1  # 2**32 - 1 is -1 to some
+        self._next_spare = _after(number)
         return number
 
     def _enter(self, identity: Identity, number: int) -> None:
@@ -157,6 +157,16 @@ class InoMap:
         for dev in devices:
             self._add(dev)
 
+    def skip(self, numbers: Iterable[int]) -> None:
+        """These are somebody's already, whatever the state says that is to come: after `restore`."""
+        spare = [number for number in numbers if number >= _SPARE and not self.branch_ino(number)]
+        self._next_spare = max([self._next_spare, *map(_after, spare)])
+
     def __len__(self) -> int:
         """How many objects need a table entry."""
         return len(self._exceptions)
+
+
+def _after(number: int) -> int:
+    """The spare number that follows one."""
+    return _SPILL if number == _SHORT - 2 else number + 1  # 2**32 - 1 is -1 to some

@@ -96,6 +96,8 @@ class _Recall:
             for payload, count in record.entries():
                 self._entry(payload, count)
         self._sb.inomap.restore(self._numbers, {one: number for one, number in self._table.items() if number})
+        # Of one flush, a process that is killed in it may have written the nodes and not that their numbers were given.
+        self._sb.inomap.skip(self._nodes)
         table = self._sb.table.nodes
         rest = []
         for said in self._nodes.values():
