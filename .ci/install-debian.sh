@@ -17,6 +17,7 @@ test_packages=(
     btrfs-progs e2fsprogs squashfs-tools xfsprogs
     buildah podman crun uidmap busybox-static
     postgresql sqlite3 prometheus openssl fuse-overlayfs mergerfs openssh-server sshfs systemd zsh mandoc man-db
+    nats-server redis-server
 )
 
 # To build the Debian package.
@@ -58,7 +59,7 @@ export DEBIAN_FRONTEND=noninteractive
 # A fresh machine may still be at its own upgrades: wait for the lock, in seconds.
 apt="apt-get -q -o DPkg::Lock::Timeout=300"
 $apt update
-# Installing a server (prometheus, sshd) must not start it here, nor at the next boot.
+# Installing a server (prometheus, sshd, ...) must not start it here, nor at the next boot.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e $policy ]; then
     printf '#!/bin/sh\nexit 101\n' >$policy
@@ -66,7 +67,7 @@ if [ ! -e $policy ]; then
     trap 'rm -f '$policy EXIT
 fi
 $apt install -y --no-install-recommends "${missing[@]}"
-for server in prometheus:prometheus openssh-server:ssh; do
+for server in prometheus:prometheus openssh-server:ssh nats-server:nats-server redis-server:redis-server; do
     if [[ " ${missing[*]} " == *" ${server%:*} "* ]] && command -v systemctl >/dev/null; then
         systemctl disable --quiet "${server#*:}" 2>/dev/null || true
     fi

@@ -40,6 +40,7 @@ LEVELS: list[list[str]] = [
     ["udbad.edge"],
     ["udbad.tools"],  # what people run on a union; asks no kernel and no process
     ["udbad.control"],
+    ["udbad.hosts"],  # changes told from host to host; neither it nor what it uses is in a mount process
     ["udbad.mount"],
     ["udbad.supervisor"],
     ["udbad.commands"],
@@ -67,6 +68,8 @@ FENCES: dict[str, Callable[[str], bool]] = {
     "prometheus_client": lambda module: module == "udbad.metrics",
     "tomlkit": lambda module: module == "udbad.settings.edit",
     # Where a configuration file is read: what a command line says is understood without it (see test_imports.py).
+    "nats": lambda module: module == "udbad.hosts.nats_bus",
+    "redis": lambda module: module == "udbad.hosts.redis_bus",
     "pydantic": lambda module: module in ("udbad.settings.file", "udbad.settings.reference"),
 }
 

@@ -50,10 +50,15 @@ COMMANDS: Final = {
     "run": ("daemon", "Run the daemon in the foreground: mount what the configuration says and keep it mounted."),
     "status": ("daemon", "Every mount: who serves it, since when, with which branches."),
     "stop": ("daemon", "Stop the daemon, and with it every mount unless they are kept."),
+    "subscribe": (
+        "hosts",
+        "Have MOUNT hear what other hosts change on each branch DIR, which they call NAME, for as long as this runs.",
+    ),
     "sync": ("tools", "Merge a branch of MOUNT down into the branch below it, while the mount is used."),
     "top": ("top", "Operations, latency, lookup depth, copy-ups and invalidations of every mount, live."),
     "udba": ("inspect", "Change how MOUNT follows direct changes of its branches."),
     "umount": ("mounting", "Unmount a union, given by its mount point or its name in /proc/mounts."),
+    "watch": ("hosts", "Tell other hosts what changes in each DIR, which they call NAME, for as long as this runs."),
     "where": ("inspect", "Which branch serves PATH, and every copy of it."),
     "why": ("inspect", "How PATH is resolved: name by name, what each branch has and what follows."),
 }

@@ -25,7 +25,7 @@ from udbad.branch.spec import ATTRIBUTES
 from udbad.cli import main as program
 from udbad.commands import overlay
 from udbad.settings import reference
-from udbad.settings.file import BranchTable, DaemonSettings, MetricsSettings, MountKeys
+from udbad.settings.file import BranchTable, DaemonSettings, HostsSettings, MetricsSettings, MountKeys
 from udbad.settings.options import IGNORED
 from udbad.types import Perm
 
@@ -329,6 +329,7 @@ def _udbad_toml(date: str, examples: Mapping[str, str]) -> str:
         ),
         _section("[daemon]", _keys(reference.entries(DaemonSettings))),
         _section("[metrics]", _keys(reference.entries(MetricsSettings))),
+        _section("[hosts]", _keys(reference.entries(HostsSettings))),
         _section(
             "[mounts.NAME]",
             _paragraph("`branches`, and:"),

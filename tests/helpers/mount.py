@@ -301,6 +301,10 @@ class Mount:
         self._remove_mounts()
         self._release_watchdog()
 
+    @property
+    def control_path(self) -> Path:
+        return self._control_path
+
     def control(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send one request to the control socket of the mount and return its answer."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as client:

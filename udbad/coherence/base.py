@@ -106,6 +106,8 @@ class Coherence:
         """(branch index, kind bits of coherence/inotify.py) to number of events."""
         self.replays: Replays | None = None
         """Has watchers of the union see direct changes; None: they do not."""
+        self.lapsed = 0
+        """Leases that were not renewed."""
 
     def start(self) -> None:
         """Take over a tree, freshly mounted or handed over by another strategy: nothing in it is trusted yet."""
@@ -153,6 +155,20 @@ class Coherence:
         if branch.udba is not None:
             return branch.udba
         return "none" if branch.perm is Perm.RR else self.name
+
+    def lease(self, branch: Branch, until: float) -> bool:
+        """Somebody hears of every change on a branch until a moment of `leases.now`, and gives a hint of each; one that
+        has passed takes that back. Whether the branch is believed for that: it need not be, where its file system tells
+        of changes, and must not, where another mode was asked for."""
+        return False
+
+    def end_leases(self) -> None:
+        """Believe no branch any more whose lease is over."""
+
+    @property
+    def leased_until(self) -> float | None:
+        """When the first lease ends."""
+        return None
 
     def adopt(self, node: Dir, changed: bool) -> None:
         raise NotImplementedError

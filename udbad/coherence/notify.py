@@ -6,7 +6,8 @@ only a difference leads to an invalidation. So own changes that come back as eve
 a doubled or missing detail does no harm. The view is brought up to date first, then the kernel is told.
 
 A directory is trusted while it and every directory above it is watched and healthy. Everything else
-is served as reval: branches whose file system sends no events, directories for which no watch is to be
+is served as reval: branches whose file system sends no events (unless somebody else tells of their changes:
+coherence/leases.py), directories for which no watch is to be
 had, everything after an overflow until it is asked for again. It degrades; it never lies.
 
 What no event tells: stores through a shared mapping of a branch file (seen at the next open, when
@@ -24,6 +25,7 @@ from udbad.branch.branches import Branch
 from udbad.coherence.base import FOREVER, Coherence, CoherenceStatistics, KernelNotifier
 from udbad.coherence.events import Events
 from udbad.coherence.inotify import SILENT_FS, watch_limit
+from udbad.coherence.leases import Leases
 from udbad.coherence.replays import Replays
 from udbad.coherence.sent import UNKNOWN, SentAttributes
 from udbad.coherence.watcher import Change
@@ -33,6 +35,8 @@ from udbad.inodes.table import Dir, Node
 from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
+
+_LEASED = {True: "its changes are told by others", False: "its changes are not told any more; served as reval"}
 
 
 class NotifyCoherence(Coherence):
@@ -47,6 +51,8 @@ class NotifyCoherence(Coherence):
         self._events = Events(self, self._watches, self._sent)
         self._silent: set[int] = set()
         """Indices of the branches whose file system sends no events."""
+        self._leases = Leases()
+        """On branches of these."""
         self._overflows = 0
 
     # -- life ---------------------------------------------------------------------------------
@@ -99,7 +105,30 @@ class NotifyCoherence(Coherence):
 
     def mode_of(self, branch: Branch) -> str:
         mode = super().mode_of(branch)
-        return "reval" if mode == "notify" and branch.index in self._silent else mode
+        if mode != "notify" or branch.index not in self._silent:
+            return mode
+        return "leased" if branch.index in self._leases else "reval"
+
+    def lease(self, branch: Branch, until: float) -> bool:
+        if super().mode_of(branch) != "notify" or branch.index not in self._silent:
+            return False
+        if self._leases.give(branch.index, until):
+            log.info("branch %s: %s", branch.describe(), _LEASED[branch.index in self._leases])
+            self.drop_everything()
+        return branch.index in self._leases
+
+    def end_leases(self) -> None:
+        over = self._leases.end()
+        if over:
+            for index in over:
+                branch = self.sb.branches[index]
+                log.warning("branch %s: nobody vouches for it any more; served as reval", branch.describe())
+            self.lapsed += len(over)
+            self.drop_everything()
+
+    @property
+    def leased_until(self) -> float | None:
+        return self._leases.next_end
 
     def known_state(self, node: Node) -> object | None:
         # An event or an answer may have the stamp recorded anew; it is another one, by its ctime, after any change.
@@ -126,7 +155,7 @@ class NotifyCoherence(Coherence):
             node.sent = None
             return 0.0
         node.sent = new
-        if st.st_nlink > 1 and not self._watches.cover_file(node):
+        if st.st_nlink > 1 and (node.branch.index in self._leases or not self._watches.cover_file(node)):
             # Somebody may change it through a name in a directory that is not watched. This answer was
             # taken before the watch, so it is good for now only.
             return 0.0
@@ -202,6 +231,9 @@ class NotifyCoherence(Coherence):
     def hint(self, node: Dir, name: bytes, kinds: int) -> bool:
         if not node.trusted:
             return False
+        if self._leases:
+            # What a network file system says may be older than the hint, and its times too coarse to tell.
+            return super().hint(node, name, kinds)
         was = node.children.get(name)
         self._events.look(node, name, kinds)
         if type(was) is Dir and node.children.get(name) is not was:
@@ -213,7 +245,9 @@ class NotifyCoherence(Coherence):
     def state_of(self, branch: Branch) -> str:
         if super().mode_of(branch) != self.name:
             return "healthy"
-        return "silent" if branch.index in self._silent else self._watches.state
+        if branch.index in self._silent:
+            return "healthy" if branch.index in self._leases else "silent"
+        return self._watches.state
 
     def statistics(self) -> CoherenceStatistics:
         degraded = 0

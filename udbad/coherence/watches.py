@@ -181,7 +181,7 @@ class Watches:
 
         def visit(branch: Branch, fd: int, name: bytes) -> None:
             mode = self._mode_of(branch)
-            if mode == "reval":
+            if mode in ("reval", "leased"):  # a hint has the path on the branch, which leads here in no other way
                 self._on_ways = False
             if mode != "notify" or not self._on_ways:
                 return

@@ -159,6 +159,17 @@ def flag_of(request: Message, key: str) -> bool:
     return value
 
 
+def number_of(request: Message, key: str) -> float:
+    """The finite number `key` of a request. Raises UserError (OPTION)."""
+    value = request.get(key)
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        pass
+    raise UserError(f"{key} must be a number", ExitCode.OPTION)
+
+
 def edits_of(request: Message) -> list[tuple[str, str]]:
     """The (option, value) pairs in "edits" of a request, none when it has no such key. Raises UserError (OPTION)."""
     edits = request.get("edits", [])

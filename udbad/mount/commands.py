@@ -28,6 +28,7 @@ from udbad.kernel.boundary import operations
 from udbad.logs import set_level
 from udbad.mount import rebranch, strictness
 from udbad.mount.carrying import Carrying
+from udbad.mount.leasing import Leasing
 from udbad.mount.offline import check_answering
 from udbad.settings.options import FIELDS, MountOptions, parse_mount_options, parse_remount
 from udbad.types import Perm
@@ -57,6 +58,7 @@ class Commands:
     def __init__(self, process: MountProcess) -> None:
         self.process = process
         self.carrying = Carrying(process)
+        self.leasing = Leasing(process)
         self._changing = trio.Lock()
 
     def table(self) -> dict[str, Command]:
@@ -71,6 +73,7 @@ class Commands:
             "why": self.why,
             "invalidate": self.invalidate,
             "feed": self.feed,
+            "lease": self.leasing.lease,
             "busy": self.busy,
             "branches": self.branches,
             "reconfigure": self.reconfigure,

@@ -2,6 +2,7 @@
 
     [daemon]          settings of the supervisor
     [metrics]         where metrics are served
+    [hosts]           where hosts tell each other of changes
     [mounts.NAME]     mount_point, what to do when a branch is missing, and every mount option as a typed key
 
 `conf.d/*.toml` beside the file is read after it, in the order of the names; a table may be in one file only.
@@ -128,6 +129,46 @@ class MetricsSettings(_Table):
         return value
 
 
+BRANCH_ID: Final = "[A-Za-z0-9_-]{1,64}"
+"""How hosts may call a branch."""
+_URL: Final = re.compile("(?:nats|tls|redis|rediss)://[^@/]+(?:/[0-9]*)?")
+
+
+class HostsSettings(_Table):
+    """[hosts]: the message bus by which hosts tell each other what changes. Times are in seconds."""
+
+    urls: list[str] = Field(
+        default=[],
+        description='a list of addresses, "nats://HOST:PORT", tls://, redis:// or rediss://, without a password',
+    )
+    """NATS JetStream or Redis; one after another is tried. None: nothing is told to others."""
+    prefix: str = Field(default="udbad", pattern="^[A-Za-z0-9_-]{1,64}$", description="letters, digits, '_' and '-'")
+    """What subjects, or keys, begin with, and the name of the stream of JetStream."""
+    ca_certificate: str | None = Field(default=None, pattern="^/", description="the absolute path of a PEM file")
+    """Whose certificates the bus may have; left out: those that the system trusts."""
+    certificate: str | None = Field(default=None, pattern="^/", description="the absolute path of a PEM file")
+    """Of this host, for a bus that asks for one. Together with key."""
+    key: str | None = Field(default=None, pattern="^/", description="the absolute path of a PEM file")
+    """The key of the certificate."""
+    credentials: str | None = Field(default=None, pattern="^/", description="the absolute path of a file")
+    """`USER:PASSWORD`, or what NATS makes for a user (`.creds`); nobody else may read it."""
+    name: str = Field(default_factory=lambda: os.uname().nodename, pattern="^[^\\s]+$", description="a name")
+    """Of this host among others; left out: its host name."""
+    publishers: list[str] = Field(default=[], description="a list of names")
+    """Who must be heard for a branch to be believed; none: whoever watches it (`udbad watch`)."""
+    bound: float = _seconds(10.0, 0.5)
+    """How long a branch is believed after the last time that all publishers were heard."""
+    settle: float = _seconds(60.0)
+    """How old what the branch's file system says may be, because of its own caches."""
+
+    @field_validator("urls")
+    @classmethod
+    def _check_urls(cls, value: list[str]) -> list[str]:
+        if any(_URL.fullmatch(url) is None for url in value):
+            raise ValueError
+        return value
+
+
 class MountKeys(_Table):
     """The keys of [mounts.NAME] that are no mount options."""
 
@@ -169,6 +210,7 @@ class Config:
 
     daemon: DaemonSettings = field(default_factory=DaemonSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    hosts: HostsSettings = field(default_factory=HostsSettings)
     mounts: Mapping[str, MountSettings] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     origin: Mapping[str, str] = field(default_factory=dict)
@@ -219,6 +261,9 @@ def load(path: Path, texts: Mapping[str, str] = MappingProxyType({})) -> Config:
     return _Loader(texts).load(path)
 
 
+_TABLES: Final = ("daemon", "hosts", "metrics", "mounts")
+
+
 class _Loader:
     def __init__(self, texts: Mapping[str, str]) -> None:
         self.texts = texts
@@ -237,6 +282,9 @@ class _Loader:
         metrics = self._table(MetricsSettings, tables.pop("metrics", {}), "metrics")
         if metrics is not None and (metrics.tls_certificate is None) != (metrics.tls_key is None):
             self.note(self.origin["metrics"], "metrics", "tls_certificate and tls_key are given together or not at all")
+        hosts = self._table(HostsSettings, tables.pop("hosts", {}), "hosts")
+        if hosts is not None and (hosts.certificate is None) != (hosts.key is None):
+            self.note(self.origin["hosts"], "hosts", "certificate and key are given together or not at all")
         mounts = {}
         for key, data in tables.items():
             name = key.partition(".")[2]
@@ -244,12 +292,12 @@ class _Loader:
             if settings is not None:
                 mounts[name] = settings
         self._check_together(mounts)
-        if self.problems or daemon is None or metrics is None:
+        if self.problems or daemon is None or metrics is None or hosts is None:
             raise ConfigError(self.problems)
-        return Config(daemon, metrics, mounts, tuple(map(str, files)), self.origin)
+        return Config(daemon, metrics, hosts, mounts, tuple(map(str, files)), self.origin)
 
     def _merge(self, tables: dict[str, dict[str, object]], file: str) -> None:
-        """Add the tables of one file under "daemon", "metrics" and "mounts.NAME"."""
+        """Add the tables of one file under their names, and "mounts.NAME"."""
         try:
             data = tomllib.loads(self.texts[file] if file in self.texts else read_file(file).decode())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -259,8 +307,8 @@ class _Loader:
             self.note(file, "", str(error.strerror))
             return
         for key, value in data.items():
-            if key not in ("daemon", "metrics", "mounts"):
-                self.note(file, key, f"unknown table or key{suggestion(key, ('daemon', 'metrics', 'mounts'))}")
+            if key not in _TABLES:
+                self.note(file, key, f"unknown table or key{suggestion(key, _TABLES)}")
             elif not isinstance(value, dict):
                 self.note(file, key, f"found {_show(value)}, must be a table, [{key}{'.NAME' * (key == 'mounts')}]")
             elif key == "mounts":
@@ -327,7 +375,8 @@ class _Loader:
             self._note_wrong(file, key, error.wrong, allowed(MountOptions), known)
         if keys is None or options is None or len(self.problems) > before:
             return None
-        return MountSettings(name, os.path.normpath(keys.mount_point), options, keys.enabled, keys.missing_branch)
+        place = os.path.normpath(keys.mount_point)
+        return MountSettings(name, place, options, keys.enabled, keys.missing_branch)
 
     def _parses(self, file: str, key: str, parse: Callable[[str], object], value: str) -> bool:
         try:

@@ -26,7 +26,15 @@ from udbad import metrics
 from udbad.branch.policy import COPYUP_POLICIES, CREATE_POLICIES, CopyUpPolicy, CreatePolicy
 from udbad.branch.spec import ATTRIBUTES
 from udbad.errors import ExitCode
-from udbad.settings.file import INTERNAL, BranchTable, DaemonSettings, MetricsSettings, MountKeys, allowed
+from udbad.settings.file import (
+    INTERNAL,
+    BranchTable,
+    DaemonSettings,
+    HostsSettings,
+    MetricsSettings,
+    MountKeys,
+    allowed,
+)
 from udbad.settings.options import FIELDS, IGNORED, LIST_OPTIONS, MountOptions, words_for
 from udbad.types import Perm
 
@@ -153,6 +161,7 @@ def tables() -> dict[str, str]:
         "ignored": " ".join(f"`{word}`" for word in sorted(IGNORED)) + "\n",
         "daemon-keys": _keys(DaemonSettings),
         "metrics-keys": _keys(MetricsSettings),
+        "hosts-keys": _keys(HostsSettings),
         "mount-keys": _keys(MountKeys),
         "branch-keys": _keys(BranchTable),
         "exit-codes": _table(("code", "meaning"), ((str(code), text) for code, text in exit_codes().items())),

@@ -1,0 +1,97 @@
+"""watch and subscribe: one host tells another what changes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from udbad import logs
+from udbad.commands.common import run_dir_option, user_errors
+from udbad.commands.completion import mounts
+from udbad.commands.daemon import config_option
+from udbad.errors import ExitCode, UserError
+
+_pairs = click.argument("pairs", metavar="NAME=DIR...", nargs=-1, required=True)
+
+
+@click.command()
+@config_option
+@click.option(
+    "--watch", "by", type=click.Choice(["auto", "inotify", "fanotify"]), default="auto", help="As the mount option."
+)
+@_pairs
+def watch(config: Path, by: str, pairs: tuple[str, ...]) -> None:
+    """Tell other hosts what changes in each DIR, which they call NAME, for as long as this runs.
+
+    For the machine where the files are; no mount is needed there. Where the message bus is, [hosts] of the
+    configuration says.
+    """
+    with user_errors():
+        import asyncio  # not for a help text or a completion
+
+        from udbad.hosts.bus import BusSettings
+        from udbad.hosts.serving import watch as serve
+        from udbad.settings.file import load
+
+        table = load(config).hosts
+        logs.set_up("info", "plain")
+        directories = _named(pairs)
+        asyncio.run(
+            serve(
+                BusSettings.of(table), table.name, directories, by,
+                lambda count: click.echo(f"watching {count} directories"),
+            )
+        )  # fmt: skip
+
+
+@click.command()
+@config_option
+@run_dir_option
+@click.argument("mount", shell_complete=mounts)
+@_pairs
+def subscribe(config: Path, run_dir: str, mount: str, pairs: tuple[str, ...]) -> None:
+    """Have MOUNT hear what other hosts change on each branch DIR, which they call NAME, for as long as this runs.
+
+    MOUNT: its name, or a path in it; the branches count as `notify` while they are heard of. Where the message bus is,
+    [hosts] of the configuration says.
+    """
+    with user_errors():
+        import asyncio  # as above
+
+        from udbad.hosts.bus import BusSettings
+        from udbad.hosts.link import MountLink
+        from udbad.hosts.serving import subscribe as serve
+        from udbad.hosts.subscriber import Following, Subscriber
+        from udbad.settings.file import load
+
+        table = load(config).hosts
+        logs.set_up("info", "plain")
+        settings = BusSettings.of(table)
+        subscribers = [
+            Subscriber(
+                settings,
+                Following(name, path, table.bound, table.settle, table.publishers),
+                MountLink(run_dir, mount, path),
+            )
+            for name, path in _named(pairs).items()
+        ]
+        asyncio.run(serve(subscribers, lambda: click.echo(f"listening for {mount}")))
+
+
+def _named(pairs: Sequence[str]) -> dict[str, str]:
+    """NAME=DIR. Raises UserError."""
+    from udbad.settings.file import BRANCH_ID
+
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not equals or not path or re.fullmatch(BRANCH_ID, name) is None:
+            raise UserError(f"{pair}: must be NAME=DIR; NAME: letters, digits, '_' and '-'", ExitCode.OPTION)
+        if name in found:
+            raise UserError(f"{name} is given twice", ExitCode.OPTION)
+        found[name] = os.path.abspath(path)
+    return found

@@ -1,0 +1,51 @@
+"""The mount that a subscriber tells: by its control socket, whichever process serves it at the moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Final
+
+from udbad.control import client
+from udbad.control.asyncclient import ask_async
+from udbad.control.protocol import Message
+from udbad.errors import UserError
+from udbad.hosts.message import Change
+from udbad.hosts.subscriber import Leased, MountGone
+
+_SECONDS: Final = 10.0
+
+
+class MountLink:
+    """One branch of one mount."""
+
+    def __init__(self, run_dir: str, mount: str, branch: str, control: str | None = None) -> None:
+        """mount: its name, or a path in it. branch: path. control: its control socket, where that is known."""
+        self._run_dir = run_dir
+        self._mount = mount
+        self._branch = branch
+        self._control = control
+
+    async def hints(self, changes: Sequence[Change]) -> None:
+        """Raises MountGone."""
+        await self._ask({"op": "feed", "hints": [list(change) for change in changes]})
+
+    async def lease(self, until: float, anew: bool) -> Leased:
+        """Raises MountGone."""
+        answer = await self._ask({"op": "lease", "branch": self._branch, "until": until, "anew": anew})
+        return Leased(answer["leased"] is True, str(answer["fs_type"]))
+
+    async def _ask(self, request: Message) -> Message:
+        control = self._control
+        try:
+            if control is None:
+                entry, _ = await asyncio.to_thread(client.locate, self._run_dir, self._mount)
+                control = entry.control
+            answer = await ask_async(control, request, _SECONDS)
+        except UserError as error:
+            raise MountGone(error.message) from None
+        except OSError as error:
+            raise MountGone(f"{self._mount}: {error.strerror or type(error).__name__}") from None
+        if not answer.get("ok"):
+            raise MountGone(f"{self._mount}: {answer.get('error')}")
+        return answer

@@ -1,0 +1,130 @@
+"""What `udbad watch` and `udbad subscribe` do until they are told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from udbad.errors import ExitCode, UserError
+from udbad.hosts.bus import BusSettings
+from udbad.hosts.publisher import Publisher
+from udbad.hosts.subscriber import Subscriber
+from udbad.hosts.tree import Tree
+
+_PATIENCE: Final = 5.0
+"""Seconds to tell what is left, at the end."""
+
+
+class Watched:
+    """A directory, and who publishes what changes in it."""
+
+    def __init__(self, settings: BusSettings, branch: str, host: str, top: str, by: str) -> None:
+        """Raises UserError where it cannot be watched."""
+        self.publisher = Publisher(settings, branch, host, "watch", self._drain)
+        self._top = top
+        try:
+            self._tree = Tree(top, self.publisher.changed, self.publisher.everything, by)
+        except OSError as error:
+            raise self._refused(error) from None
+        self.directories = len(self._tree)
+
+    def _refused(self, error: OSError) -> UserError:
+        return UserError(f"{self._top}: {error.strerror}", ExitCode.FAILURE)
+
+    def _drain(self) -> None:
+        try:
+            self._tree.drain()
+        except OSError as error:
+            raise self._refused(error) from None
+
+    async def run(self) -> None:
+        """Until it is cancelled, or `Publisher.end`. Raises UserError when the directory has gone."""
+        loop = asyncio.get_running_loop()
+        failed: asyncio.Future[None] = loop.create_future()
+        watching = -1
+
+        def take() -> None:
+            nonlocal watching
+            try:
+                self._tree.take()
+            except OSError as error:
+                loop.remove_reader(watching)
+                if not failed.done():
+                    failed.set_exception(self._refused(error))
+                return
+            if self._tree.fd != watching:
+                loop.remove_reader(watching)
+                watching = self._tree.fd
+                loop.add_reader(watching, take)
+
+        watching = self._tree.fd
+        loop.add_reader(watching, take)
+        publishing = asyncio.create_task(self.publisher.run())
+        try:
+            await asyncio.wait((publishing, failed), return_when=asyncio.FIRST_COMPLETED)
+            (publishing if publishing.done() else failed).result()
+        finally:
+            failed.cancel()
+            loop.remove_reader(watching)
+            publishing.cancel()
+            await asyncio.gather(publishing, return_exceptions=True)
+
+    def close(self) -> None:
+        self._tree.close()
+
+
+async def watch(
+    settings: BusSettings, host: str, directories: Mapping[str, str], by: str, on_ready: Callable[[int], None]
+) -> None:
+    """Publish what changes in directories, by the names of their branches, until SIGINT or SIGTERM.
+
+    by: the mount option `watch`. on_ready: called when everything is watched, with how many directories that are.
+    Raises UserError.
+    """
+    watched: list[Watched] = []
+    try:
+        for branch, top in directories.items():
+            watched.append(Watched(settings, branch, host, top, by))
+        on_ready(sum(one.directories for one in watched))
+        tasks = [asyncio.ensure_future(one.run()) for one in watched]
+
+        def end() -> None:
+            for one, task in zip(watched, tasks, strict=True):
+                one.publisher.end()
+                loop.call_later(_PATIENCE, task.cancel)  # the bus may not be reached
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, end)
+        await _together(tasks)
+    finally:
+        for one in watched:
+            one.close()
+
+
+async def subscribe(subscribers: Sequence[Subscriber], on_ready: Callable[[], None]) -> None:
+    """Until SIGINT or SIGTERM. Raises UserError."""
+    loop = asyncio.get_running_loop()
+    tasks = [asyncio.ensure_future(one.run()) for one in subscribers]
+
+    def end() -> None:
+        for task in tasks:
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, end)
+    on_ready()
+    await _together(tasks)
+
+
+async def _together(tasks: Sequence[asyncio.Future[None]]) -> None:
+    """Until all have ended; the first that fails ends the others."""
+    done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    for task in rest:
+        task.cancel()
+    await asyncio.gather(*rest, return_exceptions=True)
+    for task in done:
+        if not task.cancelled():
+            task.result()
