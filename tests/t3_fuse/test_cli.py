@@ -272,7 +272,7 @@ def test_no_access_to_dev_fuse(tree: Path) -> None:
 
 
 AS_NOBODY = """
-import difflib, os, udbad.cli, udbad.kernel.mounts, udbad.mount.mountproc, udbad.tools.fsck
+import difflib, hashlib, os, shutil, udbad.cli, udbad.kernel.mounts, udbad.mount.beside, udbad.tools.fsck
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)

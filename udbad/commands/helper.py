@@ -19,7 +19,7 @@ import click
 from udbad.branch import capabilities
 from udbad.branch.spec import split_escaped
 from udbad.commands.common import absolute_branch, layer_source
-from udbad.commands.serving import Job, serve_in_background
+from udbad.commands.serving import Job, finish, serve_in_background
 from udbad.control import client, registry
 from udbad.errors import ExitCode, UserError
 from udbad.settings.options import MountOptions, format_options, parse_mount_options
@@ -101,8 +101,7 @@ def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: b
         job = Job(told, Path(mount_point).absolute(), run_dir, verbose, "plain", background=True)
         job.set_up_log()
         code = serve_in_background(job)
-        if code:
-            sys.exit(_USAGE if code == ExitCode.OPTION else _FAILED)
+        finish(0 if not code else _USAGE if code == ExitCode.OPTION else _FAILED)
 
 
 def _serves_already(run_dir: str, mount_point: str, wanted: MountOptions) -> bool:

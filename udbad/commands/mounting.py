@@ -14,7 +14,7 @@ import click
 from udbad import logs
 from udbad.commands.common import layer_source, place_in_store, run_dir_option
 from udbad.commands.completion import mount_points
-from udbad.commands.serving import READY, Job, serve, serve_in_background, user_errors
+from udbad.commands.serving import READY, Job, finish, serve, serve_in_background, user_errors
 from udbad.errors import ExitCode, UserError
 
 
@@ -62,7 +62,7 @@ def mount(
             private = (ready_fd,) if ready_fd >= 0 else ()
             sys.exit(serve(job, lambda: _say_ready(job.mount_point, ready_fd), private))
         else:
-            sys.exit(serve_in_background(job))
+            finish(serve_in_background(job))
 
 
 def _say_ready(mount_point: Path, ready_fd: int) -> None:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from udbad import __version__
 from udbad.branch import capabilities
-from udbad.commands.serving import Job, serve, serve_in_background, user_errors
+from udbad.commands.serving import Job, finish, serve, serve_in_background, user_errors
 from udbad.errors import ExitCode, UserError
 from udbad.settings.overlayfs import mount_options
 
@@ -101,7 +101,9 @@ def _mount(words: Words) -> int:
     run_dir = os.environ.get("UDBAD_RUN_DIR") or capabilities.run_dir()
     job = Job(options, Path(words.mount_point).absolute(), run_dir, words.debug, "plain", not words.foreground)
     job.set_up_log()
-    return serve(job, lambda: None, ()) if words.foreground else serve_in_background(job)
+    if not words.foreground:
+        finish(serve_in_background(job))
+    return serve(job, lambda: None, ())
 
 
 if __name__ == "__main__":
