@@ -69,14 +69,19 @@ class Union:
 
 @contextmanager
 def notify_union(
-    branches: Sequence[tuple[Path, Perm]], mount_point: Path, epochs: bool = True, max_fds: int = 1000
+    branches: Sequence[tuple[Path, Perm]],
+    mount_point: Path,
+    epochs: bool = True,
+    max_fds: int = 1000,
+    watch: str = "auto",
 ) -> Iterator[Union]:
     """A union of `branches`, top first; mount_point: a directory on which nothing is mounted. At the end all is given
     back, and nothing may be left in the inode table."""
     mount_point.mkdir(exist_ok=True)
     specs = [BranchSpec(os.fsencode(path), permission) for path, permission in branches]
     opened = open_branches(specs, False, os.fsencode(mount_point))
-    sb = Superblock(opened, UnionOptions(parse_create("tdp"), parse_copyup("tdp"), plink=False), max_fds)
+    options = UnionOptions(parse_create("tdp"), parse_copyup("tdp"), plink=False, watch=watch)
+    sb = Superblock(opened, options, max_fds)
     notifier = FakeNotifier(epochs)
     coherence = NotifyCoherence(sb, notifier)
     coherence.start()

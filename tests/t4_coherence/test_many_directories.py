@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import million
-from tests.t4_coherence.test_degrade import lowered
+from tests.t4_coherence.test_degrade import lowered, watches_in_use
 
 pytestmark = [pytest.mark.fuse, pytest.mark.alone]
 
@@ -17,7 +17,7 @@ WATCHES = 1000
 
 
 def test_more_directories_than_watches(tmp_path: Path) -> None:
-    with lowered("max_user_watches", WATCHES):
+    with lowered("max_user_watches", watches_in_use() + WATCHES):
         figures = million.run(tmp_path, DIRECTORIES, rounds=1, places=5)
     assert figures.wrong == []
     assert 0 < figures.values["watches"] <= WATCHES

@@ -1,0 +1,107 @@
+"""Whatever is not to be had of inotify and fanotify: what `watch=` makes of it, and that nothing is believed which
+nobody watches. Silent branches are in tests/t4_coherence/test_degrade.py, as they need a file system."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from tests.helpers.inprocess import notify_union
+from udbad.branch import fanotify, listing
+from udbad.coherence import watcher, watches
+from udbad.types import ROOT_ID, Perm
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="fanotify takes CAP_SYS_ADMIN")
+
+LACKS = {
+    "nothing": (),
+    "watches": ("watches",),
+    "fanotify": ("fanotify",),
+    "handles": ("handles",),
+    "watches and fanotify": ("watches", "fanotify"),
+    "watches and handles": ("watches", "handles"),
+    "instance": ("instance",),
+}
+"""What the kernel refuses."""
+REFUSED = {
+    "watches": (listing, "watch", errno.ENOSPC),
+    "fanotify": (fanotify, "open_group", errno.EPERM),
+    "handles": (fanotify, "mark", errno.EOPNOTSUPP),
+    "instance": (watcher, "Inotify", errno.EMFILE),
+}
+STATES = {
+    # lacks: state with inotify, fanotify, auto
+    "nothing": ("healthy", "healthy", "healthy"),
+    "watches": ("limited", "healthy", "healthy"),
+    "fanotify": ("healthy", "healthy", "healthy"),
+    "handles": ("healthy", "healthy", "healthy"),
+    "watches and fanotify": ("limited", "limited", "limited"),
+    "watches and handles": ("limited", "limited", "limited"),
+    "instance": ("degraded", "degraded", "degraded"),
+}
+
+
+@pytest.mark.parametrize("watch", ["inotify", "fanotify", "auto"])
+@pytest.mark.parametrize("lacks", LACKS)
+def test_what_is_not_watched_is_not_believed(
+    tmp_path: Path, watch: str, lacks: str, expect_log: Callable[[str], None]
+) -> None:
+    base = tmp_path / "base"
+    (base / "d").mkdir(parents=True)
+    state = STATES[lacks][("inotify", "fanotify", "auto").index(watch)]
+    if state != "healthy":
+        expect_log(f"coherence {state}")
+    with ExitStack() as refused:
+        for what in LACKS[lacks]:
+            module, name, number = REFUSED[what]
+            refused.enter_context(patch.object(module, name, side_effect=OSError(number, os.strerror(number))))
+        with notify_union([(base, Perm.RO)], tmp_path / "mnt", watch=watch) as union:
+            directory = union.look_up(ROOT_ID, b"d")
+            found = union.coherence.statistics()
+            assert found.state == union.coherence.state_of(union.fs.sb.branches[0]) == state
+            assert found.degraded_directories == (0 if state == "healthy" else 2)
+            assert union.fs.table.directory(directory).trusted == (state == "healthy")
+            by_fanotify = (
+                state == "healthy"
+                and not {"fanotify", "handles"} & set(LACKS[lacks])
+                and (watch == "fanotify" or (watch == "auto" and lacks == "watches"))
+            )
+            assert (found.handles, found.watches) == ((2, 0) if by_fanotify else (0, 2 if state == "healthy" else 0))
+            (base / "d/new").touch()
+            union.coherence.drain()
+            assert union.look_up(directory, b"new")
+            if state != "limited":
+                return
+            refused.close()
+            # Room that others have taken is looked for anew when the limit is another one, or after a minute.
+            with patch.object(watches, "_HEALED_SECONDS", 0.0):
+                for _ in range(2):
+                    union.look_up(ROOT_ID, b"d")
+                    union.look_up(directory, b"new")
+            found = union.coherence.statistics()
+            assert (found.state, found.degraded_directories) == ("healthy", 0)
+
+
+def test_lost_events_of_whole_file_systems(tmp_path: Path, expect_log: Callable[[str], None]) -> None:
+    """The queue has no limit but memory: everything is asked again."""
+    expect_log("lost branch events")
+    base = tmp_path / "base"
+    (base / "d").mkdir(parents=True)
+    with notify_union([(base, Perm.RO)], tmp_path / "mnt", watch="fanotify") as union:
+        node = union.fs.table.directory(union.look_up(ROOT_ID, b"d"))
+        trusted = [node.trusted]
+        lost = [(b"", fanotify.Q_OVERFLOW, b"", 0)]
+        with patch("udbad.coherence.marks.fanotify.events", return_value=(1, lost)):
+            (base / "d/new").touch()
+            union.coherence.drain()
+        trusted.append(node.trusted)
+        assert union.coherence.statistics().overflows == 1
+        assert union.look_up(node.id, b"new")
+        trusted.append(node.trusted)
+        assert trusted == [True, False, True]
