@@ -22,7 +22,9 @@ import pytest
 
 from tests.helpers.merge import Tree, diff, snapshot
 from tests.helpers.mount import REPOSITORY
+from tests.helpers.profile import SOAK
 from tests.system.support import clean_env, require
+from tests.system.test_debian import debootstrap
 from tests.t5_daemon.daemon import until
 
 pytestmark = [pytest.mark.system, pytest.mark.fuse]
@@ -249,7 +251,7 @@ def uppermost_layer(path: Path) -> dict[str, tuple[object, ...]]:
             content = layer.extractfile(one)
             xattrs = {key: value for key, value in one.pax_headers.items() if key.startswith("SCHILY")}
             found[one.name] = (
-                one.type, one.mode, one.uid, one.gid, one.size, one.linkname, one.devmajor, one.devminor, xattrs,
+                one.type, one.mode, one.uid, one.gid, one.linkname, one.devmajor, one.devminor, xattrs, one.size,
                 None if content is None else content.read(),
             )  # fmt: skip
     return found
@@ -263,6 +265,47 @@ def test_podman_runs_containers(tmp_path: Path, program: Path) -> None:
         said.append(Storage(tmp_path / name, mounts, "/run/libpod").run("unshare", "-m", "bash", "-c", RUN))
     assert said[0].splitlines() == said[1].splitlines()
     assert "read-only" in said[0].splitlines()
+
+
+PACKAGES: Final = r"""
+set -eu
+podman import -q ../base.tar debian >/dev/null
+c=$(buildah from debian)
+buildah run --isolation chroot $c -- /bin/sh -ec '
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -q update
+    apt-get -qy install hello less file
+    apt-get -qy remove tzdata
+    rm -r /usr/share/doc/hello /var/lib/apt/lists
+    mkdir /var/lib/apt/lists
+'
+buildah commit -q $c oci-archive:$PWD/changed.tar >/dev/null
+buildah rm $c >/dev/null
+"""
+NEVER_THE_SAME: Final = ("var/log/", "var/cache/", "var/lib/dpkg/", "etc/ld.so.cache", "run/")
+"""Where Debian writes down when something was done, or in which order the disk had it."""
+
+
+@pytest.mark.skipif(not SOAK, reason="ok: a Debian system is made, and changed twice, which takes minutes")
+def test_packages_are_installed_in_a_build_step(tmp_path: Path, program: Path) -> None:
+    """The layer of it is the one that fuse-overlayfs gives, entry by entry."""
+    require("debootstrap", "chroot", "tar")
+    debootstrap(tmp_path / "base")
+    subprocess.run(["tar", "-C", tmp_path / "base", "-cf", tmp_path / "base.tar", "."], check=True, timeout=300)
+    found = []
+    for name, mounts in (("ours", program), ("theirs", Path("/usr/bin/fuse-overlayfs"))):
+        storage = Storage(tmp_path / name, mounts)
+        storage.run("unshare", "-m", "bash", "-c", PACKAGES)
+        found.append(uppermost_layer(storage.home / "changed.tar"))
+    ours, theirs = found
+    assert ours.keys() == theirs.keys()
+    assert {"usr/bin/hello", "var/lib/dpkg/status"} <= ours.keys()
+    assert any(".wh." in name and "zoneinfo" in name for name in ours)
+    for path, (*attributes, size, content) in ours.items():
+        *expected, their_size, their_content = theirs[path]
+        assert attributes == expected, path
+        if not path.startswith(NEVER_THE_SAME):
+            assert (size, content) == (their_size, their_content), path
 
 
 def test_layers_that_were_written_are_those_of_overlayfs(tmp_path: Path, program: Path) -> None:

@@ -214,6 +214,7 @@ def test_defaults() -> None:
         "warn_perm": True,
         "sum": False,
         "acl": True,
+        "xattrs": True,
         "dio": True,
         "edge": "auto",
         "verbose": False,

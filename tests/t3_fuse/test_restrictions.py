@@ -87,3 +87,27 @@ def test_a_branch_that_comes_and_goes(stick: Path, union: UnionFactory) -> None:
     assert flags(mount) == set()
     assert mount.control({"op": "branches", "edits": [["append", f"{stick}=ro"]]})["ok"]
     assert allowed(mount) == {"suid", "dev", "exec"}
+
+
+@pytest.mark.parametrize("edge", ["native", "pyfuse3"])
+def test_without_extended_attributes(union: UnionFactory, tmp_path: Path, edge: str) -> None:
+    """The kernel does not ask for them, but through pyfuse3; a copy-up keeps what there is."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/file").write_text("lower")
+    os.setxattr(tmp_path / "base/file", "user.word", b"kept")
+    mount = union(options=f"noxattrs,edge={edge}")
+    file = mount.path / "file"
+    for call in (
+        lambda: os.getxattr(file, "user.word"),
+        lambda: os.setxattr(file, "user.word", b"other"),
+        lambda: os.removexattr(file, "user.word"),
+    ):
+        assert errno_of(call) == "EOPNOTSUPP"
+    assert errno_of(lambda: os.listxattr(file)) == "EOPNOTSUPP"
+    before = mount.requests().get("getxattr", 0)
+    assert errno_of(lambda: os.getxattr(file, "user.word")) == "EOPNOTSUPP"
+    assert mount.requests().get("getxattr", 0) - before == (edge == "pyfuse3")
+    with file.open("a") as stream:
+        stream.write(" and upper")
+    assert file.read_text() == "lower and upper"
+    assert os.getxattr(mount["top"] / "file", "user.word") == b"kept"

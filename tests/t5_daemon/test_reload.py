@@ -34,7 +34,7 @@ LIVE_VALUES: dict[str, Any] = {
     "kernel_flags": ["noexec"], "watch_reserve": 20, "dirren": "on",
 }  # fmt: skip
 FIXED_VALUES: dict[str, object] = {
-    "plink": False, "xino": False, "shwh": True, "dirperm1": True, "acl": False, "dio": False,
+    "plink": False, "xino": False, "shwh": True, "dirperm1": True, "acl": False, "xattrs": False, "dio": False,
     "fsname": "other", "io": "cached", "edge": "native",
     "survive": True, "restart_timeout": 5, "branch_timeout": 5, "watch": "fanotify", "whiteouts": "aufs",
     "replay": ["/in/**"], "volatile": True, "allow_idmap": True, "squash_to_uid": 7, "squash_to_gid": 8,

@@ -30,7 +30,7 @@ Mount a union of directories on MERGED, as fuse-overlayfs does; it serves once t
   -o squash_to_uid=N, squash_to_gid=N, squash_to_root
                                everything is shown as one user's, one group's
   -o volatile                  fsync does nothing: after a crash of the machine the upper layer is worth nothing
-  -o noacl                     without POSIX ACLs
+  -o noacl, noxattrs           without POSIX ACLs; without any extended attributes
   -o ro, nosuid, nodev, noexec, noatime, ...
                                as in mount(8)
   -o udba=notify               layers may be changed directly, and that is seen; by default they are private

@@ -34,6 +34,7 @@ from udbad.edge.table import (
     with_nothing,
     without_open,
     without_sync,
+    without_xattrs,
 )
 from udbad.edge.waiting import RETRIED, Request, Waiting
 from udbad.inodes.record import Record
@@ -188,6 +189,8 @@ class Native:
             rows = with_nothing(rows)
         if id_map is not None:
             rows = id_map.rows(rows)
+        if not fs.sb.options.xattrs:
+            rows = without_xattrs(rows)
         self._rows: dict[int, Bound] = {
             opcode: (
                 row.parse, row.operation, row.encode, row.least, boundary.operation(row.name), row,

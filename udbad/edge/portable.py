@@ -24,6 +24,7 @@ from udbad.coherence.base import Coherence
 from udbad.edge.operations import Attributes, Entry, Later, Operations
 from udbad.edge.portable_session import PortableSession
 from udbad.edge.waiting import RETRIED, Request, Waiting
+from udbad.errors import os_error
 from udbad.kernel import boundary, wire
 from udbad.types import Caller
 from udbad.union.fs import SetAttr, UnionFs
@@ -322,16 +323,24 @@ class Handlers(pyfuse3.Operations):
 
     @_handler
     async def getxattr(self, node: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        self._check_xattrs()
         return await self._perform(partial(self.operations.getxattr, node, name), ctx.pid)
 
     @_handler
     async def listxattr(self, node: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        self._check_xattrs()
         return await self._perform(partial(self.operations.listxattr, node, _caller(ctx)), ctx.pid)
+
+    def _check_xattrs(self) -> None:
+        """Raises EOPNOTSUPP; by ENOSYS, which no handler may send (boundary.py), the kernel would ask no more."""
+        if not self.operations.fs.sb.options.xattrs:
+            raise os_error(errno.EOPNOTSUPP)
 
     @_handler
     async def setxattr(self, node: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
         # For XATTR_CREATE and XATTR_REPLACE pyfuse3 looks itself, before it asks. That an ACL costs the setgid bit is
         # for the kernel to say (fuse_set_acl()), which does so by a flag that pyfuse3 does not have.
+        self._check_xattrs()
         caller, operations = _caller(ctx), self.operations
 
         def change() -> None:
@@ -346,6 +355,7 @@ class Handlers(pyfuse3.Operations):
 
     @_handler
     async def removexattr(self, node: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        self._check_xattrs()
         await self._perform(partial(self.operations.removexattr, node, name, _caller(ctx)), ctx.pid)
 
     # -- files --------------------------------------------------------------------------------

@@ -494,6 +494,13 @@ def without_open(rows: Mapping[int, Row], directories: bool) -> dict[int, Row]:
     return kept
 
 
+def without_xattrs(rows: Mapping[int, Row]) -> dict[int, Row]:
+    """The rows of a union without extended attributes: the first request of each kind is ENOSYS, and the kernel says
+    EOPNOTSUPP from then on by itself."""
+    gone = (wire.SETXATTR, wire.GETXATTR, wire.LISTXATTR, wire.REMOVEXATTR)
+    return {opcode: each for opcode, each in rows.items() if opcode not in gone}
+
+
 def without_sync(rows: Mapping[int, Row]) -> dict[int, Row]:
     """The rows of a volatile union: the first FSYNC is ENOSYS, and the kernel asks for none any more."""
     return {opcode: each for opcode, each in rows.items() if opcode not in (wire.FSYNC, wire.FSYNCDIR)}

@@ -223,7 +223,7 @@ class MountProcess:
     def _begin_session(self, io: str) -> Session | PortableSession:
         if not self._is_portable:
             return Session(
-                self.mount_point, self._source(), self.flags_for(self.options), self.options.acl, io,
+                self.mount_point, self._source(), self.flags_for(self.options), self._acl(), io,
                 self.options.allow_idmap,
             )  # fmt: skip
         if self.options.allow_idmap or _id_map(self.options) is not None:
@@ -232,7 +232,11 @@ class MountProcess:
         # Not for everybody: importing pyfuse3 takes a while.
         from udbad.edge.portable_session import PortableSession
 
-        return PortableSession(self.mount_point, self._source(), self.flags_for(self.options), self.options.acl)
+        return PortableSession(self.mount_point, self._source(), self.flags_for(self.options), self._acl())
+
+    def _acl(self) -> bool:
+        """Whether the kernel is to ask for ACLs, which are attributes."""
+        return self.options.acl and self.options.xattrs
 
     def _make_edge(self) -> Native | Portable:
         session, stale = self.session, self.holding.stale
@@ -496,4 +500,5 @@ def _union_options(options: MountOptions) -> UnionOptions:
         dirren=options.dirren,
         fsync_copyup=options.fsync_copyup and not options.volatile,
         volatile=options.volatile,
+        xattrs=options.xattrs,
     )

@@ -213,6 +213,9 @@ class MountOptions:
     """statfs adds up all distinct branch file systems instead of showing the first branch."""
     acl: bool = _switch(True)
     """POSIX ACLs of the top copy are enforced and shown."""
+    xattrs: bool = _switch(True)
+    """Extended attributes, and with them ACLs and file capabilities, are shown and can be set; without this there are
+    none (ENOTSUP), which saves asking for them. Copy-ups keep them."""
     dio: bool = _switch(True)
     """O_DIRECT goes to the branch; without this it is EINVAL."""
     edge: str = _one_of("auto", "auto, native or pyfuse3", {"auto": "auto", "native": "native", "pyfuse3": "pyfuse3"})
@@ -319,6 +322,7 @@ _SWITCHES: Final = (
     "warn_perm",
     "sum",
     "acl",
+    "xattrs",
     "dio",
     "verbose",
     "xino",

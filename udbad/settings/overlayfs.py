@@ -36,6 +36,8 @@ _WORDS: Final = {
     "fsync=0": "volatile",
     "noacl": "noacl",
     "acl=0": "noacl",
+    "noxattrs": "noxattrs",
+    "noxattrs=1": "noxattrs",
     "squash_to_root": "squash_to_uid=0,squash_to_gid=0",
     "allow_idmap": "allow_idmap",
     "redirect_dir=on": "dirren=on",

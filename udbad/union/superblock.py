@@ -65,6 +65,7 @@ class UnionOptions:
     opaque_always: bool = False
     sum_space: bool = False
     acl: bool = True
+    xattrs: bool = True
     direct_io: bool = True
     fsync_copyup: bool = True
     dirren: str = "off"
