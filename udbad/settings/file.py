@@ -485,6 +485,6 @@ def _show(value: object) -> str:
     """A value of the file in a message, as TOML would have it and not too long."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = shown(str(value))
+    text = shown(re.sub("://[^@/]*@", "://...@", str(value)))  # a password, perhaps, and this may be for a log
     text = f'"{text}"' if isinstance(value, str) else text
     return text if len(text) <= 120 else text[:117] + "..."

@@ -1,5 +1,6 @@
 """What the mounts of a configuration would be refused for if they began now: the rules of branch/accept.py, applied
-to what is there. Opens branches and mount points, which may hang; so it is for a command, not for the supervisor.
+to what is there, and whether the message bus of [hosts] answers. Opens branches and mount points, which may hang; so it
+is for a command, not for the supervisor.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from udbad.types import Perm
 
 
 def problems(config: Config) -> Iterator[Problem]:
-    """Why mounts that are enabled could not begin: of each the first reason, and the branches that are missing."""
+    """Why mounts that are enabled could not begin: of each the first reason, and the branches that are missing; and
+    why no host could be told."""
+    if config.hosts.urls:
+        yield from _bus_problems(config)
     active = [mount for mount in config.mounts.values() if mount.enabled]
     for mount in active:
         key = f"mounts.{mount.name}"
@@ -32,6 +36,20 @@ def problems(config: Config) -> Iterator[Problem]:
         except UserError as error:
             word = "mount_point" if error.code is ExitCode.MOUNT_POINT else "branches"
             yield Problem(config.origin[key], f"{key}.{word}", error.message)
+
+
+def _bus_problems(config: Config) -> Iterator[Problem]:
+    import asyncio  # only where there is one
+
+    from udbad.hosts.bus import BusError, BusSettings, connect
+
+    async def try_it() -> None:
+        await (await connect(BusSettings.of(config.hosts))).close()
+
+    try:
+        asyncio.run(try_it())
+    except (BusError, UserError) as error:
+        yield Problem(config.origin["hosts"], "hosts", str(error))
 
 
 def missing(mount: MountSettings) -> list[str]:

@@ -1,0 +1,116 @@
+"""`udbad watch`, `udbad subscribe` and [hosts], as somebody uses them; what they are right about is in t4_coherence."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.bus import Server, sshfs
+from tests.t5_daemon.daemon import COMMAND, Daemon, until
+from udbad.control import registry
+from udbad.control.protocol import ask
+
+pytestmark = pytest.mark.fuse
+
+PASSWORD = "not-for-others"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server("nats", tmp_path_factory.mktemp("bus"), ["--user", "u", "--pass", PASSWORD])
+    yield server
+    server.kill()
+
+
+class Site:
+    """A configuration that has nothing but [hosts]."""
+
+    def __init__(self, directory: Path, url: str) -> None:
+        self.secret = directory / "secret"
+        self.config = directory / "hosts.toml"
+        self.write_secret(PASSWORD, 0o600)
+        self.config.write_text(
+            f'[hosts]\nurls = ["{url}"]\ncredentials = "{self.secret}"\nbound = 1.0\nsettle = 0.0\nname = "here"\n'
+        )
+
+    def write_secret(self, password: str, mode: int) -> None:
+        self.secret.write_text(f"u:{password}\n")
+        self.secret.chmod(mode)
+
+
+@pytest.fixture
+def site(server: Server, tmp_path: Path) -> Site:
+    return Site(tmp_path, server.url)
+
+
+def start(daemon: Daemon, *words: str | Path) -> subprocess.Popen[str]:
+    """A command that has said its first line."""
+    command = subprocess.Popen(
+        [*COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=daemon.environment, cwd="/",
+    )  # fmt: skip
+    assert command.stdout is not None
+    assert command.stdout.readline().startswith(("watching 2 directories", "listening for a"))
+    return command
+
+
+def end(command: subprocess.Popen[str]) -> None:
+    command.terminate()
+    assert command.wait(60) == 0
+    assert command.stdout is not None
+    command.stdout.close()
+
+
+def test_a_change_on_the_server(daemon: Daemon, site: Site, tmp_path: Path) -> None:
+    export = tmp_path / "export"
+    (export / "d").mkdir(parents=True)
+    point = daemon.add("a", udba="notify")
+    with sshfs(export, daemon.branch("a", "base")) as branch:
+        daemon.start()
+        listening = start(daemon, "subscribe", "-c", site.config, "a", f"share={branch}")
+        watching = start(daemon, "watch", "-c", site.config, f"share={export}")
+        (entry,) = registry.entries(daemon.run_dir)
+
+        def is_believed() -> bool:
+            metrics = ask(entry.control, {"op": "metrics"}, 60.0)["metrics"]
+            states = {tuple(labels): value for labels, value in metrics["udbad_coherence_state"]}
+            return bool(states[str(branch), "healthy"] == 1)
+
+        until(is_believed, "lease")
+        assert not (point / "d/new").exists()
+        (export / "d/new").touch()
+        until((point / "d/new").exists, "change")
+        assert PASSWORD not in "".join(
+            Path(f"/proc/{command.pid}/cmdline").read_text() for command in (watching, listening)
+        )
+        end(watching)
+        until(lambda: not is_believed(), "end of the lease, as the publisher has said goodbye")
+        end(listening)
+        daemon.stop()
+
+
+def check(daemon: Daemon, site: Site) -> str:
+    done = subprocess.run(
+        [*COMMAND, "check-config", "-c", site.config], capture_output=True, text=True, env=daemon.environment,
+        cwd="/", check=False, timeout=60,
+    )  # fmt: skip
+    assert PASSWORD not in done.stderr
+    assert (done.returncode == 0) == (not done.stderr)
+    return done.stderr
+
+
+def test_the_configuration_is_checked(daemon: Daemon, site: Site, server: Server) -> None:
+    assert check(daemon, site) == ""
+    site.write_secret("wrong", 0o600)
+    assert "Authorization" in check(daemon, site)
+    site.write_secret(PASSWORD, 0o644)
+    assert "others may read it" in check(daemon, site)
+    site.config.write_text('[hosts]\nurls = ["nats://u:x@localhost:1"]\n')
+    said = check(daemon, site)
+    assert "without a password" in said
+    assert "x@" not in said
+    site.config.write_text('[hosts]\nurls = ["redis://127.0.0.1:1"]\n')
+    assert "hosts: redis://127.0.0.1:1: " in check(daemon, site)
