@@ -44,9 +44,9 @@ class Kind(Enum):
 class Replay:
     """One change of the union that was made directly.
 
-    was: what had the name before, where that is known; of RENAME, what the new name stood for. directory: whether what
-    was removed is one. origin: of RENAME, the old name. moved: of DELETE, away, wherever to. identity: of what was
-    removed or made. shown: of DELETE, whether watchers were told of the name. modified, closed: of CONTENT, what has
+    was: what had the name before, where that is known; of RENAME, what the new name stood for. directory: whether it
+    is one. origin: of RENAME, the old name. moved: of DELETE, away, wherever to. identity: of what was
+    removed or made. shown: whether watchers know of the name. modified, closed: of CONTENT, what has
     happened. tries: how often it could not be done yet.
     """
 
@@ -138,6 +138,17 @@ class Replays:
         self._pending.setdefault(self._key(one), one)
         self._wake()
 
+    def will_make(self, parent: Dir, name: bytes) -> bool:
+        """Whether it waits that this name was made."""
+        return (parent, name, Kind.CREATE) in self._pending
+
+    def split(self, one: Replay) -> None:
+        """A RENAME that cannot be shown as one: another object has one of its names by now."""
+        if one.origin is not None:
+            parent, name = one.origin
+            self.put_back(Replay(Kind.DELETE, parent, name, directory=one.directory))
+            self.put_back(Replay(Kind.CREATE, one.parent, one.name, identity=one.identity, shown=one.shown))
+
     # -- what Events finds ----------------------------------------------------------------------
 
     def end_of_burst(self) -> None:
@@ -149,17 +160,24 @@ class Replays:
         was: what it stood for, None where nobody had asked for it. kinds: bits of coherence/inotify.py.
         """
         self._forget_changes(parent, name)
-        made = self._pending.pop((parent, name, Kind.CREATE), None)
-        if made is not None and made.origin is not None:
-            # Moved twice: of the first name, watchers know.
-            (parent, name), made = made.origin, None
         directory = kinds & OF_DIRECTORY != 0 if was is None else type(was) is Dir
         moved = kinds & MOVED_FROM != 0
-        shown = made is None and not (was is None and kinds & MADE)
+        shown = not (was is None and kinds & MADE)
+        identity = None if was is None else was.identity
+        made = self._pending.pop((parent, name, Kind.CREATE), None)
+        if made is not None:
+            shown, identity = made.shown, made.identity
+            if made.origin is not None:
+                # Moved twice: of the first name, watchers know, and perhaps of one that the second has taken.
+                if shown:
+                    self._put(Replay(Kind.DELETE, parent, name, made.was, type(made.was) is Dir))
+                (parent, name), shown = made.origin, True
+        before = self._pending.get((parent, name, Kind.DELETE))
+        if before is not None and before.shown:
+            shown = True
         if not shown and not moved:
             return  # came and went
-        one = Replay(Kind.DELETE, parent, name, was, directory, moved=moved, shown=shown)
-        one.identity = made.identity if made is not None else was.identity if was is not None else None
+        one = Replay(Kind.DELETE, parent, name, was, directory, moved=moved, shown=shown, identity=identity)
         if self._put(one) and moved:
             if one.identity is None:
                 self._last_gone = one
@@ -170,15 +188,15 @@ class Replays:
         """A name stands for an object that it did not stand for. identity: of that on its branch."""
         if not directory:
             _note(self._foreign, identity)
-        one = Replay(Kind.CREATE, parent, name, identity=identity)
+        over = self._pending.get((parent, name, Kind.DELETE))
+        one = Replay(Kind.CREATE, parent, name, directory=directory, identity=identity, shown=over is not None)
         if kinds & MOVED_TO:
             away = self._gone.get(identity) or self._last_gone
             if away is not None:
                 one.kind, one.origin = Kind.RENAME, (away.parent, away.name)
                 self._pending.pop(self._key(away), None)
                 self._settled(away)
-                over = self._pending.get((parent, name, Kind.DELETE))
-                if over is not None and not over.moved:
+                if over is not None and over is not away and not over.moved and over.directory == directory:
                     one.was = over.was
                     del self._pending[self._key(over)]
         self._put(one)

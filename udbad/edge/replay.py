@@ -48,7 +48,7 @@ A_SECOND: Final = 1000
 """Replays, at most; what comes faster has to wait, and becomes less by that."""
 _GATHER_SECONDS: Final = 0.01
 """How long the first one waits for more of the same."""
-_TRIES: Final = 4
+_TRIES: Final = 8
 _RETRY_SECONDS: Final = 0.01
 _LINGER_SECONDS: Final = 2.0
 _CALM_SECONDS: Final = 0.1
@@ -192,13 +192,13 @@ class Replayer:
         """What was removed: the same inode for who watches it, and a link more than there are."""
         was = one.was
         if was is not None and self._fs.table.nodes.get(was.id) is was:
-            if not one.directory:
+            if type(was) is not Dir:
                 with suppress(OSError):
                     return self._given(was, _status(self._fs.sb.stat(was), 1))
             if was.parent is None:
                 return self._given(was, _status(None, 1, was.kind))
         self._ghosts += 1
-        kind = st_mod.S_IFDIR if one.directory else st_mod.S_IFREG
+        kind = was.kind if was is not None else st_mod.S_IFDIR if one.directory else st_mod.S_IFREG
         ghost = Node(self._ghosts, kind, one.parent.branch, 0, 0)
         return self._given(ghost, _status(None, 1, kind))
 
@@ -311,6 +311,8 @@ class Replayer:
             message = self._message(one)
         except OSError:
             message = None
+        if message is None and one.kind is Kind.RENAME:
+            self.replays.split(one)
         if message is None:
             return True  # overtaken: whatever came instead is replayed, if it is to be
         self._expected, self._came = one, False
@@ -332,7 +334,10 @@ class Replayer:
         hopeless = number in (None, errno.EROFS, errno.ENODEV) or one.tries >= _TRIES
         # What is mounted on a name would be detached when the kernel is told that there is no such name.
         if hopeless or (one.kind in _NAMED and await trio.to_thread.run_sync(self._mounts_inside)):
-            self._lost += 1
+            if one.kind is Kind.RENAME:
+                self.replays.split(one)
+            else:
+                self._lost += 1
             return
         notifier = self._operations.coherence.notifier
         notifier.expire(one.parent.id, one.name)
@@ -358,12 +363,20 @@ class Replayer:
             return self._words(word, one, b"%d" % (kind | 0o600))
         if one.kind is Kind.RENAME and one.origin is not None:
             path = path_in(one.origin[0])
-            if path is None:
+            if path is None or not self._is_renamed(one, *one.origin):
                 return None
             return b"\0".join((b"rename", path or b".", one.origin[1], path_in(one.parent) or b".", one.name))
         if one.kind is Kind.ATTRIBUTES:
             return self._words(b"attributes", one)
         return self._content(one, kind)
+
+    def _is_renamed(self, one: Replay, parent: Dir, name: bytes) -> bool:
+        """Whether the new name is that of what was moved, and the old one of nothing, or of what is shown next."""
+        node, _ = self._node_and_status(one)
+        is_directory = type(node) is Dir
+        fits = one.was is None or (type(one.was) is Dir) == is_directory
+        free = self.replays.will_make(parent, name) or self._fs.lookup(parent.id, name) is None
+        return node.identity == one.identity and fits and free
 
     @staticmethod
     def _other_name(one: Replay) -> tuple[bytes, bytes] | None:
