@@ -160,7 +160,7 @@ class InoMap:
     def skip(self, numbers: Iterable[int]) -> None:
         """These are somebody's already, whatever the state says that is to come: after `restore`."""
         spare = [number for number in numbers if number >= _SPARE and not self.branch_ino(number)]
-        self._next_spare = max([self._next_spare, *map(_after, spare)])
+        self._next_spare = max(self._next_spare, max(map(_after, spare), default=0))
 
     def __len__(self) -> int:
         """How many objects need a table entry."""
