@@ -106,8 +106,6 @@ class Coherence:
         """(branch index, kind bits of coherence/inotify.py) to number of events."""
         self.replays: Replays | None = None
         """Has watchers of the union see direct changes; None: they do not."""
-        self.lapsed = 0
-        """Leases that were not renewed."""
 
     def start(self) -> None:
         """Take over a tree, freshly mounted or handed over by another strategy: nothing in it is trusted yet."""

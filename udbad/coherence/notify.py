@@ -123,7 +123,6 @@ class NotifyCoherence(Coherence):
             for index in over:
                 branch = self.sb.branches[index]
                 log.warning("branch %s: nobody vouches for it any more; served as reval", branch.describe())
-            self.lapsed += len(over)
             self.drop_everything()
 
     @property

@@ -94,6 +94,10 @@ class Tree:
 
     def _heal(self) -> None:
         """After events were lost: directories may have come that nobody watches."""
+        if not os.fstat(
+            self._fd
+        ).st_nlink:  # as we have it open, there is no event of that (inotify(7), IN_DELETE_SELF)
+            raise FileNotFoundError(errno.ENOENT, "the directory that is watched has gone")
         while self._lost:
             self._lost = False
             log.warning("events were lost: everything may have changed")
@@ -162,8 +166,6 @@ class Tree:
             if directory.watch is None:
                 continue  # it is another one's by now, and told of from above
             if kinds & GONE and not name:
-                if directory is self._top:
-                    raise OSError(errno.ENOENT, "the directory that is watched has gone")
                 continue
             self._changed(directory, name, kinds)
 
