@@ -13,7 +13,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ import pytest
 from tests.t2_core.fake_notifier import FakeNotifier
 from udbad.branch import syscalls
 from udbad.branch.accept import open_branches, prepare_writable
+from udbad.branch.branches import BranchSet
 from udbad.branch.credentials import Credentials
 from udbad.branch.policy import parse_copyup, parse_create
 from udbad.branch.spec import parse_branches
@@ -216,17 +217,23 @@ def core(
     max_fds: int = 1000,
     all_fds: int = sys.maxsize,
     whiteouts: str = "aufs",
+    served: BranchSet | None = None,
     **options: Any,
 ) -> Iterator[Core]:
     """A union of directories below `directory` (name → permission, top first), which are made if missing.
 
-    options: fields of UnionOptions. At the end every descriptor it holds is closed.
+    served: what another process has of them, by whose mounts they are reached. options: fields of UnionOptions.
+    At the end every descriptor it holds is closed.
     """
     paths = {name: directory / name for name in (layers or {"top": "rw", "base": "ro"})}
     for path in (*paths.values(), directory / "mnt"):
         path.mkdir(parents=True, exist_ok=True)
     text = ":".join(f"{paths[name]}={perm}" for name, perm in (layers or {"top": "rw", "base": "ro"}).items())
-    branches = open_branches(parse_branches(text), False, os.fsencode(directory / "mnt"), whiteouts)
+    if served is None:
+        branches = open_branches(parse_branches(text), False, os.fsencode(directory / "mnt"), whiteouts)
+    else:
+        ones = [replace(one, root_fd=os.dup(one.root_fd), anchor_fd=os.dup(one.anchor_fd)) for one in served.branches]
+        branches = BranchSet(tuple(ones), served.generation)
     umask = os.umask(0o022)
     try:
         for branch in branches.branches:

@@ -336,7 +336,7 @@ def outcome(
                 pass
         if answer is None:
             meanwhile(directory)
-            last = stack.enter_context(mounted(directory, layers, first.record, **options))
+            last = stack.enter_context(mounted(directory, layers, first.record, served=first.fs.sb.branches, **options))
             last.send(opcode, node, body, UNIQUE | RESENT)
             answer = last.answer()
             assert answer is not None

@@ -8,6 +8,7 @@ import shutil
 import stat as st_mod
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.t2_core.core import refuse_tmpfile
-from tests.t2_core.killed import UNIQUE, Faults, Killed, Mount, Request, mounted, outcome, swept
+from tests.t2_core.killed import UNIQUE, Faults, Killed, Mount, Request, descriptors, mounted, outcome, swept
 from udbad.branch.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from udbad.edge.once import REPEATED, RULES
 from udbad.edge.slot import RESENT
@@ -606,3 +607,41 @@ def test_a_handle_that_was_given_since_stays(tmp_path: Path) -> None:
             last.send(opcode, node, body, UNIQUE | RESENT)
             assert last.answer() == (UNIQUE | RESENT, 0, b"")
             assert handle in last.fs.handles.files
+
+
+OF_DIRECTORIES = {
+    "rename-dir": "n", "rename-dir-over-lower-empty": "e", "rename-dir-beside-lower-hidden": "n",
+    "rename-lower-empty-dir": "n", "redirect-merged": "n", "redirect-lower": "n",
+}  # fmt: skip
+"""Of cases: the name that a directory has afterwards."""
+
+
+@pytest.mark.parametrize("name", OF_DIRECTORIES)
+def test_a_directory_stays_itself(tmp_path: Path, name: str) -> None:
+    """Whoever is in one that is renamed, wherever its process is killed."""
+    case, faults, at = CASES[name], Faults(), 0
+    before = descriptors()
+    while not at or faults.fired:
+        at += 1
+        directory = tmp_path / str(at)
+        build(directory, case.content)
+        with mounted(directory, case.layers, **case.options) as first:
+            number = first.id("d")
+            opcode, node, body = case.ask(first)
+            first.record.flush()
+            faults = Faults(at, after=True)
+            with faults.armed(), suppress(Killed):
+                first.send(opcode, node, body)
+            served = first.fs.sb.branches
+            with mounted(directory, case.layers, first.record, served=served, **case.options) as last:
+                if faults.fired:
+                    last.send(opcode, node, body, UNIQUE | RESENT)
+                    answer = last.answer()
+                    assert answer is not None
+                    assert answer[1] == 0
+                assert last.id(OF_DIRECTORIES[name]) == number, faults.calls[-1]
+    del first, last
+    gc.collect()
+    for fd in descriptors() - before:
+        os.close(fd)  # of what was killed
+    assert at > 2

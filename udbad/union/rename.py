@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from udbad.branch import notation, syscalls, whiteout
 from udbad.branch.branches import Branch
@@ -146,6 +146,11 @@ def _move(
     redirected = written = False
     if type(src_node) is Dir:
         redirected, written = _keep_below(sb, src_node, branch)
+        record = sb.table.record
+        if record is not None and src_node in record.changed:
+            # Of a part that it has got just now, whoever finds it under the new name must know.
+            with suppress(OSError):  # that is said after the operation
+                record.flush()
     if sb.notes is not None:
         replaced = (0, 0, 0) if old is None else (old.st_dev, old.st_ino, old.st_nlink)
         sb.notes.intend(branch.index, *src_node.identity, *replaced)
