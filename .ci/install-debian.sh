@@ -7,7 +7,7 @@ set -eu
 run_packages=(
     make git gcc libc6-dev pkg-config
     python3 python3-dev python3-venv
-    libfuse3-dev fuse3 mount util-linux
+    libfuse3-dev fuse3 mount util-linux inotify-tools
     attr acl
 )
 
