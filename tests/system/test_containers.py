@@ -248,7 +248,7 @@ def uppermost_layer(path: Path) -> dict[str, tuple[object, ...]]:
     found: dict[str, tuple[object, ...]] = {}
     with tarfile.open(fileobj=io.BytesIO(data)) as layer:
         for one in layer:
-            content = layer.extractfile(one)
+            content = layer.extractfile(one) if one.isreg() else None
             xattrs = {key: value for key, value in one.pax_headers.items() if key.startswith("SCHILY")}
             found[one.name] = (
                 one.type, one.mode, one.uid, one.gid, one.linkname, one.devmajor, one.devminor, xattrs, one.size,
