@@ -7,13 +7,13 @@ set -eu
 run_packages=(
     make git gcc libc6-dev pkg-config
     python3 python3-dev python3-venv
-    libfuse3-dev fuse3 mount util-linux inotify-tools
+    libfuse3-dev fuse3 mount util-linux
     attr acl
 )
 
 # Only for the tests and the benchmark.
 test_packages=(
-    build-essential debootstrap fish libcap2-bin procps rsync strace
+    build-essential debootstrap fish inotify-tools libcap2-bin procps rsync strace
     btrfs-progs e2fsprogs squashfs-tools xfsprogs
     buildah podman crun uidmap busybox-static
     postgresql sqlite3 prometheus openssl fuse-overlayfs mergerfs openssh-server sshfs systemd zsh mandoc man-db
