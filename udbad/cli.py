@@ -54,6 +54,7 @@ COMMANDS: Final = {
         "hosts",
         "Have MOUNT hear what other hosts change on each branch DIR, which they call NAME, for as long as this runs.",
     ),
+    "subscriber": ("hosts", ""),
     "sync": ("tools", "Merge a branch of MOUNT down into the branch below it, while the mount is used."),
     "top": ("top", "Operations, latency, lookup depth, copy-ups and invalidations of every mount, live."),
     "udba": ("inspect", "Change how MOUNT follows direct changes of its branches."),

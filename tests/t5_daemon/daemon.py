@@ -44,6 +44,8 @@ def until(condition: Callable[[], Any], what: str, timeout: float = DEADLINE) ->
 
 def toml(value: object) -> str:
     """A value as TOML has it; JSON's strings, numbers and lists are TOML's."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml(one)}" for key, one in value.items()) + " }"
     return json.dumps(value)
 
 
@@ -55,6 +57,7 @@ class Daemon:
         self.run_dir = tempfile.mkdtemp(prefix="udbad-run-")
         self.config = tmp_path / "udbad.toml"
         self.settings: dict[str, object] = {"run_dir": self.run_dir}
+        self.hosts: dict[str, object] = {}
         self.mounts: dict[str, dict[str, object]] = {}
         self.process: Process | None = None
         self.executed = False
@@ -85,7 +88,8 @@ class Daemon:
     def write(self) -> None:
         """Write the configuration; at once, as a careful editor does."""
         lines = ["[metrics]", 'listen = "off"']
-        for title, table in {"daemon": self.settings, **{f"mounts.{k}": v for k, v in self.mounts.items()}}.items():
+        tables = {"daemon": self.settings, "hosts": self.hosts, **{f"mounts.{k}": v for k, v in self.mounts.items()}}
+        for title, table in tables.items():
             lines += [f"[{title}]", *(f"{key} = {toml(value)}" for key, value in table.items())]
         temporary = self.config.with_suffix(".new")
         temporary.write_text("\n".join(lines) + "\n")

@@ -147,6 +147,25 @@ def test_conf_d_is_read_in_order_and_a_table_is_in_one_file_only(tmp_path: Path)
             ],
         ),
         (
+            '[hosts]\nurls = ["nats://bus"]\n[mounts.a]\nmount_point = "/m"\nbranches = "/x:/y"\n'
+            'published = { one = "/x/", two = "/x", other = "/z", base = "/y" }',
+            [
+                "mounts.a.published.two: /x is one already",
+                'mounts.a.published.other: found "/z", which is no branch of this mount',
+            ],
+        ),
+        (
+            '[mounts.a]\nmount_point = "/m"\nbranches = "/x"\npublished = { "a.b" = "/x" }',
+            [
+                "mounts.a.published: found {'a.b': '/x'}, must be a table of NAME = \"BRANCH\", NAME of letters, "
+                "digits, '_' and '-'"
+            ],
+        ),
+        (
+            '[mounts.a]\nmount_point = "/m"\nbranches = "/x"\npublished = { x = "/x" }',
+            ["mounts.a.published: there is no bus: [hosts] has no urls"],
+        ),
+        (
             '[mounts.a]\nmount_point = "/x/m"\nbranches = "/x"',
             ["mounts.a.branches: /x holds the mount point /x/m"],
         ),

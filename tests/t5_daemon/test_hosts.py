@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.bus import Server, sshfs
-from tests.t5_daemon.daemon import COMMAND, Daemon, until
+from tests.t5_daemon.daemon import COMMAND, Daemon, toml, until
 from udbad.control import registry
 from udbad.control.protocol import ask
 
@@ -32,9 +34,10 @@ class Site:
         self.secret = directory / "secret"
         self.config = directory / "hosts.toml"
         self.write_secret(PASSWORD, 0o600)
-        self.config.write_text(
-            f'[hosts]\nurls = ["{url}"]\ncredentials = "{self.secret}"\nbound = 1.0\nsettle = 0.0\nname = "here"\n'
-        )
+        self.table: dict[str, object] = {
+            "urls": [url], "credentials": str(self.secret), "bound": 1.0, "settle": 0.0, "name": "here"
+        }  # fmt: skip
+        self.config.write_text("[hosts]\n" + "".join(f"{key} = {toml(value)}\n" for key, value in self.table.items()))
 
     def write_secret(self, password: str, mode: int) -> None:
         self.secret.write_text(f"u:{password}\n")
@@ -72,14 +75,7 @@ def test_a_change_on_the_server(daemon: Daemon, site: Site, tmp_path: Path) -> N
         daemon.start()
         listening = start(daemon, "subscribe", "-c", site.config, "a", f"share={branch}")
         watching = start(daemon, "watch", "-c", site.config, f"share={export}")
-        (entry,) = registry.entries(daemon.run_dir)
-
-        def is_believed() -> bool:
-            metrics = ask(entry.control, {"op": "metrics"}, 60.0)["metrics"]
-            states = {tuple(labels): value for labels, value in metrics["udbad_coherence_state"]}
-            return bool(states[str(branch), "healthy"] == 1)
-
-        until(is_believed, "lease")
+        until(lambda: is_believed(daemon, branch), "lease")
         assert not (point / "d/new").exists()
         (export / "d/new").touch()
         until((point / "d/new").exists, "change")
@@ -87,9 +83,76 @@ def test_a_change_on_the_server(daemon: Daemon, site: Site, tmp_path: Path) -> N
             Path(f"/proc/{command.pid}/cmdline").read_text() for command in (watching, listening)
         )
         end(watching)
-        until(lambda: not is_believed(), "end of the lease, as the publisher has said goodbye")
+        until(lambda: not is_believed(daemon, branch), "end of the lease, as the publisher has said goodbye")
         end(listening)
         daemon.stop()
+
+
+def is_believed(daemon: Daemon, branch: Path) -> bool:
+    (entry,) = registry.entries(daemon.run_dir)
+    metrics = ask(entry.control, {"op": "metrics"}, 60.0)["metrics"]
+    states = {tuple(labels): value for labels, value in metrics["udbad_coherence_state"]}
+    return bool(states[str(branch), "healthy"] == 1)
+
+
+def subscribers(daemon: Daemon) -> list[int]:
+    """The pids of the daemon's own."""
+    assert daemon.process is not None
+    children = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"subscriber" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+
+
+def test_the_daemon_listens(daemon: Daemon, site: Site, tmp_path: Path) -> None:
+    """For a mount that says so, with what [hosts] says at the moment, and again when its process was killed."""
+    export = tmp_path / "export"
+    (export / "d").mkdir(parents=True)
+    point = daemon.add("a", udba="notify")
+    with sshfs(export, daemon.branch("a", "base")) as branch:
+        daemon.start()
+        assert subscribers(daemon) == []
+        watching = start(daemon, "watch", "-c", site.config, f"share={export}")
+        daemon.hosts = site.table
+        daemon.mounts["a"]["published"] = {"share": f"{branch}/."}
+        daemon.write()
+        daemon.command("reload")
+        until(lambda: is_believed(daemon, branch), "lease")
+        assert not (point / "d/new").exists()
+        (export / "d/new").touch()
+        until((point / "d/new").exists, "change")
+        (pid,) = subscribers(daemon)
+        daemon.command("reload")
+        assert subscribers(daemon) == [pid]
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not is_believed(daemon, branch), "end of the lease")
+        until(lambda: is_believed(daemon, branch), "lease")
+        (second,) = subscribers(daemon)
+        daemon.hosts["bound"] = 2.0
+        daemon.write()
+        daemon.command("reload")
+        until(lambda: subscribers(daemon) not in ([], [second]) and len(subscribers(daemon)) == 1, "another")
+        until(lambda: is_believed(daemon, branch), "lease")
+        daemon.command("umount", str(point))
+        until(lambda: not subscribers(daemon), "end of the process with its mount")
+        daemon.command("restart", "a")
+        daemon.wait_for("a")
+        until(lambda: is_believed(daemon, branch), "lease")
+        del daemon.mounts["a"]["published"]
+        daemon.write()
+        daemon.command("reload")
+        until(lambda: not subscribers(daemon) and not is_believed(daemon, branch), "end of the lease")
+        daemon.mounts["a"]["published"] = {"share": str(branch)}
+        daemon.write()
+        daemon.command("reload")
+        until(lambda: is_believed(daemon, branch), "lease")
+        (last,) = subscribers(daemon)
+        daemon.kill()
+        until(lambda: not Path(f"/proc/{last}").exists(), "end of the process with the daemon")
+        daemon.start()
+        until(lambda: is_believed(daemon, branch), "lease")
+        end(watching)
+        daemon.stop()
+        assert "the process that hears of other hosts has ended with -9" in daemon.log()
+        assert "Traceback" not in daemon.log()
 
 
 def check(daemon: Daemon, site: Site) -> str:

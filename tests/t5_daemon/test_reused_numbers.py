@@ -228,7 +228,7 @@ async def test_a_wedged_process_never_costs_somebody_else_his_mount(
 ) -> None:
     """Its mount was unmounted meanwhile, and the number has gone to another."""
     fusectl = kernel(there)
-    shared = Shared(DaemonSettings(), Pool(), lambda _: None)
+    shared = Shared(DaemonSettings(), Pool(), lambda _: None, lambda: None)
     runner = Runner(MountSettings("a", "/link/a", parse_mount_options("br=/x")), shared)
     runner.place, runner.connection = "/mnt/a", 40
     process = _Wedged()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +16,9 @@ from udbad.commands.common import run_dir_option, user_errors
 from udbad.commands.completion import mounts
 from udbad.commands.daemon import config_option
 from udbad.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from udbad.settings.file import HostsSettings
 
 _pairs = click.argument("pairs", metavar="NAME=DIR...", nargs=-1, required=True)
 
@@ -60,26 +65,49 @@ def subscribe(config: Path, run_dir: str, mount: str, pairs: tuple[str, ...]) ->
     [hosts] of the configuration says.
     """
     with user_errors():
-        import asyncio  # as above
-
-        from udbad.hosts.bus import BusSettings
-        from udbad.hosts.link import MountLink
-        from udbad.hosts.serving import subscribe as serve
-        from udbad.hosts.subscriber import Following, Subscriber
         from udbad.settings.file import load
 
         table = load(config).hosts
         logs.set_up("info", "plain")
-        settings = BusSettings.of(table)
-        subscribers = [
-            Subscriber(
-                settings,
-                Following(name, path, table.bound, table.settle, table.publishers),
-                MountLink(run_dir, mount, path),
-            )
-            for name, path in _named(pairs).items()
-        ]
-        asyncio.run(serve(subscribers, lambda: click.echo(f"listening for {mount}")))
+        _listen(table, run_dir, mount, _named(pairs), lambda: click.echo(f"listening for {mount}"))
+
+
+@click.command(hidden=True)
+def subscriber() -> None:
+    """As `subscribe`, for the daemon (supervisor/subscriptions.py), until standard input ends."""
+    import json  # not for a completion
+
+    from udbad.settings.file import HostsSettings
+
+    with user_errors():
+        job = json.loads(sys.stdin.buffer.readline())
+        logs.set_up(job["log_level"], job["log_format"], job["mount"])
+        table = HostsSettings.model_validate(job["hosts"])
+        _listen(table, job["run_dir"], job["mount"], job["published"], lambda: None, sys.stdin.fileno())
+
+
+def _listen(
+    table: HostsSettings, run_dir: str, mount: str, branches: Mapping[str, str], on_ready: Callable[[], None],
+    lifeline: int = -1,
+) -> None:  # fmt: skip
+    """branches: paths, by what hosts call them. lifeline: of `serving.subscribe`. Raises UserError."""
+    import asyncio  # as above
+
+    from udbad.hosts.bus import BusSettings
+    from udbad.hosts.link import MountLink
+    from udbad.hosts.serving import subscribe as serve
+    from udbad.hosts.subscriber import Following, Subscriber
+
+    settings = BusSettings.of(table)
+    subscribers = [
+        Subscriber(
+            settings,
+            Following(name, path, table.bound, table.settle, table.publishers),
+            MountLink(run_dir, mount, path),
+        )
+        for name, path in branches.items()
+    ]
+    asyncio.run(serve(subscribers, on_ready, lifeline))
 
 
 def _named(pairs: Sequence[str]) -> dict[str, str]:

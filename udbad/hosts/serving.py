@@ -104,17 +104,21 @@ async def watch(
             one.close()
 
 
-async def subscribe(subscribers: Sequence[Subscriber], on_ready: Callable[[], None]) -> None:
-    """Until SIGINT or SIGTERM. Raises UserError."""
+async def subscribe(subscribers: Sequence[Subscriber], on_ready: Callable[[], None], lifeline: int = -1) -> None:
+    """Until SIGINT or SIGTERM. lifeline: a descriptor at whose end it ends, too; -1: none. Raises UserError."""
     loop = asyncio.get_running_loop()
     tasks = [asyncio.ensure_future(one.run()) for one in subscribers]
 
     def end() -> None:
+        if lifeline >= 0:
+            loop.remove_reader(lifeline)
         for task in tasks:
             task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end)
+    if lifeline >= 0:
+        loop.add_reader(lifeline, end)  # nothing is written to it
     on_ready()
     await _together(tasks)
 

@@ -178,6 +178,17 @@ class MountKeys(_Table):
     """Whether it is mounted at all."""
     missing_branch: Literal["wait", "fail"] = Field(default="wait", description="wait or fail")
     """When a branch is not there: wait for it, or fail."""
+    published: dict[str, str] = Field(
+        default={}, description="a table of NAME = \"BRANCH\", NAME of letters, digits, '_' and '-'"
+    )
+    """Branches whose changes other hosts tell, by the names that they have on the bus of [hosts]: see Many hosts."""
+
+    @field_validator("published")
+    @classmethod
+    def _check_published(cls, value: dict[str, str]) -> dict[str, str]:
+        if any(re.fullmatch(BRANCH_ID, name) is None for name in value):
+            raise ValueError
+        return {name: os.path.normpath(path) for name, path in value.items()}
 
 
 class BranchTable(_Table):
@@ -202,6 +213,8 @@ class MountSettings:
     options: MountOptions
     enabled: bool = True
     missing_branch: str = "wait"
+    published: Mapping[str, str] = field(default_factory=dict)
+    """Paths of branches, by the names that hosts call them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +305,11 @@ class _Loader:
             if settings is not None:
                 mounts[name] = settings
         self._check_together(mounts)
+        if hosts is not None and not hosts.urls:
+            for mount in mounts.values():
+                if mount.published:
+                    key = f"mounts.{mount.name}"
+                    self.note(self.origin[key], f"{key}.published", "there is no bus: [hosts] has no urls")
         if self.problems or daemon is None or metrics is None or hosts is None:
             raise ConfigError(self.problems)
         return Config(daemon, metrics, hosts, mounts, tuple(map(str, files)), self.origin)
@@ -376,7 +394,17 @@ class _Loader:
         if keys is None or options is None or len(self.problems) > before:
             return None
         place = os.path.normpath(keys.mount_point)
-        return MountSettings(name, place, options, keys.enabled, keys.missing_branch)
+        self._check_published(file, f"{key}.published", keys.published, options)
+        return MountSettings(name, place, options, keys.enabled, keys.missing_branch, keys.published)
+
+    def _check_published(self, file: str, key: str, published: Mapping[str, str], options: MountOptions) -> None:
+        paths = {os.path.normpath(os.fsdecode(spec.path)) for spec in options.branches}
+        taken: dict[str, str] = {}
+        for name, path in published.items():
+            if path not in paths:
+                self.note(file, f"{key}.{name}", f"found {_show(path)}, which is no branch of this mount")
+            if taken.setdefault(path, name) != name:
+                self.note(file, f"{key}.{name}", f"{path} is {taken[path]} already")
 
     def _parses(self, file: str, key: str, parse: Callable[[str], object], value: str) -> bool:
         try:

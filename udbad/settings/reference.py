@@ -132,6 +132,7 @@ _LINKS = {
     ": see Durability": ": [Durability](modes.md#durability)",
     ": see Watching the union": ": [Watching the union](modes.md#watching-the-union)",
     ": see Containers": ": [Containers](containers.md)",
+    ": see Many hosts": ": [Many hosts](hosts.md)",
 }
 """Where in docs/ that is which a meaning sends its reader to."""
 

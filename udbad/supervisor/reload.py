@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import Enum
 
-from udbad.settings.file import DaemonSettings, MetricsSettings, MountSettings
+from udbad.settings.file import DaemonSettings, HostsSettings, MetricsSettings, MountSettings
 from udbad.settings.options import FIELDS, MountOptions
 
-OWN_KEYS = ("mount_point", "missing_branch", "enabled")
+OWN_KEYS = ("mount_point", "missing_branch", "enabled", "published")
 """Keys of a mount that are not mount options."""
 
 
@@ -24,7 +24,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """table: daemon, metrics or mounts.NAME; key: "" for all of it."""
+    """table: daemon, hosts, metrics or mounts.NAME; key: "" for all of it."""
 
     table: str
     key: str
@@ -61,6 +61,11 @@ def judge_daemon(old: DaemonSettings, new: DaemonSettings) -> list[Verdict]:
 
 def judge_metrics(old: MetricsSettings, new: MetricsSettings) -> list[Verdict]:
     return [Verdict("metrics", key, Outcome.NEEDS_RESTART) for key in _changed(MetricsSettings.model_fields, old, new)]
+
+
+def judge_hosts(old: HostsSettings, new: HostsSettings) -> list[Verdict]:
+    """Only processes that are started with them have any use for these (subscriptions.py)."""
+    return [Verdict("hosts", key, Outcome.APPLIED) for key in _changed(HostsSettings.model_fields, old, new)]
 
 
 def _changed(fields: Iterable[str], old: object, new: object) -> list[str]:

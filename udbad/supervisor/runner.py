@@ -58,11 +58,18 @@ class State(Enum):
 
 @dataclass(slots=True)
 class Shared:
-    """What all runners have in common. parent_of: the runner whose mount a path is in, if any."""
+    """What all runners have in common. parent_of: the runner whose mount a path is in, if any. changed: called when
+    the state of one has."""
 
     daemon: DaemonSettings
     pool: Pool
     parent_of: Callable[[str], Runner | None]
+    changed: Callable[[], None]
+
+
+def restart_delay(daemon: DaemonSettings, failures: int) -> float:
+    """Seconds to wait before another attempt, after so many in a row have failed."""
+    return min(daemon.restart_delay * 2.0 ** min(failures - 1, 30), daemon.restart_delay_max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +155,7 @@ class Runner:
         if (state, reason) != (self.state, self.reason):
             self.since = time.time()
         self.state, self.reason = state, reason
+        self.shared.changed()
 
     # -- the life of a mount ----------------------------------------------------------------------
 
@@ -199,7 +207,7 @@ class Runner:
                 self._renewing = False
                 self._set(State.RESTARTING, text)
                 if failures > 1 and not self.legacy:
-                    await self._pause(self._delay(failures - 1))
+                    await self._pause(restart_delay(self.shared.daemon, failures - 1))
 
     def _is_mounted(self) -> bool:
         """Whether our mount is there, served or dead."""
@@ -208,10 +216,6 @@ class Runner:
     def _is_stopping(self) -> bool:
         """`_stopping`, which changes while one waits."""
         return self._stopping
-
-    def _delay(self, failures: int) -> float:
-        daemon = self.shared.daemon
-        return min(daemon.restart_delay * 2.0 ** min(failures - 1, 30), daemon.restart_delay_max)
 
     async def _pause(self, seconds: float | None) -> None:
         """Wait, but not longer than until somebody wants something."""
@@ -369,7 +373,7 @@ class Runner:
                 missing = await self._missing(paths)
             return
         self._set(State.RESTARTING, failure.text)
-        delay = self._delay(failures)
+        delay = restart_delay(self.shared.daemon, failures)
         if failure.text != said:
             self.log.error("%s: %s; trying again", self.label, failure.text)
         await self._pause(max(delay, _LEAST_DELAY))
@@ -385,7 +389,7 @@ class Runner:
         """Try again for as long as its users may wait; then they get errors, and it is mounted anew."""
         patience = self.active.options.restart_timeout
         left = patience - (time.monotonic() - self._died) if patience else float("inf")
-        delay = max(self._delay(failures), _LEAST_DELAY)
+        delay = max(restart_delay(self.shared.daemon, failures), _LEAST_DELAY)
         self._set(State.RESTARTING, failure.text)
         self.log.error("%s: nobody could take it over: %s", self.label, failure.text)
         if self.legacy and delay < left:

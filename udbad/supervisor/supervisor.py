@@ -39,9 +39,11 @@ from udbad.supervisor.reload import (
     changed_keys,
     changed_options,
     judge_daemon,
+    judge_hosts,
     judge_metrics,
 )
 from udbad.supervisor.runner import Runner, Shared, State
+from udbad.supervisor.subscriptions import Job, Subscriptions
 from udbad.supervisor.workers import Pool, Worker
 
 log = logging.getLogger(__name__)
@@ -62,8 +64,9 @@ class Supervisor:
         self.config = config
         daemon = config.daemon.model_copy(update={"log_format": log_format or config.daemon.log_format})
         pool.log_format = daemon.log_format
-        self.shared = Shared(daemon, pool, self._parent_of)
+        self.shared = Shared(daemon, pool, self._parent_of, self._subscribe_soon)
         self.runners: dict[str, Runner] = {}
+        self._subscriptions = Subscriptions()
         self.reloaded = time.time()
         self.reload_succeeded = True
         self._reloading = asyncio.Lock()
@@ -98,6 +101,7 @@ class Supervisor:
             try:
                 await self._end.wait()
                 sdnotify.notify("STOPPING=1")
+                await self._subscriptions.close()
                 await self._finish()
             finally:
                 for task in self._tasks:
@@ -145,6 +149,27 @@ class Supervisor:
     def _add(self, runner: Runner) -> None:
         self.runners[runner.label] = runner
         runner.begin()
+
+    def _subscribe_soon(self) -> None:
+        asyncio.get_running_loop().call_soon(self._subscribe)
+
+    def _subscribe(self) -> None:
+        """Have mounts hear of other hosts, those that say so and are there, also while their process is another one."""
+        if not self._end.is_set():
+            there = [one for one in self.runners.values() if one.state in (State.SERVING, State.RESTARTING)]
+            jobs = {one.label: self._job(one.settings) for one in there if one.settings.published}
+            self._subscriptions.follow(jobs, self.shared.daemon)
+
+    def _job(self, settings: MountSettings) -> Job:
+        daemon = self.shared.daemon
+        return {
+            "mount": settings.name,
+            "published": dict(settings.published),
+            "hosts": self.config.hosts.model_dump(),
+            "run_dir": daemon.run_dir,
+            "log_level": daemon.log_level,
+            "log_format": daemon.log_format,
+        }
 
     async def _announce(self) -> None:
         """READY=1 once every mount has come up or has a reason not to."""
@@ -248,7 +273,7 @@ class Supervisor:
         settings = replace(active, options=parse_mount_options(entry.configured))
         wanted = self.config.mounts.get(entry.name)
         if wanted is not None:
-            settings = replace(settings, missing_branch=wanted.missing_branch)
+            settings = replace(settings, missing_branch=wanted.missing_branch, published=wanted.published)
         runner = Runner(settings, self.shared, transient=not entry.name)
         if entry.keeper:
             runner.legacy.add((entry.keeper, entry.record))
@@ -292,6 +317,7 @@ class Supervisor:
             self.reload_succeeded = True
             old, self.config = self.config, new
             verdicts = judge_daemon(old.daemon, new.daemon) + judge_metrics(old.metrics, new.metrics)
+            verdicts += judge_hosts(old.hosts, new.hosts)
             await self._use_daemon_settings(old.daemon, new.daemon)
             configured = [runner for runner in self.runners.values() if not runner.transient]
             known = {runner.settings.name for runner in configured}
@@ -309,6 +335,7 @@ class Supervisor:
                     verdicts.append(Verdict(f"mounts.{name}", "", Outcome.APPLIED, "new, is being mounted"))
             for result in await asyncio.gather(*changes):
                 verdicts += result
+            self._subscribe()
             _log_verdicts(verdicts)
             return verdicts
 
@@ -345,7 +372,7 @@ class Supervisor:
             return [Verdict(table, key, Outcome.APPLIED, "at the next start") for key in sorted(keys)]
         if runner.worker is not None:
             runner.refresh(runner.worker.pid)
-        outcomes = dict.fromkeys(keys & {"missing_branch", "enabled"}, Outcome.APPLIED)
+        outcomes = dict.fromkeys(keys & set(OWN_KEYS) - {"mount_point"}, Outcome.APPLIED)
         if "mount_point" in keys and runner.active.mount_point != new.mount_point:
             outcomes["mount_point"] = Outcome.NEEDS_REMOUNT
         values = {key: getattr(new.options, key) for key in keys - set(OWN_KEYS)}
