@@ -7,7 +7,8 @@ JSON; whoever serves HTTP turns the samples of all mounts into metric families, 
 a mount process without metrics= never loads it.
 
 Invariants: nothing here is on the path of a request but `Counts.observe`; a metric that is not in the
-table is never exported; label values come from closed sets, from the configuration, or from errno(3).
+table is never exported; label values come from closed sets, from the configuration, or from errno(3);
+names of hosts come from these, a bounded number.
 """
 
 from __future__ import annotations
@@ -152,6 +153,19 @@ METRICS: Final = (
     Metric("udbad_replays_dropped_total", "counter",
            "Direct changes that `replay` was to show and did not: too many at once, or refused by the kernel.",
            "Watchers have missed an event; caches are right all the same."),
+    Metric("udbad_hosts_believed", "gauge",
+           "Of a branch whose changes other hosts tell: 1 while it is believed, 0 while it is served as reval.",
+           "The mode asked for is not the one in use.", ("branch",)),
+    Metric("udbad_hosts_lag_seconds", "gauge",
+           "Seconds since the moment up to which a host has told everything that changed on the branch.",
+           "A few seconds are usual; more than `bound`, and the branch is not believed.", ("branch", "host")),
+    Metric("udbad_hosts_heartbeat_seconds", "gauge", "Seconds since anything was heard of the branch's other hosts.",
+           "The bus, the network or the file server's `udbad watch` is away.", ("branch",)),
+    Metric("udbad_hosts_gaps_total", "counter",
+           "Times that a message may have been missed; the first one is the beginning.",
+           "From then on the branch is served as reval for a while.", ("branch",)),
+    Metric("udbad_hosts_hints_total", "counter", "Paths of the branch that other hosts told the mount to look at.",
+           "What they change, and how much.", ("branch",)),
     Metric("udbad_watches", "gauge", "Watches this mount holds.", "Memory of the kernel, about 1 KiB each."),
     Metric("udbad_watch_limit", "gauge", "fs.inotify.max_user_watches.",
            "At the limit directories are served as reval."),

@@ -71,12 +71,27 @@ OPERATIONS = [
     {
         *("ping", "status", "stats", "metrics", "flush", "udba", "where", "why", "invalidate", "busy", "branches"),
         *("reconfigure", "configured", "remount", "log-level", "mvdown", "sync", "sync-status", "sync-stop"),
-        *("write-state", "renew", "feed", "lease"),
+        *("write-state", "renew", "feed", "lease", "heard"),
     },
 ]  # all but "stop", of the supervisor and of a mount process
 FIELDS = {
     *("mount", "force", "request", "mount_point", "options", "level", "keep_mounts", "mode", "path", "branch", "edits"),
-    *("configured", "overwrite_lower", "keep_upper", "source", "target", "reads", "command", "hints", "until", "anew"),
+    *(
+        "configured",
+        "overwrite_lower",
+        "keep_upper",
+        "source",
+        "target",
+        "reads",
+        "command",
+        "hints",
+        "until",
+        "anew",
+        "hosts",
+        "gaps",
+        "told",
+        "last",
+    ),
 }
 NONSENSE: list[object] = [
     *(None, True, 3, -1.5, 10**400, "", "/", "..", "\0", "a\0b", "\ud800", "/\udfff/x", "\udcff", "x" * 3000),

@@ -7,11 +7,12 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.bus import Server, sshfs
-from tests.t5_daemon.daemon import COMMAND, Daemon, toml, until
+from tests.t5_daemon.daemon import COMMAND, DEADLINE, Daemon, toml, until
 from udbad.control import registry
 from udbad.control.protocol import ask
 
@@ -88,10 +89,15 @@ def test_a_change_on_the_server(daemon: Daemon, site: Site, tmp_path: Path) -> N
         daemon.stop()
 
 
-def is_believed(daemon: Daemon, branch: Path) -> bool:
+def metrics(daemon: Daemon) -> dict[str, Any]:
+    """Of the only mount."""
     (entry,) = registry.entries(daemon.run_dir)
-    metrics = ask(entry.control, {"op": "metrics"}, 60.0)["metrics"]
-    states = {tuple(labels): value for labels, value in metrics["udbad_coherence_state"]}
+    found: dict[str, Any] = ask(entry.control, {"op": "metrics"}, DEADLINE)["metrics"]
+    return found
+
+
+def is_believed(daemon: Daemon, branch: Path) -> bool:
+    states = {tuple(labels): value for labels, value in metrics(daemon)["udbad_coherence_state"]}
     return bool(states[str(branch), "healthy"] == 1)
 
 
@@ -120,6 +126,10 @@ def test_the_daemon_listens(daemon: Daemon, site: Site, tmp_path: Path) -> None:
         (export / "d/new").touch()
         until((point / "d/new").exists, "change")
         (pid,) = subscribers(daemon)
+        until(lambda: sum(count for _, count in metrics(daemon)["udbad_hosts_hints_total"]), "reading")
+        (((path, host), lag),) = metrics(daemon)["udbad_hosts_lag_seconds"]
+        assert (path, host) == (str(branch), "here")
+        assert 0 <= lag < DEADLINE
         daemon.command("reload")
         assert subscribers(daemon) == [pid]
         os.kill(pid, signal.SIGKILL)
@@ -140,6 +150,7 @@ def test_the_daemon_listens(daemon: Daemon, site: Site, tmp_path: Path) -> None:
         daemon.write()
         daemon.command("reload")
         until(lambda: not subscribers(daemon) and not is_believed(daemon, branch), "end of the lease")
+        assert metrics(daemon)["udbad_hosts_believed"] == []
         daemon.mounts["a"]["published"] = {"share": str(branch)}
         daemon.write()
         daemon.command("reload")

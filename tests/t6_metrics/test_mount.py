@@ -14,7 +14,8 @@ from tests.helpers.mount import Mount, UnionFactory
 from tests.helpers.profile import scaled
 from tests.t2_core.fake_notifier import HeldWrite, Message
 from tests.t6_metrics.daemon import small_tmpfs
-from tests.t6_metrics.scrape import Page, scrape, stir, wait_for
+from tests.t6_metrics.scrape import DEADLINE, Page, scrape, stir, wait_for
+from udbad.coherence import leases
 from udbad.kernel.boundary import operations
 from udbad.kernel.invalidator import Invalidator
 from udbad.metrics import METRICS
@@ -68,6 +69,10 @@ def test_every_metric_is_there_with_its_labels(union: UnionFactory, tmp_path: Pa
     mount = union(udba="notify", options=METRICS_ON)
     with (mount.path / "file").open("ab") as file:
         file.write(b"y")
+    told = {"op": "heard", "branch": str(mount["base"])}
+    moment = leases.now()
+    heard = {"gaps": 2, "told": 7, "last": moment, "hosts": {"server": moment - 30, "a\ud800": moment}}
+    assert mount.control({**told, **heard})["ok"]
     page = scrape(port(mount))
     for metric in METRICS:
         name = f"{metric.name}_count" if metric.type == "histogram" else metric.name
@@ -87,6 +92,16 @@ def test_every_metric_is_there_with_its_labels(union: UnionFactory, tmp_path: Pa
     assert page.one("udbad_branch_writable", branch=str(mount["top"])) == 1
     assert page.one("udbad_branch_writable", branch=str(mount["base"])) == 0
     assert page.one("udbad_watches") == 2
+    assert page.one("udbad_hosts_gaps_total", branch=str(mount["base"])) == 2
+    assert page.one("udbad_hosts_hints_total") == 7
+    assert 30 <= page.one("udbad_hosts_lag_seconds", host="server") < 30 + DEADLINE
+    assert 0 <= page.one("udbad_hosts_heartbeat_seconds") < DEADLINE
+    assert page.one("udbad_hosts_believed") == 1
+    many = {f"host{number}": 1.0 for number in range(1000)}
+    assert mount.control({**told, **heard, "hosts": many})["ok"]
+    assert len(scrape(port(mount)).all("udbad_hosts_lag_seconds")) == 64
+    assert mount.control(told)["ok"]
+    assert "udbad_hosts" not in {name[:11] for name, _ in scrape(port(mount)).series}
     # The scrape itself has a few.
     assert 0 <= page.one("process_open_fds") - len(os.listdir(f"/proc/{mount.process.pid}/fd")) < 10
 

@@ -20,6 +20,9 @@ from tests.t6_metrics.daemon import Daemon, daemon, small_tmpfs
 from tests.t6_metrics.prometheus import Prometheus, prometheus
 from tests.t6_metrics.scrape import scrape, stir
 from tests.t6_metrics.test_table import DASHBOARD, PANELS, expressions, units
+from udbad.coherence import leases
+from udbad.control import registry
+from udbad.control.protocol import ask
 
 pytestmark = pytest.mark.fuse
 
@@ -63,6 +66,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory, _open_base: Path) -> Iterato
             "full": f'branches = ["{base}/small=rw", "{base}/low=ro"]',
         }
         running = stack.enter_context(daemon(base, mounts))
+        busy = next(one for one in registry.entries(str(running.scratch / "run")) if one.name == "busy")
+        moment = leases.now()
+        heard = {"gaps": 1, "told": 5, "last": moment, "hosts": {"server": moment}}
+        ask(busy.control, {"op": "heard", "branch": str(base / "base"), **heard}, 60.0)
         server = stack.enter_context(prometheus(base, running.port))
         stack.enter_context(under_load(running.path("busy"), base / "base"))
         # rate() needs a scrape before: the series of the errno begins with the first failure.
@@ -106,7 +113,7 @@ def test_rules_have_data(scene: Scene) -> None:
     """Of an alert what it compares: that it fires when it should is with promtool."""
     groups = scene.server.api("rules")["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
-    assert len(rules) == 22
+    assert len(rules) == 25
     for rule in rules:
         expression = rule["query"]
         if rule["type"] == "alerting":

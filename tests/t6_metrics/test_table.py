@@ -129,6 +129,7 @@ def test_dashboard_rows_and_variables() -> None:
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
     assert rows == [
         "Overview", "Operations", "Lookup depth", "Copy-up", "Coherence", "Branches and space", "Process", "Survival",
+        "Many hosts",
     ]  # fmt: skip
     assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == ["datasource", "mount"]
     assert next(panel for panel in PANELS if panel["type"] == "heatmap")["targets"][0]["format"] == "heatmap"
@@ -167,7 +168,11 @@ def units(expression: str) -> tuple[str, ...]:
         return ("Bps",) if "rate(" in expression else ("bytes",)
     if "_seconds_sum" in expression or "cpu_seconds_total" in expression:
         return ("percentunit",)  # seconds a second
-    if "histogram_quantile" in expression or "lag_seconds" in expression or "start_time_seconds" in expression:
+    if (
+        "histogram_quantile" in expression
+        or re.search("(lag|heartbeat)_seconds", expression)
+        or "start_time_seconds" in expression
+    ):
         return ("s",)
     if "depth_sum" in expression:
         return ("short",)

@@ -11,7 +11,7 @@ from udbad.control.asyncclient import ask_async
 from udbad.control.protocol import Message
 from udbad.errors import UserError
 from udbad.hosts.message import Change
-from udbad.hosts.subscriber import Leased, MountGone
+from udbad.hosts.subscriber import Leased, MountGone, Readings
 
 _SECONDS: Final = 10.0
 
@@ -34,6 +34,14 @@ class MountLink:
         """Raises MountGone."""
         answer = await self._ask({"op": "lease", "branch": self._branch, "until": until, "anew": anew})
         return Leased(answer["leased"] is True, str(answer["fs_type"]))
+
+    async def heard(self, readings: Readings | None) -> None:
+        """Raises MountGone."""
+        request: Message = {"op": "heard", "branch": self._branch}
+        if readings is not None:
+            known = {name: passed for name, passed in readings.hosts.items() if passed is not None}
+            request |= {"gaps": readings.gaps, "told": readings.hints, "last": readings.heard, "hosts": known}
+        await self._ask(request)
 
     async def _ask(self, request: Message) -> Message:
         control = self._control

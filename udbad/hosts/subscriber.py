@@ -55,6 +55,9 @@ class Link(Protocol):
     async def lease(self, until: float, anew: bool) -> Leased:
         """`udbad.mount.leasing`. anew: whatever is believed so far may be wrong."""
 
+    async def heard(self, readings: Readings | None) -> None:
+        """For its metrics, until it is told again. None: nobody listens any more."""
+
 
 @dataclass(slots=True)
 class Following:
@@ -91,6 +94,8 @@ class Readings:
     reason: str = ""
     gaps: int = 0
     hints: int = 0
+    heard: float = 0.0
+    """When anything was heard (`leases.now`)."""
     covered: float | None = None
     """Everything before this moment (`leases.now`) has been told."""
     hosts: dict[str, float | None] = field(default_factory=dict)
@@ -148,7 +153,7 @@ class Subscriber:
 
     async def run(self) -> None:
         """Until it is cancelled; the mount then believes the branch no more."""
-        again = asyncio.create_task(self._look_again())
+        aside = [asyncio.create_task(self._look_again()), asyncio.create_task(self._report())]
         try:
             while True:
                 try:
@@ -165,8 +170,10 @@ class Subscriber:
                     self._note("waiting", str(error))
                     await self._retry.wait(str(error))
         finally:
-            again.cancel()
+            for task in aside:
+                task.cancel()
             try:
+                await self._link.heard(None)
                 await self._link.lease(0.0, True)
             except MountGone:
                 pass
@@ -232,7 +239,7 @@ class Subscriber:
         except Unreadable as error:
             await self._gap(f"a message that cannot be read: {error}")
             return
-        self._heard = now()
+        self._heard = self.readings.heard = now()
         verdict = self._sequences.see(told)
         if verdict is Verdict.REPEATED:
             return
@@ -279,6 +286,13 @@ class Subscriber:
             except MountGone:
                 self._anew = True
             self._later.popleft()
+
+    async def _report(self) -> None:
+        """Tell the mount how it stands, for its metrics."""
+        while True:
+            with contextlib.suppress(MountGone):
+                await self._link.heard(self.readings)
+            await asyncio.sleep(self._following.bound / _MARKS_IN_BOUND)
 
     async def _passed(self, host: _Host, marks: Sequence[str]) -> None:
         moments = [self._sent[mark] for mark in marks if mark in self._sent]

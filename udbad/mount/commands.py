@@ -28,6 +28,7 @@ from udbad.kernel.boundary import operations
 from udbad.logs import set_level
 from udbad.mount import rebranch, strictness
 from udbad.mount.carrying import Carrying
+from udbad.mount.hearing import Heard
 from udbad.mount.leasing import Leasing
 from udbad.mount.offline import check_answering
 from udbad.settings.options import FIELDS, MountOptions, parse_mount_options, parse_remount
@@ -74,6 +75,7 @@ class Commands:
             "invalidate": self.invalidate,
             "feed": self.feed,
             "lease": self.leasing.lease,
+            "heard": self.heard,
             "busy": self.busy,
             "branches": self.branches,
             "reconfigure": self.reconfigure,
@@ -147,6 +149,16 @@ class Commands:
     async def metrics(self, request: Message) -> dict[str, Any]:
         """What the metrics endpoint asks for at each scrape (metrics.Samples)."""
         return {"metrics": await self.process.readings.samples()}
+
+    async def heard(self, request: Message) -> dict[str, Any]:
+        """What is known of the hosts that change "branch" is this from now on (hearing.py)."""
+        heard = Heard.of(request)
+        branch = await rebranch.find(self.process.sb.branches, os.fsencode(text_of(request, "branch")))
+        if heard is None:
+            self.process.readings.heard.pop(branch.id, None)
+        else:
+            self.process.readings.heard[branch.id] = heard
+        return {}
 
     async def where(self, request: Message) -> dict[str, Any]:
         """Which branch serves a path, and every copy of it."""

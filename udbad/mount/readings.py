@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Final
 
 from udbad import __version__
 from udbad.branch.branches import Branch
-from udbad.coherence import inotify
+from udbad.coherence import inotify, leases
 from udbad.coherence.replays import Kind
 from udbad.edge.native import Native
 from udbad.kernel.boundary import operations
 from udbad.metrics import COHERENCE_STATES, COPYUP_BUCKETS, DEPTH_BUCKETS, EVENT_KINDS, Counts, Samples
+from udbad.mount.hearing import Heard
 from udbad.types import Trigger
 from udbad.union.copyup import Job
 
@@ -56,6 +57,8 @@ class MetricsReader:
         self._copied = 0
         self._failures: dict[str, int] = {}
         self._asked: set[int] = set()
+        self.heard: dict[int, Heard] = {}
+        """By the id of a branch: what is heard of other hosts."""
         process.edge.waiting.on_copyup = self._copied_up
         process.edge.waiting.on_copyup_failed = self._copyup_failed
 
@@ -81,6 +84,7 @@ class MetricsReader:
             **self._copying(),
             **self._coherence(),
             **self._replays(),
+            **self._hosts(),
             **self._tables(),
             **self._survival(),
             **self._branches(spaces),
@@ -159,6 +163,26 @@ class MetricsReader:
         return {
             "udbad_replayed_events_total": [((kind.value,), done[kind]) for kind in Kind],
             "udbad_replays_dropped_total": [((), 0 if replayer is None else replayer.dropped)],
+        }
+
+    def _hosts(self) -> Samples:
+        process, moment = self._process, leases.now()
+        branches = process.sb.branches.branches
+        known = [(text(one.path), one, self.heard[one.id]) for one in branches if one.id in self.heard]
+        return {
+            "udbad_hosts_believed": [
+                ((path,), int(process.coherence.state_of(branch) == "healthy")) for path, branch, _ in known
+            ],
+            "udbad_hosts_lag_seconds": [
+                ((path, host), max(moment - passed, 0.0))
+                for path, _, one in known
+                for host, passed in one.hosts.items()
+            ],
+            "udbad_hosts_heartbeat_seconds": [
+                ((path,), max(moment - one.last, 0.0)) for path, _, one in known if one.last
+            ],
+            "udbad_hosts_gaps_total": [((path,), one.gaps) for path, _, one in known],
+            "udbad_hosts_hints_total": [((path,), one.hints) for path, _, one in known],
         }
 
     def _tables(self) -> Samples:
