@@ -173,8 +173,8 @@ class Subscriber:
             for task in aside:
                 task.cancel()
             try:
-                await self._link.heard(None)
                 await self._link.lease(0.0, True)
+                await self._link.heard(None)
             except MountGone:
                 pass
 

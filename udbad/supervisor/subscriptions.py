@@ -12,13 +12,16 @@ import logging
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from udbad.ourselves import COMMAND, environment
 from udbad.settings.file import DaemonSettings
 from udbad.supervisor.runner import restart_delay
 
 log = logging.getLogger(__name__)
+
+_END_SECONDS: Final = 5.0
+"""For a process to give its leases back; the mount or the branch may hang."""
 
 Job = Mapping[str, Any]
 """What the command `subscriber` reads, as JSON."""
@@ -91,7 +94,7 @@ class _Subscription:
         assert process.stdin is not None
         process.stdin.close()
         try:
-            async with asyncio.timeout(self._daemon.stop_timeout):
+            async with asyncio.timeout(_END_SECONDS):
                 await process.wait()
         except TimeoutError:
-            process.kill()
+            process.kill()  # its leases end by themselves
