@@ -71,7 +71,7 @@ OPERATIONS = [
     {
         *("ping", "status", "stats", "metrics", "flush", "udba", "where", "why", "invalidate", "busy", "branches"),
         *("reconfigure", "configured", "remount", "log-level", "mvdown", "sync", "sync-status", "sync-stop"),
-        *("write-state", "renew", "feed", "lease", "heard"),
+        *("write-state", "renew", "feed", "lease", "heard", "subscribers"),
     },
 ]  # all but "stop", of the supervisor and of a mount process
 FIELDS = {
@@ -91,6 +91,7 @@ FIELDS = {
         "gaps",
         "told",
         "last",
+        "by",
     ),
 }
 NONSENSE: list[object] = [

@@ -80,13 +80,41 @@ def test_a_change_on_the_server(daemon: Daemon, site: Site, tmp_path: Path) -> N
         assert not (point / "d/new").exists()
         (export / "d/new").touch()
         until((point / "d/new").exists, "change")
+        check_flush(daemon, watching, export / "d/flushed", point / "d/flushed")
         assert PASSWORD not in "".join(
             Path(f"/proc/{command.pid}/cmdline").read_text() for command in (watching, listening)
         )
         end(watching)
         until(lambda: not is_believed(daemon, branch), "end of the lease, as the publisher has said goodbye")
+        assert flush(daemon) == (1, "udbad: a: not heard within 1 s: share: here has ended\n")
+        listening.kill()
+        listening.communicate()
+        code, said = flush(daemon)
+        assert (code, said) == (1, f"udbad: a: not heard within 1 s: {branch}: `udbad subscribe` does not answer\n")
+        listening = start(daemon, "subscribe", "-c", site.config, "a", f"share={branch}")
         end(listening)
+        assert flush(daemon) == (1, "udbad: a: hears of no other host (udbad subscribe)\n")
         daemon.stop()
+
+
+def flush(daemon: Daemon, seconds: float = 1.0) -> tuple[int, str]:
+    done = subprocess.run(
+        [*COMMAND, "flush", "--all-hosts", "--timeout", str(seconds), "a"], capture_output=True, text=True,
+        env=daemon.environment, cwd="/", check=False, timeout=60,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def check_flush(daemon: Daemon, watching: subprocess.Popen[str], far: Path, seen: Path) -> None:
+    """Whoever asks whether all hosts were heard is told so, or which was not."""
+    assert not seen.exists()
+    far.touch()
+    assert flush(daemon, 30.0) == (0, "")
+    assert seen.exists()
+    watching.send_signal(signal.SIGSTOP)
+    assert flush(daemon) == (1, "udbad: a: not heard within 1 s: share: here\n")
+    watching.send_signal(signal.SIGCONT)
+    assert flush(daemon, 30.0) == (0, "")
 
 
 def metrics(daemon: Daemon) -> dict[str, Any]:

@@ -93,21 +93,22 @@ def _listen(
     """branches: paths, by what hosts call them. lifeline: of `serving.subscribe`. Raises UserError."""
     import asyncio  # as above
 
+    from udbad.hosts import barrier
     from udbad.hosts.bus import BusSettings
     from udbad.hosts.link import MountLink
     from udbad.hosts.serving import subscribe as serve
     from udbad.hosts.subscriber import Following, Subscriber
 
-    settings = BusSettings.of(table)
+    settings, own = BusSettings.of(table), barrier.socket_path(run_dir, mount, branches)
     subscribers = [
         Subscriber(
             settings,
             Following(name, path, table.bound, table.settle, table.publishers),
-            MountLink(run_dir, mount, path),
+            MountLink(run_dir, mount, path, own=own),
         )
         for name, path in branches.items()
     ]
-    asyncio.run(serve(subscribers, on_ready, lifeline))
+    asyncio.run(serve(subscribers, barrier.listen(own), on_ready, lifeline))
 
 
 def _named(pairs: Sequence[str]) -> dict[str, str]:

@@ -96,11 +96,37 @@ def invalidate(run_dir: str, path: str) -> None:
 
 @click.command()
 @run_dir_option
+@click.option("--all-hosts", is_flag=True, help="Also those made on other hosts, of which `udbad subscribe` hears.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, 3600),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long other hosts have to answer.",
+)
 @click.argument("mount", shell_complete=mounts)
-def flush(run_dir: str, mount: str) -> None:
-    """Return when every direct change made up to now is seen through MOUNT (its name, or a path in it)."""
+def flush(run_dir: str, all_hosts: bool, timeout: float, mount: str) -> None:
+    """Return when every direct change made up to now is seen through MOUNT (its name, or a path in it).
+
+    Exit code 1 when --all-hosts has to say which host has not answered.
+    """
     with user_errors():
+        if all_hosts:
+            _catch_up(run_dir, mount, timeout)
         ask_mount(run_dir, mount, {"op": "flush"})
+
+
+def _catch_up(run_dir: str, mount: str, seconds: float) -> None:
+    """Have MOUNT hear what other hosts have changed. Raises UserError: who has not told it."""
+    from udbad.hosts import barrier  # not for the other commands
+
+    sockets = ask_mount(run_dir, mount, {"op": "subscribers"})["subscribers"]
+    if not sockets:
+        raise UserError(f"{mount}: hears of no other host (udbad subscribe)", ExitCode.FAILURE)
+    missing = barrier.ask(sockets, seconds)
+    if missing:
+        raise UserError(f"{mount}: not heard within {seconds:g} s: {'; '.join(missing)}", ExitCode.FAILURE)
 
 
 @click.command()

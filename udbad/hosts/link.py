@@ -19,12 +19,16 @@ _SECONDS: Final = 10.0
 class MountLink:
     """One branch of one mount."""
 
-    def __init__(self, run_dir: str, mount: str, branch: str, control: str | None = None) -> None:
-        """mount: its name, or a path in it. branch: path. control: its control socket, where that is known."""
+    def __init__(self, run_dir: str, mount: str, branch: str, control: str | None = None, own: str = "") -> None:
+        """mount: its name, or a path in it. branch: path. control: its control socket, where that is known.
+
+        own: where the subscriber answers (barrier.py), if it does.
+        """
         self._run_dir = run_dir
         self._mount = mount
         self._branch = branch
         self._control = control
+        self._own = own
 
     async def hints(self, changes: Sequence[Change]) -> None:
         """Raises MountGone."""
@@ -32,8 +36,12 @@ class MountLink:
 
     async def lease(self, until: float, anew: bool) -> Leased:
         """Raises MountGone."""
-        answer = await self._ask({"op": "lease", "branch": self._branch, "until": until, "anew": anew})
+        answer = await self._lease(until, anew, self._own)
         return Leased(answer["leased"] is True, str(answer["fs_type"]))
+
+    async def leave(self) -> None:
+        """Raises MountGone."""
+        await self._lease(0.0, True, "")
 
     async def heard(self, readings: Readings | None) -> None:
         """Raises MountGone."""
@@ -42,6 +50,9 @@ class MountLink:
             known = {name: passed for name, passed in readings.hosts.items() if passed is not None}
             request |= {"gaps": readings.gaps, "told": readings.hints, "last": readings.heard, "hosts": known}
         await self._ask(request)
+
+    async def _lease(self, until: float, anew: bool, by: str) -> Message:
+        return await self._ask({"op": "lease", "branch": self._branch, "until": until, "anew": anew, "by": by})
 
     async def _ask(self, request: Message) -> Message:
         control = self._control

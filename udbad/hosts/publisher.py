@@ -17,6 +17,7 @@ from udbad.hosts import message
 from udbad.hosts.bus import Bus, BusError, BusSettings, connect, subject
 from udbad.hosts.message import EVERYTHING, Message, Unreadable
 from udbad.hosts.retry import Retry
+from udbad.hosts.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +126,7 @@ class Publisher:
                 self._sending = "bye", [], []
                 await self._send(bus)
         finally:
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
+            await end(listening)
 
     def _next(self) -> bool:
         """Whether there is something to be told: what comes next."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from udbad.control.asyncserver import AsyncServer
 from udbad.errors import ExitCode, UserError
+from udbad.hosts import barrier
 from udbad.hosts.bus import BusSettings
 from udbad.hosts.publisher import Publisher
 from udbad.hosts.subscriber import Subscriber
@@ -104,8 +107,13 @@ async def watch(
             one.close()
 
 
-async def subscribe(subscribers: Sequence[Subscriber], on_ready: Callable[[], None], lifeline: int = -1) -> None:
-    """Until SIGINT or SIGTERM. lifeline: a descriptor at whose end it ends, too; -1: none. Raises UserError."""
+async def subscribe(
+    subscribers: Sequence[Subscriber], sock: socket.socket, on_ready: Callable[[], None], lifeline: int = -1
+) -> None:
+    """Until SIGINT or SIGTERM. sock: where barrier.py answers. lifeline: a descriptor at whose end it ends, too; -1:
+    none. Raises UserError."""
+    server = AsyncServer(barrier.commands(subscribers))
+    await server.start(sock)
     loop = asyncio.get_running_loop()
     tasks = [asyncio.ensure_future(one.run()) for one in subscribers]
 
@@ -120,7 +128,10 @@ async def subscribe(subscribers: Sequence[Subscriber], on_ready: Callable[[], No
     if lifeline >= 0:
         loop.add_reader(lifeline, end)  # nothing is written to it
     on_ready()
-    await _together(tasks)
+    try:
+        await _together(tasks)
+    finally:
+        await server.close()
 
 
 async def _together(tasks: Sequence[asyncio.Future[None]]) -> None:

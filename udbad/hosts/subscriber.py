@@ -27,6 +27,7 @@ from udbad.hosts.bus import Bus, BusError, BusSettings, connect, subject
 from udbad.hosts.freshen import freshen
 from udbad.hosts.message import EVERYTHING, Change, Message, Sequences, Unreadable, Verdict
 from udbad.hosts.retry import Retry
+from udbad.hosts.tasks import end, ready_or_failed
 from udbad.hosts.tree import LINKS
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,9 @@ class Link(Protocol):
 
     async def lease(self, until: float, anew: bool) -> Leased:
         """`udbad.mount.leasing`. anew: whatever is believed so far may be wrong."""
+
+    async def leave(self) -> None:
+        """Nobody vouches for the branch any more, nor answers for it."""
 
     async def heard(self, readings: Readings | None) -> None:
         """For its metrics, until it is told again. None: nobody listens any more."""
@@ -116,6 +120,8 @@ class Subscriber:
         self._position: str | None = None
         self._sequences = Sequences(following.branch, "")
         self._hosts: dict[str, _Host] = {}
+        self._silent: set[str] = set()
+        """Publishers that have not been heard since all was begun anew, and have not said goodbye."""
         self._sent: dict[str, float] = {}
         """Marks on their way, and when they were made."""
         self._since = now()
@@ -129,6 +135,11 @@ class Subscriber:
         """A mark is wanted at once."""
         self._progress = asyncio.Event()
         self._retry = Retry(f"{following.branch}: changes are not told")
+
+    @property
+    def branch(self) -> str:
+        """What hosts call it."""
+        return self._following.branch
 
     async def catch_up(self, seconds: float) -> list[str]:
         """Have the mount hear everything that has been changed up to now; the publishers that have not told it after so
@@ -146,10 +157,14 @@ class Subscriber:
 
     def _behind(self, moment: float) -> list[str]:
         """Who has not told everything up to then."""
-        known = {**dict.fromkeys(self._following.publishers), **self._hosts}
+        known = {**dict.fromkeys((*self._following.publishers, *sorted(self._silent))), **self._hosts}
         if not known:
             return [self.readings.reason or "no publisher"]
-        return [name for name, host in known.items() if host is None or (host.passed or 0.0) < moment]
+        late = [name for name, host in known.items() if host is None or (host.passed or 0.0) < moment]
+        # After a gap, until the mount has taken a lease anew: what it was not told of is in none of their marks.
+        return late or (
+            [self.readings.reason or self.readings.state] if self._anew or self.readings.covered is None else []
+        )
 
     async def run(self) -> None:
         """Until it is cancelled; the mount then believes the branch no more."""
@@ -173,7 +188,7 @@ class Subscriber:
             for task in aside:
                 task.cancel()
             try:
-                await self._link.lease(0.0, True)
+                await self._link.leave()
                 await self._link.heard(None)
             except MountGone:
                 pass
@@ -187,6 +202,7 @@ class Subscriber:
         if bus.identity != self._epoch or self._position is None:
             self._epoch, self._position = bus.identity, None
             self._sequences = Sequences(self._following.branch, bus.identity)
+            self._silent.update(self._hosts)
             self._hosts.clear()
             await self._gap("begins with another stream")
         ready = asyncio.Event()
@@ -200,9 +216,7 @@ class Subscriber:
                 if task.done():
                     task.result()
         finally:
-            for task in (asking, reading):
-                task.cancel()
-            await asyncio.gather(asking, reading, return_exceptions=True)
+            await end(asking, reading)
 
     async def _ask(self, bus: Bus, ready: asyncio.Event) -> None:
         """Publish marks; and give the connection up when nobody answers: another one may do better."""
@@ -245,6 +259,7 @@ class Subscriber:
             return
         if verdict is Verdict.GAP:
             await self._gap(f"messages of {told.host} are missing")
+        self._silent.discard(told.host)
         host = self._hosts.setdefault(told.host, _Host(told.role))
         host.role = told.role
         if told.kind == "changes":
@@ -299,8 +314,8 @@ class Subscriber:
         if not moments:
             return
         host.passed = max(moments)
-        self._progress.set()
         await self._renew()
+        self._progress.set()
 
     def _counting(self) -> list[_Host | None]:
         """The publishers that must be heard; None for one that is not known yet."""
@@ -316,13 +331,15 @@ class Subscriber:
         if not known or len(known) < len(moments) or min(known) < self._since:
             return
         covered = min(known)
-        self.readings.covered = covered
         anew, self._anew = self._anew, False
+        if anew:
+            self.readings.covered = None
         try:
             leased = await self._link.lease(covered + self._following.bound, anew)
         except MountGone:
             self._anew = True
             raise
+        self.readings.covered = covered
         self._hides_links = leased.fs_type.startswith("fuse")
         self._note("told" if leased.used else "unused")
         self._retry.done()
@@ -341,14 +358,3 @@ class Subscriber:
         for host in self._hosts.values():
             host.passed = None
         self.readings.covered = None
-
-
-async def ready_or_failed(ready: asyncio.Event, task: asyncio.Task[None]) -> None:
-    """Wait until the event is set; raises what the task does when that ends first."""
-    waiting = asyncio.create_task(ready.wait())
-    try:
-        await asyncio.wait((waiting, task), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-    finally:
-        waiting.cancel()

@@ -76,6 +76,7 @@ class Commands:
             "feed": self.feed,
             "lease": self.leasing.lease,
             "heard": self.heard,
+            "subscribers": self.leasing.subscribers,
             "busy": self.busy,
             "branches": self.branches,
             "reconfigure": self.reconfigure,

@@ -22,13 +22,14 @@ class Leasing:
         self._process = process
         self._given = trio.Event()
         self._watching = False
+        self._subscribers: dict[bytes, str] = {}
 
     async def lease(self, request: Message) -> dict[str, Any]:
         """Somebody vouches for "branch" until "until" (seconds of CLOCK_BOOTTIME; 0: not any more), and sends a hint
         (`feed`) of each change before he does so again. "anew": whatever is believed so far may be wrong. After the
-        answer it is so."""
+        answer it is so. "by": the socket where he answers (`subscribers`); none: nowhere, or not any more."""
         process = self._process
-        until = number_of(request, "until")
+        until, by = number_of(request, "until"), text_of(request, "by", "")
         branch = await rebranch.find(process.sb.branches, os.fsencode(text_of(request, "branch")))
         # After this: another set of branches may be in use, whose coherence knows of no lease.
         leased = False
@@ -36,12 +37,22 @@ class Leasing:
             if flag_of(request, "anew"):
                 process.coherence.lease(branch, 0.0)
             leased = process.coherence.lease(branch, until)
+        if by:
+            self._subscribers[branch.path] = by
+        else:
+            self._subscribers.pop(branch.path, None)
         if leased and not self._watching:
             self._watching = True
             process.beside.nursery.start_soon(self._watch)
         self._given.set()
         await trio.to_thread.run_sync(process.invalidator.flush)
         return {"leased": leased, "fs_type": branch.fs_type}
+
+    async def subscribers(self, request: Message) -> dict[str, Any]:
+        """Where those answer who vouch for branches, or have done so and have not left, by the path of the branch."""
+        paths = [branch.path for branch in self._process.sb.branches.branches]
+        self._subscribers = {path: by for path, by in self._subscribers.items() if path in paths}
+        return {"subscribers": {os.fsdecode(path): by for path, by in self._subscribers.items()}}
 
     async def _watch(self) -> None:
         while True:
