@@ -17,7 +17,7 @@ test_packages=(
     btrfs-progs e2fsprogs squashfs-tools xfsprogs
     buildah podman crun uidmap busybox-static
     postgresql sqlite3 prometheus openssl fuse-overlayfs mergerfs openssh-server sshfs systemd zsh mandoc man-db
-    nats-server redis-server
+    nats-server redis-server iproute2
 )
 
 # To build the Debian package.

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.bus import Server, sshfs
+from tests.helpers.network import two_hosts
 from tests.t5_daemon.daemon import COMMAND, DEADLINE, Daemon, toml, until
 from udbad.control import registry
 from udbad.control.protocol import ask
@@ -50,14 +54,14 @@ def site(server: Server, tmp_path: Path) -> Site:
     return Site(tmp_path, server.url)
 
 
-def start(daemon: Daemon, *words: str | Path) -> subprocess.Popen[str]:
-    """A command that has said its first line."""
+def start(daemon: Daemon, *words: str | Path, enter: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """A command that has said its first line. enter: what its command line begins with."""
     command = subprocess.Popen(
-        [*COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        [*enter, *COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env=daemon.environment, cwd="/",
     )  # fmt: skip
     assert command.stdout is not None
-    assert command.stdout.readline().startswith(("watching 2 directories", "listening for a"))
+    assert command.stdout.readline().startswith(("watching 2 directories", "listening for "))
     return command
 
 
@@ -97,9 +101,9 @@ def test_a_change_on_the_server(daemon: Daemon, site: Site, tmp_path: Path) -> N
         daemon.stop()
 
 
-def flush(daemon: Daemon, seconds: float = 1.0) -> tuple[int, str]:
+def flush(daemon: Daemon, seconds: float = 1.0, mount: str = "a") -> tuple[int, str]:
     done = subprocess.run(
-        [*COMMAND, "flush", "--all-hosts", "--timeout", str(seconds), "a"], capture_output=True, text=True,
+        [*COMMAND, "flush", "--all-hosts", "--timeout", str(seconds), mount], capture_output=True, text=True,
         env=daemon.environment, cwd="/", check=False, timeout=60,
     )  # fmt: skip
     return done.returncode, done.stderr
@@ -117,15 +121,14 @@ def check_flush(daemon: Daemon, watching: subprocess.Popen[str], far: Path, seen
     assert flush(daemon, 30.0) == (0, "")
 
 
-def metrics(daemon: Daemon) -> dict[str, Any]:
-    """Of the only mount."""
-    (entry,) = registry.entries(daemon.run_dir)
+def metrics(daemon: Daemon, mount: str = "a") -> dict[str, Any]:
+    (entry,) = (entry for entry in registry.entries(daemon.run_dir) if entry.name == mount)
     found: dict[str, Any] = ask(entry.control, {"op": "metrics"}, DEADLINE)["metrics"]
     return found
 
 
-def is_believed(daemon: Daemon, branch: Path) -> bool:
-    states = {tuple(labels): value for labels, value in metrics(daemon)["udbad_coherence_state"]}
+def is_believed(daemon: Daemon, branch: Path, mount: str = "a") -> bool:
+    states = {tuple(labels): value for labels, value in metrics(daemon, mount)["udbad_coherence_state"]}
     return bool(states[str(branch), "healthy"] == 1)
 
 
@@ -204,6 +207,76 @@ def test_the_daemon_listens(daemon: Daemon, site: Site, tmp_path: Path) -> None:
         daemon.stop()
         assert "the process that hears of other hosts has ended with -9" in daemon.log()
         assert "Traceback" not in daemon.log()
+
+
+def test_a_client_is_cut_off_or_stopped(daemon: Daemon, tmp_path: Path) -> None:
+    """Two clients on one branch, and a network between them and the server: what is wrong with the first is no matter
+    to the second, and its mount believes nothing old for longer than the bound."""
+    export = tmp_path / "export"
+    (export / "d").mkdir(parents=True)
+    first, second = (daemon.add(name, udba="notify") / "d" for name in "ab")
+    with ExitStack() as stack:
+        branch = stack.enter_context(sshfs(export, daemon.branch("a", "base")))
+        daemon.mounts["b"]["branches"] = [f"{daemon.branch('b', 'top')}=rw", f"{branch}=ro"]
+        daemon.start()
+        there, here = stack.enter_context(two_hosts())
+        words = ["-a", there.address, "-p", "4222", "-js", "-sd", str(tmp_path / "bus")]
+        bus = stack.enter_context(
+            subprocess.Popen(
+                [*there.enter, "nats-server", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        )
+        stack.callback(bus.kill)
+        config = tmp_path / "network.toml"
+        config.write_text(
+            f'[hosts]\nurls = ["nats://{there.address}:4222"]\nbound = 1.0\nsettle = 0.0\nname = "there"\n'
+        )
+        # The second client is on the server: nothing cuts it off.
+        watching = start(daemon, "watch", "-c", config, f"share={export}", enter=there.enter)
+        listening = start(daemon, "subscribe", "-c", config, "a", f"share={branch}", enter=here.enter)
+        other = start(daemon, "subscribe", "-c", config, "b", f"share={branch}", enter=there.enter)
+
+        def check_both(name: str) -> None:
+            """A change is seen by both, which believe the branch."""
+            for mount in "ab":
+                until(partial(is_believed, daemon, branch, mount), "lease")
+            assert not (first / name).exists()
+            assert not (second / name).exists()
+            (export / "d" / name).touch()
+            assert flush(daemon, 30.0, "a") == (0, "")
+            assert flush(daemon, 30.0, "b") == (0, "")
+            assert (first / name).exists()
+            assert (second / name).exists()
+
+        def check_alone(name: str) -> None:
+            """The first hears of nothing, and so looks; the second believes what it hears."""
+            assert not (first / name).exists()
+            until(lambda: not is_believed(daemon, branch), "end of the lease")
+            (export / "d" / name).touch()
+            assert (first / name).exists()
+            assert flush(daemon, 30.0, "b") == (0, "")
+            assert is_believed(daemon, branch, "b")
+            assert (second / name).exists()
+
+        check_both("before")
+        here.cut()
+        (export / "d/short").touch()
+        time.sleep(0.2)  # of the bound, which is a second
+        here.mend()
+        assert flush(daemon, 30.0) == (0, "")
+        assert (first / "short").exists()
+        here.cut()
+        check_alone("cut")
+        assert flush(daemon, 0.2)[0] == 1
+        here.mend()
+        check_both("mended")
+        listening.send_signal(signal.SIGSTOP)
+        check_alone("stopped")
+        listening.send_signal(signal.SIGCONT)
+        check_both("continued")
+        for command in (listening, other, watching):
+            end(command)
+        daemon.stop()
 
 
 def check(daemon: Daemon, site: Site) -> str:

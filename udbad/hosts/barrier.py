@@ -23,7 +23,7 @@ from udbad.control.server import Command
 from udbad.errors import ExitCode, UserError
 from udbad.hosts.subscriber import Subscriber
 
-_BESIDE: Final = 5.0
+_BESIDE: Final = 2.0
 """Seconds that a subscriber has for its answer, beyond those that it waits for publishers."""
 
 _ENDING: Final = 5.0
