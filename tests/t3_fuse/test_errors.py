@@ -81,7 +81,7 @@ ACTS: dict[str, Callable[[Path], object]] = {
     "unlink": lambda root: (root / "gone").unlink(),
     "rmdir": lambda root: (root / "gonedir").rmdir(),
     "setattr": lambda root: (root / "file").chmod(0o600),
-    "getxattr": lambda root: os.getxattr(root / "file", "user.k"),
+    "find_xattr": lambda root: os.getxattr(root / "file", "user.k"),
     "listxattr": lambda root: os.listxattr(root / "file"),
     "setxattr": lambda root: os.setxattr(root / "file", "user.n", b"v"),
     "removexattr": lambda root: os.removexattr(root / "file", "user.k"),
@@ -240,7 +240,7 @@ def test_killed_daemon_leaves_a_dead_mount_point(living: Mount) -> None:
     living.remount()
     assert sorted(os.listdir(living.path)) == ["lower", "new"]
     assert (living.path / "lower").read_text() == "LOWER"
-    assert "was not unmounted cleanly" in living.log()
+    until(lambda: "was not unmounted cleanly" in living.log(), "the sweep, which begins beside the mount")
     living.remount()
     assert living.log().count("was not unmounted cleanly") == 1
 

@@ -8,7 +8,7 @@ no branch.
 A branch is given up when a thread was in one and the same call for `branch_timeout` without having been woken: a disk
 that is slow, or a file that is large, wakes it again and again. Where that tells nothing, the branch is asked as well,
 by a process that may hang: a call that flushes takes long by right (fsync(2)), one that waits for others to write is
-woken by the clock (balance_dirty_pages() in mm/page-writeback.c), and close(2) has no descriptor any more.
+woken by the clock (balance_dirty_pages() in mm/page-writeback.c), and close(2) has given its descriptor back already.
 
 Then all the others are asked as well, at the same time: what has taken one server away may have taken more.
 
@@ -130,10 +130,10 @@ class Watchdog:
         fds = list(_descriptors(owner, number, arguments))
         if not fds:
             return None
+        closes = number == _CLOSE  # close_fd() in fs/file.c frees the number first: another file may have it by now
         mounts = {_mount_of(fd) for fd in fds}
-        lost = number == _CLOSE and mounts == {-1}
-        suspects = [(index, fd) for index, fd, mount in self._branches() if lost or mount in mounts]
-        if len(suspects) == 1 and not lost and not waiting.woken and number not in _FLUSHING:
+        suspects = [(index, fd) for index, fd, mount in self._branches() if closes or mount in mounts]
+        if len(suspects) == 1 and not closes and not waiting.woken and number not in _FLUSHING:
             return suspects[0][0]
         return next(iter(self._silent(suspects)), None)
 
