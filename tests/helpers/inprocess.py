@@ -74,11 +74,15 @@ def notify_union(
     epochs: bool = True,
     max_fds: int = 1000,
     watch: str = "auto",
+    own: Sequence[str | None] = (),
 ) -> Iterator[Union]:
-    """A union of `branches`, top first; mount_point: a directory on which nothing is mounted. At the end all is given
-    back, and nothing may be left in the inode table."""
+    """A union of `branches`, top first; mount_point: a directory on which nothing is mounted; own: `watch` of the
+    branches. At the end all is given back, and nothing may be left in the inode table."""
     mount_point.mkdir(exist_ok=True)
-    specs = [BranchSpec(os.fsencode(path), permission) for path, permission in branches]
+    specs = [
+        BranchSpec(os.fsencode(path), permission, watch=way)
+        for (path, permission), way in zip(branches, own or [None] * len(branches), strict=True)
+    ]
     opened = open_branches(specs, False, os.fsencode(mount_point))
     options = UnionOptions(parse_create("tdp"), parse_copyup("tdp"), plink=False, watch=watch)
     sb = Superblock(opened, options, max_fds)

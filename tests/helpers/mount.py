@@ -170,7 +170,7 @@ class Mount:
         user: int = 0,
     ) -> None:
         self.path = mount_point.parent.resolve() / mount_point.name
-        self.branches = [Path(branch.rpartition("=")[0] or branch) for branch in branches]
+        self.branches = [Path(re.split(r"(?<!\\)=", branch)[0]) for branch in branches]
         self.udba = udba
         self.options = options
         self._branch_option = ":".join(branches)

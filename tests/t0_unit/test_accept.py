@@ -121,12 +121,13 @@ def test_permissions(here: Path, text: str, ro: bool, perms: list[str]) -> None:
 def test_branch_fields(here: Path) -> None:
     (here / "link").symlink_to("b")
     (here / "a" / "x").touch()
-    found = attempt("./a=rw+nolwh:link=ro+wh+udba=none")
+    found = attempt("./a=rw+nolwh:link=ro+wh+udba=none+watch=fanotify")
     first, second = found.branches
     assert (first.index, first.id, second.index, second.id) == (0, 0, 1, 1)
     assert (first.path, second.path) == (os.fsencode(here / "a"), os.fsencode(here / "b"))
     assert (first.attrs, second.attrs) == (frozenset({"nolwh"}), frozenset({"wh"}))
     assert (first.udba, second.udba) == (None, "none")
+    assert (first.watch, second.watch) == (None, "fanotify")
     assert first.dev == os.stat("a").st_dev
     fs_type = subprocess.run(["findmnt", "-nro", "FSTYPE", "-T", here], capture_output=True, text=True, check=True)
     assert first.fs_type == fs_type.stdout.strip()

@@ -71,6 +71,8 @@ def refusal(text: str | list[str]) -> str:
         ("/a=ro+udba=none+wh", BranchSpec(b"/a", Perm.RO, frozenset({"wh"}), "none")),
         ("/a=rw+udba=fsnotify", BranchSpec(b"/a", Perm.RW, udba="notify")),
         ("/a=+udba=notify", BranchSpec(b"/a", Perm.RO, udba="notify")),
+        ("/a=ro+watch=fanotify", BranchSpec(b"/a", Perm.RO, watch="fanotify")),
+        ("/a=ro+watch=inotify+wh+udba=notify", BranchSpec(b"/a", Perm.RO, frozenset({"wh"}), "notify", "inotify")),
         (r"/a\=rw", BranchSpec(b"/a=rw")),
         (r"/a\=b\:c\,d\\=rw", BranchSpec(b"/a=b:c,d\\", Perm.RW)),
         (r"/a\b", BranchSpec(rb"/a\b")),
@@ -120,6 +122,8 @@ def test_impossible_attributes_are_dropped_with_one_warning(
         ("/a=rw+", ["unknown attribute ''"]),
         ("/a=ro+udba", ["unknown attribute 'udba'", "'udba="]),
         ("/a=ro+udba=often", ["branch /a", "udba=often", "none, reval or notify"]),
+        ("/a=ro+watch", ["unknown attribute 'watch'", "'watch="]),
+        ("/a=ro+watch=dnotify", ["branch /a", "watch=dnotify", "auto, inotify or fanotify"]),
         ("", ["empty branch path"]),
         ("=rw", ["empty branch path"]),
         ("/a\0b", ["NUL"]),
@@ -165,7 +169,8 @@ def specs(draw: st.DrawFn) -> BranchSpec:
     }[perm]
     attrs = draw(st.sets(st.sampled_from(possible))) | draw(st.sampled_from([set(), {"coo_reg"}, {"coo_all"}]))
     udba = draw(st.sampled_from([None, "none", "reval", "notify"]))
-    return BranchSpec(draw(paths), perm, frozenset(attrs), udba)
+    watch = draw(st.sampled_from([None, "auto", "inotify", "fanotify"]))
+    return BranchSpec(draw(paths), perm, frozenset(attrs), udba, watch)
 
 
 @given(st.text())

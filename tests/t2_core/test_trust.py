@@ -172,7 +172,7 @@ class World:
 
 
 def specs_of(branches: BranchSet) -> list[BranchSpec]:
-    return [BranchSpec(branch.path, branch.perm, branch.attrs, branch.udba) for branch in branches.branches]
+    return [BranchSpec(one.path, one.perm, one.attrs, one.udba, one.watch) for one in branches.branches]
 
 
 class Chance:
@@ -324,10 +324,10 @@ def new_world(
     world = World(directory, mode, epochs, specs)
     watch = Watcher.watch_directory
 
-    def limited(self: Watcher, fd: int, handle: object) -> Watch:
+    def limited(self: Watcher, fd: int, handle: object, by: str) -> Watch:
         if len(self) >= world.limit:
             raise WatchLimit
-        return watch(self, fd, handle)
+        return watch(self, fd, handle, by)
 
     try:
         with monkeypatch.context() as patch:

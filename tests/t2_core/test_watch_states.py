@@ -88,6 +88,54 @@ def test_what_is_not_watched_is_not_believed(
             assert (found.state, found.degraded_directories) == ("healthy", 0)
 
 
+@pytest.mark.parametrize(
+    ("watch", "top", "base", "found"),
+    [
+        # directories and files by inotify, by fanotify: 2 and a file with two names on top, 4 on base
+        ("inotify", None, None, (7, 0)),
+        ("inotify", "fanotify", None, (4, 3)),
+        ("inotify", None, "fanotify", (3, 4)),
+        ("fanotify", "inotify", None, (3, 4)),
+        ("auto", "fanotify", "inotify", (4, 3)),
+        ("fanotify", "auto", "auto", (7, 0)),
+    ],
+)
+def test_each_branch_is_watched_in_its_way(
+    tmp_path: Path, watch: str, top: str | None, base: str | None, found: tuple[int, int]
+) -> None:
+    for name in ("top/d", "base/d", "base/e", "base/f"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "top/d/two").touch()
+    os.link(tmp_path / "top/d/two", tmp_path / "top/names")
+    branches = [(tmp_path / "top", Perm.RW), (tmp_path / "base", Perm.RO)]
+    with notify_union(branches, tmp_path / "mnt", watch=watch, own=(top, base)) as union:
+        directory, e, f = (union.look_up(ROOT_ID, name) for name in (b"d", b"e", b"f"))
+        union.look_up(directory, b"two")
+        said = union.coherence.statistics()
+        assert (said.state, said.degraded_directories) == ("healthy", 0)
+        assert (said.watches, said.handles) == found
+        for node, name in ((directory, "top/d"), (directory, "base/d"), (e, "base/e"), (f, "base/f")):
+            new = name.replace("/", "-")
+            assert not union.look_up(node, new.encode())
+            (tmp_path / name / new).touch()
+            union.coherence.drain()
+            assert union.look_up(node, new.encode())
+
+
+def test_what_takes_no_watch_of_inotify_makes_no_room(tmp_path: Path, expect_log: Callable[[str], None]) -> None:
+    """When one branch has no more watches, directories of another one keep what they have."""
+    expect_log("coherence limited")
+    for name in ("top/d", "base/e"):
+        (tmp_path / name).mkdir(parents=True)
+    branches = [(tmp_path / "top", Perm.RW), (tmp_path / "base", Perm.RO)]
+    with notify_union(branches, tmp_path / "mnt", watch="inotify", own=("fanotify", None)) as union:
+        nodes = [union.fs.table.directory(union.look_up(ROOT_ID, b"d"))]
+        nodes[0].hot = False
+        with patch.object(listing, "watch", side_effect=OSError(errno.ENOSPC, "")):
+            nodes.append(union.fs.table.directory(union.look_up(ROOT_ID, b"e")))
+        assert [node.trusted for node in nodes] == [True, False]
+
+
 def test_lost_events_of_whole_file_systems(tmp_path: Path, expect_log: Callable[[str], None]) -> None:
     """The queue has no limit but memory: everything is asked again."""
     expect_log("lost branch events")

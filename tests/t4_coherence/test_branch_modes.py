@@ -115,3 +115,30 @@ def test_own_changes_are_right_whatever_the_branches_say(union: UnionFactory, tm
     (mount.path / "d/top").rename(mount.path / "d/renamed")
     (mount.path / "d/new").mkdir()
     assert diff(merge([(tmp_path / "top", True), (tmp_path / "base", False)]), snapshot(mount.path)) == []
+
+
+def test_the_way_of_a_branch_is_changed_with_the_branch(union: UnionFactory, tmp_path: Path) -> None:
+    """`watch` of one branch: what was watched in another way is watched in this one from then on."""
+    fill(tmp_path)
+    base = tmp_path / "base"
+    (base / "only").mkdir()
+    mount = union({"top": "rw", "base": "ro"}, "notify", "watch=inotify")
+
+    def watched() -> tuple[int, int]:
+        warm(mount)
+        os.listdir(mount.path / "only")
+        found = mount.control({"op": "stats"})["coherence"]
+        return found["watches"], found["handles"]
+
+    seen = [watched()]
+    for own, new in (("+watch=fanotify", "new"), ("", "hidden")):
+        answer = mount.control({"op": "branches", "edits": [["mod", f"{base}=ro{own}"]]})
+        assert answer["ok"]
+        assert answer["specs"][1] == f"{base}=ro{own}"
+        seen.append(watched())
+        (base / "d" / new).write_text("new")
+        mount.flush()
+        assert (mount.path / "d" / new).read_text() == "new"
+        (base / "d" / new).unlink()
+        mount.flush()
+    assert seen == [(5, 0), (2, 3), (5, 0)]

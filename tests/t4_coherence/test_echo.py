@@ -267,10 +267,10 @@ def test_an_opaque_mark_that_changes_before_the_watch(
     watch = Watcher.watch_directory
     due = [mark.unlink if marked else mark.touch]
 
-    def late(self: Watcher, fd: int, handle: object) -> Watch:
+    def late(self: Watcher, fd: int, handle: object, by: str) -> Watch:
         if os.path.samestat(os.stat(fd), upper.stat()) and due:
             due.pop()()
-        return watch(self, fd, handle)
+        return watch(self, fd, handle, by)
 
     with notify_union([(tmp_path / "top", Perm.RW), (tmp_path / "base", Perm.RO)], tmp_path / "mnt") as union:
         monkeypatch.setattr(Watcher, "watch_directory", late)

@@ -55,6 +55,8 @@ OVERLAY_TOP = (
     ),
     *(("whiteouts=overlay,watch=fanotify", *scene) for scene in scaled((), MARKED)),
 )
+WAYS = {"watch=inotify": ("rw+watch=fanotify", "ro+wh", "ro+watch=fanotify")}
+"""Options, and the permissions of the branches with them, where they are not PERMISSIONS."""
 OF_FILES = [case for case in CASES if scaled(bool(case.change.files), True)]
 """The others change nothing that can be open as a file: who reads files has no part in them."""
 NEVER = "d/never"
@@ -264,7 +266,8 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     root = tmp_path_factory.mktemp("matrix")
     cases = OVERLAY_CASES if "whiteouts=overlay" in options else CASES
     branches = build_cases(root, cases)
-    words = [f"{branch}={permission}" for branch, permission in zip(branches, PERMISSIONS, strict=True)]
+    permissions = WAYS.get(options, PERMISSIONS)
+    words = [f"{branch}={permission}" for branch, permission in zip(branches, permissions, strict=True)]
     with mounted(words, root / "mnt", mode, options) as mount:
         scene = Scene(mount, mode, state)
         if mode == "none":
@@ -288,6 +291,14 @@ def scenes(*params: tuple[str, str, str]) -> pytest.MarkDecorator:
 @scenes(*SCENES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_a_direct_change_is_seen(scene: Scene, case: Case) -> None:
+    check(scene, case)
+
+
+@scenes(*((options, "notify", state) for options in WAYS for state in scaled(("listed",), STATES)))
+@pytest.mark.parametrize("case", scaled(CASES[::4], CASES), ids=lambda case: case.id)
+def test_a_direct_change_is_seen_by_the_way_of_its_branch(scene: Scene, case: Case) -> None:
+    found = scene.mount.control({"op": "stats"})["coherence"]
+    assert min(found["watches"], found["handles"]) > 0
     check(scene, case)
 
 

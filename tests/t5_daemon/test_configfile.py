@@ -22,7 +22,7 @@ log_level = "WARNING"
 heartbeat = 2
 [mounts.pool]
 mount_point = "/mnt/pool/"
-branches = ["/disks/a=rw", {path = "/disks/b:c", perm = "ro", attributes = ["wh"], udba = "none"}]
+branches = ["/disks/a=rw", {path = "/disks/b:c", perm = "ro", attributes = ["wh"], udba = "none", watch = "inotify"}]
 udba = "notify"
 create = "mfs:60"
 [mounts.live]
@@ -55,7 +55,8 @@ def test_a_good_file(tmp_path: Path) -> None:
     pool, live = config.mounts.values()
     assert (pool.mount_point, pool.options.udba, pool.options.create) == ("/mnt/pool", "notify", "mfs:60")
     assert [spec.path for spec in pool.options.branches] == [b"/disks/a", b"/disks/b:c"]
-    assert (pool.options.branches[1].attrs, pool.options.branches[1].udba) == (frozenset({"wh"}), "none")
+    lower = pool.options.branches[1]
+    assert (lower.attrs, lower.udba, lower.watch) == (frozenset({"wh"}), "none", "inotify")
     assert [spec.perm for spec in live.options.branches] == [Perm.RW, Perm.RR]
     assert (pool.enabled, pool.missing_branch, live.enabled, live.missing_branch) == (True, "wait", False, "fail")
 
@@ -113,7 +114,7 @@ def test_conf_d_is_read_in_order_and_a_table_is_in_one_file_only(tmp_path: Path)
                 'mounts.a.branches[2]: found "rel", the path must be absolute',
                 "mounts.a.branches[3].prem: unknown key, the closest known one is 'perm'",
                 "mounts.a.branches[4]: found 5, must be PATH[=PERM[+ATTR...]] or a table with path, perm, "
-                "attributes and udba",
+                "attributes, udba and watch",
                 'mounts.a.udba: found "often", must be none, reval or notify',
                 "mounts.a.rdcache: found 9999, must be a whole number of seconds from 0 to 3600",
                 "mounts.a.udbo: unknown key, the closest known one is 'udba'",
@@ -121,7 +122,7 @@ def test_conf_d_is_read_in_order_and_a_table_is_in_one_file_only(tmp_path: Path)
         ),
         (
             '[mounts.a]\nmount_point = "/m"\nbranches = [{path = "/x", attributes = ["wh"]}]',
-            ["mounts.a.branches[0]: attributes and udba need perm: rw, ro or rr"],
+            ["mounts.a.branches[0]: attributes, udba and watch need perm: rw, ro or rr"],
         ),
         (
             '[mounts."a b"]\nmount_point = "/m"\nbranches = "/x"',

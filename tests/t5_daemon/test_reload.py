@@ -327,6 +327,11 @@ def test_branches_come_and_go_with_the_file(daemon: Daemon) -> None:
     until(lambda: not daemon.command("busy", "a", str(extra)[1:], code=None), "released")
     assert reload(daemon) == {"mounts.a.branches": "applied", "mounts.a.dirwh": "applied"}
     assert not (point / "more").exists()
+    daemon.mounts["a"].update(branches=[before[0], f"{before[1]}+watch=fanotify"], udba="notify")
+    assert reload(daemon) == {"mounts.a.branches": "applied", "mounts.a.udba": "applied"}
+    os.listdir(point)
+    found = daemon.state("a")["process"]["coherence"]
+    assert (found["watches"], found["handles"]) == (1, 1)
     daemon.stop()
 
 

@@ -123,6 +123,7 @@ def open_branches(specs: Sequence[BranchSpec], ro: bool, mount_point: bytes, whi
                 perm=one.perm,
                 attrs=one.spec.attrs,
                 udba=one.spec.udba,
+                watch=one.spec.watch,
                 root_fd=one.root_fd,
                 anchor_fd=one.anchor_fd,
                 dev=one.dev,

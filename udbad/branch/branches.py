@@ -36,13 +36,15 @@ _NO_REFLINK_FS = frozenset({"ext2", "ext3", "ext4", "tmpfs", "ramfs", "vfat", "e
 class BranchSpec:
     """What the user wrote for one branch: PATH[=PERM[+ATTR…]], perm None when left out.
 
-    udba: coherence mode of this branch alone (none, reval, notify); None follows the mount.
+    udba: coherence mode of this branch alone (none, reval, notify), watch: how changes of it are heard of (inotify,
+    fanotify, auto); None follows the mount.
     """
 
     path: bytes
     perm: Perm | None = None
     attrs: frozenset[str] = frozenset()
     udba: str | None = None
+    watch: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class Branch:
     private: bool = False
     keeps_order: bool = False
     offline: bool = False
+    watch: str | None = None
     unmarked: bool = False
     writes_overlay: bool = False
     writable: bool = field(init=False)

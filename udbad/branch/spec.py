@@ -5,11 +5,11 @@ stays None, accept.py fills it in where the type of the file system is known.
 
 In a path `\\:` `\\,` `\\=` and `\\\\` stand for the second character, so any path can be written; a
 backslash before anything else is an ordinary character. The first `=` without a backslash ends the
-path. Beside the attributes of aufs a branch takes `+udba=none|reval|notify`, its own coherence mode.
+path. Beside the attributes of aufs a branch takes options of the mount for itself: `+udba=MODE`, `+watch=WAY`.
 
 Invariants: format_branches(parse_branches(text)) parses to the same list; an attribute in a parsed
 BranchSpec is known and possible with its permission; a BranchSpec without permission has neither
-attributes nor a mode of its own, because the syntax has no way to say it.
+attributes nor options of its own, because the syntax has no way to say it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ log = logging.getLogger(__name__)
 
 UDBA_MODES: Final = {"none": "none", "reval": "reval", "notify": "notify", "fsnotify": "notify"}
 """What may follow `udba=`, aliases included, and the mode it means (semantics 2)."""
+WATCH_WAYS: Final = {way: way for way in ("auto", "inotify", "fanotify")}
+"""What may follow `watch=`."""
+
+_OWN: Final = {
+    "udba": (UDBA_MODES, "none, reval or notify"),
+    "watch": (WATCH_WAYS, "auto, inotify or fanotify"),
+}
+"""Options of the mount that a branch may have for itself: what may be written, and the value it means."""
 
 
 class Attribute(NamedTuple):
@@ -143,7 +151,7 @@ def parse_branch(text: str) -> BranchSpec:
     path = parse_path(parts[0])
     if len(parts) == 1:
         return BranchSpec(path)
-    # Only the first = separates: the one in +udba=MODE belongs to the attribute.
+    # Only the first = separates: one in +udba=MODE belongs to the attribute.
     word, *attrs = "=".join(parts[1:]).split("+")
     return _with_attrs(path, _parse_perm(path, word), attrs)
 
@@ -174,13 +182,13 @@ def _parse_perm(path: bytes, word: str) -> Perm:
 def _with_attrs(path: bytes, perm: Perm, words: list[str]) -> BranchSpec:
     attrs: set[str] = set()
     dropped: list[str] = []
-    udba: str | None = None
+    own: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if key == "udba" and equals:
-            udba = _parse_udba(path, value)
+        if key in _OWN and equals:
+            own[key] = _parse_own(path, key, value)
         elif word not in ATTRIBUTES:
-            known = [*ATTRIBUTES, *(f"udba={mode}" for mode in UDBA_MODES)]
+            known = [*ATTRIBUTES, *(f"{name}={one}" for name, (values, _) in _OWN.items() for one in values)]
             raise UserError(
                 f"branch {shown(path)}: unknown attribute {word!r}{suggestion(word, known)}", ExitCode.OPTION
             )
@@ -192,21 +200,21 @@ def _with_attrs(path: bytes, perm: Perm, words: list[str]) -> BranchSpec:
             attrs.add(word)
     if dropped:
         log.warning("branch %s: +%s dropped, impossible on a %s branch", shown(path), "+".join(dropped), perm.value)
-    return BranchSpec(path, perm, frozenset(attrs), udba)
+    return BranchSpec(path, perm, frozenset(attrs), **own)
 
 
-def _parse_udba(path: bytes, value: str) -> str:
-    try:
-        return UDBA_MODES[value]
-    except KeyError:
-        raise UserError(f"branch {shown(path)}: udba={value}: must be none, reval or notify", ExitCode.OPTION) from None
+def _parse_own(path: bytes, key: str, value: str) -> str:
+    values, allowed = _OWN[key]
+    if value not in values:
+        raise UserError(f"branch {shown(path)}: {key}={value}: must be {allowed}", ExitCode.OPTION)
+    return values[value]
 
 
 def format_branch(spec: BranchSpec) -> str:
     """The text that parse_branch() turns into `spec`, escapes included."""
     words = [] if spec.perm is None else [spec.perm.value, *sorted(spec.attrs)]
-    if words and spec.udba is not None:
-        words.append(f"udba={spec.udba}")
+    if words:
+        words += [f"{key}={value}" for key in _OWN if (value := getattr(spec, key)) is not None]
     return escape(os.fsdecode(spec.path)) + ("=" + "+".join(words) if words else "")
 
 

@@ -16,7 +16,7 @@ import functools
 import logging
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -98,9 +98,10 @@ class Watcher:
         on_changes: Callable[[list[Change]], None],
         on_echo: Callable[[object, int], None],
         on_overflow: Callable[[], None],
-        by: str = "inotify",
+        sources: Collection[str] = ("inotify",),
     ) -> None:
-        """by: the option `watch`. Raises OSError (EMFILE) when no inotify instance can be had."""
+        """sources: what `by` may be below, values of the option `watch`. Raises OSError (EMFILE) when no inotify
+        instance can be had."""
         self._inotify = Inotify()
         os.set_blocking(self._inotify.fd, False)  # asyncinotify's NONBLOCK is O_CLOEXEC
         self._handles: dict[int, list[object]] = {}
@@ -119,14 +120,15 @@ class Watcher:
         self._emptied = False
         """The last burst was all there was when it was read."""
         self._loop: trio_asyncio.BaseTrioEventLoop | None = None
-        self._by = by
         self._marks: Marks | None = None
+        self._no_marks = False
+        """They were asked for, and refused."""
         self._both: select.epoll | None = None
         """Readable when one of the two is."""
-        if by != "inotify":
+        if any(by != "inotify" for by in sources):
             self._both = select.epoll()
             self._both.register(self._inotify.fd, select.EPOLLIN)
-        if by == "fanotify":
+        if "fanotify" in sources:
             self._begin_marks()
 
     def __len__(self) -> int:
@@ -140,14 +142,14 @@ class Watcher:
 
     def _begin_marks(self) -> bool:
         """Whether whole file systems can be watched from now on."""
-        if self._both is None:
+        if self._both is None or self._no_marks:
             return False
         if self._marks is None:
             try:
                 self._marks = Marks()
             except OSError as error:
                 log.info("no fanotify to be had (%s); directories are watched one by one", error.strerror)
-                self._by = "inotify"
+                self._no_marks = True
                 return False
             self._both.register(self._marks.fd, select.EPOLLIN)
         return True
@@ -162,20 +164,21 @@ class Watcher:
     def fd(self) -> int:
         return self._inotify.fd if self._both is None else self._both.fileno()
 
-    def watch_directory(self, fd: int, handle: object) -> Watch:
+    def watch_directory(self, fd: int, handle: object, by: str = "inotify") -> Watch:
         """Watch the directory behind an O_PATH descriptor. Raises WatchLimit, OSError."""
-        return self._add(fd, _DIRECTORY, handle)
+        return self._add(fd, _DIRECTORY, handle, by)
 
     def watch_names(self, fd: int, handle: object, attributes: bool) -> Watch:
         """Watch which names a directory has, and nothing else of it but `attributes`. Raises as above."""
-        return self._add(fd, _DIRECTORY_NAMES | int(Mask.ATTRIB) if attributes else _DIRECTORY_NAMES, handle)
+        mask = _DIRECTORY_NAMES | int(Mask.ATTRIB) if attributes else _DIRECTORY_NAMES
+        return self._add_to_inotify(fd, mask, handle)
 
-    def watch_file(self, fd: int, handle: object) -> Watch:
+    def watch_file(self, fd: int, handle: object, by: str = "inotify") -> Watch:
         """Watch one file itself: it may change through names in directories nobody watches. Raises as above."""
-        return self._add(fd, _FILE, handle)
+        return self._add(fd, _FILE, handle, by)
 
-    def _add(self, fd: int, mask: int, handle: object) -> Watch:
-        if self._by == "fanotify":
+    def _add(self, fd: int, mask: int, handle: object, by: str) -> Watch:
+        if by == "fanotify":
             watch = self._add_to_marks(fd, handle)
             if watch is not None:
                 return watch
@@ -183,7 +186,7 @@ class Watcher:
             return self._add_to_inotify(fd, mask, handle)
         except WatchLimit:
             watch = None
-            if self._by == "auto":
+            if by == "auto":
                 if self._marks is None and self._begin_marks():
                     log.info("no more watches to be had than %d: whole file systems are watched from now on", len(self))
                 watch = self._add_to_marks(fd, handle)

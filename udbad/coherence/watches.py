@@ -102,7 +102,8 @@ class Watches:
     ) -> int:
         """Begin to watch, with the callbacks of `Watcher`; the descriptor to wait for, -1 when none is to be had."""
         try:
-            self.watcher = Watcher(on_changes, on_echo, on_overflow, self._sb.options.watch)
+            sources = {self._source_of(branch) for branch in self._sb.branches.branches}
+            self.watcher = Watcher(on_changes, on_echo, on_overflow, sources)
             self.options_changed()
         except OSError as error:
             self._set_state("degraded", f"no inotify instance to be had ({error.strerror}); served as reval")
@@ -126,6 +127,10 @@ class Watches:
         if state != self.state:
             self.state = state
             log.log(logging.INFO if state == "healthy" else logging.WARNING, "coherence %s: %s", state, message)
+
+    def _source_of(self, branch: Branch) -> str:
+        """How changes of a branch are heard of: its own option `watch`, else the mount's."""
+        return branch.watch or self._sb.options.watch
 
     # -- directories --------------------------------------------------------------------------
 
@@ -214,7 +219,7 @@ class Watches:
     def _add(self, watcher: Watcher, node: Dir, handle: Place | Way, fd: int) -> Watch | None:
         for attempt in range(2):
             try:
-                watch = watcher.watch_directory(fd, handle)
+                watch = watcher.watch_directory(fd, handle, self._source_of(self._sb.branches[handle.index]))
                 if self.state == "limited":
                     self._got_one(node)
                 return watch
@@ -271,7 +276,7 @@ class Watches:
         except OSError:
             return False
         try:
-            self._files[node.id] = self.watcher.watch_file(fd, node)
+            self._files[node.id] = self.watcher.watch_file(fd, node, self._source_of(node.branch))
         except (WatchLimit, OSError):
             pass
         finally:
@@ -312,12 +317,14 @@ class Watches:
             self._set_state("healthy", "there are watches again")
 
     def _evict(self, keep: Dir) -> bool:
-        """Take the watches of directories that were not used lately; a second chance for those that were."""
+        """Take the watches of directories that were not used lately; a second chance for those that were. What is
+        watched by way of its file system makes no room."""
         evicted = 0
         for _ in range(2 * len(self.directories)):
             node_id, entry = next(iter(self.directories.items()))
             node = entry.node
-            if node.hot or node is self._sb.root or _is_above(node, keep):
+            gives = any(isinstance(watch, int) for watch, *_ in (*entry.watches.values(), *entry.ways))
+            if node.hot or not gives or node is self._sb.root or _is_above(node, keep):
                 node.hot = False
                 self.directories.move_to_end(node_id)
                 continue

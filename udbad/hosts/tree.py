@@ -107,7 +107,7 @@ class Tree:
     def _begin(self) -> None:
         if self._watcher is not None:
             self._watcher.close()
-        self._watcher = Watcher(self._on_changes, lambda handle, kinds: None, self._note_loss, self._by)
+        self._watcher = Watcher(self._on_changes, lambda handle, kinds: None, self._note_loss, (self._by,))
         self._top = Directory(None, b"")
         self._cover(self._top)
 
@@ -131,7 +131,7 @@ class Tree:
                     one.parent.below.pop(one.name, None)
                 continue
             try:
-                one.watch = self._watcher.watch_directory(fd, one)
+                one.watch = self._watcher.watch_directory(fd, one, self._by)
                 with os.scandir(f"/proc/self/fd/{fd}") as entries:
                     names = [os.fsencode(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)]
             except OSError as error:

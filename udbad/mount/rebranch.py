@@ -36,7 +36,7 @@ _PAUSE = 0.05
 
 def current_specs(branches: BranchSet) -> list[BranchSpec]:
     """The branch list as the user could have written it."""
-    return [BranchSpec(branch.path, branch.perm, branch.attrs, branch.udba) for branch in branches.branches]
+    return [BranchSpec(one.path, one.perm, one.attrs, one.udba, one.watch) for one in branches.branches]
 
 
 async def find(branches: BranchSet, path: bytes) -> Branch:

@@ -331,6 +331,8 @@ def _keys(spec: BranchSpec) -> dict[str, str]:
         keys["attributes"] = "[" + ", ".join(map(_quoted, sorted(spec.attrs))) + "]"
     if spec.udba is not None:
         keys["udba"] = _quoted(spec.udba)
+    if spec.watch is not None:
+        keys["watch"] = _quoted(spec.watch)
     return keys
 
 

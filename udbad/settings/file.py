@@ -202,6 +202,8 @@ class BranchTable(_Table):
     """Its attributes, for example "wh" or "coo_reg". With perm only."""
     udba: str | None = Field(default=None, description="none, reval or notify")
     """A mode for this branch alone. With perm only."""
+    watch: str | None = Field(default=None, description="auto, inotify or fanotify")
+    """How changes of this branch alone are heard of. With perm only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,7 +442,7 @@ class _Loader:
             return item
         if not isinstance(item, dict):
             self.note(file, place, f"found {_show(item)}, must be PATH[=PERM[+ATTR...]] or a table with path, perm, "
-                      "attributes and udba")  # fmt: skip
+                      "attributes, udba and watch")  # fmt: skip
             return None
         try:
             table = BranchTable.model_validate(item)
@@ -448,12 +450,14 @@ class _Loader:
             self._note_wrong(file, place, _wrong(error), allowed(BranchTable))
             return None
         words: list[str] = [table.perm] if table.perm else []
-        if (table.attributes or table.udba) and not words:
-            self.note(file, place, "attributes and udba need perm: rw, ro or rr")
+        if (table.attributes or table.udba or table.watch) and not words:
+            self.note(file, place, "attributes, udba and watch need perm: rw, ro or rr")
             return None
         words += table.attributes
         if table.udba is not None:
             words.append(f"udba={table.udba}")
+        if table.watch is not None:
+            words.append(f"watch={table.watch}")
         return escape(table.path) + ("=" + "+".join(words) if words else "")
 
     # -- what only shows when all mounts are seen together ----------------------------------------

@@ -18,6 +18,7 @@ from typing import Any, Final, Literal
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import (
     UDBA_MODES,
+    WATCH_WAYS,
     escape,
     format_branches,
     parse_branch,
@@ -194,7 +195,7 @@ class MountOptions:
     whiteouts: str = _one_of("auto", "auto, aufs or overlay", {word: word for word in ("auto", "aufs", "overlay")})
     """How whiteouts are written: as aufs does, or as overlayfs does, which then shows the same tree; auto: as in the
     branch so far: see Layers of overlayfs."""
-    watch: str = _one_of("auto", "auto, inotify or fanotify", {word: word for word in ("auto", "inotify", "fanotify")})
+    watch: str = _one_of("auto", "auto, inotify or fanotify", WATCH_WAYS)
     """How `notify` hears of direct changes: a watch for each directory (inotify), or of all that happens on a whole
     file system (fanotify), which takes CAP_SYS_ADMIN; auto: inotify until no more watches are to be had, then fanotify
     for the rest. What has no fanotify is watched with inotify."""
