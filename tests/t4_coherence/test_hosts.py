@@ -208,7 +208,7 @@ async def test_a_publisher_ends(place: Place) -> None:
         async with running(watched):
             await told(subscriber)
             (place.export / "d/last").touch()
-            watched.publisher.end()
+            watched.end()
             await until(lambda: subscriber.readings.state == "doubtful", "goodbye")
             assert (place.mount.path / "d/last").exists()
             (place.export / "d/last").unlink()

@@ -167,6 +167,10 @@ def test_conf_d_is_read_in_order_and_a_table_is_in_one_file_only(tmp_path: Path)
             ["mounts.a.published: there is no bus: [hosts] has no urls"],
         ),
         (
+            '[mounts.a]\nmount_point = "/m"\nbranches = "/x"\npublish = true',
+            ["mounts.a.publish: published says of no branch what other hosts call it"],
+        ),
+        (
             '[mounts.a]\nmount_point = "/x/m"\nbranches = "/x"',
             ["mounts.a.branches: /x holds the mount point /x/m"],
         ),

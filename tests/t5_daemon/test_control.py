@@ -71,7 +71,7 @@ OPERATIONS = [
     {
         *("ping", "status", "stats", "metrics", "flush", "udba", "where", "why", "invalidate", "busy", "branches"),
         *("reconfigure", "configured", "remount", "log-level", "mvdown", "sync", "sync-status", "sync-stop"),
-        *("write-state", "renew", "feed", "lease", "heard", "subscribers"),
+        *("write-state", "renew", "feed", "lease", "heard", "subscribers", "published"),
     },
 ]  # all but "stop", of the supervisor and of a mount process
 FIELDS = {
@@ -92,6 +92,8 @@ FIELDS = {
         "told",
         "last",
         "by",
+        "branches",
+        "wait",
     ),
 }
 NONSENSE: list[object] = [

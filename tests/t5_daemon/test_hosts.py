@@ -209,6 +209,39 @@ def test_the_daemon_listens(daemon: Daemon, site: Site, tmp_path: Path) -> None:
         assert "Traceback" not in daemon.log()
 
 
+def test_a_mount_tells_of_its_own_changes(daemon: Daemon, site: Site, tmp_path: Path) -> None:
+    """Nobody watches the files. What the mount process had not told when it was killed may be anything."""
+    far = daemon.add("a", ["share=rw"], udba="notify", io="requests", publish=True, survive=True)
+    near = daemon.add("b", udba="notify")
+    export = daemon.branch("a", "share")
+    (export / "d").mkdir()
+    with sshfs(export, daemon.branch("b", "base")) as branch:
+        daemon.hosts = {**site.table, "publishers": ["here/a"]}
+        daemon.mounts["a"]["published"] = {"share": str(export)}
+        daemon.mounts["b"]["published"] = {"share": str(branch)}
+        daemon.start()
+        until(lambda: is_believed(daemon, branch, "b"), "lease")
+        assert not (near / "d/new").exists()
+        (far / "d/new").touch()
+        assert flush(daemon, 30.0, "b") == (0, "")
+        assert is_believed(daemon, branch, "b")
+        assert (near / "d/new").exists()
+        listening = subscribers(daemon)
+        for pid in listening:
+            os.kill(pid, signal.SIGSTOP)
+        assert not (near / "d/lost").exists()
+        (far / "d/lost").touch()
+        before = daemon.state("a")["pid"]
+        os.kill(before, signal.SIGKILL)
+        until(lambda: (far / "d/lost").exists() and daemon.state("a")["pid"] != before, "another mount process")
+        for pid in listening:
+            os.kill(pid, signal.SIGCONT)
+        assert flush(daemon, 30.0, "b") == (0, "")
+        assert (near / "d/lost").exists()
+        until(lambda: is_believed(daemon, branch, "b"), "lease")
+        daemon.stop()
+
+
 def test_a_client_is_cut_off_or_stopped(daemon: Daemon, tmp_path: Path) -> None:
     """Two clients on one branch, and a network between them and the server: what is wrong with the first is no matter
     to the second, and its mount believes nothing old for longer than the bound."""

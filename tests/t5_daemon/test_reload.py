@@ -53,7 +53,7 @@ MOUNT_KEYS = FIELDS.keys() - {"branches", "source", "notices", "control", "metri
 def test_every_mount_key_is_tried_below() -> None:
     assert LIVE_VALUES.keys() | FIXED_VALUES.keys() == MOUNT_KEYS
     assert set(LIVE_VALUES) == LIVE - {"branches"}
-    assert OWN_KEYS == ("mount_point", "missing_branch", "enabled", "published")
+    assert OWN_KEYS == ("mount_point", "missing_branch", "enabled", "published", "publish")
 
 
 def reload(daemon: Daemon) -> dict[str, str]:

@@ -56,9 +56,10 @@ def watch(config: Path, by: str, pairs: tuple[str, ...]) -> None:
 @click.command()
 @config_option
 @run_dir_option
+@click.option("--publish", is_flag=True, help="Tell other hosts what is changed through MOUNT, too.")
 @click.argument("mount", shell_complete=mounts)
 @_pairs
-def subscribe(config: Path, run_dir: str, mount: str, pairs: tuple[str, ...]) -> None:
+def subscribe(config: Path, run_dir: str, publish: bool, mount: str, pairs: tuple[str, ...]) -> None:
     """Have MOUNT hear what other hosts change on each branch DIR, which they call NAME, for as long as this runs.
 
     MOUNT: its name, or a path in it; the branches count as `notify` while they are heard of. Where the message bus is,
@@ -69,7 +70,7 @@ def subscribe(config: Path, run_dir: str, mount: str, pairs: tuple[str, ...]) ->
 
         table = load(config).hosts
         logs.set_up("info", "plain")
-        _listen(table, run_dir, mount, _named(pairs), lambda: click.echo(f"listening for {mount}"))
+        _listen(table, run_dir, mount, _named(pairs), publish, lambda: click.echo(f"listening for {mount}"))
 
 
 @click.command(hidden=True)
@@ -83,32 +84,39 @@ def subscriber() -> None:
         job = json.loads(sys.stdin.buffer.readline())
         logs.set_up(job["log_level"], job["log_format"], job["mount"])
         table = HostsSettings.model_validate(job["hosts"])
-        _listen(table, job["run_dir"], job["mount"], job["published"], lambda: None, sys.stdin.fileno())
+        branches, publish = job["published"], job["publish"]
+        _listen(table, job["run_dir"], job["mount"], branches, publish, lambda: None, sys.stdin.fileno())
 
 
 def _listen(
-    table: HostsSettings, run_dir: str, mount: str, branches: Mapping[str, str], on_ready: Callable[[], None],
-    lifeline: int = -1,
+    table: HostsSettings, run_dir: str, mount: str, branches: Mapping[str, str], publish: bool,
+    on_ready: Callable[[], None], lifeline: int = -1,
 ) -> None:  # fmt: skip
-    """branches: paths, by what hosts call them. lifeline: of `serving.subscribe`. Raises UserError."""
+    """branches: paths, by what hosts call them. publish: tell what is changed through the mount, too.
+
+    lifeline: of `serving.subscribe`. Raises UserError.
+    """
     import asyncio  # as above
 
     from udbad.hosts import barrier
     from udbad.hosts.bus import BusSettings
     from udbad.hosts.link import MountLink
+    from udbad.hosts.ownchanges import OwnChanges
     from udbad.hosts.serving import subscribe as serve
     from udbad.hosts.subscriber import Following, Subscriber
 
     settings, own = BusSettings.of(table), barrier.socket_path(run_dir, mount, branches)
+    host = f"{table.name}/{mount}"
     subscribers = [
         Subscriber(
             settings,
-            Following(name, path, table.bound, table.settle, table.publishers),
+            Following(name, path, table.bound, table.settle, table.publishers, host if publish else ""),
             MountLink(run_dir, mount, path, own=own),
         )
         for name, path in branches.items()
     ]
-    asyncio.run(serve(subscribers, barrier.listen(own), on_ready, lifeline))
+    changes = [OwnChanges(settings, host, MountLink(run_dir, mount, ""), branches)] if publish else []
+    asyncio.run(serve(subscribers, barrier.listen(own), on_ready, lifeline, changes))
 
 
 def _named(pairs: Sequence[str]) -> dict[str, str]:

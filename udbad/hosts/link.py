@@ -51,6 +51,10 @@ class MountLink:
             request |= {"gaps": readings.gaps, "told": readings.hints, "last": readings.heard, "hosts": known}
         await self._ask(request)
 
+    async def published(self, branches: Sequence[str], wait: bool) -> Message:
+        """What was changed through the mount (mount/publishing.py). Raises MountGone."""
+        return await self._ask({"op": "published", "branches": list(branches), "wait": wait})
+
     async def _lease(self, until: float, anew: bool, by: str) -> Message:
         return await self._ask({"op": "lease", "branch": self._branch, "until": until, "anew": anew, "by": by})
 

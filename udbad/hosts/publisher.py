@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -40,9 +40,10 @@ class Publisher:
     """That of one branch."""
 
     def __init__(
-        self, settings: BusSettings, branch: str, host: str, role: str, drain: Callable[[], None] = lambda: None
+        self, settings: BusSettings, branch: str, host: str, role: str, drain: Callable[[], Awaitable[bool]]
     ) -> None:
-        """host: unique. drain: has `changed` called for everything that has happened up to then."""
+        """host: unique. drain: has `changed` called for everything that has happened up to then; False: that cannot be
+        known, and no mark is passed on."""
         self.branch = branch
         self.published = 0
         """Messages so far."""
@@ -96,8 +97,7 @@ class Publisher:
                 await retry.wait(str(error))
 
     def end(self) -> None:
-        """Have `run` return once everything was told."""
-        self._drain()
+        """Have `run` return once everything was told that `changed` was called for."""
         self._ending = True
         self._wake.set()
 
@@ -169,9 +169,9 @@ class Publisher:
             except Unreadable as error:
                 log.info("%s: not a mark: %s", self.branch, error)
                 continue
-            self._drain()
-            self._batches[-1].marks.append(mark)
-            self._wake.set()
+            if await self._drain():
+                self._batches[-1].marks.append(mark)
+                self._wake.set()
 
 
 def _both(one: str, other: str) -> str:

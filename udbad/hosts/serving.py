@@ -12,6 +12,7 @@ from udbad.control.asyncserver import AsyncServer
 from udbad.errors import ExitCode, UserError
 from udbad.hosts import barrier
 from udbad.hosts.bus import BusSettings
+from udbad.hosts.ownchanges import OwnChanges
 from udbad.hosts.publisher import Publisher
 from udbad.hosts.subscriber import Subscriber
 from udbad.hosts.tree import Tree
@@ -25,7 +26,7 @@ class Watched:
 
     def __init__(self, settings: BusSettings, branch: str, host: str, top: str, by: str) -> None:
         """Raises UserError where it cannot be watched."""
-        self.publisher = Publisher(settings, branch, host, "watch", self._drain)
+        self.publisher = Publisher(settings, branch, host, "watch", self._drained)
         self._top = top
         try:
             self._tree = Tree(top, self.publisher.changed, self.publisher.everything, by)
@@ -42,8 +43,17 @@ class Watched:
         except OSError as error:
             raise self._refused(error) from None
 
+    async def _drained(self) -> bool:
+        self._drain()
+        return True
+
+    def end(self) -> None:
+        """Have `run` return once everything was told that has happened up to now. Raises UserError, too."""
+        self._drain()
+        self.publisher.end()
+
     async def run(self) -> None:
-        """Until it is cancelled, or `Publisher.end`. Raises UserError when the directory has gone."""
+        """Until it is cancelled, or `end`. Raises UserError when the directory has gone."""
         loop = asyncio.get_running_loop()
         failed: asyncio.Future[None] = loop.create_future()
         watching = -1
@@ -95,7 +105,7 @@ async def watch(
 
         def end() -> None:
             for one, task in zip(watched, tasks, strict=True):
-                one.publisher.end()
+                one.end()
                 loop.call_later(_PATIENCE, task.cancel)  # the bus may not be reached
 
         loop = asyncio.get_running_loop()
@@ -108,14 +118,17 @@ async def watch(
 
 
 async def subscribe(
-    subscribers: Sequence[Subscriber], sock: socket.socket, on_ready: Callable[[], None], lifeline: int = -1
-) -> None:
-    """Until SIGINT or SIGTERM. sock: where barrier.py answers. lifeline: a descriptor at whose end it ends, too; -1:
-    none. Raises UserError."""
+    subscribers: Sequence[Subscriber], sock: socket.socket, on_ready: Callable[[], None], lifeline: int = -1,
+    own: Sequence[OwnChanges] = (),
+) -> None:  # fmt: skip
+    """Until SIGINT or SIGTERM. sock: where barrier.py answers. own: publishes what is changed through the mount.
+
+    lifeline: a descriptor at whose end it ends, too; -1: none. Raises UserError.
+    """
     server = AsyncServer(barrier.commands(subscribers))
     await server.start(sock)
     loop = asyncio.get_running_loop()
-    tasks = [asyncio.ensure_future(one.run()) for one in subscribers]
+    tasks = [asyncio.ensure_future(run) for run in (*(one.run() for one in subscribers), *(one.run() for one in own))]
 
     def end() -> None:
         if lifeline >= 0:

@@ -31,6 +31,7 @@ from udbad.mount.carrying import Carrying
 from udbad.mount.hearing import Heard
 from udbad.mount.leasing import Leasing
 from udbad.mount.offline import check_answering
+from udbad.mount.publishing import Publishing
 from udbad.settings.options import FIELDS, MountOptions, parse_mount_options, parse_remount
 from udbad.types import Perm
 from udbad.union import reconfigure
@@ -60,6 +61,7 @@ class Commands:
         self.process = process
         self.carrying = Carrying(process)
         self.leasing = Leasing(process)
+        self.publishing = Publishing(process)
         self._changing = trio.Lock()
 
     def table(self) -> dict[str, Command]:
@@ -77,6 +79,7 @@ class Commands:
             "lease": self.leasing.lease,
             "heard": self.heard,
             "subscribers": self.leasing.subscribers,
+            "published": self.publishing.published,
             "busy": self.busy,
             "branches": self.branches,
             "reconfigure": self.reconfigure,

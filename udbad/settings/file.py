@@ -182,6 +182,8 @@ class MountKeys(_Table):
         default={}, description="a table of NAME = \"BRANCH\", NAME of letters, digits, '_' and '-'"
     )
     """Branches whose changes other hosts tell, by the names that they have on the bus of [hosts]: see Many hosts."""
+    publish: bool = Field(default=False, description="true or false")
+    """Whether what is changed through the mount on these branches is told to other hosts, where nobody watches them."""
 
     @field_validator("published")
     @classmethod
@@ -217,6 +219,8 @@ class MountSettings:
     missing_branch: str = "wait"
     published: Mapping[str, str] = field(default_factory=dict)
     """Paths of branches, by the names that hosts call them."""
+    publish: bool = False
+    """What is changed through the mount on these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,7 +401,9 @@ class _Loader:
             return None
         place = os.path.normpath(keys.mount_point)
         self._check_published(file, f"{key}.published", keys.published, options)
-        return MountSettings(name, place, options, keys.enabled, keys.missing_branch, keys.published)
+        if keys.publish and not keys.published:
+            self.note(file, f"{key}.publish", "published says of no branch what other hosts call it")
+        return MountSettings(name, place, options, keys.enabled, keys.missing_branch, keys.published, keys.publish)
 
     def _check_published(self, file: str, key: str, published: Mapping[str, str], options: MountOptions) -> None:
         paths = {os.path.normpath(os.fsdecode(spec.path)) for spec in options.branches}

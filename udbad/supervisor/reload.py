@@ -9,7 +9,7 @@ from enum import Enum
 from udbad.settings.file import DaemonSettings, HostsSettings, MetricsSettings, MountSettings
 from udbad.settings.options import FIELDS, MountOptions
 
-OWN_KEYS = ("mount_point", "missing_branch", "enabled", "published")
+OWN_KEYS = ("mount_point", "missing_branch", "enabled", "published", "publish")
 """Keys of a mount that are not mount options."""
 
 

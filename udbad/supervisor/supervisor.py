@@ -165,6 +165,7 @@ class Supervisor:
         return {
             "mount": settings.name,
             "published": dict(settings.published),
+            "publish": settings.publish,
             "hosts": self.config.hosts.model_dump(),
             "run_dir": daemon.run_dir,
             "log_level": daemon.log_level,
@@ -273,7 +274,9 @@ class Supervisor:
         settings = replace(active, options=parse_mount_options(entry.configured))
         wanted = self.config.mounts.get(entry.name)
         if wanted is not None:
-            settings = replace(settings, missing_branch=wanted.missing_branch, published=wanted.published)
+            settings = replace(
+                settings, missing_branch=wanted.missing_branch, published=wanted.published, publish=wanted.publish
+            )
         runner = Runner(settings, self.shared, transient=not entry.name)
         if entry.keeper:
             runner.legacy.add((entry.keeper, entry.record))
