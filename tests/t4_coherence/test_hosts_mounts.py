@@ -81,13 +81,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     export = root / "export"
     (export / "d").mkdir(parents=True)
     (export / "d/old").write_text("old")
-    (root / "top").mkdir()
+    base = root / "base"
+    (base / "low/sub").mkdir(parents=True)
+    for name in ("low/kept", "low/gone", "low/sub/f"):
+        (base / name).write_text("low")
     with (
         bus_server("nats", root / "bus") as server,
         sshfs(export, root / "ssh") as branch,
-        mounted([f"{export}=rw"], root / "far", "notify", "io=requests") as far,
+        mounted([f"{export}=rw", f"{base}=ro"], root / "far", "notify", "io=requests") as far,
         mounted(
-            [f"{root / 'top'}=rw", f"{branch}=ro"], root / "near", "notify", allow_log="nobody vouches for it any more"
+            [f"{branch}=ro+wh", f"{base}=ro"], root / "near", "notify", allow_log="nobody vouches for it any more"
         ) as near,
     ):
         yield Pair(BusSettings((server.url,), seconds=1.0), export, branch, far, near)
@@ -136,6 +139,35 @@ async def test_changes_through_another_mount_are_seen(pair: Pair) -> None:
         await heard()
         assert not (near / "z").exists()
         assert pair.is_believed()
+
+
+async def test_copy_ups_and_whiteouts_are_seen(pair: Pair) -> None:
+    """What hides, on the branch that both have, what both have below it."""
+    far, near = pair.far.path / "low", pair.near.path / "low"
+    async with pair.told() as (subscriber, _):
+
+        async def heard() -> None:
+            assert await subscriber.catch_up(SECONDS) == []
+
+        assert sorted(os.listdir(near)) == ["gone", "kept", "sub"]
+        assert [(near / name).read_text() for name in ("gone", "kept", "sub/f")] == ["low"] * 3
+        (far / "sub/f").write_text("copied up")
+        await heard()
+        assert (near / "sub/f").read_text() == "copied up"
+        (far / "kept").chmod(0o600)
+        await heard()
+        assert (near / "kept").stat().st_mode & 0o777 == 0o600
+        (far / "gone").unlink()
+        await heard()
+        assert not (near / "gone").exists()
+        (far / "sub/f").unlink()
+        (far / "sub").rmdir()
+        await heard()
+        assert not (near / "sub").exists()
+        (far / "sub").mkdir()
+        await heard()
+        assert os.listdir(near / "sub") == []
+        assert sorted(os.listdir(near)) == ["kept", "sub"]
 
 
 async def test_what_a_dead_process_had_collected(pair: Pair) -> None:
@@ -225,3 +257,18 @@ async def test_below_a_redirect_it_may_be_anything(union: UnionFactory) -> None:
     mount.control(question)
     (mount.path / "new/f").write_text("1")
     assert mount.control(question)["all"]
+
+
+async def test_what_is_moved_down(union: UnionFactory) -> None:
+    """With the directories that are made for it."""
+    mount = union({"top": "rw", "base": "rw"}, "notify", "io=requests")
+    (mount["top"] / "a/b").mkdir(parents=True)
+    for name in ("a/b/f", "g"):
+        (mount["top"] / name).touch()
+    question = {"op": "published", "branches": [str(mount["base"])], "wait": False}
+    mount.control(question)
+    for name, told in (("a/b/f", {"a", "a/b/"}), ("g", {"./"})):
+        assert mount.control({"op": "mvdown", "path": name})["ok"]
+        answer = mount.control(question)
+        assert told <= {path for path, _ in answer["changes"]}, answer
+        assert (mount["base"] / name).exists()

@@ -34,7 +34,6 @@ _WAIT: Final = 5.0
 """Seconds that a question waits for a change; who asks waits for twice as long."""
 _ATTRIBUTES: Final = "modify,attrib"
 _NAME: Final = f"move,{_ATTRIBUTES}"
-"""Of a directory: with all below it."""
 _FILE: Final = f"{_NAME},links"
 """Others may know what was written to by a name that was never asked for here."""
 
@@ -81,7 +80,7 @@ class Collector:
         self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1, mtime: bool = False
     ) -> None:
         self._hooks.own_data(node, content, st, fd, mtime)
-        self._note_node(node, content)
+        self._note_node(node, False)
 
     def drop_attributes(self, node: Node, soon: bool = False) -> None:
         self._hooks.drop_attributes(node, soon)
@@ -97,13 +96,16 @@ class Collector:
         if directory:
             self._note(path + b"/", _NAME)
 
-    def _note_node(self, node: Node, content: bool) -> None:
+    def _note_node(self, node: Node, names: bool) -> None:
+        """names: of a directory, with what is in it: it may have come to be on another branch, or that."""
         if self._all:
             return
         if type(node) is Dir:
             path = self._path(node, b"")
             if path is not None:
-                self._note(path, _NAME if content else _ATTRIBUTES)
+                self._note(path, _NAME if names else _ATTRIBUTES)
+                if names:
+                    self._note(path + b"/", _NAME)
             return
         if node is self._last:
             return
@@ -158,7 +160,7 @@ class Collector:
         about, in the words of `udbad feed`."""
         self._last = None
         for node in list(self._written):
-            self._note_node(node, True)
+            self._note_node(node, False)
             if not any(handle.writable for handle in node.handles or ()):
                 del self._written[node]
         taken = self._all, self._paths
