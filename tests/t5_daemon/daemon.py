@@ -88,7 +88,7 @@ class Daemon:
     def write(self) -> None:
         """Write the configuration; at once, as a careful editor does."""
         lines = ["[metrics]", 'listen = "off"']
-        tables = {"daemon": self.settings, "hosts": self.hosts, **{f"mounts.{k}": v for k, v in self.mounts.items()}}
+        tables = {"hosts": self.hosts, "daemon": self.settings, **{f"mounts.{k}": v for k, v in self.mounts.items()}}
         for title, table in tables.items():
             lines += [f"[{title}]", *(f"{key} = {toml(value)}" for key, value in table.items())]
         temporary = self.config.with_suffix(".new")

@@ -285,6 +285,7 @@ def test_a_client_is_cut_off_or_stopped(daemon: Daemon, tmp_path: Path) -> None:
             """The first hears of nothing, and so looks; the second believes what it hears."""
             assert not (first / name).exists()
             until(lambda: not is_believed(daemon, branch), "end of the lease")
+            daemon.command("flush", "a")  # the kernel has forgotten what it was told before
             (export / "d" / name).touch()
             assert (first / name).exists()
             assert flush(daemon, 30.0, "b") == (0, "")

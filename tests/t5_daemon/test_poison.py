@@ -21,11 +21,28 @@ pytestmark = [
 ]
 
 POISON = """
-import os, signal
+import os, signal, threading, time
 from udbad.branch import syscalls
+from udbad.kernel import protocol
 from udbad.union import create
 
+def is_connection(fd):
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == "/dev/fuse"
+    except FileNotFoundError:
+        return False
+
+def waits(thread):  # uninterruptibly
+    with open(f"/proc/self/task/{thread}/stat") as stat:
+        return " D " in stat.read()
+
 def end(what):
+    if b"beside" in what:
+        connection = next(fd for fd in range(1000) if is_connection(fd))
+        waiting = threading.Thread(target=os.write, args=(connection, protocol.inval_entry(1, b"x")), daemon=True)
+        waiting.start()
+        while not waits(waiting.native_id):
+            time.sleep(0.001)
     if b"crash" in what:
         os.kill(os.getpid(), signal.SIGSEGV)
     elif b"kill" in what:
@@ -47,6 +64,16 @@ create.mkdir, syscalls.sync_file = mkdir, sync_file
 """
 """Directories and files to be synced by whose names a mount process dies."""
 LOG = "another one takes over|has crashed|died of a request|starting another|was killed by"
+
+
+def test_a_crash_while_a_thread_waits_for_the_request(union: UnionFactory, patch_daemon: Callable[[str], None]) -> None:
+    """One that tells the kernel what to forget of the directory needs the lock that the request has, and cannot be
+    killed meanwhile. What has crashed must not wait for it."""
+    patch_daemon(POISON)
+    mount = union(options="survive=on", allow_log=LOG)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        os.mkdir(mount.path / "crash beside")
+    assert mount.control({"op": "status"})["restarts"] == 5
 
 
 @pytest.mark.parametrize("name", ["crash", "kill"])

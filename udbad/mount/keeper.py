@@ -32,6 +32,7 @@ _SYS_CLONE3: Final = 435
 _SYS_PIDFD_GETFD: Final = 438
 _CLONE_FILES: Final = 0x400
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_DUMPABLE: Final = 4
 _PR_SET_NAME: Final = 15
 _PR_GET_NAME: Final = 16
 _NAME_SIZE: Final = 16
@@ -89,6 +90,9 @@ class Keeper:
                 _keep(owner, patience, ended, watcher)
             _libc.prctl(_PR_SET_NAME, name, 0, 0, 0)
             _libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(self.pid), 0, 0, 0)  # Yama: it looks what we wait for
+            # A crash ends this process at once. For a core dump it would wait for its other threads first
+            # (coredump_wait() in fs/coredump.c), of which one may wait for what only the next process can answer.
+            _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
             self.pidfd = os.pidfd_open(self.pid)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
