@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import time
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.helpers.leaks import mounts_under, remove_mount
+from tests.helpers.mount import Mount
 
 SECONDS = 30.0
 SFTP_SERVER = "/usr/lib/openssh/sftp-server"
@@ -21,6 +23,21 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
         return port
+
+
+def is_believed(mount: Mount) -> bool:
+    """Whether the kernel needs to ask nothing about what it was told of d/old."""
+    path = mount.path / "d"
+
+    def requests() -> int:
+        counted: dict[str, int] = mount.control({"op": "stats"})["requests"]
+        return sum(counted.values())
+
+    os.listdir(path)
+    (path / "old").stat()
+    before = requests()
+    (path / "old").stat()
+    return requests() == before
 
 
 class Server:

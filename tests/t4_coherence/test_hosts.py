@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.bus import SECONDS, Server, bus_server, sshfs
+from tests.helpers.bus import SECONDS, Server, bus_server, is_believed, sshfs
 from tests.helpers.mount import Mount, mounted
 from udbad.hosts import message
 from udbad.hosts.bus import BusSettings, connect
@@ -68,16 +68,7 @@ class Place:
 
     def believed(self) -> bool:
         """Whether the kernel needs to ask nothing about what it has been told."""
-        path = self.mount.path / "d"
-        os.listdir(path)
-        (path / "old").stat()
-        before = self.requests()
-        (path / "old").stat()
-        return self.requests() == before
-
-    def requests(self) -> int:
-        requests: dict[str, int] = self.mount.control({"op": "stats"})["requests"]
-        return sum(requests.values())
+        return is_believed(self.mount)
 
 
 @pytest.fixture(scope="module", params=["nats", "redis"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.bus import SECONDS, bus_server, sshfs
+from tests.helpers.bus import SECONDS, bus_server, is_believed, sshfs
 from tests.helpers.mount import Mount, UnionFactory, mounted
 from udbad.hosts.bus import BusSettings
 from udbad.hosts.link import MountLink
@@ -63,16 +63,7 @@ class Pair:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def is_believed(self) -> bool:
-        path = self.near.path / "d"
-        os.listdir(path)
-        (path / "old").stat()
-        before = self._requests()
-        (path / "old").stat()
-        return self._requests() == before
-
-    def _requests(self) -> int:
-        requests: dict[str, int] = self.near.control({"op": "stats"})["requests"]
-        return sum(requests.values())
+        return is_believed(self.near)
 
 
 @pytest.fixture(scope="module")

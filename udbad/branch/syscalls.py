@@ -35,6 +35,8 @@ _UTIME_NOW: Final = (1 << 30) - 1
 _UTIME_OMIT: Final = (1 << 30) - 2
 _AT_SYMLINK_NOFOLLOW: Final = 0x100
 _STATX_BTIME: Final = 0x800
+_STATX_BASIC_STATS: Final = 0x7FF
+_AT_STATX_FORCE_SYNC: Final = 0x2000
 _OPEN_TREE_CLONE: Final = 1
 _SYS_OPEN_TREE: Final = 428  # one number on every architecture (linux/unistd.h, generic table)
 _SYS_MOUNT_SETATTR: Final = 442
@@ -140,6 +142,13 @@ def birth_ns(dirfd: int, name: bytes, ino: int) -> int:
     if failed or not buffer.mask & _STATX_BTIME or buffer.ino != ino:
         return 0
     return int(buffer.seconds) * 10**9 + int(buffer.nanoseconds)
+
+
+def ask_server(dirfd: int, name: bytes = b"") -> None:
+    """Have a file system ask its server or disk what an object is now, whatever it has cached; name as of `birth_ns`.
+    What comes of it is nothing here (statx(2), AT_STATX_FORCE_SYNC)."""
+    flags = _AT_SYMLINK_NOFOLLOW if name else _AT_EMPTY_PATH
+    _libc.statx(dirfd, name, flags | _AT_STATX_FORCE_SYNC, _STATX_BASIC_STATS, ctypes.byref(_Statx()))
 
 
 def open_dir_at(dirfd: int, name: bytes) -> int:

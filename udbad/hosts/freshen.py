@@ -9,18 +9,11 @@ it need not be done in the process of the mount. sshfs has caches in its own pro
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Iterable
-from typing import Final
 
+from udbad.branch import syscalls
 from udbad.branch.beneath import open_directory
-
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-_AT_SYMLINK_NOFOLLOW: Final = 0x100
-_AT_STATX_FORCE_SYNC: Final = 0x2000
-_STATX_BASIC_STATS: Final = 0x7FF
-_BYTES: Final = 256  # struct statx (statx(2))
 
 
 def freshen(top: str, paths: Iterable[str]) -> None:
@@ -39,14 +32,11 @@ def freshen(top: str, paths: Iterable[str]) -> None:
 
 
 def _freshen_names(top_fd: int, above: list[bytes], names: set[str]) -> None:
-    buffer = ctypes.create_string_buffer(_BYTES)
     with contextlib.suppress(OSError):
         fd = open_directory(top_fd, above)
         try:
             os.close(os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd))
             for name in (".", *sorted(names)):
-                _libc.statx(
-                    fd, os.fsencode(name), _AT_STATX_FORCE_SYNC | _AT_SYMLINK_NOFOLLOW, _STATX_BASIC_STATS, buffer
-                )
+                syscalls.ask_server(fd, os.fsencode(name))
         finally:
             os.close(fd)

@@ -94,9 +94,8 @@ class Tree:
 
     def _heal(self) -> None:
         """After events were lost: directories may have come that nobody watches."""
-        if not os.fstat(
-            self._fd
-        ).st_nlink:  # as we have it open, there is no event of that (inotify(7), IN_DELETE_SELF)
+        # As we have it open, there is no event of its end (inotify(7), IN_DELETE_SELF).
+        if os.fstat(self._fd).st_nlink == 0:
             raise FileNotFoundError(errno.ENOENT, "the directory that is watched has gone")
         while self._lost:
             self._lost = False

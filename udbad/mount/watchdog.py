@@ -17,7 +17,6 @@ The finding is in the record before the process is killed. Its successor does no
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
+from udbad.branch import syscalls
 from udbad.inodes.record import Record
 from udbad.mount.keeper import end_with_parent
 
@@ -55,11 +55,6 @@ _TWO_FILES: Final = {264, 316, 265, 326, 16} if _IS_X86 else {38, 276, 37, 285, 
 _FLUSHING: Final = {74, 75, 306, 277} if _IS_X86 else {82, 83, 267, 84}
 """fsync, fdatasync, syncfs, sync_file_range."""
 _CLOSE: Final = 3 if _IS_X86 else 57
-
-_AT_EMPTY_PATH: Final = 0x1000
-_AT_STATX_FORCE_SYNC: Final = 0x2000
-_STATX_BASIC: Final = 0x7FF
-_STATX_SIZE: Final = 256
 
 
 @dataclass(slots=True)
@@ -215,8 +210,7 @@ def _ask(fd: int) -> NoReturn:
     """In a process of its own: have the file system ask its server or disk."""
     try:
         end_with_parent()
-        buffer = ctypes.create_string_buffer(_STATX_SIZE)
-        ctypes.CDLL(None).statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_FORCE_SYNC, _STATX_BASIC, buffer)
+        syscalls.ask_server(fd)
     finally:
         os._exit(0)
 
