@@ -51,6 +51,16 @@ class Record:
     "inodes/journal.py": [("record.quick = cjournal.Writer(table, handles, inomap)", "pass  # that writes version 1")],
 }
 """A version to come, which writes each entry of the state in another way, and reads and writes both."""
+SAYS_MORE: Final = {
+    "__init__.py": NEXT["__init__.py"],
+    "mount/handover.py": [
+        ("        **said(branch),\n", '        **said(branch),\n        "colour": "red",\n'),
+        ('"needs": sorted(', '"needs": ["colour"] * any(b"needed" in one.path for one in branches.branches) + sorted('),
+        ("for field in fields(Branch)}", 'for field in fields(Branch)} - {"colour"}'),
+        ("        **process.offline.facts(),", '        **process.offline.facts(),\n        "weather": ["fine"],'),
+    ],
+}
+"""A version to come, which knows more of a branch, and of some that whoever serves it has to know it."""
 CHANGES = int(os.environ.get("UDBAD_CHANGES", scaled("2", "100")))
 """Of the version, under load."""
 
@@ -233,6 +243,27 @@ def test_a_version_that_cannot_read_the_state_leaves_the_mount_as_it_is(daemon: 
         assert daemon.state("used")["pid"] == pid
         file.write("written all the same")
     assert (point / "open").read_text() == "written all the same"
+    daemon.stop()
+
+
+@pytest.mark.skipif(keeper.why_not() is not None, reason=str(keeper.why_not()))
+def test_what_a_version_does_not_know_is_passed_over_unless_it_has_to(daemon: Daemon, tmp_path: Path) -> None:
+    points = {name: daemon.add(name, survive=True) for name in ("passed-over", "needed")}
+    install_next(daemon, copied(tmp_path / "new", SAYS_MORE))
+    daemon.start()
+    pid = daemon.state("needed")["pid"]
+    with (points["passed-over"] / "open").open("w") as passed, (points["needed"] / "open").open("w") as needed:
+        leave_mounts(daemon)
+        install_previous(daemon)
+        daemon.start()
+        until(lambda: versions(daemon)["passed-over"] == __version__, "the version before")
+        problem = "it has branches with colour, of which this version knows nothing"
+        assert problem in daemon.command("restart", "needed", code=1)
+        assert (daemon.state("needed")["pid"], versions(daemon)["needed"]) == (pid, NEW)
+        for file in (passed, needed):
+            file.write("written all the same")
+    for point in points.values():
+        assert (point / "open").read_text() == "written all the same"
     daemon.stop()
 
 

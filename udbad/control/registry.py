@@ -25,10 +25,11 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from udbad.control import private
+from udbad.control.words import known
 
 log = logging.getLogger(__name__)
 
@@ -262,11 +263,10 @@ def read(path: Path) -> Entry | None:
 
     What another version knows beyond it is passed over: the mount is there all the same.
     """
-    known = {field.name for field in fields(Entry)}
     try:
         with _entered(path) as dirfd:
             words = json.loads(private.read(dirfd, ENTRY))
-        entry = Entry(**{**{key: words[key] for key in words if key in known}, "directory": str(path)})
+        entry = Entry(**{**known(Entry, words), "directory": str(path)})
     except private.NotPrivate as error:
         log.warning("%s is passed over: %s %s", path, error.filename, error.strerror)
         return None

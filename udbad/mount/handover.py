@@ -2,6 +2,9 @@
 
 What it knows of the union is in the record (inodes/record.py), which has the number of that memfd. Written anew, never
 in place, whenever something of it has changed: a successor reads all of it, or all of what was before.
+
+A successor of another version passes over what it does not know (control/words.py), unless "needs" names it: then it
+does not take over, and says so before the process that serves has made room.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from udbad import __version__
 from udbad.branch.branches import Branch, BranchSet
 from udbad.control import registry
+from udbad.control.words import known, said
 from udbad.edge import poison
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.record import READ, Record, UnreadableRecord, condemned
@@ -32,7 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_BRANCH_FIELDS: Final = tuple(one.name for one in fields(Branch) if one.init and one.name != "offline")
+_NEEDED: Final = frozenset({"writes_overlay"})
+"""Fields of a branch: a version that does not know one must not serve a branch where it has not its default value."""
 
 
 def write(process: MountProcess, record: Record, last: int) -> int:
@@ -52,7 +57,7 @@ def write(process: MountProcess, record: Record, last: int) -> int:
         "restarts": process.restarts,
         "pauses": process.pauses.value(),
         "generation": process.sb.branches.generation,
-        "branches": [_branch_words(branch) for branch in process.sb.branches.branches],
+        **_facts_of(process.sb.branches),
         **process.offline.facts(),
         "locks": process.write_locks.held(),
         "restrictions": sorted(process.restrictions),
@@ -68,9 +73,8 @@ def write(process: MountProcess, record: Record, last: int) -> int:
 def begin(record: Record, branches: BranchSet) -> int:
     """Say which branches a process takes over, before it asks them anything: it may wait for one, as any other process
     (mount/watchdog.py). Returns the descriptor of that, for `write`. Raises OSError."""
-    served = branches.branches
-    facts = {"branches": [_branch_words(one) for one in served], "offline": [one.id for one in served if one.offline]}
-    return _say(record, BEGUN, facts)
+    away = [branch.id for branch in branches.branches if branch.offline]
+    return _say(record, BEGUN, {**_facts_of(branches), "offline": away})
 
 
 def _say(record: Record, note: str, facts: dict[str, Any]) -> int:
@@ -86,23 +90,31 @@ def _say(record: Record, note: str, facts: dict[str, Any]) -> int:
 
 def read(record: Record, take: Callable[[int], int]) -> dict[str, Any]:
     """What `write` has written last. Raises OSError; UserError when that is of a version that cannot be read."""
-    said = record.noted(FACTS)
-    if said is None:
+    noted = record.noted(FACTS)
+    if noted is None:
         raise UserError("the mount process ended before it served", ExitCode.FAILURE)
-    fd = take(int(said))
+    fd = take(int(noted))
     try:
         facts = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
     finally:
         os.close(fd)
     if not isinstance(facts, dict) or facts.get("version") not in READ:
         raise UserError("what it knows is written in another version", ExitCode.FAILURE)
+    unknown = set(facts.get("needs", ())) - {field.name for field in fields(Branch)}
+    if unknown:
+        text = ", ".join(sorted(unknown))
+        raise UserError(f"it has branches with {text}, of which this version knows nothing", ExitCode.FAILURE)
     return facts
 
 
+def _facts_of(branches: BranchSet) -> dict[str, Any]:
+    told = [_branch_words(branch) for branch in branches.branches]
+    return {"branches": told, "needs": sorted(_NEEDED.intersection(name for one in told for name in one))}
+
+
 def _branch_words(branch: Branch) -> dict[str, Any]:
-    words = {name: getattr(branch, name) for name in _BRANCH_FIELDS}
     return {
-        **words,
+        **said(branch),
         "path": os.fsdecode(branch.path),
         "perm": branch.perm.value,
         "attrs": sorted(branch.attrs),
@@ -128,7 +140,7 @@ def branches(facts: dict[str, Any], take: Callable[[int], int], hung: Collection
 def _branch(words: dict[str, Any], take: Callable[[int], int], offline: bool) -> Branch:
     return Branch(
         **{
-            **words,
+            **known(Branch, words),
             "path": os.fsencode(words["path"]),
             "perm": Perm(words["perm"]),
             "attrs": frozenset(words["attrs"]),
@@ -240,6 +252,9 @@ def look(left: Sequence[Left], mount_point: bytes) -> None:
     predecessor = Predecessor(left, registry.real_mount_point(mount_point))
     try:
         parse_mount_options(predecessor.facts["options"])
+        branches(predecessor.facts, lambda number: number)  # nothing is opened, so nothing is to be closed
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"what it says of its branches is not understood: {error}", ExitCode.FAILURE) from None
     finally:
         predecessor.close()
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from udbad.branch.branches import Branch, BranchSet
 from udbad.branch.spec import shown
+from udbad.control.words import known
 from udbad.errors import ExitCode, UserError
 from udbad.mount.keeper import LEFT, end_with_parent
 
@@ -53,7 +54,7 @@ class Outage:
 
 def outages(facts: dict[str, Any]) -> dict[int, Outage]:
     """Of what a predecessor has said: by branch id."""
-    return {int(branch): Outage(**words) for branch, words in facts.get("outages", {}).items()}
+    return {int(branch): Outage(**known(Outage, words)) for branch, words in facts.get("outages", {}).items()}
 
 
 def ask_first(paths: Sequence[bytes], timeout: int) -> None:
