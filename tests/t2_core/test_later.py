@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -72,3 +73,26 @@ def test_it_does_not_let_anybody_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         os.close(fd)
     assert [seconds for seconds, _ in done[:2]] == [0.0, 0.0]
     assert 1.0 < done[2][0] < 2.0
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), ImportError("Too many open files")], ids=repr)
+def test_it_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    expect_log: Callable[[str], None],
+    error: Exception,
+) -> None:
+    expect_log("beside is not to be had.*tried again: .*Too many open files")
+    failures = [error] * 3
+    attempts: list[str] = []
+
+    def import_module(name: str) -> None:
+        attempts.append(name)
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(later, "import_module", import_module)
+    monkeypatch.setattr(later, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None))
+    later._load(lambda: 0, (), lambda: attempts.append("begin"))
+    assert attempts == [later._BESIDE] * 4 + ["begin", *later._MODULES]
+    assert len(caplog.records) == 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.mount import DEADLINE, UnionFactory
+from tests.t5_daemon.daemon import until
 
 pytestmark = pytest.mark.fuse
 
@@ -46,6 +47,34 @@ def test_mount_goes_on_when_there_is_nothing_to_read(
     assert not trigger.exists()
     assert not (mount.path / "a third name").exists()
     assert (mount.path / "made").is_dir()
+
+
+_NO_DESCRIPTORS = """
+import errno, os, trio
+
+begin = trio.lowlevel.start_guest_run
+
+def begin_if_it_may(*arguments, **more):
+    if os.path.exists({path!r}):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return begin(*arguments, **more)
+
+trio.lowlevel.start_guest_run = begin_if_it_may
+"""
+
+
+def test_requests_are_served_while_nothing_else_can_begin(
+    union: UnionFactory, tmp_path: Path, patch_daemon: Callable[[str], None]
+) -> None:
+    full = tmp_path / "full"
+    full.touch()
+    patch_daemon(_NO_DESCRIPTORS.format(path=str(full)))
+    mount = union(udba="notify", allow_log="are attended to yet: Too many open files; tried again")
+    until(lambda: "tried again" in mount.log(), "a first attempt")
+    (mount.path / "made").mkdir()
+    full.unlink()
+    assert mount.control({"op": "stats"})["bugs"] == 0
+    assert mount.log().count("tried again") == 1
 
 
 def test_a_killed_client_ends_its_copy_up(union: UnionFactory, tmp_path: Path) -> None:

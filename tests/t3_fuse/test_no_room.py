@@ -187,6 +187,7 @@ def test_out_of_descriptors(union: UnionFactory, tmp_path: Path, udba: str, oper
     (tmp_path / "base/e").mkdir()
     before = snapshot(tmp_path / "base")
     mount = union(None, udba)
+    mount.control({"op": "stats"})  # what begins beside requests has its descriptors
     act = DESCRIPTOR_OPERATIONS[operation]
     failures = 0
     for more in range(40):

@@ -22,7 +22,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable
-from threading import Lock
+from threading import Lock, Timer
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.001
 SPIN_SECONDS = 0.00003
+AGAIN_SECONDS = 1.0
 
 
 class Server(Protocol):
@@ -84,10 +85,14 @@ class Loop:
 
     def run(self, main: Callable[[], Awaitable[None]], soon: Callable[[Callable[[], object]], object]) -> None:
         """Serve, and run `main` on trio once what `soon` is given has been called, by any thread. Returns when `main`
-        has, or when there is nothing to serve any more before it has begun. Raises what it raises."""
+        has, or when there is nothing to serve any more before it has begun. Raises what it raises.
+
+        While trio gets no descriptors or no memory, requests are served without it, and it is begun again and again.
+        """
         outcomes: list[Any] = []
         failures: list[Exception] = []
         begun: list[bool] = []
+        refused: list[OSError] = []
 
         def begin() -> None:
             import trio  # not for serving
@@ -100,6 +105,13 @@ class Loop:
                     done_callback=outcomes.append,
                 )
                 begun.append(True)
+            except OSError as error:
+                if not refused:
+                    log.warning("no commands, signals or umount are attended to yet: %s; tried again", error.strerror)
+                refused.append(error)
+                again = Timer(AGAIN_SECONDS, self.post, (begin,))
+                again.daemon = True
+                again.start()
             except Exception as error:
                 failures.append(error)
                 self.leave()

@@ -27,6 +27,7 @@ _MODULES: Final = (
 )
 _QUIET_SECONDS: Final = 0.2
 PATIENCE_SECONDS: Final = 5.0
+_AGAIN_SECONDS: Final = 1.0
 
 
 def load() -> None:
@@ -50,15 +51,27 @@ def _load(requests: Callable[[], int], wanted: Sequence[int], begin: Callable[[]
     for fd in wanted:
         poll.register(fd, select.POLLIN)
     end = time.monotonic() + PATIENCE_SECONDS
-    try:
-        _quiet(requests, end, poll)
-        import_module(_BESIDE)
-        begin()
-        for name in _MODULES:
-            _quiet(requests, end)
+    _quiet(requests, end, poll)
+    _import(_BESIDE)
+    begin()
+    for name in _MODULES:
+        _quiet(requests, end)
+        _import(name)
+
+
+def _import(name: str) -> None:
+    """Again and again until it can be: there may be no descriptor left for the file (for a module that is compiled an
+    ImportError, of dlopen()), or it may be replaced just now."""
+    said = False
+    while True:
+        try:
             import_module(name)
-    except ImportError as error:
-        log.error("udbad was changed while it started; mount again: %s", error)
+            return
+        except (ImportError, OSError) as error:
+            if not said:
+                log.error("%s is not to be had, mount again if udbad was changed; tried again: %s", name, error)
+            said = True
+            time.sleep(_AGAIN_SECONDS)
 
 
 def _quiet(requests: Callable[[], int], end: float, wanted: select.poll | None = None) -> None:
