@@ -717,20 +717,41 @@ def test_something_else_has_the_name_of_the_dirty_mark(
         opened.close()
 
 
-def test_dirty_mark_is_durable(root_fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file and its directory are synced when the mark is made, the directory when it goes."""
-    synced: list[str] = []
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was synced, as it comes."""
+    found: list[str] = []
     real_fsync = os.fsync
 
     def spy(fd: int) -> None:
-        synced.append("directory" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+        found.append("directory" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
         real_fsync(fd)
 
     monkeypatch.setattr(os, "fsync", spy)
+    return found
+
+
+def test_dirty_mark_is_durable(root_fd: int, synced: list[str]) -> None:
+    """The file and its directory are synced when the mark is made, the directory when it goes."""
     dirtymark.mark_dirty(root_fd)
     assert synced == ["file", "directory"]
     dirtymark.mark_clean(root_fd)
     assert synced == ["file", "directory", "directory"]
+
+
+def test_a_mark_that_is_durable_is_not_waited_for(branch: Path, synced: list[str]) -> None:
+    """When a process goes on with a mount, its users wait; a mark that somebody has taken away is made again."""
+    (opened,) = open_branches([BranchSpec(os.fsencode(branch), Perm.RW)], False, b"/proc").branches
+    try:
+        dirtymark.begin_writing(opened)
+        synced.clear()
+        assert dirtymark.begin_writing(opened, durable=True)
+        assert synced == []
+        (branch / ".wh..wh.udbad").unlink()
+        assert not dirtymark.begin_writing(opened, durable=True)
+        assert synced == ["file", "directory"]
+    finally:
+        opened.close()
 
 
 @pytest.mark.parametrize(("number", "raises"), [(errno.EINVAL, False), (errno.EIO, True)])

@@ -99,3 +99,32 @@ def test_nothing_is_left_of_those_before(dying: Mount, tmp_path: Path) -> None:
     os.mkdir(dying.path / "made")
     assert dying.control({"op": "status"})["restarts"] == 2
     until(lambda: not keepers(), "the end of the keepers before")  # that of now is a child of its mount process
+
+
+PREPARES = """
+import os
+from udbad.mount import later
+
+later.PATIENCE_SECONDS = 1e6
+
+def one_by_one(load=later.one_by_one):
+    yield from load()
+    os.mkdir(os.path.join(OUTSIDE, str(os.getpid())))
+
+later.one_by_one = one_by_one
+"""
+
+
+def test_whoever_has_made_a_second_process_prepares_for_the_third(
+    union: UnionFactory, patch_daemon: Callable[[str], None], tmp_path: Path
+) -> None:
+    """And not only when nothing has happened for a while: kills may follow one another."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    patch_daemon(f"OUTSIDE = {os.fspath(outside)!r}\n" + PREPARES)
+    mount = union(options="survive=on", allow_log=TAKEN_OVER)
+    mount.control({"op": "status"})
+    assert not os.listdir(outside)
+    kill(mount)
+    until(lambda: os.listdir(outside), "the guardian has imported all")
+    assert os.listdir(outside) == [str(mount.process.pid)]

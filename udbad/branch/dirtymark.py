@@ -20,15 +20,17 @@ DIRTY_MARK: Final = whiteout.RESERVED + b"udbad"
 """Exists in the root of a writable branch from mount to clean unmount; the prefix hides it."""
 
 
-def begin_writing(branch: Branch) -> bool:
-    """Mark a branch dirty; True when it was so already, and is to be swept.
+def begin_writing(branch: Branch, durable: bool = False) -> bool:
+    """Mark a branch dirty; True when it was so already, and is to be swept. durable: whoever has marked it has waited
+    until that was on the disk.
 
     Raises UserError (BRANCH): the mark cannot be made, or its name is taken by something else.
     """
     try:
         _check_notation(branch)
         left = was_dirty(branch.root_fd)
-        mark_dirty(branch.root_fd)
+        if not (left and durable):
+            mark_dirty(branch.root_fd)
     except OSError as error:
         text = f"branch {shown(branch.path)} cannot be made writable: {error.strerror}"
         raise UserError(text, ExitCode.BRANCH) from None

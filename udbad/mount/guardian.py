@@ -19,7 +19,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any, Final, NamedTuple
@@ -95,7 +95,10 @@ class Guardian:
         self._private = tuple(private)
         self._pidfd = -1
         self._serves = False
-        self._prepared = False
+        self._preparing: Iterator[None] | None = later.one_by_one()
+        """What is left of it."""
+        self._prepare_at = math.inf
+        """time.monotonic() when that goes on, once a process serves."""
         self._asked = 0
         """The last signal to be forwarded: also to who follows a process that dies before it has acted on it."""
         self._died = 0.0
@@ -116,7 +119,8 @@ class Guardian:
 
     def go_on(self, state: State) -> int:
         """As `run`, with what the guardian of another version has left, whose process we are."""
-        self._prepare()
+        while self._preparing is not None:
+            self._prepare()
         for left in reversed(state.left):
             self._legacy.add((left[0], left[1]))
         self._place, self._private = (state.place[0], state.place[1]), ()
@@ -228,7 +232,9 @@ class Guardian:
                     elif word[0] == _SERVES:
                         served = self._serves = True
                         begins, self._place = self._place is None, (word[1], word[2])
+                        self._prepare_at = time.monotonic()
                         if begins:
+                            self._prepare_at += later.PATIENCE_SECONDS
                             self._private = ()
                             self._on_ready()
                         else:
@@ -276,7 +282,7 @@ class Guardian:
         if is_late:
             return END_SECONDS * 1000
         if served:
-            return None if self._prepared else later.PATIENCE_SECONDS * 1000
+            return None if self._preparing is None else max(self._prepare_at - time.monotonic(), 0.0) * 1000
         if self._place is None or not self._patience:
             return None
         return max(self._seconds_left(), 0.0) * 1000
@@ -291,10 +297,13 @@ class Guardian:
         return status
 
     def _prepare(self) -> None:
-        """While a process serves: import what the next ones would, and whoever waits for them. Not at once, as then
-        whoever has wanted the mount is busy with it; and a mount that is gone by then needs no next process."""
-        self._prepared = True
-        later.load()
+        """While a process serves: import the next module that those after it would, and whoever waits for them. Not at
+        once, as then whoever has wanted the mount is busy with it, and a mount that is gone by then needs no next
+        process; but as soon as one has been followed by another. One module at a time: it may be needed meanwhile."""
+        assert self._preparing is not None
+        for _ in self._preparing:
+            return
+        self._preparing = None
         gc.collect()
         gc.freeze()
 

@@ -11,15 +11,16 @@ import logging
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Final
 
 log = logging.getLogger(__name__)
 
+_STRATEGY: Final = "udbad.coherence.notify"
 _BESIDE: Final = "udbad.mount.beside"
 _MODULES: Final = (
-    "udbad.coherence.notify",
+    _STRATEGY,
     "udbad.edge.replay",
     "udbad.tools.explain",
     "udbad.tools.mvdown",
@@ -31,8 +32,16 @@ _AGAIN_SECONDS: Final = 1.0
 
 
 def load() -> None:
-    for name in (_BESIDE, *_MODULES):
+    """Import all of it now."""
+    for _ in one_by_one():
+        pass
+
+
+def one_by_one() -> Iterator[None]:
+    """The same in steps of some ten milliseconds, what a process imports before it serves first."""
+    for name in (_STRATEGY, _BESIDE, *_MODULES):
         import_module(name)
+        yield
 
 
 def load_in_thread(requests: Callable[[], int], wanted: Sequence[int], begin: Callable[[], object]) -> None:

@@ -17,7 +17,7 @@ from udbad.control import registry
 from udbad.errors import ExitCode, UserError
 from udbad.inodes import garbage
 from udbad.inodes.record import Record
-from udbad.mount import crash, keeper
+from udbad.mount import crash, descriptors, keeper
 from udbad.mount.handover import Predecessor
 from udbad.mount.keeper import Left
 from udbad.mount.mountproc import STOPPING, MountProcess, is_portable
@@ -99,6 +99,7 @@ def run(
             record = Record.create()
             ending.callback(os.close, record.fd)
             watch = Watchdog(record, options.branch_timeout, keeper.clone) if options.branch_timeout else None
+            descriptors.reserve(pid for pid, _ in guard.left)
             # Before any thread is.
             own = keeper.Keeper(options.restart_timeout, guard.ended, watch)
             ending.callback(own.end)

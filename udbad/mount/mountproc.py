@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -40,7 +39,7 @@ from udbad.kernel.mounts import mounts_inside
 from udbad.kernel.passthrough import Passthrough
 from udbad.kernel.session import Session, check_mount_point
 from udbad.metrics import PAUSE_BUCKETS, Counts, Samples, Server
-from udbad.mount import handover, iomode, later, strictness
+from udbad.mount import descriptors, handover, iomode, later, strictness
 from udbad.mount.handover import Predecessor
 from udbad.mount.keeper import Keeper
 from udbad.mount.offline import Offline, end_for_another
@@ -64,10 +63,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_OTHER_FDS = 1024
-"""Descriptors that are neither of directories nor of open files: branches, sockets, copy-ups, one operation's own."""
 STOPPING = signal.SIGINT, signal.SIGTERM
-_MAX_DIRECTORY_FDS = 100_000
 
 
 class MountProcess:
@@ -108,7 +104,7 @@ class MountProcess:
             log.info("%s", notice)
         if compiled.why_not():
             log.info("runs uncompiled, which takes more CPU time: %s", compiled.why_not())
-        max_fds, all_fds = _raise_fd_limit()
+        max_fds, all_fds = descriptors.limits()
         self._io_fallbacks: list[str] = []
         self.presence = Presence(self.mount_point, identity, options.control)
         with ExitStack() as ending:
@@ -470,16 +466,6 @@ def _id_map(options: MountOptions) -> IdMap | None:
     users = ids.of(options.uidmapping, options.squash_to_uid)
     groups = ids.of(options.gidmapping, options.squash_to_gid)
     return IdMap(users, groups) if options.allow_idmap or users != ids.SAME or groups != ids.SAME else None
-
-
-def _raise_fd_limit() -> tuple[int, int]:
-    """Allow as many descriptors as the hard limit permits; returned is how many directories may have, and how many
-    directories and open files together."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    most = hard - min(_OTHER_FDS, hard // 4)
-    return min(most, _MAX_DIRECTORY_FDS), most
 
 
 def _union_options(options: MountOptions) -> UnionOptions:

@@ -92,7 +92,7 @@ class Presence:
 
         Returns None without a control socket. Raises UserError when one was asked for that cannot be had.
         """
-        path = self._register()
+        path = self._register(alone=predecessor is not None)
         if path is None:
             return None
         try:
@@ -107,12 +107,14 @@ class Presence:
             log.warning("no control socket, %s: %s", path, error.strerror)
             return None
 
-    def _register(self) -> str | None:
-        """Returns the path of the control socket. Without room for the mount's directory the mount still serves."""
+    def _register(self, alone: bool) -> str | None:
+        """Returns the path of the control socket. Without room for the mount's directory the mount still serves.
+        alone: somebody waits for us, and what other mounts have left has time."""
         if self._identity.run_dir is None:
             return self._asked_control
         try:
-            registry.sweep(self._identity.run_dir, kernelside.unions())
+            if not alone:
+                registry.sweep(self._identity.run_dir, kernelside.unions())
             self.registration = registry.Registration(self._identity.run_dir, self._mount_point)
         except OSError as error:
             log.warning("not registered in %s: %s", self._identity.run_dir, error.strerror)

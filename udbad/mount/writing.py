@@ -77,12 +77,13 @@ class Writing:
         """Mark those that are writable and make them ready, where that was not done before; any thread.
 
         To be called before anything else is written to them. plink: make the directory of pseudo-links. ready: they
-        are, and nobody is to see a later mtime of their roots. Raises UserError (BRANCH); `keep` is due then.
+        are, as this mount goes on: nobody is to see a later mtime of their roots, nor to wait for their disks. Raises
+        UserError (BRANCH); `keep` is due then.
         """
         for branch in branches:
             identity = _identity(branch)
             if branch.writable and identity not in self._begun:
-                left = begin_writing(branch)
+                left = begin_writing(branch, durable=ready)
                 own = replace(branch, root_fd=os.dup(branch.root_fd))
                 self._begun[identity] = _Begun(own, _Sweep(own) if left else None)
                 if not ready:
