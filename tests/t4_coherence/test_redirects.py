@@ -123,6 +123,34 @@ def test_what_comes_where_a_redirect_leads(tmp_path: Path, union: UnionFactory, 
     assert shown(mount.path / "new") == {name: text for name, text in BEFORE.items() if name != "m"}
 
 
+@pytest.mark.parametrize("udba", ["none", "reval", "notify"])
+def test_what_is_shown_in_two_places_is_two(tmp_path: Path, union: UnionFactory, udba: str) -> None:
+    """The whiteout at its old name goes: the lower part is shown there again, as it is below the new name."""
+    fill(tmp_path)
+    mount = union(LAYERS, udba, "dirren=on")
+    old, new = mount.path / "p/old", mount.path / "new"
+    old.rename(new)
+    warm(new, set(BEFORE))
+    (tmp_path / "top/p/.wh.old").unlink()
+    settle(mount, udba)
+    for _ in range(2):
+        for name in (".", "sub", "a", "sub/b"):
+            assert os.lstat(old / name).st_ino != os.lstat(new / name).st_ino
+        assert shown(old) == shown(new) == BEFORE
+    write(old / "sub/b", "changed")
+    (old / "made").mkdir()
+    (new / "sub").rename(old / "made/sub")
+    (new / "a").unlink()
+    assert (old / "a").stat().st_nlink == 1
+    assert (old / "sub/b").read_text() == "changed"
+    assert shown(old / "made") == {"sub": None, "sub/b": "b"}
+    assert shown(new) == {"m": "m"}
+    (tmp_path / "base/p/old/sub/n").touch()
+    settle(mount, udba)
+    assert (old / "sub/n").exists()
+    assert (old / "made/sub/n").exists()
+
+
 @pytest.mark.parametrize("udba", ["none", "notify"])
 def test_what_has_not_changed_is_asked_for_once(tmp_path: Path, union: UnionFactory, udba: str) -> None:
     fill(tmp_path)

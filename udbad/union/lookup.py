@@ -407,6 +407,7 @@ def intern_file(
         or node.kind != kind
         or node.dead
         or (kind == _S_IFLNK and not _leads_there(sb, parent, name, branch, node, st))
+        or (sb.redirecting and st.st_nlink == 1 and _has_its_place(sb, node, parent, name))
     ):
         # The number belongs to an object that is still in use: this one gets a number of its own.
         number = sb.inomap.fresh(dev, ino)
@@ -476,7 +477,12 @@ def _intern_dir(sb: Superblock, parent: Dir, name: bytes, found: Found) -> Dir:
         top = layers[0]
         number = sb.inomap.number(top.dev, top.ino)
         node = sb.table.nodes.get(number)
-        if node is not None and (type(node) is not Dir or node.dead or not same_directory(node, layers)):
+        if node is not None and (
+            type(node) is not Dir
+            or node.dead
+            or not same_directory(node, layers)
+            or (sb.redirecting and _has_its_place(sb, node, parent, name))
+        ):
             number = sb.inomap.fresh(top.dev, top.ino)
             node = None
         if node is None:
@@ -494,6 +500,30 @@ def same_directory(node: Dir, layers: list[Layer]) -> bool:
     """A directory stays itself while it keeps at least one of its branch directories."""
     ids = {layer.identity for layer in node.layers}
     return any(layer.identity in ids for layer in layers)
+
+
+def _has_its_place(sb: Superblock, node: Node, parent: Dir, name: bytes) -> bool:
+    """Whether a node is still what its own name stands for, so that what another name does is another one.
+
+    Without redirects what is in a branch directory has one place in the union, but for hard links, and where it is
+    found is where it was moved to. With them it is shown a second time once nothing hides it any more at its own path.
+    One directory would move from one place to the other with each lookup, which d_splice_alias() refuses amid a rename
+    (ESTALE); of one file nobody could tell by which name it is written, and so where its copy belongs.
+    """
+    above = node.parent
+    if above is None or above.dead or (above is parent and node.name == name):
+        return False
+    try:
+        found = resolve(sb, above, node.name)
+    except OSError:
+        return True  # not known; a second number does no harm
+    if found.answer is not Answer.FOUND:
+        return False
+    if found.layers is None:
+        return node.identity == (found.st.st_dev, found.st.st_ino)
+    same = type(node) is Dir and same_directory(node, found.layers)
+    discard(sb, above, node.name, found)
+    return same
 
 
 def refresh(sb: Superblock, node: Dir) -> None:
