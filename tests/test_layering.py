@@ -30,6 +30,7 @@ LEVELS: list[list[str]] = [
         "udbad.union.times",
         "udbad.union.redirects",
         "udbad.union.view",
+        "udbad.union.resolve",
         "udbad.union.lookup",
         "udbad.union.readdir",
     ],
@@ -286,11 +287,11 @@ def telling_functions(source: str) -> set[str]:
     return tells
 
 
-def used_of_lookup(source: str) -> set[str]:
+def used_of(module: str, source: str) -> set[str]:
     return {
         part.attr
         for part in ast.walk(ast.parse(source))
-        if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == "lookup"
+        if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == module
     }
 
 
@@ -298,10 +299,11 @@ def test_no_strategy_is_called_back_by_what_it_asks() -> None:
     """An event makes a strategy ask the union; were the answer told to the strategy as well, calls would go round."""
     telling = telling_functions(MODULES["udbad.union.lookup"].read_text())
     assert {"adopt", "intern", "refresh", "update"} <= telling
+    assert not telling_functions(MODULES["udbad.union.resolve"].read_text())
     used = {
-        name: used_of_lookup(path.read_text()) for name, path in MODULES.items() if _within(name, "udbad.coherence")
+        name: used_of("lookup", path.read_text()) for name, path in MODULES.items() if _within(name, "udbad.coherence")
     }
-    assert {"resolve", "set_layers"} <= set.union(*used.values())
+    assert {"remember", "set_layers"} <= set.union(*used.values())
     assert not {name: found for name, names in used.items() if (found := names & telling)}
 
 

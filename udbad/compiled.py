@@ -50,6 +50,7 @@ MODULES: Final = (
     "udbad.union.readdir",
     "udbad.union.remove",
     "udbad.union.rename",
+    "udbad.union.resolve",
     "udbad.union.superblock",
     "udbad.union.times",
     "udbad.union.view",

@@ -20,7 +20,7 @@ from udbad.branch.policy import parse_copyup, parse_create
 from udbad.inodes.table import Dir
 from udbad.tools import explain, homecheck
 from udbad.types import Perm
-from udbad.union import lookup, view
+from udbad.union import resolve, view
 from udbad.union.superblock import Superblock, UnionOptions
 
 # What a branch has under a name: "f" file, "l" symlink, "d" directory, "-" nothing; and "w" its whiteout, "o" an
@@ -137,8 +137,8 @@ def union_of(root: Path, spec: Sequence[tuple[bool, bool, str, str]]) -> Iterato
 
 
 def resolved(sb: Superblock, parent: Dir, name: bytes, closing: ExitStack) -> Any:
-    """What `lookup.resolve` finds, None for nothing."""
-    found: Any = lookup.resolve(sb, parent, name)
+    """What `resolve.resolve` finds, None for nothing."""
+    found: Any = resolve.resolve(sb, parent, name)
     if found is None or not hasattr(found, "layers"):
         return None
     for layer in found.layers or ():

@@ -24,7 +24,7 @@ from udbad.branch.branches import BranchSet
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
 from udbad.types import ROOT_ID, Trigger
-from udbad.union import copyup, lookup, reconfigure
+from udbad.union import copyup, reconfigure, resolve
 from udbad.union.fs import SetAttr
 from udbad.union.superblock import NeedCopyUp
 
@@ -658,7 +658,7 @@ def test_a_branch_with_shorter_names_than_others(tmp_path: Path, udba: str, monk
                 raise OSError(errno.ENAMETOOLONG, "")
             return syscalls.stat_at(dirfd, name)
 
-        monkeypatch.setattr(lookup, "_stat", stat)
+        monkeypatch.setattr(resolve, "_stat", stat)
         assert not union.exists("n" * 200)
         union.create("n" * 200, b"content")
         assert union.content("n" * 200) == b"content"

@@ -20,7 +20,7 @@ from udbad.branch.branches import Branch
 from udbad.branch.policy import parse_create
 from udbad.inodes.table import Dir
 from udbad.types import ROOT_ID, Trigger
-from udbad.union import copydirs, copyup, lookup, remove
+from udbad.union import copydirs, copyup, remove, resolve
 from udbad.union.fs import SetAttr
 from udbad.union.superblock import NeedCopyUp, Superblock
 
@@ -206,7 +206,7 @@ def test_a_directory_that_vanishes_while_it_is_looked_at(tmp_path: Path, monkeyp
 
         with monkeypatch.context() as patch:
             patch.setattr(syscalls, "open_dir_at", too_late)
-            assert lookup.resolve(union.sb, union.sb.root, b"d", below=0).answer is lookup.Answer.NEGATIVE
+            assert resolve.resolve(union.sb, union.sb.root, b"d", below=0).answer is resolve.Answer.NEGATIVE
 
 
 def test_a_name_that_never_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_a_name_that_never_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     with core(tmp_path, udba="reval") as union, monkeypatch.context() as patch:
         patch.setattr(syscalls, "open_dir_at", too_late)
-        assert error_of(lambda: lookup.resolve(union.sb, union.sb.root, b"d")) == "ESTALE"
+        assert error_of(lambda: resolve.resolve(union.sb, union.sb.root, b"d")) == "ESTALE"
         assert 1 < asked < 100
 
 

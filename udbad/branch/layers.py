@@ -1,6 +1,6 @@
 """Which branches a name of the union is made of (semantics 4.2): the rule, for whoever looks at branches at leisure.
 
-lookup.resolve and view.scan apply it where each system call counts, asking no more than they need; a property test
+resolve.resolve and view.scan apply it where each system call counts, asking no more than they need; a property test
 holds them to what stands here.
 """
 

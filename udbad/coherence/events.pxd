@@ -1,7 +1,7 @@
 cimport cython
 
 from udbad.inodes.table cimport Dir, Layer, Node
-from udbad.union.lookup cimport Found
+from udbad.union.resolve cimport Found
 from udbad.union.superblock cimport Superblock
 
 cpdef classify(Superblock sb, Dir node, bytes name, long kinds)

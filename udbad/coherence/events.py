@@ -5,7 +5,7 @@ branches say now and changes nothing; of the kinds of an event (coherence/inotif
 file whose content or attributes changed may be looked at first. Whiteouts are events of the name they hide, opaque
 marks of their directory (`subject`). A case brings what is recorded up to date, then tells the kernel what differs.
 
-Calls go one way. For an event, the union is asked only through functions that call nobody back (`lookup.resolve`,
+Calls go one way. For an event, the union is asked only through functions that call nobody back (`resolve.resolve`,
 `lookup.set_layers`, ...); for a request, it is the union that calls `Events.adopt`. So `adopt` is never entered
 from the comparison of a name (tests/test_layering.py, tests/t2_core/test_trust.py).
 """
@@ -26,8 +26,8 @@ from udbad.coherence.watcher import Change
 from udbad.coherence.watches import Place, Watches, Way
 from udbad.inodes.table import Dir, Index, Node
 from udbad.types import MOVED_FROM, REMOVED
-from udbad.union import homes, lookup
-from udbad.union.lookup import Answer, Found
+from udbad.union import homes, lookup, resolve
+from udbad.union.resolve import Answer, Found
 from udbad.union.superblock import Superblock, is_object
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def classify(sb: Superblock, node: Dir, name: bytes, kinds: Index) -> Finding:
         st = _same_file(node, name, child)
         if st is not None:
             return Case.SAME_FILE, child, None, st
-    found = lookup.resolve(sb, node, name)
+    found = resolve.resolve(sb, node, name)
     if found.answer is not Answer.FOUND:
         return Case.ABSENT if child is None else Case.GONE, child, None, None
     if found.layers is None:
@@ -92,9 +92,9 @@ def classify(sb: Superblock, node: Dir, name: bytes, kinds: Index) -> Finding:
             return Case.APPEARED, None, found, None
         st = _same_object(sb, node, name, child, found)
         return Case.REPLACED if st is None else Case.SAME_OBJECT, child, found, st
-    if type(child) is Dir and not child.dead and lookup.same_directory(child, found.layers):
+    if type(child) is Dir and not child.dead and resolve.same_directory(child, found.layers):
         return Case.SAME_DIRECTORY, child, found, None
-    lookup.discard(sb, node, name, found)
+    resolve.discard(sb, node, name, found)
     if child is not None:
         return Case.REPLACED, child, found, None
     return Case.APPEARED, None, found, None
@@ -416,14 +416,14 @@ class Events:
             # A listing came across the name before its event, and it did not fit into a reply.
             node.negatives.discard(name)
             self._notifier.expire(node.id, name)
-        lookup.remember(node, name, finding[2] or lookup.CLEAR)
+        lookup.remember(node, name, finding[2] or resolve.CLEAR)
 
     def _remember_unknown(self, node: Dir, name: bytes, found: Found | None, kinds: int) -> None:
         """The view gets what a name stands for that nobody has asked for; a listing that the kernel may keep goes, if
         that makes it another one. Of a known object, its identity says that."""
         view = node.view
         listing = node.listed and kinds & NAMES and (view is None or name in view or found is not None)
-        lookup.remember(node, name, found or lookup.CLEAR)
+        lookup.remember(node, name, found or resolve.CLEAR)
         if listing:
             self._coherence.tell_names(node)
 

@@ -40,9 +40,9 @@ from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
 from udbad.types import Caller
-from udbad.union import copyup, create, lookup, remove, rename
+from udbad.union import copyup, create, lookup, remove, rename, resolve
 from udbad.union.fs import SetAttr, UnionFs
-from udbad.union.lookup import Answer, Found
+from udbad.union.resolve import Answer, Found
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ def _made(
     """
     fs = operations.fs
     parent = _directory(fs, number)
-    found = lookup.resolve(fs.sb, parent, name)
+    found = resolve.resolve(fs.sb, parent, name)
     if found.answer is not Answer.FOUND:
         raise _Perform
     ours = False
@@ -266,7 +266,7 @@ def _made(
                 os.close(fd)
     finally:
         if not ours:
-            lookup.discard(fs.sb, parent, name, found)
+            resolve.discard(fs.sb, parent, name, found)
     if not ours:
         raise _Perform  # which says EEXIST
     return create.finish(fs.sb, parent, name, found)
@@ -305,11 +305,11 @@ def _link(operations: Operations, noted: Noted, number: int, directory: int, nam
     """The name leads to what it was to lead to: the file, or the copy that was made for it (noted)."""
     fs = operations.fs
     parent, node = _directory(fs, directory), fs.table.node(number)
-    found = lookup.resolve(fs.sb, parent, name)
+    found = resolve.resolve(fs.sb, parent, name)
     if found.answer is not Answer.FOUND:
         raise _Perform
     if _who(found) != noted.words or node.identity != noted.words:
-        lookup.discard(fs.sb, parent, name, found)
+        resolve.discard(fs.sb, parent, name, found)
         raise _Perform
     return operations.entry(directory, node, create.finish_link(fs.sb, node, parent, name))
 
@@ -321,7 +321,7 @@ def _unlink(operations: Operations, noted: Noted, number: int, name: bytes) -> N
     dev, ino, ctime, links, was_lower = noted.words
     parent = _directory(fs, number)
     node = parent.children.get(name) or fs.table.nodes.get(fs.sb.inomap.number(dev, ino))
-    found = lookup.resolve(fs.sb, parent, name)
+    found = resolve.resolve(fs.sb, parent, name)
     if found.answer is Answer.FOUND:
         if _who(found) == (dev, ino):
             if found.st.st_ctime_ns & U64 == ctime:
@@ -331,7 +331,7 @@ def _unlink(operations: Operations, noted: Noted, number: int, name: bytes) -> N
                 raise _Perform
         elif node is not None and node.identity == _who(found):
             node = None
-        lookup.discard(fs.sb, parent, name, found)
+        resolve.discard(fs.sb, parent, name, found)
     remove.settle(fs.sb, parent, name)
     remove.unlinked_from(fs.sb, parent, name, node, _status(dev, ino, links), was_lower != 0, None, True)
 
@@ -340,10 +340,10 @@ def _rmdir(operations: Operations, noted: Noted, number: int, name: bytes) -> No
     """The name is gone, or another object has it: what the directory had on branches below stays hidden either way."""
     fs = operations.fs
     parent = _directory(fs, number)
-    found = lookup.resolve(fs.sb, parent, name)
+    found = resolve.resolve(fs.sb, parent, name)
     if found.answer is Answer.FOUND:
         layers = [layer.identity for layer in found.layers or ()]
-        lookup.discard(fs.sb, parent, name, found)
+        resolve.discard(fs.sb, parent, name, found)
         if noted.words in layers:
             raise _Perform
     remove.settle(fs.sb, parent, name)

@@ -3,7 +3,7 @@
 As Docker's Changes (semantics 13), and finer: content and attributes are told apart, and a copy that
 differs in nothing from what it covers is no change. A whiteout or an opaque directory deletes what is
 visible below it; a directory that is gone is one deletion, not one for each name in it. What lower
-branches show is decided by lookup.py alone.
+branches show is decided by resolve.py alone.
 
 Read-only. The number of descriptors it needs grows with the depth of the tree, times the branches.
 """
@@ -26,8 +26,8 @@ from udbad.branch.walk import kind_name, open_branch
 from udbad.errors import GONE
 from udbad.inodes.table import Dir, Layer
 from udbad.types import Perm
-from udbad.union import lookup, redirects, view
-from udbad.union.lookup import Answer
+from udbad.union import redirects, resolve, view
+from udbad.union.resolve import Answer
 from udbad.union.superblock import Superblock, UnionOptions
 
 _NO_NODE = 0  # directories here belong to no inode table
@@ -173,7 +173,7 @@ def _origin(sb: Superblock, level: _Level, name: bytes) -> bytes | None:
 
 
 def _below(sb: Superblock, lower: Dir, name: bytes) -> list[Layer] | None:
-    found = lookup.resolve(sb, lower, name)
+    found = resolve.resolve(sb, lower, name)
     return found.layers if found.answer is Answer.FOUND else None
 
 
@@ -192,7 +192,7 @@ def _names(sb: Superblock, level: _Level) -> Iterator[Change]:
             if change is not None:
                 yield change
         elif level.lower is not None:
-            found = lookup.resolve(sb, level.lower, name)
+            found = resolve.resolve(sb, level.lower, name)
             if found.answer is Answer.FOUND:
                 _discard(found)
                 yield Change(path, ChangeKind.DELETED, kind_name(found.kind), "")
@@ -203,7 +203,7 @@ def _visible(sb: Superblock, lower: Dir | None) -> set[bytes]:
     return set() if lower is None else set(view.scan(sb, lower))
 
 
-def _discard(found: lookup.Found) -> None:
+def _discard(found: resolve.Found) -> None:
     for layer in found.layers or ():
         os.close(layer.fd)
 
@@ -227,7 +227,7 @@ def _compare(sb: Superblock, level: _Level, name: bytes, path: bytes) -> Change 
             return None
         if origin:
             return Change(path, ChangeKind.ADDED, label, f"was {printable(origin)}")
-    found = lookup.CLEAR if level.lower is None else lookup.resolve(sb, level.lower, name)
+    found = resolve.CLEAR if level.lower is None else resolve.resolve(sb, level.lower, name)
     if found.answer is not Answer.FOUND:
         return Change(path, ChangeKind.ADDED, label, "")
     try:

@@ -31,8 +31,8 @@ from udbad.branch.state import ObjectStamp, is_racy, object_stamp, same_content,
 from udbad.errors import estale
 from udbad.inodes.handles import backing_id
 from udbad.inodes.table import Dir, Node
-from udbad.union import copydirs, homes, lookup
-from udbad.union.lookup import Answer
+from udbad.union import copydirs, homes, lookup, resolve
+from udbad.union.resolve import Answer
 from udbad.union.superblock import Superblock
 
 _PATIENCE: Final = 60
@@ -338,7 +338,7 @@ def uncover_directory(
     sb.inomap.drop(st.st_dev, st.st_ino)
     sb.inomap.alias(new.st_dev, new.st_ino, number)
     if parent is not None:
-        lookup.update(sb, parent, name, lookup.resolve(sb, parent, name))
+        lookup.update(sb, parent, name, resolve.resolve(sb, parent, name))
         sb.changes.behind(parent, True)
         if node is not None:
             sb.changes.behind(node, True)
@@ -347,10 +347,10 @@ def uncover_directory(
 
 def update_view(sb: Superblock, parent: Dir, name: bytes) -> None:
     """As lookup.update, for a name that is no directory and whose node is brought up to date otherwise."""
-    found = lookup.resolve(sb, parent, name)
+    found = resolve.resolve(sb, parent, name)
     lookup.remember(parent, name, found)
     if found.answer is Answer.FOUND:
-        lookup.discard(sb, parent, name, found)
+        resolve.discard(sb, parent, name, found)
 
 
 def release(sb: Superblock, parts: Sequence[bytes]) -> None:

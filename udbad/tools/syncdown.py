@@ -40,7 +40,7 @@ from udbad.tools.takeaway import (
     Whiteout,
     must_carry,
 )
-from udbad.union import copydirs, lookup, redirects
+from udbad.union import copydirs, lookup, redirects, resolve
 from udbad.union.superblock import Superblock
 
 BATCH_FILES: Final = 64
@@ -482,7 +482,7 @@ class Sync:
         syscalls.restore_times(src_fd, before)
         parent = carry.find(self.sb, level.parts)
         if type(parent) is Dir:
-            lookup.update(self.sb, parent, name, lookup.resolve(self.sb, parent, name))
+            lookup.update(self.sb, parent, name, resolve.resolve(self.sb, parent, name))
         return True
 
     def _is_bare(self, dirfd: int, name: bytes) -> bool:

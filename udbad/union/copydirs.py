@@ -15,8 +15,8 @@ from udbad.branch.branches import Branch
 from udbad.branch.policy import CopyUpPolicy, CreatePolicy, Facts
 from udbad.errors import ABSENT, erofs, estale, os_error
 from udbad.inodes.table import Dir, Layer
-from udbad.union import lookup
-from udbad.union.lookup import Answer
+from udbad.union import lookup, resolve
+from udbad.union.resolve import Answer
 from udbad.union.superblock import Superblock
 
 
@@ -124,14 +124,14 @@ def _made_directly(sb: Superblock, node: Dir, branch: Branch) -> int:
     parent = node.parent
     assert parent is not None
     parent.doubt(node.name)
-    found = lookup.resolve(sb, parent, node.name)
+    found = resolve.resolve(sb, parent, node.name)
     if found.answer is Answer.FOUND:
-        if found.layers is not None and lookup.same_directory(node, found.layers):
+        if found.layers is not None and resolve.same_directory(node, found.layers):
             lookup.adopt(sb, node, found, parent.floor)
             if node.layer(branch.index) is None:
                 raise erofs()  # what has its place on this branch is no directory, and not shown
             return sb.branch_fd(node, branch)
-        lookup.discard(sb, parent, node.name, found)
+        resolve.discard(sb, parent, node.name, found)
     raise estale()
 
 

@@ -36,8 +36,8 @@ from udbad.inodes.handles import backing_id
 from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
 from udbad.types import MADE, MOVED_TO, CopyMethod, Trigger
-from udbad.union import copydirs, homes, lookup, plink
-from udbad.union.lookup import Answer
+from udbad.union import copydirs, homes, lookup, plink, resolve
+from udbad.union.resolve import Answer
 from udbad.union.superblock import NeedCopyUp, Superblock, is_object
 
 _ATTEMPTS = 3
@@ -102,7 +102,7 @@ def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
     if parent is None or node.dead or (need.name is None and (st := _still_there(sb, node)) is None):
         return _begin_orphan(sb, need)
     source = node.branch.index if need.limit is None else min(node.branch.index, need.limit + 1)
-    lookup.check_top(parent, node.branch.index)
+    resolve.check_top(parent, node.branch.index)
     if node.plink is not None and node.plink.branch.writable:  # else it is copied up like any other file
         if need.limit is not None and node.plink.branch.index > need.limit:
             raise os_error(errno.EXDEV)  # its one copy is where the new name would be hidden
@@ -208,11 +208,11 @@ def _still_there(sb: Superblock, node: Node) -> os.stat_result | None:
             else:
                 if is_object(node, st):
                     return st
-        found = lookup.resolve(sb, node.parent, node.name)
+        found = resolve.resolve(sb, node.parent, node.name)
         if found.answer is Answer.FOUND:
             if found.layers is None and is_object(node, found.st):
                 return found.st
-            lookup.discard(sb, node.parent, node.name, found)
+            resolve.discard(sb, node.parent, node.name, found)
     try:
         st = sb.stat(node)
         dirfd, name = sb.locate(node)
@@ -226,9 +226,9 @@ def _still_there(sb: Superblock, node: Node) -> os.stat_result | None:
     if node.plink is not None or node.parent is None:
         return here
     # Hidden by something newer above it; or that name was lost, and there is another one.
-    found = lookup.resolve(sb, node.parent, node.name)
+    found = resolve.resolve(sb, node.parent, node.name)
     if found.answer is Answer.FOUND:
-        lookup.discard(sb, node.parent, node.name, found)
+        resolve.discard(sb, node.parent, node.name, found)
         if found.layers is None and is_object(node, found.st):
             return found.st
     node.parent.doubt(node.name)
@@ -427,11 +427,11 @@ def _settle_counted(sb: Superblock, node: Node, parent: Dir, name: bytes, names:
         return False
     try:
         lookup.ask_again(sb, parent)
-        found = lookup.resolve(sb, parent, name)
+        found = resolve.resolve(sb, parent, name)
     except FileNotFoundError:
         return False
     if found.answer is Answer.FOUND:
-        lookup.discard(sb, parent, name, found)
+        resolve.discard(sb, parent, name, found)
         if (found.st.st_dev, found.st.st_ino) != home.identity:
             return False  # only a temporary name of it was made
     plink.name_arrived(sb, node)
@@ -529,9 +529,9 @@ def _check_unmoved(sb: Superblock, job: Job) -> None:
         raise estale()
     if node.identity != (job.st.st_dev, job.st.st_ino):  # another of its names was faster
         raise estale()
-    found = lookup.resolve(sb, parent, job.name)
+    found = resolve.resolve(sb, parent, job.name)
     if found.answer is Answer.FOUND:
-        lookup.discard(sb, parent, job.name, found)
+        resolve.discard(sb, parent, job.name, found)
     if job.as_link:
         if found.answer is Answer.FOUND:
             parent.doubt(job.name)

@@ -21,8 +21,8 @@ from udbad.branch.credentials import Credentials
 from udbad.errors import enoent, erofs, estale, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Trigger
-from udbad.union import copydirs, homes, lookup, remove
-from udbad.union.lookup import Answer, Found, Missing
+from udbad.union import copydirs, homes, lookup, remove, resolve
+from udbad.union.resolve import Answer, Found, Missing
 from udbad.union.superblock import NeedCopyUp, Superblock
 
 P = ParamSpec("P")
@@ -75,13 +75,13 @@ def check_free(sb: Superblock, parent: Dir, name: bytes) -> Missing:
     """What the search for a name has shown, which must find nothing: EEXIST when the union has it."""
     whiteout.check_new_name(name)
     _check_directory(sb, parent)
-    lookup.check_changeable(parent)
+    resolve.check_changeable(parent)
     if lookup.only_on(sb, parent, name) == lookup.NOWHERE:
-        return lookup.CLEAR
-    found = lookup.resolve(sb, parent, name)
+        return resolve.CLEAR
+    found = resolve.resolve(sb, parent, name)
     if found.answer is not Answer.FOUND:
         return found
-    lookup.discard(sb, parent, name, found)
+    resolve.discard(sb, parent, name, found)
     parent.doubt(name)
     raise os_error(errno.EEXIST)
 
@@ -155,7 +155,7 @@ def tmpfile(
     is left of it after a crash. Raises EOPNOTSUPP where the branch's file system has no such files.
     """
     _check_directory(sb, parent)
-    branch = _choose(sb, parent, lookup.CLEAR, False)
+    branch = _choose(sb, parent, resolve.CLEAR, False)
     dirfd = copydirs.ensure_dir(sb, parent, branch)
     with creds.creating(caller, mode):
         fd = syscalls.open_tmpfile(dirfd, mode, flags)
@@ -232,22 +232,22 @@ def _made_directory(
     """The node of a directory that was just made. sent: making it has sent one event."""
     fd = -1
     marks = notation.of(target.branch)
-    found: Found | Missing = lookup.CLEAR
+    found: Found | Missing = resolve.CLEAR
     try:
         if target.whited or sb.options.opaque_always:
             fd = syscalls.open_dir_at(target.dirfd, name)
             marks.make_opaque(target.branch, fd)
         # While it can still be undone: this opens the new directory and what it is merged with.
         if target.alone and fd < 0:
-            found = lookup.opened(target.branch, target.dirfd, name)
+            found = resolve.opened(target.branch, target.dirfd, name)
         else:
-            found = lookup.resolve(sb, parent, name)
+            found = resolve.resolve(sb, parent, name)
         if found.answer is not Answer.FOUND or found.layers is None:
             raise enoent()
         _finish(sb, parent, name, target)
     except BaseException:
         if found.answer is Answer.FOUND:
-            lookup.discard(sb, parent, name, found)
+            resolve.discard(sb, parent, name, found)
         if fd >= 0:
             marks.clear_opaque(fd)
         syscalls.rmdir_at(target.dirfd, name)
@@ -277,7 +277,7 @@ def finish(sb: Superblock, parent: Dir, name: bytes, found: Found) -> tuple[Node
     dirfd = sb.branch_fd(parent, found.branch)
     target = Target(found.branch, dirfd, whiteout.present(dirfd, name))
     if found.layers is not None:
-        lookup.discard(sb, parent, name, found)
+        resolve.discard(sb, parent, name, found)
         return _made_directory(sb, parent, name, target)
     _finish(sb, parent, name, target)
     sb.changes.made(parent, name, found.branch.index)

@@ -22,7 +22,7 @@ from udbad.errors import REPLACED, eio, erofs, estale, os_error
 from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, backing_id, note_id_bits
 from udbad.inodes.table import XATTR_BITS, Dir, Node
 from udbad.types import Caller, Trigger
-from udbad.union import copyup, create, lookup, ranges, readdir, remove, rename
+from udbad.union import copyup, create, lookup, ranges, readdir, remove, rename, resolve
 from udbad.union.held import HeldWalks
 from udbad.union.kept import KeptFiles
 from udbad.union.readdir import Name, Run
@@ -288,7 +288,7 @@ class UnionFs:
         if type(node) is Dir:
             if not node.trusted and not node.dead:
                 lookup.refresh(self.sb, node)
-            lookup.check_top(node, node.branch.index)
+            resolve.check_top(node, node.branch.index)
             if not node.branch.writable:
                 raise NeedCopyUp(node, trigger)
         elif not node.branch.writable:

@@ -2,18 +2,10 @@ cimport cython
 
 from udbad.branch.cstat cimport Status
 from udbad.inodes.table cimport Dir, InodeTable, Layer, Node
+from udbad.union.resolve cimport Found, Missing
 from udbad.union.superblock cimport Counters, Superblock
 
 cdef unsigned int _S_IFMT, _S_IFDIR, _S_IFLNK
-
-cdef class Found:
-    cdef public long kind, examined
-    cdef public object branch, st, whited, opaque
-    cdef public list layers, offline
-    cdef public bint moved
-cdef class Missing:
-    cdef public object answer, whited
-    cdef public long examined
 
 # The way of most lookups: a name of a directory whose view is known.
 @cython.locals(counters=Counters, view=dict, layer=Layer, fd=int, st=Status)

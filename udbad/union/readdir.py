@@ -23,8 +23,8 @@ from udbad.branch import syscalls, whiteout
 from udbad.errors import GONE, eio, enoent
 from udbad.inodes.handles import OpenDir
 from udbad.inodes.table import POSITIONS, Dir, Hit, Layer, Node
-from udbad.union import lookup, view
-from udbad.union.lookup import Answer
+from udbad.union import lookup, resolve, view
+from udbad.union.resolve import Answer
 from udbad.union.superblock import Superblock
 from udbad.union.view import Part, Said
 
@@ -273,7 +273,7 @@ def _asked_anew(sb: Superblock, handle: OpenDir) -> Said:
 def _ask(sb: Superblock, parent: Dir, name: bytes) -> tuple[int, int] | None:
     """Number and S_IFMT bits of a name of which nothing is known; None: it does not exist, or is broken."""
     try:
-        found = lookup.resolve(sb, parent, name)
+        found = resolve.resolve(sb, parent, name)
     except OSError as error:
         if (error.errno not in GONE and error.errno != errno.EIO) or parent.offline:
             raise
@@ -281,7 +281,7 @@ def _ask(sb: Superblock, parent: Dir, name: bytes) -> tuple[int, int] | None:
     if found.answer is not Answer.FOUND:
         sb.changes.found_gone(parent, name)
         return None
-    lookup.discard(sb, parent, name, found)
+    resolve.discard(sb, parent, name, found)
     return sb.inomap.number(found.st.st_dev, found.st.st_ino), st_mod.S_IFMT(found.st.st_mode)
 
 
@@ -340,7 +340,7 @@ def _by_hit(
                 kind = st.st_mode & _S_IFMT
                 if kind != _S_IFDIR and not (kind == _S_IFCHR and layer.branch.overlay):
                     return lookup.intern_file(sb, parent, name, layer.branch, st)
-    found = lookup.resolve(sb, parent, name)
+    found = resolve.resolve(sb, parent, name)
     if found.answer is Answer.FOUND:
         return lookup.intern(sb, parent, name, found)
     sb.changes.found_gone(parent, name)

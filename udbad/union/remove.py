@@ -14,8 +14,8 @@ from udbad.branch import notation, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import enoent, erofs, os_error
 from udbad.inodes.table import Dir, Node
-from udbad.union import copydirs, lookup, plink, readdir
-from udbad.union.lookup import Answer, Found
+from udbad.union import copydirs, lookup, plink, readdir, resolve
+from udbad.union.resolve import Answer, Found
 from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def _check(sb: Superblock, parent: Dir, name: bytes) -> None:
         raise enoent()
     if not parent.trusted:
         lookup.refresh(sb, parent)
-    lookup.check_changeable(parent)
+    resolve.check_changeable(parent)
 
 
 def find(sb: Superblock, parent: Dir, name: bytes) -> Found:
@@ -48,7 +48,7 @@ def find(sb: Superblock, parent: Dir, name: bytes) -> Found:
 
 def _find(sb: Superblock, parent: Dir, name: bytes) -> Found:
     """`find` of a name that was checked."""
-    found = lookup.resolve(sb, parent, name)
+    found = resolve.resolve(sb, parent, name)
     if found.answer is Answer.FOUND:
         return found
     lookup.update(sb, parent, name, found)
@@ -61,10 +61,10 @@ def covered_below(sb: Superblock, parent: Dir, name: bytes, branch: Branch) -> b
         return False
     if lookup.UNCLEAR < lookup.only_on(sb, parent, name) <= branch.index:
         return False
-    found = lookup.resolve(sb, parent, name, below=branch.index)
+    found = resolve.resolve(sb, parent, name, below=branch.index)
     if found.answer is not Answer.FOUND:
         return False
-    lookup.discard(sb, parent, name, found)
+    resolve.discard(sb, parent, name, found)
     layer = parent.layer(branch.index)
     return layer is None or not branch.whable or not whiteout.hides(branch, sb.layer_fd(parent, layer), name)
 
@@ -79,7 +79,7 @@ def choose(sb: Superblock, parent: Dir, found: Found) -> Branch:
 def unlink(sb: Superblock, parent: Dir, name: bytes) -> None:
     found = find(sb, parent, name)
     if found.layers is not None:
-        lookup.discard(sb, parent, name, found)
+        resolve.discard(sb, parent, name, found)
         raise os_error(errno.EISDIR)
     top = found.branch
     branch = choose(sb, parent, found)

@@ -19,8 +19,8 @@ from udbad.branch.branches import Branch
 from udbad.errors import eio, enoent, os_error
 from udbad.inodes.table import Dir, Node
 from udbad.types import Trigger
-from udbad.union import copydirs, lookup, readdir, redirects, remove
-from udbad.union.lookup import Answer, Found, Missing
+from udbad.union import copydirs, lookup, readdir, redirects, remove, resolve
+from udbad.union.resolve import Answer, Found, Missing
 from udbad.union.superblock import NeedCopyUp, Superblock
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ def rename(sb: Superblock, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, f
         raise enoent()
     if not dst_dir.trusted:
         lookup.refresh(sb, dst_dir)
-    lookup.check_changeable(dst_dir)
+    resolve.check_changeable(dst_dir)
     nowhere = lookup.only_on(sb, dst_dir, dst) == lookup.NOWHERE
-    found = lookup.CLEAR if nowhere else lookup.resolve(sb, dst_dir, dst)
+    found = resolve.CLEAR if nowhere else resolve.resolve(sb, dst_dir, dst)
     dst_node = None
     if found.answer is Answer.FOUND:
         dst_node, _ = lookup.intern(sb, dst_dir, dst, found)
@@ -273,7 +273,7 @@ def _moved(
 
 def _update(sb: Superblock, parent: Dir, name: bytes, moved: bool) -> None:
     """Resolve a name again and put the result into node, table and view."""
-    st = lookup.update(sb, parent, name, lookup.resolve(sb, parent, name))
+    st = lookup.update(sb, parent, name, resolve.resolve(sb, parent, name))
     sb.changes.updated(parent, name, st, links=True, moved=moved)
 
 
@@ -312,7 +312,7 @@ def _exchange(
 
 def lookup_again(sb: Superblock, parent: Dir, name: bytes) -> Found:
     """Resolve a name that is known to exist. Raises ENOENT when it does not any more."""
-    found = lookup.resolve(sb, parent, name)
+    found = resolve.resolve(sb, parent, name)
     if found.answer is not Answer.FOUND:
         raise enoent()
     lookup.intern(sb, parent, name, found)

@@ -1,7 +1,7 @@
 """The state that all operations of one mount share, and how branch objects are reached from nodes.
 
 `Superblock` owns the branch set, the inode table, the inode numbers, the policies, and what tells the
-coherence strategy of changes. Nothing here decides what is visible; that is lookup.py.
+coherence strategy of changes. Nothing here decides what is visible; that is resolve.py.
 """
 
 from __future__ import annotations
