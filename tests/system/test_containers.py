@@ -31,6 +31,8 @@ pytestmark = [pytest.mark.system, pytest.mark.fuse]
 
 USER: Final = 54321
 SUBORDINATE: Final = 600000
+PURE: Final = os.environ.get("UDBAD_PURE", "")
+"""As what calls us runs, what it starts does."""
 
 SCRIPT: Final = r"""
 set -eu
@@ -164,7 +166,7 @@ class Storage:
 
     def run(self, *command: str, **extra: str) -> str:
         confs = {f"CONTAINERS_{name}": f"{self.home}/{file}" for name, file in CONFS.items()}
-        env = clean_env(**confs, UDBAD_PURE="1", **extra)
+        env = clean_env(**confs, UDBAD_PURE=PURE, **extra)
         done = subprocess.run(
             command, cwd=self.home, env=env, capture_output=True, text=True, timeout=500, check=False,
             stdin=subprocess.DEVNULL,
@@ -316,7 +318,7 @@ def test_layers_that_were_written_are_those_of_overlayfs(tmp_path: Path, program
         (tmp_path / "lower" / name).write_text(name)
     words = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
     merged = tmp_path / "merged"
-    subprocess.run([program, "-o", words, merged], check=True, timeout=60, env=clean_env(UDBAD_PURE="1"))
+    subprocess.run([program, "-o", words, merged], check=True, timeout=60, env=clean_env(UDBAD_PURE=PURE))
     try:
         for name in ("removed", "dir/removed", "gone/file"):
             (merged / name).unlink()
@@ -338,7 +340,7 @@ def test_a_container_goes_on_when_its_mount_process_is_killed(tmp_path: Path, pr
         (tmp_path / name).mkdir()
     (tmp_path / "lower" / "file").write_text("lower")
     merged = tmp_path / "merged"
-    env = clean_env(UDBAD_PURE="1", UDBAD_RUN_DIR=f"{tmp_path}/run", PYTHONPATH=str(REPOSITORY))
+    env = clean_env(UDBAD_PURE=PURE, UDBAD_RUN_DIR=f"{tmp_path}/run", PYTHONPATH=str(REPOSITORY))
     words = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work,uidmapping=0:100000:1000"
     subprocess.run([program, "-o", words, merged], check=True, timeout=60, env=env)
     try:
@@ -374,7 +376,7 @@ def same_tree_in_all(tmp_path: Path, program: Path, layers: list[str], kernel: b
     if kernel:
         commands.append(["mount", "-t", "overlay", "overlay", "-o", lower + ",redirect_dir=on", str(place)])
     for command in commands:
-        subprocess.run(command, check=True, capture_output=True, timeout=60, env=clean_env(UDBAD_PURE="1"))
+        subprocess.run(command, check=True, capture_output=True, timeout=60, env=clean_env(UDBAD_PURE=PURE))
         try:
             trees.append(without_marks(snapshot(place)))
         finally:

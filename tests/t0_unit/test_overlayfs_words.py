@@ -75,6 +75,16 @@ def test_what_is_not_supported_is_refused_by_name(layers: Path, words: str) -> N
     assert "\n" not in refused.value.message
 
 
+@pytest.mark.parametrize("words", ["lowerdir=/:l", "lowerdir=/,upperdir=l,workdir=w"])
+@pytest.mark.parametrize("key", ["user.containers.override_stat", "user.fuseoverlayfs.override_stat"])
+def test_layers_that_keep_owners_elsewhere_are_refused(layers: Path, words: str, key: str) -> None:
+    """As the option force_mask= of containers/storage writes them: they would be shown with other owners and modes."""
+    os.setxattr("l", key, b"0:0:0755")
+    with pytest.raises(UserError, match=f"^{layers}/l: has {key} .*: not supported$") as refused:
+        mount_options([words])
+    assert refused.value.code == ExitCode.BRANCH
+
+
 def test_arguments() -> None:
     parsed = overlay.parse(["-o", "a", "-ob", "-f", "m"])
     assert parsed == overlay.Words(["a", "b"], True, False, "m")

@@ -82,6 +82,10 @@ FILE, DIR, LINK, SYMLINK = tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.LNKTYPE, ta
 CHAR, FIFO = tarfile.CHRTYPE, tarfile.FIFOTYPE
 
 
+LOCAL = ("trusted.here", "security.selinux")
+"""Attributes that mean something on one machine only."""
+
+
 def fill(branch: Path) -> None:
     """Everything that a layer may have, and what is left out of its archive."""
     inner = branch / "d" / "e"
@@ -110,7 +114,8 @@ def fill(branch: Path) -> None:
         os.chown(branch / "away", 12, 34, follow_symlinks=False)
         os.chown(inner, 1 << 22, 5)
         os.setxattr(branch / "d" / "file", "security.capability", CAPABILITY)
-        os.setxattr(branch / "d", "trusted.here", b"only")
+        for key in LOCAL:
+            os.setxattr(branch / "d", key, b"only")
     os.utime(inner, ns=(0, -1_500_000_000))
 
 
@@ -138,6 +143,7 @@ def test_round_trip(tmp_path: Path, layer: Path) -> None:
         assert stat.S_IMODE(os.stat(layer / "d" / "file").st_mode) == 0o4755
         assert (os.lstat(layer / "away").st_uid, os.lstat(layer / "away").st_gid) == (12, 34)
         assert os.stat(layer / "d" / "e").st_uid == 1 << 22
+        assert not {*LOCAL} & {*os.listxattr(layer / "d")}
 
 
 needs_root = pytest.mark.skipif(not ROOT, reason="ok: attributes of overlayfs, and branches, are root's")

@@ -29,6 +29,8 @@ ACL_OF_BOB = struct.pack("<I", 2) + b"".join(
     for entry in ((1, 7, 0xFFFFFFFF), (2, 6, 1002), (4, 5, 0xFFFFFFFF), (16, 7, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF))
 )  # linux/posix_acl_xattr.h: user::rwx user:1002:rw- group::r-x mask::rwx other::---
 
+LABEL = b"system_u:object_r:container_file_t:s0:c1,c2\0"
+
 
 # -- when -------------------------------------------------------------------------------------
 
@@ -113,6 +115,11 @@ def test_everything_is_copied(union: UnionFactory, tmp_path: Path, udba: str) ->
     os.setxattr(path, "system.posix_acl_access", ACL_OF_BOB)
     os.setxattr(path.parent, "system.posix_acl_default", ACL_OF_BOB)
     os.setxattr(path.parent, "user.dir", b"x")
+    # A label: without SELinux in the kernel an attribute as any other.
+    os.setxattr(path, "security.selinux", LABEL)
+    os.setxattr(path.parent, "security.selinux", LABEL)
+    (path.parent / "link").symlink_to("f")
+    os.setxattr(path.parent / "link", "security.selinux", LABEL, follow_symlinks=False)
     os.chown(path, 1001, 2001)
     os.setxattr(path, "security.capability", CAP_NET_RAW)
     os.chown(path.parent, 1003, 2003)
@@ -122,6 +129,9 @@ def test_everything_is_copied(union: UnionFactory, tmp_path: Path, udba: str) ->
     old, old_parents = read_entry(os.fsencode(path)), [os.stat(p) for p in (path.parent, path.parent.parent)]
     mount = union(None, udba)
     top_root = mount["top"].stat().st_mtime_ns
+    for name in ("a/b", "a/b/f", "a/b/link"):
+        assert os.getxattr(mount.path / name, "security.selinux", follow_symlinks=False) == LABEL
+        assert "security.selinux" in os.listxattr(mount.path / name, follow_symlinks=False)
     os.chmod(mount.path / "a/b/f", stat.S_IMODE(path.stat().st_mode))
     copied = mount["top"] / "a/b/f"
     assert read_entry(os.fsencode(copied)) == old
@@ -132,7 +142,12 @@ def test_everything_is_copied(union: UnionFactory, tmp_path: Path, udba: str) ->
         )  # fmt: skip
     assert os.getxattr(copied.parent, "system.posix_acl_default") == ACL_OF_BOB
     assert os.getxattr(copied.parent, "user.dir") == b"x"
+    assert os.getxattr(copied.parent, "security.selinux") == LABEL
     assert mount["top"].stat().st_mtime_ns == top_root
+    os.chown(mount.path / "a/b/link", 5, 6, follow_symlinks=False)
+    assert os.getxattr(copied.with_name("link"), "security.selinux", follow_symlinks=False) == LABEL
+    os.setxattr(mount.path / "a/b/f", "security.selinux", b"other")
+    assert os.getxattr(copied, "security.selinux") == os.getxattr(mount.path / "a/b/f", "security.selinux") == b"other"
 
 
 @modes

@@ -18,6 +18,10 @@ FSNAME: Final = "udbad-overlay"
 """First column of /proc/mounts."""
 
 _LAYERS: Final = frozenset({"lowerdir", "upperdir", "workdir"})
+_OWNERS: Final = frozenset(
+    {"user.containers.override_stat", "user.fuseoverlayfs.override_stat", "security.fuseoverlayfs.override_stat"}
+)
+"""Attributes of a layer's root that say that owners and modes are not those of its files, but in such attributes."""
 _ALWAYS: Final = frozenset({"rw", "allow_other", "default_permissions"})
 """What is so anyway; without an upper directory the mount is read-only."""
 _UNSEEN: Final = frozenset({"timeout", "threaded", "fast_ino", "writeback", "max_threads", "max_idle_threads"})
@@ -94,6 +98,8 @@ def _branches(layers: dict[str, str]) -> list[str]:
         where = "data-only lower layers (::) are not supported" if "" in lower[1:-1] else "an empty path"
         raise UserError(f"lowerdir={shown(layers['lowerdir'])}: {where}", ExitCode.OPTION)
     branches = [_branch(path, _LOWER) for path in lower]
+    for path in (*lower, *filter(None, [layers.get("upperdir")])):
+        _check_owners(_path(path))
     upper, work = layers.get("upperdir"), layers.get("workdir")
     if not upper:
         if work:
@@ -112,6 +118,18 @@ def _path(text: str) -> str:
 
 def _branch(text: str, permission: str) -> str:
     return f"{escape(_path(text))}={permission}"
+
+
+def _check_owners(path: str) -> None:
+    """fuse-overlayfs shows what these attributes say also where it is not asked to; here everybody would be shown
+    another owner than was meant. Raises UserError."""
+    try:
+        found = _OWNERS.intersection(os.listxattr(path))
+    except OSError:
+        return  # there are no attributes, or no such layer, which somebody else says
+    if found:
+        raise UserError(f"{shown(path)}: has {min(found)} (force_mask=, xattr_permissions=): not supported",
+                        ExitCode.BRANCH)  # fmt: skip
 
 
 def _check_work(upper: str, work: str) -> None:
