@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.mount import Mount, UnionFactory
-from tests.t5_daemon.daemon import until
+from tests.t5_daemon.daemon import Daemon, until
 from tests.t5_daemon.test_survive import TAKEN_OVER, kill
 from udbad.mount import keeper
 
@@ -99,6 +100,29 @@ def test_nothing_is_left_of_those_before(dying: Mount, tmp_path: Path) -> None:
     os.mkdir(dying.path / "made")
     assert dying.control({"op": "status"})["restarts"] == 2
     until(lambda: not keepers(), "the end of the keepers before")  # that of now is a child of its mount process
+
+
+def test_the_delay_of_restarts_is_not_for_takeovers(daemon: Daemon, tmp_path: Path) -> None:
+    """One that is killed before it has taken over, of a daemon that waits before it starts a mount again: users of this
+    one wait as well, no longer than `restart_timeout`."""
+    (tmp_path / "outside/not taken over").mkdir(parents=True)
+    daemon.patch = f"OUTSIDE = {os.fspath(tmp_path / 'outside')!r}\n" + DIES
+    daemon.settings |= {"restart_delay": 60, "restart_delay_max": 60}
+    point = daemon.add("used", survive=True)
+    daemon.start()
+    pid = daemon.state("used")["pid"]
+    os.kill(pid, signal.SIGKILL)
+    (point / "made").mkdir()
+    assert not os.listdir(tmp_path / "outside")
+    assert daemon.state("used")["pid"] != pid
+    daemon.stop()
+
+
+def test_only_the_first_attempts_follow_at_once() -> None:
+    assert [keeper.retry_delay(failed) for failed in range(1, 12)] == [
+        0, 0, 0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0
+    ]  # fmt: skip
+    assert keeper.retry_delay(10**6) == 5.0
 
 
 PREPARES = """

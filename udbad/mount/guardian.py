@@ -27,7 +27,7 @@ from typing import Any, Final, NamedTuple
 from udbad.control.protocol import encode
 from udbad.errors import ExitCode
 from udbad.mount import kernelside, later
-from udbad.mount.keeper import END_SECONDS, Legacy, be_subreaper
+from udbad.mount.keeper import END_SECONDS, Legacy, be_subreaper, retry_delay
 from udbad.mount.life import Guard, Renewal
 
 log = logging.getLogger(__name__)
@@ -43,9 +43,6 @@ version is started (life.Renewal). The last one: it ends in order, though its ke
 branch that does not answer."""
 _MOST: Final = 1 << 16
 """Bytes of what it says."""
-_FIRST_DELAY: Final = 0.1
-_LONGEST_DELAY: Final = 5.0
-"""Seconds between two attempts to take a mount over, doubled each time."""
 _FORWARDED: Final = signal.SIGINT, signal.SIGTERM
 
 Serve = Callable[[Guard, Callable[[Place], None]], None]
@@ -161,16 +158,17 @@ class Guardian:
     def _succeed(self) -> int:
         """Have processes try to take over until one has, and has ended in its turn; the status of the last one."""
         self._died = time.monotonic()
-        delay = _FIRST_DELAY
+        failed = 0
         while True:
             status, served = self._attend()
             if served:
                 return status
+            failed += 1
+            delay = retry_delay(failed)
             if not self._legacy or delay > self._seconds_left():
                 self._give_up()
                 return int(ExitCode.FAILURE) << 8
             time.sleep(delay)
-            delay = min(2 * delay, _LONGEST_DELAY)
 
     def _seconds_left(self) -> float:
         """For somebody to take the mount over."""

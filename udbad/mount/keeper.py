@@ -49,6 +49,10 @@ NAME: Final = "udbad keeper"
 LEFT: Final = 75
 """Exit status of a mount process that has made room for another one."""
 
+_AT_ONCE: Final = 3
+_FIRST_DELAY: Final = 0.1
+_LONGEST_DELAY: Final = 5.0
+
 Left = tuple[int, int]
 """What a mount process leaves: the number of its keeper, and that of the record's descriptor there."""
 
@@ -58,6 +62,12 @@ def why_not(release: str = os.uname().release) -> str | None:
     found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
     version = tuple(int(number or 0) for number in found.groups()) if found else (0, 0, 0)
     return None if version >= _LEAST_KERNEL else f"Linux {release} cannot send requests again, 6.9.4 can"
+
+
+def retry_delay(failed: int) -> float:
+    """Seconds before another process tries to take a mount over, after so many in a row could not. The first ones do
+    at once, as users of the mount wait, and whoever has killed the process before may have killed them, too."""
+    return min(_FIRST_DELAY * 2.0 ** min(failed - _AT_ONCE - 1, 30), _LONGEST_DELAY) if failed > _AT_ONCE else 0.0
 
 
 class Watcher(Protocol):

@@ -25,7 +25,7 @@ from udbad.control.protocol import Message
 from udbad.errors import ExitCode
 from udbad.inodes.record import READ
 from udbad.mount import kernelside
-from udbad.mount.keeper import Legacy
+from udbad.mount.keeper import Legacy, retry_delay
 from udbad.ourselves import COMMAND, environment
 from udbad.settings.file import DaemonSettings, MountSettings
 from udbad.settings.options import format_options, parse_mount_options
@@ -107,6 +107,8 @@ class Runner:
         self._died = 0.0
         self._awaited = False
         """Whether who uses the mount waits for another process."""
+        self._tried = 0
+        """How many could not take it over since then."""
         self.up = asyncio.Event()
         self.outcome = asyncio.Event()
         """Set once the first attempt has ended, however it did."""
@@ -199,7 +201,7 @@ class Runner:
             else:
                 self.restarts += 1
                 self._resume = True
-                self._awaited = bool(self.legacy)
+                self._awaited, self._tried = bool(self.legacy), 0
                 failures = 0 if time.monotonic() - begun >= self.shared.daemon.healthy_after else failures + 1
                 text = f"process {worker.pid} ended"
                 if not self._renewing:
@@ -356,7 +358,7 @@ class Runner:
             return
         said = self.reason
         if self._awaited:
-            await self._after_failed_takeover(failure, failures)
+            await self._after_failed_takeover(failure)
             return
         if failure.code == ExitCode.BRANCH and self.settings.missing_branch == "fail":
             self._set(State.FAILED, failure.text)
@@ -385,15 +387,17 @@ class Runner:
         done, _ = await asyncio.wait({self._looking}, timeout=_LOOK_SECONDS)
         return self._looking.result() if done else paths
 
-    async def _after_failed_takeover(self, failure: _Failure, failures: int) -> None:
+    async def _after_failed_takeover(self, failure: _Failure) -> None:
         """Try again for as long as its users may wait; then they get errors, and it is mounted anew."""
         patience = self.active.options.restart_timeout
         left = patience - (time.monotonic() - self._died) if patience else float("inf")
-        delay = max(restart_delay(self.shared.daemon, failures), _LEAST_DELAY)
+        self._tried += 1
+        delay = retry_delay(self._tried)
         self._set(State.RESTARTING, failure.text)
         self.log.error("%s: nobody could take it over: %s", self.label, failure.text)
         if self.legacy and delay < left:
-            await self._pause(delay)
+            if delay:
+                await self._pause(delay)
             return
         self.log.error("%s: given up; its users get errors", self.label)
         self._awaited = False
