@@ -1,4 +1,5 @@
-"""A network of two hosts: namespaces that nothing else is in, joined by a cable that can be pulled out (veth(4))."""
+"""A network of hosts: namespaces that nothing else is in, each joined to the first one by a cable that can be pulled
+out (veth(4))."""
 
 from __future__ import annotations
 
@@ -7,10 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final
 
-ADDRESSES: Final = ("10.203.0.1", "10.203.0.2")
-_SECONDS: Final = 30.0
+_SECONDS = 60.0
 
 
 class Host:
@@ -22,11 +21,14 @@ class Host:
         self.enter = ["nsenter", f"--net=/proc/{holder.pid}/ns/net"]
         """What a command line begins with to run there; it becomes the command, with the same pid."""
 
+    def run(self, *words: str | Path) -> None:
+        subprocess.run([*self.enter, *words], check=True, timeout=_SECONDS)
+
     def ip(self, words: str) -> None:
-        subprocess.run([*self.enter, "ip", *words.split()], check=True, timeout=_SECONDS)
+        self.run("ip", *words.split())
 
     def cut(self) -> None:
-        """From the other one; what talks to its own address goes on at that."""
+        """From the first one; what talks to its own address goes on at that."""
         self.ip("link set cable down")
 
     def mend(self) -> None:
@@ -34,16 +36,23 @@ class Host:
 
 
 @contextmanager
-def two_hosts() -> Iterator[tuple[Host, Host]]:
+def hosts(others: int) -> Iterator[list[Host]]:
+    """The first one has the same address for all of the others."""
     with ExitStack() as stack:
-        hosts = [Host(stack.enter_context(_namespace()), address) for address in ADDRESSES]
-        first, second = hosts
-        first.ip(f"link add cable type veth peer name cable netns {second.namespace}")
-        for host in hosts:
-            host.ip("link set lo up")
-            host.ip(f"addr add {host.address}/30 dev cable")
-            host.mend()
-        yield first, second
+        server = Host(stack.enter_context(_namespace()), "10.203.0.1")
+        server.ip("link set lo up")
+        server.ip(f"addr add {server.address}/32 dev lo")
+        found = [server]
+        for number in range(others):
+            one = Host(stack.enter_context(_namespace()), f"10.203.0.{number + 2}")
+            server.ip(f"link add cable{number} type veth peer name cable netns {one.namespace}")
+            server.ip(f"link set cable{number} up")
+            server.ip(f"route add {one.address}/32 dev cable{number} src {server.address}")
+            one.ip("link set lo up")
+            one.ip(f"addr add {one.address}/24 dev cable")
+            one.mend()
+            found.append(one)
+        yield found
 
 
 @contextmanager

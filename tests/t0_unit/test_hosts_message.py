@@ -19,6 +19,8 @@ from udbad.hosts.message import (
     decode,
     decode_mark,
     encode_mark,
+    gather,
+    portion,
 )
 
 words = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
@@ -114,3 +116,22 @@ def test_who_says_goodbye_may_come_again() -> None:
     reader.see(Message("changes", "e", "h", "boot", 7, "share"))
     assert reader.see(Message("bye", "e", "h", "boot", 8, "share")) is Verdict.NEXT
     assert reader.see(Message("hello", "e", "h", "again", 1, "share")) is Verdict.NEXT
+
+
+def test_changes_of_one_path_are_one() -> None:
+    changes: dict[str, str] = {}
+    for path, kind in (("a", "modify"), ("b", "move"), ("a", "attrib,modify"), ("c", "move"), ("c", ""), ("b", "move")):
+        gather(changes, path, kind)
+    assert changes == {"a": "modify,attrib", "b": "move", "c": ""}
+
+
+@given(st.dictionaries(st.text("ab\udc80", min_size=1, max_size=3).map(lambda name: name * 30_000), words, max_size=12))
+def test_a_portion_fits_in_a_message(changes: dict[str, str]) -> None:
+    """Whatever a byte is in JSON, and none is left."""
+    while changes:
+        part = portion(changes)
+        assert part == list(changes.items())[: len(part)]
+        data = Message("changes", "e", "h", "b", 1, "share", changes=part).encode()
+        assert len(part) == 1 or decode(data).changes == tuple(part)
+        for path, _ in part:
+            del changes[path]

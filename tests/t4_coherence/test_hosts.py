@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +149,44 @@ async def test_changes_on_the_server_are_seen(place: Place) -> None:
         assert sorted(os.listdir(seen)) == ["old"]
         assert place.believed()
     assert not place.believed(), "nobody hears of changes any more"
+
+
+class SlowLink(MountLink):
+    """To a mount that takes its time."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__("", "m", str(place.branch), str(place.mount.control_path))
+        self.answers = asyncio.Event()
+        self.answers.set()
+        self.asked: list[set[str]] = []
+        """Names that were told, by request."""
+
+    async def hints(self, changes: Sequence[message.Change]) -> None:
+        self.asked.append({path for path, _ in changes})
+        await self.answers.wait()
+        await super().hints(changes)
+
+
+async def test_what_comes_meanwhile_is_told_in_one_go(place: Place) -> None:
+    """Else whoever is slower than the changes are is late for ever."""
+    link = SlowLink(place)
+    subscriber = Subscriber(place.settings, Following("share", str(place.branch), SECONDS, settle=0.0), link)
+    watched = place.watched()
+    async with running(watched, subscriber):
+        await told(subscriber)
+        link.answers.clear()
+        for number in range(10):
+            before = watched.publisher.published
+            (place.export / f"d/{number}").touch()
+            await until(lambda before=before: watched.publisher.published > before, "message")  # type: ignore[misc]
+        link.answers.set()
+        assert await subscriber.catch_up(SECONDS) == []
+        assert link.asked[0] == {"d/0"}
+        assert set().union(*link.asked) == {f"d/{number}" for number in range(10)}
+        assert len(link.asked) <= 3  # the last message may have come after the second request
+        for number in range(10):
+            (place.export / f"d/{number}").unlink()
+        assert await subscriber.catch_up(SECONDS) == []
 
 
 async def told_again(place: Place, subscriber: Subscriber, gaps: int) -> None:

@@ -13,7 +13,7 @@ Pure: no clock, no socket.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -29,6 +29,10 @@ ROLES: Final = ("watch", "mount")
 was changed through it."""
 EVERYTHING: Final = "./"
 """The path that stands for all of a branch."""
+
+_AT_ONCE: Final = 1000
+"""Paths in one message, which may have 4 KiB each in theory."""
+_BYTES: Final = MAX_BYTES // 8  # a byte may be six in JSON
 
 Change = tuple[str, str]
 """A path on the branch, with a slash at its end for all below it, too; and what has become of it (`udbad feed`)."""
@@ -121,6 +125,31 @@ def _marks(table: dict[str, Any]) -> tuple[str, ...]:
     if not isinstance(marks, list) or not all(isinstance(mark, str) for mark in marks):
         raise Unreadable("marks must be a list of strings")
     return tuple(marks)
+
+
+def gather(changes: dict[str, str], path: str, words: str) -> None:
+    """One change more among others, by their paths: of each path all that has become of it. No words: anything."""
+    had = changes.get(path)
+    if had is None:
+        changes[path] = words
+    elif had != words:
+        changes[path] = ",".join(_unique((*had.split(","), *words.split(",")))) if had and words else ""
+
+
+def _unique(words: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(words))
+
+
+def portion(changes: Mapping[str, str]) -> list[Change]:
+    """As many of them, from the first on, as one message may have; the rest is for the next one."""
+    found: list[Change] = []
+    size = 0
+    for path, words in changes.items():
+        size += len(path)
+        if len(found) >= _AT_ONCE or (found and size > _BYTES):
+            break
+        found.append((path, words))
+    return found
 
 
 def encode_mark(mark: str) -> bytes:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,9 +23,8 @@ log = logging.getLogger(__name__)
 
 _MOST_PATHS: Final = 100_000
 """That wait; then all of them are `EVERYTHING`."""
-_AT_ONCE: Final = 1000
-"""Paths in one message, which may have 4 KiB each in theory."""
-_BYTES: Final = message.MAX_BYTES // 8  # a byte may be six in JSON
+_MARKS_AT_ONCE: Final = 1000
+"""In one message."""
 
 
 @dataclass(slots=True)
@@ -67,12 +66,11 @@ class Publisher:
         if tail.marks:
             tail = _Batch()
             self._batches.append(tail)
-        had = tail.changes.get(path)
-        tail.changes[path] = words if had is None or had == words else _both(had, words)
-        if had is None:
-            self._count += 1
-            if self._count > _MOST_PATHS:
-                self.everything()
+        before = len(tail.changes)
+        message.gather(tail.changes, path, words)
+        self._count += len(tail.changes) - before
+        if self._count > _MOST_PATHS:
+            self.everything()
         self._wake.set()
 
     def everything(self) -> None:
@@ -134,18 +132,14 @@ class Publisher:
             return True
         batch = self._batches[0]
         if batch.changes:
-            paths: list[str] = []
-            size = 0
-            for path in batch.changes:
-                size += len(path)
-                if len(paths) >= _AT_ONCE or (paths and size > _BYTES):
-                    break
-                paths.append(path)
-            self._sending = "changes", [(path, batch.changes.pop(path)) for path in paths], []
-            self._count -= len(paths)
+            changes = message.portion(batch.changes)
+            for path, _ in changes:
+                del batch.changes[path]
+            self._sending = "changes", changes, []
+            self._count -= len(changes)
         elif batch.marks:
-            self._sending = "passed", [], batch.marks[:_AT_ONCE]
-            del batch.marks[:_AT_ONCE]
+            self._sending = "passed", [], batch.marks[:_MARKS_AT_ONCE]
+            del batch.marks[:_MARKS_AT_ONCE]
         if not batch.changes and not batch.marks and len(self._batches) > 1:
             self._batches.popleft()
         return self._sending is not None
@@ -172,12 +166,3 @@ class Publisher:
             if await self._drain():
                 self._batches[-1].marks.append(mark)
                 self._wake.set()
-
-
-def _both(one: str, other: str) -> str:
-    """Words of two changes of one path; none: anything."""
-    return ",".join(_unique((*one.split(","), *other.split(",")))) if one and other else ""
-
-
-def _unique(words: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(words))

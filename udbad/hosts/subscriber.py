@@ -23,7 +23,7 @@ from typing import Final, NamedTuple, Protocol
 
 from udbad.coherence.leases import now
 from udbad.hosts import message
-from udbad.hosts.bus import Bus, BusError, BusSettings, connect, subject
+from udbad.hosts.bus import Bus, BusError, BusSettings, Delivery, connect, subject
 from udbad.hosts.freshen import freshen
 from udbad.hosts.message import EVERYTHING, Change, Message, Sequences, Unreadable, Verdict
 from udbad.hosts.retry import Retry
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _MARKS_IN_BOUND: Final = 4
 """Marks published in the time of `bound`."""
+_AHEAD: Final = 1000
+"""Messages that wait here while the mount is told; more wait on the bus."""
 
 
 class MountGone(Exception):
@@ -127,10 +129,12 @@ class Subscriber:
         self._since = now()
         """When the last gap ended, and caches of the branch's file system with it: only marks made later count."""
         self._anew = True
-        self._later: deque[tuple[float, Sequence[Change]]] = deque()
+        self._later: deque[tuple[float, dict[str, str]]] = deque()
         self._heard = now()
         self._hides_links = True
         """A file with several names does not show on the branch that it has: sftp knows no link counts."""
+        self._caches_apart = False
+        """The branch's file system has caches in a process of its own, which nobody can have emptied (freshen.py)."""
         self._hurry = asyncio.Event()
         """A mark is wanted at once."""
         self._progress = asyncio.Event()
@@ -200,23 +204,27 @@ class Subscriber:
 
     async def _follow(self, bus: Bus) -> None:
         if bus.identity != self._epoch or self._position is None:
+            reason = "no publisher answers" if bus.identity == self._epoch else "begins with another stream"
             self._epoch, self._position = bus.identity, None
             self._sequences = Sequences(self._following.branch, bus.identity)
             self._silent.update(self._hosts)
             self._hosts.clear()
-            await self._gap("begins with another stream")
+            await self._gap(reason)
         ready = asyncio.Event()
+        received: asyncio.Queue[Delivery] = asyncio.Queue(_AHEAD)
         asking = asyncio.create_task(self._ask(bus, ready))
-        reading = asyncio.create_task(self._read(bus, ready))
+        receiving = asyncio.create_task(self._receive(bus, ready, received))
+        taking = asyncio.create_task(self._take_all(received))
+        tasks = (taking, receiving, asking)
         try:
             self._heard = now()
-            await ready_or_failed(ready, reading)
-            await asyncio.wait((asking, reading), return_when=asyncio.FIRST_COMPLETED)
-            for task in (reading, asking):
+            await ready_or_failed(ready, receiving)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
                 if task.done():
                     task.result()
         finally:
-            await end(asking, reading)
+            await end(*tasks)
 
     async def _ask(self, bus: Bus, ready: asyncio.Event) -> None:
         """Publish marks; and give the connection up when nobody answers: another one may do better."""
@@ -240,53 +248,90 @@ class Subscriber:
                 self._position = None  # perhaps there is no such place any more
                 raise BusError("no publisher answers")
 
-    async def _read(self, bus: Bus, ready: asyncio.Event) -> None:
+    async def _receive(self, bus: Bus, ready: asyncio.Event, received: asyncio.Queue[Delivery]) -> None:
         place = subject(self._settings.prefix, self._following.branch, "changes")
         async for delivery in bus.read(place, self._position, ready.set):
-            await self._take(delivery.data)
-            self._position = delivery.position
+            await received.put(delivery)
 
-    async def _take(self, data: bytes) -> None:
-        """One message. Raises MountGone."""
+    async def _take_all(self, received: asyncio.Queue[Delivery]) -> None:
+        """What has come while the mount was told of what came before is told in one go: to ask it costs as much for
+        one path as for many, and whoever was told message by message would fall behind for ever."""
+        while True:
+            deliveries = [await received.get()]
+            while not received.empty():
+                deliveries.append(received.get_nowait())
+            await self._take([delivery.data for delivery in deliveries])
+            self._position = deliveries[-1].position
+
+    async def _take(self, messages: Sequence[bytes]) -> None:
+        """Raises MountGone."""
+        changes: dict[str, str] = {}
+        marks: list[tuple[_Host, Sequence[str]]] = []
+        for data in messages:
+            told = await self._accept(data)
+            if told is None:
+                continue
+            host = self._hosts.setdefault(told.host, _Host(told.role))
+            host.role = told.role
+            if told.kind == "changes":
+                self._gather(changes, told)
+            elif told.kind == "passed":
+                marks.append((host, told.marks))
+            elif told.kind == "bye":
+                del self._hosts[told.host]
+                if not self._counting():
+                    await self._gap(f"{told.host} has ended")
+        if changes:
+            await self._tell(changes)
+        # Not before: all that was told ahead of a mark is known to the mount when it counts. Nor one from before a gap,
+        # which is among those that `_gap` has forgotten.
+        ours = [self._note_passed(host, passed) for host, passed in marks]
+        if any(ours):
+            await self._renew()
+            self._progress.set()
+
+    async def _accept(self, data: bytes) -> Message | None:
+        """None: there is nothing new in it. Raises MountGone."""
         try:
             told = message.decode(data)
         except Unreadable as error:
             await self._gap(f"a message that cannot be read: {error}")
-            return
+            return None
         self._heard = self.readings.heard = now()
         verdict = self._sequences.see(told)
         if verdict is Verdict.REPEATED:
-            return
+            return None
         if verdict is Verdict.GAP:
             await self._gap(f"messages of {told.host} are missing")
         self._silent.discard(told.host)
-        host = self._hosts.setdefault(told.host, _Host(told.role))
-        host.role = told.role
-        if told.kind == "changes":
-            await self._tell(told)
-        elif told.kind == "passed":
-            await self._passed(host, told.marks)
-        elif told.kind == "bye":
-            del self._hosts[told.host]
-            if not self._counting():
-                await self._gap(f"{told.host} has ended")
+        return told
 
-    async def _tell(self, told: Message) -> None:
+    def _gather(self, changes: dict[str, str], told: Message) -> None:
         if told.host == self._following.ignore:
             return
-        changes = [
-            (EVERYTHING, "") if self._hides_links and LINKS in kind.split(",") else (path, kind)
-            for path, kind in told.changes
-        ]
-        changes = list(dict.fromkeys(changes))
-        await self._hand_on(changes)
-        if self._following.settle:
-            self._later.append((now() + self._following.settle, changes))
+        for path, words in told.changes:
+            if LINKS in words.split(",") and self._hides_links:
+                message.gather(changes, EVERYTHING, "")
+            else:
+                message.gather(changes, path, words)
 
-    async def _hand_on(self, changes: Sequence[Change]) -> None:
-        await asyncio.to_thread(freshen, self._following.path, [path for path, _ in changes])
-        await self._link.hints(changes)
-        self.readings.hints += len(changes)
+    async def _tell(self, changes: dict[str, str]) -> None:
+        if EVERYTHING in changes:
+            changes = {EVERYTHING: ""}
+        if self._following.settle:
+            self._later.append((now() + self._following.settle, dict(changes)))
+        await self._hand_on(changes)
+
+    async def _hand_on(self, changes: dict[str, str]) -> None:
+        """Takes them out. Raises MountGone."""
+        while changes:
+            portion = message.portion(changes)
+            if not self._caches_apart:
+                await asyncio.to_thread(freshen, self._following.path, [path for path, _ in portion])
+            await self._link.hints(portion)
+            self.readings.hints += len(portion)
+            for path, _ in portion:
+                del changes[path]
 
     async def _look_again(self) -> None:
         """Tell the mount once more what it was told when the branch's own file system might not have known it yet."""
@@ -309,13 +354,12 @@ class Subscriber:
                 await self._link.heard(self.readings)
             await asyncio.sleep(self._following.bound / _MARKS_IN_BOUND)
 
-    async def _passed(self, host: _Host, marks: Sequence[str]) -> None:
+    def _note_passed(self, host: _Host, marks: Sequence[str]) -> bool:
+        """Whether any of the marks is one of ours."""
         moments = [self._sent[mark] for mark in marks if mark in self._sent]
-        if not moments:
-            return
-        host.passed = max(moments)
-        await self._renew()
-        self._progress.set()
+        if moments:
+            host.passed = max(moments)
+        return bool(moments)
 
     def _counting(self) -> list[_Host | None]:
         """The publishers that must be heard; None for one that is not known yet."""
@@ -341,6 +385,7 @@ class Subscriber:
             raise
         self.readings.covered = covered
         self._hides_links = leased.fs_type.startswith("fuse")
+        self._caches_apart = leased.fs_type == "fuse.sshfs"
         self._note("told" if leased.used else "unused")
         self._retry.done()
 
