@@ -61,6 +61,7 @@ IN_C: Final = (
     "udbad.branch.ccalls",
     "udbad.branch.clisting",
     "udbad.branch.cstat",
+    "udbad.inodes.cgarbage",
     "udbad.inodes.cjournal",
     "udbad.kernel.cdevice",
     "udbad.kernel.cwire",

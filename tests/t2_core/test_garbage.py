@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import stat
 from collections.abc import Iterator
 
 import pytest
 
+from udbad import compiled
+from udbad.branch.branches import Branch
 from udbad.inodes import garbage
+from udbad.inodes.table import Dir, Layer, Node
 
 
 @pytest.fixture
@@ -55,3 +59,12 @@ def test_what_became_garbage_there_is_found_when_there_are_few(nodes: list[int],
     assert not gone
     garbage.give_back(left)
     assert gone == [True] * found
+
+
+@pytest.mark.skipif(bool(compiled.why_not()), reason="ok: as Python, nodes are looked at as everything is")
+def test_no_search_looks_at_nodes() -> None:
+    layer = Layer(Branch.__new__(Branch), 1, 2, 1, -1)
+    directory = Dir(1, [layer])
+    node = Node(2, stat.S_IFREG, layer.branch, 1, 3)
+    directory.children[b"f"] = node
+    assert not any(map(gc.is_tracked, (layer, directory, node)))

@@ -140,6 +140,7 @@ class Node:
         """Its state at the last open, or its target: what the kernel may keep pages of."""
         self.sent: Stamp | None = None
         """The state whose attributes the kernel may keep (coherence/sent.py); None: it was given none to keep."""
+        garbage.pass_over(self)
 
     @property
     def identity(self) -> Identity:
@@ -170,6 +171,7 @@ class Layer:
         self.below: bytes | None = None
         """The path from the root under which the branches below this one have it, where a redirect says so, here or
         on the way here. None: the one its parent's layer on this branch has there, and its name."""
+        garbage.pass_over(self)
 
     @property
     def identity(self) -> Identity:

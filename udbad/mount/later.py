@@ -7,6 +7,7 @@ bring parts of its own into this process (tests/t0_unit/test_imports.py looks fo
 
 from __future__ import annotations
 
+import gc
 import logging
 import select
 import threading
@@ -66,6 +67,7 @@ def _load(requests: Callable[[], int], wanted: Sequence[int], begin: Callable[[]
     for name in _MODULES:
         _quiet(requests, end)
         _import(name)
+    gc.freeze()  # as what was imported sooner is: else a search for garbage looks at all of it beside requests
 
 
 def _import(name: str) -> None:
