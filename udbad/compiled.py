@@ -30,6 +30,7 @@ MODULES: Final = (
     "udbad.coherence.notify",
     "udbad.coherence.sent",
     "udbad.coherence.watcher",
+    "udbad.coherence.watches",
     "udbad.edge.loop",
     "udbad.edge.native",
     "udbad.edge.once",

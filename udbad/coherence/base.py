@@ -102,8 +102,8 @@ class Coherence:
     def __init__(self, sb: Superblock, notifier: KernelNotifier) -> None:
         self.sb = sb
         self.notifier = notifier
-        self.branch_events: dict[tuple[int, int], int] = {}
-        """(branch index, kind bits of coherence/inotify.py) to number of events."""
+        self.branch_events: dict[int, int] = {}
+        """Branch index << KIND_BITS | KINDS of coherence/inotify.py, to number of events."""
         self.replays: Replays | None = None
         """Has watchers of the union see direct changes; None: they do not."""
 

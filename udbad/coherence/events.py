@@ -19,10 +19,10 @@ from enum import Enum, auto
 
 from udbad.branch import syscalls, whiteout
 from udbad.coherence.base import Coherence
-from udbad.coherence.inotify import CONTENT, GONE, NAMES, OF_NAMES
+from udbad.coherence.inotify import CONTENT, GONE, KIND_BITS, KINDS, NAMES, OF_NAMES
 from udbad.coherence.replays import Replays
 from udbad.coherence.sent import SentAttributes
-from udbad.coherence.watcher import Change
+from udbad.coherence.watcher import Change, Echo
 from udbad.coherence.watches import Place, Watches, Way
 from udbad.inodes.table import Dir, Index, Node
 from udbad.types import MOVED_FROM, REMOVED
@@ -31,6 +31,8 @@ from udbad.union.resolve import Answer, Found
 from udbad.union.superblock import Superblock, is_object
 
 log = logging.getLogger(__name__)
+
+_DOT = ord(".")
 
 
 class Case(Enum):
@@ -138,14 +140,14 @@ def subject(place: Place, name: bytes) -> tuple[Dir, bytes] | None:
     return node.parent, node.name
 
 
-def on_the_way(way: Way, change: Change) -> bool:
+def on_the_way(way: Way, name: bytes) -> bool:
     """Whether an event in a branch directory may have to do with the name in it that leads to a directory."""
-    return whiteout.subject(change.name) in (way.name, b"")
+    return whiteout.subject(name) in (way.name, b"")
 
 
-def _about(change: Change) -> int:
+def _about(name: bytes, kinds: int) -> int:
     """The kinds of an event for the name it is about: how a whiteout came or went says nothing of the name it hides."""
-    return change.kinds & ~OF_NAMES if change.name.startswith(whiteout.PREFIX) else change.kinds
+    return kinds & ~OF_NAMES if name.startswith(whiteout.PREFIX) else kinds
 
 
 class Events:
@@ -179,55 +181,77 @@ class Events:
 
     # -- from events to names -----------------------------------------------------------------
 
-    def on_echo(self, handle: object, kinds: int) -> None:
-        """An event that was expected (`Watcher.expect`), so that of a directory watch."""
-        if isinstance(handle, Place):
-            self._counted(handle.index, kinds)
-            self.echoes += 1
-
-    def _counted(self, index: int, kinds: int) -> None:
-        """One event on the branch with this index."""
-        self.count += 1
-        events = self._coherence.branch_events
-        key = (index, kinds)
-        events[key] = events.get(key, 0) + 1
+    def on_echoes(self, echoes: list[Echo]) -> None:
+        """Events that were expected (`Watcher.expect`), so those of directory watches."""
+        counts: dict[int, int] = self._coherence.branch_events
+        kinds: Index
+        for handle, kinds in echoes:
+            if type(handle) is Place:
+                key = handle.index << KIND_BITS | kinds & KINDS
+                counts[key] = counts.get(key, 0) + 1
+                self.count += 1
+                self.echoes += 1
 
     def handle(self, changes: list[Change]) -> None:
         """One burst: each name once, however often it is mentioned."""
+        counts: dict[int, int] = self._coherence.branch_events
         names: dict[tuple[Dir, bytes], int] = {}
-        for change in changes:
-            handle = change.handle
-            if isinstance(handle, Place):
-                self._counted(handle.index, change.kinds)
-                if change.kinds & GONE:
+        name: bytes
+        kinds: Index
+        for handle, name, kinds in changes:
+            if type(handle) is Place:
+                node: Dir = handle.node
+                count = handle.index << KIND_BITS | kinds & KINDS
+                counts[count] = counts.get(count, 0) + 1
+                self.count += 1
+                if kinds & GONE:
                     if self._watches.gone(handle):
-                        self._coherence.distrust(handle.node)
+                        self._coherence.distrust(node)
                     continue
-                if self._is_unknown(handle.node, change):
-                    self.echoes += 1
-                    if self.replays is not None:
-                        self.replays.changed(handle.node, change.name, None, change.kinds, True)
+                if name and name[0] != _DOT:  # neither a whiteout nor a mark, nor the directory itself
+                    if not kinds & NAMES and node.trusted and name not in node.children:
+                        # NOT_ASKED_FOR for certain: each copy-up sends some events of its file without a name.
+                        self.echoes += 1
+                        if self.replays is not None:
+                            self.replays.changed(node, name, None, kinds, True)
+                        continue
+                    key = node, name
+                    names[key] = names.get(key, 0) | kinds
                     continue
-                key = subject(handle, change.name)
-                if key is not None:
-                    names[key] = names.get(key, 0) | _about(change)
-            elif isinstance(handle, Way):
+                about = subject(handle, name)
+                if about is not None:
+                    names[about] = names.get(about, 0) | _about(name, kinds)
+            elif type(handle) is Way:
                 # Where a redirect leads may be another directory now, or none.
                 parent = handle.node.parent
-                if parent is not None and (change.kinds & GONE or on_the_way(handle, change)):
+                if parent is not None and (kinds & GONE or on_the_way(handle, name)):
                     key = parent, handle.node.name
                     names[key] = names.get(key, 0) | NAMES
             elif isinstance(handle, Node):
-                self._counted(handle.branch.index, change.kinds)
-                self._file_changed(handle, change)
-        table = self.sb.table
-        for (node, name), kinds in names.items():
-            if table.nodes.get(node.id) is node:
-                self.look(node, name, kinds)
-            if table.over_budget():  # events come without requests, too
-                table.trim()
+                count = handle.branch.index << KIND_BITS | kinds & KINDS
+                counts[count] = counts.get(count, 0) + 1
+                self.count += 1
+                self._file_changed(handle, kinds)
+        self._look_at(names)
         if self.replays is not None:
             self.replays.end_of_burst()
+
+    def _look_at(self, names: dict[tuple[Dir, bytes], int]) -> None:
+        """`look` at each of these, by the kinds of all its events."""
+        table = self.sb.table
+        nodes: dict[int, Node] = table.nodes
+        sent: SentAttributes = self._sent
+        node: Dir
+        name: bytes
+        kinds: Index
+        for (node, name), kinds in names.items():
+            if nodes.get(node.id) is node:
+                if kinds & NAMES or self.replays is not None or not sent.is_as_sent(node, name):
+                    self.look(node, name, kinds)
+                else:
+                    self.echoes += 1  # SAME_FILE, as most that a request of ours has changed
+            if table.over_budget():  # events come without requests, too
+                table.trim()
 
     def look(self, node: Dir, name: bytes, kinds: int) -> None:
         """`name_changed`, with all below it that has other layers now."""
@@ -235,21 +259,9 @@ class Events:
         if below is not None:
             self._compare_below(below)
 
-    @staticmethod
-    def _is_unknown(node: Dir, change: Change) -> bool:
-        """Whether it is NOT_ASKED_FOR for certain: each copy-up sends some events of its file without a name."""
-        name = change.name
-        return (
-            not change.kinds & NAMES
-            and node.trusted
-            and name not in node.children
-            and not name.startswith(b".")
-            and name != b""
-        )
-
-    def _file_changed(self, node: Node, change: Change) -> None:
+    def _file_changed(self, node: Node, kinds: int) -> None:
         """An event of a file that is watched itself, as it has several names."""
-        if change.kinds & GONE:
+        if kinds & GONE:
             self._watches.file_gone(node)
         if node.dead and self.sb.held_fd(node) < 0:
             return  # removed through the mount, and the kernel knows
@@ -259,7 +271,7 @@ class Events:
             if not node.dead:
                 self._notifier.attributes(node.id)
             return
-        if self._compare(node, st, change.kinds) and self.replays is not None:
+        if self._compare(node, st, kinds) and self.replays is not None:
             self.replays.changed_elsewhere(node)
 
     def name_changed(self, node: Dir, name: bytes, kinds: int) -> Dir | None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from udbad.types import MADE, MOVED_FROM, MOVED_TO, OF_DIRECTORY, REMOVED
 
 NAMES, CONTENT, ATTRIBUTES, GONE = 1, 2, 4, 8
 """What a change concerns, as bits."""
+KIND_BITS: Final = 4
+KINDS: Final = (1 << KIND_BITS) - 1
+"""All of these."""
 
 MODIFIED, CLOSED, TOUCHED = 0x10, 0x20, 0x400
 """Which event told of it, for who shows it to others (coherence/replays.py): IN_MODIFY, IN_CLOSE_WRITE, IN_ATTRIB. Of

@@ -1,2 +1,3 @@
+from udbad.coherence.watches cimport Watches
 from udbad.inodes.table cimport Dir, Node
 from udbad.union.superblock cimport Superblock

@@ -58,7 +58,7 @@ class NotifyCoherence(Coherence):
     # -- life ---------------------------------------------------------------------------------
 
     def start(self) -> None:
-        self.events = self._watches.open(self._on_changes, self._events.on_echo, self._on_overflow)
+        self.events = self._watches.open(self._on_changes, self._events.on_echoes, self._on_overflow)
         for branch in self.sb.branches.branches:
             if self._is_silent(branch):
                 self._silent.add(branch.index)
@@ -203,10 +203,7 @@ class NotifyCoherence(Coherence):
             node.sent = None  # the event of the change need not have it told once more
 
     def own_event(self, node: Dir, branch: Branch, name: bytes, event: int) -> None:
-        entry = self._watches.directories.get(node.id)
-        held = None if entry is None or entry.node is not node else entry.watches.get(branch.index)
-        if held is not None and self._watches.watcher is not None:
-            self._watches.watcher.expect(held[0], event, name)
+        self._watches.expect(node, branch.index, name, event)
 
     # -- events of others -----------------------------------------------------------------------
 

@@ -14,7 +14,9 @@ from udbad.branch import state, syscalls
 from udbad.coherence.base import KernelNotifier
 from udbad.inodes.handles import backing_id, note_id_bits, written_behind
 from udbad.inodes.table import Dir, Node
-from udbad.union.superblock import Superblock
+from udbad.union.superblock import Superblock, is_object
+
+_stat = syscalls.stat_at
 
 UNKNOWN: Final = b""
 """As a stamp: the kernel may hold attributes, but whether they are still right cannot be told."""
@@ -26,6 +28,24 @@ class SentAttributes:
     def __init__(self, sb: Superblock, notifier: KernelNotifier) -> None:
         self._sb = sb
         self._notifier = notifier
+
+    def is_as_sent(self, node: Dir, name: bytes) -> bool:
+        """Whether a name stands for the file that it did, with the attributes that the kernel was given of it, or that
+        it has none of (as `compare`). False also when more has to be looked at to know."""
+        child = node.children.get(name)
+        if child is None or type(child) is Dir or child.dead or child.plink is not None or not node.trusted:
+            return False
+        layer = node.layer(child.branch.index)
+        if layer is None or layer.fd < 0 or node.dead:
+            return False
+        try:
+            st = _stat(layer.fd, name)
+        except OSError:
+            return False
+        if not is_object(child, st):
+            return False
+        sent = child.sent
+        return written_behind(child) if sent is None else state.lasting_stamp(child.branch, st) == sent
 
     def compare(self, node: Node, st: os.stat_result, content: bool) -> bool:
         """Tell the kernel when the attributes of a node, which is what it was, differ from those it was given.

@@ -26,7 +26,7 @@ from udbad.types import Perm
 from udbad.union.superblock import Superblock
 
 if TYPE_CHECKING:
-    from udbad.coherence.watcher import Change, Watch, Watcher
+    from udbad.coherence.watcher import Change, Echo, Watch, Watcher
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Silence:
         from udbad.coherence.watcher import Watcher
 
         try:
-            self._watcher = Watcher(self._on_changes, self._on_echo, self._on_overflow)
+            self._watcher = Watcher(self._on_changes, self._on_echoes, self._on_overflow)
         except OSError as error:
             self._may_watch = False
             log.info("no inotify instance to be had (%s); directories are asked one by one", error.strerror)
@@ -150,14 +150,13 @@ class Silence:
             self._sb.next_version()
 
     def _on_changes(self, changes: list[Change]) -> None:
-        for change in changes:
-            node = change.handle
+        for node, _, kinds in changes:
             assert type(node) is Dir
             self._stir(node)
-            if change.kinds & GONE and node.id in self._watched and self._watched[node.id][0] is node:
+            if kinds & GONE and node.id in self._watched and self._watched[node.id][0] is node:
                 self._leave(node.id)
 
-    def _on_echo(self, handle: object, kinds: int) -> None:
+    def _on_echoes(self, echoes: list[Echo]) -> None:
         pass  # the view has been brought up to date by whoever made the change
 
     def _on_overflow(self) -> None:

@@ -17,7 +17,6 @@ import logging
 import os
 import select
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -73,14 +72,10 @@ class WatchLimit(OSError):
         super().__init__(errno.ENOSPC, "no more watches")
 
 
-@dataclass(slots=True)
-class Change:
-    """One event: the handle its watch was added with, the name inside a directory (b"" for itself), and kind bits."""
-
-    handle: object
-    name: bytes
-    kinds: int
-
+Change = tuple[object, bytes, int]
+"""One event: the handle its watch was added with, the name inside a directory (b"" for itself), and kind bits."""
+Echo = tuple[object, int]
+"""One that was expected: the handle, and kind bits."""
 
 Watch = int | bytes
 """A watch descriptor of inotify, or a handle of fanotify."""
@@ -89,14 +84,14 @@ Watch = int | bytes
 class Watcher:
     """Watches for one mount. Event loop only.
 
-    on_changes: called with each burst; read_at: when its first event was read (time.monotonic). on_echo: called
-    with the handle and the kind bits of an event that was expected. on_overflow: events were lost (IN_Q_OVERFLOW).
+    on_changes: called with each burst; read_at: when its first event was read (time.monotonic). on_echoes: called
+    with those that were expected. on_overflow: events were lost (IN_Q_OVERFLOW).
     """
 
     def __init__(
         self,
         on_changes: Callable[[list[Change]], None],
-        on_echo: Callable[[object, int], None],
+        on_echoes: Callable[[list[Echo]], None],
         on_overflow: Callable[[], None],
         sources: Collection[str] = ("inotify",),
     ) -> None:
@@ -112,7 +107,7 @@ class Watcher:
         self.room = watch_limit()
         """How many inodes may be watched, whatever the kernel would allow."""
         self._on_changes = on_changes
-        self._on_echo = on_echo
+        self._on_echoes = on_echoes
         self._on_overflow = on_overflow
         self._closed = False
         self._queue = queue_limit() + 1
@@ -241,10 +236,10 @@ class Watcher:
         it, as a name cannot come twice without going in between: of the two, one is looked at, and after both it
         does not matter which.
         """
-        if isinstance(watch, bytes):
-            return
-        key = (watch, mask, name)
-        self._expected[key] = self._expected.get(key, 0) + 1
+        if type(watch) is int:
+            expected: dict[tuple[int, int, bytes], int] = self._expected
+            key = (watch, mask, name)
+            expected[key] = expected.get(key, 0) + 1
 
     async def run(self) -> None:
         """Hand on events until cancelled.
@@ -309,6 +304,7 @@ class Watcher:
         count, events, emptied = marks.read(_READ_BYTES)
         self._emptied = self._emptied and emptied
         changes: list[Change] = []
+        echoes: list[Echo] = []
         for event in events:
             key, mask, name, _ = event
             if mask & fanotify.Q_OVERFLOW:
@@ -321,18 +317,21 @@ class Watcher:
                 marks.handles.pop(key, None)
                 kinds |= GONE
             elif marks.is_own(event):
-                for handle in handles:
-                    self._on_echo(handle, kinds)
+                echoes += [(handle, kinds) for handle in handles]
                 continue
-            changes += [Change(handle, name, kinds) for handle in handles]
+            changes += [(handle, name, kinds) for handle in handles]
+        if echoes:
+            self._on_echoes(echoes)
         if changes:
             self._on_changes(changes)
         return count
 
     def _take_apart(self, data: bytes) -> int:
         """Hand on what read(2) brought; how many events that is."""
-        expected = self._expected
+        expected: dict[tuple[int, int, bytes], int] = self._expected
+        watched: dict[int, list[object]] = self._handles
         changes: list[Change] = []
+        echoes: list[Echo] = []
         events = listing.events(data)
         for key in events:
             wd, mask, name = key
@@ -341,22 +340,27 @@ class Watcher:
                 changes.clear()
                 self._on_overflow()
                 continue
-            handles = self._handles.get(wd)
+            handles = watched.get(wd)
             if handles is not None:
-                if expected and key in expected:
-                    expected[key] -= 1
-                    if not expected[key]:
+                count = expected.get(key) if expected else None
+                if count:
+                    if count > 1:
+                        expected[key] = count - 1
+                    else:
                         del expected[key]
                     for handle in handles:
-                        self._on_echo(handle, NAMES)
+                        echoes.append((handle, NAMES))
                     continue
                 kinds = _kinds(mask)
-                changes += [Change(handle, name, kinds) for handle in handles]
+                for handle in handles:
+                    changes.append((handle, name, kinds))
             if mask & _IGNORED:
-                self._handles.pop(wd, None)
+                watched.pop(wd, None)
         self._emptied = len(data) <= _READ_BYTES - _LONGEST
         if self._emptied:
             expected.clear()  # everything sent was read: what has not come was lost, and must not stand for another
+        if echoes:
+            self._on_echoes(echoes)
         if changes:
             self._on_changes(changes)
         return len(events)

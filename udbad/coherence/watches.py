@@ -13,15 +13,15 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 
 from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.coherence.inotify import watch_limit
-from udbad.coherence.watcher import Change, Watch, Watcher, WatchLimit
+from udbad.coherence.watcher import Change, Echo, Watch, Watcher, WatchLimit
 from udbad.inodes.inomap import Identity
-from udbad.inodes.table import Dir, Layer, Node
+from udbad.inodes.table import Dir, Index, Layer, Node
 from udbad.union import redirects
 from udbad.union.superblock import Superblock
 
@@ -33,12 +33,18 @@ _HEALED_SECONDS = 60.0
 """Without meeting the limit; directories that nobody uses any more may be without a watch for longer."""
 
 
-@dataclass(slots=True)
 class Place:
     """Handle of a directory watch: the branch directory of `node` on the branch with this index."""
 
-    node: Dir
-    index: int
+    __slots__ = ("index", "node")
+    __hash__ = None  # type: ignore[assignment]  # says what `==` is about
+
+    def __init__(self, node: Dir, index: int) -> None:
+        self.node = node
+        self.index = index
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Place) and other.node is self.node and other.index == self.index
 
 
 @dataclass(slots=True)
@@ -51,15 +57,17 @@ class Way:
     name: bytes
 
 
-@dataclass(slots=True)
 class Watched:
     """The watches of one directory."""
 
-    node: Dir
-    watches: dict[int, tuple[Watch, Identity]] = field(default_factory=dict)
-    """By branch index: the watch, and the identity of the branch directory it is on."""
-    ways: list[tuple[Watch, Way, Identity]] = field(default_factory=list)
-    """Of a directory that was moved: the watches, and what they are on, in the order they are passed."""
+    __slots__ = ("node", "watches", "ways")
+
+    def __init__(self, node: Dir) -> None:
+        self.node = node
+        self.watches: dict[int, tuple[Watch, Identity]] = {}
+        """By branch index: the watch, and the identity of the branch directory it is on."""
+        self.ways: list[tuple[Watch, Way, Identity]] = []
+        """Of a directory that was moved: the watches, and what they are on, in the order they are passed."""
 
 
 class Watches:
@@ -97,13 +105,13 @@ class Watches:
     def open(
         self,
         on_changes: Callable[[list[Change]], None],
-        on_echo: Callable[[object, int], None],
+        on_echoes: Callable[[list[Echo]], None],
         on_overflow: Callable[[], None],
     ) -> int:
         """Begin to watch, with the callbacks of `Watcher`; the descriptor to wait for, -1 when none is to be had."""
         try:
             sources = {self._source_of(branch) for branch in self._sb.branches.branches}
-            self.watcher = Watcher(on_changes, on_echo, on_overflow, sources)
+            self.watcher = Watcher(on_changes, on_echoes, on_overflow, sources)
             self.options_changed()
         except OSError as error:
             self._set_state("degraded", f"no inotify instance to be had ({error.strerror}); served as reval")
@@ -241,6 +249,15 @@ class Watches:
                 self.watcher.unwatch(watch, Place(entry.node, index))
             for watch, way, _ in entry.ways:
                 self.watcher.unwatch(watch, way)
+
+    def expect(self, node: Dir, index: Index, name: bytes, event: Index) -> None:
+        """A system call of ours has sent this event (`Hooks.own_event`), on the branch with this index."""
+        entry: Watched | None = self.directories.get(node.id)
+        if entry is None or entry.node is not node or self.watcher is None:
+            return
+        held = entry.watches.get(index)
+        if held is not None:
+            self.watcher.expect(held[0], event, name)
 
     def gone(self, place: Place) -> bool:
         """The kernel has dropped a watch (IN_IGNORED); whether what it was on is still a layer of its directory."""

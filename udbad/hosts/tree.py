@@ -106,7 +106,7 @@ class Tree:
     def _begin(self) -> None:
         if self._watcher is not None:
             self._watcher.close()
-        self._watcher = Watcher(self._on_changes, lambda handle, kinds: None, self._note_loss, (self._by,))
+        self._watcher = Watcher(self._on_changes, lambda echoes: None, self._note_loss, (self._by,))
         self._top = Directory(None, b"")
         self._cover(self._top)
 
@@ -157,10 +157,10 @@ class Tree:
 
     def _on_changes(self, changes: list[Change]) -> None:
         names: dict[tuple[Directory, bytes], int] = {}
-        for change in changes:
-            if isinstance(change.handle, Directory):
-                key = change.handle, change.name
-                names[key] = names.get(key, 0) | change.kinds
+        for handle, name, kinds in changes:
+            if isinstance(handle, Directory):
+                key = handle, name
+                names[key] = names.get(key, 0) | kinds
         for (directory, name), kinds in names.items():
             if directory.watch is None:
                 continue  # it is another one's by now, and told of from above

@@ -136,9 +136,9 @@ class MetricsReader:
         sent = self._process.invalidator.statistics()
         branches = self._process.sb.branches.branches
         events = {(text(branch.path), kind): 0 for branch in branches for kind in EVENT_KINDS}
-        for (index, bits), count in coherence.branch_events.items():
-            kind = next(kind for kind, bit in _KIND_BITS.items() if bits & bit)
-            events[text(branches[index].path), kind] += count
+        for key, count in coherence.branch_events.items():
+            kind = next(kind for kind, bit in _KIND_BITS.items() if key & bit)
+            events[text(branches[key >> inotify.KIND_BITS].path), kind] += count
         states = [
             ((text(branch.path), state), int(coherence.state_of(branch) == state))
             for branch in branches

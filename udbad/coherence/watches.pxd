@@ -1,0 +1,20 @@
+from udbad.inodes.table cimport Dir, Layer, Node
+from udbad.union.superblock cimport Superblock
+
+cdef class Place:
+    cdef public Dir node
+    cdef public long index
+
+cdef class Watched:
+    cdef public Dir node
+    cdef public dict watches
+    cdef public list ways
+
+cdef class Watches:
+    cdef public object watcher, directories, state, _mode_of, _on_lost, _refused
+    cdef public Superblock _sb
+    cdef public dict _files
+    cdef public set _without
+    cdef public bint _on_ways
+    cdef public double _limited_at
+    cpdef expect(self, Dir node, Py_ssize_t index, bytes name, long event)
