@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -44,7 +45,8 @@ def workers(guardian: int) -> list[int]:
     with suppress(FileNotFoundError):
         for pid in Path(f"/proc/{guardian}/task/{guardian}/children").read_text().split():
             with suppress(OSError):
-                if Path(f"/proc/{pid}/comm").read_text().rstrip("\n") != NAME:
+                _, name, state = re.split(r" \(|\) ", Path(f"/proc/{pid}/stat").read_text(), maxsplit=2)
+                if name != NAME and state[0] not in "ZX":
                     found.append(int(pid))
     return found
 

@@ -277,28 +277,33 @@ def op_for(draw: st.DrawFn, model: Model) -> Op:
     return random_op(lambda among: draw(st.sampled_from(among)), model)
 
 
-@st.composite
-def layers(draw: st.DrawFn, perm: str, linked: bool = True) -> Layer:
+def random_layer(pick: Pick, perm: str, linked: bool = True) -> Layer:
     """A random layer: objects, hard links between files (linked), whiteouts (beside objects too), opaque marks."""
     layer = Layer.of(perm)
     directories: list[PathT] = [()]
 
     def place() -> PathT:
-        return (*draw(st.sampled_from(directories)), draw(st.sampled_from(NAMES)))
+        return (*pick(directories), pick(NAMES))
 
-    for _ in range(draw(st.integers(0, 12))):
+    for _ in range(pick(range(13))):
         path = place()
         if path in layer.nodes:
             continue
-        node = _node(draw(st.sampled_from(KINDS)), draw(st.integers(0, 9)))
+        node = _node(pick(KINDS), pick(_NUMBERS))
         twins = [n for n in layer.nodes.values() if n.kind == node.kind and not n.is_dir]
-        layer.nodes[path] = draw(st.sampled_from(twins)) if twins and linked and draw(st.integers(0, 3)) == 0 else node
+        layer.nodes[path] = pick(twins) if twins and linked and pick(range(4)) == 0 else node
         if node.is_dir and len(path) < DEPTH:
             directories.append(path)
-    layer.whiteouts |= {place() for _ in range(draw(st.integers(0, 3)))}
+    layer.whiteouts |= {place() for _ in range(pick(range(4)))}
     if len(directories) > 1:
-        layer.opaque |= draw(st.sets(st.sampled_from(directories[1:]), max_size=2))
+        layer.opaque |= {pick(directories[1:]) for _ in range(pick(range(3)))}
     return layer
+
+
+@st.composite
+def layers(draw: st.DrawFn, perm: str, linked: bool = True) -> Layer:
+    """random_layer as a hypothesis strategy."""
+    return random_layer(lambda among: draw(st.sampled_from(among)), perm, linked)
 
 
 def _node(kind: str, number: int) -> Node:

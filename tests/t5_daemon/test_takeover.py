@@ -23,6 +23,7 @@ DIES = """
 import os, signal
 from udbad.branch import syscalls
 from udbad.edge import native
+from udbad.mount import keeper
 from udbad.mount.mountproc import MountProcess
 from udbad.union import create
 
@@ -53,11 +54,17 @@ def answer(*arguments, send=native.answer):
         dies("not answered")
     return send(*arguments)
 
+def keep(*arguments, make=keeper.Keeper):
+    made = make(*arguments)
+    dies("not announced")
+    return made
+
 def take_over(self, predecessor, take=MountProcess._take_over):
     dies("not taken over")
     take(self, predecessor)
 
 create.mkdir, syscalls.mkdir_at, native.answer, MountProcess._take_over = mkdir, mkdir_at, answer, take_over
+keeper.Keeper = keep
 """
 """At the places that directories in OUTSIDE say, once each."""
 
@@ -88,17 +95,21 @@ def test_what_is_counted(dying: Mount, tmp_path: Path) -> None:
     assert len(os.listdir(dying.path)) == 4
 
 
-def test_nothing_is_left_of_those_before(dying: Mount, tmp_path: Path) -> None:
-    """One that is killed when it has said what the mount is, but not yet ended the keeper before its own."""
+@pytest.mark.parametrize("place", ["not taken over", "not announced"])
+def test_nothing_is_left_of_those_before(dying: Mount, tmp_path: Path, place: str) -> None:
+    """One that is killed when it has said what the mount is, but not yet ended the keeper before its own; and one whose
+    own nobody has heard of. Without `restart_timeout` they would wait for ever."""
 
     def keepers() -> int:
         children = Path(f"/proc/{dying.process.pid}/task/{dying.process.pid}/children").read_text().split()
         return sum(Path(f"/proc/{pid}/comm").read_text().rstrip("\n") == keeper.NAME for pid in children)
 
-    (tmp_path / "outside/not taken over").mkdir()
+    (tmp_path / "outside" / place).mkdir()
     kill(dying)
     os.mkdir(dying.path / "made")
-    assert dying.control({"op": "status"})["restarts"] == 2
+    restarts = {"not taken over": 2, "not announced": 1}[place]  # which is known by what the one before has said
+    assert dying.control({"op": "status"})["restarts"] == restarts
+    assert not os.listdir(tmp_path / "outside")
     until(lambda: not keepers(), "the end of the keepers before")  # that of now is a child of its mount process
 
 

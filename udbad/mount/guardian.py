@@ -102,8 +102,6 @@ class Guardian:
         self._place: Place | None = None
         """Once a mount process has served."""
         self._legacy = Legacy()
-        self._dying: set[int] = set()
-        """Processes that have ended but for a thread."""
 
     def run(self) -> int:
         """The exit code of the mount process that has ended in order, or could not begin."""
@@ -237,6 +235,7 @@ class Guardian:
                             self._on_ready()
                         else:
                             self._pass_on()
+                            self._reap_others(pid)
                     elif word[0] == _LEAVES:
                         self._legacy.add((word[1], word[2]))
                     elif word[0] == _RENEWS:
@@ -287,12 +286,16 @@ class Guardian:
 
     def _reap(self, pid: int, may_live: bool) -> int:
         """Its status. One that somebody is to take over from may have a thread that ends after that (keeper.py)."""
-        self._dying = {other for other in self._dying if not os.waitpid(other, os.WNOHANG)[0]}
         ended, status = os.waitpid(pid, os.WNOHANG if self._legacy or may_live else 0)
-        if not ended:
-            self._dying.add(pid)
-            return signal.SIGKILL
-        return status
+        return status if ended else signal.SIGKILL
+
+    def _reap_others(self, pid: int) -> None:
+        """Children that have ended and are not `pid`: keepers of processes that were killed before anybody knew of
+        them, and processes whose last thread has ended at last."""
+        options = os.WEXITED | os.WNOHANG
+        with suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, options | os.WNOWAIT)) is not None and ended.si_pid != pid:
+                os.waitid(os.P_PID, ended.si_pid, options)
 
     def _prepare(self) -> None:
         """While a process serves: import the next module that those after it would, and whoever waits for them. Not at

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import mmap
 import os
 import re
 import select
@@ -95,9 +96,11 @@ class Keeper:
             name = ctypes.create_string_buffer(_NAME_SIZE)
             _libc.prctl(_PR_GET_NAME, name, 0, 0, 0)
             _libc.prctl(_PR_SET_NAME, NAME.encode(), 0, 0, 0)  # before: `Table` looks at it
+            self._known = mmap.mmap(-1, 1)
+            """Shared with it: a byte that is not 0 once somebody knows it."""
             self.pid = clone()
             if self.pid == 0:
-                _keep(owner, patience, ended, watcher)
+                _keep(owner, patience, ended, watcher, self._known)
             _libc.prctl(_PR_SET_NAME, name, 0, 0, 0)
             _libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(self.pid), 0, 0, 0)  # Yama: it looks what we wait for
             # A crash ends this process at once. For a core dump it would wait for its other threads first
@@ -106,6 +109,10 @@ class Keeper:
             self.pidfd = os.pidfd_open(self.pid)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def is_known(self) -> None:
+        """Somebody has been told of it. Before that nobody could take over, and it ends with this process."""
+        self._known[0] = 1
 
     def end(self) -> None:
         """Before an end that is none of a crash: nobody is to take over."""
@@ -128,7 +135,7 @@ def clone() -> int:
     return pid
 
 
-def _keep(owner: int, patience: float, ended: int, watcher: Watcher | None) -> NoReturn:
+def _keep(owner: int, patience: float, ended: int, watcher: Watcher | None, known: mmap.mmap) -> NoReturn:
     """Its owner has ended when its first thread has, which says so by the signal. Another one may outlive a SIGKILL:
     one that tells the kernel to forget pages waits, uninterruptibly, for those that are being read
     (fuse_reverse_inval_inode()), and only the next process answers such a READ."""
@@ -140,9 +147,9 @@ def _keep(owner: int, patience: float, ended: int, watcher: Watcher | None) -> N
             _wait_for_end(owner, watcher)
         if ended >= 0:
             os.eventfd_write(ended, 1)
-        if patience:
+        if known[0] and patience:
             time.sleep(patience)
-        else:
+        elif known[0]:
             signal.pause()
     finally:
         os._exit(0)

@@ -106,6 +106,7 @@ def run(
             watched = crash.watch(record)
             ending.callback(crash.forget, watched)
             guard.told((own.pid, record.fd))
+            own.is_known()
         gc.disable()  # all that is made stays, so there is nothing to be found
         try:
             if guard is not None and guard.left:
