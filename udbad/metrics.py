@@ -16,8 +16,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer
@@ -66,8 +65,7 @@ class Counts:
         return [*self.buckets, self.sum]
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
+class Metric(NamedTuple):
     """One row of the table. labels: beside `mount`. origin: who knows it (see `Reading`)."""
 
     name: str
@@ -199,8 +197,7 @@ METRICS: Final = (
 BY_NAME: Final = {metric.name: metric for metric in METRICS}
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """What is known of one mount at a scrape.
 
     samples: what the mount process says, None when it did not answer in time. pid: that process, None when

@@ -11,7 +11,6 @@ In a test: with slow_daemon(gate, …): every mount made by tests/helpers/mount.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import threading
@@ -154,4 +153,4 @@ def patch(gate: str, words: list[str]) -> None:
             rows = {opcode: row for opcode, row in table.TABLE.items() if row.name == word}
             assert rows, word
             for opcode, row in rows.items():
-                table.TABLE[opcode] = dataclasses.replace(row, operation=_held(row.operation, gate, word))
+                table.TABLE[opcode] = row._replace(operation=_held(row.operation, gate, word))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import logging
 import struct
@@ -94,7 +93,7 @@ def kernel(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Kernel]
         # No operation is performed: names from here may lead anywhere.
         made.native._rows = {
             opcode: (row.parse, _nothing, _empty, row.least, made.native._rows[opcode][4], row, None)
-            for opcode, row in ((opcode, dataclasses.replace(row, undo=None)) for opcode, row in TABLE.items())
+            for opcode, row in ((opcode, row._replace(undo=None)) for opcode, row in TABLE.items())
         }
         logging.getLogger("udbad").setLevel(logging.CRITICAL)
         try:

@@ -15,7 +15,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -719,7 +718,7 @@ def use_many(world: World, branch: Path, count: int) -> int:
 
 
 def reserve(world: World, percent: int) -> None:
-    world.sb.options = replace(OPTIONS, watch_reserve=percent)
+    world.sb.options = OPTIONS._replace(watch_reserve=percent)
     world.coherence.options_changed()
 
 

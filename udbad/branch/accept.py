@@ -16,8 +16,7 @@ import os
 import stat as st_mod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from udbad.branch import capabilities, mountinfo, notation, syscalls, whiteout
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
@@ -54,8 +53,7 @@ _RESTRICTIONS: Final = {"nosuid": os.ST_NOSUID, "nodev": os.ST_NODEV, "noexec": 
 _OPEN_DIR: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a directory is: its path as the kernel gives it, and `inner`, its path in the file system itself.
 
     (device, inner) shows that two directories are nested also when bind mounts hide it from their paths.
@@ -68,8 +66,7 @@ class _Place:
     fs_type: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     spec: BranchSpec
     place: _Place
     perm: Perm

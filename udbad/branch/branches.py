@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from udbad.errors import eio, erofs
 from udbad.types import Perm
@@ -32,8 +33,7 @@ _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 _NO_REFLINK_FS = frozenset({"ext2", "ext3", "ext4", "tmpfs", "ramfs", "vfat", "exfat"})
 
 
-@dataclass(frozen=True, slots=True)
-class BranchSpec:
+class BranchSpec(NamedTuple):
     """What the user wrote for one branch: PATH[=PERM[+ATTR…]], perm None when left out.
 
     udba: coherence mode of this branch alone (none, reval, notify), watch: how changes of it are heard of (inotify,

@@ -8,8 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 FS_TYPE: Final = b"fuse.udba"
 """The type of a mount of ours."""
@@ -17,8 +16,7 @@ FS_TYPE: Final = b"fuse.udba"
 _ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(NamedTuple):
     """One line: a mount, and the file system it shows."""
 
     id: int

@@ -19,8 +19,7 @@ import os
 import re
 import stat as st_mod
 import time
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from udbad.branch import syscalls
 
@@ -30,8 +29,7 @@ _CLOCK_REALTIME_COARSE: Final = 5  # linux/time.h: what the kernel stamps files 
 _TICK: Final = 20_000_000  # ns; two ticks of the slowest kernel
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """What a home's name says. number: in the mount; ino: on the lower branch; life: the rest, b"" without one."""
 
     number: int
@@ -42,8 +40,7 @@ class Origin:
         return b"%d.%d.%s" % (self.number, self.ino, self.life)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """An object by (directory descriptor, name), b"" for the object behind the descriptor itself; st: its status."""
 
     dirfd: int

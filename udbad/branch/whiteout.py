@@ -18,8 +18,8 @@ import os
 import re
 import stat as st_mod
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from udbad.branch import listing, syscalls
 from udbad.branch.branches import Branch
@@ -204,8 +204,7 @@ def meaning(name: bytes) -> tuple[Meaning, bytes]:
     return Meaning.WHITEOUT, name[len(PREFIX) :]
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
+class Names(NamedTuple):
     """What a branch directory says, each in order: names of objects, names that are hidden below; opaque: all are."""
 
     objects: tuple[bytes, ...]

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from stat import S_IFLNK
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from udbad.branch import state
 from udbad.branch.branches import Branch
@@ -75,8 +74,7 @@ class KernelNotifier(Protocol):
         or because that would detach what others have mounted inside the union."""
 
 
-@dataclass(frozen=True, slots=True)
-class CoherenceStatistics:
+class CoherenceStatistics(NamedTuple):
     """What a strategy did so far; all zero for those that only wait to be asked."""
 
     mode: str

@@ -82,7 +82,7 @@ def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: b
     if parsed.fsname == "none" and source != "none":
         parsed = replace(parsed, fsname=source)
     # The daemon is in another directory than whoever calls us.
-    branches = tuple(replace(spec, path=os.path.abspath(spec.path)) for spec in parsed.branches)
+    branches = tuple(spec._replace(path=os.path.abspath(spec.path)) for spec in parsed.branches)
     control = parsed.control and os.path.abspath(parsed.control)
     parsed = replace(parsed, branches=branches, control=control)
     if fake:

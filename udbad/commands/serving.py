@@ -89,9 +89,6 @@ def serve(job: Job, on_ready: Callable[[], None], private: tuple[int, ...], stat
     gc.disable()  # until all is there: of what is imported nothing goes, and to look for that takes 10 ms
     from udbad.mount import guardian, life, presence  # the supervisor and the tools must not load pyfuse3
 
-    if job.background:
-        import logging.handlers  # noqa: F401  # for let_go(): before there are two processes that would
-
     options = job.options
     # Whoever names a control socket looks after the mount; it is not listed for others.
     identity = presence.Identity(run_dir=None if options.control else job.run_dir)

@@ -13,8 +13,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from udbad.edge.operations import Operations
 from udbad.edge.table import Body, Row
@@ -49,8 +48,7 @@ _ENTRIES: Final = (wire.LOOKUP, wire.SYMLINK, wire.MKNOD, wire.MKDIR, wire.LINK,
 _CREATING: Final = frozenset({wire.SYMLINK, wire.MKNOD, wire.MKDIR, wire.CREATE, wire.TMPFILE})
 
 
-@dataclass(frozen=True, slots=True)
-class IdMap:
+class IdMap(NamedTuple):
     """users, groups: what is shown of the ids of the branches."""
 
     users: Ids
@@ -62,17 +60,17 @@ class IdMap:
         for opcode, row in rows.items():
             parse = self._parsing(row.parse, opcode in _CREATING)
             if opcode != wire.LISTXATTR:
-                mapped[opcode] = replace(row, parse=parse)
+                mapped[opcode] = row._replace(parse=parse)
         for opcode in _ENTRIES:
-            mapped[opcode] = replace(mapped[opcode], encode=self._packing(mapped[opcode].encode, self._entry))
+            mapped[opcode] = mapped[opcode]._replace(encode=self._packing(mapped[opcode].encode, self._entry))
         for opcode in (wire.GETATTR, wire.SETATTR):
-            mapped[opcode] = replace(mapped[opcode], encode=self._packing(mapped[opcode].encode, self._attr))
-        mapped[wire.STATX] = replace(mapped[wire.STATX], encode=self._packing(mapped[wire.STATX].encode, self._statx))
+            mapped[opcode] = mapped[opcode]._replace(encode=self._packing(mapped[opcode].encode, self._attr))
+        mapped[wire.STATX] = mapped[wire.STATX]._replace(encode=self._packing(mapped[wire.STATX].encode, self._statx))
         listing = mapped[wire.READDIRPLUS]
-        mapped[wire.READDIRPLUS] = replace(listing, encode=self._packing(listing.encode, self._listing))
+        mapped[wire.READDIRPLUS] = listing._replace(encode=self._packing(listing.encode, self._listing))
         getting, setting = mapped[wire.GETXATTR], mapped[wire.SETXATTR]
-        mapped[wire.GETXATTR] = replace(getting, operation=self._getting(getting.operation))
-        mapped[wire.SETXATTR] = replace(setting, parse=self._setting(setting.parse))
+        mapped[wire.GETXATTR] = getting._replace(operation=self._getting(getting.operation))
+        mapped[wire.SETXATTR] = setting._replace(parse=self._setting(setting.parse))
         return mapped
 
     # -- what comes in ------------------------------------------------------------------------

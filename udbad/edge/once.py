@@ -27,7 +27,6 @@ import logging
 import os
 import stat as st_mod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from udbad.branch import syscalls, whiteout
@@ -458,8 +457,7 @@ def _anew(operations: Operations, noted: Noted, *arguments: object) -> None:
     raise _Perform
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """done: what is left of an operation that was done, and its result; raises _Perform when it was not. opens: it
     gives a handle, which is noted before all else."""
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar, TypeVarTuple
+from typing import Any, Final, NamedTuple, TypeVar, TypeVarTuple
 
 from udbad.edge.operations import Attributes, Entry, Negative, Opened, Operations, Space
 from udbad.inodes.table import Node
@@ -43,8 +42,7 @@ class Refused:
 _NO_DATA: Final = Refused(errno.ENODATA)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """What is done with a request of one opcode.
 
     name: it is counted under. least: size of the request in bytes, at least. parse: the operation's arguments. undo:
@@ -483,14 +481,14 @@ def without_open(rows: Mapping[int, Row], directories: bool) -> dict[int, Row]:
     """
     kept = {opcode: each for opcode, each in rows.items() if opcode not in (wire.OPEN, wire.FLUSH)}
     for opcode in _ONE_HANDLE:
-        kept[opcode] = replace(kept[opcode], parse=_kept(kept[opcode].parse))
+        kept[opcode] = kept[opcode]._replace(parse=_kept(kept[opcode].parse))
     for opcode in _TWO_HANDLES:
-        kept[opcode] = replace(kept[opcode], parse=_both_kept(kept[opcode].parse))
+        kept[opcode] = kept[opcode]._replace(parse=_both_kept(kept[opcode].parse))
     if directories:
         del kept[wire.OPENDIR]
         for opcode in _DIRECTORY_HANDLE:
-            kept[opcode] = replace(kept[opcode], parse=_kept(kept[opcode].parse))
-    kept[wire.WRITE] = replace(kept[wire.WRITE], parse=_write_kept, operation=_O.write_kept)
+            kept[opcode] = kept[opcode]._replace(parse=_kept(kept[opcode].parse))
+    kept[wire.WRITE] = kept[wire.WRITE]._replace(parse=_write_kept, operation=_O.write_kept)
     return kept
 
 
@@ -512,7 +510,7 @@ NOTHING: Final = (1 << 63) - 2
 
 def with_nothing(rows: Mapping[int, Row]) -> dict[int, Row]:
     """The rows where there may be such files; the kernel does not say who closes one."""
-    return {**rows, wire.RELEASE: replace(rows[wire.RELEASE], operation=_release)}
+    return {**rows, wire.RELEASE: rows[wire.RELEASE]._replace(operation=_release)}
 
 
 def _release(operations: Operations, fh: int) -> None:

@@ -16,8 +16,7 @@ import stat as st_mod
 import sys
 from collections import OrderedDict
 from collections.abc import Sized
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch
@@ -314,8 +313,7 @@ class Dir(Node):
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class TableStatistics:
+class TableStatistics(NamedTuple):
     nodes: int
     directories: int
     views: int

@@ -20,11 +20,10 @@ import os
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
 from time import monotonic
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from udbad.metrics import INVALIDATION_BUCKETS, Counts
 
@@ -65,8 +64,7 @@ class State(Enum):
     STOPPED = "stopped"
 
 
-@dataclass(frozen=True, slots=True)
-class InvalidatorStatistics:
+class InvalidatorStatistics(NamedTuple):
     """sent: notifications by kind. missed: those the kernel had nothing of. latency: seconds until it was told.
 
     latency_counts: as metrics.Counts.value() gives them. oldest: age in seconds of the oldest one not yet told.

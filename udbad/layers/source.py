@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from udbad.branch.branches import BranchSpec
 from udbad.types import Perm
@@ -23,8 +22,7 @@ ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,234}(?<!-removing)")
 _FORM: Final = re.compile(re.escape(SCHEME) + r"(?P<root>/[^\0]*)#(?P<id>[^#/]*)", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """root: of the store. id: of the layer."""
 
     root: str

@@ -20,8 +20,7 @@ import stat as st_mod
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from udbad.branch import copydata, sweep, syscalls, whiteout, writelock
 from udbad.branch.branches import BranchSpec
@@ -36,8 +35,7 @@ _NAMES: Final = (b"layers", b"diff", b"mnt")
 _WRITTEN: Final = "is written to by a mount{holder}"
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(NamedTuple):
     """id: its name. parents: those below it, nearest first. present: whether its branch is there."""
 
     id: str

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -122,7 +122,7 @@ class Commands:
             "requests": sum(stats.requests for stats in operations().values()),
             "open_handles": len(process.sb.handles),
             "connection": process.session.connection,
-            "coherence": asdict(process.coherence.statistics()),
+            "coherence": process.coherence.statistics()._asdict(),
         }
 
     async def stats(self, request: Message) -> dict[str, Any]:
@@ -133,9 +133,9 @@ class Commands:
             "seconds": {name: stats.seconds for name, stats in operations().items()},
             "errors": sum(stats.errors for stats in operations().values()),
             "bugs": sum(stats.bugs for stats in operations().values()),
-            "table": asdict(process.sb.table.statistics()),
-            "coherence": asdict(process.coherence.statistics()),
-            "invalidator": asdict(process.invalidator.statistics()),
+            "table": process.sb.table.statistics()._asdict(),
+            "coherence": process.coherence.statistics()._asdict(),
+            "invalidator": process.invalidator.statistics()._asdict(),
             "depths": {
                 "found": process.sb.counters.depth_found,
                 "negative": process.sb.counters.depth_negative,
@@ -377,7 +377,7 @@ class Commands:
                 await rebranch.set_read_only(process, target.ro, check)
                 return
             # It was given no permission, and has that of a read-only mount.
-            specs = [replace(specs[0], perm=None), *specs[1:]]
+            specs = [specs[0]._replace(perm=None), *specs[1:]]
         await rebranch.set_branches(process, specs, check, target.ro)
 
     async def log_level(self, request: Message) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 from udbad.control.protocol import Message, number_of
 from udbad.errors import ExitCode, UserError
@@ -13,8 +12,7 @@ _HOSTS: Final = 64
 _NAME_LENGTH: Final = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Heard:
+class Heard(NamedTuple):
     """Of one branch. Moments are of `coherence.leases.now`.
 
     gaps: times that something may have been missed. hints: paths that the mount was told. last: when anything was

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from udbad.control import registry
@@ -44,8 +43,7 @@ class Renewal(NamedTuple):
     control: str
 
 
-@dataclass(frozen=True, slots=True)
-class Guard:
+class Guard(NamedTuple):
     """Whoever starts another mount process when this one is killed.
 
     told: called with what will be left of this process, before it does anything else. left: what was left before, the

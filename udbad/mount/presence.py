@@ -6,8 +6,7 @@ import errno
 import logging
 import os
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from udbad.control import registry
 from udbad.control.protocol import ask, bind, go_on
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """Who a mount process is to others.
 
     name: of the mount in the configuration. run_dir: where to be found (registry.py), None: nowhere.

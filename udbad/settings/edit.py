@@ -196,7 +196,7 @@ def _change_branches(
         elif place is not None:
             spec, path = change.spec, specs[place].path
             if os.path.normpath(spec.path) != os.path.normpath(path):  # another way there: it stays as it is written
-                spec = replace(spec, path=path)
+                spec = spec._replace(path=path)
             if specs[place] != spec:
                 specs[place] = spec
                 entries.replace(place, spec)
@@ -208,7 +208,7 @@ def _change_branches(
     # A branch without a permission has one by its place, and nobody wanted to change that.
     for index, spec in enumerate(specs):
         if spec.perm is None and (index == 0) != (spec == top):
-            fixed = replace(spec, perm=live.get(os.path.normpath(spec.path), Perm.RW if spec == top else Perm.RO))
+            fixed = spec._replace(perm=live.get(os.path.normpath(spec.path), Perm.RW if spec == top else Perm.RO))
             specs[index] = fixed
             entries.replace(index, fixed)
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 FORM: Final = "FIRST:SHOWN:COUNT[:FIRST:SHOWN:COUNT...]"
 MOST: Final = 0xFFFFFFFE
@@ -40,8 +39,7 @@ def parse(text: str) -> Ranges:
     return ranges
 
 
-@dataclass(frozen=True, slots=True)
-class Ids:
+class Ids(NamedTuple):
     """Of users, or of groups. ranges: none shows every id as it is. squash: what all are shown as, -1: nothing."""
 
     ranges: Ranges = ()

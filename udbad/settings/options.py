@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, Final, Literal
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Final, Literal, NamedTuple
 
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import (
@@ -36,8 +36,7 @@ from udbad.settings import ids
 # -- what the value of an option may be ------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Wrong:
+class Wrong(NamedTuple):
     """What is wrong about one key of a table: it is none, is missing, or has a value that it may not have."""
 
     key: str
@@ -607,7 +606,7 @@ def _edit(result: list[BranchSpec], key: str, raw: str) -> None:
         if spec.perm is None:
             raise UserError(f"{key}={shown(raw)}: must be {LIST_OPTIONS[key][0]}", ExitCode.OPTION)
         place = _position(result, key, raw, spec.path)
-        result[place] = replace(spec, path=result[place].path)
+        result[place] = spec._replace(path=result[place].path)
     else:
         index, colon, branch = raw.partition(":")
         if not colon or _DIGITS.fullmatch(index) is None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from udbad.branch.accept import check_names, open_branches
 from udbad.branch.branches import BranchSpec
@@ -76,7 +75,7 @@ def _try(mount: MountSettings) -> None:
     for index, spec in enumerate(options.branches):
         if os.path.exists(spec.path):
             # One that follows a missing first branch does not become writable by that.
-            specs.append(replace(spec, perm=Perm.RO) if index and not specs and spec.perm is None else spec)
+            specs.append(spec._replace(perm=Perm.RO) if index and not specs and spec.perm is None else spec)
     if not specs:
         return
     branches = open_branches(specs, options.ro, place, options.whiteouts)

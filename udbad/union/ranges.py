@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from udbad.branch import copydata, syscalls
 from udbad.branch.credentials import Credentials
@@ -28,8 +28,7 @@ from udbad.types import Trigger
 from udbad.union.superblock import NeedCopyUp, Superblock
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """A change of an open file's content, about to be made by `call`, which returns a number of bytes."""
 
     handle: OpenFile

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch, BranchSet
@@ -20,8 +21,7 @@ from udbad.union import homes
 from udbad.union.superblock import Superblock, lower_links
 
 
-@dataclass(frozen=True, slots=True)
-class InUse:
+class InUse(NamedTuple):
     """Why a branch cannot go: an open file (pid: who opened it) or directory of it, by a path in the mount."""
 
     path: bytes

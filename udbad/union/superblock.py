@@ -11,8 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from udbad.branch import redirect, syscalls
 from udbad.branch.branches import Branch, BranchSet
@@ -50,8 +49,7 @@ class NeedCopyUp(Exception):
         the operation would have."""
 
 
-@dataclass(frozen=True, slots=True)
-class UnionOptions:
+class UnionOptions(NamedTuple):
     """The mount options that change what the union does (config.MountOptions has them all)."""
 
     create: CreatePolicy
