@@ -9,6 +9,7 @@ on the branches below if it was born then.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -25,6 +26,8 @@ REDIRECT = "trusted.overlay.redirect"
 """On a directory that was renamed: its path on the branches below. A mark, and so no attribute of the object."""
 RECORDS = ("trusted.overlay.", "user.overlay.", "user.fuseoverlayfs.")
 """By these overlayfs and fuse-overlayfs note something in a layer: no attributes of an object, where they count."""
+NO_XATTRS = (("", b"not supported"),)
+"""The extended attributes of an object where there are none."""
 OVERLAY = 2
 """In the place of True, where it is asked whether the whiteouts of a branch count: those of overlayfs, too."""
 MAX_NAME = 242
@@ -95,7 +98,13 @@ def read_entry(path: bytes) -> Entry:
 
 def _xattrs(file: bytes | int) -> tuple[tuple[str, bytes], ...]:
     follow = isinstance(file, int)  # with a descriptor there is nothing to follow, and no other value is allowed
-    names = sorted(name for name in os.listxattr(file, follow_symlinks=follow) if name != REDIRECT)
+    try:
+        listed = os.listxattr(file, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        return NO_XATTRS
+    names = sorted(name for name in listed if name != REDIRECT)
     return tuple((name, os.getxattr(file, name, follow_symlinks=follow)) for name in names)
 
 

@@ -1,6 +1,6 @@
 """A storm: random operations through a union and directly on its branches at the same time, and its judge.
 
-Every client is a process of its own (python -m tests.stress.storm ROOT SEED COUNT KIND) and draws its
+Every client is a process of its own (python -m tests.stress.storm ROOT SEED COUNT WHAT) and draws its
 operations from its seed alone, never from what it finds, so the same seed means the same operations; when
 they meet is up to the scheduler. `in_step` has one process take turns instead, which repeats exactly.
 
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -166,6 +166,8 @@ _ON_BRANCHES: Final[dict[str, tuple[int, Callable[[bytes, bytes, int], object]]]
 }
 """What only makes sense directly on a branch."""
 
+_LOOKS: Final = frozenset({"stat", "read", "list"})
+
 _ACTIONS: Final = {**_EVERYWHERE, **_ON_BRANCHES}
 
 _PATH: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
@@ -279,6 +281,25 @@ def _content(path: bytes) -> list[bytes]:
     return os.listdir(path) if os.path.isdir(path) else []
 
 
+def together(roots: Sequence[tuple[Path, str]], seed: int, count: int) -> None:
+    """Let a process for each root do `count` operations, at the same time. Raises AssertionError.
+
+    roots: with what they are: a mount, a branch, or a mount where somebody only "looks".
+    """
+    module = [sys.executable, "-m", "tests.stress.storm"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with ExitStack() as stack:
+        clients: list[subprocess.Popen[bytes]] = []
+        for n, (root, what) in enumerate(roots):
+            words = [*module, str(root), str(seed + n), str(count), what]
+            client = subprocess.Popen(words, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
+            clients.append(stack.enter_context(client))
+            stack.callback(client.kill)
+        for client in clients:
+            _, errors = client.communicate(timeout=DEADLINE)
+            assert client.returncode == 0, errors.decode(errors="replace")
+
+
 class Arena:
     """A mounted union in which storms happen. Attributes: mount, layout, direct (whether branches are changed)."""
 
@@ -295,18 +316,7 @@ class Arena:
 
     def storm(self, seed: int, count: int) -> None:
         """Let a process for each root do `count` operations at the same time. Raises AssertionError."""
-        module = [sys.executable, "-m", "tests.stress.storm"]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        with ExitStack() as stack:
-            clients: list[subprocess.Popen[bytes]] = []
-            for n, (root, on_branch) in enumerate(self.roots):
-                words = [*module, str(root), str(seed + n), str(count), str(int(on_branch))]
-                client = subprocess.Popen(words, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE)
-                clients.append(stack.enter_context(client))
-                stack.callback(client.kill)
-            for client in clients:
-                _, errors = client.communicate(timeout=DEADLINE)
-                assert client.returncode == 0, errors.decode(errors="replace")
+        together([(root, "branch" if on_branch else "mount") for root, on_branch in self.roots], seed, count)
 
     def in_step(self, turns: Sequence[tuple[int, Op]]) -> list[str]:
         """(index into `roots`, operation), one after the other; exactly repeatable.
@@ -397,10 +407,15 @@ def fill(arena_: Arena, seed: int, count: int) -> None:
     arena_.mount.remount()
 
 
-def main(root: str, seed: str, count: str, on_branch: str) -> None:
+def main(root: str, seed: str, count: str, what: str) -> None:
     """One client."""
-    for op in operations(int(seed), int(count), bool(int(on_branch))):
-        perform(op, Path(root), bool(int(on_branch)), alone=False)
+    for op in operations(int(seed), int(count), what == "branch"):
+        if what != "looks":
+            perform(op, Path(root), what == "branch", alone=False)
+        elif op.kind in _LOOKS:
+            # What a file system of a network answers about an object that has gone meanwhile is its own affair.
+            with suppress(OSError):
+                perform(op, Path(root), on_branch=False)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,16 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.leaks import mount_on, read_mountinfo, remove_mount
 from tests.helpers.mount import Mount, UnionFactory
 from tests.helpers.offline import number_of, offline
-from tests.system.support import OTHERS_LOG, clean_env, require, run, wait_gone
+from tests.helpers.sshd import Sshd, private_sshd, sshfs_over_ssh
+from tests.system.support import OTHERS_LOG, require
 from udbad.mount import keeper
 
 pytestmark = [
@@ -31,20 +28,8 @@ pytestmark = [
 
 LOG = f"another one takes over|has not answered for|answers again|{OTHERS_LOG}"
 SECONDS = 60.0
-SSHD = "/usr/sbin/sshd"  # it wants its absolute path, which it executes for each connection
-SETTINGS = """
-Port {port}
-ListenAddress 127.0.0.1
-HostKey {directory}/host
-AuthorizedKeysFile {directory}/user.pub
-PidFile none
-StrictModes no
-UsePAM yes
-PasswordAuthentication no
-KbdInteractiveAuthentication no
-PermitRootLogin prohibit-password
-Subsystem sftp internal-sftp
-"""
+UNCACHED = "reconnect,dir_cache=no,entry_timeout=0,attr_timeout=0,allow_other,default_permissions"
+"""Each access asks the server."""
 
 
 def until(done: Callable[[], bool], what: str) -> None:
@@ -54,97 +39,16 @@ def until(done: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
-class Sshd:
-    """The server, with one process for each connection, and one for the files."""
-
-    def __init__(self, directory: Path) -> None:
-        self._config = directory / "sshd_config"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        for name in ("host", "user"):
-            run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / name)
-        self._config.write_text(SETTINGS.format(port=self.port, directory=directory))
-        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # as the service of the system has it
-        self.start()
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            [SSHD, "-D", "-e", "-f", self._config], env=clean_env(), stderr=subprocess.DEVNULL
-        )
-        until(self._listens, "answer of sshd")
-
-    def _listens(self) -> bool:
-        assert self._process.poll() is None, "sshd has ended"
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), SECONDS) as connection:
-                return connection.recv(4) == b"SSH-"
-        except ConnectionRefusedError:
-            return False
-
-    def _family(self) -> list[int]:
-        family = [self._process.pid]
-        for pid in family:
-            family += [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        return family
-
-    def signal(self, number: int) -> list[int]:
-        """To all of it, the one that listens first. Returns the processes."""
-        family = self._family()
-        for pid in family:
-            # Who was killed while the one that listens was stopped is reaped by it as soon as it goes on.
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-        return family
-
-    def kill_connections(self) -> None:
-        """And begin to serve no other one, until SIGCONT."""
-        first, *others = self.signal(signal.SIGSTOP)
-        for pid in others:
-            os.kill(pid, signal.SIGKILL)
-        assert first == self._process.pid
-
-    def kill(self) -> None:
-        if self._process.poll() is not None:
-            return
-        family = self.signal(signal.SIGKILL)
-        self._process.wait(SECONDS)
-        wait_gone(family)
-
-
 @pytest.fixture
 def sshd(tmp_path: Path) -> Iterator[Sshd]:
     require("sshfs", "sshd", "ssh-keygen")
-    directory = tmp_path / "sshd"
-    directory.mkdir()
-    server = Sshd(directory)
-    try:
-        with _sshfs(server.port, directory, tmp_path / "real", tmp_path / "hung"):
-            yield server
-            server.signal(signal.SIGCONT)
-    finally:
-        server.kill()
-
-
-@contextmanager
-def _sshfs(port: int, keys: Path, directory: Path, mount_point: Path) -> Iterator[None]:
-    """`directory` on `mount_point`, through ssh; both are made. Nothing is kept: each access asks the server."""
-    directory.mkdir()
-    mount_point.mkdir()
-    options = (
-        "reconnect,dir_cache=no,entry_timeout=0,attr_timeout=0,allow_other,default_permissions"
-        f",IdentityFile={keys}/user,UserKnownHostsFile={keys}/known,StrictHostKeyChecking=accept-new"
-    )
-    process = subprocess.Popen(
-        ["sshfs", "-f", "-F", "/dev/null", "-p", str(port), "-o", options, f"root@127.0.0.1:{directory}", mount_point],
-        env=clean_env(),
-    )
-    try:
-        until(lambda: any(one.path == mount_point for one in read_mountinfo()), "mount of sshfs")
-        yield
-        remove_mount(mount_on(mount_point))
-    finally:
-        process.terminate()
-        process.wait(SECONDS)
+    (tmp_path / "real").mkdir()
+    with (
+        private_sshd(tmp_path / "sshd") as server,
+        sshfs_over_ssh(server, tmp_path / "real", tmp_path / "hung", UNCACHED),
+    ):
+        yield server
+        server.signal(signal.SIGCONT)
 
 
 @pytest.fixture

@@ -155,6 +155,10 @@ class Scene:
     state: str
     errors: dict[str, BaseException] = field(default_factory=dict)
 
+    def expected(self, case: Case) -> Tree:
+        """What must be visible below the case's directory now."""
+        return case.expected(self.mount.branches)
+
     def path(self, case: Case, name: str = "") -> str:
         return str(self.mount.path / case.id / name)
 
@@ -163,7 +167,7 @@ class Scene:
         """Bring the case's names into the state; gives the check of what was held while the change happened."""
         branches = self.mount.branches
         change = case.change
-        before = case.expected(branches)
+        before = self.expected(case)
         visible = [name for name in change.names if os.fsencode(name) in before]
         names = [*visible, QUIET]
         if self.state == "negative":
@@ -191,7 +195,7 @@ class Scene:
                 for one in held:
                     one.check(exempt=self.mode == "reval")
                 if listing >= 0:
-                    assert set(os.listdir(listing)) == children(case.expected(branches), "d")
+                    assert set(os.listdir(listing)) == children(self.expected(case), "d")
                 if native >= 0:
                     self._check_inside(case, names, native)
 
@@ -221,7 +225,7 @@ class Scene:
 
     def _check_inside(self, case: Case, names: list[str], native: int) -> None:
         """From the current directory: the names in it; when it lost its own, what a native process would see."""
-        expected = case.expected(self.mount.branches)
+        expected = self.expected(case)
         cwd = case.change.cwd
         entry = expected.get(os.fsencode(cwd))
         if entry is not None and entry.is_dir:
@@ -249,7 +253,7 @@ class Scene:
 
     def check(self, case: Case) -> None:
         """The case's directory as it must be now: by name and listed, in the order that its state does not spoil."""
-        expected = case.expected(self.mount.branches)
+        expected = self.expected(case)
         names = case.change.names
         root = self.path(case)
         if self.state == "listed":

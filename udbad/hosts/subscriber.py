@@ -204,7 +204,7 @@ class Subscriber:
 
     async def _follow(self, bus: Bus) -> None:
         if bus.identity != self._epoch or self._position is None:
-            reason = "no publisher answers" if bus.identity == self._epoch else "begins with another stream"
+            reason = "no publisher has answered yet" if bus.identity == self._epoch else "begins with another stream"
             self._epoch, self._position = bus.identity, None
             self._sequences = Sequences(self._following.branch, bus.identity)
             self._silent.update(self._hosts)
