@@ -64,6 +64,7 @@ IN_C: Final = (
     "udbad.branch.cstat",
     "udbad.inodes.cgarbage",
     "udbad.inodes.cjournal",
+    "udbad.inodes.cunread",
     "udbad.kernel.cdevice",
     "udbad.kernel.cwire",
 )

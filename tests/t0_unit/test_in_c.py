@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import random
 import socket
 import struct
 import time
 from pathlib import Path
+from stat import S_IFREG
 from types import ModuleType
 
 import pytest
@@ -20,11 +22,15 @@ from tests.helpers.scenarios import ACL
 from udbad import compiled
 from udbad.branch import fanotify, listing, state, syscalls
 from udbad.branch.branches import Branch
-from udbad.inodes.table import Dir, Layer, Node
+from udbad.inodes.handles import HandleTable
+from udbad.inodes.inomap import InoMap
+from udbad.inodes.journal import DIRECTORY, Journal
+from udbad.inodes.record import Record, pack
+from udbad.inodes.table import Dir, InodeTable, Layer, Node
 from udbad.kernel import device, wire
 from udbad.kernel.protocol import inval_attributes, inval_data, inval_entry
 from udbad.kernel.received import Received
-from udbad.types import Perm
+from udbad.types import ROOT_ID, Perm
 from udbad.union.readdir import Run
 from udbad.union.view import Said
 
@@ -428,3 +434,57 @@ def test_a_device(module: ModuleType) -> None:
         module.answer(fd, 7, 0, b"")
     with pytest.raises(OSError, match="Bad file descriptor"):
         module.receive(fd, request, 0.0)
+
+
+# -- a record that is damaged -----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(bool(compiled.why_not()), reason=f"{'' if compiled.wanted() else 'ok: '}of what is compiled")
+def test_a_damaged_log_is_refused_or_read() -> None:
+    """Whatever is in it: no memory is read that is not of the log."""
+    from udbad.inodes import cunread
+
+    record = Record.create()
+    top = Dir(ROOT_ID, [Layer(BRANCH, 1, 1, 2, -1)])
+    table = InodeTable(top, 10)
+    Journal(record, table, HandleTable(), InoMap(), list)
+    for number in range(2, 22):
+        above = table.nodes[number // 2]
+        assert type(above) is Dir
+        node = Node(number, S_IFREG, BRANCH, 1, number)
+        if number <= 11:
+            node = Dir(number, [Layer(BRANCH, 1, number, 2, -1)])
+        table.add(node)
+        node.nlookup = 1
+        table.attach(node, above, b"n%d" % number)
+    record.rewrite()
+    log = record.scan(lambda memory, size: bytes(memory[:size]))
+    record.close()
+
+    def read(log: bytes) -> dict[int, Node]:
+        again = InodeTable(Dir(ROOT_ID, [Layer(BRANCH, 1, 1, 2, -1)]), 10)
+
+        def other(payload: bytes, count: int) -> Node:
+            if payload[0] == DIRECTORY and payload[6:].startswith(pack(ROOT_ID)):
+                return again.root
+            raise ValueError("not for here")
+
+        unread = cunread.Unread(log, len(log), again, {BRANCH.id: BRANCH}, other, lambda fd, identity: -1)
+        unread.scan(lambda payload, count: None)
+        for number in (21, 5, 1, 999):
+            unread.find(number)
+        assert not unread.some(1000)
+        return again.nodes
+
+    assert {number: node.names() for number, node in read(log).items()}.keys() == table.nodes.keys()
+    rng = random.Random(1)
+    refused = 0
+    for _ in range(2000):
+        damaged = bytearray(log)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(len(log))] = rng.choice((0, 1, 0x28, 0x5B, 0x69, 0x6C, 0x73, 0x7F, 0xFF))
+        try:
+            read(bytes(damaged[: rng.choice((len(log), rng.randrange(len(log))))]))
+        except (ValueError, OverflowError, EOFError, TypeError, MemoryError, KeyError, OSError):
+            refused += 1
+    assert 100 < refused < 2000

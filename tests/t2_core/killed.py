@@ -172,10 +172,11 @@ def mounted(
     with core(directory, layers, fsync_copyup=False, **options) as union:
         if cached:
             union.fs.keep_files(64)
+        recalled = None
         if predecessor is not None:
-            recall.recall(union.fs, predecessor, os.dup, copies(predecessor.slots))
+            recalled = recall.recall(union.fs, predecessor, (os.dup,), copies(predecessor.slots))
             poison.carry_on(predecessor, record, True)
-        recall.keep(union.fs, record)
+        recall.keep(union.fs, record, recalled)
         mount = Mount(union, record)
         if predecessor is not None:
             mount.coherence.recalled()
@@ -184,6 +185,7 @@ def mounted(
         try:
             yield mount
         finally:
+            union.fs.table.read_all()  # it has the predecessor's record in use
             mount.close()
             record.close()
 

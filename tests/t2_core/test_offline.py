@@ -54,7 +54,7 @@ class Pool:
         sb = Superblock(branches, old.sb.options, max_fds=1000)
         homes.load(sb)
         fs = UnionFs(sb, old.creds)
-        recall.recall(fs, self.record, os.dup)
+        recall.recall(fs, self.record, (os.dup,))
         self.record = succeed(core, fs, self.record, self.bury)
 
     def bury(self, fs: UnionFs) -> None:

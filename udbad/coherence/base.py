@@ -200,6 +200,7 @@ class Coherence:
 
     def invalidate(self, path: Sequence[bytes]) -> int:
         """Ask again about a path (names from the root down) and all below it; returns how many nodes that were."""
+        self.sb.table.read_all()
         node: Node | None = self.sb.root
         parent: Dir | None = None
         for name in path:
@@ -419,6 +420,7 @@ class Coherence:
     def recalled(self) -> None:
         """The tree is one that a predecessor had (union/recall.py): the kernel may remember all of it, and nobody has
         seen what has happened meanwhile. To be called after `start`."""
+        self._forget_unread()
         # The pages of a listing are dropped: a later mtime would be seen by who compares it, though nothing has
         # changed. An answer of then may come between that and its use. Where nothing changes by itself, it is as good
         # as one of now; elsewhere the listing is not used until it has been taken in, but where that cannot be had.
@@ -442,6 +444,20 @@ class Coherence:
         self._distrust_all()
         self.adopt(self.sb.root, False)
         self.notifier.data_all(dropped)
+
+    def _forget_unread(self) -> None:
+        """Have the kernel forget what was not made yet, for which no node is needed where it can forget all names at
+        once; else make all, of which it may remember any name."""
+        table = self.sb.table
+        unread = table.unread
+        if unread is None:
+            return
+        if not self.notifier.everything():
+            table.read_all()
+            return
+        with_pages, rest = unread.forgotten(self.sb.kernel_opens)
+        self.notifier.data_all(with_pages)
+        self.notifier.attributes_all(rest)
 
     def attr_ttl(self, node: Node, st: os.stat_result) -> float:
         """How long (seconds) the kernel may keep the attributes of a node."""

@@ -451,7 +451,7 @@ class Events:
         """A new name of something that the kernel may know by another one: link(2) sends no event to that one."""
         if found.layers is None and found.st.st_nlink > 1:
             identity = (found.st.st_dev, found.st.st_ino)
-            other = self.sb.table.nodes.get(self.sb.inomap.number(*identity))
+            other = self.sb.table.find(self.sb.inomap.number(*identity))
             if other is not None and other.identity == identity:
                 self._compare(other, found.st, kinds)
 

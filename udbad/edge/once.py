@@ -147,10 +147,10 @@ class Once:
         fs = self._operations.fs
         for slot in self._slots:
             number, name, (dev, ino, index, above, as_link, names, links) = slot.read_copy()
-            node = fs.table.nodes.get(number)
+            node = fs.table.find(number)
             if node is None:
                 continue
-            parent = fs.table.nodes.get(above)
+            parent = fs.table.find(above)
             if index >= len(fs.sb.branches) or (above and type(parent) is not Dir):
                 continue
             if fs.sb.branches[index].offline:
@@ -319,7 +319,7 @@ def _unlink(operations: Operations, noted: Noted, number: int, name: bytes) -> N
     fs = operations.fs
     dev, ino, ctime, links, was_lower = noted.words
     parent = _directory(fs, number)
-    node = parent.children.get(name) or fs.table.nodes.get(fs.sb.inomap.number(dev, ino))
+    node = parent.children.get(name) or fs.table.find(fs.sb.inomap.number(dev, ino))
     found = resolve.resolve(fs.sb, parent, name)
     if found.answer is Answer.FOUND:
         if _who(found) == (dev, ino):
@@ -346,7 +346,7 @@ def _rmdir(operations: Operations, noted: Noted, number: int, name: bytes) -> No
         if noted.words in layers:
             raise _Perform
     remove.settle(fs.sb, parent, name)
-    node = parent.children.get(name) or fs.table.nodes.get(fs.sb.inomap.number(*noted.words))
+    node = parent.children.get(name) or fs.table.find(fs.sb.inomap.number(*noted.words))
     if type(node) is Dir and noted.words in [layer.identity for layer in node.layers]:
         fs.sb.changes.removed(parent, name, node, None, True)
 
@@ -369,7 +369,7 @@ def _rename(operations: Operations, noted: Noted, src_id: int, src: bytes, dst_i
             raise _Perform
         return
     if at_dst == source:
-        node = src_dir.children.get(src) or fs.table.nodes.get(fs.sb.inomap.number(*source))
+        node = src_dir.children.get(src) or fs.table.find(fs.sb.inomap.number(*source))
         old = _status(*target, rest[4]) if rest[3] else None
         rename.finish(fs.sb, src_dir, src, node, dst_dir, dst, branch, old)
     elif at_src == source or (at_src is None and at_dst == target):

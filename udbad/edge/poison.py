@@ -105,7 +105,7 @@ class Poison:
 
     def _describe(self, request: Received, name: str) -> str:
         """What can be said without performing anything of it."""
-        node = self._table.nodes.get(request.node)
+        node = self._table.find(request.node)
         path = os.fsdecode(b"?" if node is None else path_of(node))
         if request.opcode in _NAMED:
             last = bytes(request.buffer[wire.BODY : request.size]).rstrip(b"\0").rpartition(b"\0")[2]

@@ -232,6 +232,7 @@ class Replayer:
             await self._doubted.wait()
             await trio.sleep(_CALM_SECONDS)
             self._doubted = trio.Event()
+            self._fs.table.read_all()
             directories = [
                 node
                 for node in self._fs.table.nodes.values()

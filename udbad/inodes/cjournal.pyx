@@ -1,9 +1,8 @@
-# The entries of journal.py that most requests make, written in one go, and most numbers without an object for each; and
-# nodes that are no directories made of them again. Used where the hot modules are compiled; the Python there, and in
-# union/recall.py, is what this means.
+# The entries of journal.py that most requests make, written in one go, and most numbers without an object for each. Used
+# where the hot modules are compiled; the Python there is what this means.
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -13,7 +12,7 @@ from udbad.inodes.table cimport Dir, Layer, Node
 from udbad.inodes.handles import OpenFile
 from udbad.inodes.inomap import InoMap as InoMapType
 from udbad.inodes.journal import CLOSED, DIRECTORY, FILE, NEGATIVES, NUMBER, NUMBERS, OPEN_FILE, Negative
-from udbad.inodes.record import DROPPED, pack
+from udbad.inodes.record import pack
 from udbad.inodes.table import Dir as DirType
 from udbad.inodes.table import Node as NodeType
 
@@ -23,16 +22,6 @@ cdef extern from *:
     #define publish(word, value) __atomic_store_n(word, value, __ATOMIC_RELEASE)
     """
     void publish(uint64_t *word, uint64_t value)
-
-cdef packed struct node_entry:
-    uint64_t size, count
-    uint8_t kind, dead
-    uint16_t name_size
-    uint32_t type
-    int32_t branch, orphan_fd
-    uint64_t id, dev, ino, parent
-    int64_t links
-    # the name
 
 cdef packed struct opened_entry:
     uint64_t size, count
@@ -49,7 +38,6 @@ cdef packed struct closed_entry:
     uint8_t kind, marshal_int
     int32_t fh
 
-cdef int HEAD = 16
 cdef uint64_t LARGEST = 1024
 """Bytes that any of these entries may take."""
 cdef uint8_t _FILE = FILE, _OPEN_FILE = OPEN_FILE, _CLOSED = CLOSED, _NEGATIVES = NEGATIVES
@@ -211,68 +199,3 @@ cdef class Writer:
             raise
         publish(self.end, end)
         return not changed and end <= <uint64_t>half.most
-
-
-VERSION = 1
-cdef uint64_t _DROPPED = DROPPED
-
-
-cdef uint64_t entry_at(const uint8_t[::1] memory, uint64_t size, uint64_t at) except 0:
-    """Where the next one is."""
-    cdef uint64_t payload
-    if at + HEAD > size:
-        raise ValueError("an entry goes on behind the log")
-    payload = (<node_entry *>&memory[at]).size
-    if not 0 < payload <= size - at - HEAD:
-        raise ValueError("an entry goes on behind the log")
-    return (at + HEAD + payload + 7) & ~<uint64_t>7
-
-
-cdef object payload_at(const uint8_t[::1] memory, uint64_t at):
-    return PyBytes_FromStringAndSize(<char *>&memory[at] + HEAD, (<node_entry *>&memory[at]).size)
-
-
-def scan(const uint8_t[::1] memory not None, uint64_t size, dict nodes not None, other):
-    cdef uint64_t at = 0, after
-    cdef node_entry *entry
-    if size > <uint64_t>memory.shape[0]:
-        raise ValueError("the log is longer than its memory")
-    while at < size:
-        after = entry_at(memory, size, at)
-        entry = <node_entry *>&memory[at]
-        if entry.kind == _FILE and entry.size >= sizeof(node_entry) - HEAD + entry.name_size:
-            nodes[entry.id] = at
-        else:
-            other(payload_at(memory, at), entry.count)
-        at = after
-
-
-def nodes(const uint8_t[::1] memory not None, uint64_t size, dict nodes not None, dict branches not None,
-          dict table not None):
-    """The places are those that `scan` has found."""
-    cdef uint64_t at
-    cdef node_entry *entry
-    cdef Node node
-    cdef Dir parent
-    cdef list rest = []
-    for place in nodes.values():
-        if type(place) is not int:
-            continue
-        at = place
-        entry = <node_entry *>&memory[at]
-        if entry.count == _DROPPED:
-            continue
-        branch = branches.get(entry.branch)
-        if branch is None or entry.orphan_fd != -1 or entry.size > sizeof(node_entry) - HEAD + entry.name_size:
-            rest.append((payload_at(memory, at), entry.count))
-            continue
-        node = Node(entry.id, entry.type, branch, entry.dev, entry.ino)
-        node.name = PyBytes_FromStringAndSize(<char *>entry + sizeof(node_entry), entry.name_size)
-        node.nlookup, node.nlink_extra, node.dead = entry.count, entry.links, entry.dead != 0
-        table[node.id] = node
-        above = table.get(entry.parent)
-        if type(above) is Dir:
-            parent = above
-            node.parent = parent
-            parent.children[node.name] = node
-    return rest

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from udbad import compiled
@@ -37,6 +38,20 @@ def spare(nodes: Callable[[], int]) -> None:
             gc.freeze()
 
     gc.callbacks.append(searched)
+
+
+@contextmanager
+def unsearched(nodes: Callable[[], int]) -> Iterator[None]:
+    """Nodes are made within, which stay: there is nothing to be found in them. nodes: how many there are."""
+    searches = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searches:
+            if nodes() > MANY:
+                gc.freeze()
+            gc.enable()
 
 
 def give_back(nodes: int) -> None:

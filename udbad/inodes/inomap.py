@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterable
 from udbad.inodes.record import Record
 
 _SHORT_BITS = 32
-_SHORT = 1 << _SHORT_BITS
-_SPARE = _SHORT - (1 << 24)
+SHORT = 1 << _SHORT_BITS
+SPARE = SHORT - (1 << 24)
 _MIN_AREA_BITS = 26
 _INO_BITS = 48
 _INO_LIMIT = 1 << _INO_BITS
 _MAX_FS = (1 << 15) - 1
-_SPILL = 1 << 63
+SPILL = 1 << 63
 ENTRIES = 1 << 16
 """Entries of the table (some 200 bytes each) from which on it is worth looking for those that nobody needs."""
 
@@ -43,12 +43,12 @@ class InoMap:
     def __init__(self, file_systems: int = 1) -> None:
         """file_systems: how many the branches of the mount are on at its start; more may come."""
         self._area_bits = max(_SHORT_BITS - (file_systems - 1).bit_length(), _MIN_AREA_BITS)
-        self._limit = (1 << self._area_bits) - (_SHORT - _SPARE)
+        self._limit = (1 << self._area_bits) - (SHORT - SPARE)
         """From here on a branch's number does not fit into an area; less than its size, for the last has the spares."""
         self._base: dict[int, int] = {}
         self._index: dict[int, int] = {}
         self._exceptions: dict[Identity, int] = {}
-        self._next_spare = _SPARE
+        self._next_spare = SPARE
         self._most = ENTRIES
         self.in_use: Callable[[int], bool] = lambda number: True
         """Whether anybody knows an object by this number; replaced by the tree, which knows."""
@@ -71,7 +71,7 @@ class InoMap:
         if not 1 < ino < _INO_LIMIT:
             return self.fresh(dev, ino)
         index = self._index[dev]
-        return ino if index == 0 and ino >= _SHORT else index + 1 << _INO_BITS | ino
+        return ino if index == 0 and ino >= SHORT else index + 1 << _INO_BITS | ino
 
     def many(self, dev: int, count: int) -> tuple[int, int, set[int]]:
         """For who asks of `count` objects of one file system: (base, limit, exceptions).
@@ -93,9 +93,9 @@ class InoMap:
 
     def branch_ino(self, number: int) -> int:
         """The branch's own inode number that a number of the mount is computed from; 0 for a spare one."""
-        if number >= _SPILL or _SPARE <= number < _SHORT:
+        if number >= SPILL or SPARE <= number < SHORT:
             return 0
-        return number & ((1 << (self._area_bits if number < _SHORT else _INO_BITS)) - 1)
+        return number & ((1 << (self._area_bits if number < SHORT else _INO_BITS)) - 1)
 
     def earlier_number(self, dev: int, ino: int) -> int:
         """The number that versions gave which had no areas in 32 bits: they are in names on branches; 0 for none."""
@@ -152,14 +152,14 @@ class InoMap:
     def restore(self, state: tuple[int, int, Iterable[int]], table: dict[Identity, int]) -> None:
         """Give the same numbers as the one whose `state` and table these are."""
         self._area_bits, self._next_spare, devices = state
-        self._limit = (1 << self._area_bits) - (_SHORT - _SPARE)
+        self._limit = (1 << self._area_bits) - (SHORT - SPARE)
         self._base, self._index, self._exceptions = {}, {}, dict(table)
         for dev in devices:
             self._add(dev)
 
     def skip(self, numbers: Iterable[int]) -> None:
         """These are somebody's already, whatever the state says that is to come: after `restore`."""
-        spare = [number for number in numbers if number >= _SPARE and not self.branch_ino(number)]
+        spare = [number for number in numbers if number >= SPARE and not self.branch_ino(number)]
         self._next_spare = max(self._next_spare, max(map(_after, spare), default=0))
 
     def __len__(self) -> int:
@@ -169,4 +169,4 @@ class InoMap:
 
 def _after(number: int) -> int:
     """The spare number that follows one."""
-    return _SPILL if number == _SHORT - 2 else number + 1  # 2**32 - 1 is -1 to some
+    return SPILL if number == SHORT - 2 else number + 1  # 2**32 - 1 is -1 to some

@@ -110,6 +110,11 @@ class Journal:
         self._writers[type(one)](one)
 
     def _live(self) -> Iterator[Any]:
+        self._table.read_all()
+        return self.present()
+
+    def present(self) -> Iterator[Any]:
+        """All objects there are, but for nodes that were not made yet."""
         inomap, nodes = self._inomap, list(self._table.nodes.values())
         yield inomap
         yield self._handles
@@ -159,11 +164,15 @@ class Journal:
         if node.id not in self._table.nodes:  # else another one has the number by now
             self._append(_entry(GONE, node.id))
 
+    def closed(self, number: int) -> None:
+        """A handle of this number is not open any more."""
+        self._append(_entry(CLOSED, number))
+
     def _open_file(self, handle: OpenFile) -> None:
         files, lost = self._handles.files, self._handles.lost
         if files.get(handle.fh) is not handle and lost.get(handle.fh) is not handle:
             if handle.fh not in files and handle.fh not in lost:
-                self._append(_entry(CLOSED, handle.fh))
+                self.closed(handle.fh)
             return
         self._append(
             OPENED.pack(
@@ -177,7 +186,7 @@ class Journal:
         if node.listings and self._listings.get(node.id) is not node.listings:
             self._snapshots(node)
         if handle.fh not in self._handles.dirs:
-            self._append(_entry(CLOSED, handle.fh))
+            self.closed(handle.fh)
             return
         names: object = handle.names
         if names is not None and any(shared is names for first, _, shared in node.listings if first == handle.base):

@@ -47,6 +47,7 @@ _NOTES_SIZE: Final = (SLOTS_AT - _NOTES_AT) // 2
 _ENTRY = struct.Struct("=QQ")
 _CHUNK: Final = 1 << 22
 """Bytes that a half gets at a time; memory is used for what is written."""
+_UNBOUNDED: Final = 1 << 62
 _PORTION: Final = 256
 """Objects that one `flush` writes anew, which takes less than a millisecond."""
 DROPPED: Final = (1 << 64) - 1
@@ -125,6 +126,14 @@ class Half:
         self.memory[end:after] = entry
         self.ends[self.end_word] = after + 7 & ~7
         return (end >> 3) + 1
+
+    def copy(self, other: Half) -> None:
+        """Have the log of another one. Raises OSError."""
+        end = other.end
+        self._extend(end)
+        with memoryview(self.memory) as to, memoryview(other.memory) as of:
+            to[:end] = of[:end]
+        self.ends[self.end_word] = end
 
     def empty(self) -> None:
         """Begin anew, and give back the memory."""
@@ -279,6 +288,21 @@ class Record:
         self._begin()
         self._move(whole=True)
 
+    def copy(self, other: Record) -> None:
+        """Have the log of a predecessor, of the same version, before anything else; for `go_on`. Raises OSError."""
+        self._half.copy(other._half)
+        self._half.most = _UNBOUNDED
+        self.words = self._half.words
+
+    def go_on(self) -> None:
+        """Go on with what was copied and what has changed. It is not written anew before `bound`. Raises OSError."""
+        self.flush()
+        self._words[_STATE] = self.version << 32 | self._half.number
+
+    def bound(self, live: int) -> None:
+        """Write the log anew when it has become large; live: bytes of it that count."""
+        self._half.most = max(_CHUNK, 3 * live)
+
     def write_as(self, versions: Iterable[int]) -> None:
         """Write all anew, and what comes in the same way, so that who reads these versions can go on with it.
 
@@ -315,7 +339,7 @@ class Record:
         self._words[_STATE] = self.version << 32 | self._half.number
         self.words = self._half.words
         old.empty()
-        self._half.most = max(_CHUNK, 3 * self._half.end)
+        self.bound(self._half.end)
         self.rewritten += 1
 
     # -- what is read ---------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import stat as st_mod
 import sys
 from collections import OrderedDict
 from collections.abc import Sized
+from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from udbad.branch import syscalls
@@ -28,6 +29,7 @@ from udbad.inodes.record import DROPPED, Record
 from udbad.types import ROOT_ID, NodeId
 
 if TYPE_CHECKING:
+    from udbad.inodes.cunread import Unread
     from udbad.inodes.handles import OpenFile
 
 
@@ -41,6 +43,10 @@ LOAD_AT_LEAST = 16
 LEAST_FDS = 64
 """Descriptors that directories may have however many files are open: with fewer, each question would open its path."""
 
+
+_PORTION_SECONDS = 0.0005
+_PORTION = 64
+"""Nodes."""
 
 MAX_STACKED = 10_000
 """Names of one directory; with more, every question about one is asked of the branches."""
@@ -176,6 +182,9 @@ class Layer:
     def identity(self) -> Identity:
         return (self.dev, self.ino)
 
+
+Number = int
+"""A node id, or what the kernel says is one."""
 
 Hit = int | tuple[int, ...]
 """What a view knows of a name: branch index of a non-directory, all branch indices of a directory."""
@@ -333,6 +342,8 @@ class InodeTable:
         self._max_fds = max_fds
         self._files = files
         self._all_fds = all_fds
+        self.unread: Unread | None = None
+        """Nodes that a predecessor knew and that are not in `nodes` yet. None: there are none."""
         self.record: Record | None = None
         """Where it is written what there is, and what changes; replaced by journal.py."""
         self._trim_below = 0
@@ -343,13 +354,36 @@ class InodeTable:
 
     def node(self, node_id: int) -> Node:
         """The node of an id the kernel gave us. Raises ESTALE for one it should not know any more."""
-        try:
-            return self.nodes[node_id]
-        except KeyError:
-            raise estale() from None
+        node = self.find(node_id)
+        if node is None:
+            raise estale()
+        return node
 
-    def directory(self, node_id: int) -> Dir:
-        node = self.nodes.get(node_id)
+    def find(self, node_id: Number) -> Node | None:
+        """The node of an id. Whoever has an id asks here, and not `nodes`: it may have to be made first."""
+        return self.nodes.get(node_id) if self.unread is None else self.unread.find(node_id)
+
+    def has(self, node_id: int) -> bool:
+        return node_id in self.nodes or (self.unread is not None and self.unread.has(node_id))
+
+    def read_some(self) -> bool:
+        """Make some of the nodes that nobody has asked for yet, for half a millisecond; False when all are made."""
+        if self.unread is None:
+            return False
+        until = perf_counter() + _PORTION_SECONDS
+        with garbage.unsearched(lambda: len(self.nodes)):
+            while self.unread is not None and perf_counter() < until:
+                if not self.unread.some(_PORTION):
+                    self.unread = None
+        return self.unread is not None
+
+    def read_all(self) -> None:
+        """The same for all of them: who looks at nodes that he has no id of comes here first."""
+        while self.read_some():
+            pass
+
+    def directory(self, node_id: Number) -> Dir:
+        node = self.find(node_id)
         if type(node) is not Dir:
             raise estale()
         return node
@@ -433,7 +467,7 @@ class InodeTable:
 
     def forget(self, node_id: int, count: int) -> None:
         """The kernel dropped `count` references; FORGET of an id we do not have is ignored."""
-        node = self.nodes.get(node_id)
+        node = self.find(node_id)
         if node is None or node_id == ROOT_ID:
             return
         node.nlookup -= count
@@ -589,4 +623,5 @@ class InodeTable:
                 if directory.view is not None:
                     views += 1
                     view_names += len(directory.view)
-        return TableStatistics(len(self.nodes), directories, views, view_names, self.open_fds)
+        nodes = len(self.nodes) if self.unread is None else max(len(self.nodes), len(self.unread))
+        return TableStatistics(nodes, directories, views, view_names, self.open_fds)

@@ -393,6 +393,7 @@ class Commands:
         record, versions = self.process.record, request.get("reads")
         if record is None or not isinstance(versions, list) or not all(type(one) is int for one in versions):
             raise UserError("nobody could go on with the mount", ExitCode.FAILURE)
+        self.process.sb.table.read_all()
         try:
             record.write_as(versions)
             self.process.write_entry()
@@ -445,8 +446,8 @@ class Commands:
             for one in handles.files.values()
             if one.fh > 0 and (not writing or one.flags & os.O_ACCMODE != os.O_RDONLY or one.node.parent is None)
         ]
-        nodes = self.process.sb.table.nodes
-        untold = [(nodes[number], pid) for number, pid in openers if number in nodes]
+        found = [(self.process.sb.table.find(number), pid) for number, pid in openers]
+        untold = [(node, pid) for node, pid in found if node is not None]
         opened += [("open directory" if node.is_dir() else "open file", node, pid) for node, pid in untold]
         if writing and not opened:
             return "somebody writes to it"

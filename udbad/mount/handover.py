@@ -222,10 +222,13 @@ class Predecessor:
             except (OSError, UserError) as error:
                 problem = error
             else:
+                self.takes = [table.take]
+                """Of this one, and of those that it may not have taken all from."""
                 self.crash = Crash(self.record, table.take)
                 for older, _ in waiting:  # which one of the others has not come to ending
                     with suppress(Gone):
                         self._tables.append(Table(older))
+                        self.takes.append(self._tables[-1].take)
                 return
         self.close()
         raise problem

@@ -169,16 +169,17 @@ class MountProcess:
                 self.fs.keep_files(max(all_fds // 4, 64))
             elif asked == "cached":
                 self._fall_back(iomode.NO_CACHED)
+            recalled = None
             if predecessor is not None:
-                recall.recall(
+                recalled = recall.recall(
                     self.fs,
                     predecessor.record,
-                    predecessor.take,
+                    predecessor.takes,
                     copies(predecessor.record.slots),
                     self.offline.abandoned,
                 )
             if record is not None:
-                recall.keep(self.fs, record)
+                recall.keep(self.fs, record, recalled)
             self.invalidator = Invalidator(
                 self.session.tell,
                 self.session.has_epochs,
@@ -268,9 +269,21 @@ class MountProcess:
         """From here on the mount is ours, and what was asked of the predecessor is asked of us. Raises OSError."""
         assert isinstance(self.session, Session)
         self.session.begin_again()
-        predecessor.end()
         self._predecessor = None
         log.info("%s goes on in process %d", text(self.mount_point), os.getpid())
+        self._ending.callback(predecessor.end)  # if that comes before
+        self._read_on(predecessor)
+
+    def _read_on(self, predecessor: Predecessor) -> None:
+        """Make nodes that nobody has asked for, between requests, and let go of the predecessor when there are none."""
+        assert isinstance(self.edge, Native)
+        unread = self.sb.table.unread
+        if self.sb.table.read_some():
+            self.edge.loop.post(lambda: self._read_on(predecessor))
+            return
+        predecessor.end()
+        if unread is not None and self.record is not None:
+            self.record.bound(unread.live_bytes)
 
     def write_entry(self) -> None:
         """Bring what others can read about this mount up to date, a successor among them. Raises OSError."""

@@ -240,7 +240,7 @@ def _check(copy: Copy) -> None:
 
 
 def _known(sb: Superblock, identity: tuple[int, int]) -> Node | None:
-    node = sb.table.nodes.get(sb.inomap.number(*identity))
+    node = sb.table.find(sb.inomap.number(*identity))
     return node if node is not None and node.identity == identity and not node.dead else None
 
 

@@ -122,6 +122,7 @@ def _kind(st: os.stat_result | None) -> str | None:
 
 
 def _known(sb: Superblock, parts: Sequence[bytes]) -> Node | None:
+    sb.table.read_all()
     node: Node = sb.root
     for part in parts:
         child = node.children.get(part) if type(node) is Dir else None

@@ -120,7 +120,7 @@ def _appear(sb: Superblock, parent: Dir, name: bytes, branch: Branch, st: os.sta
 def _new_number(sb: Superblock, st: os.stat_result) -> None:
     """Have an object that was just made get a number of its own, whoever had that when the inode was another one."""
     identity = (st.st_dev, st.st_ino)
-    old = sb.table.nodes.get(sb.inomap.number(*identity))
+    old = sb.table.find(sb.inomap.number(*identity))
     if old is not None:
         if old.identity == identity:
             old.dead = True
@@ -257,7 +257,7 @@ def _made_directory(
         if fd >= 0:
             os.close(fd)
     top = found.layers[0]
-    old = sb.table.nodes.get(sb.inomap.number(top.dev, top.ino))
+    old = sb.table.find(sb.inomap.number(top.dev, top.ino))
     if old is not None and old is not parent.children.get(name):
         # A directory that has lost its upper part has the number still, and is alive.
         if old.identity == top.identity:

@@ -103,7 +103,7 @@ class UnionFs:
 
     def lookup(self, parent_id: int, name: bytes) -> Attributes | None:
         """Node and attributes of a name; None when it does not exist. EPERM for .wh.*, ENAMETOOLONG."""
-        parent = self.table.nodes.get(parent_id)
+        parent = self.table.find(parent_id)
         if type(parent) is not Dir:
             raise estale()
         if name.startswith(b".wh."):
@@ -117,7 +117,7 @@ class UnionFs:
 
     def look_again(self, pid: int, parent_id: int, name: bytes, found: Attributes | None) -> Attributes | None:
         """`lookup` for a process that may be walking a path again (held.py); found: what it has just found."""
-        parent = self.table.nodes.get(parent_id)
+        parent = self.table.find(parent_id)
         for _ in range(_ATTEMPTS):
             if found is None or type(parent) is not Dir:
                 break
@@ -181,7 +181,7 @@ class UnionFs:
 
     def removed_later(self, parent_id: int) -> None:
         """What a removal in this directory had left for the background is done: the directory has changed again."""
-        node = self.table.nodes.get(parent_id)
+        node = self.table.find(parent_id)
         if type(node) is Dir and not node.dead:
             self.sb.count_links(node)
             self.sb.changes.attributes(node)
@@ -639,7 +639,7 @@ class UnionFs:
 
     def forget(self, node_id: int, count: int) -> None:
         if self.kept is not None:
-            node = self.table.nodes.get(node_id)
+            node = self.table.find(node_id)
             if node is not None and node.nlookup <= count:
                 self.kept.forget(node_id)
         self.table.forget(node_id, count)

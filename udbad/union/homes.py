@@ -145,7 +145,7 @@ def forget(sb: Superblock, plink: Plink) -> None:
             known.remove(plink)
             if not known:
                 del sb.plinks[ino]
-    node = sb.table.nodes.get(sb.inomap.number(*plink.identity))
+    node = sb.table.find(sb.inomap.number(*plink.identity))
     if node is not None and node.plink is plink:
         node.plink = None
         node.nlink_extra = 0

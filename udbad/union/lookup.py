@@ -136,7 +136,7 @@ def intern_file(
         return known, st
     table = sb.table
     number = sb.inomap.number(dev, ino)
-    node = table.nodes.get(number)
+    node = table.find(number)
     plinked = ino in sb.plinks
     if known is None and node is None and not plinked:
         return table.add_file(Node(number, kind, branch, dev, ino), parent, name), st
@@ -145,7 +145,7 @@ def intern_file(
         if home is not None:
             return _intern_home(sb, parent, name, st, home), home.st
         number = homes.own_number(sb, st)
-        node = table.nodes.get(number)
+        node = table.find(number)
     if node is not None and (
         node.identity != (dev, ino)
         or node.kind != kind
@@ -189,7 +189,7 @@ def _intern_home(sb: Superblock, parent: Dir, name: bytes, st: os.stat_result, h
     kind = home.st.st_mode & _S_IFMT
     dev, ino = identity = home.plink.identity
     number = sb.inomap.number(dev, ino)
-    node = sb.table.nodes.get(number)
+    node = sb.table.find(number)
     if node is not None and (node.identity != identity or node.kind != kind or node.dead):
         if node.parent is None and not node.handles and node.kind == kind and not node.dead:
             # Its file was known before the home's branch was added, and has lost its names (reconfigure.apply).
@@ -220,7 +220,7 @@ def _intern_dir(sb: Superblock, parent: Dir, name: bytes, found: Found) -> Dir:
     if type(known) is not Dir or known.dead or not same_directory(known, layers):
         top = layers[0]
         number = sb.inomap.number(top.dev, top.ino)
-        node = sb.table.nodes.get(number)
+        node = sb.table.find(number)
         if node is not None and (
             type(node) is not Dir
             or node.dead

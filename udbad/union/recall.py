@@ -10,9 +10,10 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from mmap import mmap
+from typing import Any, NamedTuple
 
 from udbad import compiled
 from udbad.branch import syscalls
@@ -29,33 +30,52 @@ from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
 
-_NONE: list[tuple[int, bytes]] = []
 Take = Callable[[int], int]
 
 
-def keep(fs: UnionFs, record: Record) -> None:
-    """Have the record say what the union knows, all of it now, and from now on what changes. Raises OSError."""
+class Recalled(NamedTuple):
+    """What was recalled from `record`. closed: handles that it has, and that there are not."""
+
+    record: Record
+    closed: list[int]
+
+
+def keep(fs: UnionFs, record: Record, recalled: Recalled | None = None) -> None:
+    """Have the record say what the union knows, all of it now, and from now on what changes. Raises OSError.
+
+    recalled: of what was just recalled, what was not made is not, and so goes over as it is.
+    """
     sb = fs.sb
-    Journal(record, sb.table, sb.handles, sb.inomap, lambda: list(_homes(sb).values()))
-    record.rewrite()
+    writer = Journal(record, sb.table, sb.handles, sb.inomap, lambda: list(_homes(sb).values()))
+    if recalled is None or sb.table.unread is None:
+        sb.table.read_all()
+        record.rewrite()
+        return
+    record.copy(recalled.record)
+    for number in recalled.closed:
+        writer.closed(number)
+    record.changed.update(writer.present())
+    record.go_on()
 
 
 def recall(
     fs: UnionFs,
     record: Record,
-    take: Take,
+    takes: Sequence[Take],
     copies: Mapping[int, Identity] | None = None,
     abandoned: Collection[int] = (),
-) -> None:
-    """Rebuild in a fresh union what the record says; it is left as it is.
+) -> Recalled:
+    """Rebuild in a fresh union what the record says; it is left as it is, and has to be while `InodeTable.unread` has
+    something of it.
 
-    take: duplicates the descriptor that had this number; may raise OSError. copies: by node id, copies that open files
+    takes: duplicate the descriptor that had a number, in the predecessor, and in those before it that it had not taken
+    all from; may raise OSError. copies: by node id, copies that open files
     of the node may have been moved to when the predecessor was killed. abandoned: ids of branches that are no more and
     did not answer: nothing that was open on them may be looked at. Preconditions: the branches have the ids
     that they had, and descriptors of the same mounts; nothing was looked up yet. Afterwards, when the coherence
     strategy has started, `Coherence.recalled` has the kernel forget what it remembers.
     """
-    _Recall(fs, take, copies or {}, abandoned).run(record)
+    return _Recall(fs, takes, copies or {}, abandoned).run(record)
 
 
 def _homes(sb: Superblock) -> dict[tuple[int, bytes], Plink]:
@@ -66,18 +86,19 @@ def _homes(sb: Superblock) -> dict[tuple[int, bytes], Plink]:
 class _Recall:
     """One recall. Of each object the last entry counts."""
 
-    def __init__(self, fs: UnionFs, take: Take, copies: Mapping[int, Identity], abandoned: Collection[int]) -> None:
+    def __init__(
+        self, fs: UnionFs, takes: Sequence[Take], copies: Mapping[int, Identity], abandoned: Collection[int]
+    ) -> None:
         self._fs = fs
         self._sb = fs.sb
-        self._take = take
+        self._takes = takes
         self._copies = copies
         self._abandoned = abandoned
         self._branches: dict[int, Branch] = {branch.id: branch for branch in fs.sb.branches.branches}
-        self._nodes: dict[int, int | tuple[Any, int]] = {}
-        """By id: the entry and references; the entry of a directory as what it says. A number: where that of anything
-        else is, for `cjournal`."""
-        self._names: list[tuple[Node, int, list[tuple[int, bytes]]]] = []
-        """Nodes with the ids of the directories they are in, and their further names."""
+        self._nodes: dict[int, tuple[bytes, int, int]] = {}
+        """By id: the entry, references, and the id of the directory it is in."""
+        self._further: list[tuple[Node, list[tuple[int, bytes]]]] = []
+        """Nodes that have further names."""
         self._homes = _homes(fs.sb)
         self._files: dict[int, bytes] = {}
         self._directories: dict[int, Any] = {}
@@ -87,47 +108,75 @@ class _Recall:
         self._table: dict[Identity, int] = {}
         self._last = 0
         """The highest number of a handle that was given."""
+        self._closed: list[int] = []
 
-    def run(self, record: Record) -> None:
-        quick = not compiled.why_not() and record.version == cjournal.VERSION
-        if quick:
-            record.scan(cjournal.scan, self._nodes, self._entry)
+    def run(self, record: Record) -> Recalled:
+        if not compiled.why_not() and record.version == cunread.VERSION:
+            self._read_some(record)
         else:
-            for payload, count in record.entries():
-                self._entry(payload, count)
-        self._sb.inomap.restore(self._numbers, {one: number for one, number in self._table.items() if number})
-        # Of one flush, a process that is killed in it may have written the nodes and not that their numbers were given.
-        self._sb.inomap.skip(self._nodes)
-        table = self._sb.table.nodes
-        rest = []
-        for said in self._nodes.values():
-            if type(said) is tuple and said[1] != DROPPED:
-                if type(said[0]) is bytes:
-                    rest.append(said)
-                else:
-                    self._directory(*said)
-        if quick:
-            rest = record.scan(cjournal.nodes, self._nodes, self._branches, table)
-        for payload, count in rest:
-            self._node(payload, count)
-        self._attach()
+            self._read_all(record)
         self._sb.handles.next = self._last + 1
-        for _, payload in sorted(self._files.items()):
-            self._open_file(payload)
+        for number, payload in sorted(self._files.items()):
+            if not self._open_file(payload):
+                self._closed.append(number)
+        for number, said in self._directories.items():
+            if not self._open_directory(said):
+                self._closed.append(number)
+        if self._sb.table.unread is None:
+            self._drop_unknown()
+        return Recalled(record, self._closed)
+
+    def _restore_numbers(self, used: Iterable[int]) -> None:
+        inomap = self._sb.inomap
+        inomap.restore(self._numbers, {one: number for one, number in self._table.items() if number})
+        # Of one flush, a process that is killed in it may have written the nodes and not that their numbers were given.
+        inomap.skip(used)
+
+    def _read_some(self, record: Record) -> None:
+        """Make the nodes that others need, and have the rest made when somebody asks for them."""
+        table = self._sb.table
+        answering = {number: branch for number, branch in self._branches.items() if not branch.offline}
+
+        def begin(memory: mmap, size: int) -> cunread.Unread:
+            return cunread.Unread(memory, size, table, answering, self._make, self._taken)
+
+        table.unread = unread = record.scan(begin)
+        rest = unread.scan(self._entry)
+        self._restore_numbers(unread.spare())
+        for number in (ROOT_ID, *rest):
+            table.find(number)
+        self._name_further()
+
+    def _make(self, payload: bytes, count: int) -> Node:
+        return (self._node if payload[0] == journal.FILE else self._directory)(payload, count)
+
+    def _read_all(self, record: Record) -> None:
+        for payload, count in record.entries():
+            self._entry(payload, count)
+        self._restore_numbers(self._nodes)
+        nodes = self._sb.table.nodes
+        read = [one for one in self._nodes.values() if one[1] != DROPPED]
+        made = [(self._make(payload, count), above) for payload, count, above in read]
+        for node, number in made:
+            parent = nodes.get(number)
+            if type(parent) is Dir:
+                node.parent = parent
+                parent.children[node.name] = node
+        self._name_further()
         for said in self._listed.values():
-            self._listings(said)
-        for said in self._directories.values():
-            self._open_directory(said)
+            directory = nodes.get(said[0])
+            if type(directory) is Dir:
+                directory.listings, directory.room = said[1], said[2]
         for number, names in self._negatives.items():
-            directory = table.get(number)
+            directory = nodes.get(number)
             if type(directory) is Dir:
                 directory.negatives = names
-        self._drop_unknown()
 
     def _entry(self, payload: bytes, count: int) -> None:
         kind = payload[0]
         if kind == journal.FILE:
-            self._nodes[journal.NODE.unpack_from(payload)[6]] = payload, count
+            words = journal.NODE.unpack_from(payload)
+            self._nodes[words[6]] = payload, count, words[9]
             return
         if kind == journal.OPEN_FILE:
             number = journal.OPENED.unpack_from(payload)[6]
@@ -136,7 +185,7 @@ class _Recall:
             return
         said = unpack(payload[1:])
         if kind == journal.DIRECTORY:
-            self._nodes[said[0]] = said, count
+            self._nodes[said[0]] = payload, count, said[1]
         elif kind == journal.GONE:
             self._nodes.pop(said, None)
         elif kind == journal.OPEN_DIRECTORY:
@@ -161,8 +210,8 @@ class _Recall:
 
     # -- nodes ------------------------------------------------------------------------------------------
 
-    def _node(self, payload: bytes, count: int) -> None:
-        _, dead, size, kind, branch_id, orphan, number, dev, ino, parent, links = journal.NODE.unpack_from(payload)
+    def _node(self, payload: bytes, count: int) -> Node:
+        _, dead, size, kind, branch_id, orphan, number, dev, ino, _, links = journal.NODE.unpack_from(payload)
         branch = self._branches.get(branch_id)
         node = Node(number, kind, self._gone(branch_id) if branch is None else branch, dev, ino)
         at = journal.NODE.size + size
@@ -176,17 +225,17 @@ class _Recall:
                 node.orphan_fd = unkept(self._unseen(orphan))
             else:
                 node.orphan_fd = self._taken(orphan, (dev, ino))
-        further = _NONE
         if at < len(payload):
             further, home = unpack(payload[at:])
+            self._further.append((node, further))
             plink = None if home is None else self._homes.get(home)
             if plink is not None and plink.identity == (dev, ino):
                 node.plink = plink
         self._sb.table.nodes[number] = node
-        self._names.append((node, parent, further))
+        return node
 
-    def _directory(self, said: Any, count: int) -> None:
-        number, parent, name, dead, links, floor, opaque, mtime_offset, listed, layers = said
+    def _directory(self, payload: bytes, count: int) -> Dir:
+        number, _, name, dead, links, floor, opaque, mtime_offset, listed, layers = unpack(payload[1:])
         table = self._sb.table
         if number == ROOT_ID:
             node = self._sb.root
@@ -221,11 +270,11 @@ class _Recall:
             if held:
                 table.open_fds += held
                 table.note_fds(node)
-            self._names.append((node, parent, _NONE))
         node.nlookup = count
         node.nlink_extra = links
         node.mtime_offset = mtime_offset
         node.listed = listed
+        return node
 
     def _is_offline(self, branch_id: int) -> bool:
         branch = self._branches.get(branch_id)
@@ -235,23 +284,17 @@ class _Recall:
         """In the place of a branch that the mount has no more: what was on it is dead, but has its number still."""
         return replace(self._sb.branches[0], id=branch_id, offline=branch_id in self._abandoned)
 
-    def _attach(self) -> None:
-        """Give the nodes their names."""
-        nodes = self._sb.table.nodes
-        for node, number, further in self._names:
-            parent = nodes.get(number)
-            if type(parent) is Dir:
-                node.parent = parent
-                parent.children[node.name] = node
-            if not further:
-                continue
+    def _name_further(self) -> None:
+        """Give nodes the names that they have beside one."""
+        table = self._sb.table
+        for node, further in self._further:
             aliases = set()
             for above, name in further:
-                directory = nodes.get(above)
+                directory = table.find(above)
                 if type(directory) is Dir:
                     aliases.add((directory, name))
                     directory.children[name] = node
-            node.aliases = aliases
+            node.aliases = aliases or None
 
     def _drop_unknown(self) -> None:
         """Nodes that the kernel was not told of yet, or has forgotten."""
@@ -270,14 +313,15 @@ class _Recall:
 
     def _taken(self, number: int, *identities: Identity | None) -> int:
         """The predecessor's descriptor, if it is of this object; else -1."""
-        try:
-            fd = self._take(number)
-        except OSError:
-            return -1
-        st = os.fstat(fd)
-        if (st.st_dev, st.st_ino) in identities:
-            return fd
-        os.close(fd)
+        for take in self._takes:
+            try:
+                fd = take(number)
+            except OSError:
+                continue
+            st = os.fstat(fd)
+            if (st.st_dev, st.st_ino) in identities:
+                return fd
+            os.close(fd)
         return -1
 
     @staticmethod
@@ -292,21 +336,21 @@ class _Recall:
     def _unseen(self, number: int) -> int:
         """The predecessor's descriptor, as it is: the branch cannot be asked. Who takes it when that answers looks."""
         try:
-            return self._take(number)
+            return self._takes[0](number)
         except OSError:
             return -1
 
-    def _open_file(self, payload: bytes) -> None:
+    def _open_file(self, payload: bytes) -> bool:
+        """False when it is not open any more."""
         _, fd, flags, uid, gid, pid, number, group, node_id, backing = journal.OPENED.unpack_from(payload)
-        node = self._sb.table.nodes.get(node_id)
+        node = self._sb.table.find(node_id)
         if node is None or self._is_forgotten(node, number):
-            return
+            return False
         if node.branch.offline:
-            self._open_offline(payload, node)
-            return
+            return self._open_offline(payload, node)
         fd = self._taken(fd, node.identity, self._copies.get(node_id))
         if fd < 0:
-            return  # it was being closed
+            return False  # it was being closed
         access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
         writable = access != os.O_RDONLY and flags & os.O_ACCMODE != os.O_RDONLY
         handle = OpenFile(Fh(number), node, fd, flags, Caller(uid, gid, pid, 0), writable)
@@ -316,22 +360,25 @@ class _Recall:
         self._sb.handles.put_back(handle)
         if number < 0 and self._fs.kept is not None:
             self._fs.kept.put_back(handle)
+        return True
 
-    def _open_offline(self, payload: bytes, node: Node) -> None:
+    def _open_offline(self, payload: bytes, node: Node) -> bool:
         _, fd, flags, uid, gid, pid, number, group, _, backing = journal.OPENED.unpack_from(payload)
         fd = self._unseen(fd)
         if fd < 0:
-            return
+            return False
         handle = OpenFile(Fh(number), node, fd, flags, Caller(uid, gid, pid, 0), False)
         handle.group = None if group < 0 else group
         handle.backing_id = backing
         self._sb.handles.put_back_lost(handle)
+        return True
 
-    def _open_directory(self, said: Any) -> None:
+    def _open_directory(self, said: Any) -> bool:
+        """False when it is not open any more."""
         number, node_id, pid, cached, base, names = said
-        node = self._sb.table.nodes.get(node_id)
+        node = self._sb.table.find(node_id)
         if type(node) is not Dir or self._is_forgotten(node, number):
-            return
+            return False
         handle = OpenDir(Fh(number), node, pid)
         handle.cached, handle.base = cached, base
         if names == journal.SHARED:
@@ -340,12 +387,8 @@ class _Recall:
         if cached:
             node.cached_opens += 1
         self._sb.handles.put_back(handle)
-
-    def _listings(self, said: Any) -> None:
-        node = self._sb.table.nodes.get(said[0])
-        if type(node) is Dir:
-            node.listings, node.room = said[1], said[2]
+        return True
 
 
 if not compiled.why_not():
-    from udbad.inodes import cjournal  # the same for most nodes
+    from udbad.inodes import cunread  # the same for most nodes, and of most only when somebody needs them

@@ -87,7 +87,7 @@ def users(sb: Superblock, branch: Branch, openers: Iterable[tuple[int, int]] = (
     opened = [(handle.node, handle.pid) for handle in sb.handles.files.values() if handle.fh > 0]
     directories = [(handle.node, handle.pid) for handle in sb.handles.dirs.values() if handle.fh > 0]
     for number, pid in openers:
-        node = sb.table.nodes.get(number)
+        node = sb.table.find(number)
         if type(node) is Dir:
             directories.append((node, pid))
         elif node is not None and (node, pid) not in opened:
@@ -120,6 +120,7 @@ def written_behind(sb: Superblock, fresh: BranchSet) -> list[InUse]:
 def apply(sb: Superblock, new: BranchSet) -> None:
     """Make `new` (from `carry_over`) the branches of the union. Precondition: no copy-up is under way, and
     nothing uses what is removed (`users`). The caller closes the removed branches afterwards."""
+    sb.table.read_all()
     by_id = {branch.id: branch for branch in new.branches}
     sb.branches = new
     homes.keep(sb)

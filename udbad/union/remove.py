@@ -107,7 +107,7 @@ def unlink(sb: Superblock, parent: Dir, name: bytes) -> None:
             settle_on(branch, dirfd, name)
     node = parent.children.get(name)
     if node is None:
-        node = sb.table.nodes.get(sb.inomap.number(st.st_dev, st.st_ino))
+        node = sb.table.find(sb.inomap.number(st.st_dev, st.st_ino))
     unlinked_from(sb, parent, name, node, st, was_lower, branch if unlinked else None, made)
 
 

@@ -172,7 +172,7 @@ class Superblock:
             self.inomap.alias(layer.dev, layer.ino, ROOT_ID)
         self.table = InodeTable(root, max_fds, self.handles.files, all_fds)
         self.table.leads_back = self._leads_back  # type: ignore[method-assign]  # so that the table asks no branch
-        self.inomap.in_use = lambda number: number in self.table.nodes
+        self.inomap.in_use = self.table.has
         self.changes = Changes(self)
         """Whoever changes a name or an object, or finds it changed, says so here."""
 
