@@ -116,8 +116,10 @@ class Coherence:
     async def run(self) -> None:
         """Work in the background until cancelled (child of the mount's nursery)."""
 
-    def take_events(self) -> None:
-        """Take notice of some of what can be read from `events`, without a turn of the event loop."""
+    def take_events(self) -> bool:
+        """Take notice of some of what can be read from `events`, without a turn of the event loop; False when there was
+        nothing."""
+        return False
 
     def known_state(self, node: Node) -> object | None:
         return True if self._in_trusted(node) else None

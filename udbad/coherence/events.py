@@ -24,8 +24,7 @@ from udbad.coherence.replays import Replays
 from udbad.coherence.sent import SentAttributes
 from udbad.coherence.watcher import Change, Echo
 from udbad.coherence.watches import Place, Watches, Way
-from udbad.inodes.table import Dir, Index, Node
-from udbad.types import MOVED_FROM, REMOVED
+from udbad.inodes.table import Dir, Index, Layer, Node
 from udbad.union import homes, lookup, resolve
 from udbad.union.resolve import Answer, Found
 from udbad.union.superblock import Superblock, is_object
@@ -60,7 +59,9 @@ class Case(Enum):
     """A name of which nothing is held, and the event does not say that it was made: of our copies without a name, too.
     No branch is asked."""
     ABSENT = auto()
-    """Nothing, as was recorded: it came and went, or a whiteout hides nothing."""
+    """Nothing, as was recorded: it came and went."""
+    HIDDEN = auto()
+    """The same, by a whiteout."""
 
 
 Finding = tuple[Case, Node | None, Found | None, os.stat_result | None]
@@ -88,7 +89,9 @@ def classify(sb: Superblock, node: Dir, name: bytes, kinds: Index) -> Finding:
             return Case.SAME_FILE, child, None, st
     found = resolve.resolve(sb, node, name)
     if found.answer is not Answer.FOUND:
-        return Case.ABSENT if child is None else Case.GONE, child, None, None
+        if child is not None:
+            return Case.GONE, child, None, None
+        return Case.ABSENT if found.answer is not Answer.WHITED else Case.HIDDEN, None, None, None
     if found.layers is None:
         if child is None:
             return Case.APPEARED, None, found, None
@@ -177,6 +180,7 @@ class Events:
             Case.APPEARED: self._appeared,
             Case.NOT_ASKED_FOR: self._not_asked_for,
             Case.ABSENT: self._absent,
+            Case.HIDDEN: self._absent,
         }
 
     # -- from events to names -----------------------------------------------------------------
@@ -194,6 +198,8 @@ class Events:
 
     def handle(self, changes: list[Change]) -> None:
         """One burst: each name once, however often it is mentioned."""
+        if self.replays is not None:
+            self._hear(self.replays, changes)
         counts: dict[int, int] = self._coherence.branch_events
         names: dict[tuple[Dir, bytes], int] = {}
         name: bytes
@@ -235,6 +241,14 @@ class Events:
         self._look_at(names)
         if self.replays is not None:
             self.replays.end_of_burst()
+
+    @staticmethod
+    def _hear(replays: Replays, changes: list[Change]) -> None:
+        for handle, name, kinds in changes:
+            if type(handle) is Place and kinds & NAMES:
+                about = subject(handle, name)
+                if about is not None:
+                    replays.heard(about[0], about[1], handle.index, _about(name, kinds))
 
     def _look_at(self, names: dict[tuple[Dir, bytes], int]) -> None:
         """`look` at each of these, by the kinds of all its events."""
@@ -354,6 +368,7 @@ class Events:
 
     def _same_object(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
         self._remember_known(node, name, finding, kinds)
+        self._known_already(node, name, finding)
         self._same_file(node, name, finding, kinds)
 
     def _same_directory(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> Dir | None:
@@ -361,6 +376,7 @@ class Events:
         assert type(child) is Dir
         assert found is not None
         self._remember_known(node, name, finding, kinds)
+        self._known_already(node, name, finding)
         before = [layer.identity for layer in child.layers]
         below = self._judge(child, lookup.set_layers(self.sb, child, found, node.floor))
         if [layer.identity for layer in child.layers] == before:
@@ -369,8 +385,13 @@ class Events:
                 self.replays.changed(node, name, child, kinds, differs)
         return child if below else None
 
+    def _known_already(self, node: Dir, name: bytes, finding: Finding) -> None:
+        _, child, found, _ = finding
+        if self.replays is not None and child is not None and found is not None:
+            self.replays.same(node, name, child, found)
+
     def _replaced(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
-        child = finding[1]
+        _, child, found, _ = finding
         assert child is not None
         self._remember_known(node, name, finding, kinds)
         self.sb.table.detach(child, node, name)
@@ -379,8 +400,7 @@ class Events:
         self._sent.doubt(child)
         self._notifier.attributes(child.id)
         if self.replays is not None:
-            self.replays.lost(node, name, child, kinds)
-            self._shown(node, name, finding, kinds)
+            self.replays.replaced(node, name, child, found, kinds)
 
     def _gone(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
         self._replaced(node, name, finding, kinds)  # by nothing
@@ -388,7 +408,7 @@ class Events:
     def _appeared(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
         found = finding[2]
         assert found is not None
-        is_new = node.view is None or name not in node.view
+        in_view = None if node.view is None else name in node.view
         self._remember_unknown(node, name, found, kinds)
         if node.negatives is not None and name in node.negatives:
             node.negatives.discard(name)
@@ -396,28 +416,27 @@ class Events:
         else:
             self._compare(node, self.sb.stat(node), kinds)
         self._compare_other_name(found, kinds)
-        if self.replays is not None and is_new:
-            self._shown(node, name, finding, kinds)
-
-    def _shown(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
-        """Watchers are to see what a name stands for now, if anything."""
-        found = finding[2]
-        if self.replays is None or found is None:
-            return
-        self.replays.made(node, name, (found.st.st_dev, found.st.st_ino), found.layers is not None, kinds)
-        if found.layers is None:
-            self.replays.changed(node, name, None, kinds, True)
+        if self.replays is not None:
+            self.replays.appeared(node, name, in_view, found, kinds)
 
     def _not_asked_for(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
         self.echoes += 1
         if self.replays is not None:
             self.replays.changed(node, name, None, kinds, True)
 
+    def has_name(self, node: Dir, layer: Layer, name: bytes) -> bool:
+        """Whether a directory has a name on the branch of this layer."""
+        try:
+            syscalls.stat_at(self.sb.layer_fd(node, layer), name)
+        except OSError:
+            return False
+        return True
+
     def _absent(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
-        was_shown = kinds & (REMOVED | MOVED_FROM) if node.view is None else name in node.view
+        in_view = None if node.view is None else name in node.view
         self._remember_unknown(node, name, None, kinds)
-        if self.replays is not None and was_shown:
-            self.replays.lost(node, name, None, kinds)
+        if self.replays is not None:
+            self.replays.absent(node, name, in_view, finding[0] is Case.HIDDEN, kinds)
         self._compare(node, self.sb.stat(node), kinds)  # its times may be others
 
     # -- what is recorded, what the kernel is told ----------------------------------------------

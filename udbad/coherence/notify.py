@@ -28,7 +28,7 @@ from udbad.coherence.inotify import SILENT_FS, watch_limit
 from udbad.coherence.leases import Leases
 from udbad.coherence.replays import Replays
 from udbad.coherence.sent import UNKNOWN, SentAttributes
-from udbad.coherence.watcher import Change
+from udbad.coherence.watcher import Change, Watcher
 from udbad.coherence.watches import Watches
 from udbad.inodes.handles import written_behind
 from udbad.inodes.table import Dir, Node
@@ -67,6 +67,8 @@ class NotifyCoherence(Coherence):
 
     def replay_to(self, replays: Replays | None) -> None:
         self.replays = self._events.replays = replays
+        if replays is not None:
+            replays.has_name = self._events.has_name
 
     async def run(self) -> None:
         if self._watches.watcher is not None:
@@ -78,13 +80,23 @@ class NotifyCoherence(Coherence):
         for node in self.sb.table.nodes.values():
             node.sent = None
 
-    def take_events(self) -> None:
-        if self._watches.watcher is not None:
-            self._watches.watcher.take()
+    def take_events(self) -> bool:
+        watcher = self._watches.watcher
+        if watcher is None:
+            return False
+        some = watcher.take()
+        self._caught_up(watcher)
+        return some
 
     def drain(self) -> None:
-        if self._watches.watcher is not None:
-            self._watches.watcher.drain()
+        watcher = self._watches.watcher
+        if watcher is not None:
+            watcher.drain()
+            self._caught_up(watcher)
+
+    def _caught_up(self, watcher: Watcher) -> None:
+        if watcher.emptied and self.replays is not None:
+            self.replays.caught_up()
 
     def options_changed(self) -> None:
         self._watches.options_changed()

@@ -3,10 +3,17 @@
 Whoever watches the union with inotify or fanotify hears of what is done through the mount, and of nothing else: telling
 the kernel to forget a name sends no event. So what has changed is done once more, on the union, by a helper
 (mount/replayhelper.py), whose requests are answered out of what is known (edge/replay.py). Here is only what there is
-to do: `Events` says what it has found, after the kernel was told; each name has at most one entry of a kind, so that
-what comes fast becomes one.
+to do.
 
-Nobody relies on a replay. One that is late, lost or overtaken leaves caches as they would be without it.
+Each name of which something is to be shown has one entry: what watchers know that it stands for. `Events` says when
+that may not be so any more, after the kernel was told; what has to be shown is the difference between that and what the
+name stands for when its turn comes (`Replays.step`). So what comes fast becomes one, nothing depends on how far events
+and requests have come in the meantime, and whoever goes by the events knows which names there are.
+
+What a name stood for before an event is what is recorded of it, unless a request has come across the change before its
+event was read: then the events themselves say whether there was something (`Replays.heard`).
+
+Nobody relies on a replay. One that is late or lost leaves caches as they would be without it.
 
 Event loop only.
 """
@@ -18,16 +25,22 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Final, TypeVar
 
 from udbad.coherence.inotify import CLOSED, CONTENT, MODIFIED, TOUCHED
 from udbad.inodes.handles import written_behind
 from udbad.inodes.inomap import Identity
-from udbad.inodes.table import Dir, Node
-from udbad.types import MADE, MOVED_FROM, MOVED_TO, OF_DIRECTORY, ROOT_ID
+from udbad.inodes.table import Dir, Layer, Node
+from udbad.types import MADE, MOVED_FROM, MOVED_TO, OF_DIRECTORY, REMOVED, ROOT_ID
+from udbad.union.resolve import Found
 
 MOST: Final = 4096
-"""Changes that wait; what comes beyond is dropped, and counted."""
+"""Names that wait; what comes beyond is dropped, and counted."""
+
+_CAME, _WENT = MADE | MOVED_TO, REMOVED | MOVED_FROM
+_NOTHING, _SOMETHING = 0x1000, 0x2000
+"""Added to the kinds of the events of a name on a branch: what there was before the first of them."""
+_UNKNOWN, _MERGED = -1, -2
 
 
 class Kind(Enum):
@@ -40,32 +53,75 @@ class Kind(Enum):
     CONTENT = "content"
 
 
-@dataclass(eq=False, slots=True)
-class Replay:
-    """One change of the union that was made directly.
+@dataclass(slots=True)
+class Known:
+    """What watchers know a name to stand for.
 
-    was: what had the name before, where that is known; of RENAME, what the new name stood for. directory: whether it
-    is one. origin: of RENAME, the old name. moved: of DELETE, away, wherever to. identity: of what was
-    removed or made. shown: whether watchers know of the name. modified, closed: of CONTENT, what has
-    happened. tries: how often it could not be done yet.
+    node, identity: None where nobody has asked for it. index: of the branch on which it is; _MERGED for a directory
+    that is on several, and the same on any of them. gone: it was removed; one that has its number is another.
     """
 
-    kind: Kind
+    directory: bool
+    node: Node | None = None
+    identity: Identity | None = None
+    index: int = _UNKNOWN
+    gone: bool = False
+
+    @classmethod
+    def of(cls, node: Node) -> Known:
+        merged = type(node) is Dir and len(node.layers) > 1
+        return cls(type(node) is Dir, node, node.identity, _MERGED if merged else node.branch.index)
+
+    def is_same(self, node: Node) -> bool:
+        """Whether it is certain that this is it."""
+        if self.gone or self.directory != (type(node) is Dir):
+            return False
+        return self.node is node or self.identity == node.identity or self.index == _MERGED
+
+    def may_be(self, node: Node) -> bool:
+        """The same for who has reason to believe it."""
+        return self.is_same(node) or (self.identity is None and self.directory == (type(node) is Dir))
+
+
+@dataclass(eq=False, slots=True)
+class Replay:
+    """A name of the union of which something is to be shown; b"": the directory itself.
+
+    named: it may stand for something else than `before`, which watchers know. attributes, modified, closed: what else
+    has happened to what it stands for. tries: how often the next step could not be done yet.
+    """
+
     parent: Dir
     name: bytes
-    was: Node | None = None
-    directory: bool = False
-    origin: tuple[Dir, bytes] | None = None
-    moved: bool = False
-    identity: Identity | None = None
-    shown: bool = True
+    named: bool = False
+    before: Known | None = None
+    attributes: bool = False
     modified: bool = False
     closed: bool = False
     tries: int = 0
 
+    @property
+    def key(self) -> _Key:
+        return self.parent, self.name
 
-_Key = tuple[Dir, bytes, Kind]
-"""RENAME is kept as CREATE: a name is made once."""
+
+@dataclass(slots=True)
+class Step:
+    """One change that is to be shown now.
+
+    now: what the name stands for; None for DELETE. origin: of RENAME, the old name. modified, closed: of CONTENT.
+    """
+
+    kind: Kind
+    replay: Replay
+    now: Node | None = None
+    origin: Replay | None = None
+    modified: bool = False
+    closed: bool = False
+
+
+_Key = tuple[Dir, bytes]
+_Noted = TypeVar("_Noted")
 
 
 def path_in(node: Node) -> bytes | None:
@@ -94,7 +150,7 @@ def _expression(glob: bytes) -> bytes:
     return b"".join(special.get(part, re.escape(part)) for part in parts)
 
 
-def _note(who: dict[Identity, None], one: Identity) -> None:
+def _note(who: dict[_Noted, None], one: _Noted) -> None:
     who[one] = None
     if len(who) > MOST:
         del who[next(iter(who))]
@@ -108,11 +164,16 @@ class Replays:
         self._is_chosen = chosen(words)
         self._wake = wake
         self._pending: dict[_Key, Replay] = {}
-        self._gone: dict[Identity, Replay] = {}
-        """What was moved away, by who it is, as long as it waits."""
-        self._last_gone: Replay | None = None
-        """The same of the last thing of which nobody knows who it is; within a burst, as the two events of a rename
-        follow one another."""
+        self._heard: dict[_Key, dict[int, int]] = {}
+        """How names came and went in this burst: kinds by branch."""
+        self._left: _Key | None = None
+        """The name that was the last to be moved away, until the next event of a name: the two of a rename follow one
+        another."""
+        self._came_from: dict[_Key, _Key] = {}
+        self._went_to: dict[_Key, _Key] = {}
+        """Where what names stood for was moved, by the first one and the last one; and the reverse."""
+        self._own_names: dict[_Key, None] = {}
+        """Changed through the mount, since all events were read the last time."""
         self._foreign: dict[Identity, None] = {}
         """Files that others have made or changed, and perhaps not closed: what comes of them is theirs, too, though it
         leaves no trace any more. Oldest first."""
@@ -120,100 +181,247 @@ class Replays:
         """What was changed through the mount, and may be changed by the kernel itself. Oldest first."""
         self.on_doubt: Callable[[], object] = lambda: None
         """Called when trust in a directory is lost, of which nothing is heard until somebody uses it."""
+        self.has_name: Callable[[Dir, Layer, bytes], bool] = lambda parent, layer, name: False
+        """Whether a directory has a name on a branch now."""
         self.dropped = 0
 
     def __len__(self) -> int:
         return len(self._pending)
 
-    def take(self) -> Replay | None:
-        """The next one, which does not wait any more."""
+    # -- what there is to show --------------------------------------------------------------------
+
+    def first(self) -> Replay | None:
+        """Whose turn it is. It waits until there is no step for it any more (`settled`)."""
         if not self._pending:
             return None
-        one = self._pending.pop(next(iter(self._pending)))
-        self._settled(one)
+        one = next(iter(self._pending.values()))
+        passed = []
+        while one.before is not None:
+            # Where it is now has to be shown first, as it is not gone.
+            target = self._entry_at(self._went_to.get(one.key))
+            if target is None or target is one or target in passed:
+                break
+            passed.append(one)
+            one = target
         return one
 
-    def put_back(self, one: Replay) -> None:
-        """One that could not be done yet, unless something newer has its place."""
-        self._pending.setdefault(self._key(one), one)
-        self._wake()
+    def step(self, one: Replay, look: Callable[[Dir, bytes], Node | None]) -> Step | None:
+        """What has to be shown next; None when watchers know everything. look: what a name stands for now.
 
-    def will_make(self, parent: Dir, name: bytes) -> bool:
-        """Whether it waits that this name was made."""
-        return (parent, name, Kind.CREATE) in self._pending
+        Raises what `look` raises.
+        """
+        now = look(one.parent, one.name) if one.name else one.parent
+        if one.named:
+            before = one.before
+            if now is None:
+                return None if before is None else Step(Kind.DELETE, one)
+            if before is None or not before.is_same(now):
+                origin = self._origin(one, now, look)
+                if origin is one:
+                    one.before = Known.of(now)  # moved away and back
+                elif origin is not None and (before is None or before.directory == (type(now) is Dir)):
+                    return Step(Kind.RENAME, one, now, origin)
+                else:
+                    return Step(Kind.CREATE, one, now) if before is None else Step(Kind.DELETE, one)
+        if now is None:
+            return None
+        if one.attributes:
+            return Step(Kind.ATTRIBUTES, one, now)
+        if one.modified or one.closed:
+            return Step(Kind.CONTENT, one, now, modified=one.modified, closed=one.closed)
+        return None
 
-    def split(self, one: Replay) -> None:
-        """A RENAME that cannot be shown as one: another object has one of its names by now."""
-        if one.origin is not None:
-            parent, name = one.origin
-            self.put_back(Replay(Kind.DELETE, parent, name, directory=one.directory))
-            self.put_back(Replay(Kind.CREATE, one.parent, one.name, identity=one.identity, shown=one.shown))
+    def _origin(self, one: Replay, now: Node, look: Callable[[Dir, bytes], Node | None]) -> Replay | None:
+        """From which name what a name stands for was moved; None where watchers do not know it by that."""
+        origin = self._entry_at(self._came_from.get(one.key))
+        if origin is None or origin.before is None or not origin.before.may_be(now):
+            return None
+        return origin if origin is one or look(*origin.key) is not now else None
 
-    # -- what Events finds ----------------------------------------------------------------------
+    def _entry_at(self, key: _Key | None) -> Replay | None:
+        return None if key is None else self._pending.get(key)
+
+    def begun(self, step: Step) -> None:
+        """What happens from now on has to be shown as well."""
+        if step.kind is Kind.ATTRIBUTES:
+            step.replay.attributes = False
+        elif step.kind is Kind.CONTENT:
+            step.replay.modified = step.replay.closed = False
+
+    def shown(self, step: Step) -> None:
+        """Watchers know it now."""
+        one = step.replay
+        one.tries = 0
+        if step.kind is Kind.DELETE:
+            one.before = None
+        elif step.now is not None and step.kind in (Kind.CREATE, Kind.RENAME):
+            one.before = Known.of(step.now)
+            if step.origin is not None:
+                step.origin.before = None
+            self._part(one.key)
+
+    def again(self, step: Step) -> None:
+        """It could not be done, and has to be tried once more."""
+        one = step.replay
+        one.attributes = one.attributes or step.kind is Kind.ATTRIBUTES
+        one.modified, one.closed = one.modified or step.modified, one.closed or step.closed
+
+    def given_up(self, step: Step) -> bool:
+        """It cannot be done. False when there is another way: a rename can be shown as two changes."""
+        one = step.replay
+        one.tries = 0
+        if step.kind is Kind.RENAME:
+            self._part(one.key)
+            return False
+        if step.kind in (Kind.CREATE, Kind.DELETE):
+            self.settled(one)
+        return True
+
+    def settled(self, one: Replay) -> None:
+        """Nothing of a name is to be shown any more."""
+        if self._pending.get(one.key) is one:
+            del self._pending[one.key]
+        self._part(one.key)
+        target = self._went_to.get(one.key)
+        if target is not None:
+            self._part(target)
+
+    # -- events -----------------------------------------------------------------------------------
+
+    def heard(self, parent: Dir, name: bytes, index: int, kinds: int) -> None:
+        """An event of a name on the branch with this index, before `Events` looks what has become of it."""
+        if not kinds & (_CAME | _WENT):
+            return
+        key = parent, name
+        branches = self._heard.setdefault(key, {})
+        if index not in branches and not (kinds & _CAME and kinds & _WENT):  # both: fanotify has made one of several
+            kinds |= _SOMETHING if kinds & _WENT else _NOTHING if kinds & MADE else 0
+        branches[index] = branches.get(index, 0) | kinds
+        if kinds & REMOVED:
+            self._part(key)
+        left, self._left = self._left, key if kinds & MOVED_FROM else None
+        if kinds & MOVED_TO and left is not None:
+            self._moved(left, key)
 
     def end_of_burst(self) -> None:
-        self._last_gone = None
+        """All names that were heard of have been looked at."""
+        for key in self._heard:
+            if key not in self._pending:
+                self._part(key)
+        self._heard.clear()
 
-    def lost(self, parent: Dir, name: bytes, was: Node | None, kinds: int) -> None:
-        """A name stands for nothing any more, or for something else, and then `made` follows.
+    def caught_up(self) -> None:
+        """All events up to now have been read."""
+        self._own_names.clear()
 
-        was: what it stood for, None where nobody had asked for it. kinds: bits of coherence/inotify.py.
-        """
-        self._forget_changes(parent, name)
-        directory = kinds & OF_DIRECTORY != 0 if was is None else type(was) is Dir
-        moved = kinds & MOVED_FROM != 0
-        shown = not (was is None and kinds & MADE)
-        identity = None if was is None else was.identity
-        made = self._pending.pop((parent, name, Kind.CREATE), None)
-        if made is not None:
-            shown, identity = made.shown, made.identity
-            if made.origin is not None:
-                # Moved twice: of the first name, watchers know, and perhaps of one that the second has taken.
-                if shown:
-                    self._put(Replay(Kind.DELETE, parent, name, made.was, type(made.was) is Dir))
-                (parent, name), shown = made.origin, True
-        before = self._pending.get((parent, name, Kind.DELETE))
-        if before is not None and before.shown:
-            shown = True
-        if not shown and not moved:
-            return  # came and went
-        one = Replay(Kind.DELETE, parent, name, was, directory, moved=moved, shown=shown, identity=identity)
-        if self._put(one) and moved:
-            if one.identity is None:
-                self._last_gone = one
-            else:
-                self._gone[one.identity] = one
+    def _moved(self, source: _Key, target: _Key) -> None:
+        self._part(target)
+        first = self._came_from.pop(source, None)
+        if first is not None:
+            source = first
+        elif source in self._went_to:
+            return  # with this name, there was something else before, which watchers know
+        self._came_from[target] = source
+        self._went_to[source] = target
 
-    def made(self, parent: Dir, name: bytes, identity: Identity, directory: bool, kinds: int) -> None:
-        """A name stands for an object that it did not stand for. identity: of that on its branch."""
-        if not directory:
-            _note(self._foreign, identity)
-        over = self._pending.get((parent, name, Kind.DELETE))
-        one = Replay(Kind.CREATE, parent, name, directory=directory, identity=identity, shown=over is not None)
-        if kinds & MOVED_TO:
-            away = self._gone.get(identity) or self._last_gone
-            if away is not None:
-                one.kind, one.origin = Kind.RENAME, (away.parent, away.name)
-                self._pending.pop(self._key(away), None)
-                self._settled(away)
-                if over is not None and over is not away and not over.moved and over.directory == directory:
-                    one.was = over.was
-                    del self._pending[self._key(over)]
-        self._put(one)
+    def _part(self, target: _Key) -> None:
+        """What a name stands for was not moved there, or watchers know that."""
+        source = self._came_from.pop(target, None)
+        if source is not None:
+            del self._went_to[source]
+
+    # -- what Events finds ------------------------------------------------------------------------
+
+    def replaced(self, parent: Dir, name: bytes, was: Node, found: Found | None, kinds: int) -> None:
+        """A name stands for something else than this node, or for nothing. kinds: bits of coherence/inotify.py."""
+        heard = self._heard.get((parent, name), {}).get(was.branch.index, 0)
+        before = self._elsewhere(parent, name, was.branch.index) if heard & _NOTHING else Known.of(was)
+        self._named(parent, name, before, True)
+        if found is not None:
+            self._made(parent, name, found, kinds)
+
+    def absent(self, parent: Dir, name: bytes, in_view: bool | None, whited: bool, kinds: int) -> None:
+        """A name stands for nothing, of which no node is known. in_view: whether a branch was recorded to have it;
+        None: nobody knows. whited: a whiteout hides it."""
+        heard = self._heard.get((parent, name), {})
+        first = [kinds & (_NOTHING | _SOMETHING) for kinds in heard.values()]
+        if in_view:
+            was_there = not first or any(one != _NOTHING for one in first)
+        elif first:
+            was_there = _SOMETHING in first and not whited and (parent, name) not in self._own_names
+        else:
+            was_there = in_view is None and kinds & _WENT != 0  # a hint
+        self._named(parent, name, Known(kinds & OF_DIRECTORY != 0) if was_there else None, True)
+
+    def appeared(self, parent: Dir, name: bytes, in_view: bool | None, found: Found, kinds: int) -> None:
+        """A name stands for something of which no node is known. in_view: as in `absent`."""
+        before = self._before(parent, name, in_view, found, kinds)
+        self._named(parent, name, before)
+        if before is None or not before.identity:
+            self._made(parent, name, found, kinds)
+
+    def _before(self, parent: Dir, name: bytes, in_view: bool | None, found: Found, kinds: int) -> Known | None:
+        """What watchers know in `appeared`; with an identity where that is what was found."""
+        top, layers, heard = found.branch.index, found.layers, self._heard.get((parent, name), {})
+        index = top if layers is None or len(layers) == 1 else _MERGED
+        the_same = Known(layers is not None, None, (found.st.st_dev, found.st.st_ino), index)
+        if not heard:
+            return the_same if in_view else None
+        if any(index <= top and kinds & _SOMETHING for index, kinds in heard.items()):
+            directory = kinds & OF_DIRECTORY != 0
+            less = directory and layers is not None and any(layer.branch.index not in heard for layer in layers)
+            return the_same if less else Known(directory)
+        if in_view is False:
+            return None
+        if not heard.get(top, 0) & _CAME:
+            return the_same  # it is above
+        if (parent, name) in self._own_names:
+            return the_same
+        other = self._elsewhere(parent, name, top)
+        return the_same if other is not None and layers is not None and len(layers) > 1 else other
+
+    def _elsewhere(self, parent: Dir, name: bytes, index: int) -> Known | None:
+        """What a name stood for before something was made on the branch with this index: there was nothing."""
+        heard = self._heard.get((parent, name), {})
+        for layer in parent.layers:
+            if layer.branch.index != index:
+                kinds = heard.get(layer.branch.index, 0)
+                if kinds & _SOMETHING or (not kinds and self.has_name(parent, layer, name)):
+                    return Known(kinds & OF_DIRECTORY != 0)
+        return None
+
+    def same(self, parent: Dir, name: bytes, node: Node, found: Found) -> None:
+        """A name stands for what it stood for, as far as is recorded."""
+        branches = self._heard.get((parent, name))
+        if not branches:
+            return
+        heard = branches.get(node.branch.index, 0)
+        before: Known | None = Known.of(node)
+        on_others = found.branch is not node.branch or (found.layers is not None and len(found.layers) > 1)
+        if not on_others and (parent, name) not in self._own_names:
+            if heard & _SOMETHING:
+                before = Known(type(node) is Dir)  # it has the number of what was removed, or was moved back
+            elif heard and not heard & _WENT:
+                before = self._elsewhere(parent, name, node.branch.index)  # a request has come across it before
+        self._named(parent, name, before)
+
+    def _made(self, parent: Dir, name: bytes, found: Found, kinds: int) -> None:
+        """Others have made what a name stands for."""
+        if found.layers is None:
+            _note(self._foreign, (found.st.st_dev, found.st.st_ino))
+            self.changed(parent, name, None, kinds, True)
 
     def changed(self, parent: Dir, name: bytes, node: Node | None, kinds: int, differs: bool) -> None:
         """Attributes or content of what a name stands for are others, or may be. node: None where nobody has asked for
         the name, so that nobody has changed it through the mount. differs: from what the kernel was told."""
         if node is not None and not self._is_foreign(node, kinds, differs):
             return
-        if kinds & TOUCHED:
-            self._put(Replay(Kind.ATTRIBUTES, parent, name, node))
-        if kinds & CONTENT:
-            key = (parent, name, Kind.CONTENT)
-            one = self._pending.get(key) or Replay(Kind.CONTENT, parent, name, node)
-            one.modified = one.modified or kinds & MODIFIED != 0
-            one.closed = one.closed or kinds & CLOSED != 0
-            self._put(one)
+        if kinds & (TOUCHED | CONTENT):
+            one = self._entry(parent, name)
+            if one is not None:
+                one.attributes = one.attributes or kinds & TOUCHED != 0
+                one.modified = one.modified or kinds & MODIFIED != 0
+                one.closed = one.closed or kinds & CLOSED != 0
 
     def changed_elsewhere(self, node: Node) -> None:
         """Others have changed a file, by whatever name; the event of that name follows, if it is one of the union."""
@@ -234,8 +442,11 @@ class Replays:
         return True
 
     def own_name(self, parent: Dir, name: bytes) -> None:
-        """A name was made, removed or moved through the mount: what waits of its content is not of what it is now."""
-        self._forget_changes(parent, name)
+        """A name was made, removed or moved through the mount, which watchers were told by that."""
+        _note(self._own_names, (parent, name))
+        one = self._pending.get((parent, name))
+        if one is not None:
+            self.settled(one)
 
     def own_data(self, node: Node) -> None:
         """A node was changed through the mount, or will be by the kernel: what comes of it may be that."""
@@ -248,29 +459,37 @@ class Replays:
 
     # -- what waits -------------------------------------------------------------------------------
 
-    @staticmethod
-    def _key(one: Replay) -> _Key:
-        return one.parent, one.name, Kind.CREATE if one.kind is Kind.RENAME else one.kind
+    def _named(self, parent: Dir, name: bytes, before: Known | None, gone: bool = False) -> None:
+        """A name may stand for something else than `before`; what is known already is older, and counts. gone: what
+        has happened to what it stood for does not matter any more."""
+        one = self._entry(parent, name)
+        if one is None:
+            return
+        if not one.named:
+            one.named, one.before = True, before
+        if gone:
+            one.attributes = one.modified = one.closed = False
+        known = one.before
+        if known is not None and not known.gone and one.key not in self._went_to:
+            heard = self._heard.get(one.key, {}).get(known.index, 0)
+            if heard & _NOTHING and known.node is None:
+                one.before = None  # it was taken for what had been there
+            elif heard & REMOVED:
+                known.gone = True
 
-    def _put(self, one: Replay) -> bool:
-        """False where nobody is to see it."""
-        if not self._is_wanted(one):
-            return False
-        if len(self._pending) >= MOST:
-            self.dropped += 1
-            return False
-        key = self._key(one)
-        before = self._pending.get(key)
-        if before is not None and before is not one:
-            self._settled(before)
-        self._pending[key] = one
+    def _entry(self, parent: Dir, name: bytes) -> Replay | None:
+        """None where nobody is to see it."""
+        key = parent, name
+        one = self._pending.get(key)
+        if one is None:
+            if not self.is_watched(parent, name) and self._came_from.get(key) not in self._pending:
+                return None
+            if len(self._pending) >= MOST:
+                self.dropped += 1
+                return None
+            one = self._pending[key] = Replay(parent, name)
         self._wake()
-        return True
-
-    def _is_wanted(self, one: Replay) -> bool:
-        if one.origin is not None and self.is_watched(*one.origin):
-            return True
-        return self.is_watched(one.parent, one.name)
+        return one
 
     def is_watched(self, parent: Dir, name: bytes) -> bool:
         """Whether somebody may be told of a name. A directory that is watched is held by the kernel."""
@@ -278,14 +497,3 @@ class Replays:
             return False
         path = path_in(parent)
         return path is not None and self._is_chosen(path + b"/" + name if path else name)
-
-    def _forget_changes(self, parent: Dir, name: bytes) -> None:
-        self._pending.pop((parent, name, Kind.ATTRIBUTES), None)
-        self._pending.pop((parent, name, Kind.CONTENT), None)
-
-    def _settled(self, one: Replay) -> None:
-        """It cannot become part of a rename any more."""
-        if one.identity is not None and self._gone.get(one.identity) is one:
-            del self._gone[one.identity]
-        if self._last_gone is one:
-            self._last_gone = None

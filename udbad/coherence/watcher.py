@@ -112,7 +112,7 @@ class Watcher:
         self._closed = False
         self._queue = queue_limit() + 1
         """What the kernel's queue can hold, which it keeps for good (inotify_init(2)), and its overflow."""
-        self._emptied = False
+        self.emptied = False
         """The last burst was all there was when it was read."""
         self._loop: trio_asyncio.BaseTrioEventLoop | None = None
         self._marks: Marks | None = None
@@ -266,10 +266,10 @@ class Watcher:
         if loop is not None:
             loop.remove_reader(self.fd)
 
-    def take(self) -> None:
-        """Hand on one burst; there may be more. Under a storm, all else must not wait for its end."""
-        if not self._closed:
-            self._hand_on()
+    def take(self) -> bool:
+        """Hand on one burst; there may be more. Under a storm, all else must not wait for its end. False when there was
+        none."""
+        return not self._closed and self._hand_on() > 0
 
     def drain(self) -> None:
         """Hand on everything that has happened up to now, without waiting for the loop."""
@@ -278,7 +278,7 @@ class Watcher:
         while True:
             handled = self._hand_on()
             remaining -= handled
-            if not handled or self._emptied:
+            if not handled or self.emptied:
                 return
             if remaining <= 0 and (self._marks is None or self._marks.taken >= until):
                 return
@@ -302,7 +302,7 @@ class Watcher:
     def _take_from_marks(self, marks: Marks) -> int:
         """Hand on what whole file systems tell; how many events that was."""
         count, events, emptied = marks.read(_READ_BYTES)
-        self._emptied = self._emptied and emptied
+        self.emptied = self.emptied and emptied
         changes: list[Change] = []
         echoes: list[Echo] = []
         for event in events:
@@ -356,8 +356,8 @@ class Watcher:
                     changes.append((handle, name, kinds))
             if mask & _IGNORED:
                 watched.pop(wd, None)
-        self._emptied = len(data) <= _READ_BYTES - _LONGEST
-        if self._emptied:
+        self.emptied = len(data) <= _READ_BYTES - _LONGEST
+        if self.emptied:
             expected.clear()  # everything sent was read: what has not come was lost, and must not stand for another
         if echoes:
             self._on_echoes(echoes)

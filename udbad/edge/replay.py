@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from udbad.coherence.base import Coherence
-from udbad.coherence.replays import Kind, Replay, Replays, path_in
+from udbad.coherence.replays import Kind, Known, Replays, Step, path_in
 from udbad.edge.native import REPLAY_UID
 from udbad.edge.operations import Entry
 from udbad.edge.table import NOTHING, TABLE, Body
@@ -48,8 +48,11 @@ A_SECOND: Final = 1000
 """Replays, at most; what comes faster has to wait, and becomes less by that."""
 _GATHER_SECONDS: Final = 0.01
 """How long the first one waits for more of the same."""
+_BURSTS: Final = 64
+"""Of events, that are read before something is shown; in a storm they never end."""
 _TRIES: Final = 8
-_RETRY_SECONDS: Final = 0.01
+_RETRY_SECONDS: Final = 0.002
+"""How long after the first time, and as much longer after each: at once, or somebody looks it up in between."""
 _LINGER_SECONDS: Final = 2.0
 _CALM_SECONDS: Final = 0.1
 _AT_ONCE, _PAUSE_SECONDS = 32, 0.002
@@ -68,7 +71,8 @@ _READING: Final = frozenset(
      wire.LISTXATTR, wire.READLINK, wire.STATFS}
 )  # fmt: skip
 """What changes nothing, and is performed for whoever asks."""
-_NAMED: Final = (Kind.CREATE, Kind.RENAME)
+_MADE: Final = (Kind.CREATE, Kind.RENAME)
+_NAMED: Final = (*_MADE, Kind.DELETE)
 _MAKING: Final = {wire.MKNOD, wire.MKDIR, wire.SYMLINK}
 
 
@@ -90,9 +94,11 @@ class Replayer:
         self._event = trio.Event()
         self.replays = Replays(words, lambda: self._event.set())
         self._idle = trio.Event()
-        self._expected: Replay | None = None
+        self._expected: Step | None = None
         self._came = False
         """The request that was expected has come."""
+        self._looked_up: list[Node] = []
+        """For the step that is being done."""
         self._ghosts = _GHOSTS
         self._doubted = trio.Event()
         self.replays.on_doubt = lambda: self._doubted.set()
@@ -132,29 +138,30 @@ class Replayer:
 
     def _answer(self, request: Received) -> Body | Entry | None:
         """Raises OSError."""
-        opcode, one = request.opcode, self._expected
-        if one is not None:
+        opcode, step = request.opcode, self._expected
+        if step is not None:
+            one = step.replay
             if opcode == wire.LOOKUP and not self._came:
-                return self._look(one, *TABLE[opcode].parse(request)[:2])
-            if opcode in _MAKING and one.kind is Kind.CREATE:
+                return self._look(step, *TABLE[opcode].parse(request)[:2])
+            if opcode in _MAKING and step.kind is Kind.CREATE:
                 self._expect((one.parent.id, one.name), TABLE[opcode].parse(request)[:2])
-                return self._entry_of(one)
-            if opcode == wire.LINK and one.kind is Kind.CREATE:
+                return self._entry_of(step)
+            if opcode == wire.LINK and step.kind is Kind.CREATE:
                 self._expect((one.parent.id, one.name), TABLE[opcode].parse(request)[1:])
-                return self._entry_of(one)
-            if opcode in (wire.UNLINK, wire.RMDIR) and one.kind is Kind.DELETE:
+                return self._entry_of(step)
+            if opcode in (wire.UNLINK, wire.RMDIR) and step.kind is Kind.DELETE:
                 self._expect((one.parent.id, one.name), TABLE[opcode].parse(request))
                 return b""
-            if opcode in (wire.RENAME, wire.RENAME2) and one.kind is Kind.RENAME and one.origin is not None:
-                origin, name = one.origin
+            if opcode in (wire.RENAME, wire.RENAME2) and step.origin is not None:
+                origin, name = step.origin.key
                 self._expect((origin.id, name, one.parent.id, one.name), TABLE[opcode].parse(request)[:4])
                 return b""
-            if opcode == wire.SETATTR and one.kind in (Kind.ATTRIBUTES, Kind.CONTENT):
-                return self._attributes(one, request)
-            if opcode == wire.OPEN and one.kind is Kind.CONTENT:
-                self._check_node(one, request.node)
+            if opcode == wire.SETATTR and step.kind in (Kind.ATTRIBUTES, Kind.CONTENT):
+                return self._attributes(step, request)
+            if opcode == wire.OPEN and step.kind is Kind.CONTENT:
+                self._check_node(step, request.node)
                 return _OPENED
-            if opcode == wire.FLUSH and one.kind is Kind.CONTENT:
+            if opcode == wire.FLUSH and step.kind is Kind.CONTENT:
                 return b""
         if opcode in _READING:
             return None
@@ -165,22 +172,25 @@ class Replayer:
             raise _refused()
         self._came = True
 
-    def _look(self, one: Replay, parent: int, name: bytes) -> Entry | None:
+    def _look(self, step: Step, parent: int, name: bytes) -> Entry | None:
         """LOOKUP, as it would have been before the change."""
+        one = step.replay
         if (parent, name) == (one.parent.id, one.name):
-            if one.kind is Kind.CREATE or (one.kind is Kind.RENAME and one.was is None):
+            if step.kind not in _NAMED:
+                return None
+            if one.before is None:
                 raise OSError(errno.ENOENT, "")
-            if one.kind is Kind.DELETE or one.kind is Kind.RENAME:
-                return self._removed(one)
-        elif one.origin is not None and (parent, name) == (one.origin[0].id, one.origin[1]):
-            return self._entry_of(one)
+            return self._removed(one.parent, one.before)
+        if step.origin is not None and (parent, name) == (step.origin.parent.id, step.origin.name):
+            return self._entry_of(step)
         return None
 
-    def _entry_of(self, one: Replay) -> Entry:
-        """What a name stands for now."""
-        found = self._fs.lookup(one.parent.id, one.name)
-        if found is None:
+    def _entry_of(self, step: Step) -> Entry:
+        """What is shown, which may be another one by now."""
+        found = self._fs.lookup(step.replay.parent.id, step.replay.name)
+        if found is None or step.now is None or found[0].kind != step.now.kind:
             raise _refused()
+        step.now = found[0]
         return self._given(*found)
 
     def _given(self, node: Node, st: os.stat_result) -> Entry:
@@ -188,29 +198,30 @@ class Replayer:
             self._fs.table.refer(node)
         return node, st, 0.0, 0.0
 
-    def _removed(self, one: Replay) -> Entry:
+    def _removed(self, parent: Dir, was: Known) -> Entry:
         """What was removed: the same inode for who watches it, and a link more than there are."""
-        was = one.was
-        if was is not None and self._fs.table.nodes.get(was.id) is was:
-            if type(was) is not Dir:
+        node = was.node
+        if node is not None and self._fs.table.nodes.get(node.id) is node:
+            if type(node) is not Dir:
                 with suppress(OSError):
-                    return self._given(was, _status(self._fs.sb.stat(was), 1))
-            if was.parent is None:
-                return self._given(was, _status(None, 1, was.kind))
+                    return self._given(node, _status(self._fs.sb.stat(node), 1))
+            if node.parent is None:
+                return self._given(node, _status(None, 1, node.kind))
         self._ghosts += 1
-        kind = was.kind if was is not None else st_mod.S_IFDIR if one.directory else st_mod.S_IFREG
-        ghost = Node(self._ghosts, kind, one.parent.branch, 0, 0)
+        kind = node.kind if node is not None else st_mod.S_IFDIR if was.directory else st_mod.S_IFREG
+        ghost = Node(self._ghosts, kind, parent.branch, 0, 0)
         return self._given(ghost, _status(None, 1, kind))
 
-    def _attributes(self, one: Replay, request: Received) -> Body:
+    def _attributes(self, step: Step, request: Received) -> Body:
         node_id, changes, _, _ = TABLE[wire.SETATTR].parse(request)
         if (changes.mode, changes.uid, changes.gid, changes.size) != (None, None, None, None):
             raise _refused()
-        node = self._check_node(one, node_id)
+        node = self._check_node(step, node_id)
         self._came = True
         return wire.attributes(node, self._fs.sb.stat(node), 0.0)
 
-    def _check_node(self, one: Replay, node_id: int) -> Node:
+    def _check_node(self, step: Step, node_id: int) -> Node:
+        one = step.replay
         node = one.parent.children.get(one.name) if one.name else one.parent
         if node is None or node.id != node_id:
             raise _refused()
@@ -296,126 +307,127 @@ class Replayer:
             self._idle = trio.Event()
             await self._event.wait()
             await trio.sleep(_GATHER_SECONDS)
-            while (one := self.replays.take()) is not None:
+            while len(self.replays):
                 now = trio.current_time()
                 rest, filled = min(rest + (now - filled) * A_SECOND, A_SECOND), now
                 if rest < 1:
                     await trio.sleep(0.1)
                 rest -= 1
-                if not await self._replay(channel, one):
+                if not await self._replay(channel):
                     return
             self._event = trio.Event()
 
-    async def _replay(self, channel: trio.socket.SocketType, one: Replay) -> bool:
-        """False when the helper is of no use any more."""
+    async def _replay(self, channel: trio.socket.SocketType) -> bool:
+        """One step of the next one. False when the helper is of no use any more."""
+        # What is looked up now should be no news to who reads the events.
+        for _ in range(_BURSTS):
+            if not self._operations.coherence.take_events():
+                break
+            await trio.lowlevel.checkpoint()
+        one = self.replays.first()
+        if one is None:
+            return True
+        step = message = None
         try:
-            message = self._message(one)
+            step = self.replays.step(one, self._node)
+            message = None if step is None else self._message(step)
         except OSError:
-            message = None
-        if message is None and one.kind is Kind.RENAME:
-            self.replays.split(one)
-        if message is None:
-            return True  # overtaken: whatever came instead is replayed, if it is to be
-        self._expected, self._came = one, False
+            pass
+        if step is None or message is None:
+            self.replays.settled(one)
+            self._let_go()
+            return True
+        self.replays.begun(step)
+        self._expected, self._came = step, False
         try:
             await channel.send(message)
             number = await self._asked(channel)
         except OSError:
             number = None
         self._expected = None
-        if self._came or (number == 0 and one.kind is Kind.CONTENT):
-            self.done[one.kind] += 1
+        if number == 0 and (self._came or step.kind is Kind.CONTENT):
+            self.done[step.kind] += 1
+            self.replays.shown(step)
         else:
-            await self._failed(one, number)
+            await self._failed(step, number)
+        self._let_go()
         return number is not None
 
-    async def _failed(self, one: Replay, number: int | None) -> None:
+    async def _failed(self, step: Step, number: int | None) -> None:
         """The kernel knew better: somebody has looked the name up since. It is made to ask, and then asked again."""
+        one = step.replay
         one.tries += 1
         hopeless = number in (None, errno.EROFS, errno.ENODEV) or one.tries >= _TRIES
         # What is mounted on a name would be detached when the kernel is told that there is no such name.
-        if hopeless or (one.kind in _NAMED and await trio.to_thread.run_sync(self._mounts_inside)):
-            if one.kind is Kind.RENAME:
-                self.replays.split(one)
-            else:
-                self._lost += 1
+        if hopeless or (step.kind in _MADE and await trio.to_thread.run_sync(self._mounts_inside)):
+            self._lost += self.replays.given_up(step)
             return
         notifier = self._operations.coherence.notifier
         notifier.expire(one.parent.id, one.name)
-        if one.origin is not None:
-            notifier.expire(one.origin[0].id, one.origin[1])
-        await trio.sleep(_RETRY_SECONDS)
-        self.replays.put_back(one)
+        if step.origin is not None:
+            notifier.expire(step.origin.parent.id, step.origin.name)
+        await trio.sleep(_RETRY_SECONDS * one.tries)
+        self.replays.again(step)
 
-    def _message(self, one: Replay) -> bytes | None:
-        """What the helper is to do; None when it is not so any more. Raises OSError."""
-        if one.kind is Kind.DELETE:
-            if not one.shown or self._kind_of(one):
-                return None
-            return self._words(b"rmdir" if one.directory else b"unlink", one)
-        kind = self._kind_of(one)
-        if not kind:
+    def _message(self, step: Step) -> bytes | None:
+        """What the helper is to do; None where no path leads to the name. Raises OSError."""
+        if step.kind is Kind.DELETE:
+            before = step.replay.before
+            return _words(b"rmdir" if before is not None and before.directory else b"unlink", step)
+        if step.now is None:
             return None
-        if one.kind is Kind.CREATE:
-            other = self._other_name(one)
-            if other is not None and not one.tries:
-                return self._words(b"link", one, *other)
+        if step.kind is Kind.CREATE:
+            other = self._other_name(step)
+            if other is not None and not step.replay.tries:
+                return _words(b"link", step, *other)
+            kind = step.now.kind
             word = {st_mod.S_IFDIR: b"mkdir", st_mod.S_IFLNK: b"symlink"}.get(kind, b"mknod")
-            return self._words(word, one, b"%d" % (kind | 0o600))
-        if one.kind is Kind.RENAME and one.origin is not None:
-            path = path_in(one.origin[0])
-            if path is None or not self._is_renamed(one, *one.origin):
+            return _words(word, step, b"%d" % (kind | 0o600))
+        if step.origin is not None:
+            source, target = path_in(step.origin.parent), path_in(step.replay.parent)
+            if source is None or target is None:
                 return None
-            return b"\0".join((b"rename", path or b".", one.origin[1], path_in(one.parent) or b".", one.name))
-        if one.kind is Kind.ATTRIBUTES:
-            return self._words(b"attributes", one)
-        return self._content(one, kind)
-
-    def _is_renamed(self, one: Replay, parent: Dir, name: bytes) -> bool:
-        """Whether the new name is that of what was moved, and the old one of nothing, or of what is shown next."""
-        node, _ = self._node_and_status(one)
-        is_directory = type(node) is Dir
-        fits = one.was is None or (type(one.was) is Dir) == is_directory
-        free = self.replays.will_make(parent, name) or self._fs.lookup(parent.id, name) is None
-        return node.identity == one.identity and fits and free
+            return b"\0".join((b"rename", source or b".", step.origin.name, target or b".", step.replay.name))
+        if step.kind is Kind.ATTRIBUTES:
+            return _words(b"attributes", step)
+        return self._content(step, step.now)
 
     @staticmethod
-    def _other_name(one: Replay) -> tuple[bytes, bytes] | None:
+    def _other_name(step: Step) -> tuple[bytes, bytes] | None:
         """Directory and name by which what was made is known already: it is a hard link of that."""
-        node = one.parent.children.get(one.name)
-        for parent, name in () if node is None else node.aliases or ():
+        for parent, name in () if step.now is None else step.now.aliases or ():
             path = path_in(parent)
-            if (parent, name) != (one.parent, one.name) and path is not None:
+            if (parent, name) != step.replay.key and path is not None:
                 return path or b".", name
         return None
 
-    def _content(self, one: Replay, kind: int) -> bytes | None:
+    def _content(self, step: Step, node: Node) -> bytes | None:
         """A file that the kernel uses by itself cannot be opened otherwise, and one that is executed not be written."""
-        if kind != st_mod.S_IFREG:
+        if node.kind != st_mod.S_IFREG:
             return None
-        node, st = self._node_and_status(one)
-        closed = one.closed and not backing_id(node) and not st.st_mode & 0o111
-        if not closed and not one.modified:
+        closed = step.closed and not backing_id(node) and not self._fs.sb.stat(node).st_mode & 0o111
+        if not closed and not step.modified:
             return None
-        return self._words(b"write" if closed and one.modified else b"close" if closed else b"modify", one)
+        return _words(b"write" if closed and step.modified else b"close" if closed else b"modify", step)
 
-    def _node_and_status(self, one: Replay) -> tuple[Node, os.stat_result]:
-        found = self._fs.lookup(one.parent.id, one.name)
+    def _node(self, parent: Dir, name: bytes) -> Node | None:
+        found = self._fs.lookup(parent.id, name)
         if found is None:
-            raise OSError(errno.ENOENT, "")
-        return found
+            return None
+        self._looked_up.append(found[0])
+        return found[0]
 
-    def _kind_of(self, one: Replay) -> int:
-        """Type bits of what the name stands for now; 0 for nothing."""
-        if not one.name:
-            return st_mod.S_IFDIR
-        found = self._fs.lookup(one.parent.id, one.name)
-        return 0 if found is None else found[0].kind
+    def _let_go(self) -> None:
+        """Of what was looked up, the kernel need not know anything."""
+        for node in self._looked_up:
+            if self._fs.table.nodes.get(node.id) is node:
+                self._fs.table.not_sent(node)
+        self._looked_up.clear()
 
-    @staticmethod
-    def _words(word: bytes, one: Replay, *more: bytes) -> bytes | None:
-        path = path_in(one.parent)
-        return None if path is None else b"\0".join((word, path or b".", one.name or b".", *more))
+
+def _words(word: bytes, step: Step, *more: bytes) -> bytes | None:
+    path = path_in(step.replay.parent)
+    return None if path is None else b"\0".join((word, path or b".", step.replay.name or b".", *more))
 
 
 def helper(program: str, mount_point: bytes, mount_id: int) -> Callable[[int, int], subprocess.Popen[bytes]]:
