@@ -241,7 +241,7 @@ def _mount_udba(date: str) -> str:
                 "The union is looked after by the daemon, see udbad(8), when one runs, and else has a process of its "
                 "own. SOURCE is its name in `/proc/mounts`, and means nothing else unless it is a layer, see LAYERS."
             ),
-            _paragraph("`-f` checks the options only, `-v` has every operation logged, `-n` and `-s` do nothing."),
+            _paragraph("`-f` checks the options only, `-v` logs what helps to find a fault, `-n` and `-s` do nothing."),
             _paragraph("With `-o remount` options and branches of a mounted union change, while it is used."),
         ),
         _section(

@@ -1,9 +1,10 @@
-"""buildah and podman on udbad-overlay and on fuse-overlayfs: `python -m tests.bench.containers` (as root).
+"""buildah and podman on udbad-overlay, fuse-overlayfs and the kernel's overlayfs: `python -m tests.bench.containers`.
 
-Both have a store of their own, and every step is done on one and then on the other, in turns, so that whatever else the
-machine does meets both. Figures: seconds, the median of the rounds, and the ratio. `--files N`: of the image with many
-small files, `--rounds N`. Within ten minutes by default, and no network. Needs Debian's buildah, podman, crun and
-busybox-static.
+As root. Each has a store of its own, and every step is done on one and then on the others, in turns, so that whatever
+else the machine does meets all. Figures: seconds, the median of the rounds, the ratio to fuse-overlayfs, and the same
+of the CPU time of all who have a part in it, buildah and podman too. On overlayfs those call no program, and read what
+is in a layer from its directory: no program that mounts can be faster. `--files N`: of the image with many small files,
+`--rounds N`. No round is begun after ten minutes; no network. Needs Debian's buildah, podman, crun and busybox-static.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, perf_counter
-from typing import Final
+from time import monotonic, perf_counter, sleep
+from typing import Final, NamedTuple
 
 from tests.helpers.mount import REPOSITORY
 
@@ -41,43 +42,95 @@ RUN: Final = (
 )  # fmt: skip
 """What needs no privilege that a container may lack, in which this may run."""
 GOAL: Final = 0.8
+CGROUPS: Final = Path("/sys/fs/cgroup")
+OURS: Final = "udbad"
+THEIRS: Final = "fuse-overlayfs"
+KERNELS: Final = "overlayfs"
+END_SECONDS: Final = 30.0
+"""For the processes behind what was unmounted."""
+
+
+class Cost(NamedTuple):
+    """Of one step. cpu: seconds of all processes, also of those that nobody waits for, as long as the step takes."""
+
+    seconds: float
+    cpu: float
+
+
+class Watch:
+    """Of one step of a store, from here on."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._cpu = store.cpu()
+        self._begun = perf_counter()
+
+    def read(self) -> Cost:
+        return Cost(perf_counter() - self._begun, self._store.cpu() - self._cpu)
 
 
 @dataclass
 class Store:
-    """A graph root of its own. name: of the column. home: short, as it is a part of names of sockets."""
+    """A graph root of its own, and a control group of all that works on it. name: of the column. home: short, as it is
+    a part of names of sockets. program: that mounts, None: the kernel does."""
 
     name: str
     home: Path
-    program: Path
+    program: Path | None
+
+    @property
+    def group(self) -> Path:
+        return CGROUPS / f"{self.home.parent.name}-{self.home.name}"
+
+    def cpu(self) -> float:
+        """Seconds that its processes have taken so far."""
+        words = dict(line.split() for line in (self.group / "cpu.stat").read_text().splitlines())
+        return int(words["usage_usec"]) / 1e6
 
     def make(self) -> None:
         self.home.mkdir()
+        self.group.mkdir()
+        mounts = "" if self.program is None else f'mount_program = "{self.program}"'
         (self.home / "storage.conf").write_text(
             f'[storage]\ndriver = "overlay"\ngraphroot = "{self.home}/g"\nrunroot = "{self.home}/r"\n'
-            f'[storage.options.overlay]\nmount_program = "{self.program}"\n'
+            f"[storage.options.overlay]\n{mounts}\n"
         )
         (self.home / "containers.conf").write_text(
             f'[engine]\ntmp_dir = "{self.home}/t"\nevents_logger = "none"\nlock_type = "file"\n'
         )
 
+    def end(self) -> None:
+        self.run("buildah", "rm", "-a")
+        self.run("podman", "rm", "-a", "-f")
+        end = monotonic() + END_SECONDS
+        while (self.group / "cgroup.procs").read_text() and monotonic() < end:
+            sleep(0.1)
+        self.group.rmdir()
+
     def run(self, *command: str) -> str:
         """What it says. Raises SystemExit where it fails: without it there is nothing to compare."""
+        entered = ("/bin/sh", "-c", f'echo $$ > {self.group}/cgroup.procs && exec "$@"', "-")
         env = {
             **os.environ, "CONTAINERS_STORAGE_CONF": f"{self.home}/storage.conf",
             "CONTAINERS_CONF": f"{self.home}/containers.conf",
         }  # fmt: skip
         done = subprocess.run(
-            command, env=env, cwd=self.home, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            [*entered, *command],
+            env=env,
+            cwd=self.home,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise SystemExit(f"{self.name}: {' '.join(command)}: {done.stderr.strip()}")
         return done.stdout.strip()
 
-    def timed(self, *command: str) -> float:
-        begun = perf_counter()
+    def timed(self, *command: str) -> Cost:
+        watch = Watch(self)
         self.run(*command)
-        return perf_counter() - begun
+        return watch.read()
 
 
 def _many_files(root: Path, count: int) -> None:
@@ -116,27 +169,25 @@ def _image(path: Path, layers: int) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
-Took = dict[str, dict[str, list[float]]]
-"""Row, column, seconds."""
+Took = dict[str, dict[str, list[Cost]]]
+"""Row, column, rounds."""
 
 
 def _fat_image(store: Store, files: Path, took: Took) -> None:
     container = store.run("buildah", "from", f"layers{LAYERS[0]}")
     root = store.run("buildah", "mount", container)
-    begun = perf_counter()
-    subprocess.run(["cp", "-a", str(files), f"{root}/files"], check=True)
-    took["copy many files in"][store.name].append(perf_counter() - begun)
+    took["copy many files in"][store.name].append(store.timed("cp", "-a", str(files), f"{root}/files"))
     took["commit them"][store.name].append(store.timed("buildah", "commit", "-q", container, "fat"))
     store.run("buildah", "rm", container)
 
 
 def _mount_fat_image(store: Store, took: Took) -> None:
     container = store.run("buildah", "from", "fat")
-    begun = perf_counter()
+    watch = Watch(store)
     root = store.run("buildah", "mount", container)
-    took["mount that image"][store.name].append(perf_counter() - begun)
-    subprocess.run(["find", root, "-size", "+1M"], check=True, capture_output=True)
-    took["mount it and find -size"][store.name].append(perf_counter() - begun)
+    took["mount that image"][store.name].append(watch.read())
+    store.run("find", root, "-size", "+1M")
+    took["mount it and find -size"][store.name].append(watch.read())
     store.run("buildah", "rm", container)
 
 
@@ -151,8 +202,9 @@ def _stores(directory: Path) -> Iterator[list[Store]]:
     )
     ours.chmod(0o755)
     stores = [
-        Store("udbad", directory / "u", ours),
-        Store("fuse-overlayfs", directory / "f", Path("/usr/bin/fuse-overlayfs")),
+        Store(OURS, directory / "u", ours),
+        Store(THEIRS, directory / "f", Path("/usr/bin/fuse-overlayfs")),
+        Store(KERNELS, directory / "k", None),
     ]
     for store in stores:
         store.make()
@@ -160,8 +212,7 @@ def _stores(directory: Path) -> Iterator[list[Store]]:
         yield stores
     finally:
         for store in stores:
-            store.run("buildah", "rm", "-a")
-            store.run("podman", "rm", "-a", "-f")
+            store.end()
 
 
 def _measure(stores: list[Store], files: Path, rounds: int) -> Took:
@@ -186,6 +237,19 @@ def _measure(stores: list[Store], files: Path, rounds: int) -> Took:
     return took
 
 
+def _print(took: Took) -> None:
+    names = (OURS, THEIRS, KERNELS)
+    print(f"{'':26}{'seconds':>10}{'':39}CPU seconds           goal {GOAL}; load {os.getloadavg()[0]:.1f}")
+    head = "".join(f"{name:>15}" for name in names) + f"{'ratio':>7}"
+    print(f"{'':26}{head}{head}  rounds")
+    for row, columns in took.items():
+        line = f"{row:26}"
+        for of in (lambda cost: cost.seconds, lambda cost: cost.cpu):
+            median = {name: statistics.median(map(of, columns[name])) for name in names}
+            line += "".join(f"{median[name]:15.2f}" for name in names) + f"{median[OURS] / median[THEIRS]:7.2f}"
+        print(f"{line}  {len(columns[OURS])}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="buildah and podman on udbad-overlay and on fuse-overlayfs")
     parser.add_argument("--files", type=int, default=FILES)
@@ -201,11 +265,7 @@ def main() -> int:
         _many_files(files, words.files)
         with _stores(Path(name)) as stores:
             took = _measure(stores, files, words.rounds)
-    print(f"{'':28}{'udbad':>10}{'fuse-overlayfs':>16}{'ratio':>8}   goal {GOAL}; load {os.getloadavg()[0]:.1f}")
-    for row, columns in took.items():
-        ours, theirs = (statistics.median(columns[column]) for column in ("udbad", "fuse-overlayfs"))
-        count = len(columns["udbad"])
-        print(f"{row:28}{ours:10.2f}{theirs:16.2f}{ours / theirs:8.2f}   {count} round{'s' * (count > 1)}")
+    _print(took)
     return 0
 
 

@@ -356,6 +356,31 @@ def test_a_container_goes_on_when_its_mount_process_is_killed(tmp_path: Path, pr
     until(lambda: not served(), "the end of every mount process")
 
 
+@pytest.mark.parametrize("word", ["-f", "-d"])
+def test_in_the_foreground_and_with_layers_that_change(tmp_path: Path, program: Path, word: str) -> None:
+    """It serves until it is told to stop; udba=notify."""
+    for name in ("lower", "upper", "work", "merged", "run"):
+        (tmp_path / name).mkdir()
+    merged = tmp_path / "merged"
+    words = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work,udba=notify"
+    with (tmp_path / "log").open("w") as log:
+        serving = subprocess.Popen(
+            [program, word, "-o", words, merged], stderr=log,
+            env=clean_env(UDBAD_PURE=PURE, UDBAD_RUN_DIR=f"{tmp_path}/run"),
+        )  # fmt: skip
+    try:
+        until(merged.is_mount, "the mount")
+        assert not (merged / "new").exists()
+        (tmp_path / "lower/new").write_text("directly")
+        until((merged / "new").exists, "the file that was made in a layer")
+        assert serving.poll() is None
+    finally:
+        serving.terminate()
+        assert serving.wait(60) == 0
+    assert not merged.is_mount()
+    assert (tmp_path / "log").read_text().endswith("SIGTERM: unmounting\n")
+
+
 def without_marks(tree: Tree) -> Tree:
     """overlayfs hides its own attributes in layers, the others show them."""
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.merge import OVERLAY, Tree, diff, merge
+from tests.helpers.mount import REPOSITORY
 from tests.t2_core.killed import Faults, Killed, descriptors
 from udbad.errors import ExitCode, UserError
 from udbad.tools.convert import convert
@@ -70,6 +72,39 @@ OF_OVERLAYFS = {"gone: device", "dir/gone: device", "covered: opaque", "deep/er/
 
 def run(top: Path, source: str, target: str) -> int:
     return convert(os.fsencode(top), source, target, lambda done, count: None)
+
+
+def command(*words: str) -> tuple[int, str, str]:
+    """Exit code of `udbad convert`, what it says, and what it draws on its terminal."""
+    ours, theirs = os.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "udbad", "convert", *words], stdout=subprocess.PIPE, stderr=theirs,
+            check=False, text=True, timeout=60,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm", "COLUMNS": "80"},
+        )  # fmt: skip
+        os.set_blocking(ours, False)
+        try:
+            drawn = os.read(ours, 1 << 16).decode()
+        except BlockingIOError:
+            drawn = ""
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    return done.returncode, done.stdout, drawn
+
+
+def test_the_command(aufs: Path) -> None:
+    """With a progress bar: directories that are done, of how many."""
+    code, said, drawn = command("aufs", "overlay", str(aufs))
+    assert (code, said) == (0, f"{aufs}: 4 marks rewritten\n")
+    assert "directories" in drawn
+    assert "5/5" in drawn
+    assert marks(aufs) == OF_OVERLAYFS
+    code, said, drawn = command("overlay", "aufs", f"{aufs}/nowhere")
+    assert (code, said) == (ExitCode.BRANCH, "")
+    assert "No such file or directory" in drawn
+    assert command("aufs", "aufs", str(aufs))[0] == ExitCode.USAGE
 
 
 def test_there_and_back(aufs: Path, lower: Path) -> None:

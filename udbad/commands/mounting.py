@@ -21,7 +21,7 @@ from udbad.errors import ExitCode, UserError
 @click.command()
 @click.option("-o", "options", multiple=True, help="Mount options, comma separated: br=…,udba=….")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground and serve until unmounted.")
-@click.option("-v", "--verbose", is_flag=True, help="Log every operation.")
+@click.option("-v", "--verbose", is_flag=True, help="Log what helps to find a fault, too.")
 @click.option(
     "--log-format", type=click.Choice(["plain", "json"]), default="plain", show_default=True,
     help="Lines for people, or JSON.",

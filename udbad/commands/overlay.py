@@ -35,7 +35,7 @@ Mount a union of directories on MERGED, as fuse-overlayfs does; it serves once t
                                as in mount(8)
   -o udba=notify               layers may be changed directly, and that is seen; by default they are private
   -f                           stay in the foreground
-  -d, --debug                  the same, and log every operation
+  -d, --debug                  the same, and log also what helps to find a fault
   -V, --version
   -h, --help
 

@@ -27,7 +27,8 @@ _MODULES: Final = (
     "udbad.tools.mvdown",
     "udbad.tools.syncdown",
 )
-_QUIET_SECONDS: Final = 0.2
+_QUIET_SECONDS: Final = 0.5
+"""Longer than a container is left alone that does one thing and ends, and what is loaded was for nothing."""
 PATIENCE_SECONDS: Final = 5.0
 _AGAIN_SECONDS: Final = 1.0
 
