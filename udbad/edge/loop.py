@@ -12,6 +12,8 @@ to import it takes longer than to mount.
 - Branch events are looked at every TURN_SECONDS at most, so that what gathers is done in one go: our own changes send
   events, too, and so does each write of a file that the kernel writes by itself (kernel/passthrough.py). One that
   nobody waits for is merged with the one before (inotify_merge() in the kernel); else the writer would wake us.
+- The thread asks for short turns on its processor (kernel/scheduling.py): it serves many who wait, and one of them that
+  shares a processor with it, or what copies a large file, would else keep all of them waiting until the next tick.
 - A request may be taken back between "readable" and read(2): its client was killed (request_wait_answer() in
   fs/fuse/dev.c). A blocking read would then hold everything else until the next request, so no descriptor blocks.
 """
@@ -26,7 +28,7 @@ from threading import Lock, Timer
 from time import perf_counter
 from typing import Any, Protocol
 
-from udbad.kernel import boundary, device
+from udbad.kernel import boundary, device, scheduling
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,7 @@ class Loop:
 
         While trio gets no descriptors or no memory, requests are served without it, and it is begun again and again.
         """
+        scheduling.take_turns(scheduling.SHORTEST)
         outcomes: list[Any] = []
         failures: list[Exception] = []
         begun: list[bool] = []

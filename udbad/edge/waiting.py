@@ -26,6 +26,7 @@ from time import monotonic
 from typing import Final
 
 from udbad.edge.operations import Later
+from udbad.kernel import scheduling
 from udbad.types import Trigger
 from udbad.union import copyup
 from udbad.union.fs import UnionFs
@@ -140,7 +141,8 @@ class Waiting:
         """Those that wait for a copy-up, by their number."""
         self._readers = ThreadPoolExecutor(READERS, "read")
         self._syncers = ThreadPoolExecutor(SYNCERS, "sync")
-        self._copiers = ThreadPoolExecutor(COPIERS, "copy")
+        # Made by the event loop, whose turns are short; not those of who keeps a processor busy.
+        self._copiers = ThreadPoolExecutor(COPIERS, "copy", initializer=scheduling.take_turns, initargs=(0,))
         self._closing = False
 
     def go_on(self, request: Request, error: Exception) -> None:
