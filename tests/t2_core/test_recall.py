@@ -502,5 +502,6 @@ def test_compiled_and_not_the_record_is_the_same(lives: Lives) -> None:
         record.changed.clear()
         before = record.size
         record.write(one)
+        record._half.publish()
         assert record._half.memory[before : record.size] == by_c, one
     assert alone == len(every)

@@ -197,5 +197,8 @@ cdef class Writer:
         except BaseException:
             changed.update(ones)
             raise
+        if changed:  # with the rest
+            half.pending = end
+            return False
         publish(self.end, end)
-        return not changed and end <= <uint64_t>half.most
+        return end <= <uint64_t>half.most

@@ -1,10 +1,10 @@
 """What a mount knows, in memory that outlives its process: a log that its successor can read.
 
 The memory is that of a memfd, which a keeper holds as well. An entry is appended by storing it, and then the end of the
-log, one aligned word; so whoever is killed between any two instructions leaves a log that ends before the entry or
-after it. The last entry about an object counts. When entries that do not count have become many, all that there is is
-written anew into the other half of the file, some of it at each `flush`, and what changes meanwhile into both; another
-aligned word then says that the other half is the log.
+log, one aligned word; so whoever is killed between any two instructions leaves a log that ends before what one
+operation has changed or after it. The last entry about an object counts. When entries that do not count have become
+many, all that there is is written anew into the other half of the file, some of it at each `flush`, and what changes
+meanwhile into both; another aligned word then says that the other half is the log.
 
 What is in an entry is not known here (journal.py), but for one word: a count that is changed in place (`count`).
 
@@ -89,7 +89,7 @@ class Counted(Protocol):
 class Half:
     """One half of the file, as a log."""
 
-    __slots__ = ("_fd", "_room", "end_word", "ends", "memory", "most", "number", "words")
+    __slots__ = ("_fd", "_room", "end_word", "ends", "memory", "most", "number", "pending", "words")
 
     def __init__(self, fd: int, ends: memoryview, number: int) -> None:
         """ends: the words of the file's beginning."""
@@ -99,6 +99,8 @@ class Half:
         self.end_word = _END + number
         self.most = 0
         """Bytes from which on it is worth writing all anew."""
+        self.pending = 0
+        """The end of what was written and not published, 0: there is nothing."""
         self._room = 0
         self._extend(self.end)
 
@@ -118,13 +120,14 @@ class Half:
         self._room = room
 
     def append(self, entry: bytes) -> int:
-        """The number of the word with its count. Raises OSError."""
-        end = self.end
+        """The number of the word with its count; who reads the log knows of the entry from `publish` on. Raises
+        OSError."""
+        end = self.pending or self.end
         after = end + len(entry)
         if after > self._room:
             self._extend(after)
         self.memory[end:after] = entry
-        self.ends[self.end_word] = after + 7 & ~7
+        self.pending = after + 7 & ~7
         return (end >> 3) + 1
 
     def copy(self, other: Half) -> None:
@@ -135,8 +138,15 @@ class Half:
             to[:end] = of[:end]
         self.ends[self.end_word] = end
 
+    def publish(self) -> None:
+        """One operation may change several objects: all of that is in the log at once."""
+        if self.pending:
+            self.ends[self.end_word] = self.pending
+            self.pending = 0
+
     def empty(self) -> None:
         """Begin anew, and give back the memory."""
+        self.pending = 0
         self.ends[self.end_word] = 0
         self.memory.madvise(mmap.MADV_REMOVE)
 
@@ -180,7 +190,7 @@ class Record:
         """Appends what there is to be known of an object; replaced by journal.py, and so are the next ones."""
         self.quick: Callable[[set[Any], Half], bool] | None = None
         """Writes to a half some of what has changed, and takes it out of that; for speed, if there is one. False when
-        something is left to be done."""
+        something is left to be done; what was written may not be published then."""
         self.words: memoryview | None = None
         """Where the counts are that may be changed in place; None while they are written anew."""
         self.live: Callable[[], Iterable[Any]] = lambda: ()
@@ -251,6 +261,7 @@ class Record:
         self.changed.clear()  # and not one by one: a set that was large once takes long to look through
         for one in ones:
             self.write(one)
+        self._half.publish()
         if self._next is not None:
             self._move(whole=False)
         else:
@@ -327,6 +338,7 @@ class Record:
         self._moving = True
         try:
             while portion := set(islice(self._rest, _PORTION)):
+                self._next.publish()
                 if self.quick is not None:
                     self.quick(portion, self._next)
                 for one in portion:
@@ -335,6 +347,7 @@ class Record:
                     return
         finally:
             self._moving = False
+            self._next.publish()
         old, self._half, self._next = self._half, self._next, None
         self._words[_STATE] = self.version << 32 | self._half.number
         self.words = self._half.words
