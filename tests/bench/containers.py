@@ -215,8 +215,7 @@ def _stores(directory: Path) -> Iterator[list[Store]]:
             store.end()
 
 
-def _measure(stores: list[Store], files: Path, rounds: int) -> Took:
-    took: Took = defaultdict(lambda: defaultdict(list))
+def _measure(stores: list[Store], files: Path, rounds: int, took: Took) -> None:
     end = monotonic() + BUDGET
     for count in LAYERS:
         _image(files.with_name("image.tar"), count)
@@ -234,7 +233,6 @@ def _measure(stores: list[Store], files: Path, rounds: int) -> Took:
             for store in stores[:: -1 if turn % 2 else 1]:
                 row = f"podman run, {count} layers"
                 took[row][store.name].append(store.timed(*RUN, f"layers{count}", "/bin/sh", "-c", "true"))
-    return took
 
 
 def _print(took: Took) -> None:
@@ -243,6 +241,8 @@ def _print(took: Took) -> None:
     head = "".join(f"{name:>15}" for name in names) + f"{'ratio':>7}"
     print(f"{'':26}{head}{head}  rounds")
     for row, columns in took.items():
+        if columns.keys() != {*names}:
+            continue  # interrupted
         line = f"{row:26}"
         for of in (lambda cost: cost.seconds, lambda cost: cost.cpu):
             median = {name: statistics.median(map(of, columns[name])) for name in names}
@@ -260,12 +260,15 @@ def main() -> int:
         os.execvp("unshare", ["unshare", "-m", sys.executable, "-m", "tests.bench.containers", *sys.argv[1:]])
     # crun wants to know of which kind it is, and refuses a mixture of both.
     subprocess.run(["mount", "-t", "cgroup2", "none", "/sys/fs/cgroup"], check=True)
+    took: Took = defaultdict(lambda: defaultdict(list))
     with tempfile.TemporaryDirectory(prefix="ub-", dir="/var/tmp", ignore_cleanup_errors=True) as name:
         files = Path(name) / "files"
         _many_files(files, words.files)
         with _stores(Path(name)) as stores:
-            took = _measure(stores, files, words.rounds)
-    _print(took)
+            try:
+                _measure(stores, files, words.rounds, took)
+            finally:
+                _print(took)  # what there is, when Ctrl-C has ended it
     return 0
 
 

@@ -57,6 +57,24 @@ def test_the_last_word_counts(layers: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "word",
+    [
+        "rw", "allow_other", "default_permissions", "acl=1", "noxattrs=0", "fsync=1", "xattr_permissions=0",
+        "static_nlink=0", "redirect_dir=off", "redirect_dir=follow", "metacopy=off", "index=off", "nfs_export=off",
+        "timeout=1000", "threaded=1", "fast_ino=0", "writeback=1", "max_threads=5", "max_idle_threads=5",
+    ],
+)  # fmt: skip
+def test_what_is_so_anyway_changes_nothing(word: str) -> None:
+    assert mount_options([f"lowerdir=/a,{word}"]) == mount_options(["lowerdir=/a"])
+
+
+def test_directories_are_renamed_when_asked_for() -> None:
+    assert mount_options(["lowerdir=/a"]).dirren == "off"
+    assert mount_options(["lowerdir=/a,redirect_dir=on"]).dirren == "on"
+    assert mount_options(["lowerdir=/a,allow_idmap"]).allow_idmap
+
+
+@pytest.mark.parametrize(
     "words",
     [
         "lowerdir=/a::/data", "lowerdir=/a:", "lowerdir=", "lowerdir", "upperdir=u,workdir=w", "lowerdir=l,upperdir=u",
