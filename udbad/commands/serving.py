@@ -124,9 +124,12 @@ def serve_in_background(job: Job) -> int:
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        with user_errors():
-            _detach(write_fd)
-            sys.exit(serve(job, lambda: _say(write_fd), (write_fd,)))
+        try:
+            with user_errors():
+                _detach(write_fd)
+                sys.exit(serve(job, lambda: _say(write_fd), (write_fd,)))
+        except SystemExit as end:  # of the guardian, and of each mount process
+            finish(end.code if isinstance(end.code, int) else 0)
     os.close(write_fd)
     with open(read_fd, "rb") as said:
         if said.read(len(READY)) == READY:
@@ -135,8 +138,8 @@ def serve_in_background(job: Job) -> int:
 
 
 def finish(code: int) -> NoReturn:
-    """End this process, which has no threads and nothing open that matters, without taking the interpreter apart:
-    that takes as long as to start it, and somebody waits."""
+    """End this process, in which nothing is left to do, without taking the interpreter apart: that takes as long as to
+    start it, and somebody waits, or wants the processor."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
