@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import shutil
 import stat as st_mod
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -84,10 +85,10 @@ def symlink(path: str, target: bytes = b"somewhere") -> Ask:
     return ask
 
 
-def create(path: str, flags: int = os.O_RDWR | os.O_CREAT | os.O_EXCL) -> Ask:
+def create(path: str, flags: int = os.O_RDWR | os.O_CREAT | os.O_EXCL, mode: int = 0o644) -> Ask:
     def ask(mount: Mount) -> Request:
         parent, name = split(mount, path)
-        return wire.CREATE, parent, struct.pack("<IIII", flags, 0o100644, 0o022, 0) + name + b"\0"
+        return wire.CREATE, parent, struct.pack("<IIII", flags, st_mod.S_IFREG | mode, 0o022, 0) + name + b"\0"
 
     return ask
 
@@ -479,6 +480,65 @@ def test_a_copy_up_under_a_temporary_name(tmp_path: Path, monkeypatch: pytest.Mo
     assert differences(tmp_path, CASES[name]) == []
 
 
+@contextmanager
+def without(capability: int) -> Iterator[None]:
+    """In this thread, capabilities(7). capability: its number in linux/capability.h."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    head = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0))
+    before = ctypes.create_string_buffer(24)
+    assert libc.capget(head, before) == 0
+    words = list(struct.unpack("6I", before.raw[:24]))
+    words[0] &= ~(1 << capability)  # effective; permitted it stays
+    assert libc.capset(head, ctypes.create_string_buffer(struct.pack("6I", *words))) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(head, before) == 0
+
+
+CAP_DAC_OVERRIDE: Final = 1
+
+
+def test_a_file_that_its_owner_may_not_write(tmp_path: Path) -> None:
+    """Who makes it may, where udbad has not the privilege to do so later: killed when it is made, and the successor at
+    each of its steps."""
+    number, killed = 0, True
+    while killed:
+        number += 1
+        killed = made_by_three(tmp_path / str(number), number)
+    assert number == 4, "before and behind each change of its mode"
+
+
+def made_by_three(directory: Path, step: int) -> bool:
+    """Whether the second process was killed before that step. Checks what the last one makes of it."""
+    before = descriptors()
+    build(directory, {"base/o": b""})
+    with without(CAP_DAC_OVERRIDE), ExitStack() as stack:
+        mount = stack.enter_context(mounted(directory, TWO))
+        opcode, node, body = create("n", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)(mount)
+        mount.record.flush()
+        for number, faults in enumerate((Faults(1, after=True), Faults(step), Faults())):
+            if number:
+                mount = stack.enter_context(mounted(directory, TWO, mount.record, served=mount.fs.sb.branches))
+            with faults.armed(), suppress(Killed):
+                mount.send(opcode, node, body, UNIQUE | RESENT if number else UNIQUE)
+            if not faults.fired:
+                break
+        answer = mount.answer()
+        assert answer is not None
+        assert answer[1] == 0
+        handle = mount.fs.handles.files[wire.QWORD.unpack_from(answer[2], wire.ENTRY_SIZE)[0]]
+        assert os.write(handle.fd, b"written") == 7
+        assert struct.unpack_from("<I", answer[2], wire.ENTRY_SIZE - 28)[0] == st_mod.S_IFREG | 0o444
+        assert st_mod.S_IMODE((directory / "top/n").stat().st_mode) == 0o444
+    killed = number == 2
+    del mount, handle
+    gc.collect()
+    for fd in descriptors() - before:
+        os.close(fd)  # of what was killed
+    return killed
+
+
 def test_there_is_a_rule_for_whatever_changes_something() -> None:
     reads = {
         wire.LOOKUP, wire.GETATTR, wire.READLINK, wire.READ, wire.STATFS, wire.GETXATTR, wire.LISTXATTR, wire.READDIR,
@@ -532,6 +592,12 @@ def uncover(name: str) -> Callable[[Path], object]:
     return others
 
 
+def put_out_of_sight(directory: Path) -> None:
+    """Into the directory that is about to be removed, by who has it open."""
+    (temporary,) = (path for path in (directory / "top").glob(".wh..wh.d.*"))
+    put(f"top/{temporary.name}/direct")(directory)
+
+
 INTERFERED: dict[str, Interfered] = {
     "unlink": Interfered(unlink("a"), {"top/a": b"up"}, "unlink", put("top/a"), {"a": b"direct"}),
     "unlink-lower": Interfered(
@@ -539,6 +605,9 @@ INTERFERED: dict[str, Interfered] = {
         uncover("a"), {"a": b"direct"},
     ),
     "rmdir": Interfered(rmdir("d"), {"top/d": None}, "rmdir", make_directory("top/d/x"), {"d/x": b"direct"}),
+    "rmdir-marks": Interfered(
+        rmdir("d"), {"top/d/.wh.x": WH, "base/d/x": b"low"}, "rename", put_out_of_sight, {"d/direct": b"direct"}, 39
+    ),
     "rename-source": Interfered(
         rename("a", "b"), {"top/a": b"up"}, "rename", put("top/a"), {"a": b"direct", "b": b"up"}
     ),
@@ -567,8 +636,10 @@ INTERFERED: dict[str, Interfered] = {
 
 
 @pytest.mark.parametrize("name", INTERFERED)
-def test_what_others_did_meanwhile_stays(tmp_path: Path, name: str) -> None:
+def test_what_others_did_meanwhile_stays(tmp_path: Path, name: str, expect_log: Callable[[str], None]) -> None:
     case = INTERFERED[name]
+    if name == "rmdir-marks":
+        expect_log("b'd' and its whiteout are both in branch")
     build(tmp_path / "right", case.content)
     _, faults = outcome(tmp_path / "right", TWO, case.ask)
     at = max(number for number, call in enumerate(faults.calls, 1) if call == case.behind)

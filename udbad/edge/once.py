@@ -33,8 +33,8 @@ from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.edge.operations import Attributes, Entry, Opened, Operations
 from udbad.edge.slot import CURRENT, RESENT, SLOT, U64, Slot
-from udbad.errors import ABSENT
-from udbad.inodes.handles import HandleTable
+from udbad.errors import ABSENT, os_error
+from udbad.inodes.handles import HandleTable, OpenFile
 from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
@@ -295,9 +295,34 @@ def _symlink(operations: Operations, noted: Noted, parent: int, name: bytes, tar
 def _create(
     operations: Operations, noted: Noted, parent: int, name: bytes, flags: int, mode: int, caller: Caller
 ) -> tuple[Entry, Opened]:
+    fs = operations.fs
     node, _ = _made(operations, parent, name, st_mod.S_IFREG, caller, lambda fd: True)
-    handle, st = operations.fs.open(node.id, flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_DIRECT), caller)
+    opening = flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_DIRECT)
+    try:
+        if noted.words:
+            raise PermissionError
+        handle, st = fs.open(node.id, opening, caller)
+    except PermissionError:
+        handle, st = _open_own(fs, noted, node, (_directory(fs, parent), name), opening, caller)
     return operations.created(parent, flags, handle, st)
+
+
+def _open_own(
+    fs: UnionFs, noted: Noted, node: Node, place: tuple[Dir, bytes], flags: int, caller: Caller
+) -> tuple[OpenFile, os.stat_result]:
+    """A file whose mode does not let its owner open it as whoever makes it may, where we have no CAP_DAC_OVERRIDE. Its
+    mode is noted while it has another one."""
+    parent, name = place
+    dirfd = fs.sb.branch_fd(parent, node.branch)
+    mode = noted.words[0] if noted.words else st_mod.S_IMODE(syscalls.stat_at(dirfd, name).st_mode)
+    assert fs.sb.notes is not None
+    fs.sb.notes.intend(mode)
+    syscalls.chmod_at(dirfd, name, mode | st_mod.S_IRUSR | st_mod.S_IWUSR)
+    try:
+        handle, _ = fs.open(node.id, flags, caller)
+    finally:
+        syscalls.chmod_at(dirfd, name, mode)
+    return handle, os.fstat(handle.fd)
 
 
 def _link(operations: Operations, noted: Noted, number: int, directory: int, name: bytes) -> Entry:
@@ -336,7 +361,8 @@ def _unlink(operations: Operations, noted: Noted, number: int, name: bytes) -> N
 
 
 def _rmdir(operations: Operations, noted: Noted, number: int, name: bytes) -> None:
-    """The name is gone, or another object has it: what the directory had on branches below stays hidden either way."""
+    """The name is gone, or another object has it: what the directory had on branches below stays hidden either way.
+    While it was out of sight something may have been put into it."""
     fs = operations.fs
     parent = _directory(fs, number)
     found = resolve.resolve(fs.sb, parent, name)
@@ -345,6 +371,9 @@ def _rmdir(operations: Operations, noted: Noted, number: int, name: bytes) -> No
         resolve.discard(fs.sb, parent, name, found)
         if noted.words in layers:
             raise _Perform
+    dev, ino = noted.words
+    if remove.restore(fs.sb, parent, name, (dev, ino)):
+        raise os_error(errno.ENOTEMPTY)
     remove.settle(fs.sb, parent, name)
     node = parent.children.get(name) or fs.table.find(fs.sb.inomap.number(*noted.words))
     if type(node) is Dir and noted.words in [layer.identity for layer in node.layers]:

@@ -13,6 +13,7 @@ import os
 from udbad.branch import notation, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import enoent, erofs, os_error
+from udbad.inodes.inomap import Identity
 from udbad.inodes.table import Dir, Node
 from udbad.union import copydirs, lookup, plink, readdir, resolve
 from udbad.union.resolve import Answer, Found
@@ -242,6 +243,29 @@ def _remove_branch_dir(sb: Superblock, branch: Branch, dirfd: int, name: bytes) 
         log.warning("cannot remove %r: %s", tmp, error.strerror)
 
 
+def restore(sb: Superblock, parent: Dir, name: bytes, identity: Identity) -> bool:
+    """Whether a directory that is out of sight holds something, which was put into it directly while a process that was
+    killed was about to remove it; then it has its name again. Else the sweep has the rest to do. A whiteout stays
+    beside it, as it may have been there before: it hides no more than the marks in the directory do."""
+    for layer in parent.layers:
+        branch = layer.branch
+        if not branch.writable or branch.offline:
+            continue
+        dirfd = sb.layer_fd(parent, layer)
+        for tmp in filter(whiteout.TEMPORARY.fullmatch, _names(dirfd)):
+            st = syscalls.stat_at(dirfd, tmp)
+            if (st.st_dev, st.st_ino) != identity:
+                continue
+            try:
+                count_marks(branch, dirfd, tmp)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    raise
+                _put_back(dirfd, tmp, name)
+                return True
+    return False
+
+
 def _put_back(dirfd: int, tmp: bytes, name: bytes) -> None:
     """Give a directory its name back: something was put into it directly, so it is not empty, and stays.
 
@@ -274,13 +298,17 @@ def empty_trash(trash: list[tuple[Branch, int, bytes]]) -> None:
             os.close(dirfd)
 
 
-def _marks(branch: Branch, child: int) -> list[bytes]:
-    """Names in a branch directory that holds nothing but marks. Raises ENOTEMPTY for another name."""
-    listing = syscalls.open_listing(child)
+def _names(dirfd: int) -> list[bytes]:
+    listing = syscalls.open_listing(dirfd)
     try:
-        marks = [os.fsencode(text) for text in os.listdir(listing)]
+        return [os.fsencode(text) for text in os.listdir(listing)]
     finally:
         os.close(listing)
+
+
+def _marks(branch: Branch, child: int) -> list[bytes]:
+    """Names in a branch directory that holds nothing but marks. Raises ENOTEMPTY for another name."""
+    marks = _names(child)
     for mark in marks:
         if not (mark.startswith(whiteout.PREFIX) or (branch.overlay and whiteout.is_device_at(child, mark))):
             raise os_error(errno.ENOTEMPTY)
