@@ -18,7 +18,7 @@ from udbad.coherence.notify import NotifyCoherence
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
 from udbad.types import ROOT_ID, Perm
-from udbad.union import lookup, readdir
+from udbad.union import lookup, readdir, resolve
 from udbad.union.superblock import Superblock
 
 NAMES = [b"d%d" % i for i in range(8)]
@@ -245,8 +245,8 @@ def test_an_entry_whose_status_cannot_be_had(
         return syscalls.stat_at(dirfd, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(readdir, "_stat", stat)
-        patch.setattr(lookup, "_stat", stat)
+        for module in (readdir, lookup, resolve):
+            patch.setattr(module, "_stat", stat)
         error, nodes, after = read_directory(kernel, opened)
     assert asked
     order = [name for name in directory_of(kernel, opened).view or () if name in NAMES]
