@@ -5,17 +5,14 @@ It runs once for each container, and whoever calls it waits: so no click here, s
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final, NamedTuple
 
 from udbad import __version__
-from udbad.branch import capabilities
-from udbad.commands.serving import Job, finish, serve, serve_in_background, user_errors
 from udbad.errors import ExitCode, UserError
-from udbad.settings.overlayfs import mount_options
 
 _NAME: Final = "udbad-overlay"
 HELP: Final = f"""\
@@ -88,6 +85,9 @@ def parse(arguments: Sequence[str]) -> Words | str:
 
 def main() -> None:
     """Entry point of udbad-overlay."""
+    gc.disable()  # of what is imported nothing goes, and serve() ends this when all is there
+    from udbad.commands.serving import user_errors
+
     with user_errors(_NAME):
         words = parse(sys.argv[1:])
         if isinstance(words, str):
@@ -97,6 +97,12 @@ def main() -> None:
 
 
 def _mount(words: Words) -> int:
+    from pathlib import Path
+
+    from udbad.branch import capabilities
+    from udbad.commands.serving import Job, finish, serve, serve_in_background
+    from udbad.settings.overlayfs import mount_options
+
     options = mount_options(words.options)
     run_dir = os.environ.get("UDBAD_RUN_DIR") or capabilities.run_dir()
     job = Job(options, Path(words.mount_point).absolute(), run_dir, words.debug, "plain", not words.foreground)
