@@ -147,9 +147,13 @@ class Beside:
         await replayer.run(helper(replayhelper.__file__, process.mount_point, process.session.id))
 
     async def _rest(self, kept: KeptFiles) -> None:
+        """Until cancelled, and only while there is something to do: a mount that nobody uses wakes nobody."""
         while True:
-            await trio.sleep(WRITING_SECONDS)
-            kept.rest()
+            written = trio.Event()
+            kept.on_written = written.set
+            while kept.rest():  # noqa: ASYNC110  # not waiting for anybody: what was written longer ago is to rest
+                await trio.sleep(WRITING_SECONDS)
+            await written.wait()
 
     async def _run_coherence(self) -> None:
         """The strategy's background work, begun anew when another strategy takes over."""

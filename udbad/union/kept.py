@@ -53,6 +53,8 @@ class KeptFiles:
         """By node id: how many threads use the descriptor."""
         self._written: dict[int, float] = {}
         """By node id: when it was last written to."""
+        self.on_written: Callable[[], None] = lambda: None
+        """Called when something is open for writing, and nothing was: from then on `rest` has something to do."""
         sb.handles.on_missing = self.open
         sb.handles.on_missing_dir = self.open_directory
 
@@ -175,10 +177,12 @@ class KeptFiles:
         return count
 
     def written(self, handle: OpenFile) -> None:
+        if not self._written:
+            self.on_written()
         self._written[handle.node.id] = monotonic()
 
-    def rest(self, seconds: float = WRITING_SECONDS) -> None:
-        """Have nothing open for writing that has not been written to for so long; called from time to time."""
+    def rest(self, seconds: float = WRITING_SECONDS) -> bool:
+        """Have nothing open for writing that has not been written to for so long; whether anything still is."""
         before = monotonic() - seconds
         for node_id in [node_id for node_id, last in self._written.items() if last <= before]:
             handle = self._sb.handles.files.get(-node_id)
@@ -194,6 +198,7 @@ class KeptFiles:
             os.dup2(fd, handle.fd, inheritable=False)
             os.close(fd)
             handle.writable = False
+        return bool(self._written)
 
     def __len__(self) -> int:
         return len(self._named) + len(self._nameless)

@@ -1,4 +1,4 @@
-"""Directories that the kernel has open without telling (io=cached), where their mount process is killed."""
+"""Files and directories that the kernel has open without telling (io=cached)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
+from tests.t2_core.core import core
 from tests.t2_core.killed import Killed, Mount, mounted
 from udbad.kernel import wire
 from udbad.types import ROOT_ID
@@ -48,3 +49,24 @@ def test_a_handle_does_not_outlive_its_directory(tmp_path: Path) -> None:
         with mounted(tmp_path, LAYERS, first.record, cached=True, udba="none") as second:
             assert look_up(second, b"d") == number
             assert b"x" in listing(second, number)
+
+
+def test_nobody_is_woken_while_nothing_is_written(tmp_path: Path) -> None:
+    """What closes files that were written to runs while there are some: an idle mount process sleeps."""
+    with core(tmp_path) as union:
+        union.fs.keep_files(64)
+        kept = union.fs.kept
+        assert kept is not None
+        woken = []
+        kept.on_written = lambda: woken.append(kept.rest(0.0))
+        union.fs.handles.remove_file(union.create("f").fh)
+        handle = kept.open(-union.find("f").id)
+        assert not kept.rest(0.0)
+        for _ in range(2):
+            kept.write(union.fs.creds, handle, 0, b"new", 0)
+        assert woken == [False], "it was not written to yet"
+        assert (kept.rest(), handle.writable) == (True, True), "it was written to a moment ago"
+        assert (kept.rest(0.0), handle.writable) == (False, False)
+        kept.write(union.fs.creds, handle, 0, b"newer", 0)
+        assert len(woken) == 2
+        kept.leave(())
