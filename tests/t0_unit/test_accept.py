@@ -301,11 +301,10 @@ def test_equal_paths_in_one_file_system_need_not_be_nested(tmp_path: Path) -> No
     in_name_space(
         tmp_path,
         """
-        from dataclasses import replace
         sh("mount -t tmpfs one a; mount -t tmpfs two b; mkdir b/x a/y")
         real = accept._read_mounts
         accept._read_mounts = lambda: {
-            key: replace(mount, device=(0, 9999), root=b"/") for key, mount in real().items()
+            key: mount._replace(device=(0, 9999), root=b"/") for key, mount in real().items()
         }
         attempt("a:b/x").close()
         attempt("b:a/y").close()

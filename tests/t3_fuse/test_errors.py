@@ -25,7 +25,7 @@ pytestmark = pytest.mark.fuse
 _libc = ctypes.CDLL(None, use_errno=True)
 
 FAULTY_DAEMON = """
-import dataclasses, errno, os
+import errno, os
 from udbad.edge import table
 from udbad.mount import mountproc
 from udbad.union.fs import UnionFs
@@ -58,7 +58,7 @@ methods = {
 mountproc.UnionFs = type("FaultyFs", (UnionFs,), methods)  # a compiled class cannot be changed itself
 for opcode, row in table.TABLE.items():
     if row.name == "read":  # UnionFs has no part in it
-        table.TABLE[opcode] = dataclasses.replace(row, operation=faulty("read", row.operation))
+        table.TABLE[opcode] = row._replace(operation=faulty("read", row.operation))
 """
 """A fault in each method of UnionFs for which a file of that name says what to raise."""
 
