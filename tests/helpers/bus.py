@@ -43,10 +43,10 @@ def is_believed(mount: Mount) -> bool:
 class Server:
     """A message bus in a process of its own, which can be killed and started again."""
 
-    def __init__(self, kind: str, directory: Path, words: Sequence[str] = ()) -> None:
-        """kind: nats or redis. words: more of its command line."""
+    def __init__(self, kind: str, directory: Path, words: Sequence[str] = (), port: int = 0) -> None:
+        """kind: nats or redis. words: more of its command line. port: 0 for any one."""
         self.kind = kind
-        self.port = free_port()
+        self.port = port or free_port()
         self.directory = directory
         self._words = words
         self._process: subprocess.Popen[bytes] | None = None
@@ -89,9 +89,9 @@ class Server:
 
 
 @contextmanager
-def bus_server(kind: str, directory: Path) -> Iterator[Server]:
+def bus_server(kind: str, directory: Path, words: Sequence[str] = (), port: int = 0) -> Iterator[Server]:
     directory.mkdir(exist_ok=True)
-    server = Server(kind, directory)
+    server = Server(kind, directory, words, port)
     try:
         yield server
     finally:

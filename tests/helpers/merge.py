@@ -26,6 +26,8 @@ REDIRECT = "trusted.overlay.redirect"
 """On a directory that was renamed: its path on the branches below. A mark, and so no attribute of the object."""
 RECORDS = ("trusted.overlay.", "user.overlay.", "user.fuseoverlayfs.")
 """By these overlayfs and fuse-overlayfs note something in a layer: no attributes of an object, where they count."""
+NFS_ACL = "system.nfs4_acl"
+"""What a client of NFS makes of the mode: no attribute that anybody has set."""
 NO_XATTRS = (("", b"not supported"),)
 """The extended attributes of an object where there are none."""
 OVERLAY = 2
@@ -104,7 +106,7 @@ def _xattrs(file: bytes | int) -> tuple[tuple[str, bytes], ...]:
         if error.errno != errno.ENOTSUP:
             raise
         return NO_XATTRS
-    names = sorted(name for name in listed if name != REDIRECT)
+    names = sorted(name for name in listed if name not in (REDIRECT, NFS_ACL))
     return tuple((name, os.getxattr(file, name, follow_symlinks=follow)) for name in names)
 
 

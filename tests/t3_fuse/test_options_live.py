@@ -230,6 +230,7 @@ def squashfs(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "tree/d").mkdir(parents=True)
     (tmp_path / "tree/file").write_text("medium")
     (tmp_path / "tree/d/in").write_text("in")
+    os.chown(tmp_path / "tree/d/in", 12, 34)
     words = ["mksquashfs", str(tmp_path / "tree"), str(tmp_path / "image"), "-quiet", "-no-progress"]
     subprocess.run(words, check=True, capture_output=True, timeout=60)
     (tmp_path / "medium").mkdir()
@@ -239,6 +240,17 @@ def squashfs(tmp_path: Path) -> Iterator[Path]:
         yield tmp_path / "medium"
     finally:
         subprocess.run(["umount", "-l", str(tmp_path / "medium")], check=True, timeout=60)
+
+
+@modes
+def test_files_of_others_on_a_medium_without_acls(tmp_path: Path, squashfs: Path, udba: str) -> None:
+    """Who does not own a file may open it all the same: the kernel asks for its ACL first."""
+    (tmp_path / "top").mkdir()
+    with mounted([f"{tmp_path}/top", str(squashfs)], tmp_path / "mnt", udba) as mount:
+        assert (mount.path / "d/in").stat().st_uid == 12
+        assert (mount.path / "d/in").read_text() == "in"
+        with pytest.raises(OSError, match="No data available"):
+            os.getxattr(mount.path / "d/in", "system.posix_acl_access")
 
 
 @modes

@@ -53,7 +53,11 @@ class SharedScene(Scene):
 
 
 def scenes_of(site: Site, state: str) -> list[SharedScene]:
-    return [SharedScene(client.mount, "notify", state, client=client, site=site) for client in site.clients]
+    # A directory that nobody has asked for may be new with the name that is told.
+    looks = 1 if state == "positive" else 0
+    return [
+        SharedScene(client.mount, "notify", state, looks=looks, client=client, site=site) for client in site.clients
+    ]
 
 
 def check(scenes: list[SharedScene], case: Case) -> None:

@@ -391,6 +391,17 @@ def getxattr(target: Object, key: bytes) -> bytes | None:
         return None
 
 
+def get_acl(target: Object, key: bytes) -> bytes | None:
+    """`getxattr` of a POSIX ACL; None also where nothing can have one (squashfs, NFS 4): for the kernel, which asks for
+    it to decide on access, EOPNOTSUPP would be the answer to an open (fuse_get_acl() in fs/fuse/acl.c)."""
+    try:
+        return getxattr(target, key)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return None
+
+
 def has_xattr(target: Object, key: bytes) -> bool:
     """False also where nothing can have it."""
     try:

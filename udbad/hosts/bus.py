@@ -110,6 +110,9 @@ class Bus(Protocol):
     async def publish(self, subject: str, data: bytes) -> None:
         """Returns when the bus has it. Raises BusError."""
 
+    async def may_publish(self, subject: str) -> None:
+        """Raises BusError when it would not be taken. Nothing is published."""
+
     def read(self, subject: str, after: str | None, ready: Ready | None = None) -> AsyncIterator[Delivery]:
         """What was published after a position, and what will be; None: from now on.
 
@@ -142,7 +145,7 @@ async def connect(settings: BusSettings) -> Bus:
         return await NatsBus.connect(settings)
     except ModuleNotFoundError as error:
         extra = "redis" if scheme in ("redis", "rediss") else "nats"
-        if error.name is None or error.name.partition(".")[0] != extra:
+        if error.name is None or error.name.partition(".")[0] not in (extra, "nkeys"):  # that of `.creds`
             raise
         text = f"{scheme}: needs the Python package of {extra}: pip install udbad[{extra}]"
         raise UserError(text, ExitCode.CONFIG) from None

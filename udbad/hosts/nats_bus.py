@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import secrets
 from collections.abc import AsyncIterator
 from typing import Any, Final, Self
 
@@ -26,20 +27,43 @@ from nats.js.api import (
     StorageType,
     StreamConfig,
 )
+from nkeys import ErrInvalidSeed, NkeysError, from_seed  # type: ignore[import-untyped]  # has no types
 
+from udbad.errors import ExitCode, UserError
 from udbad.hosts.bus import BusError, BusSettings, Delivery, Lost, Ready
 
 _MAX_BYTES: Final = 256 << 20
 """Of a stream that we make."""
+_ANOTHER_STREAM: Final = 10060
+"""JSStreamNotMatchErr: what is published is for another one (Nats-Expected-Stream), and is thrown away."""
+_CLOSING: Final = 1.0
+"""Seconds until a connection is given up that does not end."""
 _FAILED: Final = (nats.errors.Error, nats.js.errors.Error, OSError, TimeoutError, asyncio.TimeoutError)
+
+
+class _Said:
+    """What the server has said last that is no answer: it gives none to what it does not permit."""
+
+    def __init__(self) -> None:
+        self._refusal = ""
+
+    async def note(self, error: Exception) -> None:
+        self._refusal = _text(error)
+
+    def why(self, error: BaseException) -> str:
+        """For people."""
+        if isinstance(error, TimeoutError | nats.errors.TimeoutError) and self._refusal:
+            return self._refusal
+        return _text(error)
 
 
 class NatsBus:
     """One connection, which is not made again when it is lost."""
 
-    def __init__(self, client: Client, settings: BusSettings) -> None:
+    def __init__(self, client: Client, settings: BusSettings, said: _Said) -> None:
         self._client = client
         self._settings = settings
+        self._said = said
         self._stream = re.sub("[^A-Za-z0-9_-]", "_", settings.prefix)
         self._js = client.jetstream(timeout=settings.seconds)
         self.identity = ""
@@ -49,12 +73,13 @@ class NatsBus:
         """Raises BusError, UserError."""
         errors: list[str] = []
         for url in settings.urls:
+            said = _Said()
             try:
-                client = await cls._connect_to(url, settings)
+                client = await cls._connect_to(url, settings, said)
             except _FAILED as error:
                 errors.append(f"{url}: {_text(error)}")
                 continue
-            bus = cls(client, settings)
+            bus = cls(client, settings, said)
             try:
                 await bus._find_stream()
             except BaseException:
@@ -64,13 +89,13 @@ class NatsBus:
         raise BusError("; ".join(errors))
 
     @staticmethod
-    async def _connect_to(url: str, settings: BusSettings) -> Client:
+    async def _connect_to(url: str, settings: BusSettings, said: _Said) -> Client:
         words: dict[str, Any] = {}
         user = settings.user()
         if user is not None:
             words["user"], words["password"] = user
         elif settings.credentials is not None:
-            words["user_credentials"] = settings.credentials
+            words["user_credentials"] = _checked(settings.credentials, settings.secret() or "")
         context = settings.tls()
         if context is not None:
             words["tls"] = context
@@ -79,10 +104,10 @@ class NatsBus:
             async with asyncio.timeout(settings.seconds):
                 await client.connect(
                     [url], allow_reconnect=False, connect_timeout=max(int(settings.seconds), 1), name="udbad",
-                    ping_interval=max(int(settings.seconds), 1), max_outstanding_pings=2, error_cb=_ignore, **words,
+                    ping_interval=max(int(settings.seconds), 1), max_outstanding_pings=2, error_cb=said.note, **words,
                 )  # fmt: skip
         except BaseException:
-            await client.close()
+            await _close(client)
             raise
         return client
 
@@ -99,7 +124,7 @@ class NatsBus:
                 )  # fmt: skip
                 found = await self._info()
         except _FAILED as error:
-            raise BusError(f"JetStream: {_text(error)}") from None
+            raise BusError(f"JetStream: {self._said.why(error)}") from None
         if found is None:
             raise BusError(f"stream {self._stream} has gone")
         self.identity = found
@@ -119,10 +144,21 @@ class NatsBus:
         try:
             await self._js.publish(subject, data, timeout=self._settings.seconds, stream=self._stream)
         except _FAILED as error:
-            raise BusError(f"{subject}: {_text(error)}") from None
+            raise BusError(f"{subject}: {self._said.why(error)}") from None
+
+    async def may_publish(self, subject: str) -> None:
+        try:
+            await self._js.publish(subject, b"", timeout=self._settings.seconds, stream=f"{self._stream}-none")
+        except nats.js.errors.APIError as error:
+            if error.err_code != _ANOTHER_STREAM:
+                raise BusError(f"{subject}: {_text(error)}") from None
+        except _FAILED as error:
+            raise BusError(f"{subject}: {self._said.why(error)}") from None
 
     async def read(self, subject: str, after: str | None, ready: Ready | None = None) -> AsyncIterator[Delivery]:
+        # With a name, it is asked for by a subject that ends with the one that is read: each can be permitted alone.
         where = ConsumerConfig(
+            name=secrets.token_hex(8),
             ack_policy=AckPolicy.NONE,
             deliver_policy=DeliverPolicy.NEW if after is None else DeliverPolicy.BY_START_SEQUENCE,
             opt_start_seq=None if after is None else int(after) + 1,
@@ -142,19 +178,32 @@ class NatsBus:
         except nats.js.errors.NotFoundError:
             raise Lost(f"{subject}: the stream has gone") from None
         except _FAILED as error:
-            raise BusError(f"{subject}: {_text(error)}") from None
+            raise BusError(f"{subject}: {self._said.why(error)}") from None
         raise BusError(f"{subject}: the connection was lost")
 
     async def close(self) -> None:
-        try:
-            async with asyncio.timeout(self._settings.seconds):
-                await self._client.close()
-        except _FAILED:
-            pass
+        await _close(self._client)
 
 
-async def _ignore(error: Exception) -> None:
-    """What is wrong shows where something was asked for."""
+async def _close(client: Client) -> None:
+    """Never fails, nor waits for long: after a handshake of TLS that has failed, asyncio waits for its end for ever."""
+    try:
+        async with asyncio.timeout(_CLOSING):
+            await client.close()
+    except _FAILED:
+        pass
+
+
+def _checked(path: str, text: str) -> str:
+    """path. Raises UserError when what is in the file cannot be used, which the library does in ways of its own."""
+    seed = re.search(r"-BEGIN USER NKEY SEED-+\s+(\S+)\s", text)
+    try:
+        if seed is None or "-BEGIN NATS USER JWT-" not in text:
+            raise ErrInvalidSeed
+        from_seed(bytearray(seed[1].encode())).wipe()
+    except (NkeysError, ValueError):
+        raise UserError(f"{path}: no credentials of NATS", ExitCode.CONFIG) from None
+    return path
 
 
 def _text(error: BaseException) -> str:

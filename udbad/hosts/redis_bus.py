@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry as Retries
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from udbad.errors import ExitCode, UserError
 from udbad.hosts.bus import BusError, BusSettings, Delivery, Lost, Ready
@@ -21,6 +21,8 @@ from udbad.hosts.bus import BusError, BusSettings, Delivery, Lost, Ready
 _MOST: Final = 50_000
 """Messages in a stream, about."""
 _AT_ONCE: Final = 100
+_NO_POSITION: Final = "0-0"
+"""Before all messages; none has it."""
 _FAILED: Final = (RedisError, OSError, TimeoutError)
 
 
@@ -64,9 +66,20 @@ class RedisBus:
         except _FAILED as error:
             raise BusError(f"{subject}: {error or type(error).__name__}") from None
 
+    async def may_publish(self, subject: str) -> None:
+        try:
+            await self._client.xadd(subject, {b"m": b""}, id=_NO_POSITION)
+        except NoPermissionError as error:
+            raise BusError(f"{subject}: {error}") from None
+        except ResponseError:
+            return  # the command was permitted, and then refused for its position
+        except _FAILED as error:
+            raise BusError(f"{subject}: {error or type(error).__name__}") from None
+
     async def read(self, subject: str, after: str | None, ready: Ready | None = None) -> AsyncIterator[Delivery]:
         try:
             position = after or await self._last(subject)
+            await self._client.xread({subject: position}, count=1)  # what is not permitted is refused before `ready`
             if ready is not None:
                 ready()
             while True:
@@ -84,7 +97,7 @@ class RedisBus:
 
     async def _last(self, subject: str) -> str:
         found: Any = await self._client.xrevrange(subject, count=1)
-        return found[0][0].decode() if found else "0-0"
+        return found[0][0].decode() if found else _NO_POSITION
 
     async def close(self) -> None:
         try:
@@ -99,7 +112,11 @@ def _client(url: str, settings: BusSettings) -> Redis:
     if user is not None:
         words["username"], words["password"] = user
     if url.startswith("rediss"):
-        words |= {"ssl_ca_certs": settings.ca, "ssl_certfile": settings.certificate, "ssl_keyfile": settings.key}
+        settings.tls()  # raises for files that cannot be used
+        words |= {
+            "ssl_ca_certs": settings.ca, "ssl_certfile": settings.certificate, "ssl_keyfile": settings.key,
+            "ssl_check_hostname": True,  # older versions do not by themselves
+        }  # fmt: skip
     try:
         return Redis.from_url(
             url, socket_timeout=settings.seconds, socket_connect_timeout=settings.seconds,

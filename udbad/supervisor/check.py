@@ -1,6 +1,6 @@
 """What the mounts of a configuration would be refused for if they began now: the rules of branch/accept.py, applied
-to what is there, and whether the message bus of [hosts] answers. Opens branches and mount points, which may hang; so it
-is for a command, not for the supervisor.
+to what is there, and whether the message bus of [hosts] answers, and permits what they have to do. Opens branches and
+mount points, which may hang; so it is for a command, not for the supervisor.
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ def problems(config: Config) -> Iterator[Problem]:
 def _bus_problems(config: Config) -> Iterator[Problem]:
     import asyncio  # only where there is one
 
-    from udbad.hosts.bus import BusError, BusSettings, connect
+    from udbad.hosts.bus import BusError, BusSettings
+    from udbad.hosts.permitted import refusals
 
-    async def try_it() -> None:
-        await (await connect(BusSettings.of(config.hosts))).close()
-
+    heard = {name for mount in config.mounts.values() for name in mount.published}
+    told = {name for mount in config.mounts.values() if mount.publish for name in mount.published}
     try:
-        asyncio.run(try_it())
+        found = asyncio.run(refusals(BusSettings.of(config.hosts), sorted(heard), sorted(told)))
     except (BusError, UserError) as error:
-        yield Problem(config.origin["hosts"], "hosts", str(error))
+        found = [str(error)]
+    for text in found:
+        yield Problem(config.origin["hosts"], "hosts", text)
 
 
 def missing(mount: MountSettings) -> list[str]:

@@ -341,7 +341,8 @@ class UnionFs:
         if known & bit:
             return None
         name = key if bit else self._kept(node, key)
-        value = self._on_object(node, lambda object_: syscalls.getxattr(object_, name))
+        read = syscalls.get_acl if key.startswith(_ACL_PREFIX) else syscalls.getxattr
+        value = self._on_object(node, lambda object_: read(object_, name))
         if value is None and state is not None:
             node.lacks = known | bit, state
         return value
