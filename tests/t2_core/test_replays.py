@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.inprocess import Union, notify_union
+from udbad.branch import syscalls
 from udbad.coherence import watcher
 from udbad.coherence.replays import Kind, Replays, Step
+from udbad.edge import replay
 from udbad.inodes.table import Node
 from udbad.types import ROOT_ID, Perm
 
@@ -331,3 +333,16 @@ def test_at_random(watched: Watched, seed: int, looks: bool, monkeypatch: pytest
     watched.show()
     assert watched.believed == watched.listed()
     assert looks or not watched.unknown
+
+
+def test_what_was_removed_has_a_link_more(tmp_path: Path) -> None:
+    """Of what stat(2) of ours returns, compiled or not."""
+    path = tmp_path / "f"
+    path.write_text("content")
+    os.utime(path, ns=(1_500_000_001, 2_000_000_003))
+    with path.open() as file:
+        given = replay._status(syscalls.fstat(file.fileno()), 1)
+        there = os.fstat(file.fileno())
+    assert given.st_nlink == there.st_nlink + 1
+    names = [name for name in dir(there) if name.startswith("st_") and name != "st_nlink"]
+    assert {name: getattr(given, name) for name in names} == {name: getattr(there, name) for name in names}

@@ -62,7 +62,11 @@ _PATIENCE_SECONDS: Final = 30.0
 
 _OPENED: Final = wire.OPENED.pack(NOTHING, wire.DIRECT_IO | wire.KEEP_CACHE | wire.NO_FLUSH, 0)
 """It says nothing about what others may do with the file (fuse_file_io_open() in fs/fuse/iomode.c)."""
-_MORE_OF_STATUS: Final = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blksize", "st_blocks", "st_rdev")
+_FIRST_OF_STATUS: Final = ("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_size")
+_MORE_OF_STATUS: Final = (
+    "st_atime", "st_mtime", "st_ctime", "st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_blksize", "st_blocks",
+    "st_rdev",
+)  # fmt: skip
 _GHOSTS: Final = 1 << 62
 """Node ids from here on stand for what was removed and is not known any more; none is given twice."""
 
@@ -452,6 +456,9 @@ def helper(program: str, mount_point: bytes, mount_id: int) -> Callable[[int, in
 
 def _status(st: os.stat_result | None, more: int, kind: int = 0) -> os.stat_result:
     """A status with so many links more; of something of this kind where there is none."""
-    first: list[float] = [kind | 0o600, *[0] * 9] if st is None else list(st)[:10]
+    first: list[float] = [kind | 0o600, *[0] * 6]
+    if st is not None:
+        first = [getattr(st, name) for name in _FIRST_OF_STATUS]  # where it is compiled, it is no sequence
     first[3] += more
+    first += [0] * 3 if st is None else [st[at] for at in (7, 8, 9)]
     return os.stat_result(first, {name: 0 if st is None else getattr(st, name) for name in _MORE_OF_STATUS})
