@@ -19,7 +19,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -205,7 +205,7 @@ class Run:
         else:
             op = ops.random_op(self.draw.choice, self.model)
             if op.name == "chmod" and not WITH_SET_ID:
-                op = Op(op.name, op.path, op.other, op.arg & 0o777)
+                op = replace(op, arg=op.arg & 0o777)
             self.operate(op)
         for number in range(len(self.held)):
             self.check(number)

@@ -16,7 +16,6 @@ from udbad.branch.policy import CopyUpPolicy, CreatePolicy, Facts
 from udbad.errors import ABSENT, erofs, estale, os_error
 from udbad.inodes.table import Dir, Layer
 from udbad.union import lookup, resolve
-from udbad.union.resolve import Answer
 from udbad.union.superblock import Superblock
 
 
@@ -124,15 +123,13 @@ def _made_directly(sb: Superblock, node: Dir, branch: Branch) -> int:
     parent = node.parent
     assert parent is not None
     parent.doubt(node.name)
-    found = resolve.resolve(sb, parent, node.name)
-    if found.answer is Answer.FOUND:
-        if found.layers is not None and resolve.same_directory(node, found.layers):
-            lookup.adopt(sb, node, found, parent.floor)
-            if node.layer(branch.index) is None:
-                raise erofs()  # what has its place on this branch is no directory, and not shown
-            return sb.branch_fd(node, branch)
-        resolve.discard(sb, parent, node.name, found)
-    raise estale()
+    found = resolve.found_again(sb, parent, node)
+    if found is None:
+        raise estale()
+    lookup.adopt(sb, node, found, parent.floor)
+    if node.layer(branch.index) is None:
+        raise erofs()  # what has its place on this branch is no directory, and not shown
+    return sb.branch_fd(node, branch)
 
 
 def _copy_dir(sb: Superblock, node: Dir, branch: Branch, parent_fd: int) -> int:

@@ -20,7 +20,7 @@ from udbad.branch.branches import Branch
 from udbad.errors import eio, enoent
 from udbad.inodes.table import LOAD_AT_LEAST, Dir, Node
 from udbad.union import homes, times
-from udbad.union.resolve import Answer, Found, Missing, discard, resolve, same_directory
+from udbad.union.resolve import Answer, Found, Missing, discard, found_again, resolve, same_directory
 from udbad.union.superblock import LAST_DEPTH, Superblock, lower_links
 from udbad.union.view import load_view
 
@@ -252,16 +252,13 @@ def _has_its_place(sb: Superblock, node: Node, parent: Dir, name: bytes) -> bool
     if above is None or above.dead or (above is parent and node.name == name):
         return False
     try:
-        found = resolve(sb, above, node.name)
+        found = found_again(sb, above, node) if type(node) is Dir else resolve(sb, above, node.name)
     except OSError:
         return True  # not known; a second number does no harm
-    if found.answer is not Answer.FOUND:
+    if found is None or found.answer is not Answer.FOUND:
         return False
-    if found.layers is None:
-        return node.identity == (found.st.st_dev, found.st.st_ino)
-    same = type(node) is Dir and same_directory(node, found.layers)
     discard(sb, above, node.name, found)
-    return same
+    return type(node) is Dir or (found.layers is None and node.identity == (found.st.st_dev, found.st.st_ino))
 
 
 def refresh(sb: Superblock, node: Dir) -> None:
@@ -330,14 +327,12 @@ def _resolve_chain(sb: Superblock, chain: list[Dir]) -> None:
         if parent is not None and not entry.dead:
             if by_times and times.unchanged(sb, entry) and entry.resolved == parent.version:
                 continue
-            found = resolve(sb, parent, entry.name)
-            if found.answer is Answer.FOUND:
-                if found.layers is not None and same_directory(entry, found.layers):
-                    adopt(sb, entry, found, parent.floor)
-                    # Where a redirect leads is for other directories to say than those that are asked here.
-                    entry.resolved = -1 if entry.moved else parent.version
-                    continue
-                discard(sb, parent, entry.name, found)
+            found = found_again(sb, parent, entry)
+            if found is not None:
+                adopt(sb, entry, found, parent.floor)
+                # Where a redirect leads is for other directories to say than those that are asked here.
+                entry.resolved = -1 if entry.moved else parent.version
+                continue
         alive = [layer for layer in entry.layers if layer.fd >= 0 and os.fstat(layer.fd).st_nlink > 0]
         if not alive:
             raise eio() if entry.offline else enoent()

@@ -278,6 +278,17 @@ def discard(sb: Superblock, parent: Dir, name: bytes, found: Found) -> None:
             os.close(layer.fd)
 
 
+def found_again(sb: Superblock, parent: Dir, node: Dir) -> Found | None:
+    """What the name of a directory stands for now, if that is this directory. Raises what `resolve` raises."""
+    found = resolve(sb, parent, node.name)
+    if found.answer is not Answer.FOUND:
+        return None
+    if found.layers is not None and same_directory(node, found.layers):
+        return found
+    discard(sb, parent, node.name, found)
+    return None
+
+
 def same_directory(node: Dir, layers: list[Layer]) -> bool:
     """A directory stays itself while it keeps at least one of its branch directories."""
     ids = {layer.identity for layer in node.layers}
