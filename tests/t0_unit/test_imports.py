@@ -143,7 +143,7 @@ def test_what_runs_for_each_container() -> None:
     """The program itself takes no library, and what serves no more than of other mounts, and no click."""
     loaded = run(SAYS_THE_MODULES_OF_THE_PROGRAM, "-o", "lowerdir=/nowhere,nothing", "/nowhere")
     assert heavy(loaded, SERVING) == set()
-    assert "click" not in loaded
+    assert not {"click", "pathlib"}.intersection(loaded)
 
 
 LOADED_FOR_EVER = """

@@ -23,10 +23,10 @@ def _umask() -> Iterator[None]:
     os.umask(before)
 
 
-def entry(path: Path, pid: int = 0) -> registry.Entry:
+def entry(path: str, pid: int = 0) -> registry.Entry:
     return registry.Entry(
         name="", mount_point="/m", asked="/m", options="br=/a", configured="br=/a", pid=pid or os.getpid(),
-        connection=1, supervised=True, version="1", started=0.0, directory=str(path),
+        connection=1, supervised=True, version="1", started=0.0, directory=path,
     )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def registered(tmp_path: Path) -> Iterator[Path]:
     registration = registry.Registration(run_dir, b"/m")
     registration.write(entry(registration.path))
     registration.write_branches(["/a=rw", "/b=ro"])
-    yield registration.path
+    yield Path(registration.path)
     claim.release()
     registration.release()
 
@@ -99,7 +99,7 @@ def test_nothing_is_written_where_others_may_write(registered: Path, what: str) 
 def test_a_temporary_that_somebody_has_open_is_not_used(registered: Path) -> None:
     with (registered / ".mount.json.new").open("w") as theirs:
         (registered / ".mount.json.new").chmod(0o666)
-        with private.directory(registered) as dirfd:
+        with private.directory(str(registered)) as dirfd:
             private.write(dirfd, "mount.json", b"ours")
         theirs.write("theirs")
     assert (registered / "mount.json").read_text() == "ours"

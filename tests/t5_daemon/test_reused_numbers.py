@@ -88,7 +88,7 @@ def test_a_union_of_other_namespaces_that_shares_the_run_directory(tmp_path: Pat
     code = f"from udbad.control import registry; registry.sweep({str(tmp_path)!r}, set())"
     namespaces = ["unshare", "-m", "-p", "-f", "--mount-proc", "--propagation", "private"]
     subprocess.run([*namespaces, sys.executable, "-c", code], check=True, timeout=DEADLINE, cwd=REPOSITORY)
-    assert mine.path.exists()
+    assert os.path.exists(mine.path)
     assert not Path(gone.directory).exists()
     mine.remove()
     assert os.listdir(tmp_path) == []

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from pathlib import Path
 from typing import Final
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -67,7 +66,8 @@ def may_trust() -> bool:
     if not read()[0] & _CAP_SYS_ADMIN:
         return False
     try:
-        return Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
+        with open("/proc/self/uid_map", encoding="ascii") as lines:
+            return lines.read().split() == ["0", "0", "4294967295"]
     except OSError:
         return False
 
@@ -112,5 +112,5 @@ def config_file() -> str:
     """The configuration of the daemon: root's, or the user's own (XDG Base Directory Specification)."""
     if os.geteuid() == 0:
         return SYSTEM_CONFIG
-    home = os.environ.get("XDG_CONFIG_HOME")
-    return str((Path(home) if home else Path.home() / ".config") / "udbad" / "udbad.toml")
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return os.path.join(home, "udbad", "udbad.toml")

@@ -56,7 +56,7 @@ def mount(
             mount_point = Path(place_in_store(parsed.source))
         if parsed.fsname == "none" and source != "none":
             parsed = replace(parsed, fsname=source)
-        job = Job(parsed, mount_point.absolute(), run_dir, verbose, log_format, background=not foreground)
+        job = Job(parsed, str(mount_point.absolute()), run_dir, verbose, log_format, background=not foreground)
         job.set_up_log()
         if foreground:
             private = (ready_fd,) if ready_fd >= 0 else ()
@@ -65,10 +65,10 @@ def mount(
             finish(serve_in_background(job))
 
 
-def _say_ready(mount_point: Path, ready_fd: int) -> None:
+def _say_ready(mount_point: str, ready_fd: int) -> None:
     from udbad.supervisor import sdnotify
 
-    sdnotify.notify("READY=1", f"STATUS=serves {mount_point.absolute()}")
+    sdnotify.notify("READY=1", f"STATUS=serves {mount_point}")
     if ready_fd >= 0:
         with suppress(BrokenPipeError):  # whoever started us is gone, which is no reason not to serve
             os.write(ready_fd, READY)

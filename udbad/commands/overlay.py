@@ -97,15 +97,14 @@ def main() -> None:
 
 
 def _mount(words: Words) -> int:
-    from pathlib import Path
-
     from udbad.branch import capabilities
     from udbad.commands.serving import Job, finish, serve, serve_in_background
     from udbad.settings.overlayfs import mount_options
 
     options = mount_options(words.options)
     run_dir = os.environ.get("UDBAD_RUN_DIR") or capabilities.run_dir()
-    job = Job(options, Path(words.mount_point).absolute(), run_dir, words.debug, "plain", not words.foreground)
+    place = os.path.join(os.getcwd(), words.mount_point)
+    job = Job(options, place, run_dir, words.debug, "plain", background=not words.foreground)
     job.set_up_log()
     if not words.foreground:
         finish(serve_in_background(job))

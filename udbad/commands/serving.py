@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from udbad import logs
@@ -50,7 +49,7 @@ class Job:
     """What `udbad mount` was asked for. background: it has left whoever started it once it serves."""
 
     options: MountOptions
-    mount_point: Path
+    mount_point: str
     run_dir: str
     verbose: bool
     log_format: str
@@ -68,7 +67,7 @@ class Job:
         from udbad.settings.options import format_options
 
         words = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**words, "options": format_options(self.options), "mount_point": str(self.mount_point)}
+        return {**words, "options": format_options(self.options)}
 
     @classmethod
     def of(cls, words: Mapping[str, Any]) -> Job:
@@ -77,7 +76,7 @@ class Job:
 
         known = {field.name: words[field.name] for field in fields(cls)}
         options = parse_mount_options(known["options"])
-        return cls(**{**known, "options": options, "mount_point": Path(known["mount_point"])})
+        return cls(**{**known, "options": options})
 
 
 def serve(job: Job, on_ready: Callable[[], None], private: tuple[int, ...], state: State | None = None) -> int:

@@ -12,7 +12,6 @@ import os
 import stat as st_mod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Final
 
 FOR_ALL: Final = 0o644
@@ -37,7 +36,7 @@ def _check(fd: int, name: str) -> None:
 
 
 @contextmanager
-def directory(path: Path, make: bool = False) -> Iterator[int]:
+def directory(path: str, make: bool = False) -> Iterator[int]:
     """A descriptor of a directory, checked. make: it is made if it is missing, and those above it."""
     while True:
         try:
@@ -48,19 +47,20 @@ def directory(path: Path, make: bool = False) -> Iterator[int]:
                 raise
             _make(path)
         except NotADirectoryError:
-            if path.is_symlink():
-                raise NotPrivate(str(path), "is a symbolic link") from None
+            if os.path.islink(path):
+                raise NotPrivate(path, "is a symbolic link") from None
             raise
     try:
-        _check(fd, str(path))
+        _check(fd, path)
         yield fd
     finally:
         os.close(fd)
 
 
-def _make(path: Path) -> None:
-    if not path.parent.exists():
-        _make(path.parent)
+def _make(path: str) -> None:
+    above = os.path.dirname(path)
+    if above and not os.path.exists(above):
+        _make(above)
     try:
         os.mkdir(path, _DIRECTORY)
     except FileExistsError:

@@ -26,7 +26,6 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from udbad.control import private
 from udbad.control.words import known
@@ -104,8 +103,8 @@ def mount_namespace() -> int:
         return 0
 
 
-def directory(run_dir: str, mount_point: bytes) -> Path:
-    return Path(run_dir) / f"si_{mount_id(mount_point)}"
+def directory(run_dir: str, mount_point: bytes) -> str:
+    return os.path.join(run_dir, f"si_{mount_id(mount_point)}")
 
 
 class Claim:
@@ -125,7 +124,7 @@ class Claim:
                 raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
             time.sleep(_CLAIM_PAUSE)
 
-    def _take(self, path: Path) -> bool:
+    def _take(self, path: str) -> bool:
         with _entered(path, make=True) as dirfd:
             fd = private.open_lock(dirfd, CLAIM)
             try:
@@ -159,9 +158,9 @@ class Claim:
 
 
 @contextmanager
-def _entered(path: Path, make: bool = False) -> Iterator[int]:
+def _entered(path: str, make: bool = False) -> Iterator[int]:
     """A descriptor of the directory of a mount, checked with the run directory; make: both, if missing."""
-    with private.directory(path.parent, make), private.directory(path, make) as dirfd:
+    with private.directory(os.path.dirname(path), make), private.directory(path, make) as dirfd:
         yield dirfd
 
 
@@ -184,11 +183,11 @@ class Registration:
 
     def _begin_life(self) -> int:
         """A locked file of our own, in the place of an earlier one: its process may still be ending."""
-        temporary = self.path / ".alive.new"
+        temporary = os.path.join(self.path, ".alive.new")
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            temporary.replace(self.path / ALIVE)
+            os.replace(temporary, os.path.join(self.path, ALIVE))
         except BaseException:
             os.close(fd)
             raise
@@ -208,7 +207,7 @@ class Registration:
             count += 1
         for name in os.listdir(self.path):
             if name.startswith("br") and name[2:].isdigit() and int(name[2:]) >= count:
-                (self.path / name).unlink()
+                os.unlink(os.path.join(self.path, name))
 
     def _replace(self, name: str, text: str) -> None:
         with _entered(self.path) as dirfd:
@@ -218,7 +217,7 @@ class Registration:
         """The mount has ended in order: nothing of it is left to know, unless another process is there already."""
         try:
             if self._is_ours():
-                claim = Claim(str(self.path.parent), self._mount_point, 0)
+                claim = Claim(os.path.dirname(self.path), self._mount_point, 0)
                 try:
                     if self._is_ours():
                         _remove(self.path)
@@ -232,7 +231,7 @@ class Registration:
 
     def _is_ours(self) -> bool:
         try:
-            return os.path.samestat(os.fstat(self._life), os.stat(self.path / ALIVE))
+            return os.path.samestat(os.fstat(self._life), os.stat(os.path.join(self.path, ALIVE)))
         except FileNotFoundError:
             return False
 
@@ -258,7 +257,7 @@ def is_alive(entry: Entry) -> bool:
     return False
 
 
-def read(path: Path) -> Entry | None:
+def read(path: str) -> Entry | None:
     """The entry in a directory si_<id>; None when there is none, or none that makes sense.
 
     What another version knows beyond it is passed over: the mount is there all the same.
@@ -266,7 +265,7 @@ def read(path: Path) -> Entry | None:
     try:
         with _entered(path) as dirfd:
             words = json.loads(private.read(dirfd, ENTRY))
-        entry = Entry(**{**known(Entry, words), "directory": str(path)})
+        entry = Entry(**{**known(Entry, words), "directory": path})
     except private.NotPrivate as error:
         log.warning("%s is passed over: %s %s", path, error.filename, error.strerror)
         return None
@@ -286,7 +285,11 @@ def read(path: Path) -> Entry | None:
 
 def entries(run_dir: str) -> list[Entry]:
     """Every mount that was not ended in order, alive or not."""
-    found = [read(path) for path in sorted(Path(run_dir).glob("si_*"))]
+    try:
+        names = sorted(name for name in os.listdir(run_dir) if name.startswith("si_"))
+    except OSError:
+        return []
+    found = [read(os.path.join(run_dir, name)) for name in names]
     return [entry for entry in found if entry is not None]
 
 
@@ -312,7 +315,7 @@ def sweep(run_dir: str, mounted: Collection[tuple[str, int]]) -> None:
             claim.release()
 
 
-def _remove(directory: str | Path, ignore_errors: bool = False) -> None:
+def _remove(directory: str, ignore_errors: bool = False) -> None:
     import shutil  # not at TAB
 
     shutil.rmtree(directory, ignore_errors)

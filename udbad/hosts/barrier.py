@@ -14,7 +14,6 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from udbad.control import private, protocol
@@ -42,7 +41,7 @@ def listen(path: str) -> socket.socket:
     end = time.monotonic() + _ENDING
     while True:
         try:
-            with private.directory(Path(path).parent, make=True):
+            with private.directory(os.path.dirname(path), make=True):
                 return protocol.bind(path)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > end:

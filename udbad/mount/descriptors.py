@@ -7,7 +7,6 @@ import os
 import resource
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 _OTHERS: Final = 1024
@@ -43,9 +42,9 @@ def reserve(keepers: Iterable[int]) -> None:
 
 def _room_of(pid: int) -> int:
     """How large the table of a process is, proc(5)."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == "FDSize":
+    with suppress(OSError), open(f"/proc/{pid}/status", "rb") as lines:
+        for line in lines:
+            name, _, value = line.partition(b":")
+            if name == b"FDSize":
                 return int(value)
     return 0

@@ -24,7 +24,6 @@ import select
 import signal
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Final, NoReturn, Protocol
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -190,7 +189,8 @@ class Table:
         self.pid = pid
         try:
             # After the pidfd was made: it means the process that has this name.
-            found = Path(f"/proc/{pid}/comm").read_text().rstrip("\n") == NAME
+            with open(f"/proc/{pid}/comm", "rb") as file:
+                found = file.read().rstrip(b"\n") == NAME.encode()
         except OSError:
             found = False
         if not found:

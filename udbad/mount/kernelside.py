@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from udbad.branch import mountinfo
 from udbad.branch.mountinfo import FS_TYPE
 
-FUSECTL = Path("/sys/fs/fuse/connections")
-MOUNTINFO = Path("/proc/self/mountinfo")
+FUSECTL = "/sys/fs/fuse/connections"
+MOUNTINFO = "/proc/self/mountinfo"
 
 
 def unions() -> set[tuple[str, int]]:
@@ -33,7 +32,7 @@ def abort(place: str, connection: int) -> str | None:
     Nobody else's: the file is opened first, which binds it to one connection whatever becomes of the number.
     Returns what went wrong, if anything.
     """
-    path = FUSECTL / str(connection) / "abort"
+    path = f"{FUSECTL}/{connection}/abort"
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:

@@ -305,7 +305,7 @@ class MountProcess:
                 supervised=self.identity.supervised,
                 version=__version__,
                 started=self.started,
-                directory=str(registration.path),
+                directory=registration.path,
                 namespace=registry.mount_namespace(),
                 keeper=0 if self.keeper is None else self.keeper.pid,
                 record=0 if self.record is None else self.record.fd,

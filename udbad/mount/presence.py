@@ -118,7 +118,7 @@ class Presence:
             log.warning("not registered in %s: %s", self._identity.run_dir, error.strerror)
         if self._asked_control:
             return self._asked_control
-        return None if self.registration is None else str(self.registration.path / "control")
+        return None if self.registration is None else os.path.join(self.registration.path, "control")
 
     def leave(self) -> None:
         """As the end of the process would: what others can read stays, for the next process."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import Final
 
 from udbad.control import client, registry
@@ -32,7 +31,7 @@ def renew(entry: registry.Entry) -> None:
     client.ask_mount(entry, {"op": "renew", "command": list(COMMAND), "path": environment()["PYTHONPATH"]})
     end = time.monotonic() + client.SECONDS
     while True:
-        now = registry.read(Path(entry.directory))
+        now = registry.read(entry.directory)
         if now is not None and now.pid != entry.pid:
             return
         if time.monotonic() > end:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any, TypeVar
 
 from udbad.control import registry
@@ -468,7 +467,7 @@ class Runner:
 
     def refresh(self, pid: int) -> None:
         """Learn what the process `pid` has been changed to by hand."""
-        entry = registry.read(Path(self.control).parent) if self.control is not None else None
+        entry = registry.read(os.path.dirname(self.control)) if self.control is not None else None
         if entry is not None and entry.pid == pid:
             self.active = replace(self.active, options=parse_mount_options(entry.options))
 

@@ -576,7 +576,7 @@ async def _describe(runner: Runner) -> Message:
 def _take_run_dir(run_dir: str, stack: ExitStack) -> Any:
     """The listening socket, with the run directory locked for as long as the stack lasts."""
     try:
-        with private.directory(Path(run_dir), make=True) as dirfd:
+        with private.directory(run_dir, make=True) as dirfd:
             lock = private.open_lock(dirfd, "lock")
         stack.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
