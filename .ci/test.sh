@@ -22,7 +22,7 @@ status=0
 setsid .ci/lint.sh >"$output/lint" 2>&1 &
 lint=$!
 .ci/pytest.sh -m alone | tee -i "$output/alone" || status=1
-wait "$lint" || status=1
+wait "$lint" || { status=1 && echo "ERROR lint" >>"$output/lint"; }
 lint=
 cat "$output/lint"
 .ci/pytest.sh -m 'not alone' -n "$workers" --dist worksteal | tee -i "$output/rest" || status=1
@@ -32,4 +32,11 @@ UDBAD_PURE=1 .ci/pytest.sh -n "$workers" --dist worksteal tests/t0_unit/test_com
     tee -i "$output/pure" || status=1
 mkdir -p artifacts
 sed -n '/ slowest .* durations /,/^=.* in [0-9.]*s/p' "$output/rest" "$output/alone" >artifacts/durations.txt
+# What failed, once more: of a long log it is often only the end that is kept.
+if [ "$status" != 0 ]; then
+    echo "make test failed:"
+    for part in '^E  ' '^(FAILED|ERROR) |^leak check: [1-9]'; do
+        (cd "$output" && grep -E "$part" lint alone rest pure | cut -c 1-400 | tail -n 30) || true
+    done
+fi
 exit "$status"
