@@ -16,7 +16,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.helpers.merge import OPAQUE, WH_PREFIX, Tree
@@ -30,7 +30,8 @@ PathT = tuple[bytes, ...]
 class Node:
     """One object of one layer; hard links are one Node under several paths.
 
-    moved: the copy that took this node's place for every name of it (copy-up, pseudo-link).
+    moved: the copy that took this node's place for every name of it (copy-up, pseudo-link). opened: how often it is
+    held open. passed: the kernel itself writes to it, while it is.
     """
 
     kind: int
@@ -39,6 +40,8 @@ class Node:
     target: bytes | None = None
     xattrs: dict[str, bytes] = field(default_factory=dict)
     moved: Node | None = None
+    opened: int = 0
+    passed: bool = False
 
     def final(self) -> Node:
         node = self
@@ -47,7 +50,7 @@ class Node:
         return node
 
     def copy(self) -> Node:
-        return Node(self.kind, self.mode, self.data, self.target, dict(self.xattrs))
+        return replace(self, xattrs=dict(self.xattrs), moved=None)
 
     @property
     def is_dir(self) -> bool:
@@ -138,10 +141,12 @@ def fail(number: int) -> OSError:
 class Model:
     """The union. Every operation raises OSError as the system call on the mount is expected to."""
 
-    def __init__(self, layers: Iterable[Layer], dirren: bool = False) -> None:
-        """dirren: a directory that has parts on lower layers, none of them writable, can be renamed."""
+    def __init__(self, layers: Iterable[Layer], dirren: bool = False, io: str = "requests") -> None:
+        """dirren: a directory that has parts on lower layers, none of them writable, can be renamed. io: by which way
+        files are read and written, which decides what new content costs."""
         self.layers = list(layers)
         self.dirren = dirren
+        self.io = io
 
     # -- looking --------------------------------------------------------------------------------
 
@@ -333,14 +338,54 @@ class Model:
             self._ensure_dir(path[:-1], i)
         self._whiteout_if_needed(path, i)
 
-    def change(self, path: PathT, edit: Callable[[Node], None]) -> None:
-        """chmod, setxattr, write, truncate: `edit` may raise; symlinks are followed (and dangle)."""
+    def change(self, path: PathT, edit: Callable[[Node], None], gives: str = "") -> None:
+        """chmod, setxattr, write, truncate: `edit` may raise; symlinks are followed (and dangle).
+
+        gives: as for `given`, where it gives new content.
+        """
         self.existing(path, follow=True)
         probe = self.get(path)
         assert probe is not None
         edit(probe.copy())  # errors come before the copy-up
         i = self._own(path)
-        edit(self.layers[i].nodes[path].final())
+        node = self.layers[i].nodes[path].final()
+        edit(node)
+        if gives:
+            self.given(node, gives)
+
+    def given(self, node: Node, call: str) -> None:
+        """A file has new content by write(2), fallocate(2) or copy_file_range(2). Root's costs no set-user-ID bit, but
+        where the kernel writes it itself, or where it is written with nobody's rights (docs/modes.md)."""
+        if self.io == "cached" or (node.opened and node.passed and call == "write"):
+            node.mode &= ~stat.S_ISUID
+
+    def hold(self, path: PathT) -> Node:
+        """open(2) of a regular file, which stays open until `release`. Who opens it first decides how it is written."""
+        top = self.top(path)
+        assert top is not None
+        found = self.layers[top].nodes[path]
+        node = found.final()
+        if not node.opened:
+            stays = node is not found or self.layers[top].writable
+            node.passed = self.io == "passthrough" and stays and not node.mode & stat.S_ISUID
+        node.opened += 1
+        return node
+
+    def write_open(self, node: Node, path: PathT, edit: Callable[[Node], None]) -> None:
+        """write(2) to what `hold` has returned for `path`, which may have other names by now, or none: then there is
+        nothing to copy up, and nobody else sees it."""
+        node = node.final()
+        names = (tuple(name.split(b"/")) for name in self.visible())
+        place = next((name for name in (path, *names) if self.get(name) is node), None)
+        if place is None:
+            edit(node)
+            self.given(node, "write")
+        else:
+            self.change(place, edit, "write")
+
+    @staticmethod
+    def release(node: Node) -> None:
+        node.final().opened -= 1
 
     def copy_range(self, dst: PathT, src: PathT, offset_in: int, offset_out: int, count: int) -> None:
         """open(2) of `dst` for writing and of `src` for reading, copy_file_range(2); no data, no change."""
@@ -355,7 +400,7 @@ class Model:
             return
         if old is new and offset_out < offset_in + len(data) and offset_in < offset_out + len(data):
             raise fail(errno.EINVAL)
-        self.change(dst, lambda node: setattr(node, "data", spliced(node.data, offset_out, data)))
+        self.change(dst, lambda node: setattr(node, "data", spliced(node.data, offset_out, data)), "copy_file_range")
 
     def open_trunc(self, path: PathT) -> None:
         """open(2) with O_RDONLY | O_TRUNC, which empties a file and does nothing to a FIFO."""

@@ -61,6 +61,7 @@ class Union(RuleBasedStateMachine):
         self.model = Model(
             [data.draw(ops.layers(permission, linked)) for permission in self.permissions],
             "dirren=auto" in self.options,
+            self.options.removeprefix("io="),
         )
         self.root = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="udbad-state-")))
         self.branches = [self.root / f"{i}-{permission}" for i, permission in enumerate(self.permissions)]
@@ -118,9 +119,8 @@ class Union(RuleBasedStateMachine):
         if not files:
             return
         path = data.draw(st.sampled_from(sorted(files)))
-        node = self.model.get(tuple(path.split(b"/")))
-        assert node is not None
-        self.held.append((os.open(os.path.join(os.fsencode(self.mount.path), path), os.O_RDONLY), node))
+        fd = os.open(os.path.join(os.fsencode(self.mount.path), path), os.O_RDONLY)
+        self.held.append((fd, self.model.hold(tuple(path.split(b"/")))))
 
     @rule()
     @precondition(lambda self: bool(self.held))
@@ -130,6 +130,7 @@ class Union(RuleBasedStateMachine):
             self.check_held(fd, node)
         finally:
             os.close(fd)
+            self.model.release(node)
 
     def check_held(self, fd: int, node: Node) -> None:
         """A descriptor sees the file's present data, whatever happened to its name and branch (semantics 10.4)."""
@@ -179,6 +180,34 @@ class Union(RuleBasedStateMachine):
 
 def name_of(number: int) -> str:
     return errno.errorcode.get(number, "success")
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("io", ["requests", "cached", "passthrough"])
+def test_set_user_id_and_new_content(tmp_path: Path, io: str) -> None:
+    """What root's new content costs, by the model and on the branch. held: a file that was opened without the bit."""
+    branch = tmp_path / "branch"
+    branch.mkdir()
+    model = Model([m.Layer.of("rw")], io=io)
+    with mounted([f"{branch}=rw"], tmp_path / "mnt", "none", f"io={io}") as mount:
+
+        def perform(*operations: Op) -> None:
+            for op in operations:
+                assert op.on_model(model) == op.on_disk(mount.path) == 0
+
+        perform(*(Op("create", (name,), (), 1) for name in (b"source", b"closed", b"held")))
+        model.hold((b"held",))
+        with (mount.path / "held").open("rb"):
+            for name in (b"closed", b"held"):
+                for op in (
+                    Op("fallocate", (name,)),
+                    Op("write", (name,)),
+                    Op("copy range", (name,), (b"source",)),
+                    Op("truncate", (name,), (), 3),
+                    Op("open trunc", (name,)),
+                ):
+                    perform(Op("chmod", (name,), (), 0o4711), op)
+                    assert m.tree_view(merge([(branch, True)])) == model.visible(), op
 
 
 @pytest.mark.fuse
