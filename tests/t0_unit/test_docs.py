@@ -22,8 +22,9 @@ from udbad.errors import UserError
 from udbad.metrics import COHERENCE_STATES
 from udbad.mount.commands import LIVE
 from udbad.settings import reference
+from udbad.settings.branchlist import LIST_OPTIONS
 from udbad.settings.file import INTERNAL
-from udbad.settings.options import FIELDS, IGNORED, KNOWN, LIST_OPTIONS, parse_mount_options
+from udbad.settings.options import FIELDS, IGNORED, KNOWN, parse_mount_options
 from udbad.supervisor.runner import State
 from udbad.types import Perm
 

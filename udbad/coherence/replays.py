@@ -30,6 +30,7 @@ from typing import Final, TypeVar
 from udbad.coherence.inotify import CLOSED, CONTENT, MODIFIED, TOUCHED
 from udbad.inodes.handles import written_behind
 from udbad.inodes.inomap import Identity
+from udbad.inodes.paths import path_in
 from udbad.inodes.table import Dir, Layer, Node
 from udbad.types import MADE, MOVED_FROM, MOVED_TO, OF_DIRECTORY, REMOVED, ROOT_ID
 from udbad.union.resolve import Found
@@ -122,15 +123,6 @@ class Step:
 
 _Key = tuple[Dir, bytes]
 _Noted = TypeVar("_Noted")
-
-
-def path_in(node: Node) -> bytes | None:
-    """Path of a node from the root of the union, without a slash before it; None when it has none."""
-    parts = []
-    while node.parent is not None:
-        parts.append(node.name)
-        node = node.parent
-    return b"/".join(reversed(parts)) if node.id == ROOT_ID else None
 
 
 def chosen(words: str) -> Callable[[bytes], bool]:

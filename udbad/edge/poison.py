@@ -24,11 +24,11 @@ from zlib import crc32
 
 from udbad.edge.once import newest_first
 from udbad.edge.slot import RESENT, Slot
+from udbad.inodes.paths import last_path
 from udbad.inodes.record import Record, pack, unpack
 from udbad.inodes.table import InodeTable
 from udbad.kernel import wire
 from udbad.kernel.received import Received
-from udbad.union.reconfigure import path_of
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Poison:
     def _describe(self, request: Received, name: str) -> str:
         """What can be said without performing anything of it."""
         node = self._table.find(request.node)
-        path = os.fsdecode(b"?" if node is None else path_of(node))
+        path = os.fsdecode(b"?" if node is None else last_path(node))
         if request.opcode in _NAMED:
             last = bytes(request.buffer[wire.BODY : request.size]).rstrip(b"\0").rpartition(b"\0")[2]
             path = f"{path.rstrip('/')}/{os.fsdecode(last)}"

@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from udbad.coherence.base import Coherence
-from udbad.coherence.replays import Kind, Known, Replays, Step, path_in
+from udbad.coherence.replays import Kind, Known, Replays, Step
 from udbad.edge.native import REPLAY_UID
 from udbad.edge.operations import Entry
 from udbad.edge.table import NOTHING, TABLE, Body
 from udbad.inodes.handles import backing_id
+from udbad.inodes.paths import path_in
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
 from udbad.kernel.received import Received

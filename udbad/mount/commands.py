@@ -23,6 +23,7 @@ from udbad.coherence import hints
 from udbad.control.protocol import Message, checked_text, edits_of, flag_of, hints_of, path_of, text_of
 from udbad.control.server import Command
 from udbad.errors import ExitCode, UserError
+from udbad.inodes.paths import last_path
 from udbad.inodes.record import UnreadableRecord
 from udbad.kernel.boundary import operations
 from udbad.logs import set_level
@@ -143,7 +144,7 @@ class Commands:
             },
             "passthrough": {"opens": passed.opens, "in_use": passed.in_use} if passed is not None else {},
             "copyups": [
-                {"path": os.fsdecode(reconfigure.path_of(job.node)), "size": job.st.st_size, "done": job.progress}
+                {"path": os.fsdecode(last_path(job.node)), "size": job.st.st_size, "done": job.progress}
                 for job in (copy.job for copy in process.edge.waiting.copyups.values())
             ],
             "open_handles": len(process.sb.handles),
@@ -458,7 +459,7 @@ class Commands:
         what, node, pid = opened[0]
         more = f" and {len(opened) - 1} more" if len(opened) > 1 else ""
         removed = node.parent is None and node is not self.process.sb.root
-        path = "(removed)" if removed else os.fsdecode(reconfigure.path_of(node))
+        path = "(removed)" if removed else os.fsdecode(last_path(node))
         return f"{what} {path} of process {pid}{more}"
 
 

@@ -18,9 +18,9 @@ import trio
 
 from udbad.control.protocol import Message, checked_text, flag_of
 from udbad.errors import ExitCode, UserError
+from udbad.inodes.paths import lineage, path_in
 from udbad.inodes.table import Dir, Node
 from udbad.mount import rebranch
-from udbad.types import ROOT_ID
 
 if TYPE_CHECKING:
     from udbad.inodes.handles import HandleTable
@@ -121,15 +121,11 @@ class Collector:
 
     def _path(self, parent: Dir, name: bytes) -> bytes | None:
         """Of a name, or of the directory itself; None: there is none, or others may have it under another one."""
-        names = [name] if name else []
-        node = parent
-        while node.parent is not None:
-            if node.moved:  # by a redirect on a branch that others need not have
-                self.note_all()
-                return None
-            names.append(node.name)
-            node = node.parent
-        return (b"/".join(reversed(names)) or b".") if node.id == ROOT_ID else None
+        if any(type(node) is Dir and node.moved for node in lineage(parent)):
+            self.note_all()  # by a redirect on a branch that others need not have
+            return None
+        path = path_in(parent)
+        return None if path is None else b"/".join(filter(None, (path, name))) or b"."
 
     def _note(self, path: bytes, words: str) -> None:
         if self._all:

@@ -20,9 +20,10 @@ from udbad.branch.accept import open_branches
 from udbad.branch.branches import Branch, BranchSet, BranchSpec
 from udbad.branch.spec import parse_path, printable
 from udbad.errors import ExitCode, UserError
+from udbad.inodes.paths import last_path
 from udbad.mount import strictness
 from udbad.mount.offline import check_answering
-from udbad.settings.options import edit_branches, find_branch
+from udbad.settings.branchlist import edit_branches, find_branch
 from udbad.union import reconfigure
 from udbad.union.fs import COPYING
 
@@ -249,7 +250,7 @@ async def _no_writers(process: MountProcess) -> None:
         process.fs.kept.rest(0)
     while writers := [handle for handle in process.sb.handles.files.values() if handle.writable]:
         if trio.current_time() >= end:
-            path = os.fsdecode(reconfigure.path_of(writers[0].node))
+            path = os.fsdecode(last_path(writers[0].node))
             raise UserError(f"{path} is open for writing by process {writers[0].pid}", ExitCode.BRANCH)
         # After this: requests were served.
         await trio.sleep(_PAUSE)

@@ -23,8 +23,8 @@ from tomlkit.items import AoT, Array, InlineTable, Item, Table
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import format_branch, format_branches, parse_branches
 from udbad.errors import ExitCode, UserError
+from udbad.settings.branchlist import find_branch
 from udbad.settings.file import Config, MountSettings, load
-from udbad.settings.options import find_branch
 from udbad.types import Perm
 
 

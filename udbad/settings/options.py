@@ -9,7 +9,6 @@ for the notices; the description of each field says what is allowed, and message
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -32,6 +31,7 @@ from udbad.branch.spec import (
 from udbad.errors import ExitCode, UserError
 from udbad.layers import source as layer_source
 from udbad.settings import ids
+from udbad.settings.branchlist import DIGITS, LIST_OPTIONS, edit_branch, edit_branches, find_branch, no_branch_left
 
 # -- what the value of an option may be ------------------------------------------------------------
 
@@ -383,21 +383,6 @@ _VALUES: Final = {
 }
 """Words with a value, and the field it goes to."""
 
-_BRANCH_FORM: Final = "PATH[=PERM[+ATTR...]]"
-LIST_OPTIONS: Final[dict[str, tuple[str, str]]] = {
-    **dict.fromkeys(
-        ("br", "dirs"), (_BRANCH_FORM + "[:PATH...]", "The branches, top first; several of these follow one another.")
-    ),
-    **dict.fromkeys(
-        ("add", "ins"), ("INDEX:" + _BRANCH_FORM, "Put a branch before the one that has this index, 0 on top.")
-    ),
-    "append": (_BRANCH_FORM, "Add a branch at the bottom."),
-    "prepend": (_BRANCH_FORM, "Add a branch on top."),
-    "del": ("PATH", "Take a branch out."),
-    "mod": ("PATH=PERM[+ATTR...]", "Give a branch another permission and other attributes."),
-}
-"""Words about branches: the form of the value, and what they do. Only these take `name:value` as well."""
-
 _ATIMES: Final = frozenset({"noatime", "relatime", "strictatime"})
 _KERNEL: Final[dict[str, tuple[frozenset[str], frozenset[str]]]] = {
     **{"no" + name: (frozenset({"no" + name}), frozenset({name})) for name in _PERMITTED},
@@ -471,9 +456,9 @@ def parse_remount(text: str, current: MountOptions) -> MountOptions:
     branches = list(current.branches)
     for key, raw in reader.edits:
         if key != "del" or find_branch(branches, parse_path(raw)) is not None:
-            _edit(branches, key, raw)
+            edit_branch(branches, key, raw)
     if not branches:
-        raise _no_branch_left()
+        raise no_branch_left()
     reader.initial = branches
     reader.edits = []
     same = {name: getattr(current, name) for name in FIELDS if name not in ("branches", "notices")}
@@ -552,12 +537,9 @@ def _needs_value(key: str, raw: str) -> str:
     return key
 
 
-_DIGITS: Final = re.compile("[0-9]{1,10}")
-
-
 def _typed(field: str, value: str) -> str | int:
     """Decimal digits become a number where the field is one; everything else is for `checked` to refuse."""
-    return int(value) if FIELDS[field].type == "int" and _DIGITS.fullmatch(value) else value
+    return int(value) if FIELDS[field].type == "int" and DIGITS.fullmatch(value) else value
 
 
 def _allowed(field: str) -> str:
@@ -575,64 +557,6 @@ def message_of(wrong: Wrong, spelled: Mapping[str, str]) -> str:
     if wrong.kind == "missing":
         return f"{key} is missing: must be {_allowed(wrong.key)}"
     return f"{key}={shown(str(wrong.value))}: must be {_allowed(wrong.key)}"
-
-
-def edit_branches(branches: Sequence[BranchSpec], edits: Sequence[tuple[str, str]]) -> list[BranchSpec]:
-    """Apply (option, value) pairs of add, ins, append, prepend, del and mod to a branch list, in order.
-
-    Raises UserError (OPTION) for an index outside 0..len, a path that is no branch, and when no branch is left.
-    """
-    result = list(branches)
-    for key, raw in edits:
-        _edit(result, key, raw)
-    if branches and not result:
-        raise _no_branch_left()
-    return result
-
-
-def _no_branch_left() -> UserError:
-    return UserError("the last branch cannot be removed: a union has at least one", ExitCode.OPTION)
-
-
-def _edit(result: list[BranchSpec], key: str, raw: str) -> None:
-    if key == "append":
-        result.append(parse_branch(raw))
-    elif key == "prepend":
-        result.insert(0, parse_branch(raw))
-    elif key == "del":
-        del result[_position(result, key, raw, parse_path(raw))]
-    elif key == "mod":
-        spec = parse_branch(raw)
-        if spec.perm is None:
-            raise UserError(f"{key}={shown(raw)}: must be {LIST_OPTIONS[key][0]}", ExitCode.OPTION)
-        place = _position(result, key, raw, spec.path)
-        result[place] = spec._replace(path=result[place].path)
-    else:
-        index, colon, branch = raw.partition(":")
-        if not colon or _DIGITS.fullmatch(index) is None:
-            raise UserError(f"{key}={shown(raw)}: must be {LIST_OPTIONS[key][0]}", ExitCode.OPTION)
-        if int(index) > len(result):
-            raise UserError(
-                f"{key}={shown(raw)}: wrong index {index}, must be from 0 to {len(result)}", ExitCode.OPTION
-            )
-        result.insert(int(index), parse_branch(branch))
-
-
-def _position(branches: Sequence[BranchSpec], key: str, raw: str, path: bytes) -> int:
-    place = find_branch(branches, path)
-    if place is None:
-        raise UserError(f"{key}={shown(raw)}: {shown(path)} is not a branch", ExitCode.OPTION)
-    return place
-
-
-def find_branch(branches: Sequence[BranchSpec], path: bytes) -> int | None:
-    """The index of the branch that `path` names: as it is written, else by where symbolic links lead."""
-    for same in (os.path.normpath, os.path.realpath):
-        wanted = same(path)
-        for index, spec in enumerate(branches):
-            if same(spec.path) == wanted:
-                return index
-    return None
 
 
 # -- printing -------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from udbad import metrics
 from udbad.branch.policy import COPYUP_POLICIES, CREATE_POLICIES, CopyUpPolicy, CreatePolicy
 from udbad.branch.spec import ATTRIBUTES
 from udbad.errors import ExitCode
+from udbad.settings.branchlist import LIST_OPTIONS
 from udbad.settings.file import (
     INTERNAL,
     BranchTable,
@@ -35,7 +36,7 @@ from udbad.settings.file import (
     MountKeys,
     allowed,
 )
-from udbad.settings.options import FIELDS, IGNORED, LIST_OPTIONS, MountOptions, words_for
+from udbad.settings.options import FIELDS, IGNORED, MountOptions, words_for
 from udbad.types import Perm
 
 

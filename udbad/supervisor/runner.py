@@ -11,12 +11,11 @@ import asyncio
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any
 
 from udbad.control import registry
 from udbad.control.asyncclient import ask_async
@@ -28,18 +27,17 @@ from udbad.mount.keeper import Legacy, retry_delay
 from udbad.ourselves import COMMAND, environment
 from udbad.settings.file import DaemonSettings, MountSettings
 from udbad.settings.options import format_options, parse_mount_options
+from udbad.supervisor.looking import in_a_thread, missing
 from udbad.supervisor.workers import Pool, Worker
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 CONTROL_SECONDS = 30.0
 """For one answer of a mount process to a request that changes something."""
 _LEAST_DELAY = 0.1
 """Between two attempts to start a mount, in seconds."""
-_END_SECONDS = 2.0
-"""For a mount process to end after it has said why it could not start."""
+_PLACE_SECONDS = 2.0
+"""For a mount point to be looked up."""
 _LOOK_SECONDS = 2.0
 """For the branches of a mount that could not start to be looked at."""
 
@@ -293,8 +291,8 @@ class Runner:
             return
         mount_point = os.fsencode(self.settings.mount_point)
         try:
-            async with asyncio.timeout(_END_SECONDS):
-                place = os.fsdecode(await _in_a_thread(lambda: registry.real_mount_point(mount_point)))
+            async with asyncio.timeout(_PLACE_SECONDS):
+                place = os.fsdecode(await in_a_thread(lambda: registry.real_mount_point(mount_point)))
         except TimeoutError:
             return
         for there, connection in appeared:
@@ -310,32 +308,10 @@ class Runner:
 
         One that cannot be killed waits for a branch, and has no part in the mount when it wakes up.
         """
-        if await self._ends(worker) or await self._dies(worker):
+        if await worker.ends() or await self.shared.pool.kill(worker):
             return
         self.log.error("%s: process %d cannot be killed", self.label, worker.pid)
         worker.forget()
-
-    async def _ends(self, worker: Worker) -> bool:
-        """Whether it does, within _END_SECONDS."""
-        try:
-            async with asyncio.timeout(_END_SECONDS):
-                await worker.ended()
-        except TimeoutError:
-            return False
-        return True
-
-    async def _dies(self, worker: Worker) -> bool:
-        """Whether it ends when it is killed, within _END_SECONDS."""
-        await self._send_kill(worker)
-        return await self._ends(worker)
-
-    async def _send_kill(self, worker: Worker) -> None:
-        await self.shared.pool.expect_end(worker.pid)
-        worker.send_signal(signal.SIGKILL)
-
-    async def _kill(self, worker: Worker) -> None:
-        await self._send_kill(worker)
-        await worker.ended()
 
     def _job(self, settings: MountSettings) -> dict[str, Any]:
         daemon = self.shared.daemon
@@ -382,7 +358,7 @@ class Runner:
     async def _missing(self, paths: list[str]) -> list[str]:
         """Which of these directories are not there, or do not answer. One that hangs is asked once, however often."""
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(_missing(paths), name=f"branches of {self.label}")
+            self._looking = asyncio.create_task(missing(paths), name=f"branches of {self.label}")
         done, _ = await asyncio.wait({self._looking}, timeout=_LOOK_SECONDS)
         return self._looking.result() if done else paths
 
@@ -443,7 +419,7 @@ class Runner:
         what = f"no sign of life for {self.shared.daemon.wedged_after:g} s"
         if self.legacy:
             self.log.error("%s: %s; killed", self.label, what)
-            if await self._dies(worker):
+            if await self.shared.pool.kill(worker):
                 return
             what = f"process {worker.pid} cannot be killed"
         self.log.error("%s: %s; aborted", self.label, what)
@@ -455,7 +431,8 @@ class Runner:
         problem = kernelside.abort(self.place, self.connection)
         if problem is not None:
             self.log.error("%s: %s", self.label, problem)
-        await self._kill(worker)
+        await self.shared.pool.kill(worker)
+        await worker.ended()
 
     # -- what others want -------------------------------------------------------------------------
 
@@ -615,28 +592,3 @@ class Runner:
         self.legacy.forget()
         if self.worker is not None:
             self.worker.forget()
-
-
-async def _missing(paths: list[str]) -> list[str]:
-    """Which of these directories are not there."""
-    return await _in_a_thread(lambda: [path for path in paths if not os.path.isdir(path)])
-
-
-async def _in_a_thread(look: Callable[[], T]) -> T:
-    """What `look` returns; in a thread that nobody waits for at the end: NFS may hang."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[T] = loop.create_future()
-
-    def answer(found: T) -> None:
-        if not result.done():
-            result.set_result(found)
-
-    def run() -> None:
-        found = look()
-        try:
-            loop.call_soon_threadsafe(answer, found)
-        except RuntimeError:  # the loop is closed, nobody wants to know
-            return
-
-    threading.Thread(target=run, daemon=True).start()
-    return await result

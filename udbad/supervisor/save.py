@@ -17,8 +17,8 @@ from udbad.branch.spec import format_branch, parse_branch, parse_path
 from udbad.control.protocol import Message, edits_of, text_of
 from udbad.errors import ExitCode, UserError
 from udbad.settings import edit as configedit
+from udbad.settings.branchlist import edit_branches, find_branch
 from udbad.settings.edit import Change, DropBranch, Edited, PutBranch, SetKey
-from udbad.settings.options import edit_branches, find_branch
 from udbad.supervisor.runner import Runner
 from udbad.types import Perm
 

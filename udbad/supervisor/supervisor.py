@@ -23,14 +23,13 @@ from typing import Any
 from udbad import __version__, logs
 from udbad.control import exporter, private, registry
 from udbad.control.asyncserver import AsyncServer
-from udbad.control.protocol import NOT_ANSWERING, Message, bind, flag_of, server_pid, text_of
+from udbad.control.protocol import NOT_ANSWERING, Message, bind, flag_of, text_of
 from udbad.control.server import Command
 from udbad.errors import ExitCode, UserError
 from udbad.metrics import Samples
-from udbad.mount.keeper import Table
 from udbad.settings.file import Config, ConfigError, DaemonSettings, MountSettings, config_files, load, shared_trees
 from udbad.settings.options import format_options, parse_mount_options
-from udbad.supervisor import save, sdnotify
+from udbad.supervisor import adopting, save, sdnotify
 from udbad.supervisor.configwatch import ConfigWatch, Signature, signature
 from udbad.supervisor.reload import (
     OWN_KEYS,
@@ -218,69 +217,19 @@ class Supervisor:
     # -- mounts that run already ------------------------------------------------------------------
 
     def _adopt(self) -> dict[str, Runner]:
-        """Runners for the mount processes that an earlier supervisor has left."""
-        found = [entry for entry in registry.entries(self.config.daemon.run_dir) if entry.supervised]
+        """Runners for the mounts that an earlier supervisor has left."""
         adopted = {}
-        for runner in map(self._adopt_one, found):
-            if runner is not None:
-                self.runners[runner.label] = adopted[runner.label] = runner
+        for runner, to_renew in adopting.left(self.config, self.shared):
+            self.runners[runner.label] = adopted[runner.label] = runner
+            if to_renew is not None:
+                self._spawn(self._renew(runner, to_renew))
         return adopted
-
-    def _adopt_one(self, entry: registry.Entry) -> Runner | None:
-        try:
-            worker = Worker(entry.pid, os.pidfd_open(entry.pid), keeper=_ended(entry))
-        except OSError:
-            return self._inherit(entry)
-        try:
-            # The pidfd was taken first, so it means the process that listens now, if that has the number here: the
-            # one in the entry may be of another pid namespace. A wedged one is adopted, too; the heartbeat sees to it.
-            same = server_pid(entry.control) == entry.pid
-        except OSError:
-            same = False
-        if not same:
-            worker.forget()
-            # It has ended, perhaps without anybody to say so to, or the number means another process here.
-            return self._inherit(entry)
-        runner, active = self._runner_of(entry)
-        runner.adopt(worker, entry, active)
-        log.info("%s: adopted process %d", runner.label, entry.pid)
-        if entry.version == __version__:
-            return runner
-        if runner.legacy:
-            self._spawn(self._renew(runner, worker))
-        else:
-            log.warning("%s: is served by version %s; when idle: udbad restart %s", runner.label, entry.version,
-                        runner.label)  # fmt: skip
-        return runner
 
     async def _renew(self, runner: Runner, worker: Worker) -> None:
         """Have a mount that a process of another version serves go on in one of this version."""
         problem = await runner.renew(worker)
         if problem is not None:
             log.warning("%s: is served by another version: %s", runner.label, problem)
-
-    def _inherit(self, entry: registry.Entry) -> Runner | None:
-        """A runner for a mount whose process has ended, and left what another one can go on with."""
-        runner, active = self._runner_of(entry)
-        if not runner.legacy:
-            return None
-        runner.inherit(entry, active)
-        log.info("%s: goes on where process %d has ended", runner.label, entry.pid)
-        return runner
-
-    def _runner_of(self, entry: registry.Entry) -> tuple[Runner, MountSettings]:
-        """A runner, with what its mount process has left or will leave; and the settings that are in force."""
-        active = MountSettings(entry.name, entry.asked, parse_mount_options(entry.options))
-        settings = replace(active, options=parse_mount_options(entry.configured))
-        wanted = self.config.mounts.get(entry.name)
-        if wanted is not None:
-            settings = replace(
-                settings, missing_branch=wanted.missing_branch, published=wanted.published, publish=wanted.publish
-            )
-        runner = Runner(settings, self.shared, transient=not entry.name)
-        if entry.keeper:
-            runner.legacy.add((entry.keeper, entry.record))
-        return runner, active
 
     async def _bring_up_to_date(self, name: str, runner: Runner) -> None:
         """An adopted mount becomes what the configuration says now."""
@@ -530,22 +479,6 @@ class Supervisor:
         log.info("asked to stop%s", ", mounts stay" if self._keep_mounts else "")
         asyncio.get_running_loop().call_soon(self._end.set)
         return {}
-
-
-def _ended(entry: registry.Entry) -> int:
-    """The eventfd by which a keeper says that its mount process has ended (mount/keeper.py); -1: there is none."""
-    if not entry.keeper or entry.ended < 0:
-        return -1
-    try:
-        table = Table(entry.keeper)
-    except OSError:
-        return -1
-    try:
-        return table.take(entry.ended)
-    except OSError:
-        return -1
-    finally:
-        table.close()
 
 
 async def _describe(runner: Runner) -> Message:

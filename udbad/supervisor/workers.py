@@ -22,6 +22,8 @@ from udbad.ourselves import COMMAND, environment
 _FORK_SECONDS = 60.0
 """For the fork server to answer, the time of its imports included."""
 _EXPECT_SECONDS = 2.0
+_END_SECONDS = 2.0
+"""For a process to end that has been killed, or has said why it could not start."""
 _LAST_WORDS_SECONDS = 0.2
 """To read what a process has said before it ended."""
 
@@ -62,6 +64,15 @@ class Worker:
     async def ended(self) -> None:
         """Return when the process has ended."""
         await asyncio.shield(self._ended)
+
+    async def ends(self) -> bool:
+        """Whether the process ends within _END_SECONDS."""
+        try:
+            async with asyncio.timeout(_END_SECONDS):
+                await self.ended()
+        except TimeoutError:
+            return False
+        return True
 
     def send_signal(self, number: signal.Signals) -> None:
         """Harmless when it has ended: the pidfd cannot mean another process."""
@@ -184,6 +195,12 @@ class Pool:
                 self._end()  # its answer would be taken for that to the next request
                 if isinstance(error, asyncio.CancelledError):
                     raise
+
+    async def kill(self, worker: Worker) -> bool:
+        """Kill a process; whether it ends by that within _END_SECONDS. The caller tells why."""
+        await self.expect_end(worker.pid)
+        worker.send_signal(signal.SIGKILL)
+        return await worker.ends()
 
     def _end(self) -> None:
         if self._sock is not None:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch, BranchSet
 from udbad.inodes.handles import OpenFile
-from udbad.inodes.table import Dir, Layer, Node
+from udbad.inodes.paths import last_path
+from udbad.inodes.table import Dir, Layer
 from udbad.union import homes
 from udbad.union.superblock import Superblock, lower_links
 
@@ -69,16 +70,6 @@ def missing(old: BranchSet, fresh: BranchSet) -> list[Branch]:
     return [branch for branch in old.branches if _identity(branch) not in found]
 
 
-def path_of(node: Node) -> bytes:
-    """A path of the node inside the mount, as it was last known; for messages."""
-    parts = []
-    current: Node | None = node
-    while current is not None and current.parent is not None:
-        parts.append(current.name)
-        current = current.parent
-    return b"/" + b"/".join(reversed(parts))
-
-
 def users(sb: Superblock, branch: Branch, openers: Iterable[tuple[int, int]] = ()) -> list[InUse]:
     """What keeps a branch from being removed: files open on it, directories open that are only on it.
 
@@ -93,14 +84,14 @@ def users(sb: Superblock, branch: Branch, openers: Iterable[tuple[int, int]] = (
         elif node is not None and (node, pid) not in opened:
             opened.append((node, pid))
     found = [
-        InUse(path_of(node), pid, "open file")
+        InUse(last_path(node), pid, "open file")
         for node, pid in opened
         if node.branch.id == branch.id and node.orphan_fd < 0
     ]
     for directory, pid in directories:
         layers = directory.layers
         if len(layers) == 1 and layers[0].branch.id == branch.id:
-            found.append(InUse(path_of(directory), pid, "open directory"))
+            found.append(InUse(last_path(directory), pid, "open directory"))
     return found
 
 
@@ -108,7 +99,7 @@ def written_behind(sb: Superblock, fresh: BranchSet) -> list[InUse]:
     """What keeps a branch from not being written to any more: files that the kernel may write to without asking."""
     writable = {_identity(branch) for branch in fresh.branches if branch.writable}
     return [
-        InUse(path_of(handle.node), handle.pid, "open file")
+        InUse(last_path(handle.node), handle.pid, "open file")
         for handle in sb.handles.files.values()
         if handle.backing_id
         and handle.writable
