@@ -12,9 +12,9 @@ import random
 import shutil
 import struct
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,7 @@ from udbad.branch.accept import open_branches
 from udbad.branch.branches import BranchSet, BranchSpec
 from udbad.branch.credentials import Credentials
 from udbad.branch.policy import parse_copyup, parse_create
+from udbad.coherence import base as base_module
 from udbad.coherence import watches as watches_module
 from udbad.coherence.base import Coherence
 from udbad.coherence.events import Events
@@ -366,6 +367,75 @@ def test_nothing_is_held_of_what_is_not_trusted(
     assert held > 100, done
     assert compared > 100, done
     assert len(done) > 12, done
+
+
+def lose_events(world: World) -> None:
+    """What was to be told is lost, and so is trust, as with an overflow."""
+    assert isinstance(world.coherence, NotifyCoherence)
+    watcher = world.coherence._watches.watcher
+    assert watcher is not None
+    with suppress(BlockingIOError):
+        while os.read(watcher._inotify.fd, 1 << 20):
+            pass
+    world.coherence._on_overflow()
+
+
+@pytest.mark.parametrize("epochs", [True, False], ids=["epochs", "no epochs"])
+def test_requests_come_before_all_that_is_known_was_doubted(
+    tmp_path: Path, epochs: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is known of a node is doubted before it is used, whenever its turn comes."""
+    caplog.set_level(logging.CRITICAL)  # lost events, and what `new_world` leaves out as well
+    monkeypatch.setattr(base_module, "_PORTION", 2)
+    amid = compared = 0
+    for seed in SEEDS:
+        posted: deque[Callable[[], None]] = deque()
+        with new_world(tmp_path / str(seed), "notify", monkeypatch, epochs) as (world, paths):
+            chance, rng = Chance(world, paths, seed, direct=True), random.Random(seed)
+            world.coherence.later = posted.append
+            for _ in range(STEPS // 6):
+                for _ in range(6):
+                    with suppress(OSError):
+                        rng.choice((chance.look, chance.own, chance.directly))()
+                lose_events(world)
+                for _ in range(6):
+                    with suppress(OSError):
+                        rng.choice((chance.look, chance.look, chance.own))()
+                    amid += world.sb.table.doubted is not None
+                    if posted and rng.random() < 0.5:
+                        posted.popleft()()
+                while posted:
+                    posted.popleft()()
+                assert world.sb.table.doubted is None
+                world.coherence.drain()
+                world.check()
+                compared += world.check_truth()
+    assert amid > 100
+    assert compared > 100
+
+
+def test_what_is_below_a_directory_is_doubted_in_its_own_turn(
+    notify: World, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
+) -> None:
+    """There may be a million below one that was found by its name, and is not trusted any more."""
+    posted: deque[Callable[[], None]] = deque()
+    above, below = (notify.sb.table.nodes[notify.kernel.walk(path)] for path in ([b"d"], [b"d", b"s"]))
+    assert isinstance(notify.coherence, NotifyCoherence)
+    assert type(above) is Dir
+    assert type(below) is Dir
+    monkeypatch.setattr(base_module, "_PORTION", 1)
+    notify.coherence.later = posted.append
+    expect_log("lost branch events")
+    with monkeypatch.context() as patch:
+        patch.setattr(notify.coherence._watches, "watcher", None)  # so that nothing is trusted again
+        notify.coherence._on_overflow()
+        notify.kernel.look_up(ROOT_ID, b"d")
+        assert (above.trusted, below.trusted) == (False, True)
+        notify.fs.getattr(below.id)
+        assert not below.trusted
+        while posted:
+            posted.popleft()()
+        notify.check()
 
 
 # -- the ways to lose it, one by one ------------------------------------------------------------------

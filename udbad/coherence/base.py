@@ -14,7 +14,8 @@ module alone, and whatever takes it away has the kernel forget in the same step.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from stat import S_IFLNK
 from typing import NamedTuple, Protocol
 
@@ -24,12 +25,15 @@ from udbad.coherence.inotify import NAMES
 from udbad.coherence.replays import Replays
 from udbad.inodes.handles import written_behind
 from udbad.inodes.journal import Negative
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.table import Census, Dir, Node
 from udbad.types import Perm
 from udbad.union.superblock import Superblock
 
 FOREVER = 1.0e9
 """Seconds; the kernel keeps the answer until it is told otherwise or needs the memory."""
+
+_PORTION = 1000
+"""Nodes that are doubted between two requests, which takes less than a millisecond."""
 
 MAX_NEGATIVES = 4096
 """Names of one directory that the kernel may remember as missing: it never tells which of them it has dropped."""
@@ -88,6 +92,20 @@ class CoherenceStatistics(NamedTuple):
     overflows: int = 0
 
 
+class _Doubts:
+    """What `Coherence._distrust_all` has to do, still."""
+
+    __slots__ = ("done", "epoch", "reading", "rest")
+
+    def __init__(self, epoch: bool, reading: set[int], rest: Iterator[Node]) -> None:
+        """epoch: the kernel has been told to forget every name. reading: directories whose listings are being read."""
+        self.epoch = epoch
+        self.reading = reading
+        self.rest = rest
+        self.done: set[Node] = set()
+        """Those that somebody has asked for meanwhile."""
+
+
 class Coherence:
     """Base of all strategies: promises nothing by itself."""
 
@@ -102,6 +120,10 @@ class Coherence:
         self.notifier = notifier
         self.branch_events: dict[int, int] = {}
         """Branch index << KIND_BITS | KINDS of coherence/inotify.py, to number of events."""
+        self.later: Callable[[Callable[[], None]], object] | None = None
+        """Has something called soon, between two requests. None: there is nobody who could."""
+        self._doubts: _Doubts | None = None
+        """Of what is known, as `_doubt_some` goes through it."""
         self.replays: Replays | None = None
         """Has watchers of the union see direct changes; None: they do not."""
 
@@ -136,12 +158,14 @@ class Coherence:
 
     def drain(self) -> None:
         """Take notice of every direct change that has happened up to now; the notifier then has the rest."""
+        self._finish_doubts()
 
     def options_changed(self) -> None:
         """The options of the tree are others now."""
 
     def stop(self) -> None:
         """Let go of everything held for the tree, which is not used any more; else `hand_over`."""
+        self._doubts = self.sb.table.doubted = None
 
     def hand_over(self) -> None:
         """Let go of a tree that goes on being used: nothing in it is trusted until another strategy has started."""
@@ -173,6 +197,8 @@ class Coherence:
 
     def judge(self, node: Dir, trusted: bool) -> None:
         """Trust a directory from now on, or do not."""
+        if self._doubts is not None:
+            self._doubt_first(node)  # it was found by its name; `distrust` would go through all below it at once
         if trusted:
             node.trusted = True
             node.ttl = FOREVER
@@ -255,13 +281,65 @@ class Coherence:
 
     def _distrust_all(self) -> None:
         """`distrust` for everything there is, what has lost its name included; by an epoch, where there is one."""
+        self._begin_doubts()
+        self._finish_doubts()
+
+    def _begin_doubts(self) -> None:
+        """Have `_distrust_all` done, `_doubt_some` by `_doubt_some`: each node before anybody uses it."""
         epoch = self.notifier.everything()
         # A listing that was answered before may be taken in afterwards: names then have the new epoch, which
         # fuse_direntplus_link() looks at last. To have one forgotten waits for whoever reads the directory.
-        reading = {handle.node.id for handle in self.sb.handles.dirs.values()}
+        handles, table = self.sb.handles, self.sb.table
+        reading: set[int] = {handle.node.id for handle in handles.dirs.values()}
+        self._doubts = _Doubts(epoch, reading, iter(list(table.nodes.values())))
+        table.doubted = self._doubt_first
+        opened: list[Node] = [handle.node for handle in handles.dirs.values()]
+        opened += [handle.node for handle in handles.files.values()]
+        for node in opened:
+            self._doubt_first(node)  # who uses a handle does not ask for it
+
+    def _doubt_first(self, node: Node) -> None:
+        """Somebody asks for a node: that, and all above it, comes first."""
+        doubts = self._doubts
+        if doubts is None:
+            return
+        way: list[Node] = []
+        waiting = [node]
+        while waiting:
+            one = waiting.pop()
+            if one not in doubts.done:
+                doubts.done.add(one)
+                way.append(one)
+                waiting += [parent for parent, _ in one.names()]
+        self._doubt_these(doubts, way)
+
+    def _doubt_some(self, most: int) -> bool:
+        """Go on with `_begin_doubts`: with so many nodes. False when that is all."""
+        doubts = self._doubts
+        if doubts is None:
+            return False
+        some = list(islice(doubts.rest, most))
+        self._doubt_these(doubts, [node for node in some if node not in doubts.done] if doubts.done else some)
+        if len(some) < most:
+            self._doubts = self.sb.table.doubted = None
+        return self._doubts is not None
+
+    def _finish_doubts(self) -> None:
+        while self._doubt_some(_PORTION):
+            pass
+
+    def _doubt_later(self) -> None:
+        """Between two requests: of all that is known there may be a million."""
+        if self.later is None:
+            self._finish_doubts()
+        elif self._doubt_some(_PORTION):
+            self.later(self._doubt_later)
+
+    def _doubt_these(self, doubts: _Doubts, nodes: list[Node]) -> None:
+        epoch, reading = doubts.epoch, doubts.reading
         attributes: list[int] = []
         data: list[int] = []
-        for node in self.sb.table.nodes.values():
+        for node in nodes:
             if type(node) is not Dir:
                 if node.handles:
                     self._drop_file(node)
@@ -416,8 +494,9 @@ class Coherence:
 
         Every directory is asked again at its next use, which makes it trusted again where it can be.
         """
-        self._distrust_all()
+        self._begin_doubts()
         self.adopt(self.sb.root, False)
+        self._doubt_later()
 
     def recalled(self) -> None:
         """The tree is one that a predecessor had (union/recall.py): the kernel may remember all of it, and nobody has
@@ -491,5 +570,6 @@ class Coherence:
         """How well the mode asked for is kept on a branch: one of metrics.COHERENCE_STATES."""
         return "healthy"
 
-    def statistics(self) -> CoherenceStatistics:
+    def statistics(self, census: Census | None = None) -> CoherenceStatistics:
+        """census: of all nodes, where that was made already."""
         return CoherenceStatistics(self.name)

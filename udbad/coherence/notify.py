@@ -31,7 +31,7 @@ from udbad.coherence.sent import UNKNOWN, SentAttributes
 from udbad.coherence.watcher import Change, Watcher
 from udbad.coherence.watches import Watches
 from udbad.inodes.handles import written_behind
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.table import Census, Dir, Node
 from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class NotifyCoherence(Coherence):
             await self._watches.watcher.run()
 
     def stop(self) -> None:
+        super().stop()
         self.events = -1
         self._watches.close()
         for node in self.sb.table.nodes.values():
@@ -93,6 +94,7 @@ class NotifyCoherence(Coherence):
         if watcher is not None:
             watcher.drain()
             self._caught_up(watcher)
+        super().drain()
 
     def _caught_up(self, watcher: Watcher) -> None:
         if watcher.emptied and self.replays is not None:
@@ -257,19 +259,17 @@ class NotifyCoherence(Coherence):
             return "healthy" if branch.index in self._leases else "silent"
         return self._watches.state
 
-    def statistics(self) -> CoherenceStatistics:
-        degraded = 0
-        for node in self.sb.table.nodes.values():
-            if type(node) is Dir:
-                directory: Dir = node  # as compiled, that is quicker: there may be a million
-                degraded += not directory.trusted
+    def statistics(self, census: Census | None = None) -> CoherenceStatistics:
+        if census is None:
+            census = Census()
+            census.count(self.sb.table.nodes.values())
         return CoherenceStatistics(
             mode=self.name,
             state=self._watches.state,
             watches=len(self._watches),
             watch_limit=watch_limit(),
             handles=self._watches.handles,
-            degraded_directories=degraded,
+            degraded_directories=census.untrusted,
             events=self._events.count,
             echoes=self._events.echoes,
             overflows=self._overflows,

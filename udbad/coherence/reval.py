@@ -18,7 +18,7 @@ from udbad.branch.branches import Branch
 from udbad.coherence.base import Coherence, CoherenceStatistics, KernelNotifier
 from udbad.coherence.inotify import watch_limit
 from udbad.coherence.silence import Silence
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.table import Census, Dir, Node
 from udbad.union.superblock import Superblock
 
 
@@ -37,6 +37,7 @@ class RevalCoherence(Coherence):
         super().start()
 
     def stop(self) -> None:
+        super().stop()
         if self._silence is not None:
             self._silence.close()
             self._silence = None
@@ -62,6 +63,6 @@ class RevalCoherence(Coherence):
     def moved_in(self, node: Dir, name: bytes) -> None:
         pass  # out of another one that was never trusted
 
-    def statistics(self) -> CoherenceStatistics:
+    def statistics(self, census: Census | None = None) -> CoherenceStatistics:
         watches = 0 if self._silence is None else len(self._silence)
         return CoherenceStatistics(self.name, watches=watches, watch_limit=watch_limit())

@@ -48,9 +48,10 @@ cdef class InodeTable:
     cdef dict __dict__  # for what is replaced: on_drop and the like
     cdef public Dir root
     cdef public dict nodes
-    cdef public object _files, _fd_dirs, record, unread
+    cdef public object _files, _fd_dirs, record, unread, doubted
     cdef public long long open_fds, _max_fds, _all_fds, _trim_below
     cpdef bint over_budget(self)
+    @cython.locals(node=Node)
     cpdef Node find(self, node_id)
     cpdef add(self, Node node)
     cpdef refer(self, Node node)

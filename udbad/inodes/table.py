@@ -15,7 +15,7 @@ import os
 import stat as st_mod
 import sys
 from collections import OrderedDict
-from collections.abc import Sized
+from collections.abc import Callable, Iterable, Sized
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -330,6 +330,31 @@ class TableStatistics(NamedTuple):
     directory_fds: int
 
 
+class Census:
+    """What nodes there are. untrusted: directories."""
+
+    __slots__ = ("directories", "untrusted", "view_names", "views")
+
+    def __init__(self) -> None:
+        self.directories = self.untrusted = self.views = self.view_names = 0
+
+    def count(self, nodes: Iterable[Node]) -> None:
+        """Add these."""
+        directories = untrusted = views = view_names = 0
+        for node in nodes:
+            if type(node) is Dir:
+                directory: Dir = node  # as compiled, that is quicker: there may be a million
+                directories += 1
+                untrusted += not directory.trusted
+                if directory.view is not None:
+                    views += 1
+                    view_names += len(directory.view)
+        self.directories += directories
+        self.untrusted += untrusted
+        self.views += views
+        self.view_names += view_names
+
+
 class InodeTable:
     """Node ids to nodes, and the references the kernel holds on them."""
 
@@ -344,6 +369,8 @@ class InodeTable:
         self._all_fds = all_fds
         self.unread: Unread | None = None
         """Nodes that a predecessor knew and that are not in `nodes` yet. None: there are none."""
+        self.doubted: Callable[[Node], object] | None = None
+        """Called with each node that is asked for by its id; None: what is known of them is as it was."""
         self.record: Record | None = None
         """Where it is written what there is, and what changes; replaced by journal.py."""
         self._trim_below = 0
@@ -361,7 +388,10 @@ class InodeTable:
 
     def find(self, node_id: Number) -> Node | None:
         """The node of an id. Whoever has an id asks here, and not `nodes`: it may have to be made first."""
-        return self.nodes.get(node_id) if self.unread is None else self.unread.find(node_id)
+        node = self.nodes.get(node_id) if self.unread is None else self.unread.find(node_id)
+        if self.doubted is not None and node is not None:
+            self.doubted(node)
+        return node
 
     def has(self, node_id: int) -> bool:
         return node_id in self.nodes or (self.unread is not None and self.unread.has(node_id))
@@ -614,14 +644,10 @@ class InodeTable:
         """Whether the name of a directory still leads to this branch directory; replaced by the tree, which can ask."""
         return True
 
-    def statistics(self) -> TableStatistics:
-        directories = views = view_names = 0
-        for node in self.nodes.values():
-            if type(node) is Dir:
-                directory: Dir = node  # as compiled, that is quicker: there may be a million
-                directories += 1
-                if directory.view is not None:
-                    views += 1
-                    view_names += len(directory.view)
+    def statistics(self, census: Census | None = None) -> TableStatistics:
+        """census: of all nodes, where that was made already."""
+        if census is None:
+            census = Census()
+            census.count(self.nodes.values())
         nodes = len(self.nodes) if self.unread is None else max(len(self.nodes), len(self.unread))
-        return TableStatistics(nodes, directories, views, view_names, self.open_fds)
+        return TableStatistics(nodes, census.directories, census.views, census.view_names, self.open_fds)

@@ -105,6 +105,7 @@ class Commands:
     async def status(self, request: Message) -> dict[str, Any]:
         process = self.process
         io, fallbacks = process.io()
+        census = await process.readings.census()
         return {
             "name": process.identity.name,
             "mount_point": os.fsdecode(process.mount_point),
@@ -123,19 +124,20 @@ class Commands:
             "requests": sum(stats.requests for stats in operations().values()),
             "open_handles": len(process.sb.handles),
             "connection": process.session.connection,
-            "coherence": process.coherence.statistics()._asdict(),
+            "coherence": process.coherence.statistics(census)._asdict(),
         }
 
     async def stats(self, request: Message) -> dict[str, Any]:
         process = self.process
         passed = process.passthrough
+        census = await process.readings.census()
         return {
             "requests": {name: stats.requests for name, stats in operations().items()},
             "seconds": {name: stats.seconds for name, stats in operations().items()},
             "errors": sum(stats.errors for stats in operations().values()),
             "bugs": sum(stats.bugs for stats in operations().values()),
-            "table": process.sb.table.statistics()._asdict(),
-            "coherence": process.coherence.statistics()._asdict(),
+            "table": process.sb.table.statistics(census)._asdict(),
+            "coherence": process.coherence.statistics(census)._asdict(),
             "invalidator": process.invalidator.statistics()._asdict(),
             "depths": {
                 "found": process.sb.counters.depth_found,

@@ -195,6 +195,7 @@ class MountProcess:
             self.passthrough: Passthrough | None = None
             self.holding = Holding(self.fs.walks)
             self.edge = self._make_edge()
+            self._lend_turns()
             if asked == "passthrough" and self.passthrough is None:
                 self._fall_back(iomode.NO_PASSTHROUGH)
             ending.callback(self.edge.close)
@@ -444,8 +445,14 @@ class MountProcess:
         self.coherence = self.edge.operations.coherence = strategy(self.sb, self.invalidator)
         if self.replayer is not None:
             self.replayer.attend(self.coherence)
+        self._lend_turns()
         self.coherence.start()
         self.beside.coherence_restarted()
+
+    def _lend_turns(self) -> None:
+        """Let the strategy do between requests what would take long at once."""
+        if isinstance(self.edge, Native):
+            self.coherence.later = self.edge.loop.post
 
 
 def strategy_of(mode: str) -> type[Coherence]:

@@ -20,6 +20,7 @@ from udbad.branch.branches import Branch
 from udbad.coherence import inotify, leases
 from udbad.coherence.replays import Kind
 from udbad.edge.native import Native
+from udbad.inodes.table import Census
 from udbad.kernel.boundary import operations
 from udbad.metrics import COHERENCE_STATES, COPYUP_BUCKETS, DEPTH_BUCKETS, EVENT_KINDS, Counts, Samples
 from udbad.mount.hearing import Heard
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from udbad.mount.mountproc import MountProcess
 
 PROBE_SECONDS: Final = 0.3
+_CENSUS_PORTION: Final = 10_000
+"""Nodes that are counted between two requests, which takes less than a millisecond."""
 
 _KIND_BITS: Final = {
     "gone": inotify.GONE,
@@ -74,18 +77,31 @@ class MetricsReader:
         name = errno.errorcode.get(number, "unknown")
         self._failures[name] = self._failures.get(name, 0) + 1
 
+    async def census(self) -> Census:
+        """Of all nodes; some at a time, as there may be a million."""
+        import trio  # as the rest of this module serves before that is there (later.py)
+
+        census = Census()
+        nodes = list(self._process.sb.table.nodes.values())
+        for first in range(0, len(nodes), _CENSUS_PORTION):
+            if first:
+                await trio.lowlevel.checkpoint()  # after this some may be gone: they were there when this began
+            census.count(nodes[first : first + _CENSUS_PORTION])
+        return census
+
     async def samples(self) -> Samples:
         """Every metric of the mount. Takes PROBE_SECONDS at most beside what the event loop is busy with."""
         spaces = await self._spaces()
+        census = await self.census()
         # After this: the branches may be others; one that was not asked yet is left out this time.
         return {
             **self._about(),
             **self._requests(),
             **self._copying(),
-            **self._coherence(),
+            **self._coherence(census),
             **self._replays(),
             **self._hosts(),
-            **self._tables(),
+            **self._tables(census),
             **self._survival(),
             **self._branches(spaces),
         }
@@ -130,9 +146,9 @@ class MetricsReader:
             "udbad_copyup_failures_total": [((name,), count) for name, count in self._failures.items()],
         }
 
-    def _coherence(self) -> Samples:
+    def _coherence(self, census: Census) -> Samples:
         coherence = self._process.coherence
-        statistics = coherence.statistics()
+        statistics = coherence.statistics(census)
         sent = self._process.invalidator.statistics()
         branches = self._process.sb.branches.branches
         events = {(text(branch.path), kind): 0 for branch in branches for kind in EVENT_KINDS}
@@ -185,9 +201,9 @@ class MetricsReader:
             "udbad_hosts_hints_total": [((path,), one.hints) for path, _, one in known],
         }
 
-    def _tables(self) -> Samples:
+    def _tables(self, census: Census) -> Samples:
         sb = self._process.sb
-        table = sb.table.statistics()
+        table = sb.table.statistics(census)
         return {
             "udbad_inodes": [((), table.nodes)],
             "udbad_directory_views": [((), table.views)],
