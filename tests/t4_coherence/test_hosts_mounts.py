@@ -161,6 +161,29 @@ async def test_copy_ups_and_whiteouts_are_seen(pair: Pair) -> None:
         assert sorted(os.listdir(near)) == ["kept", "sub"]
 
 
+async def test_what_is_written_to_is_told_alone(pair: Pair) -> None:
+    """By sshfs nobody sees that a file has other names: so all that is known may be of it, once it has."""
+    far, near = pair.far.path / "d", pair.near.path / "d"
+    async with pair.told() as (subscriber, _):
+
+        async def lookups_after_a_write() -> int:
+            (near / "old").stat()
+            before = pair.near.requests()["lookup"]
+            (far / "written").write_text("1")
+            assert await subscriber.catch_up(SECONDS) == []
+            (near / "old").stat()
+            return pair.near.requests()["lookup"] - before
+
+        (far / "written").touch()
+        assert await subscriber.catch_up(SECONDS) == []
+        assert await lookups_after_a_write() == 0
+        os.link(far / "written", far / "linked")
+        assert await lookups_after_a_write() > 0
+        for name in ("written", "linked"):
+            (far / name).unlink()
+        assert await subscriber.catch_up(SECONDS) == []
+
+
 async def test_what_a_dead_process_had_collected(pair: Pair) -> None:
     """Nobody will tell of it: it may be anything."""
     async with pair.told() as (subscriber, own):

@@ -17,6 +17,7 @@ from udbad.hosts.link import MountLink
 from udbad.hosts.publisher import Publisher
 from udbad.hosts.retry import Retry
 from udbad.hosts.subscriber import MountGone
+from udbad.hosts.tasks import end
 
 _PAUSE: Final = 0.01
 """Seconds in which changes gather."""
@@ -41,9 +42,7 @@ class OwnChanges:
         try:
             await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(*tasks)
 
     async def _follow(self) -> None:
         while True:

@@ -15,6 +15,7 @@ from udbad.hosts.bus import BusSettings
 from udbad.hosts.ownchanges import OwnChanges
 from udbad.hosts.publisher import Publisher
 from udbad.hosts.subscriber import Subscriber
+from udbad.hosts.tasks import end
 from udbad.hosts.tree import Tree
 
 _PATIENCE: Final = 5.0
@@ -81,8 +82,7 @@ class Watched:
         finally:
             failed.cancel()
             loop.remove_reader(watching)
-            publishing.cancel()
-            await asyncio.gather(publishing, return_exceptions=True)
+            await end(publishing)
 
     def close(self) -> None:
         self._tree.close()
@@ -103,14 +103,14 @@ async def watch(
         on_ready(sum(one.directories for one in watched))
         tasks = [asyncio.ensure_future(one.run()) for one in watched]
 
-        def end() -> None:
+        def finish() -> None:
             for one, task in zip(watched, tasks, strict=True):
                 one.end()
                 loop.call_later(_PATIENCE, task.cancel)  # the bus may not be reached
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, end)
+            loop.add_signal_handler(number, finish)
         await _together(tasks)
     finally:
         for one in watched:
@@ -130,16 +130,16 @@ async def subscribe(
     loop = asyncio.get_running_loop()
     tasks = [asyncio.ensure_future(run) for run in (*(one.run() for one in subscribers), *(one.run() for one in own))]
 
-    def end() -> None:
+    def finish() -> None:
         if lifeline >= 0:
             loop.remove_reader(lifeline)
         for task in tasks:
             task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, end)
+        loop.add_signal_handler(number, finish)
     if lifeline >= 0:
-        loop.add_reader(lifeline, end)  # nothing is written to it
+        loop.add_reader(lifeline, finish)  # nothing is written to it
     on_ready()
     try:
         await _together(tasks)
@@ -150,9 +150,7 @@ async def subscribe(
 async def _together(tasks: Sequence[asyncio.Future[None]]) -> None:
     """Until all have ended; the first that fails ends the others."""
     done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    for task in rest:
-        task.cancel()
-    await asyncio.gather(*rest, return_exceptions=True)
+    await end(*rest)
     for task in done:
         if not task.cancelled():
             task.result()

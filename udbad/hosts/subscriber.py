@@ -189,8 +189,7 @@ class Subscriber:
                     self._note("waiting", str(error))
                     await self._retry.wait(str(error))
         finally:
-            for task in aside:
-                task.cancel()
+            await end(*aside)
             try:
                 await self._link.leave()
                 await self._link.heard(None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-_AGAIN: Final = 0.5
+_AGAIN: Final = 2.0
+"""Seconds; what tasks do at their end takes less, as it would be cut off."""
 
 
 async def ready_or_failed(ready: asyncio.Event, task: asyncio.Task[None]) -> None:
@@ -19,7 +20,7 @@ async def ready_or_failed(ready: asyncio.Event, task: asyncio.Task[None]) -> Non
         waiting.cancel()
 
 
-async def end(*tasks: asyncio.Task[None]) -> None:
+async def end(*tasks: asyncio.Future[None]) -> None:
     """Cancel tasks, and return when they have ended, however that was.
 
     Once is not enough: a reader that waits in redis-py may go on after it.

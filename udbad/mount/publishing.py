@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import trio
@@ -34,14 +35,14 @@ _WAIT: Final = 5.0
 """Seconds that a question waits for a change; who asks waits for twice as long."""
 _ATTRIBUTES: Final = "modify,attrib"
 _NAME: Final = f"move,{_ATTRIBUTES}"
-_FILE: Final = f"{_NAME},links"
-"""Others may know what was written to by a name that was never asked for here."""
+_LINKED: Final = f"{_NAME},links"
 
 
 class Collector:
     """The coherence strategy of a mount, as far as the union uses one, with an ear of our own."""
 
-    def __init__(self, hooks: Hooks, handles: HandleTable) -> None:
+    def __init__(self, hooks: Hooks, handles: HandleTable, stat: Callable[[Node], os.stat_result]) -> None:
+        """stat: the status of a node. Raises OSError."""
         self.boot = secrets.token_hex(8)
         """Another one: something may not have been collected."""
         self.some = trio.Event()
@@ -55,6 +56,7 @@ class Collector:
         """Open files: a network file system may keep what was written until they are closed (nfs(5), close-to-open), so
         that others have to look once more then."""
         self._handles = handles
+        self._stat = stat
         self._note_open()
         self._hooks = hooks
         self.by_times = hooks.by_times
@@ -112,12 +114,25 @@ class Collector:
         self._last = node
         if node.handles:
             self._written[node] = None
+        words = _LINKED if self._may_have_other_names(node) else _NAME
         for parent, name in node.names():
             path = self._path(parent, name)
             if path is not None:
-                self._note(path, _FILE)
+                self._note(path, words)
         if node.parent is None and not node.dead:
             self.note_all()  # its name was lost by a direct change, and another one is not known
+
+    def _may_have_other_names(self, node: Node) -> bool:
+        """Whether others may know a file by a name that was never asked for here.
+
+        By FUSE nobody learns that: sftp has no link counts. NFS has them from the answer to what was changed.
+        """
+        if node.aliases or node.branch.fs_type.startswith("fuse"):
+            return True
+        try:
+            return self._stat(node).st_nlink > 1
+        except OSError:
+            return True
 
     def _path(self, parent: Dir, name: bytes) -> bytes | None:
         """Of a name, or of the directory itself; None: there is none, or others may have it under another one."""
@@ -205,7 +220,7 @@ class Publishing:
         if self._collector is None or changes.hooks is not self._collector:
             if self._collector is not None:
                 self._collector.some.set()
-            self._collector = Collector(changes.hooks, self._process.sb.handles)
+            self._collector = Collector(changes.hooks, self._process.sb.handles, self._process.sb.stat)
             changes.attach_hooks(cast("Hooks", self._collector))
         return self._collector
 
