@@ -7,7 +7,6 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import click
 
@@ -29,7 +28,7 @@ from udbad.errors import ExitCode, UserError
 @click.option("--ready-fd", type=int, default=-1, hidden=True)
 @run_dir_option
 @click.argument("source")
-@click.argument("mount_point", type=click.Path(path_type=Path), required=False)
+@click.argument("mount_point", type=click.Path(), required=False)
 def mount(
     options: tuple[str, ...],
     foreground: bool,
@@ -38,7 +37,7 @@ def mount(
     ready_fd: int,
     run_dir: str,
     source: str,
-    mount_point: Path | None,
+    mount_point: str | None,
 ) -> None:
     """Mount a union on MOUNT_POINT. SOURCE is shown in /proc/mounts.
 
@@ -53,10 +52,10 @@ def mount(
         if mount_point is None:
             if parsed.source is None:
                 raise UserError("MOUNT_POINT is missing")
-            mount_point = Path(place_in_store(parsed.source))
+            mount_point = place_in_store(parsed.source)
         if parsed.fsname == "none" and source != "none":
             parsed = replace(parsed, fsname=source)
-        job = Job(parsed, str(mount_point.absolute()), run_dir, verbose, log_format, background=not foreground)
+        job = Job(parsed, os.path.abspath(mount_point), run_dir, verbose, log_format, background=not foreground)
         job.set_up_log()
         if foreground:
             private = (ready_fd,) if ready_fd >= 0 else ()
@@ -77,13 +76,15 @@ def _say_ready(mount_point: str, ready_fd: int) -> None:
 
 @click.command()
 @click.option("-l", "--lazy", is_flag=True, help="Detach now, finish when the last user is gone.")
-@click.argument("mount_point", type=click.Path(path_type=Path), shell_complete=mount_points)
-def umount(lazy: bool, mount_point: Path) -> None:
+@click.argument("mount_point", type=click.Path(), shell_complete=mount_points)
+def umount(lazy: bool, mount_point: str) -> None:
     """Unmount a union, given by its mount point or its name in /proc/mounts."""
+    from pathlib import Path  # not to mount
+
     from udbad.kernel.mounts import find_mount, unmount_top
 
     with user_errors():
-        path = find_mount(os.fsencode(mount_point.absolute()), os.fsencode(mount_point))
+        path = find_mount(os.fsencode(Path(mount_point).absolute()), os.fsencode(mount_point))
         try:
             unmount_top(path, lazy)
         except OSError as error:
