@@ -113,6 +113,7 @@ class Store:
         env = {
             **os.environ, "CONTAINERS_STORAGE_CONF": f"{self.home}/storage.conf",
             "CONTAINERS_CONF": f"{self.home}/containers.conf",
+            "PYTHONDONTWRITEBYTECODE": "",  # what is installed has its bytecode
         }  # fmt: skip
         done = subprocess.run(
             [*entered, *command],
