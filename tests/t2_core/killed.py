@@ -29,8 +29,8 @@ from udbad.coherence.base import Coherence
 from udbad.edge import poison
 from udbad.edge.native import Native
 from udbad.edge.once import copies
-from udbad.edge.slot import RESENT
 from udbad.inodes.record import Record
+from udbad.inodes.slot import RESENT
 from udbad.kernel import device, wire
 from udbad.types import Caller, Perm
 from udbad.union import recall

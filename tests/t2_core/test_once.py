@@ -20,8 +20,8 @@ from tests.t2_core.core import refuse_tmpfile
 from tests.t2_core.killed import UNIQUE, Faults, Killed, Mount, Request, descriptors, mounted, outcome, swept
 from udbad.branch.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 from udbad.edge.once import REPEATED, RULES
-from udbad.edge.slot import RESENT
 from udbad.edge.table import TABLE
+from udbad.inodes.slot import RESENT
 from udbad.kernel import wire
 from udbad.types import ROOT_ID
 

@@ -16,8 +16,8 @@ import pytest
 from tests.t2_core.killed import UNIQUE, Killed, Mount, mounted
 from udbad.edge import poison
 from udbad.edge.poison import DEATHS
-from udbad.edge.slot import RESENT
 from udbad.inodes.record import Record
+from udbad.inodes.slot import RESENT
 from udbad.kernel import wire
 from udbad.types import ROOT_ID
 from udbad.union import create

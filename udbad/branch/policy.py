@@ -112,6 +112,8 @@ class CreatePolicy(ABC):
     takes_low: ClassVar[bool] = False
     takes_seconds: ClassVar[bool] = False
     exceptions_first: ClassVar[bool] = True
+    parent_decides: ClassVar[bool] = False
+    """It takes the top branch of the parent wherever that is writable and not below `Facts.limit`."""
 
     def __init__(self, low: int = 0, cache_seconds: int = DEFAULT_CACHE_SECONDS) -> None:
         self.low = low
@@ -138,6 +140,7 @@ class TopDownParent(CreatePolicy):
     """
 
     exceptions_first = False
+    parent_decides = True
 
     def _choose(self, facts: Facts) -> int:
         own = min(facts.source, facts.limit)

@@ -191,7 +191,8 @@ class Events:
         kinds: Index
         for handle, kinds in echoes:
             if type(handle) is Place:
-                key = handle.index << KIND_BITS | kinds & KINDS
+                place: Place = handle
+                key = place.index << KIND_BITS | kinds & KINDS
                 counts[key] = counts.get(key, 0) + 1
                 self.count += 1
                 self.echoes += 1
@@ -206,12 +207,13 @@ class Events:
         kinds: Index
         for handle, name, kinds in changes:
             if type(handle) is Place:
-                node: Dir = handle.node
-                count = handle.index << KIND_BITS | kinds & KINDS
+                place: Place = handle
+                node: Dir = place.node
+                count = place.index << KIND_BITS | kinds & KINDS
                 counts[count] = counts.get(count, 0) + 1
                 self.count += 1
                 if kinds & GONE:
-                    if self._watches.gone(handle):
+                    if self._watches.gone(place):
                         self._coherence.distrust(node)
                     continue
                 if name and name[0] != _DOT:  # neither a whiteout nor a mark, nor the directory itself
@@ -224,7 +226,7 @@ class Events:
                     key = node, name
                     names[key] = names.get(key, 0) | kinds
                     continue
-                about = subject(handle, name)
+                about = subject(place, name)
                 if about is not None:
                     names[about] = names.get(about, 0) | _about(name, kinds)
             elif type(handle) is Way:

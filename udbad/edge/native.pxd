@@ -3,7 +3,7 @@ cimport cython
 from udbad.edge.loop cimport Loop
 from udbad.edge.once cimport Once
 from udbad.edge.operations cimport Operations
-from udbad.edge.slot cimport Slot
+from udbad.inodes.slot cimport Slot
 from udbad.inodes.table cimport InodeTable
 from udbad.kernel.boundary cimport OpStats
 from udbad.kernel.received cimport Received

@@ -22,7 +22,6 @@ from udbad.edge.loop import Loop
 from udbad.edge.once import RULES, Answered, Once, Rule
 from udbad.edge.operations import Later, Operations
 from udbad.edge.poison import Poison
-from udbad.edge.slot import CURRENT, RESENT
 from udbad.edge.table import (
     OLD_SETXATTR,
     TABLE,
@@ -38,6 +37,7 @@ from udbad.edge.table import (
 )
 from udbad.edge.waiting import RETRIED, Request, Waiting
 from udbad.inodes.record import Record
+from udbad.inodes.slot import CURRENT, RESENT
 from udbad.kernel import boundary, wire
 from udbad.kernel.device import answer, receive
 from udbad.kernel.passthrough import Passthrough

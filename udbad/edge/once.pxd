@@ -1,5 +1,5 @@
 from udbad.edge.operations cimport Operations
-from udbad.edge.slot cimport Slot
+from udbad.inodes.slot cimport Slot
 from udbad.inodes.handles cimport HandleTable, OpenFile
 from udbad.inodes.table cimport Dir, Node
 from udbad.union.fs cimport UnionFs
@@ -8,6 +8,6 @@ cdef class Once:
     cdef public Operations _operations
     cdef public list _slots
     cdef public Slot own
-    cdef public object intend, result
+    cdef public object result
     cpdef perform(self, rule, unsigned long long unique, operation, tuple arguments)
     cpdef resume(self, unsigned long long unique)

@@ -32,10 +32,10 @@ from typing import Any, Final, NamedTuple
 from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.edge.operations import Attributes, Entry, Opened, Operations
-from udbad.edge.slot import CURRENT, RESENT, SLOT, U64, Slot
 from udbad.errors import ABSENT, os_error
 from udbad.inodes.handles import HandleTable, OpenFile
 from udbad.inodes.inomap import Identity
+from udbad.inodes.slot import CURRENT, RESENT, SLOT, U64, Slot
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
 from udbad.types import Caller
@@ -73,7 +73,7 @@ class _Perform(Exception):
 
 
 class Once:
-    """The slots of one mount. Implements superblock.Notes."""
+    """The slots of one mount. Implements superblock.Notes; what operations intend goes into `Superblock.slot`."""
 
     def __init__(self, slots: memoryview, operations: Operations) -> None:
         """slots: writable, of the record; what the processes before this one have left there is still to be used."""
@@ -87,9 +87,8 @@ class Once:
         self._slots = [own, *every]
         """Newest first. More processes than there are slots do not die of one request (poison.py)."""
         self.own = own
-        self.intend = own.intend
         self.result = own.result
-        fs.sb.notes = self
+        fs.sb.notes, fs.sb.slot = self, own
 
     # -- before and after an operation ------------------------------------------------------------
 
@@ -104,7 +103,7 @@ class Once:
             except _Perform:
                 pass
         if rule.opens:
-            self.intend()
+            self.own.intend()
         return operation(self._operations, *arguments)
 
     def resume(self, unique: Unique) -> None:
@@ -140,7 +139,7 @@ class Once:
         said = made.st_dev, made.st_ino, branch.index, above, as_link, max(names, 0), links
         self.own.copy(node.id, name, said)
         if as_link:  # it is what LINK does
-            self.intend(made.st_dev, made.st_ino)
+            self.own.intend(2, made.st_dev, made.st_ino)
 
     def settle(self) -> None:
         """Before the first request: go on with copies whose publication a process did not survive."""
@@ -315,8 +314,8 @@ def _open_own(
     parent, name = place
     dirfd = fs.sb.branch_fd(parent, node.branch)
     mode = noted.words[0] if noted.words else st_mod.S_IMODE(syscalls.stat_at(dirfd, name).st_mode)
-    assert fs.sb.notes is not None
-    fs.sb.notes.intend(mode)
+    assert fs.sb.slot is not None
+    fs.sb.slot.intend(1, mode)
     syscalls.chmod_at(dirfd, name, mode | st_mod.S_IRUSR | st_mod.S_IWUSR)
     try:
         handle, _ = fs.open(node.id, flags, caller)

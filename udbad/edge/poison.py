@@ -23,9 +23,9 @@ from typing import Final
 from zlib import crc32
 
 from udbad.edge.once import newest_first
-from udbad.edge.slot import RESENT, Slot
 from udbad.inodes.paths import last_path
 from udbad.inodes.record import Record, pack, unpack
+from udbad.inodes.slot import RESENT, Slot
 from udbad.inodes.table import InodeTable
 from udbad.kernel import wire
 from udbad.kernel.received import Received

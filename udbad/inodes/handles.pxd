@@ -1,5 +1,6 @@
 # A handle's number is Python's: it may be a node's id, negative, for which those of C have no room.
 
+from udbad.inodes.record cimport Record
 from udbad.inodes.table cimport Dir, Node
 
 cdef class OpenFile:
@@ -18,5 +19,9 @@ cdef class OpenDir:
 
 cdef class HandleTable:
     cdef public dict files, dirs, lost
-    cdef public object next, record, on_missing, on_missing_dir, unheard, unsure
+    cdef public Record record
+    cdef public object next, on_missing, on_missing_dir, unheard, unsure
+    cpdef changed(self, handle)
     cpdef OpenFile file(self, fh)
+    cpdef OpenFile _keep(self, OpenFile handle, bint first=*)
+    cpdef OpenFile remove_file(self, fh)

@@ -215,7 +215,7 @@ class HandleTable:
                 raise os_error(errno.EBADF) from None
         return self.on_missing_dir(fh)
 
-    def remove_file(self, fh: int) -> OpenFile:
+    def remove_file(self, fh: Number) -> OpenFile:
         """Close an open file; what it was is returned. An error of close(2) goes nowhere here, FLUSH has told it."""
         handle = self.file(fh)
         del self.files[fh]

@@ -55,6 +55,8 @@ DROPPED: Final = (1 << 64) - 1
 _MARSHAL: Final = 2
 """Format of marshal that every Python 3 reads and that is quickest to write."""
 
+Words = memoryview
+"""Words of 8 bytes."""
 unpack: Callable[[bytes], Any] = marshal.loads
 Scanned = TypeVar("Scanned")
 
@@ -91,7 +93,7 @@ class Half:
 
     __slots__ = ("_fd", "_room", "end_word", "ends", "memory", "most", "number", "pending", "words")
 
-    def __init__(self, fd: int, ends: memoryview, number: int) -> None:
+    def __init__(self, fd: int, ends: Words, number: int) -> None:
         """ends: the words of the file's beginning."""
         self._fd = fd
         self.ends = ends
@@ -191,7 +193,7 @@ class Record:
         self.quick: Callable[[set[Any], Half], bool] | None = None
         """Writes to a half some of what has changed, and takes it out of that; for speed, if there is one. False when
         something is left to be done; what was written may not be published then."""
-        self.words: memoryview | None = None
+        self.words: Words | None = None
         """Where the counts are that may be changed in place; None while they are written anew."""
         self.live: Callable[[], Iterable[Any]] = lambda: ()
         """All objects there are, and that may change meanwhile."""

@@ -3,6 +3,8 @@
 
 cimport cython
 
+from udbad.inodes.record cimport Record
+
 cdef class Plink:
     cdef public object branch, source_dev, identity
     cdef public bytes name
@@ -48,11 +50,18 @@ cdef class InodeTable:
     cdef dict __dict__  # for what is replaced: on_drop and the like
     cdef public Dir root
     cdef public dict nodes
-    cdef public object _files, _fd_dirs, record, unread, doubted
+    cdef public object _files, _fd_dirs, unread, doubted
+    cdef public Record record
     cdef public long long open_fds, _max_fds, _all_fds, _trim_below
     cpdef bint over_budget(self)
     @cython.locals(node=Node)
     cpdef Node find(self, node_id)
     cpdef add(self, Node node)
     cpdef refer(self, Node node)
+    cpdef changed(self, one)
+    cpdef attach(self, Node node, Dir parent, bytes name)
+    cpdef detach(self, Node node, Dir parent, bytes name)
+    cpdef note_fds(self, Dir node)
+    @cython.locals(last=Node)
+    cpdef _release(self, Node node)
     cpdef Node add_file(self, Node node, Dir parent, bytes name)

@@ -130,6 +130,7 @@ class Changes:
     def __init__(self, sb: Superblock) -> None:
         self._sb = sb
         self._table = sb.table
+        self._inomap = sb.inomap
         self.hooks: Hooks
 
     def attach_hooks(self, hooks: Hooks) -> None:
@@ -200,7 +201,7 @@ class Changes:
         """No name is left. The branch may reuse the inode number as soon as no descriptor holds it."""
         node.dead = True
         self._table.changed(node)
-        self._sb.inomap.drop(node.dev, node.ino)
+        self._inomap.drop(node.dev, node.ino)
 
     def moved(self, node: Node, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, branch: Branch) -> None:
         """A system call of ours has renamed an object on `branch`. What has the names now, `updated` says next: of

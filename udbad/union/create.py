@@ -12,7 +12,6 @@ import errno
 import os
 import stat as st_mod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from udbad.branch import notation, syscalls, whiteout
@@ -29,15 +28,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
 class Target:
     """Where a new object goes. whited: the branch directory has a whiteout `.wh.NAME` for it now. alone: nothing on any
     branch has that name."""
 
-    branch: Branch
-    dirfd: int
-    whited: bool
-    alone: bool = False
+    __slots__ = ("alone", "branch", "dirfd", "whited")
+
+    def __init__(self, branch: Branch, dirfd: int, whited: bool, alone: bool = False) -> None:
+        self.branch = branch
+        self.dirfd = dirfd
+        self.whited = whited
+        self.alone = alone
 
     def give_up(self, name: bytes) -> None:
         """Nothing is made after all: the whiteout gets back the form that it had."""
@@ -57,6 +58,11 @@ def prepare(sb: Superblock, parent: Dir, name: bytes, is_dir: bool = False) -> T
 
 def _choose(sb: Superblock, parent: Dir, missing: Missing, is_dir: bool) -> Branch:
     policy = sb.options.create
+    if policy.parent_decides:  # most do, and to ask takes longer than to make the file
+        top: Branch = parent.layers[0].branch
+        limit = parent.floor if missing.whited is None else min(parent.floor, missing.whited)
+        if top.writable and not top.offline and top.index <= limit:  # an opaque mark is on no branch above it
+            return top
     known = copydirs.facts(sb, parent, None, missing.whited, is_dir, policy.cache_seconds)
     return copydirs.selected(sb, policy, known, parent)
 
@@ -89,8 +95,8 @@ def check_free(sb: Superblock, parent: Dir, name: bytes) -> Missing:
 def _make(
     sb: Superblock, parent: Dir, name: bytes, target: Target, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    if sb.notes is not None:
-        sb.notes.intend()  # the name was free: what has it afterwards says the rest
+    if sb.slot is not None:
+        sb.slot.intend()  # the name was free: what has it afterwards says the rest
     try:
         return call(*args, **kwargs)
     except BaseException as error:
@@ -110,22 +116,28 @@ def _appear(sb: Superblock, parent: Dir, name: bytes, branch: Branch, st: os.sta
 
     sent: making it has sent one event.
     """
-    _new_number(sb, st)
+    number = _new_number(sb, st)
     sb.changes.made(parent, name, branch.index, branch if sent else None)
-    node, _ = lookup.intern_file(sb, parent, name, branch, st)
+    if name in parent.children or st.st_ino in sb.plinks:
+        node, _ = lookup.intern_file(sb, parent, name, branch, st)
+    else:
+        kind = st_mod.S_IFMT(st.st_mode)
+        node = sb.table.add_file(Node(number, kind, branch, st.st_dev, st.st_ino), parent, name)
     sb.changes.updated(parent, name, st)
     return node
 
 
-def _new_number(sb: Superblock, st: os.stat_result) -> None:
+def _new_number(sb: Superblock, st: os.stat_result) -> int:
     """Have an object that was just made get a number of its own, whoever had that when the inode was another one."""
-    identity = (st.st_dev, st.st_ino)
-    old = sb.table.find(sb.inomap.number(*identity))
-    if old is not None:
-        if old.identity == identity:
-            old.dead = True
-            sb.table.changed(old)
-        sb.inomap.fresh(*identity)
+    dev, ino = st.st_dev, st.st_ino
+    number = sb.inomap.number(dev, ino)
+    old = sb.table.find(number)
+    if old is None:
+        return number
+    if old.identity == (dev, ino):
+        old.dead = True
+        sb.table.changed(old)
+    return sb.inomap.fresh(dev, ino)
 
 
 def create_file(
@@ -268,7 +280,7 @@ def _made_directory(
     sb.changes.made(parent, name, hit, target.branch if sent else None)
     node, st = lookup.intern(sb, parent, name, found)
     assert type(node) is Dir
-    sb.changes.updated(parent, name, links=target.branch is not parent.branch)
+    sb.changes.updated(parent, name, None, target.branch is not parent.branch)
     return node, st
 
 
@@ -322,8 +334,8 @@ def link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result
     fd, owned = sb.open_object(node)
     target = Target(branch, dirfd, notation.of(branch).lift(branch, dirfd, name))
     try:
-        if sb.notes is not None:
-            sb.notes.intend(node.dev, node.ino)
+        if sb.slot is not None:
+            sb.slot.intend(2, node.dev, node.ino)
         syscalls.link_fd(fd, dirfd, name)
     except BaseException as error:
         if isinstance(error, FileExistsError):

@@ -20,6 +20,7 @@ from udbad.branch import overlayattr, state, syscalls, whiteout
 from udbad.branch.credentials import Credentials, sgid_group
 from udbad.errors import REPLACED, eio, erofs, estale, os_error
 from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, backing_id, note_id_bits
+from udbad.inodes.slot import U64
 from udbad.inodes.table import XATTR_BITS, Dir, Node
 from udbad.types import Caller, Trigger
 from udbad.union import copyup, create, lookup, ranges, readdir, remove, rename, resolve
@@ -279,8 +280,8 @@ class UnionFs:
         Opened by ourselves: that the caller may write was decided by the kernel, who knows all of the caller's groups.
         """
         with syscalls.writable(fd) as target, self.creds.writing(caller.uid, caller.gid, sgid_group(caller, st)):
-            if self.sb.notes is not None:
-                self.sb.notes.intend(st.st_mtime_ns, st.st_size)
+            if self.sb.slot is not None:
+                self.sb.slot.intend(2, st.st_mtime_ns & U64, st.st_size)
             os.ftruncate(target, size)
 
     def need_writable(self, node: Node, trigger: Trigger, length: int | None = None) -> None:
@@ -381,8 +382,8 @@ class UnionFs:
         name = self._kept(node, key)
 
         def change(target: syscalls.Object) -> None:
-            if flags & os.XATTR_CREATE and self.sb.notes is not None:
-                self.sb.notes.intend(syscalls.has_xattr(target, name))
+            if flags & os.XATTR_CREATE and self.sb.slot is not None:
+                self.sb.slot.intend(1, syscalls.has_xattr(target, name))
             syscalls.setxattr(target, name, value, flags)
             if kill_sgid and key == _ACL_ACCESS:
                 mode = os.stat(target).st_mode
@@ -399,8 +400,8 @@ class UnionFs:
         name = self._kept(node, key)
 
         def change(target: syscalls.Object) -> None:
-            if self.sb.notes is not None:
-                self.sb.notes.intend(syscalls.has_xattr(target, name))
+            if self.sb.slot is not None:
+                self.sb.slot.intend(1, syscalls.has_xattr(target, name))
             syscalls.removexattr(target, name)
 
         self._on_object(node, change)
@@ -498,8 +499,8 @@ class UnionFs:
             ranges.require_writable(handle)
         changes = self.sb.changes
         changes.before_data(handle.node, handle.fd)
-        if handle.flags & os.O_APPEND and self.sb.notes is not None:
-            self.sb.notes.intend(syscalls.fstat(handle.fd).st_size)
+        if handle.flags & os.O_APPEND and self.sb.slot is not None:
+            self.sb.slot.intend(1, syscalls.fstat(handle.fd).st_size)
         if handle.uid:
             with self.creds.writing(handle.uid, handle.gid, handle.group):
                 count = os.pwrite(handle.fd, data, offset)

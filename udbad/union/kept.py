@@ -167,8 +167,8 @@ class KeptFiles:
         self.written(handle)
         changes = self._sb.changes
         changes.before_data(handle.node, handle.fd)
-        if flags & os.O_APPEND and self._sb.notes is not None:
-            self._sb.notes.intend(syscalls.fstat(handle.fd).st_size)
+        if flags & os.O_APPEND and self._sb.slot is not None:
+            self._sb.slot.intend(1, syscalls.fstat(handle.fd).st_size)
         with creds.writing(handle.uid, handle.gid):
             count = os.pwritev(handle.fd, [data], offset, _write_flags(flags))
         changes.data(handle.node, True, None, handle.fd)

@@ -14,6 +14,7 @@ from udbad.branch import notation, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import enoent, erofs, os_error
 from udbad.inodes.inomap import Identity
+from udbad.inodes.slot import U64
 from udbad.inodes.table import Dir, Node
 from udbad.union import copydirs, lookup, plink, readdir, resolve
 from udbad.union.resolve import Answer, Found
@@ -89,8 +90,8 @@ def unlink(sb: Superblock, parent: Dir, name: bytes) -> None:
         lookup.intern(sb, parent, name, found)  # whether a pseudo-link has lost a name cannot be seen afterwards
     whited = branch is not top or covered_below(sb, parent, name, branch)
     st, was_lower = found.st, branch is not top
-    if sb.notes is not None:
-        sb.notes.intend(st.st_dev, st.st_ino, st.st_ctime_ns, st.st_nlink, was_lower)
+    if sb.slot is not None:
+        sb.slot.intend(5, st.st_dev, st.st_ino, st.st_ctime_ns & U64, st.st_nlink, was_lower)
     made = whited and notation.of(branch).hide(branch, dirfd, name, branch is top)
     unlinked = False
     if branch is top:
@@ -151,8 +152,8 @@ def rmdir(sb: Superblock, parent: Dir, name: bytes) -> None:
     branch = choose(sb, parent, found)
     dirfd = copydirs.ensure_dir(sb, parent, branch)
     whited = branch is not top or covered_below(sb, parent, name, branch)
-    if sb.notes is not None:
-        sb.notes.intend(*node.identity)
+    if sb.slot is not None:
+        sb.slot.intend(2, node.dev, node.ino)
     made = whited and notation.of(branch).hide(branch, dirfd, name, branch is top)
     if branch is top:
         try:
@@ -180,8 +181,8 @@ def _remove_simple(sb: Superblock, parent: Dir, name: bytes) -> bool:
         st = syscalls.stat_at(dirfd, name)
         if (st.st_dev, st.st_ino) != node.identity:
             return False
-        if sb.notes is not None:
-            sb.notes.intend(*node.identity)
+        if sb.slot is not None:
+            sb.slot.intend(2, node.dev, node.ino)
         syscalls.rmdir_at(dirfd, name)
     except OSError as error:
         if error.errno in _NOT_SIMPLE:

@@ -25,6 +25,7 @@ from udbad.union.superblock import NeedCopyUp, Superblock
 
 log = logging.getLogger(__name__)
 
+Descriptor = int
 _KNOWN = syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE
 
 
@@ -63,7 +64,7 @@ def rename(sb: Superblock, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, f
         return
     _check_types(sb, src_node, dst_node)
     if src_node is dst_node:
-        sb.changes.updated(dst_dir, dst, moved=True)
+        sb.changes.updated(dst_dir, dst, None, False, True)
         return  # two names of one file: rename(2) does nothing
     limit = dst_dir.floor
     if found.answer is Answer.FOUND:
@@ -151,9 +152,11 @@ def _move(
             # Of a part that it has got just now, whoever finds it under the new name must know.
             with suppress(OSError):  # that is said after the operation
                 record.flush()
-    if sb.notes is not None:
-        replaced = (0, 0, 0) if old is None else (old.st_dev, old.st_ino, old.st_nlink)
-        sb.notes.intend(branch.index, *src_node.identity, *replaced)
+    if sb.slot is not None:
+        if old is None:
+            sb.slot.intend(6, branch.index, src_node.dev, src_node.ino)
+        else:
+            sb.slot.intend(6, branch.index, src_node.dev, src_node.ino, old.st_dev, old.st_ino, old.st_nlink)
     hidden = remove.covered_below(sb, src_dir, src, branch) and marks.hide(branch, src_fd, src, beside=True)
     marked = False
     try:
@@ -252,7 +255,7 @@ def _unmark(sb: Superblock, node: Node, branch: Branch) -> None:
 
 
 def _moved(
-    sb: Superblock, node: Node, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, branch: Branch, dst_fd: int
+    sb: Superblock, node: Node, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, branch: Branch, dst_fd: Descriptor
 ) -> None:
     """Bring nodes and views up to date after the branch was changed."""
     sb.changes.moved(node, src_dir, src, dst_dir, dst, branch)
@@ -266,7 +269,7 @@ def _moved(
         st = None
     if st is not None and (st.st_dev, st.st_ino) == node.identity:
         st = lookup.update(sb, dst_dir, dst, Found(node.kind, branch, st, None))
-        sb.changes.updated(dst_dir, dst, st, moved=True)
+        sb.changes.updated(dst_dir, dst, st, False, True)
     else:
         _update(sb, dst_dir, dst, moved=True)  # taken away or replaced directly, just now
 
@@ -274,7 +277,7 @@ def _moved(
 def _update(sb: Superblock, parent: Dir, name: bytes, moved: bool) -> None:
     """Resolve a name again and put the result into node, table and view."""
     st = lookup.update(sb, parent, name, resolve.resolve(sb, parent, name))
-    sb.changes.updated(parent, name, st, links=True, moved=moved)
+    sb.changes.updated(parent, name, st, True, moved)
 
 
 def _exchange(
@@ -301,8 +304,8 @@ def _exchange(
                 continue
             if _make_opaque(sb, node, branch):
                 undo.callback(_unmark, sb, node, branch)
-        if sb.notes is not None:
-            sb.notes.intend(branch.index, *src_node.identity, *dst_node.identity)
+        if sb.slot is not None:
+            sb.slot.intend(5, branch.index, src_node.dev, src_node.ino, dst_node.dev, dst_node.ino)
         syscalls.rename_at(src_fd, src, dst_fd, dst, syscalls.RENAME_EXCHANGE)
         undo.pop_all()
     sb.changes.exchanged(src_node, src_dir, src, dst_node, dst_dir, dst)

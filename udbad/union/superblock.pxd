@@ -2,6 +2,7 @@ cimport cython
 
 from udbad.inodes.handles cimport HandleTable
 from udbad.inodes.inomap cimport InoMap
+from udbad.inodes.slot cimport Slot
 from udbad.inodes.table cimport Dir, InodeTable, Layer, Node
 from udbad.union.changes cimport Changes
 
@@ -13,6 +14,7 @@ cdef class Counters:
 
 cdef class Superblock:
     cdef public object branches, options, notes
+    cdef public Slot slot
     cdef public HandleTable handles
     cdef public InoMap inomap
     cdef public Counters counters
@@ -27,8 +29,12 @@ cdef class Superblock:
     cdef public InodeTable table
     cdef public Changes changes
     @cython.locals(layer=Layer)
+    cpdef int layer_fd(self, Dir node, Layer layer) except? -1
+    @cython.locals(layer=Layer)
     cpdef int branch_fd(self, Dir node, branch) except? -1
     cpdef locate(self, Node node)
     @cython.locals(fd=int)
     cpdef stat(self, Node node)
     cpdef int held_fd(self, Node node) except? -1
+    @cython.locals(fd=int)
+    cpdef tuple open_object(self, Node node)

@@ -19,6 +19,7 @@ from udbad.branch.policy import CopyUpPolicy, CreatePolicy
 from udbad.errors import GONE, NO_DIRECTORY, eio, estale
 from udbad.inodes.handles import HandleTable
 from udbad.inodes.inomap import InoMap
+from udbad.inodes.slot import Slot
 from udbad.inodes.table import Dir, InodeTable, Layer, Node, Plink
 from udbad.types import ROOT_ID, Trigger
 from udbad.union.changes import Changes
@@ -86,13 +87,7 @@ class Counters:
 
 
 class Notes(Protocol):
-    """Who notes, where a crash cannot reach it, what an operation is about to do (edge/once.py)."""
-
-    def intend(self, *words: int) -> None:
-        """The next system call is the one that counts: what the operation does with it cannot be done twice.
-
-        words: by which it can be told afterwards whether it was done, as the operation's rule there says.
-        """
+    """Who notes, where a crash cannot reach it, what is about to be done (edge/once.py), but for `Slot.intend`."""
 
     def publish(
         self, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: os.stat_result, as_link: bool,
@@ -143,8 +138,10 @@ class Superblock:
         """The kernel opens files without telling (io=cached): any that it knows may be open."""
         self.in_doubt = 0
         """How many `carrying` are under way."""
-        self.notes: Notes | None = None
+        self.slot: Slot | None = None
         """Told before each system call that cannot be repeated; None: nobody goes on after a crash."""
+        self.notes: Notes | None = None
+        """Told before each publication of a copy, likewise."""
         self.redirect_key = redirect.key()
         self.redirecting: set[int] = set()
         """Ids of the branches whose directories may say where they are below."""

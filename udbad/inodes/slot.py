@@ -1,4 +1,4 @@
-"""One slot: what one mount process has noted of its operations, in memory that outlives it (once.py, poison.py).
+"""One slot: what one mount process has noted of its operations, in memory that outlives it (edge/once.py, poison.py).
 
 Numbers in the machine's order: words of 8 bytes, `_SEQUENCE`, …; from `_NAME_AT` on a name, from `_BODY_AT` on an
 answer, from the word `_SEATS` on what threads do. What a word stands for is stored before it, as a process may be
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from udbad.inodes.handles import HandleTable
 
+Word = int
+"""Of 64 bits, without a sign."""
 SLOT: Final = 4096
 """Bytes of a slot."""
 RESENT: Final = 1 << 63
@@ -105,22 +107,29 @@ class Slot:
 
     # -- operations -------------------------------------------------------------------------------
 
-    def intend(self, *noted: int) -> None:
-        """The operation under way is about to do what counts. noted: seven words at most."""
+    def intend(
+        self, count: Word = 0, first: Word = 0, second: Word = 0, third: Word = 0, fourth: Word = 0, fifth: Word = 0,
+        sixth: Word = 0,
+    ) -> None:  # fmt: skip
+        """The next system call of the operation under way is the one that counts: what it does cannot be done twice.
+
+        count: of the words that follow, by which it can be told afterwards whether it was done, as the operation's
+        rule in edge/once.py says.
+        """
         words = self.words
         words[_INTENDED] = 0
         words[_HANDLE] = self.handles.next
-        words[_COUNT] = len(noted)
-        try:
-            for at, each in enumerate(noted):
-                words[_WORDS + at] = each
-        except (OverflowError, ValueError):
-            for at, each in enumerate(noted):
-                words[_WORDS + at] = each & U64
+        words[_COUNT] = count
+        words[_WORDS] = first
+        words[_WORDS + 1] = second
+        words[_WORDS + 2] = third
+        words[_WORDS + 3] = fourth
+        words[_WORDS + 4] = fifth
+        words[_WORDS + 5] = sixth
         words[_INTENDED] = self.unique
         self.noted = self.unique
 
-    def result(self, unique: int, number: int, body: bytes | bytearray) -> None:
+    def result(self, unique: Word, number: Word, body: bytes | bytearray) -> None:
         """What has noted something is about to be answered, by an errno or a body."""
         if self.noted != unique:
             return
