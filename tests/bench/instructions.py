@@ -95,6 +95,18 @@ class Kernel:
                 bodies.append(reply[wire.REPLY.size :])
         return bodies
 
+    def tell(self, name: str, questions: Sequence[Question]) -> None:
+        """`count` of requests that have no answer."""
+        self._shim.dump(b"")
+        for opcode, node, body in questions:
+            self._unique += 2
+            header = struct.pack("<IIQQIIIHH", wire.BODY + len(body), opcode, self._unique, node, 0, 0, 1, 0, 0)
+            self._device.send(header + body)
+            self._shim.begin()
+            self.native.take()
+            self._shim.end()
+        self._shim.dump(f"{name} {len(questions)}".encode())
+
     def count(self, name: str, questions: Sequence[Question], *expected: int) -> list[bytes]:
         """`ask`, as a kind of its own."""
         self._shim.dump(b"")  # what came before is nobody's
@@ -168,6 +180,7 @@ def change_side(kernel: Kernel, lower: int, upper: int) -> None:
     kernel.count("link", [(wire.LINK, upper, wire.QWORD.pack(file) + b"link%d\0" % file) for file in files])
     kernel.count("unlink, of two", [(wire.UNLINK, upper, b"link%d\0" % file) for file in files])
     kernel.count("unlink", [(wire.UNLINK, upper, b"to%d\0" % each) for each in range(FILES)])
+    kernel.tell("forget", [(wire.FORGET, each, wire.QWORD.pack(1)) for each in files])
     kernel.count("unlink, lower", [(wire.UNLINK, lower, name + b"\0") for name in names])
     mode = wire.TWO_WORDS.pack(0o40755, 0o22)
     kernel.count("mkdir", [(wire.MKDIR, upper, mode + b"dir%d\0" % each) for each in range(FILES)])
