@@ -116,6 +116,14 @@ def _new_mounts(before: list[MountInfo], base: Path) -> list[MountInfo]:
     return [mount for mount in new if mount.path.is_relative_to(base) or (WORKER and mount.fs_type == FS_TYPE)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> None:
+    """A search for garbage does not go through what is there already: ten thousand tests, to begin with. Many ask for
+    one, after each step at which something is killed."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left(request: pytest.FixtureRequest, _open_base: Path) -> Iterator[None]:
     if "tmp_path" in request.fixturenames:

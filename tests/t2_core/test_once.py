@@ -447,15 +447,6 @@ def differences(tmp_path: Path, case: Case, whiteouts: str = "aufs") -> list[str
     return found
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """Each outcome collects garbage: what the process has already is none."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_each_operation_is_done_once(tmp_path: Path, name: str) -> None:
     assert differences(tmp_path, CASES[name]) == []
