@@ -4,7 +4,9 @@ As root. Each has a store of its own, and every step is done on one and then on 
 else the machine does meets all. Figures: seconds, the median of the rounds, the ratio to fuse-overlayfs, and the same
 of the CPU time of all who have a part in it, buildah and podman too. On overlayfs those call no program, and read what
 is in a layer from its directory: no program that mounts can be faster. `--files N`: of the image with many small files,
-`--rounds N`. No round is begun after ten minutes; no network. Needs Debian's buildah, podman, crun and busybox-static.
+`--rounds N`. `--scratch DIR`: where all of it is; on /dev/shm it is not the disk that is measured. No round is begun
+after ten minutes, and what has been measured is shown when Ctrl-C ends it; no network. Needs Debian's buildah, podman,
+crun and busybox-static.
 """
 
 from __future__ import annotations
@@ -242,19 +244,20 @@ def _print(took: Took) -> None:
     head = "".join(f"{name:>15}" for name in names) + f"{'ratio':>7}"
     print(f"{'':26}{head}{head}  rounds")
     for row, columns in took.items():
-        if columns.keys() != {*names}:
-            continue  # interrupted
         line = f"{row:26}"
         for of in (lambda cost: cost.seconds, lambda cost: cost.cpu):
-            median = {name: statistics.median(map(of, columns[name])) for name in names}
-            line += "".join(f"{median[name]:15.2f}" for name in names) + f"{median[OURS] / median[THEIRS]:7.2f}"
-        print(f"{line}  {len(columns[OURS])}")
+            median = {name: statistics.median(map(of, columns[name])) for name in columns}
+            line += "".join(f"{median[name]:15.2f}" if name in median else f"{'-':>15}" for name in names)
+            both = OURS in median and THEIRS in median
+            line += f"{median[OURS] / median[THEIRS]:7.2f}" if both else f"{'-':>7}"
+        print(f"{line}  {min(map(len, columns.values()))}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="buildah and podman on udbad-overlay and on fuse-overlayfs")
     parser.add_argument("--files", type=int, default=FILES)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--scratch", type=Path, default=Path("/var/tmp"))
     words = parser.parse_args()
     if os.environ.get("UDBAD_BENCH_NAMESPACE") != "1":
         os.environ["UDBAD_BENCH_NAMESPACE"] = "1"
@@ -262,7 +265,7 @@ def main() -> int:
     # crun wants to know of which kind it is, and refuses a mixture of both.
     subprocess.run(["mount", "-t", "cgroup2", "none", "/sys/fs/cgroup"], check=True)
     took: Took = defaultdict(lambda: defaultdict(list))
-    with tempfile.TemporaryDirectory(prefix="ub-", dir="/var/tmp", ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix="ub-", dir=words.scratch, ignore_cleanup_errors=True) as name:
         files = Path(name) / "files"
         _many_files(files, words.files)
         with _stores(Path(name)) as stores:
