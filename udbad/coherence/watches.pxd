@@ -1,14 +1,19 @@
+cimport cython
+
 from udbad.inodes.table cimport Dir, Layer, Node
 from udbad.union.superblock cimport Superblock
 
 cdef class Place:
     cdef public Dir node
     cdef public long index
+    cdef public unsigned long long dev, ino
+    cdef public object watch
 
 cdef class Watched:
     cdef public Dir node
-    cdef public dict watches
-    cdef public list ways
+    cdef public tuple places, ways
+    @cython.locals(place=Place)
+    cpdef Place place(self, long index)
 
 cdef class Watches:
     cdef public object watcher, directories, state, _mode_of, _on_lost, _refused

@@ -36,15 +36,15 @@ _HEALED_SECONDS = 60.0
 class Place:
     """Handle of a directory watch: the branch directory of `node` on the branch with this index."""
 
-    __slots__ = ("index", "node")
-    __hash__ = None  # type: ignore[assignment]  # says what `==` is about
+    __slots__ = ("dev", "index", "ino", "node", "watch")
 
-    def __init__(self, node: Dir, index: int) -> None:
+    def __init__(self, node: Dir, layer: Layer) -> None:
         self.node = node
-        self.index = index
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Place) and other.node is self.node and other.index == self.index
+        self.index = layer.branch.index
+        self.dev, self.ino = layer.dev, layer.ino
+        """Which branch directory is watched."""
+        self.watch: Watch = b""
+        """Set once it is."""
 
 
 @dataclass(slots=True)
@@ -58,16 +58,27 @@ class Way:
 
 
 class Watched:
-    """The watches of one directory."""
+    """The watches of one directory. There may be a million: tuples, as one that is empty takes no memory."""
 
-    __slots__ = ("node", "watches", "ways")
+    __slots__ = ("node", "places", "ways")
 
     def __init__(self, node: Dir) -> None:
         self.node = node
-        self.watches: dict[int, tuple[Watch, Identity]] = {}
-        """By branch index: the watch, and the identity of the branch directory it is on."""
-        self.ways: list[tuple[Watch, Way, Identity]] = []
+        self.places: tuple[Place, ...] = ()
+        """One for each branch on which it is watched."""
+        self.ways: tuple[tuple[Watch, Way, Identity], ...] = ()
         """Of a directory that was moved: the watches, and what they are on, in the order they are passed."""
+
+    def place(self, index: Index) -> Place | None:
+        """That on the branch with this index."""
+        for place in self.places:
+            if place.index == index:
+                return place
+        return None
+
+    def without(self, index: Index) -> tuple[Place, ...]:
+        """All others."""
+        return tuple([place for place in self.places if place.index != index])
 
 
 class Watches:
@@ -156,23 +167,24 @@ class Watches:
             return False
         if entry is None:
             entry = self.directories[node.id] = Watched(node)
-        for index in [index for index in entry.watches if index not in wanted]:
-            watcher.unwatch(entry.watches.pop(index)[0], Place(node, index))
+        for place in entry.places:
+            layer = wanted.get(place.index)
+            if layer is None or (layer.dev, layer.ino) != (place.dev, place.ino):
+                entry.places = entry.without(place.index)
+                watcher.unwatch(place.watch, place)
         complete = True
         first = redirects.source(node)
         for index, layer in wanted.items():
-            held = entry.watches.get(index)
-            if held is not None:
-                if held[1] == layer.identity:
-                    continue
-                watcher.unwatch(held[0], Place(node, index))
-                del entry.watches[index]
+            if entry.place(index) is not None:
+                continue
             fd = self._sb.layer_fd(node, layer)
-            watch = self._add(watcher, node, Place(node, index), fd)
+            place = Place(node, layer)
+            watch = self._add(watcher, node, place, fd)
             if watch is None:
                 self._uncover(node.id)
                 return False
-            entry.watches[index] = (watch, layer.identity)
+            place.watch = watch
+            entry.places = (*entry.places, place)
             branch = layer.branch
             if not branch.whable or node.parent is None:
                 continue
@@ -189,7 +201,7 @@ class Watches:
     def _cover_ways(self, watcher: Watcher, entry: Watched) -> bool:
         """Have the ways to where a directory is watched; False when they were not yet, and it has to be found again."""
         node = entry.node
-        before, entry.ways = entry.ways, []
+        before, entry.ways = entry.ways, ()
         self._on_ways = True
 
         def visit(branch: Branch, fd: int, name: bytes) -> None:
@@ -204,7 +216,7 @@ class Watches:
                 self._on_ways = False
                 return
             st = os.fstat(fd)
-            entry.ways.append((watch, way, (st.st_dev, st.st_ino)))
+            entry.ways = (*entry.ways, (watch, way, (st.st_dev, st.st_ino)))
 
         try:
             redirects.visit_ways(self._sb, node, visit)
@@ -245,8 +257,8 @@ class Watches:
     def _uncover(self, node_id: int) -> None:
         entry = self.directories.pop(node_id, None)
         if entry is not None and self.watcher is not None:
-            for index, (watch, _) in entry.watches.items():
-                self.watcher.unwatch(watch, Place(entry.node, index))
+            for place in entry.places:
+                self.watcher.unwatch(place.watch, place)
             for watch, way, _ in entry.ways:
                 self.watcher.unwatch(watch, way)
 
@@ -255,9 +267,9 @@ class Watches:
         entry: Watched | None = self.directories.get(node.id)
         if entry is None or entry.node is not node or self.watcher is None:
             return
-        held = entry.watches.get(index)
-        if held is not None:
-            self.watcher.expect(held[0], event, name)
+        place: Place | None = entry.place(index)
+        if place is not None:
+            self.watcher.expect(place.watch, event, name)
 
     def gone(self, place: Place) -> bool:
         """The kernel has dropped a watch (IN_IGNORED); whether what it was on is still a layer of its directory."""
@@ -265,7 +277,7 @@ class Watches:
         entry = self.directories.get(node.id)
         if entry is None or entry.node is not node:
             return False
-        entry.watches.pop(place.index, None)
+        entry.places = entry.without(place.index)
         return node.layer(place.index) is not None and not node.dead
 
     def forget(self, node: Node) -> None:
@@ -340,7 +352,8 @@ class Watches:
         for _ in range(2 * len(self.directories)):
             node_id, entry = next(iter(self.directories.items()))
             node = entry.node
-            gives = any(isinstance(watch, int) for watch, *_ in (*entry.watches.values(), *entry.ways))
+            watches = [place.watch for place in entry.places] + [way[0] for way in entry.ways]
+            gives = any(isinstance(watch, int) for watch in watches)
             if node.hot or not gives or node is self._sb.root or _is_above(node, keep):
                 node.hot = False
                 self.directories.move_to_end(node_id)
