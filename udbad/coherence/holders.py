@@ -12,7 +12,11 @@ Watch = TypeVar("Watch", int, bytes)
 
 
 def hold(holders: dict[Watch, list[object]], watch: Watch, holder: object) -> None:
-    holders.setdefault(watch, []).append(holder)
+    of_watch = holders.get(watch)
+    if of_watch is None:
+        holders[watch] = [holder]  # with room for no more: there may be a million
+    else:
+        of_watch.append(holder)
 
 
 def let_go(holders: dict[Watch, list[object]], watch: Watch, holder: object) -> bool:

@@ -37,7 +37,8 @@ cdef class Layer:
 cdef class Dir(Node):
     cdef public list layers, offline, times
     cdef public dict children, view
-    cdef public set stacked, negatives
+    cdef public dict stacked
+    cdef public set negatives
     cdef public tuple listings, room
     cdef public object opaque
     cdef public long long floor, probes, load_at, version, resolved, sure, cached_opens, mtime_offset

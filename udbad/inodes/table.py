@@ -246,9 +246,9 @@ class Dir(Node):
         """Nodes by the names they are known by here."""
         self.view: dict[bytes, Hit | None] | None = None
         """Merged names; None: not loaded. UNKNOWN entries have to be looked at again."""
-        self.stacked: set[bytes] | None = None
+        self.stacked: dict[bytes, None] | None = None
         """What else is in the layers: names that have a whiteout, or that are in several layers, or had or were
-        since the view was loaded. None: it could be any."""
+        since the view was loaded. None: it could be any. Mostly it is empty, and as a set three times as large."""
         self.negatives: set[bytes] | None = None
         """Names that the kernel was told not to exist, and may remember."""
         self.trusted = False
@@ -298,7 +298,7 @@ class Dir(Node):
         """A name got a whiteout, or came to be in several layers, or may have."""
         stacked = self.stacked
         if stacked is not None:
-            stacked.add(name)
+            stacked[name] = None
             if len(stacked) > MAX_STACKED:
                 self.stacked = None
 

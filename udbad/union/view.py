@@ -142,7 +142,10 @@ def load_view(sb: Superblock, node: Dir, parts: list[Part] | None = None) -> Vie
     stacked: set[bytes] = set()
     view = scan(sb, node, stacked, parts)
     node.view = view
-    node.stacked = stacked if len(stacked) <= MAX_STACKED else None
+    if len(stacked) > MAX_STACKED:
+        node.stacked = None
+    else:
+        node.stacked = dict.fromkeys(stacked) if stacked else {}  # fromkeys() makes room for eight
     node.probes = 0
     return view
 
