@@ -44,8 +44,8 @@ PATCH = ""
 """Python that mount processes run before they mount; see the fixture `patch_daemon`."""
 DEADLINE: Final = 20.0
 """Seconds to begin or end serving, and for one answer on the control socket."""
-WATCHDOG: Final = 300.0
-"""Seconds a mount may last unless the test says otherwise."""
+WATCHDOG: Final = float(os.environ.get("UDBAD_TEST_WATCHDOG", "300"))
+"""Seconds a mount may last unless the test says otherwise; more where all is slow, as in a machine that is emulated."""
 
 IO: Final = os.environ.get("UDBAD_TEST_IO", "requests")
 """`io=` of every mount that does not ask for one itself, to run any test in another io mode. Not the default, which
