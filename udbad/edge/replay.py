@@ -58,6 +58,8 @@ _LINGER_SECONDS: Final = 2.0
 _CALM_SECONDS: Final = 0.1
 _AT_ONCE, _PAUSE_SECONDS = 32, 0.002
 """How many directories are asked at once, and how long requests come first then."""
+_PORTION: Final = 1000
+"""Of all nodes there are, which are looked through for these."""
 _PATIENCE_SECONDS: Final = 30.0
 """How long the helper may be at one change before another one is started."""
 
@@ -249,13 +251,14 @@ class Replayer:
             await trio.sleep(_CALM_SECONDS)
             self._doubted = trio.Event()
             self._fs.table.read_all()
-            directories = [
-                node
-                for node in self._fs.table.nodes.values()
-                if type(node) is Dir and not node.trusted and self.replays.is_watched(node, b"*")
-            ]
+            directories: list[Dir] = []
+            for number, node in enumerate(list(self._fs.table.nodes.values())):
+                if number % _PORTION == _PORTION - 1:
+                    await trio.lowlevel.checkpoint()  # there may be a million; after this, as below
+                if type(node) is Dir and not node.trusted and self.replays.is_watched(node, b"*"):
+                    directories.append(node)
             for number, node in enumerate(directories):
-                # After this: the node may be gone, and trusted again.
+                # After this: a node may be gone, and trusted again.
                 if number % _AT_ONCE == _AT_ONCE - 1:
                     await trio.sleep(_PAUSE_SECONDS)
                 if not node.trusted and self._fs.table.nodes.get(node.id) is node:
