@@ -156,7 +156,9 @@ class Mortal(World):
         self.record = Record.create()
         recall.keep(self.fs, self.record, recalled)
         self.start(mode.name)
-        self.coherence.recalled()
+        with patch.object(self.kernel, "everything", wraps=self.kernel.everything) as asked:
+            self.coherence.recalled()
+        assert asked.call_count == 1, "each time all mount namespaces are looked through"
         files = self.fs.handles.files
         self.handles = [files[handle.fh] for handle in self.handles]
         self.recalled += len(before["nodes"])

@@ -281,12 +281,14 @@ class Coherence:
 
     def _distrust_all(self) -> None:
         """`distrust` for everything there is, what has lost its name included; by an epoch, where there is one."""
-        self._begin_doubts()
+        self._begin_doubts(self.notifier.everything())
         self._finish_doubts()
 
-    def _begin_doubts(self) -> None:
-        """Have `_distrust_all` done, `_doubt_some` by `_doubt_some`: each node before anybody uses it."""
-        epoch = self.notifier.everything()
+    def _begin_doubts(self, epoch: bool) -> None:
+        """Have `_distrust_all` done, `_doubt_some` by `_doubt_some`: each node before anybody uses it.
+
+        epoch: what `KernelNotifier.everything` has said.
+        """
         # A listing that was answered before may be taken in afterwards: names then have the new epoch, which
         # fuse_direntplus_link() looks at last. To have one forgotten waits for whoever reads the directory.
         handles, table = self.sb.handles, self.sb.table
@@ -494,14 +496,15 @@ class Coherence:
 
         Every directory is asked again at its next use, which makes it trusted again where it can be.
         """
-        self._begin_doubts()
+        self._begin_doubts(self.notifier.everything())
         self.adopt(self.sb.root, False)
         self._doubt_later()
 
     def recalled(self) -> None:
         """The tree is one that a predecessor had (union/recall.py): the kernel may remember all of it, and nobody has
         seen what has happened meanwhile. To be called after `start`."""
-        self._forget_unread()
+        epoch = self.notifier.everything()
+        self._forget_unread(epoch)
         # The pages of a listing are dropped: a later mtime would be seen by who compares it, though nothing has
         # changed. An answer of then may come between that and its use. Where nothing changes by itself, it is as good
         # as one of now; elsewhere the listing is not used until it has been taken in, but where that cannot be had.
@@ -522,18 +525,19 @@ class Coherence:
                 if directory.listed and directory.id not in reading:
                     directory.listed = False  # a successor that finds it listed drops that once more
                     dropped.append(directory.id)
-        self._distrust_all()
+        self._begin_doubts(epoch)
+        self._finish_doubts()
         self.adopt(self.sb.root, False)
         self.notifier.data_all(dropped)
 
-    def _forget_unread(self) -> None:
+    def _forget_unread(self, epoch: bool) -> None:
         """Have the kernel forget what was not made yet, for which no node is needed where it can forget all names at
         once; else make all, of which it may remember any name."""
         table = self.sb.table
         unread = table.unread
         if unread is None:
             return
-        if not self.notifier.everything():
+        if not epoch:
             table.read_all()
             return
         with_pages, rest = unread.forgotten(self.sb.kernel_opens)

@@ -56,6 +56,7 @@ def mounts_inside(connection: int) -> bool:
 
     Looks into the mount namespace of every process (containers have their own), and never at a mount itself.
     """
+    device = b" 0:%d " % connection
     seen = set()
     for pid in os.listdir("/proc"):
         if not pid.isdigit():
@@ -64,10 +65,14 @@ def mounts_inside(connection: int) -> bool:
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
             if namespace in seen:
                 continue
-            mounts = mountinfo.read(f"/proc/{pid}/mountinfo")
+            with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as file:
+                table = file.read()
         except OSError:
             continue  # ended meanwhile, or a thread of the kernel
         seen.add(namespace)
+        if device not in table:
+            continue  # a successor waits for this, and there may be hundreds of containers
+        mounts = mountinfo.parse(table)
         ours = {mount.id for mount in mounts if mount.device == (0, connection)}
         if any(mount.parent in ours for mount in mounts):
             return True
