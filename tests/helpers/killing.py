@@ -61,13 +61,13 @@ def worker(guardian: int) -> int:
     return found[0]
 
 
-def answered(mount: Mount) -> None:
-    """Return when a request was, one that the kernel can answer by itself in no mode.
+def answered(path: Path) -> None:
+    """Return when a request was, at a mount point, one that the kernel can answer by itself in no mode.
 
     Not a command: it waits for trio as well, which a successor imports afterwards.
     """
     try:
-        os.getxattr(mount.path, "user.nothing")
+        os.getxattr(path, "user.nothing")
     except OSError as error:
         if error.errno != errno.ENODATA:
             raise
@@ -94,7 +94,7 @@ def killing(mount: Mount, seed: int, between: tuple[float, float] = BETWEEN) -> 
                         os.kill(other, signal.SIGKILL)
                         kills.count += 1
                 began = time.monotonic()
-            answered(mount)
+            answered(mount.path)
             kills.pauses.append(time.monotonic() - began)
 
     def run() -> None:
