@@ -76,6 +76,77 @@ class Inotify:
         os.close(self._fd)
 
 
+class PathUnit:
+    """A stand-in for a path unit of systemd: the same watches, and when it would start its service.
+
+    As path_spec_watch(), path_spec_fd_event() and path_spec_check_good() in systemd's src/core/path.c: what the unit is
+    about is watched, or else the last directory on the way that is there. No systemd is started for it: a manager that
+    is root takes the processes of its control group for its own.
+    """
+
+    _ON_THE_WAY = 0x800 | 0x400 | 0x4 | 0x100 | 0x80
+    """IN_MOVE_SELF, IN_DELETE_SELF, IN_ATTRIB, IN_CREATE, IN_MOVED_TO."""
+    _EXISTS = 0x400 | 0x800 | 0x4
+    _CHANGED = _EXISTS | 0x8 | 0x100 | 0x200 | 0x40 | 0x80
+    _ABOUT: Final = {
+        "PathExists": _EXISTS,
+        "PathExistsGlob": _EXISTS,
+        "PathChanged": _CHANGED,
+        "PathModified": _CHANGED | 0x2,
+        "DirectoryNotEmpty": _EXISTS | 0x100 | 0x80,
+    }
+
+    def __init__(self, setting: str, path: Path) -> None:
+        """setting: one of those of systemd.path(5). path: absolute."""
+        self._setting = setting
+        self._path = path
+        self._fd = self._main = -1
+        self._was_there = self._is_there()
+        self._watch()
+
+    def _is_there(self) -> bool:
+        if self._setting == "PathExistsGlob":
+            return any(self._path.parent.glob(self._path.name))
+        if self._setting == "DirectoryNotEmpty":
+            return self._path.is_dir() and any(self._path.iterdir())
+        return self._path.exists()
+
+    def _watch(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._main = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)), -1
+        before: Path | None = None
+        for path in (*reversed(self._path.parents), self._path):
+            mask = self._ABOUT[self._setting] if path == self._path else self._ON_THE_WAY
+            watch = _libc.inotify_add_watch(self._fd, os.fsencode(path), mask)
+            if watch < 0:
+                return
+            if before is not None:  # need not be watched for what comes
+                _libc.inotify_add_watch(self._fd, os.fsencode(before), 0x800)
+            before = path
+        self._main = watch
+
+    def starts(self) -> bool:
+        """Whether what was sent since the last time starts the service; only an event can."""
+        woken, main = False, False
+        for data in _chunks(self._fd):
+            at = 0
+            while at < len(data):
+                watch, _, _, length = _INOTIFY.unpack_from(data, at)
+                at += _INOTIFY.size + length
+                woken, main = True, main or watch == self._main
+        if not woken:
+            return False
+        was_there, self._was_there = self._was_there, self._is_there()
+        self._watch()
+        if self._setting in ("PathChanged", "PathModified"):
+            return main or self._was_there != was_there
+        return self._was_there and (self._setting != "PathExists" or not was_there)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 class Fanotify:
     """The same with FAN_REPORT_DFID_NAME, by marks on directories and files themselves."""
 

@@ -37,7 +37,7 @@ class Watched:
         self.shown: list[str] = []
         self.believed: set[str] = set()
         self.unknown: list[str] = []
-        """What was shown to be gone, of which watchers did not know."""
+        """What was shown to be gone, of which watchers did not know; without what nobody can tell of."""
 
     def listed(self) -> set[str]:
         return {os.fsdecode(name) for name in self.union.list(ROOT_ID)}
@@ -87,12 +87,12 @@ class Watched:
 
     def done(self, step: Step) -> None:
         """The helper has done it: so the kernel has sent the event."""
-        name = os.fsdecode(step.replay.name)
+        name, before = os.fsdecode(step.replay.name), step.replay.before
         self.replays.shown(step)
         self.let_go()
         if step.kind in (Kind.DELETE, Kind.RENAME):
             gone = name if step.origin is None else os.fsdecode(step.origin.name)
-            if gone not in self.believed:
+            if gone not in self.believed and not (step.kind is Kind.DELETE and before is not None and before.perhaps):
                 self.unknown.append(gone)
             self.believed.discard(gone)
         if step.kind in (Kind.CREATE, Kind.RENAME):
@@ -187,6 +187,16 @@ def rotated_twice(w: Watched) -> None:
     (w.upper / "a").touch()
 
 
+def moved_on_two_branches(w: Watched) -> None:
+    """To a name, and away from it: not the same."""
+    w.have("b")
+    (w.lower / "a").touch()
+    w.show()
+    w.ask("b")
+    (w.lower / "a").rename(w.lower / "b")
+    (w.upper / "b").rename(w.upper / "c")
+
+
 def exchanged(w: Watched) -> None:
     w.have("a", "b")
     w.ask("a")
@@ -248,6 +258,51 @@ def merged(w: Watched) -> None:
     (w.upper / "a").rmdir()
 
 
+def made_on_two_branches(w: Watched) -> None:
+    """The event of the upper one comes in another burst than that of the lower one."""
+    (w.lower / "a").mkdir()
+    (w.upper / "a").mkdir()
+
+
+def made_on_two_branches_and_found(w: Watched) -> None:
+    made_on_two_branches(w)
+    w.ask("a")
+
+
+def made_above(w: Watched) -> None:
+    """The same with files, of which the lower one was there: watchers know that one."""
+    (w.lower / "a").mkdir()
+    w.show()
+    (w.lower / "a").rmdir()
+    (w.upper / "a").touch()
+
+
+def moved_away_and_made_again(w: Watched) -> None:
+    """What was found above, before any event of it was read, was there: its first event says so."""
+    w.have("a")
+    (w.lower / "a").touch()
+    w.read()
+    (w.upper / "a").rename(w.upper.parent / "a")
+    w.read()
+    (w.upper / "a").touch()
+    (w.upper / "a").unlink()
+    (w.lower / "a").unlink()
+
+
+def replaced_by_a_rename(w: Watched) -> None:
+    """No event says that there was something where a file was moved to."""
+    w.have("a", "b")
+    (w.upper / "b").rename(w.upper / "a")
+    w.read()
+    (w.upper / "a").unlink()
+
+
+def replaced_by_a_rename_at_once(w: Watched) -> None:
+    w.have("a", "b")
+    (w.upper / "b").rename(w.upper / "a")
+    (w.upper / "a").unlink()
+
+
 def removed_meanwhile(w: Watched) -> None:
     """While the helper is at it."""
     (w.upper / "a").touch()
@@ -276,11 +331,12 @@ def changed_through_the_mount(w: Watched) -> None:
 CASES: dict[Callable[[Watched], None], list[str]] = {
     gone_before_its_turn: ["delete a"],
     rename_overtaken: ["delete a", "create b"],
-    moved_on: ["rename a c"],
-    moved_back: [],
+    moved_on: ["rename a c", "delete b"],
+    moved_back: ["delete b"],
     rotated: ["rename a b", "create a"],
     rotated_twice: ["rename b c", "rename a b", "create a"],
-    exchanged: ["rename a b", "create a"],
+    moved_on_two_branches: ["create a", "rename b c", "rename a b"],
+    exchanged: ["rename a b", "create a", "delete c"],
     made_again: ["delete a", "create a"],
     made_and_found: ["create a"],
     made_and_listed: ["create a"],
@@ -288,14 +344,22 @@ CASES: dict[Callable[[Watched], None], list[str]] = {
     hidden: [],
     on_top_of_another: ["create a", "delete a", "create a"],
     merged: ["create a"],
+    made_on_two_branches: ["create a"],
+    made_on_two_branches_and_found: ["create a"],
+    made_above: ["create a", "delete a", "create a"],
+    moved_away_and_made_again: ["delete a"],
+    replaced_by_a_rename: ["delete b", "delete a"],
+    replaced_by_a_rename_at_once: ["delete b", "delete a"],
     removed_meanwhile: ["create a", "delete a"],
     refused: [],
     changed_through_the_mount: ["create b"],
 }
 
 
+@pytest.mark.parametrize("burst", [watcher._READ_BYTES, 32], ids=["", "one event at a time"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_shown(watched: Watched, case: Callable[[Watched], None]) -> None:
+def test_shown(watched: Watched, case: Callable[[Watched], None], burst: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watcher, "_READ_BYTES", burst)
     case(watched)
     assert watched.show() == CASES[case]
 

@@ -12,7 +12,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.mount import REPOSITORY, Mount, UnionFactory, mounted
-from tests.helpers.watching import Event, Fanotify, Inotify
+from tests.helpers.watching import Event, Fanotify, Inotify, PathUnit
 from tests.t5_daemon.daemon import until
 from udbad.mount import keeper
 
@@ -440,6 +440,43 @@ def test_inotifywait_and_tail(shared: Mount) -> None:
         followed("rotated")
         (there / "sub" / "in").touch()
         seen("sub/ CREATE in")
+
+
+@pytest.mark.parametrize("where", ["plain", "union"])
+def test_path_units(shared: Mount, tmp_path: Path, where: str) -> None:
+    """By a stand-in, which does what systemd does about them; in a directory as well, to know that it does."""
+    here, there = shared.path / "units", shared["lower"] / "units"
+    if where == "plain":
+        here = there = tmp_path / "units"
+    make_tree(there)
+    shared.flush()
+    paths = {
+        "PathChanged": "f", "PathModified": "f", "PathExists": "new", "PathExistsGlob": "*.job",
+        "DirectoryNotEmpty": "empty",
+    }  # fmt: skip
+    with ExitStack() as stack:
+        units = {name: stack.enter_context(closing(PathUnit(name, here / path))) for name, path in paths.items()}
+
+        def started() -> list[str]:
+            shared.flush()
+            return [name for name, unit in units.items() if unit.starts()]
+
+        both = ["PathChanged", "PathModified"]
+        assert started() == []
+        append(there / "f")
+        assert started() == both
+        os.truncate(there / "f", 1)
+        assert started() == ["PathModified"]
+        (there / "f").unlink()
+        assert started() == both
+        (there / "f").write_text("again")
+        assert started() == both
+        (there / "new").touch()
+        assert started() == ["PathExists"]
+        (there / "one.job").touch()
+        assert started() == ["PathExistsGlob"]
+        (there / "empty" / "in it").touch()
+        assert started() == ["DirectoryNotEmpty"]
 
 
 def test_watchdog(shared: Mount) -> None:

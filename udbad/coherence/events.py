@@ -426,13 +426,13 @@ class Events:
         if self.replays is not None:
             self.replays.changed(node, name, None, kinds, True)
 
-    def has_name(self, node: Dir, layer: Layer, name: bytes) -> bool:
-        """Whether a directory has a name on the branch of this layer."""
+    def st_mode(self, node: Dir, layer: Layer, name: bytes) -> int:
+        """The mode of what a name of a directory is on the branch of this layer; 0 for none."""
         try:
-            syscalls.stat_at(self.sb.layer_fd(node, layer), name)
+            mode: int = syscalls.stat_at(self.sb.layer_fd(node, layer), name).st_mode
         except OSError:
-            return False
-        return True
+            return 0
+        return mode
 
     def _absent(self, node: Dir, name: bytes, finding: Finding, kinds: int) -> None:
         in_view = None if node.view is None else name in node.view

@@ -68,7 +68,7 @@ class NotifyCoherence(Coherence):
     def replay_to(self, replays: Replays | None) -> None:
         self.replays = self._events.replays = replays
         if replays is not None:
-            replays.has_name = self._events.has_name
+            replays.st_mode = self._events.st_mode
 
     async def run(self) -> None:
         if self._watches.watcher is not None:

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import stat as st_mod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, TypeVar
 
@@ -60,6 +61,9 @@ class Known:
 
     node, identity: None where nobody has asked for it. index: of the branch on which it is; _MERGED for a directory
     that is on several, and the same on any of them. gone: it was removed; one that has its number is another.
+    perhaps: nobody can tell whether there was something, as what was moved there replaces what was.
+    assumed: the branches on which it is taken to have been, because it is there now and no event of them was read that
+    says how it came. otherwise: what it was if that turns out to be wrong.
     """
 
     directory: bool
@@ -67,6 +71,9 @@ class Known:
     identity: Identity | None = None
     index: int = _UNKNOWN
     gone: bool = False
+    perhaps: bool = False
+    assumed: frozenset[int] = frozenset()
+    otherwise: Known | None = None
 
     @classmethod
     def of(cls, node: Node) -> Known:
@@ -81,7 +88,23 @@ class Known:
 
     def may_be(self, node: Node) -> bool:
         """The same for who has reason to believe it."""
-        return self.is_same(node) or (self.identity is None and self.directory == (type(node) is Dir))
+        by_kind = self.identity is None and not self.perhaps and self.directory == (type(node) is Dir)
+        return by_kind or self.is_same(node)
+
+    def after(self, heard: Mapping[int, int]) -> Known | None:
+        """The same, after these events of the name (`Replays.heard`), the first ones since then."""
+        if not self.assumed:
+            return self
+        otherwise = None if self.otherwise is None else self.otherwise.after(heard)
+        left = frozenset(index for index in self.assumed if not heard.get(index, 0) & _NOTHING)
+        if not left:
+            return otherwise
+        said = [heard[index] for index in left if heard.get(index)]
+        if any(kinds & _SOMETHING for kinds in said):
+            return replace(self, assumed=frozenset(), otherwise=None)
+        if said:
+            return Known(self.directory, perhaps=True)
+        return replace(self, assumed=left, otherwise=otherwise)
 
 
 @dataclass(eq=False, slots=True)
@@ -142,6 +165,18 @@ def _expression(glob: bytes) -> bytes:
     return b"".join(special.get(part, re.escape(part)) for part in parts)
 
 
+def _replacing(kinds: int) -> bool:
+    """Whether these events of a name begin with one that does not say what there was: something was moved there, or
+    several came as one."""
+    return kinds != 0 and not kinds & (_NOTHING | _SOMETHING)
+
+
+def _places(what: Node | Found) -> list[int]:
+    """The branches on which something is."""
+    layers = what.layers if isinstance(what, Dir | Found) else None
+    return [what.branch.index] if layers is None else [layer.branch.index for layer in layers]
+
+
 def _note(who: dict[_Noted, None], one: _Noted) -> None:
     who[one] = None
     if len(who) > MOST:
@@ -158,12 +193,13 @@ class Replays:
         self._pending: dict[_Key, Replay] = {}
         self._heard: dict[_Key, dict[int, int]] = {}
         """How names came and went in this burst: kinds by branch."""
-        self._left: _Key | None = None
-        """The name that was the last to be moved away, until the next event of a name: the two of a rename follow one
-        another."""
-        self._came_from: dict[_Key, _Key] = {}
+        self._left: tuple[_Key, int] | None = None
+        """The name that was the last to be moved away, and the branch, until the next event of a name: the two of a
+        rename follow one another."""
+        self._came_from: dict[_Key, tuple[_Key, int]] = {}
         self._went_to: dict[_Key, _Key] = {}
-        """Where what names stood for was moved, by the first one and the last one; and the reverse."""
+        """Where what names stood for was moved, by the first one and the last one; and the reverse, with the branch on
+        which the last one is."""
         self._own_names: dict[_Key, None] = {}
         """Changed through the mount, since all events were read the last time."""
         self._foreign: dict[Identity, None] = {}
@@ -173,8 +209,8 @@ class Replays:
         """What was changed through the mount, and may be changed by the kernel itself. Oldest first."""
         self.on_doubt: Callable[[], object] = lambda: None
         """Called when trust in a directory is lost, of which nothing is heard until somebody uses it."""
-        self.has_name: Callable[[Dir, Layer, bytes], bool] = lambda parent, layer, name: False
-        """Whether a directory has a name on a branch now."""
+        self.st_mode: Callable[[Dir, Layer, bytes], int] = lambda parent, layer, name: 0
+        """The mode of what a name of a directory is on a branch now, 0 for none."""
         self.dropped = 0
 
     def __len__(self) -> int:
@@ -211,10 +247,12 @@ class Replays:
                 origin = self._origin(one, now, look)
                 if origin is one:
                     one.before = Known.of(now)  # moved away and back
-                elif origin is not None and (before is None or before.directory == (type(now) is Dir)):
+                elif before is None or before.perhaps:
+                    return Step(Kind.CREATE if origin is None else Kind.RENAME, one, now, origin)
+                elif origin is not None and before.directory == (type(now) is Dir):
                     return Step(Kind.RENAME, one, now, origin)
                 else:
-                    return Step(Kind.CREATE, one, now) if before is None else Step(Kind.DELETE, one)
+                    return Step(Kind.DELETE, one)
         if now is None:
             return None
         if one.attributes:
@@ -225,10 +263,13 @@ class Replays:
 
     def _origin(self, one: Replay, now: Node, look: Callable[[Dir, bytes], Node | None]) -> Replay | None:
         """From which name what a name stands for was moved; None where watchers do not know it by that."""
-        origin = self._entry_at(self._came_from.get(one.key))
+        origin = self._entry_at(self._source(one.key))
         if origin is None or origin.before is None or not origin.before.may_be(now):
             return None
         return origin if origin is one or look(*origin.key) is not now else None
+
+    def _source(self, target: _Key) -> _Key | None:
+        return self._came_from[target][0] if target in self._came_from else None
 
     def _entry_at(self, key: _Key | None) -> Replay | None:
         return None if key is None else self._pending.get(key)
@@ -291,9 +332,9 @@ class Replays:
         branches[index] = branches.get(index, 0) | kinds
         if kinds & REMOVED:
             self._part(key)
-        left, self._left = self._left, key if kinds & MOVED_FROM else None
+        left, self._left = self._left, (key, index) if kinds & MOVED_FROM else None
         if kinds & MOVED_TO and left is not None:
-            self._moved(left, key)
+            self._moved(*left, key, index)
 
     def end_of_burst(self) -> None:
         """All names that were heard of have been looked at."""
@@ -306,28 +347,32 @@ class Replays:
         """All events up to now have been read."""
         self._own_names.clear()
 
-    def _moved(self, source: _Key, target: _Key) -> None:
+    def _moved(self, source: _Key, index: int, target: _Key, to: int) -> None:
+        """index, to: the branches on which these names are."""
         self._part(target)
-        first = self._came_from.pop(source, None)
-        if first is not None:
+        first, on = self._came_from.get(source, (source, _UNKNOWN))
+        if on == index:
+            self._part(source)
             source = first
         elif source in self._went_to:
             return  # with this name, there was something else before, which watchers know
-        self._came_from[target] = source
+        self._came_from[target] = source, to
         self._went_to[source] = target
 
     def _part(self, target: _Key) -> None:
         """What a name stands for was not moved there, or watchers know that."""
-        source = self._came_from.pop(target, None)
-        if source is not None:
+        if target in self._came_from:
+            source, _ = self._came_from.pop(target)
             del self._went_to[source]
 
     # -- what Events finds ------------------------------------------------------------------------
 
     def replaced(self, parent: Dir, name: bytes, was: Node, found: Found | None, kinds: int) -> None:
         """A name stands for something else than this node, or for nothing. kinds: bits of coherence/inotify.py."""
-        heard = self._heard.get((parent, name), {}).get(was.branch.index, 0)
-        before = self._elsewhere(parent, name, was.branch.index) if heard & _NOTHING else Known.of(was)
+        places, heard = _places(was), self._heard.get((parent, name), {})
+        before: Known | None = Known.of(was)
+        if not any(heard.get(index, _NOTHING) & _NOTHING == 0 for index in places):
+            before = self._unless_made(parent, name, Known.of(was), places)
         self._named(parent, name, before, True)
         if found is not None:
             self._made(parent, name, found, kinds)
@@ -336,14 +381,16 @@ class Replays:
         """A name stands for nothing, of which no node is known. in_view: whether a branch was recorded to have it;
         None: nobody knows. whited: a whiteout hides it."""
         heard = self._heard.get((parent, name), {})
-        first = [kinds & (_NOTHING | _SOMETHING) for kinds in heard.values()]
+        seen = not whited and (parent, name) not in self._own_names
         if in_view:
-            was_there = not first or any(one != _NOTHING for one in first)
-        elif first:
-            was_there = _SOMETHING in first and not whited and (parent, name) not in self._own_names
+            was_there = not heard or any(not said & _NOTHING for said in heard.values())
+        elif heard:
+            was_there = seen and any(said & _SOMETHING for said in heard.values())
         else:
             was_there = in_view is None and kinds & _WENT != 0  # a hint
-        self._named(parent, name, Known(kinds & OF_DIRECTORY != 0) if was_there else None, True)
+        perhaps = not was_there and seen and any(map(_replacing, heard.values()))
+        before = Known(kinds & OF_DIRECTORY != 0, perhaps=perhaps) if was_there or perhaps else None
+        self._named(parent, name, before, True)
 
     def appeared(self, parent: Dir, name: bytes, in_view: bool | None, found: Found, kinds: int) -> None:
         """A name stands for something of which no node is known. in_view: as in `absent`."""
@@ -354,47 +401,59 @@ class Replays:
 
     def _before(self, parent: Dir, name: bytes, in_view: bool | None, found: Found, kinds: int) -> Known | None:
         """What watchers know in `appeared`; with an identity where that is what was found."""
-        top, layers, heard = found.branch.index, found.layers, self._heard.get((parent, name), {})
-        index = top if layers is None or len(layers) == 1 else _MERGED
-        the_same = Known(layers is not None, None, (found.st.st_dev, found.st.st_ino), index)
+        layers, heard = found.layers, self._heard.get((parent, name), {})
+        places = _places(found)
+        top, several = places[0], len(places) > 1
+        the_same = Known(layers is not None, None, (found.st.st_dev, found.st.st_ino), _MERGED if several else top)
         if not heard:
             return the_same if in_view else None
+        unheard = frozenset(index for index in places if index not in heard)
         if any(index <= top and kinds & _SOMETHING for index, kinds in heard.items()):
-            directory = kinds & OF_DIRECTORY != 0
-            less = directory and layers is not None and any(layer.branch.index not in heard for layer in layers)
-            return the_same if less else Known(directory)
-        if in_view is False:
+            gone = Known(kinds & OF_DIRECTORY != 0)
+            less = gone.directory and layers is not None and unheard
+            return replace(the_same, assumed=unheard, otherwise=gone) if less else gone
+        if in_view is False and not _replacing(heard.get(top, 0)):
             return None
-        if not heard.get(top, 0) & _CAME:
-            return the_same  # it is above
         if (parent, name) in self._own_names:
             return the_same
-        other = self._elsewhere(parent, name, top)
-        return the_same if other is not None and layers is not None and len(layers) > 1 else other
+        return self._unless_made(parent, name, the_same, places)
 
-    def _elsewhere(self, parent: Dir, name: bytes, index: int) -> Known | None:
-        """What a name stood for before something was made on the branch with this index: there was nothing."""
+    def _unless_made(self, parent: Dir, name: bytes, known: Known, places: Collection[int]) -> Known | None:
+        """This, on these branches, unless it has come to be there in the meantime."""
         heard = self._heard.get((parent, name), {})
+        unheard = frozenset(index for index in places if index not in heard)
+        before = self._elsewhere(parent, name, places, known.directory)
+        return replace(known, assumed=unheard, otherwise=before) if unheard else before
+
+    def _elsewhere(self, parent: Dir, name: bytes, places: Collection[int], directory: bool) -> Known | None:
+        """What a name stood for before what it stands for, perhaps a directory, came to be on these branches."""
+        heard = self._heard.get((parent, name), {})
+        perhaps = False
         for layer in parent.layers:
-            if layer.branch.index != index:
-                kinds = heard.get(layer.branch.index, 0)
-                if kinds & _SOMETHING or (not kinds and self.has_name(parent, layer, name)):
-                    return Known(kinds & OF_DIRECTORY != 0)
-        return None
+            index = layer.branch.index
+            kinds = heard.get(index, 0)
+            perhaps = perhaps or _replacing(kinds)
+            if index in places:
+                continue
+            if kinds & _SOMETHING:
+                return Known(kinds & OF_DIRECTORY != 0)
+            if not kinds and (mode := self.st_mode(parent, layer, name)):
+                lower = self._elsewhere(parent, name, [*places, index], directory)
+                return Known(st_mod.S_ISDIR(mode), assumed=frozenset((index,)), otherwise=lower)
+        return Known(directory, perhaps=True) if perhaps else None
 
     def same(self, parent: Dir, name: bytes, node: Node, found: Found) -> None:
         """A name stands for what it stood for, as far as is recorded."""
-        branches = self._heard.get((parent, name))
-        if not branches:
+        heard = self._heard.get((parent, name))
+        if not heard:
             return
-        heard = branches.get(node.branch.index, 0)
+        places = _places(found)
         before: Known | None = Known.of(node)
-        on_others = found.branch is not node.branch or (found.layers is not None and len(found.layers) > 1)
-        if not on_others and (parent, name) not in self._own_names:
-            if heard & _SOMETHING:
+        if (parent, name) not in self._own_names:
+            if not any(heard.get(index, 0) & _SOMETHING for index in places):
+                before = self._unless_made(parent, name, Known.of(node), places)  # a request has come across it before
+            elif len(places) == 1:
                 before = Known(type(node) is Dir)  # it has the number of what was removed, or was moved back
-            elif heard and not heard & _WENT:
-                before = self._elsewhere(parent, name, node.branch.index)  # a request has come across it before
         self._named(parent, name, before)
 
     def _made(self, parent: Dir, name: bytes, found: Found, kinds: int) -> None:
@@ -461,20 +520,17 @@ class Replays:
             one.named, one.before = True, before
         if gone:
             one.attributes = one.modified = one.closed = False
-        known = one.before
-        if known is not None and not known.gone and one.key not in self._went_to:
-            heard = self._heard.get(one.key, {}).get(known.index, 0)
-            if heard & _NOTHING and known.node is None:
-                one.before = None  # it was taken for what had been there
-            elif heard & REMOVED:
-                known.gone = True
+        heard = self._heard.get(one.key, {})
+        known = one.before = None if one.before is None else one.before.after(heard)
+        if known is not None and one.key not in self._went_to and heard.get(known.index, 0) & REMOVED:
+            known.gone = True
 
     def _entry(self, parent: Dir, name: bytes) -> Replay | None:
         """None where nobody is to see it."""
         key = parent, name
         one = self._pending.get(key)
         if one is None:
-            if not self.is_watched(parent, name) and self._came_from.get(key) not in self._pending:
+            if not self.is_watched(parent, name) and self._source(key) not in self._pending:
                 return None
             if len(self._pending) >= MOST:
                 self.dropped += 1

@@ -185,7 +185,7 @@ class Replayer:
         if (parent, name) == (one.parent.id, one.name):
             if step.kind not in _NAMED:
                 return None
-            if one.before is None:
+            if one.before is None or (one.before.perhaps and step.kind is not Kind.DELETE):
                 raise OSError(errno.ENOENT, "")
             return self._removed(one.parent, one.before)
         if step.origin is not None and (parent, name) == (step.origin.parent.id, step.origin.name):
