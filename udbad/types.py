@@ -1,18 +1,17 @@
 """Plain value types shared by every layer.
 
 Nothing here does I/O or knows about FUSE. Names and paths are bytes everywhere below the
-command line; `NodeId` is the number the kernel uses for an inode of the mount.
+command line.
 """
 
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple, NewType
+from typing import Final, NamedTuple, NewType
 
-NodeId = NewType("NodeId", int)
 Fh = NewType("Fh", int)
 
-ROOT_ID = NodeId(1)
+ROOT_ID: Final = 1
 """FUSE_ROOT_ID (linux/fuse.h)."""
 
 MOVED_FROM, MOVED_TO, MADE, REMOVED = 0x40, 0x80, 0x100, 0x200

@@ -47,7 +47,7 @@ MODES: dict[str, type[Coherence]] = {"none": NoneCoherence, "reval": RevalCohere
 FILES = 100
 """In each directory, and so requests of a kind."""
 BURST = 10
-DIRECTORIES = ("plain", "view", "lower", "upper", "many")
+DIRECTORIES = ("plain", "view", "lower", "upper", "listed")
 AGE = 0.2
 """Seconds after which times of files tell for sure that nothing has changed."""
 
@@ -129,13 +129,15 @@ def setattr_body(valid: int, mode: int = 0, uid: int = 0, seconds: int = 0) -> b
     return wire.SETATTR_IN.pack(valid, 0, 0, seconds, seconds, 0, 0, 0, 0, mode, uid, 0)
 
 
-def read_side(kernel: Kernel, plain: int, view: int) -> None:
+def read_side(kernel: Kernel, plain: int, view: int, listed: int) -> None:
     names = [b"file%d\0" % each for each in range(FILES)]
     absent = [b"none%d\0" % each for each in range(FILES)]
     handle = number(kernel.ask([(wire.OPENDIR, view, bytes(8))])[0])
     kernel.count("readdir, 100 names", [(wire.READDIR, view, wire.READ_IN.pack(handle, 0, 65536) + bytes(20))])
     kernel.count("readdir, again", [(wire.READDIR, view, wire.READ_IN.pack(handle, 0, 65536) + bytes(20))])
     kernel.ask([(wire.RELEASEDIR, view, wire.QWORD.pack(handle) + bytes(16))])
+    handle = number(kernel.ask([(wire.OPENDIR, listed, bytes(8))])[0])
+    kernel.count("readdirplus", [(wire.READDIRPLUS, listed, wire.READ_IN.pack(handle, 0, 65536) + bytes(20))])
     for title, directory in (("", plain), (", view", view)):
         found = kernel.count(f"lookup{title}", [(wire.LOOKUP, directory, name) for name in names])
         kernel.count(f"lookup, known{title}", [(wire.LOOKUP, directory, name) for name in names])
@@ -221,8 +223,8 @@ def serve(directory: Path, mode: str, library: str) -> None:
     """In the process that valgrind counts."""
     shim = ctypes.PyDLL(library)
     with served(directory, mode, shim) as kernel:
-        plain, view, lower, upper, _ = nodes(kernel, ROOT_ID, [each.encode() for each in DIRECTORIES])
-        read_side(kernel, plain, view)
+        plain, view, lower, upper, listed = nodes(kernel, ROOT_ID, [each.encode() for each in DIRECTORIES])
+        read_side(kernel, plain, view, listed)
         change_side(kernel, lower, upper)
         sys.stdout.flush()
         os._exit(0)  # what it holds is of no use to anybody

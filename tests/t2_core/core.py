@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import pytest
 
 from tests.t2_core.fake_notifier import FakeNotifier
+from udbad import compiled
 from udbad.branch import syscalls
 from udbad.branch.accept import open_branches, prepare_writable
 from udbad.branch.branches import BranchSet
@@ -37,6 +38,11 @@ from udbad.union.fs import UnionFs
 from udbad.union.superblock import Superblock, UnionOptions
 
 T = TypeVar("T")
+
+in_python = pytest.mark.skipif(
+    not compiled.why_not(),
+    reason="ok: what is compiled calls in C what the test replaces; the run without compiled modules has this test",
+)
 
 STRATEGIES: Mapping[str, type[Coherence]] = {"none": NoneCoherence, "reval": RevalCoherence}
 """The modes that need no event loop."""

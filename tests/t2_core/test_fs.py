@@ -12,19 +12,20 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.merge import diff, snapshot
 from tests.helpers.posix import EXCHANGE
-from tests.t2_core.core import STRATEGIES, Core, core, refuse_tmpfile
+from tests.t2_core.core import STRATEGIES, Core, core, in_python, refuse_tmpfile
 from tests.t2_core.fake_notifier import Message
 from udbad.branch import syscalls
 from udbad.branch.branches import BranchSet
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
 from udbad.types import ROOT_ID, Trigger
-from udbad.union import copyup, reconfigure, resolve
+from udbad.union import copyup, reconfigure
 from udbad.union.fs import SetAttr
 from udbad.union.superblock import NeedCopyUp
 
@@ -647,18 +648,21 @@ def test_a_name_that_has_just_appeared(union: Core) -> None:
         assert union.content(name) == b"direct"
 
 
+@in_python
 @modes
 def test_a_branch_with_shorter_names_than_others(tmp_path: Path, udba: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """eCryptfs: 143 bytes. What it cannot have it does not have; only what no branch can have is too long."""
     with core(tmp_path, udba=udba) as union:
         base = union.sb.branches[1].root_fd
 
-        def stat(dirfd: int, name: bytes) -> os.stat_result:
-            if dirfd == base and len(name) > 143:
-                raise OSError(errno.ENAMETOOLONG, "")
-            return syscalls.stat_at(dirfd, name)
+        asking = os.stat
 
-        monkeypatch.setattr(resolve, "_stat", stat)
+        def stat(name: Any, **how: Any) -> os.stat_result:
+            if how.get("dir_fd") == base and len(name) > 143:
+                raise OSError(errno.ENAMETOOLONG, "")
+            return asking(name, **how)
+
+        monkeypatch.setattr(os, "stat", stat)
         assert not union.exists("n" * 200)
         union.create("n" * 200, b"content")
         assert union.content("n" * 200) == b"content"

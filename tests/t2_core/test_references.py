@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from tests.helpers.inprocess import notify_union
+from tests.t2_core.core import in_python
 from tests.t2_core.test_native import Kernel
-from udbad.branch import syscalls
 from udbad.coherence.notify import NotifyCoherence
 from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
 from udbad.types import ROOT_ID, Perm
-from udbad.union import lookup, readdir, resolve
+from udbad.union import readdir
 from udbad.union.superblock import Superblock
 
 NAMES = [b"d%d" % i for i in range(8)]
@@ -114,6 +114,7 @@ def test_an_entry_that_does_not_fit_is_not_kept(kernel: Kernel, opened: int) -> 
     assert (in_table(kernel), watches(kernel)) == (before, watched)
 
 
+@in_python
 @pytest.mark.parametrize("position", [0, 3])
 def test_an_error_comes_after_what_there_is(
     kernel: Kernel, opened: int, position: int, monkeypatch: pytest.MonkeyPatch
@@ -229,6 +230,7 @@ def directory_of(kernel: Kernel, fh: int) -> Dir:
     return kernel.native.fs.handles.directory(fh).node
 
 
+@in_python
 @pytest.mark.parametrize("fails", ["stat", "gone"])
 @pytest.mark.parametrize("which", [0, 3, 7])
 def test_an_entry_whose_status_cannot_be_had(
@@ -236,17 +238,16 @@ def test_an_entry_whose_status_cannot_be_had(
 ) -> None:
     """In the middle of a listing: one that is gone is left out, an error ends the reply before it."""
     before = in_table(kernel)
-    asked = []
+    asked, asking = [], os.stat
 
-    def stat(dirfd: int, name: bytes) -> os.stat_result:
+    def stat(name: Any, **how: Any) -> os.stat_result:
         if name == NAMES[which]:
             asked.append(name)
             raise OSError(errno.EACCES if fails == "stat" else errno.ENOENT, "")
-        return syscalls.stat_at(dirfd, name)
+        return asking(name, **how)
 
     with monkeypatch.context() as patch:
-        for module in (readdir, lookup, resolve):
-            patch.setattr(module, "_stat", stat)
+        patch.setattr(os, "stat", stat)
         error, nodes, after = read_directory(kernel, opened)
     assert asked
     order = [name for name in directory_of(kernel, opened).view or () if name in NAMES]

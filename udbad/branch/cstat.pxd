@@ -15,5 +15,9 @@ cdef class Status:
     cdef readonly unsigned int st_mode
 
 cpdef Status stat_at(int dirfd, bytes name)
+cpdef Status find_at(int dirfd, bytes name)
+cpdef unsigned int mode_at(int dirfd, bytes name) except? 1
 cpdef Status fstat(int fd)
+cpdef object stamp(object st)
+cpdef object lasting_stamp(object branch, object st)
 cdef int fill(stat_t *c, object st) except -1

@@ -101,36 +101,41 @@ cdef inline Status identified(Status status):
     return status
 
 
-cpdef Status stat_at(int dirfd, bytes name):
-    """fstatat(2) without following. Raises OSError, ValueError for a name with a zero byte."""
+cdef int status_at(int dirfd, bytes name, stat_t *status) except -1:
+    """1 when nothing has the name: to make an error and to look at it takes several times as long as the call."""
     if name is None:
         raise TypeError("a name is bytes")
-    cdef Status status = Status.__new__(Status)
     cdef const char *text = PyBytes_AS_STRING(name)
     cdef int failed
     if strlen(text) != <size_t>len(name):
         raise ValueError("embedded null byte")
     with nogil:
-        failed = fstatat_c(dirfd, text, &status.c, AT_SYMLINK_NOFOLLOW)
-    if failed:
+        failed = fstatat_c(dirfd, text, status, AT_SYMLINK_NOFOLLOW)
+    if not failed:
+        return 0
+    if errno == ENOENT or errno == ENAMETOOLONG:
+        return 1
+    PyErr_SetFromErrno(OSError)
+
+
+cpdef Status stat_at(int dirfd, bytes name):
+    """fstatat(2) without following. Raises OSError, ValueError for a name with a zero byte."""
+    cdef Status status = Status.__new__(Status)
+    if status_at(dirfd, name, &status.c):
         PyErr_SetFromErrno(OSError)
     return identified(status)
 
 
-def mode_at(int dirfd, bytes name not None):
-    """syscalls.mode_at: to make an error and to look at it takes several times as long as the call."""
-    cdef const char *text = PyBytes_AS_STRING(name)
+cpdef Status find_at(int dirfd, bytes name):
+    """syscalls.find_at."""
+    cdef Status status = Status.__new__(Status)
+    return None if status_at(dirfd, name, &status.c) else identified(status)
+
+
+cpdef unsigned int mode_at(int dirfd, bytes name) except? 1:
+    """syscalls.mode_at."""
     cdef stat_t status
-    cdef int failed
-    if strlen(text) != <size_t>len(name):
-        raise ValueError("embedded null byte")
-    with nogil:
-        failed = fstatat_c(dirfd, text, &status, AT_SYMLINK_NOFOLLOW)
-    if not failed:
-        return status.st_mode
-    if errno == ENOENT or errno == ENAMETOOLONG:
-        return 0
-    PyErr_SetFromErrno(OSError)
+    return 0 if status_at(dirfd, name, &status) else status.st_mode
 
 
 cpdef Status fstat(int fd):
@@ -162,7 +167,7 @@ cdef bint is_within(const timespec *time, long long nanoseconds) noexcept nogil:
     return seconds * 1_000_000_000 + now.tv_nsec - time.tv_nsec <= nanoseconds
 
 
-def stamp(st):
+cpdef object stamp(object st):
     """state.stamp."""
     cdef stat_t other
     if type(st) is Status:
@@ -171,7 +176,7 @@ def stamp(st):
     return stamp_of(&other)
 
 
-def lasting_stamp(branch, st):
+cpdef object lasting_stamp(object branch, object st):
     """state.lasting_stamp."""
     cdef stat_t other
     cdef stat_t *c = &other

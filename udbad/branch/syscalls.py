@@ -84,6 +84,16 @@ def fstat(fd: int) -> os.stat_result:
     return os.fstat(fd)
 
 
+def find_at(dirfd: int, name: bytes) -> os.stat_result | None:
+    """`stat_at`; None when nothing has the name, which a name too long for the file system is."""
+    try:
+        return os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in ABSENT:
+            return None
+        raise
+
+
 def mode_at(dirfd: int, name: bytes) -> int:
     """st_mode of a name, not followed; 0 when nothing has it, which a name too long for the file system is."""
     try:
@@ -683,7 +693,7 @@ if not compiled.why_not():
         utime_fd,
         write_out,
     )
-    from udbad.branch.cstat import fstat, mode_at, stat_at  # noqa: F401
+    from udbad.branch.cstat import find_at, fstat, mode_at, stat_at  # noqa: F401
 
 if sys.platform != "linux":  # pragma: no cover
     raise ImportError("udbad needs Linux")

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from udbad.branch import listing, syscalls
 from udbad.branch.branches import Branch
+from udbad.branch.syscalls import mode_at
 from udbad.errors import ABSENT, eio, os_error
 
 PREFIX = b".wh."
@@ -53,10 +54,9 @@ OPAQUE_VALUE = b"y"
 """Another one, "x", says that it may hold whiteouts that are no devices (Linux 6.8); not that it is opaque."""
 _OURS = (BASE, PLINK_DIR, ORPHAN_DIR, RESERVED + b"udbad")
 
+Descriptor = int
 _stat = syscalls.stat_at
-_mode = syscalls.mode_at
-_ISREG = st_mod.S_ISREG
-_S_IFMT, _S_IFCHR = 0o170000, st_mod.S_IFCHR
+_S_IFMT, _S_IFCHR, _S_IFREG = 0o170000, st_mod.S_IFCHR, st_mod.S_IFREG
 _DEVICE, _REGULAR = st_mod.S_IFCHR >> 12, st_mod.S_IFREG >> 12
 
 
@@ -83,20 +83,20 @@ def check_not_reserved(name: bytes) -> None:
         raise os_error(errno.EPERM)
 
 
-def present(dirfd: int, name: bytes) -> bool:
+def present(dirfd: Descriptor, name: bytes) -> bool:
     """Whether this branch directory has a whiteout for `name`; EIO when it is not a regular file."""
-    mode = _mode(dirfd, PREFIX + name)
-    if mode and not _ISREG(mode):
+    mode = mode_at(dirfd, PREFIX + name)
+    if mode and mode & _S_IFMT != _S_IFREG:
         raise eio()
     return mode != 0
 
 
-def opaque(dirfd: int, overlay: bool = False) -> bool:
+def opaque(dirfd: Descriptor, overlay: bool = False) -> bool:
     """Whether this branch directory hides everything that same-named lower ones contain.
 
     overlay: `Branch.overlay`.
     """
-    return _mode(dirfd, OPAQUE) != 0 or (overlay and overlay_opaque(dirfd))
+    return mode_at(dirfd, OPAQUE) != 0 or (overlay and overlay_opaque(dirfd))
 
 
 # -- the notation of overlayfs ------------------------------------------------------------------

@@ -22,6 +22,7 @@ import os
 
 from udbad.branch import state
 from udbad.branch.branches import Branch
+from udbad.branch.state import lasting_stamp
 from udbad.coherence.base import FOREVER, Coherence, CoherenceStatistics, KernelNotifier
 from udbad.coherence.events import Events
 from udbad.coherence.inotify import SILENT_FS, watch_limit
@@ -157,7 +158,7 @@ class NotifyCoherence(Coherence):
 
     def attr_ttl(self, node: Node, st: os.stat_result) -> float:
         parent = node.parent
-        new = state.lasting_stamp(node.branch, st) or UNKNOWN
+        new = lasting_stamp(node.branch, st) or UNKNOWN
         if type(node) is Dir:
             ttl = node.ttl if parent is None else min(node.ttl, parent.ttl)
             node.sent = new

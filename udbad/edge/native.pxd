@@ -6,6 +6,7 @@ from udbad.edge.operations cimport Operations
 from udbad.inodes.slot cimport Slot
 from udbad.inodes.table cimport InodeTable
 from udbad.kernel.boundary cimport OpStats
+from udbad.kernel.cdevice cimport now, receive
 from udbad.kernel.received cimport Received
 from udbad.union.fs cimport UnionFs
 
@@ -27,3 +28,5 @@ cdef class Native:
         start=double, number=int
     )
     cpdef bint take(self, double seconds=*)
+    cpdef keep(self, rule, unsigned long long unique, int number, body)
+    cpdef bint send(self, unsigned long long unique, int number, body) except -1

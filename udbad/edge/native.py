@@ -13,7 +13,6 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import islice
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from udbad.coherence.base import Coherence
@@ -39,7 +38,7 @@ from udbad.edge.waiting import RETRIED, Request, Waiting
 from udbad.inodes.record import Record
 from udbad.inodes.slot import CURRENT, RESENT
 from udbad.kernel import boundary, wire
-from udbad.kernel.device import answer, receive
+from udbad.kernel.device import answer, now, receive
 from udbad.kernel.passthrough import Passthrough
 from udbad.kernel.received import Received
 from udbad.union.fs import UnionFs
@@ -62,6 +61,7 @@ _PORTION = 64
 """Nodes that are forgotten at a time, which takes less than a millisecond."""
 _SILENT = (wire.FORGET, wire.BATCH_FORGET)
 
+Unique = int
 Bound = tuple[Any, Any, Any, int, boundary.OpStats, Row, Rule | None]
 """parse, operation, encode, least size of the request in bytes, counters, the whole row, and how it is done once; None:
 it may be done twice, or nobody goes on after a crash."""
@@ -130,11 +130,11 @@ class _Waiter(Request):
         number = self._deliver(result, error, self._native.record is not None)
         if number == errno.ESTALE:
             self._native.stale(self.pid)
-        self._stats.count(perf_counter() - self._start, number)
+        self._stats.count(now() - self._start, number)
 
     def answer_from_thread(self, result: object, error: Exception | None) -> None:
         number = self._deliver(result, error, False)
-        boundary.count_in_thread(self._stats, perf_counter() - self._start, number)
+        boundary.count_in_thread(self._stats, now() - self._start, number)
 
 
 class Native:
@@ -266,7 +266,7 @@ class Native:
         if request.size < least:
             self._take_other(request)
             return True
-        start = perf_counter()
+        start = now()
         number = 0
         body: Body = b""
         arguments: tuple[Any, ...] = ()
@@ -295,12 +295,12 @@ class Native:
             number = boundary.number_of(error, stats, row.name, request.node)
         if self.record is not None:
             self.keep(rule, request.unique, number, body)
-        stats.count(perf_counter() - start, number)
+        stats.count(now() - start, number)
         if (not self.send(request.unique, number, body) or number) and row.undo is not None and result is not None:
             row.undo(self.operations, result)
         return True
 
-    def keep(self, rule: Rule | None, unique: int, number: int, body: Body) -> None:
+    def keep(self, rule: Rule | None, unique: Unique, number: boundary.Errno, body: Body) -> None:
         """Record what an operation has changed, then that it was done. A handle is rather given anew than to nobody."""
         record = self.record
         if record is None or self.once is None:
@@ -365,7 +365,7 @@ class Native:
         if self._forgotten:
             self.loop.post(self._forget_some)
 
-    def send(self, unique: int, number: int, body: Body) -> bool:
+    def send(self, unique: Unique, number: boundary.Errno, body: Body) -> bool:
         """Any thread. False when the kernel has not taken the answer, because whoever asked was killed meanwhile."""
         try:
             answer(self._fd, unique, number, body)

@@ -277,18 +277,18 @@ def _mknod(
         operations, parent, name, st_mod.S_IFMT(mode) or st_mod.S_IFREG, caller,
         lambda fd: (not st_mod.S_ISCHR(mode) and not st_mod.S_ISBLK(mode)) or os.fstat(fd).st_rdev == rdev,
     )  # fmt: skip
-    return operations.entry(parent, *made)
+    return operations.entry(parent, made)
 
 
 def _mkdir(operations: Operations, noted: Noted, parent: int, name: bytes, mode: int, caller: Caller) -> Entry:
-    return operations.entry(parent, *_made(operations, parent, name, st_mod.S_IFDIR, caller, lambda fd: True))
+    return operations.entry(parent, _made(operations, parent, name, st_mod.S_IFDIR, caller, lambda fd: True))
 
 
 def _symlink(operations: Operations, noted: Noted, parent: int, name: bytes, target: bytes, caller: Caller) -> Entry:
     made = _made(
         operations, parent, name, st_mod.S_IFLNK, caller, lambda fd: syscalls.readlink_fd(fd) == target
     )  # fmt: skip
-    return operations.entry(parent, *made)
+    return operations.entry(parent, made)
 
 
 def _create(
@@ -334,7 +334,7 @@ def _link(operations: Operations, noted: Noted, number: int, directory: int, nam
     if _who(found) != noted.words or node.identity != noted.words:
         resolve.discard(fs.sb, parent, name, found)
         raise _Perform
-    return operations.entry(directory, node, create.finish_link(fs.sb, node, parent, name))
+    return operations.entry(directory, (node, create.finish_link(fs.sb, node, parent, name)))
 
 
 def _unlink(operations: Operations, noted: Noted, number: int, name: bytes) -> None:
@@ -374,7 +374,8 @@ def _rmdir(operations: Operations, noted: Noted, number: int, name: bytes) -> No
     if remove.restore(fs.sb, parent, name, (dev, ino)):
         raise os_error(errno.ENOTEMPTY)
     remove.settle(fs.sb, parent, name)
-    node = parent.children.get(name) or fs.table.find(fs.sb.inomap.number(*noted.words))
+    dev, ino = noted.words
+    node = parent.children.get(name) or fs.table.find(fs.sb.inomap.number(dev, ino))
     if type(node) is Dir and noted.words in [layer.identity for layer in node.layers]:
         fs.sb.changes.removed(parent, name, node, None, True)
 
@@ -397,7 +398,7 @@ def _rename(operations: Operations, noted: Noted, src_id: int, src: bytes, dst_i
             raise _Perform
         return
     if at_dst == source:
-        node = src_dir.children.get(src) or fs.table.find(fs.sb.inomap.number(*source))
+        node = src_dir.children.get(src) or fs.table.find(fs.sb.inomap.number(source[0], source[1]))
         old = _status(*target, rest[4]) if rest[3] else None
         rename.finish(fs.sb, src_dir, src, node, dst_dir, dst, branch, old)
     elif at_src == source or (at_src is None and at_dst == target):

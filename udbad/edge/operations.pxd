@@ -6,3 +6,4 @@ cdef class Operations:
     cdef public UnionFs fs
     cdef public object coherence, _background, _passthrough
     cdef public bint _keep_listings
+    cpdef tuple entry(self, parent, tuple found)

@@ -39,6 +39,9 @@ Opened = tuple[int, int, int]
 Listed = tuple[bytes, Node, os.stat_result, float, float, int, bool]
 """name, node, status, time-outs as in Entry, position of the entry after it, whether a reference goes with it."""
 
+Number = int
+Found = tuple[Node, os.stat_result]
+"""What has a name."""
 DOTS: Final = (b".", b"..")
 
 
@@ -108,8 +111,9 @@ class Operations:
 
     # -- what the kernel holds ----------------------------------------------------------------
 
-    def entry(self, parent: int, node: Node, st: os.stat_result) -> Entry:
+    def entry(self, parent: Number, found: Found) -> Entry:
         """An entry of the directory `parent`, which need not be the node's: one of several links."""
+        node, st = found
         table = self.fs.table
         table.refer(node)
         return node, st, table.nodes[parent].ttl, self.coherence.attr_ttl(node, st)
@@ -131,16 +135,16 @@ class Operations:
             if ttl:
                 return ttl
             raise OSError(errno.ENOENT, "")
-        return self.entry(parent, *found)
+        return self.entry(parent, found)
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Entry:
-        return self.entry(parent, *self.fs.mknod(parent, name, mode, rdev, caller))
+        return self.entry(parent, self.fs.mknod(parent, name, mode, rdev, caller))
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Entry:
-        return self.entry(parent, *self.fs.mkdir(parent, name, mode & 0o7777, caller))
+        return self.entry(parent, self.fs.mkdir(parent, name, mode & 0o7777, caller))
 
     def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Entry:
-        return self.entry(parent, *self.fs.symlink(parent, name, target, caller))
+        return self.entry(parent, self.fs.symlink(parent, name, target, caller))
 
     def link(self, node_id: int, parent: int, name: bytes) -> Entry:
         try:
@@ -148,9 +152,9 @@ class Operations:
         except NeedCopyUp as need:
             finish = need.then
             if finish is not None:
-                need.then = lambda: self.entry(parent, *finish())
+                need.then = lambda: self.entry(parent, finish())
             raise
-        return self.entry(parent, *found)
+        return self.entry(parent, found)
 
     def unlink(self, parent: int, name: bytes) -> None:
         self.fs.unlink(parent, name)
@@ -221,7 +225,7 @@ class Operations:
 
     def created(self, parent: int, flags: int, handle: OpenFile, st: os.stat_result) -> tuple[Entry, Opened]:
         opened = self._opened(handle, flags, st, keep=False)
-        entry = self.entry(parent, handle.node, st)
+        entry = self.entry(parent, (handle.node, st))
         if self.fs.kept is not None:
             # There is no RELEASE with no_open (fuse_file_put()), so the kernel gets no handle, as with open(2).
             self.fs.release(handle.fh)

@@ -1,3 +1,8 @@
 from udbad.edge.operations cimport Operations
 from udbad.inodes.table cimport Node
+from udbad.kernel.cdevice cimport name_at
+from udbad.kernel.cwire cimport attributes, dirent, entry, negative
 from udbad.kernel.received cimport Received
+
+cpdef bytes _last_name(Received request, Py_ssize_t start)
+cpdef bytes _entry(tuple result)

@@ -18,10 +18,12 @@ from udbad.kernel.boundary import Malformed
 from udbad.kernel.device import name_at
 from udbad.kernel.protocol import MAX_REQUEST
 from udbad.kernel.received import Received
+from udbad.kernel.wire import attributes, dirent, entry, negative
 from udbad.types import Caller
 from udbad.union.fs import SetAttr
 
 Body = bytes | bytearray
+Place = int
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -80,7 +82,7 @@ def _caller(request: Received, umask: int = 0) -> Caller:
     return tuple.__new__(Caller, (request.uid, request.gid, request.pid, umask))
 
 
-def _last_name(request: Received, start: int) -> bytes:
+def _last_name(request: Received, start: Place) -> bytes:
     """The name that the request ends with."""
     name = name_at(request, start)
     if name is None:
@@ -313,7 +315,7 @@ def _readdirplus(operations: Operations, fh: int, start: int, room: int) -> _Lis
     """Each entry but "." and ".." is a reference that the kernel takes."""
     parts: list[bytes] = []
     given: list[Node] = []
-    entry, dirent, least = wire.entry, wire.dirent, wire.ENTRY_SIZE + wire.DIRENT_SIZE
+    least = wire.ENTRY_SIZE + wire.DIRENT_SIZE
     listing = operations.entries(fh, start)
     for name, node, st, ttl, attr_ttl, after, counted in listing:
         room -= least + (len(name) + 7 & ~7)
@@ -346,15 +348,17 @@ def _data(result: Body) -> Body:
 
 
 def _found(result: Entry | Negative) -> bytes:
-    return wire.negative(result) if isinstance(result, float) else wire.entry(*result)
+    return negative(result) if isinstance(result, float) else _entry(result)
 
 
 def _entry(result: Entry) -> bytes:
-    return wire.entry(*result)
+    node, st, entry_ttl, attr_ttl = result
+    return entry(node, st, entry_ttl, attr_ttl)
 
 
 def _attributes(result: Attributes) -> bytes:
-    return wire.attributes(*result)
+    node, st, attr_ttl = result
+    return attributes(node, st, attr_ttl)
 
 
 def _attributes_and_birth(result: tuple[Attributes, int]) -> bytes:
@@ -370,7 +374,7 @@ def _opened(result: Opened) -> bytes:
 
 
 def _created(result: tuple[Entry, Opened]) -> bytes:
-    return wire.entry(*result[0]) + wire.OPENED.pack(*result[1])
+    return _entry(result[0]) + wire.OPENED.pack(*result[1])
 
 
 def _sized(result: _Sized | Refused) -> bytes:

@@ -31,6 +31,7 @@ SPILL = 1 << 63
 ENTRIES = 1 << 16
 """Entries of the table (some 200 bytes each) from which on it is worth looking for those that nobody needs."""
 
+Number = int
 Identity = tuple[int, int]
 """(st_dev, st_ino): who a branch object is, valid while something keeps the inode from being reused."""
 
@@ -55,7 +56,7 @@ class InoMap:
         self.record: Record | None = None
         """As in InodeTable."""
 
-    def number(self, dev: int, ino: int) -> int:
+    def number(self, dev: Number, ino: Number) -> int:
         """The mount's inode number of a branch object; the same until `drop` or `alias` says otherwise."""
         if self._exceptions:
             number = self._exceptions.get((dev, ino))

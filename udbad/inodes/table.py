@@ -24,9 +24,10 @@ from udbad.branch.branches import Branch
 from udbad.branch.state import Stamp
 from udbad.errors import estale
 from udbad.inodes import garbage
+from udbad.inodes.garbage import MANY
 from udbad.inodes.inomap import Identity
 from udbad.inodes.record import DROPPED, Record
-from udbad.types import ROOT_ID, NodeId
+from udbad.types import ROOT_ID
 
 if TYPE_CHECKING:
     from udbad.inodes.cunread import Unread
@@ -109,8 +110,8 @@ class Node:
     ttl = 0.0
 
     def __init__(self, node_id: int, kind: int, branch: Branch, dev: int, ino: int) -> None:
-        self.id = NodeId(node_id)
-        """Node id, and st_ino."""
+        self.id = node_id
+        """By which the kernel knows it, and st_ino."""
         self.kind = kind
         """File type bits of st_mode."""
         self.branch = branch
@@ -435,13 +436,15 @@ class InodeTable:
             if words is not None and node.place:
                 words[node.place] = node.nlookup  # as Record.count, for this is a step of every lookup
             else:
-                record.changed.add(node)
+                changed = record.changed
+                changed.add(node)
 
     def add(self, node: Node) -> None:
         self.nodes[node.id] = node
         if self.record is not None:
-            self.record.changed.add(node)
-        if len(self.nodes) > garbage.MANY and len(self.nodes) > 4 * self._trim_below:
+            changed = self.record.changed
+            changed.add(node)
+        if len(self.nodes) > MANY and len(self.nodes) > 4 * self._trim_below:
             self._trim_below = len(self.nodes) // 4
 
     def add_file(self, node: Node, parent: Dir, name: bytes) -> Node:

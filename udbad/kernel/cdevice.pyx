@@ -39,21 +39,25 @@ cdef struct fuse_out_header:
 cdef size_t MUCH = 1 << 16  # bytes that take longer to copy than the lock to give away
 
 
-cdef double now() noexcept nogil:
+cdef double now_c() noexcept nogil:
     cdef timespec time
     clock_gettime(CLOCK_MONOTONIC, &time)
     return time.tv_sec + time.tv_nsec * 1e-9
 
 
-def receive(int fd, Received request not None, double seconds):
+cpdef double now():
+    return now_c()
+
+
+cpdef bint receive(int fd, Received request, double seconds) except -1:
     cdef char *start = PyByteArray_AS_STRING(request.buffer)
     cdef size_t room = PyByteArray_GET_SIZE(request.buffer)
     cdef Py_ssize_t size = read(fd, start, room)
     cdef double end
     if size < 0 and errno == EAGAIN and seconds > 0:
         with nogil:
-            end = now() + seconds
-            while size < 0 and errno == EAGAIN and now() < end:
+            end = now_c() + seconds
+            while size < 0 and errno == EAGAIN and now_c() < end:
                 size = read(fd, start, room)
     if size < 0:
         if errno == EAGAIN:
@@ -68,7 +72,7 @@ def receive(int fd, Received request not None, double seconds):
     return True
 
 
-def name_at(Received request not None, Py_ssize_t start):
+cpdef bytes name_at(Received request, Py_ssize_t start):
     cdef char *text = PyByteArray_AS_STRING(request.buffer)
     cdef Py_ssize_t end = request.size - 1
     if start < 0 or end < start or memchr(text + start, 0, request.size - start) != text + end:

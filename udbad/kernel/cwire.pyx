@@ -90,9 +90,9 @@ def setattr_in(bytearray buffer not None):
     )
 
 
-def attributes(Node node not None, object st, double timeout):
+cpdef bytes attributes(Node node, object st, double timeout):
     """fuse_attr_out."""
-    body = PyBytes_FromStringAndSize(NULL, sizeof(fuse_attr_out))
+    cdef bytes body = PyBytes_FromStringAndSize(NULL, sizeof(fuse_attr_out))
     cdef fuse_attr_out *out = <fuse_attr_out *>PyBytes_AS_STRING(body)
     out.attr_valid = <uint64_t>timeout
     out.attr_valid_nsec = <uint32_t>((timeout - <double>out.attr_valid) * BILLION)
@@ -101,9 +101,9 @@ def attributes(Node node not None, object st, double timeout):
     return body
 
 
-def entry(Node node not None, object st, double entry_timeout, double attr_timeout):
+cpdef bytes entry(Node node, object st, double entry_timeout, double attr_timeout):
     """fuse_entry_out."""
-    body = PyBytes_FromStringAndSize(NULL, sizeof(fuse_entry_out))
+    cdef bytes body = PyBytes_FromStringAndSize(NULL, sizeof(fuse_entry_out))
     cdef fuse_entry_out *out = <fuse_entry_out *>PyBytes_AS_STRING(body)
     out.nodeid, out.generation = node.id, 0
     out.entry_valid = <uint64_t>entry_timeout
@@ -114,9 +114,9 @@ def entry(Node node not None, object st, double entry_timeout, double attr_timeo
     return body
 
 
-def negative(double timeout):
+cpdef bytes negative(double timeout):
     """fuse_entry_out of a name that does not exist."""
-    body = PyBytes_FromStringAndSize(NULL, sizeof(fuse_entry_out))
+    cdef bytes body = PyBytes_FromStringAndSize(NULL, sizeof(fuse_entry_out))
     cdef fuse_entry_out *out = <fuse_entry_out *>PyBytes_AS_STRING(body)
     memset(out, 0, sizeof(fuse_entry_out))
     out.entry_valid = <uint64_t>timeout
@@ -136,10 +136,10 @@ cdef Py_ssize_t put_dirent(char *start, Py_ssize_t room, uint64_t number, uint32
     return sizeof(fuse_dirent) + padded
 
 
-def dirent(uint64_t number, uint32_t kind, bytes name not None, uint64_t after):
+cpdef bytes dirent(uint64_t number, uint32_t kind, bytes name, uint64_t after):
     """fuse_dirent. kind: S_IFMT bits. after: offset of the entry that follows."""
     cdef Py_ssize_t size = sizeof(fuse_dirent) + ((len(name) + 7) & ~7)
-    body = PyBytes_FromStringAndSize(NULL, size)
+    cdef bytes body = PyBytes_FromStringAndSize(NULL, size)
     put_dirent(PyBytes_AS_STRING(body), size, number, kind, name, after)
     return body
 
@@ -150,15 +150,18 @@ def dirents(object entries, Py_ssize_t room):
     cdef Py_ssize_t used = 0
     cdef Py_ssize_t taken, at
     cdef Run run
+    cdef const uint64_t[::1] numbers
+    cdef const unsigned char[::1] types
     if not buffer:
         raise MemoryError
     try:
         for each in entries:
             if type(each) is Run:
                 run = each
+                numbers, types = run.said.numbers, run.said.types
                 for at in range(run.first, run.end):
                     taken = put_dirent(
-                        buffer + used, room - used, run.said.numbers[at], run.said.types[at] << 12,
+                        buffer + used, room - used, numbers[at], types[at] << 12,
                         <bytes?>run.names[at], run.after + at,
                     )
                     if taken > room - used:

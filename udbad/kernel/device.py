@@ -18,6 +18,9 @@ REQUESTS, WOKEN, EVENTS = 1, 2, 4
 """What `wait` has seen."""
 FOREVER = -1.0
 
+now = perf_counter
+"""Seconds since some moment, for how long something takes."""
+
 
 def receive(fd: int, request: Received, seconds: float) -> bool:
     """Read the next request, from a descriptor that does not block; False when there is none.
@@ -84,4 +87,4 @@ def wait(requests: int, wake: int, events: int, seconds: float) -> int:
 
 
 if not compiled.why_not():
-    from udbad.kernel.cdevice import answer, name_at, receive, tell, wait  # noqa: F401  # the same, as calls of C
+    from udbad.kernel.cdevice import answer, name_at, now, receive, tell, wait  # noqa: F401  # the same, as calls of C

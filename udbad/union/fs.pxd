@@ -1,5 +1,6 @@
 from udbad.inodes.handles cimport HandleTable, OpenDir, OpenFile
 from udbad.inodes.table cimport Dir, InodeTable, Node
+from udbad.union cimport lookup
 from udbad.union.superblock cimport Superblock
 
 cdef class SetAttr:
@@ -11,3 +12,5 @@ cdef class UnionFs:
     cdef public InodeTable table
     cdef public HandleTable handles
     cdef public object creds, walks, on_unused_backing, kept
+    cpdef lookup(self, parent_id, bytes name)
+    cpdef getattr(self, node_id)

@@ -31,6 +31,7 @@ from udbad.union.superblock import NeedCopyUp, Superblock, is_object
 
 T = TypeVar("T")
 Attributes = tuple[Node, os.stat_result]
+Number = int
 
 _OPEN_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 COPYING = frozenset({"coo_reg", "coo_all", "moo"})
@@ -102,7 +103,7 @@ class UnionFs:
 
     # -- names --------------------------------------------------------------------------------
 
-    def lookup(self, parent_id: int, name: bytes) -> Attributes | None:
+    def lookup(self, parent_id: Number, name: bytes) -> Attributes | None:
         """Node and attributes of a name; None when it does not exist. EPERM for .wh.*, ENAMETOOLONG."""
         parent = self.table.find(parent_id)
         if type(parent) is not Dir:
@@ -200,7 +201,7 @@ class UnionFs:
 
     # -- attributes ---------------------------------------------------------------------------
 
-    def getattr(self, node_id: int) -> Attributes:
+    def getattr(self, node_id: Number) -> Attributes:
         node = self.table.node(node_id)
         if type(node) is Dir and not node.trusted and not node.dead:
             self._refresh_if_there(node)

@@ -66,7 +66,7 @@ class HeldWalks:
         except OSError:
             return None
         try:
-            st = os.fstat(fd)
+            st = syscalls.fstat(fd)
             if not is_object(node, st):
                 if node.plink is not None or st_mod.S_ISDIR(st.st_mode):
                     return None

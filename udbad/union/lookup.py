@@ -17,6 +17,7 @@ import stat as st_mod
 
 from udbad.branch import state, syscalls
 from udbad.branch.branches import Branch
+from udbad.branch.syscalls import find_at, fstat
 from udbad.errors import eio, enoent
 from udbad.inodes.table import LOAD_AT_LEAST, Dir, Node
 from udbad.union import homes, times
@@ -26,7 +27,6 @@ from udbad.union.view import load_view
 
 _S_IFDIR, _S_IFLNK, _S_IFCHR = st_mod.S_IFDIR, st_mod.S_IFLNK, st_mod.S_IFCHR
 _S_IFMT = 0o170000
-_stat, _fstat = syscalls.stat_at, syscalls.fstat
 
 
 UNCLEAR, NOWHERE = -2, -1
@@ -108,7 +108,7 @@ def intern(sb: Superblock, parent: Dir, name: bytes, found: Found) -> tuple[Node
         try:
             directory = _intern_dir(sb, parent, name, found)
             # Asked again after the strategy has put its watches, so that no change falls between.
-            return directory, _fstat(sb.layer_fd(directory, directory.layers[0]))
+            return directory, fstat(sb.layer_fd(directory, directory.layers[0]))
         except BaseException:
             made = parent.children.get(name)
             if made is not None:
@@ -333,11 +333,11 @@ def _resolve_chain(sb: Superblock, chain: list[Dir]) -> None:
                 # Where a redirect leads is for other directories to say than those that are asked here.
                 entry.resolved = -1 if entry.moved else parent.version
                 continue
-        alive = [layer for layer in entry.layers if layer.fd >= 0 and os.fstat(layer.fd).st_nlink > 0]
+        alive = [layer for layer in entry.layers if layer.fd >= 0 and fstat(layer.fd).st_nlink > 0]
         if not alive:
             raise eio() if entry.offline else enoent()
         if len(alive) != len(entry.layers):
-            moved = Found(_S_IFDIR, alive[0].branch, os.fstat(alive[0].fd), alive)
+            moved = Found(_S_IFDIR, alive[0].branch, fstat(alive[0].fd), alive)
             moved.opaque = entry.opaque
             moved.offline = entry.offline
             adopt(sb, entry, moved, entry.floor)
@@ -359,7 +359,7 @@ def lookup(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_resu
         child = parent.children.get(name)
         if type(child) is Dir and child.resolved == parent.version and not child.dead and times.unchanged(sb, child):
             counters.depth_found[min(len(child.layers), LAST_DEPTH)] += 1
-            return child, _fstat(sb.layer_fd(child, child.layers[0]))
+            return child, fstat(sb.layer_fd(child, child.layers[0]))
     view = parent.view
     if view is None:
         # Learning the directory costs a scan; single questions are cheaper until enough were asked.
@@ -375,11 +375,8 @@ def lookup(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_resu
             layer = parent.layer(hit)
             if layer is not None:
                 fd = layer.fd if layer.fd >= 0 else sb.layer_fd(parent, layer)
-                try:
-                    st = _stat(fd, name)
-                except FileNotFoundError:
-                    pass
-                else:
+                st = find_at(fd, name)
+                if st is not None:
                     kind = st.st_mode & _S_IFMT
                     if kind != _S_IFDIR and not (kind == _S_IFCHR and layer.branch.overlay):
                         counters.depth_found[1] += 1
@@ -410,7 +407,7 @@ def worth_loading(sb: Superblock, parent: Dir) -> bool:
         return False  # nor can it be read
     size = 0
     for layer in parent.layers:
-        size += os.fstat(sb.layer_fd(parent, layer)).st_size
+        size += fstat(sb.layer_fd(parent, layer)).st_size
     parent.load_at = max(size // 128, LOAD_AT_LEAST)
     return parent.probes > parent.load_at
 
@@ -425,7 +422,7 @@ def remember(parent: Dir, name: bytes, found: Found | Missing) -> None:
     elif found.layers is None:
         view[name] = found.branch.index
     else:
-        view[name] = tuple(layer.branch.index for layer in found.layers)
+        view[name] = tuple([layer.branch.index for layer in found.layers])
 
 
 def update(sb: Superblock, parent: Dir, name: bytes, found: Found | Missing) -> os.stat_result | None:

@@ -1,7 +1,11 @@
+cimport cython
+
+from udbad.branch cimport whiteout
+from udbad.branch.cstat cimport Status, find_at, fstat
 from udbad.inodes.table cimport Dir, Layer, Node
 from udbad.union.superblock cimport Superblock
 
-cdef unsigned int _S_IFMT, _S_IFDIR
+cdef unsigned int _S_IFMT, _S_IFDIR, _S_IFCHR
 
 cdef class Found:
     cdef public long kind, examined
@@ -11,3 +15,6 @@ cdef class Found:
 cdef class Missing:
     cdef public object answer, whited
     cdef public long examined
+
+@cython.locals(layers=list, layer=Layer, last=Py_ssize_t, pos=Py_ssize_t, examined=long, fd=int, st=Status, kind=cython.uint)
+cpdef resolve(Superblock sb, Dir parent, bytes name, long below=*, long tries=*)

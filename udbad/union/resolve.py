@@ -14,14 +14,14 @@ from typing import ClassVar, Literal
 
 from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
-from udbad.errors import ABSENT, NO_DIRECTORY, eio, estale
-from udbad.inodes.table import Dir, Layer, Node
+from udbad.branch.syscalls import find_at, fstat
+from udbad.errors import NO_DIRECTORY, eio, estale
+from udbad.inodes.table import Dir, Index, Layer, Node
 from udbad.union import redirects
 from udbad.union.superblock import LAST_DEPTH, Superblock
 
 _S_IFDIR, _S_IFCHR = st_mod.S_IFDIR, st_mod.S_IFCHR
 _S_IFMT = 0o170000
-_stat, _fstat = syscalls.stat_at, syscalls.fstat
 
 
 class Answer(Enum):
@@ -96,7 +96,7 @@ def _negative(examined: int) -> Missing:
     return _NEGATIVE[examined] if examined <= LAST_DEPTH else Missing(Answer.NEGATIVE, examined)
 
 
-def resolve(sb: Superblock, parent: Dir, name: bytes, below: int = -1, tries: int = _TRIES) -> Found | Missing:
+def resolve(sb: Superblock, parent: Dir, name: bytes, below: Index = -1, tries: Index = _TRIES) -> Found | Missing:
     """What `name` is in `parent` according to the branches now.
 
     below: look only at branches with a larger index. Raises ESTALE when somebody changes the name all the time; EIO
@@ -116,11 +116,8 @@ def resolve(sb: Superblock, parent: Dir, name: bytes, below: int = -1, tries: in
                 continue
             fd = sb.layer_fd(parent, layer)
         examined += 1
-        try:
-            st = _stat(fd, name)
-        except OSError as error:
-            if error.errno not in ABSENT:
-                raise
+        st = find_at(fd, name)
+        if st is None:
             # The last layer is asked, too, where what a whiteout hides may be on a branch that does not answer.
             if branch.whable and (pos < last or parent.offline) and whiteout.present(fd, name):
                 if parent.offline:
@@ -169,7 +166,7 @@ def check_top(node: Dir, index: int) -> None:
 def opened(branch: Branch, dirfd: int, name: bytes) -> Found:
     """A directory that only this branch has, in its directory `dirfd`. Raises FileNotFoundError, NotADirectoryError."""
     fd = syscalls.open_dir_at(dirfd, name)
-    st = _fstat(fd)
+    st = fstat(fd)
     return Found(_S_IFDIR, branch, st, [Layer(branch, st.st_dev, st.st_ino, st.st_nlink, fd)], 1)
 
 
@@ -192,21 +189,19 @@ def _merge(sb: Superblock, parent: Dir, name: bytes, first: int, st: os.stat_res
             branch = above.branch
             fd = above.fd if above.fd >= 0 else sb.layer_fd(parent, above)
             if pos > first:
-                try:
-                    st = _stat(fd, name)
-                except OSError as error:
-                    if error.errno not in ABSENT:
-                        raise
+                here = find_at(fd, name)
+                if here is None:
                     if branch.whable and pos < last and whiteout.present(fd, name):
                         whited = branch.index
                         break
                     continue
+                st = here
             if st.st_mode & _S_IFMT == _S_IFDIR:
                 layer = held.get(branch.index)
                 if layer is None or layer.fd < 0 or layer.ino != st.st_ino or layer.dev != st.st_dev:
                     child = syscalls.open_dir_at(fd, name)
                     opened.append(child)
-                    st = os.fstat(child)
+                    st = fstat(child)
                     layer = Layer(branch, st.st_dev, st.st_ino, st.st_nlink, child)
                 else:
                     layer.nlink = st.st_nlink

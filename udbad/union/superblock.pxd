@@ -1,5 +1,6 @@
 cimport cython
 
+from udbad.branch.cstat cimport Status, fstat, stat_at
 from udbad.inodes.handles cimport HandleTable
 from udbad.inodes.inomap cimport InoMap
 from udbad.inodes.slot cimport Slot
@@ -7,7 +8,7 @@ from udbad.inodes.table cimport Dir, InodeTable, Layer, Node
 from udbad.union.changes cimport Changes
 
 @cython.locals(dev=cython.ulonglong, ino=cython.ulonglong, kind=cython.uint)
-cpdef bint is_object(Node node, st)
+cpdef bint is_object(Node node, Status st) except -1
 
 cdef class Counters:
     cdef public list depth_found, depth_negative, depth_whiteout
@@ -33,7 +34,7 @@ cdef class Superblock:
     @cython.locals(layer=Layer)
     cpdef int branch_fd(self, Dir node, branch) except? -1
     cpdef locate(self, Node node)
-    @cython.locals(fd=int)
+    @cython.locals(fd=int, st=Status)
     cpdef stat(self, Node node)
     cpdef int held_fd(self, Node node) except? -1
     @cython.locals(fd=int)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from udbad.branch import redirect, syscalls
 from udbad.branch.branches import Branch, BranchSet
 from udbad.branch.policy import CopyUpPolicy, CreatePolicy
+from udbad.branch.syscalls import fstat, stat_at
 from udbad.errors import GONE, NO_DIRECTORY, eio, estale
 from udbad.inodes.handles import HandleTable
 from udbad.inodes.inomap import InoMap
@@ -282,11 +283,11 @@ class Superblock:
         """
         fd = self.held_fd(node)
         if fd >= 0:
-            return syscalls.fstat(fd)
+            return fstat(fd)
         while True:
             try:
                 dirfd, name = self.locate(node)
-                st = syscalls.stat_at(dirfd, name)
+                st = stat_at(dirfd, name)
             except OSError as error:
                 if error.errno not in GONE:
                     raise
@@ -310,7 +311,7 @@ class Superblock:
                 if error.errno not in GONE:
                     raise
             else:
-                if is_object(node, syscalls.fstat(fd)):
+                if is_object(node, fstat(fd)):
                     return fd, True
                 os.close(fd)
             self.lost_name(node)
