@@ -30,6 +30,7 @@ LEVELS: list[list[str]] = [
         "udbad.union.times",
         "udbad.union.redirects",
         "udbad.union.view",
+        "udbad.union.creaddir",
         "udbad.union.resolve",
         "udbad.union.lookup",
         "udbad.union.readdir",

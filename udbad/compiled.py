@@ -68,6 +68,7 @@ IN_C: Final = (
     "udbad.inodes.cunread",
     "udbad.kernel.cdevice",
     "udbad.kernel.cwire",
+    "udbad.union.creaddir",
 )
 """What is used in the place of functions of Python, system calls and structures of C; there only when compiled."""
 

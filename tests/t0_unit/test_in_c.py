@@ -22,6 +22,7 @@ from tests.helpers.scenarios import ACL
 from udbad import compiled
 from udbad.branch import fanotify, listing, state, syscalls
 from udbad.branch.branches import Branch
+from udbad.errors import ABSENT
 from udbad.inodes.handles import HandleTable
 from udbad.inodes.inomap import InoMap
 from udbad.inodes.journal import DIRECTORY, Journal
@@ -31,8 +32,9 @@ from udbad.kernel import device, wire
 from udbad.kernel.protocol import inval_attributes, inval_data, inval_entry
 from udbad.kernel.received import Received
 from udbad.types import ROOT_ID, Perm
+from udbad.union import readdir
 from udbad.union.readdir import Run
-from udbad.union.view import Said
+from udbad.union.view import Said, View
 
 
 def in_python(module: ModuleType) -> ModuleType:
@@ -51,7 +53,7 @@ def in_python(module: ModuleType) -> ModuleType:
 
 
 PYTHON_WIRE, PYTHON_DEVICE, PYTHON_LISTING = in_python(wire), in_python(device), in_python(listing)
-PYTHON_STATE, PYTHON_FANOTIFY = in_python(state), in_python(fanotify)
+PYTHON_STATE, PYTHON_FANOTIFY, PYTHON_READDIR = in_python(state), in_python(fanotify), in_python(readdir)
 BRANCH = Branch(0, 0, b"/", Perm.RO, frozenset(), None, -1, -1, 0, "ext4")
 U32 = st.integers(0, (1 << 32) - 1)
 U64 = st.integers(0, (1 << 63) - 1)
@@ -112,6 +114,27 @@ def test_listings(entries: list[tuple[bytes, int, int, int]], room: int) -> None
     assert wire.dirents([run, *run], room) == PYTHON_WIRE.dirents([*run, run], room)
 
 
+NAMES = st.sampled_from([b"a", b"b", b"c", b".d", b".wh.e", b"f" * 60])
+HITS = st.sampled_from([None, 0, 1, (0,), (0, 2)])
+
+
+@given(st.lists(NAMES, unique=True), st.data())
+def test_names_that_nobody_has_changed(names: list[bytes], data: st.DataObject) -> None:
+    """Names may have gone and come since, and the view may be another one, with other objects as its names."""
+    said = Said(len(names))
+    for at in range(len(names)):
+        said.types[at] = data.draw(st.sampled_from([0, 4, 8, 8, 8]))
+    hits: View = {name: data.draw(HITS) for name in names}
+    for name in data.draw(st.lists(NAMES)):
+        hits.pop(name, None)
+        if data.draw(st.booleans()):
+            hits[bytes(bytearray(name))] = data.draw(HITS)
+    children = {name: Node(2, 0o100000, BRANCH, 1, 2) for name in data.draw(st.lists(NAMES, max_size=2))}
+    for first in range(len(names) + 1):
+        found = readdir.as_said(hits, names, said, children, first, len(names))
+        assert found == PYTHON_READDIR.as_said(hits, names, said, children, first, len(names))
+
+
 @given(st.integers(0, (1 << 9) - 1), st.binary(min_size=84, max_size=84))
 def test_what_a_setattr_asks_for(valid: int, rest: bytes) -> None:
     """fuse_setattr_in is 88 bytes."""
@@ -163,6 +186,13 @@ def test_errors(tmp_path: Path, name: bytes, number: int) -> None:
     try:
         with pytest.raises(OSError, match=os.strerror(number)) as caught:
             syscalls.stat_at(directory, name)
+        for calls in (syscalls, PYTHON_SYSCALLS):
+            if number in ABSENT:
+                assert (calls.find_at(directory, name), calls.mode_at(directory, name)) == (None, 0)
+                continue
+            for call in (calls.find_at, calls.mode_at):
+                with pytest.raises(OSError, match=os.strerror(number)):
+                    call(directory, name)
         assert caught.value.errno == number
         assert type(caught.value) is type(OSError(number, ""))
         with pytest.raises(ValueError, match="null"):

@@ -19,7 +19,9 @@ import os
 import stat as st_mod
 from collections.abc import Iterator
 
-from udbad.branch import syscalls, whiteout
+from udbad import compiled
+from udbad.branch import whiteout
+from udbad.branch.syscalls import find_at
 from udbad.errors import GONE, eio, enoent
 from udbad.inodes.handles import OpenDir
 from udbad.inodes.table import POSITIONS, Dir, Hit, Layer, Node
@@ -37,10 +39,7 @@ _ANY = (1 << 32) - 2
 """A number for what has none that we know: not 0, which getdents64(2) takes for no entry."""
 _S_IFMT, _S_IFDIR, _S_IFCHR, _DIRECTORY = 0o170000, st_mod.S_IFDIR, st_mod.S_IFCHR, st_mod.S_IFDIR >> 12
 
-Names = list[bytes]
-Children = dict[bytes, Node]
-Place = int
-_stat = syscalls.stat_at
+Layers = dict[int, Layer]
 _KEPT = 4
 """Snapshots of one directory whose names are kept while somebody may be reading them from the kernel's listing."""
 
@@ -61,10 +60,10 @@ def snapshot(sb: Superblock, handle: OpenDir) -> None:
         handle.said = parts
     elif node.view is None:
         parts = []
-        handle.hits = dict(view.load_view(sb, node, parts))
+        handle.hits = view.load_view(sb, node, parts)
         handle.said = parts
     else:
-        handle.hits = dict(node.view)
+        handle.hits = node.view
     handle.names = list(handle.hits)
     if handle.cached and not node.listed:
         node.listed = True
@@ -197,7 +196,7 @@ def names_only(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Name | R
     position = max(start - DOTS, 0) - 1
     while position + 1 < len(names):
         position += 1
-        end = _as_said(hits, names, said, children if trusted else {}, position, min(position + _RUN, known))
+        end = as_said(hits, names, said, children if trusted else {}, position, min(position + _RUN, known))
         if end > position:
             yield Run(names, said, position, end, base + DOTS + 1)
             position = end - 1
@@ -225,7 +224,7 @@ def names_only(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Name | R
                 yield name, _ANY, 0, after  # it is another one by now
 
 
-def _as_said(hits: view.View, names: Names, said: Said, children: Children, first: Place, end: Place) -> int:
+def as_said(hits: view.View, names: list[bytes], said: Said, children: dict[bytes, Node], first: int, end: int) -> int:
     """From the place `first` on, to which names are what the branch directories said, and the kernel knows no other."""
     at = first
     while at < end:
@@ -325,18 +324,15 @@ def entries(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Entry]:
 
 
 def _by_hit(
-    sb: Superblock, parent: Dir, layers: dict[int, Layer], name: bytes, hit: Hit | None
+    sb: Superblock, parent: Dir, layers: Layers, name: bytes, hit: Hit | None
 ) -> tuple[Node, os.stat_result] | None:
     """The node of a listed name; `hit` says where the listing saw it. layers: the directory's, by branch index."""
     if type(hit) is int:
         layer = layers.get(hit)
         if layer is not None:
             fd = layer.fd if layer.fd >= 0 else sb.layer_fd(parent, layer)
-            try:
-                st = _stat(fd, name)
-            except FileNotFoundError:
-                pass
-            else:
+            st = find_at(fd, name)
+            if st is not None:
                 kind = st.st_mode & _S_IFMT
                 if kind != _S_IFDIR and not (kind == _S_IFCHR and layer.branch.overlay):
                     return lookup.intern_file(sb, parent, name, layer.branch, st)
@@ -350,9 +346,8 @@ def _by_hit(
 def show_whiteout(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_result]:
     """A `.wh.NAME` as an ordinary read-only file (option shwh). Raises ENOENT where no branch has it."""
     for layer in parent.layers:
-        try:
-            st = _stat(sb.layer_fd(parent, layer), name)
-        except FileNotFoundError:
+        st = find_at(sb.layer_fd(parent, layer), name)
+        if st is None:
             continue
         return lookup.intern_file(sb, parent, name, layer.branch, st)
     raise enoent()
@@ -377,3 +372,7 @@ def lower_hidden(sb: Superblock, node: Dir, top: int) -> bool:
     return not any(
         (type(hit) is int and hit > top) or (type(hit) is tuple and hit[-1] > top) for hit in visible.values()
     )
+
+
+if not compiled.why_not():
+    from udbad.union.creaddir import as_said  # the same, without a lookup for each name

@@ -92,26 +92,28 @@ def _merge(
     Returns how many names are new; what is said of them is at the beginning of `numbers` and `types` then.
     """
     index, whable = branch.index, branch.whable
+    only = (index,)
     prefix = whiteout.PREFIX
+    said, kinds, hides = numbers, types, bool(whited)  # of C where compiled: as objects they are half of the loop
     kept = 0
     for at in range(len(found)):
         name = found[at]
-        kind = types[at]
+        kind = kinds[at]
         if name[0] == _DOT and len(name) > 4 and name.startswith(prefix):
             if whable and not name.startswith(whiteout.RESERVED):
                 here.append(name[4:])
                 if kind != _REGULAR and name[4:] not in names:
                     names[name[4:]] = UNKNOWN  # asking for the name gives EIO
-                    types[kept] = 0
+                    kinds[kept] = 0
                     kept += 1
             continue
-        if whited and name in whited:
+        if hides and name in whited:
             continue
         before = len(names)
-        upper = names.setdefault(name, (index,) if kind == _DIRECTORY else index)
+        upper = names.setdefault(name, only if kind == _DIRECTORY else index)
         if len(names) > before:
             if kept != at:
-                numbers[kept], types[kept] = numbers[at], kind
+                said[kept], kinds[kept] = said[at], kind
             kept += 1
             continue
         if stacked is not None:
@@ -125,14 +127,20 @@ def said_of(sb: Superblock, parts: list[Part]) -> Said:
     """What the branch directories said of the names of that scan, in their order."""
     inomap = sb.inomap
     said = Said(sum([kept for _, kept, _, _ in parts]))
+    all_numbers, all_types = said.numbers, said.types
     at = 0
     for dev, kept, numbers, types in parts:
         base, limit, exceptions = inomap.many(dev, kept)
+        lowest, highest = (min(exceptions), max(exceptions)) if exceptions else (1, 0)  # most are not even near them
         for each in range(kept):
-            if types[each]:
+            kind = types[each]
+            if kind:
                 own = numbers[each]
-                said.numbers[at] = base + own if 1 < own < limit and own not in exceptions else inomap.number(dev, own)
-                said.types[at] = types[each]
+                if 1 < own < limit and not (lowest <= own <= highest and own in exceptions):
+                    all_numbers[at] = base + own
+                else:
+                    all_numbers[at] = inomap.number(dev, own)
+                all_types[at] = kind
             at += 1
     return said
 
