@@ -243,7 +243,10 @@ def _print(took: Took) -> None:
     print(f"{'':26}{'seconds':>10}{'':39}CPU seconds           goal {GOAL}; load {os.getloadavg()[0]:.1f}")
     head = "".join(f"{name:>15}" for name in names) + f"{'ratio':>7}"
     print(f"{'':26}{head}{head}  rounds")
-    for row, columns in took.items():
+    for row, begun in took.items():
+        columns = {name: costs for name, costs in begun.items() if costs}
+        if not columns:
+            continue
         line = f"{row:26}"
         for of in (lambda cost: cost.seconds, lambda cost: cost.cpu):
             median = {name: statistics.median(map(of, columns[name])) for name in columns}

@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from tests.bench import budget as budgets
-from tests.bench import fusetrace, measure, plot, process, report
+from tests.bench import containers, fusetrace, measure, plot, process, report
 from tests.bench.budget import Budget
 from tests.bench.data import FULL, QUICK, Data, Scale
 from tests.bench.goals import Goal, checks, goals
@@ -371,3 +371,14 @@ def test_a_command_that_does_not_end_is_ended() -> None:
 def test_a_command_that_fails_says_why() -> None:
     with pytest.raises(process.Failed, match="broken"):
         process.run(["sh", "-c", "echo broken >&2; exit 3"], deadline=4, discard=True)
+
+
+def test_containers_that_were_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+    cost = containers.Cost(2.0, 1.0)
+    both, one = {containers.OURS: [cost], containers.THEIRS: [cost], containers.KERNELS: []}, {containers.OURS: [cost]}
+    containers._print({"both": both, "one": one, "none": {containers.OURS: []}})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [
+        ["both", "2.00", "2.00", "-", "1.00", "1.00", "1.00", "-", "1.00", "1"],
+        ["one", "2.00", "-", "-", "-", "1.00", "-", "-", "-", "1"],
+    ]
