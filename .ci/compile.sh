@@ -4,6 +4,11 @@
 set -eu
 cd "$(dirname "$0")/.."
 python=$1/bin/python
+# What is left of a module that has moved since would be imported by its old name.
+for built in udbad/*/*.so; do
+    source=${built%%.*}
+    [ -e "$source.py" ] || [ -e "$source.pyx" ] || rm -f "$built"
+done
 # Bytecode, too: where PYTHONDONTWRITEBYTECODE is set, every command would compile what it imports.
 "$python" -m compileall -q udbad
 "$python" -c 'import sys; from udbad import compiled; sys.exit(bool(compiled.why_not()) and compiled.wanted())' && exit 0
