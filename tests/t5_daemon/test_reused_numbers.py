@@ -213,6 +213,10 @@ class _Wedged:
     async def ended(self) -> None:
         assert self.signals
 
+    async def ends(self) -> bool:
+        await self.ended()
+        return True
+
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
