@@ -95,6 +95,15 @@ def _rename(path: bytes, other: bytes, arg: int) -> None:
         renameat2(path, other, flags)
 
 
+def _remove_tree(path: bytes, other: bytes, arg: int) -> None:
+    try:
+        shutil.rmtree(os.fsdecode(path))
+    except OSError as error:
+        if error.errno is None:  # its own: it has opened another object than the one that it has looked at
+            raise NotADirectoryError(errno.ENOTDIR, "something else has the name by now", path) from error
+        raise
+
+
 def _read(path: bytes, other: bytes, arg: int) -> None:
     read_entry(path)
 
@@ -162,7 +171,7 @@ _ON_BRANCHES: Final[dict[str, tuple[int, Callable[[bytes, bytes, int], object]]]
     "opaque": (2, lambda p, o, a: _write(os.path.join(p, OPAQUE), os.O_CREAT | os.O_EXCL, 0)),
     "unopaque": (2, lambda p, o, a: os.unlink(os.path.join(p, OPAQUE))),
     "copyup": (4, _copy_up),
-    "rmtree": (2, lambda p, o, a: shutil.rmtree(os.fsdecode(p))),
+    "rmtree": (2, _remove_tree),
 }
 """What only makes sense directly on a branch."""
 
@@ -203,7 +212,7 @@ _RACES: Final[dict[str, frozenset[int]]] = {
     "opaque": frozenset({errno.EEXIST}),
     "unopaque": frozenset(),
     "copyup": frozenset({errno.EISDIR, errno.EINVAL}),  # of a directory, or over one; no symlink by now
-    "rmtree": frozenset({errno.ENOTEMPTY}),  # others put something in meanwhile
+    "rmtree": frozenset({errno.ENOTEMPTY}) | _OPENED,  # others put something in, or in its place, meanwhile
 }
 """What each operation may answer beside `_PATH` when others work on the same names: the errors of its man page that the
 state of the names explains. EIO and the like are failures."""
