@@ -166,21 +166,24 @@ def _redirected(path: bytes, tops: Sequence[tuple[bytes, int]]) -> list[tuple[by
     index = next(number for number, (root, _) in enumerate(tops) if path.startswith(root + b"/"))
     lower = list(tops[index + 1 :])
     for part in target.strip(b"/").split(b"/"):
-        lower = [hit for hit in resolve(lower, part, tops) if os.path.isdir(hit[0]) and not os.path.islink(hit[0])]
+        lower = resolve(lower, part, tops, stat.S_IFDIR)
     return lower
 
 
 def resolve(
-    directories: Sequence[tuple[bytes, int]], name: bytes, tops: Sequence[tuple[bytes, int]] = ()
+    directories: Sequence[tuple[bytes, int]],
+    name: bytes,
+    tops: Sequence[tuple[bytes, int]] = (),
+    kind: int | None = None,
 ) -> list[tuple[bytes, int]]:
     """Where NAME of one merged directory lives, top first (the loop of semantics 4.2).
 
     directories: (path on the branch, whether the branch's whiteouts count, or OVERLAY). Several results only for a
     directory; none when the name is absent. tops: the roots of all branches, where directories may have been renamed.
+    kind: what it is further up (S_IFDIR).
     Raises InconsistentBranch.
     """
     hits: list[tuple[bytes, int]] = []
-    kind: int | None = None
     for directory, whable in directories:
         path = os.path.join(directory, name)
         try:

@@ -99,6 +99,23 @@ def test_a_merged_directory(union: Core, tmp_path: Path, udba: str) -> None:
     assert again(union, tmp_path, udba) == expected
 
 
+@pytest.mark.parametrize("path", ["a", "a/old", "a/old/sub"])
+def test_past_what_is_no_directory_in_between(tmp_path: Path, udba: str, path: str) -> None:
+    """A file between the parts of a directory, which is merged without it."""
+    layers = {"top": "rw", "middle": "ro+wh", "base": "ro"}
+    with core(tmp_path, layers, udba, dirren="on") as at:
+        fill(at["base"], {"a": {"old": OLD}})
+        fill(at["top"], {"a": {"old": {"sub": {}}}})
+        between = at["middle"] / path
+        between.parent.mkdir(parents=True, exist_ok=True)
+        between.write_text("no directory")
+        at.rename("a/old", "new")
+        expected = {"a": {}, "new": OLD}
+        assert tree(at) == expected
+    with core(tmp_path, layers, udba, dirren="off") as at:
+        assert tree(at) == expected
+
+
 def test_a_renamed_one_is_renamed_and_moved(union: Core, tmp_path: Path, udba: str) -> None:
     union.rename("old", "new")
     union.rename("new", "newer")

@@ -1,9 +1,10 @@
 """Directories that are below, in lower branches, under another path than their own: where a redirect leads.
 
 The one rule: a directory on a branch may say under which path it is to be looked up in the branches below that one
-(branch/redirect.py). That path is walked from the root through these branches alone, merged as the union merges them,
-whiteouts, opaque marks and redirects on the way included, each of which again only looks further down: so no chain of
-them goes round. A symbolic link is no directory, and leads nowhere; nor does what is not there.
+(branch/redirect.py). That path is walked from the root through these branches alone, merged as the union merges what is
+below a directory: whiteouts, opaque marks and redirects on the way included, each of which again only looks further
+down, so no chain of them goes round; and past what is no directory, a symbolic link for instance, as each name on the
+way was that of a directory on the branch that was renamed on.
 
 A rename writes the path under which the directory is below already. That changes nothing that is visible, and it
 counts before a whiteout beside the directory does; so each of the steps of a rename leaves the old state or the new
@@ -151,7 +152,7 @@ class _Walk:
                         if said:
                             found += self.to(branch.index, said)
                         break
-                elif not found or (branch.overlay and whiteout.is_device(mode)):
+                elif branch.overlay and whiteout.is_device(mode):
                     break
                 if branch.whable and whiteout.present(above.fd, name):
                     break
