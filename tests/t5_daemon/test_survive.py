@@ -338,11 +338,12 @@ def test_what_a_killed_process_leaves_has_a_parent(daemon: Daemon) -> None:
     entry = next(iter(registry.entries(daemon.run_dir)))
     server = _parent(entry.pid)
     os.kill(entry.keeper, signal.SIGSTOP)  # it can be killed still
+    os.kill(server, signal.SIGSTOP)  # it waits for nobody meanwhile
     os.kill(entry.pid, signal.SIGKILL)
-    parents = set()
-    while parent := _parent(entry.keeper):
-        parents.add(parent)
-    assert parents - {entry.pid} == {server}
+    until(lambda: _parent(entry.keeper) != entry.pid, "another parent")
+    assert _parent(entry.keeper) == server
+    os.kill(server, signal.SIGCONT)
+    until(lambda: not _parent(entry.keeper), "the keeper's end")
     daemon.wait_for("a", not_pid=entry.pid)
     daemon.stop()
 
