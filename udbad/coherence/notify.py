@@ -262,8 +262,7 @@ class NotifyCoherence(Coherence):
 
     def statistics(self, census: Census | None = None) -> CoherenceStatistics:
         if census is None:
-            census = Census()
-            census.count(self.sb.table.nodes.values())
+            census = self.sb.table.census()
         return CoherenceStatistics(
             mode=self.name,
             state=self._watches.state,

@@ -98,7 +98,7 @@ def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: b
         if error.code is not ExitCode.NO_DAEMON:
             raise
         told = replace(parsed, notices=())
-        job = Job(told, os.path.join(os.getcwd(), mount_point), run_dir, verbose, "plain", background=True)
+        job = Job(told, mount_point, run_dir, verbose, "plain", background=True)
         job.set_up_log()
         code = serve_in_background(job)
         finish(0 if not code else _USAGE if code == ExitCode.OPTION else _FAILED)

@@ -103,7 +103,7 @@ def _mount(words: Words) -> int:
 
     options = mount_options(words.options)
     run_dir = os.environ.get("UDBAD_RUN_DIR") or capabilities.run_dir()
-    place = os.path.join(os.getcwd(), words.mount_point)
+    place = os.path.abspath(words.mount_point)
     job = Job(options, place, run_dir, words.debug, "plain", background=not words.foreground)
     job.set_up_log()
     if not words.foreground:

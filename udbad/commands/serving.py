@@ -46,7 +46,10 @@ def for_terminal(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What `udbad mount` was asked for. background: it has left whoever started it once it serves."""
+    """What `udbad mount` was asked for.
+
+    mount_point: an absolute path. background: it has left whoever started it once it serves.
+    """
 
     options: MountOptions
     mount_point: str

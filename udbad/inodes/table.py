@@ -647,10 +647,15 @@ class InodeTable:
         """Whether the name of a directory still leads to this branch directory; replaced by the tree, which can ask."""
         return True
 
+    def census(self) -> Census:
+        """Of all nodes, at once."""
+        census = Census()
+        census.count(self.nodes.values())
+        return census
+
     def statistics(self, census: Census | None = None) -> TableStatistics:
         """census: of all nodes, where that was made already."""
         if census is None:
-            census = Census()
-            census.count(self.nodes.values())
+            census = self.census()
         nodes = len(self.nodes) if self.unread is None else max(len(self.nodes), len(self.unread))
         return TableStatistics(nodes, census.directories, census.views, census.view_names, self.open_fds)
