@@ -15,6 +15,9 @@ from tests.bench.data import MIB, Scale
 from tests.bench.session import Figure, Session
 from tests.bench.workload import Workload, figures, lower_beside
 
+RANDOM_SECONDS = 1
+"""How long fio reads or writes at random."""
+
 
 def _small_read(session: Session) -> None:
     names = session.data.lists["small"]
@@ -55,9 +58,8 @@ def _sequential_read(session: Session) -> None:
 
 def _fio(session: Session, path: Path, mode: str) -> float:
     """Microseconds for one 4 KiB operation; fio where it is installed, else the client's own loop."""
-    count = session.scale.random_ios
     if shutil.which("fio") is None:
-        return session.per_operation("random", path, count, mode)
+        return session.per_operation("random", path, session.scale.random_ios, mode)
     out = session.output(
         "fio",
         "--name=bench",
@@ -68,8 +70,9 @@ def _fio(session: Session, path: Path, mode: str) -> float:
         "--invalidate=0",  # whether pages are in memory is the workload's business, the same for all
         "--norandommap",
         "--allow_file_create=0",
-        f"--number_ios={count}",
-        f"--io_size={count * 4096}",
+        # So long, not so many: of accesses that take a microsecond there have to be many, of a hundred there need not.
+        "--time_based",
+        f"--runtime={RANDOM_SECONDS}",
         "--output-format=json",
     )
     job = json.loads(out[out.index("{") :])["jobs"][0]

@@ -3,7 +3,8 @@
 The rounds go through all workloads, so that a repetition is minutes away from the next one of the same workload, and so
 that the run can end at any time with figures of all (budget.py). A run with an end spends its time on what ratios and
 goals are made of: first once on everything but udba=reval, which takes as long as all others together, then once on
-that, and then it repeats the rest, but for FUSE peers that are far from being the best in any figure of a workload.
+that, and then it repeats the rest, the shortest first, but for FUSE peers that are far from being the best in any
+figure of a workload.
 One run of each workload before its first is thrown away: it pays for what no cache had, programs included. The
 order of the systems rotates from one round to the next. May not know what the workloads do. A system that fails gets
 the reason in the result and is not asked again in that workload.
@@ -107,6 +108,10 @@ class Course:
                 return True
         return False
 
+    def cost(self) -> float:
+        """Seconds that the next repetition will take."""
+        return sum(self.taken[name] for name in self.contenders())
+
     def figures(self) -> list[Row]:
         """Rows that say something."""
         return [row for row in self.rows if any(cell.samples or cell.reason for cell in row.cells.values())]
@@ -180,7 +185,7 @@ def measure(
         for course in courses:
             go_on(course, 0, [name for name in course.taken if (name in once) is late])
     for turn in range(1, repetitions):
-        for course in courses:
+        for course in sorted(courses, key=Course.cost) if budget.bounded else courses:
             names = course.contenders() if budget.bounded else list(course.taken)
             if not course.workload.once and budget.allows(course.taken[name] for name in names):
                 go_on(course, turn, names)
