@@ -22,9 +22,7 @@ import pytest
 
 from tests.helpers.merge import Tree, diff, snapshot
 from tests.helpers.mount import REPOSITORY
-from tests.helpers.profile import SOAK
 from tests.system.support import clean_env, require
-from tests.system.test_debian import debootstrap
 from tests.t5_daemon.daemon import until
 
 pytestmark = [pytest.mark.system, pytest.mark.fuse]
@@ -288,12 +286,10 @@ NEVER_THE_SAME: Final = ("var/log/", "var/cache/", "var/lib/dpkg/", "etc/ld.so.c
 """Where Debian writes down when something was done, or in which order the disk had it."""
 
 
-@pytest.mark.skipif(not SOAK, reason="ok: a Debian system is made, and changed twice, which takes minutes")
-def test_packages_are_installed_in_a_build_step(tmp_path: Path, program: Path) -> None:
+def test_packages_are_installed_in_a_build_step(debian: Path, tmp_path: Path, program: Path) -> None:
     """The layer of it is the one that fuse-overlayfs gives, entry by entry."""
-    require("debootstrap", "chroot", "tar")
-    debootstrap(tmp_path / "base")
-    subprocess.run(["tar", "-C", tmp_path / "base", "-cf", tmp_path / "base.tar", "."], check=True, timeout=300)
+    require("chroot", "tar")
+    subprocess.run(["tar", "-C", debian, "-cf", tmp_path / "base.tar", "."], check=True, timeout=300)
     found = []
     for name, mounts in (("ours", program), ("theirs", Path("/usr/bin/fuse-overlayfs"))):
         storage = Storage(tmp_path / name, mounts)

@@ -1,8 +1,7 @@
 """A Debian (or Ubuntu) system lives in a union: packages come and go, and the lower layers stay as they were.
 
-The mirror is the one apt uses on the machine that runs the test. The lower layer is what debootstrap
-makes; the one above it is what removing a package and some files by hand changed, as a container
-image would keep it: changed objects, whiteouts, opaque directories.
+The lower layer is what debootstrap makes; the one above it is what removing a package and some files by hand changed,
+as a container image would keep it: changed objects, whiteouts, opaque directories.
 """
 
 from __future__ import annotations
@@ -16,21 +15,14 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.mount import UnionFactory
-from tests.system.support import Manifest, assert_same, below, clean_env, each_mode, manifest, require, run, unchanged
+from tests.system.debian import apt_get, in_chroot
+from tests.system.support import Manifest, assert_same, below, each_mode, manifest, require, run, unchanged
 
 pytestmark = [pytest.mark.system, pytest.mark.fuse]
 
 REMOVED_PACKAGE = "tzdata"
 """Removed in the middle layer, installed again in the union: directories appear over whiteouts."""
 NEW_PACKAGES = ("hello", "tree", "less", "file")
-
-# Ends with exit, lest sh replaces itself: as process 1 of the namespace it adopts what apt leaves.
-CHROOT = """
-mount -t proc proc "$0/proc"
-mount --bind /dev "$0/dev"
-chroot "$0" "$@"
-exit
-"""
 
 
 @dataclass(frozen=True)
@@ -40,50 +32,6 @@ class Layers:
     base: Path
     middle: Path
     merged: Manifest
-
-
-def mirror() -> tuple[str, str]:
-    """(archive URI, suite) that apt on this machine takes its distribution from."""
-    release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
-    suite = release["VERSION_CODENAME"].strip('"')
-    wanted = ("Created-By: Packages", "Component: main", f"Release: {suite}")
-    found = run("apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted).split()
-    assert found, f"apt has no source for {suite} main"
-    return found[0], suite
-
-
-def in_chroot(root: Path, *argv: str, timeout: float = 600, ok: tuple[int, ...] = (0,)) -> str:
-    """Run a program in the system at `root` with /proc and /dev; all it starts ends with it."""
-    namespaces = ("--mount", "--pid", "--fork", "--kill-child", "--propagation", "private")
-    env = clean_env(DEBIAN_FRONTEND="noninteractive", HOME="/root")
-    return run("unshare", *namespaces, "--", "sh", "-ec", CHROOT, root, *argv, env=env, timeout=timeout, ok=ok)
-
-
-def apt_get(root: Path, *argv: str) -> str:
-    output = in_chroot(root, "apt-get", "-y", "-q", *argv)
-    # Above all: "Download is performed unsandboxed as root as file ... couldn't be accessed by user '_apt'".
-    warnings = [line for line in output.splitlines() if line.startswith(("W:", "E:", "dpkg: warning", "dpkg: error"))]
-    assert not warnings, output
-    return output
-
-
-def debootstrap(target: Path) -> None:
-    """A minimal system that starts no services and reaches the mirror as this machine does."""
-    uri, suite = mirror()
-    # In a mount namespace, because debootstrap mounts /proc and may fail before it unmounts.
-    namespace = ("unshare", "--mount", "--propagation", "private", "--")
-    run(*namespace, "debootstrap", "--variant=minbase", suite, target, uri, timeout=600)
-    policy = target / "usr/sbin/policy-rc.d"
-    policy.write_text("#!/bin/sh\nexit 101\n")
-    policy.chmod(0o755)
-    reaching = ("Acquire::http", "Acquire::Check-")
-    access = [line for line in run("apt-config", "dump").splitlines() if line.startswith(reaching)]
-    options = ['APT::Install-Recommends "false";', 'Dpkg::Use-Pty "false";']
-    (target / "etc/apt/apt.conf.d/99test").write_text("\n".join([*access, *options]) + "\n")
-    in_chroot(target, "apt-get", "clean")
-    for path in ("pool/old", "gone/deep/file", "opaque/under", "note", "was"):
-        (target / "srv" / path).parent.mkdir(parents=True, exist_ok=True)
-        (target / "srv" / path).write_text("base\n")
 
 
 def change(root: Path) -> None:
@@ -120,13 +68,12 @@ def difference(old: Manifest, new: Manifest, source: Path, layer: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def layers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layers]:
+def layers(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Layers]:
     """The two lower layers, made once and never written to again; removed at the end."""
-    require("debootstrap", "rsync", "chroot", "unshare", "apt-get")
+    require("rsync", "apt-get")
     directory = tmp_path_factory.mktemp("debian")
-    base, middle, changed = directory / "base", directory / "middle", directory / "changed"
+    base, middle, changed = debian, directory / "middle", directory / "changed"
     try:
-        debootstrap(base)
         run("cp", "-a", base, changed)
         change(changed)
         merged = below(changed)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.debian import apt_get, debootstrap, in_chroot
 from tests.system.support import below, require, run
-from tests.system.test_debian import apt_get, debootstrap, in_chroot
 
 PACKAGE = os.environ.get("UDBAD_DEB", "")
 
