@@ -5,6 +5,7 @@ and lives below one temporary directory that is removed at the end.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -20,7 +21,8 @@ from rich.console import Console
 from tests.bench import install, plot, process, report
 from tests.bench.budget import LEAST, Budget
 from tests.bench.data import FULL, QUICK, Data, Scale, mount_image
-from tests.bench.measure import Course, measure, versions
+from tests.bench.machine import awake, versions
+from tests.bench.measure import Course, measure
 from tests.bench.process import Failed
 from tests.bench.systems import REPOSITORY, SYSTEMS, mount_fusectl
 from tests.bench.workloads import all_workloads, check_name
@@ -49,6 +51,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: ./bench-out")
     parser.add_argument("--scratch", type=Path, default="/var/tmp", metavar="DIR", help="where the data goes")
     parser.add_argument("--plain", action="store_true", help="measure --scratch itself, not a fresh ext4 in an image")
+    parser.add_argument("--as-is", action="store_true", help="a virtual machine that halts without polling stays so")
     parser.add_argument("--no-install", action="store_true", help="never call apt-get")
     parser.add_argument("--publish", action="store_true", help="put the figures into the documentation of this clone")
     parser.add_argument("--list", action="store_true", help="show workloads and systems")
@@ -132,8 +135,9 @@ def main(argv: list[str]) -> int:
             scratch.mkdir()
         else:
             mount_image(images / "ext4.img", scratch, EXT4_BYTES, EXT4)
-        machine = versions(scratch)
-        run(images, scratch, scale, courses, budget, console)
+        with contextlib.nullcontext() if arguments.as_is else awake():
+            machine = versions(scratch)
+            run(images, scratch, scale, courses, budget, console)
     except (Failed, OSError) as error:
         console.print(f"the run could not start: {error}", markup=False)
         return 1

@@ -10,15 +10,10 @@ order of the systems rotates from one round to the next. May not know what the w
 the reason in the result and is not asked again in that workload.
 """
 
-import contextlib
-import os
-import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import udbad
 from tests.bench import process
 from tests.bench.budget import Budget
 from tests.bench.data import Data
@@ -26,7 +21,6 @@ from tests.bench.process import Failed
 from tests.bench.session import Figure, Session
 from tests.bench.systems import SYSTEMS, System
 from tests.bench.workload import Workload
-from udbad import compiled
 
 NO_TIME = "no time was left"
 ONCE = ("udbad-reval",)
@@ -189,28 +183,3 @@ def measure(
             names = course.contenders() if budget.bounded else list(course.taken)
             if not course.workload.once and budget.allows(course.taken[name] for name in names):
                 go_on(course, turn, names)
-
-
-def versions(scratch: Path) -> dict[str, str]:
-    """What was measured, on what."""
-    found = {"udbad": f"{udbad.__version__} ({compiled.why_not() or 'compiled'})"}
-    found |= {"kernel": platform.release(), "python": platform.python_version()}
-    for name, argv in {
-        "fuse-overlayfs": ["fuse-overlayfs", "--version"],
-        "mergerfs": ["mergerfs", "--version"],
-        "unionfs-fuse": ["unionfs", "--version"],
-        "fio": ["fio", "--version"],
-        "file system": ["stat", "-f", "-c", "%T", str(scratch)],
-        "git": ["git", "--version"],
-        "gcc": ["gcc", "-dumpfullversion"],
-    }.items():
-        with contextlib.suppress(Failed, OSError):
-            lines = process.run(argv, deadline=10)[1].strip().splitlines()
-            found[name] = next((line for line in lines if line.startswith(name)), lines[0])  # not libfuse's version
-    with contextlib.suppress(OSError, IndexError):
-        cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].splitlines()[0]
-        found["cpu"] = cpu
-    found["cpus"] = str(os.cpu_count())
-    found["load average"] = " ".join(f"{value:.1f}" for value in os.getloadavg())  # a busy machine shows here
-    found["memory"] = Path("/proc/meminfo").read_text().splitlines()[0].partition(":")[2].strip()
-    return found

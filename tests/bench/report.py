@@ -23,6 +23,8 @@ CAPTION = (
     "in bold. Less is better. Goals are those of udbad-none and udbad-notify where nothing else is said"
 )
 BEST_PEER = "best FUSE peer"
+SHOWN = ("udbad", "kernel", "cpus", "cpu", "guest_halt_poll_ns")
+"""What is said of the machine below the lines that have a goal."""
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
@@ -210,7 +212,9 @@ def short(rows: list[Row], machine: dict[str, str]) -> str:
         if line.checks:
             cells = [best_text(line) if head == BEST_PEER else figure_text(line, head) for head in heads[1:-2]]
             body.append([line.label, *cells, goal_text(line), met_text(line)])
-    of = "; ".join(f"{key} {machine[key]}" for key in ("udbad", "kernel", "cpus", "cpu") if key in machine)
+    of = "; ".join(
+        f"{key} {machine[key]}" for key in ("udbad", "kernel", "cpus", "cpu", "guest_halt_poll_ns") if key in machine
+    )
     return "\n".join([*_table(heads, body), "", f"{summary(checks(rows))}. Measured on: {of}."]) + "\n"
 
 

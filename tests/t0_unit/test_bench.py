@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from tests.bench import budget as budgets
-from tests.bench import containers, fusetrace, measure, plot, process, report
+from tests.bench import containers, fusetrace, machine, measure, plot, process, report
 from tests.bench.budget import Budget
 from tests.bench.data import FULL, QUICK, Data, Scale
 from tests.bench.goals import Goal, checks, goals
@@ -382,3 +382,30 @@ def test_containers_that_were_interrupted(capsys: pytest.CaptureFixture[str]) ->
         ["both", "2.00", "2.00", "-", "1.00", "1.00", "1.00", "-", "1.00", "1"],
         ["one", "2.00", "-", "-", "-", "1.00", "-", "-", "-", "1"],
     ]
+
+
+@pytest.mark.parametrize(("before", "meanwhile"), [("0", str(machine.HALT_POLL_NS)), ("50000", "50000")])
+def test_the_machine_is_awake_meanwhile(
+    before: str, meanwhile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What halts without polling polls for the run, also for one that fails; what polls is left alone."""
+    setting = tmp_path / "guest_halt_poll_ns"
+    setting.write_text(f"{before}\n")
+    monkeypatch.setattr(machine, "HALT_POLL", setting)
+    seen = []
+
+    def run() -> None:
+        with machine.awake():
+            seen.append(setting.read_text().strip())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert seen == [meanwhile]
+    assert setting.read_text().strip() == before
+
+
+def test_a_machine_that_cannot_poll(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "HALT_POLL", tmp_path / "no" / "module")
+    with machine.awake():
+        assert "guest_halt_poll_ns" not in machine.versions(tmp_path)
