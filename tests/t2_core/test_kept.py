@@ -70,3 +70,20 @@ def test_nobody_is_woken_while_nothing_is_written(tmp_path: Path) -> None:
         kept.write(union.fs.creds, handle, 0, b"newer", 0)
         assert len(woken) == 2
         kept.leave(())
+
+
+def test_more_files_are_written_than_are_kept(tmp_path: Path) -> None:
+    """Each for the first time within a moment, as somebody copies many small files in: the one that is being written is
+    not closed to make room, and those before it are, though they were written to just now."""
+    most = 8
+    with core(tmp_path) as union:
+        union.fs.keep_files(most)
+        kept = union.fs.kept
+        assert kept is not None
+        names = [f"f{number}" for number in range(3 * most)]
+        for name in names:
+            union.fs.handles.remove_file(union.create(name).fh)
+            assert union.fs.write_kept(-union.find(name).id, 0, name.encode(), 0) == len(name)
+            assert len(kept) <= most
+        assert [(tmp_path / "top" / name).read_text() for name in names] == names
+        kept.leave(())

@@ -88,12 +88,13 @@ class KeptFiles:
             self.written(handle)
 
     def _make_room(self) -> None:
-        for _ in range(len(self._named)):
+        """Close the oldest that can be closed; never the newest, which is about to be used."""
+        for _ in range(len(self._named) - 1):
             node_id, handle = self._named.popitem(last=False)
             node = handle.node
             if node.dead or node.parent is None:
                 self._nameless[node_id] = handle
-            elif node_id in self._in_use or handle.writable:
+            elif node_id in self._in_use:
                 self._named[node_id] = handle
                 continue
             else:
