@@ -14,8 +14,8 @@ from tests.bench.workload import FUSE, Workload, figures
 
 REQUESTS = ("LOOKUP", "GETATTR", "readdir entry", "open+close", "READ", "create+write", "chmod")
 METRICS_ROUNDS = 6
-SURVIVE_ROUNDS = 3
-WARM_PASSES = 4
+SURVIVE_ROUNDS = 5
+WARM_PASSES = 24
 LATER_SECONDS = 7.0
 """After which a mount process of udbad, and its guardian, have imported what they did not need at once."""
 
