@@ -64,9 +64,8 @@ FENCES: dict[str, Callable[[str], bool]] = {
     "trio": lambda module: not _within(module, *SYNC_CORE),
     "asyncio": lambda module: not _within(module, *SYNC_CORE),
     "trio_asyncio": lambda module: module == "udbad.coherence.watcher",
-    # Branches in the mount process, and in the supervisor the few directories of the configuration: another
-    # event loop, another purpose, and a supervisor that must not import what serves a mount.
-    "asyncinotify": lambda module: module in ("udbad.coherence.watcher", "udbad.supervisor.configwatch"),
+    # The few directories of the configuration; not those of branches, whose mounts would wait for asyncio.
+    "asyncinotify": lambda module: module == "udbad.supervisor.configwatch",
     "prometheus_client": lambda module: module == "udbad.metrics",
     "tomlkit": lambda module: module == "udbad.settings.edit",
     # Where a configuration file is read: what a command line says is understood without it (see test_imports.py).
@@ -213,7 +212,7 @@ def test_a_use_of_the_strategy_is_found(source: str) -> None:
         ("udbad.union.fs", "from trio import sleep"),
         ("udbad.inodes.table", "import asyncio"),
         ("udbad.kernel.session", "import trio_asyncio"),
-        ("udbad.coherence.notify", "from asyncinotify import Inotify"),
+        ("udbad.coherence.watcher", "from asyncinotify import Inotify"),
         ("udbad.supervisor.supervisor", "from asyncinotify import Inotify"),
         ("udbad.cli", "from prometheus_client import Counter"),
         ("udbad.branch.spec", "import pydantic"),
@@ -234,7 +233,7 @@ def test_the_checker_finds(module: str, source: str) -> None:
         ("udbad.union.fs", "from udbad.coherence.base import Coherence"),
         ("udbad.union.fs", "from udbad.union import copyup, lookup"),
         ("udbad.edge.portable", "import pyfuse3\nimport trio\nfrom udbad.union.fs import Fs"),
-        ("udbad.coherence.watcher", "import asyncinotify, trio_asyncio, trio"),
+        ("udbad.coherence.watcher", "import trio_asyncio, trio"),
         ("udbad.supervisor.supervisor", "import asyncio\nfrom udbad.union import fsck"),
         ("udbad.cli", "from udbad import __version__\nfrom udbad.daemon import supervisor, mountproc"),
         ("udbad.metrics", "import prometheus_client"),

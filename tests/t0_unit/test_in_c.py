@@ -22,6 +22,7 @@ from tests.helpers.scenarios import ACL
 from udbad import compiled
 from udbad.branch import fanotify, listing, state, syscalls
 from udbad.branch.branches import Branch
+from udbad.coherence import watcher
 from udbad.errors import ABSENT
 from udbad.inodes.handles import HandleTable
 from udbad.inodes.inomap import InoMap
@@ -409,20 +410,34 @@ def test_events(tmp_path: Path, module: ModuleType) -> None:
 
 @pytest.mark.parametrize("module", [listing, PYTHON_LISTING], ids=["used", "python"])
 def test_a_watch(tmp_path: Path, module: ModuleType) -> None:
-    inotify = Inotify()
+    inotify = module.inotify()
     directory = os.open(tmp_path, os.O_PATH)
     try:
-        number = module.watch(inotify.fd, directory, int(Mask.CREATE))
+        assert not os.get_blocking(inotify)
+        assert not os.get_inheritable(inotify)
+        number = module.watch(inotify, directory, int(Mask.CREATE))
         (tmp_path / "made").touch()
-        assert struct.unpack_from("iI", os.read(inotify.fd, 4096)) == (number, Mask.CREATE)
-        module.unwatch(inotify.fd, number)
+        assert struct.unpack_from("iI", os.read(inotify, 4096)) == (number, Mask.CREATE)
+        module.unwatch(inotify, number)
         with pytest.raises(OSError, match="Invalid argument"):
-            module.unwatch(inotify.fd, number)
+            module.unwatch(inotify, number)
         with pytest.raises(OSError, match="Invalid argument"):
-            module.watch(inotify.fd, directory, 0)
+            module.watch(inotify, directory, 0)
     finally:
         os.close(directory)
-        inotify.close()
+        os.close(inotify)
+
+
+def test_the_numbers_of_inotify() -> None:
+    """As asyncinotify has them, which is not imported for a mount."""
+    names = Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO
+    content = Mask.MODIFY | Mask.CLOSE_WRITE
+    itself = Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF
+    assert int(names | content | itself | Mask.ONLYDIR | Mask.EXCL_UNLINK) == watcher._DIRECTORY
+    assert int(names | Mask.ONLYDIR) == watcher._DIRECTORY_NAMES
+    assert int(content | Mask.ATTRIB) == watcher._FILE
+    assert int(Mask.IGNORED | Mask.UNMOUNT) == watcher._GONE
+    assert int(Mask.Q_OVERFLOW) == watcher._OVERFLOW
 
 
 @pytest.mark.parametrize("module", [device, PYTHON_DEVICE], ids=["used", "python"])

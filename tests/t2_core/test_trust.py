@@ -375,7 +375,7 @@ def lose_events(world: World) -> None:
     watcher = world.coherence._watches.watcher
     assert watcher is not None
     with suppress(BlockingIOError):
-        while os.read(watcher._inotify.fd, 1 << 20):
+        while os.read(watcher._inotify, 1 << 20):
             pass
     world.coherence._on_overflow()
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.inprocess import notify_union
 from udbad.branch import fanotify, listing
-from udbad.coherence import watcher, watches
+from udbad.coherence import watches
 from udbad.types import ROOT_ID, Perm
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="fanotify takes CAP_SYS_ADMIN")
@@ -33,7 +33,7 @@ REFUSED = {
     "watches": (listing, "watch", errno.ENOSPC),
     "fanotify": (fanotify, "open_group", errno.EPERM),
     "handles": (fanotify, "mark", errno.EOPNOTSUPP),
-    "instance": (watcher, "Inotify", errno.EMFILE),
+    "instance": (listing, "inotify", errno.EMFILE),
 }
 STATES = {
     # lacks: state with inotify, fanotify, auto

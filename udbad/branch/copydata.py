@@ -56,8 +56,8 @@ _ESCAPED: Final = tuple(map(os.fsdecode, overlayattr.ESCAPED))
 _NEVER_IGNORED: Final = frozenset({errno.ENOMEM, errno.EDQUOT, errno.ENOSPC})
 _ICEX_OF: Final = {"security": "icexsec", "system": "icexsys", "trusted": "icextr", "user": "icexusr"}
 
-_PINNED: Final = re.compile(rb"/proc/self/fd/\d+")
-_NAMED: Final = re.compile(rb"/proc/self/fd/\d+/[^/]+", re.DOTALL)
+_PINNED: Final = rb"/proc/self/fd/\d+"
+_NAMED: Final = rb"(?s)/proc/self/fd/\d+/[^/]+"
 
 Place = bytes | int
 """Of an object whose metadata is copied: a path of the forms above, or a descriptor of it that is not an O_PATH one."""
@@ -480,7 +480,7 @@ def _check_form(path: Place, follow_symlinks: bool) -> None:
     if isinstance(path, int) and follow_symlinks:
         return
     form = _PINNED if follow_symlinks else _NAMED
-    if isinstance(path, int) or not form.fullmatch(path):
+    if isinstance(path, int) or not re.fullmatch(form, path):
         raise ValueError(f"{path!r} is not a path of this module with follow_symlinks={follow_symlinks}")
 
 

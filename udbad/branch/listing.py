@@ -53,6 +53,14 @@ def type_of(fd: int, name: bytes) -> int:
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def inotify() -> int:
+    """A new inotify instance: its descriptor, which does not block. Raises OSError (EMFILE)."""
+    fd: int = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)  # IN_NONBLOCK, IN_CLOEXEC
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return fd
+
+
 def watch(inotify: int, fd: int, mask: int) -> int:
     """Have an inotify instance watch what the descriptor `fd`, an O_PATH one perhaps, is of: its watch descriptor.
 

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 FS_TYPE: Final = b"fuse.udba"
 """The type of a mount of ours."""
 
-_ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
+_ESCAPED: Final = rb"\\([0-7]{3})"
 
 
 class Mount(NamedTuple):
@@ -67,7 +67,9 @@ def parse(data: bytes) -> list[Mount]:
 
 def _plain(field: bytes) -> bytes:
     r"""Undo the kernel's mangle_path(): space, tab, newline, backslash (and # in a source) are written as \ooo."""
-    return _ESCAPED.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), field)
+    if b"\\" not in field:
+        return field
+    return re.sub(_ESCAPED, lambda match: bytes([int(match[1], 8) & 0xFF]), field)
 
 
 def read(path: str | os.PathLike[str] = "/proc/self/mountinfo") -> list[Mount]:

@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 
 from udbad.branch import syscalls
 
-_NAME: Final = re.compile(rb"(\d{1,20})\.(\d{1,20})(?:\.(\d+|-?\d+-\d+))?")
+_NAME: Final = rb"(\d{1,20})\.(\d{1,20})(?:\.(\d+|-?\d+-\d+))?"
 _SECOND: Final = 10**9
 _CLOCK_REALTIME_COARSE: Final = 5  # linux/time.h: what the kernel stamps files with
 _TICK: Final = 20_000_000  # ns; two ticks of the slowest kernel
@@ -53,7 +53,7 @@ class Place(NamedTuple):
 
 def parse(name: bytes) -> Origin | None:
     """What the name of a home says; None when it is not the name of one."""
-    match = _NAME.fullmatch(name)
+    match = re.fullmatch(_NAME, name)
     if match is None:
         return None
     number, ino = int(match[1]), int(match[2])

@@ -310,8 +310,8 @@ COPYUP_POLICIES: Final[dict[str, type[CopyUpPolicy]]] = {
 }
 
 # Twenty digits hold every 64-bit number, and int() of endless input is refused by Python itself.
-_SIZE: Final = re.compile(r"([0-9]{1,20})([KMGT]?)", re.IGNORECASE | re.ASCII)
-_SECONDS: Final = re.compile(r"[0-9]{1,4}", re.ASCII)
+_SIZE: Final = "(?ai)([0-9]{1,20})([KMGT]?)"
+_SECONDS: Final = "[0-9]{1,4}"
 _SHIFT: Final = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 _P = TypeVar("_P", CreatePolicy, CopyUpPolicy)
@@ -348,14 +348,14 @@ def _split(option: str, text: str, table: dict[str, type[_P]]) -> tuple[type[_P]
 
 
 def _low(text: str, argument: str) -> int:
-    match = _SIZE.fullmatch(argument)
+    match = re.fullmatch(_SIZE, argument)
     if match is None:
         raise _bad(f"create={text}", f"bad argument {argument!r}, LOW is a number of bytes, K, M, G or T may follow")
     return int(match[1]) << _SHIFT[match[2].upper()]
 
 
 def _seconds(text: str, argument: str) -> int:
-    if _SECONDS.fullmatch(argument) is None or int(argument) > MAX_CACHE_SECONDS:
+    if re.fullmatch(_SECONDS, argument) is None or int(argument) > MAX_CACHE_SECONDS:
         raise _bad(f"create={text}", f"bad argument {argument!r}, SEC is a number from 0 to {MAX_CACHE_SECONDS}")
     return int(argument)
 

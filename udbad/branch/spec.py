@@ -75,8 +75,8 @@ ATTRIBUTES: Final = {
 
 _EXCLUSIVE: Final = frozenset({"coo_reg", "coo_all", "moo"})
 
-_TOKEN: Final = re.compile(r"\\.|.", re.DOTALL)
-_ESCAPE: Final = re.compile(r"\\([\\:,=])")
+_TOKEN: Final = r"(?s)\\.|."
+_ESCAPE: Final = r"\\([\\:,=])"
 
 
 _NEAR: Final = 0.65
@@ -86,8 +86,10 @@ _FEW: Final = 24
 
 def split_escaped(text: str, separator: str) -> list[str]:
     """Split at every `separator` that is not escaped; the escapes stay in the parts."""
+    if "\\" not in text:
+        return text.split(separator)
     parts = [""]
-    for token in _TOKEN.findall(text):
+    for token in re.findall(_TOKEN, text):
         if token == separator:
             parts.append("")
         else:
@@ -97,7 +99,7 @@ def split_escaped(text: str, separator: str) -> list[str]:
 
 def unescape(text: str) -> str:
     """Take the escaping backslashes out."""
-    return _ESCAPE.sub(r"\1", text)
+    return re.sub(_ESCAPE, r"\1", text) if "\\" in text else text
 
 
 def escape(text: str, special: str = "\\:,=") -> str:

@@ -93,7 +93,7 @@ def _settle(branch: Branch, dirfd: int, name: bytes) -> None:
 
 
 def _is_stale(name: bytes) -> bool:
-    return whiteout.TEMPORARY.fullmatch(name) is not None and not whiteout.is_ours(name)
+    return whiteout.is_temporary(name) and not whiteout.is_ours(name)
 
 
 def remove(dirfd: int, name: bytes) -> None:

@@ -43,8 +43,7 @@ more than 255 bytes, which is ENAMETOOLONG.
 """
 NAME_MAX = 255
 """Bytes of a name that any file system may have (limits.h)."""
-TEMPORARY = re.compile(rb"\.wh\.\.wh\..+\.(?:[0-9a-fA-F]{4}|[0-9a-f]{12})", re.DOTALL)
-"""A temporary name: one of ours, or one of aufs and of earlier versions, which had four digits."""
+_TEMPORARY = rb"(?s)\.wh\.\.wh\..+\.(?:[0-9a-fA-F]{4}|[0-9a-f]{12})"
 
 _TEMPORARY_ROOM = 255 - len(RESERVED) - 1 - 12
 
@@ -250,6 +249,11 @@ _digits = _Digits()
 def is_ours(name: bytes) -> bool:
     """Whether a temporary name is one that this process has made, and may be using."""
     return name[-12:-6] == _digits.own
+
+
+def is_temporary(name: bytes) -> bool:
+    """Whether that is a temporary name: one of ours, or one of aufs and of earlier versions, which had four digits."""
+    return re.fullmatch(_TEMPORARY, name) is not None
 
 
 def temporary_name(name: bytes) -> bytes:

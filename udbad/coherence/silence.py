@@ -62,7 +62,7 @@ class Silence:
 
     def listen(self, node: Dir) -> bool:
         """Have a directory watched from now on; False when not every change to its names would be told."""
-        watcher = self._watcher or self._start()
+        watcher = self._start() if self._watcher is None else self._watcher  # an empty one is false
         if watcher is None:
             return False
         wanted = [layer for layer in node.layers if layer.branch.perm is not Perm.RR]

@@ -1,4 +1,4 @@
-"""Events of branch directories: the only module that knows trio-asyncio, and asyncinotify for branches.
+"""Events of branch directories: the only module that knows trio-asyncio.
 
 A watch is put on the directory we opened, through /proc/self/fd, never on a path that may mean another
 directory by now, and is mapped back by its watch descriptor, never by path. Events are handed on in bursts: the
@@ -20,8 +20,6 @@ from collections.abc import Callable, Collection
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from asyncinotify import Inotify, Mask
-
 from udbad.branch import fanotify, listing
 from udbad.coherence.holders import hold, let_go
 from udbad.coherence.inotify import (
@@ -37,27 +35,27 @@ from udbad.coherence.inotify import (
     watch_limit,
 )
 from udbad.coherence.marks import Marks
+from udbad.types import MADE, MOVED_FROM, MOVED_TO, REMOVED
 
 if TYPE_CHECKING:
     import trio_asyncio
 
 log = logging.getLogger(__name__)
 
-_DIRECTORY = int(
-    Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE
-    | Mask.DELETE_SELF | Mask.MOVE_SELF | Mask.ONLYDIR | Mask.EXCL_UNLINK
-)  # fmt: skip
-_DIRECTORY_NAMES = int(Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO | Mask.ONLYDIR)
-_FILE = int(Mask.MODIFY | Mask.ATTRIB | Mask.CLOSE_WRITE)
+# linux/inotify.h; those of names are in udbad/types.py. Plain numbers: an operation on an enum, which asyncinotify has,
+# takes longer than all else that is done with an event here.
+_MODIFY, _ATTRIB, _CLOSE_WRITE = 0x2, 0x4, 0x8
+_DELETE_SELF, _MOVE_SELF = 0x400, 0x800
+_UNMOUNT, _OVERFLOW, _IGNORED = 0x2000, 0x4000, 0x8000
+_ONLYDIR, _EXCL_UNLINK = 0x1000000, 0x4000000
 
-# Plain numbers: an operation on an enum takes longer than all else that is done with an event here.
-_NAMES = int(Mask.CREATE | Mask.DELETE | Mask.MOVED_FROM | Mask.MOVED_TO)
-_MODIFY, _CLOSE_WRITE, _ATTRIB = int(Mask.MODIFY), int(Mask.CLOSE_WRITE), int(Mask.ATTRIB)
+_NAMES = MADE | REMOVED | MOVED_FROM | MOVED_TO
 _CONTENT = _MODIFY | _CLOSE_WRITE
-_ATTRIBUTES = int(Mask.ATTRIB | Mask.DELETE_SELF | Mask.MOVE_SELF)
-_IGNORED = int(Mask.IGNORED)
-_GONE = int(Mask.IGNORED | Mask.UNMOUNT)
-_OVERFLOW = int(Mask.Q_OVERFLOW)
+_ATTRIBUTES = _ATTRIB | _DELETE_SELF | _MOVE_SELF
+_GONE = _IGNORED | _UNMOUNT
+_FILE = _CONTENT | _ATTRIB
+_DIRECTORY_NAMES = _NAMES | _ONLYDIR
+_DIRECTORY = _DIRECTORY_NAMES | _CONTENT | _ATTRIBUTES | _EXCL_UNLINK
 
 _READ_BYTES = 16 << 10
 """What one read(2) may bring: some hundred events, a few milliseconds of work."""
@@ -97,8 +95,7 @@ class Watcher:
     ) -> None:
         """sources: what `by` may be below, values of the option `watch`. Raises OSError (EMFILE) when no inotify
         instance can be had."""
-        self._inotify = Inotify()
-        os.set_blocking(self._inotify.fd, False)  # asyncinotify's NONBLOCK is O_CLOEXEC
+        self._inotify = listing.inotify()
         self._handles: dict[int, list[object]] = {}
         """By watch descriptor; no number comes twice (inotify(7))."""
         self._expected: dict[tuple[int, int, bytes], int] = {}
@@ -122,7 +119,7 @@ class Watcher:
         """Readable when one of the two is."""
         if any(by != "inotify" for by in sources):
             self._both = select.epoll()
-            self._both.register(self._inotify.fd, select.EPOLLIN)
+            self._both.register(self._inotify, select.EPOLLIN)
         if "fanotify" in sources:
             self._begin_marks()
 
@@ -157,7 +154,7 @@ class Watcher:
 
     @property
     def fd(self) -> int:
-        return self._inotify.fd if self._both is None else self._both.fileno()
+        return self._inotify if self._both is None else self._both.fileno()
 
     def watch_directory(self, fd: int, handle: object, by: str = "inotify") -> Watch:
         """Watch the directory behind an O_PATH descriptor. Raises WatchLimit, OSError."""
@@ -165,7 +162,7 @@ class Watcher:
 
     def watch_names(self, fd: int, handle: object, attributes: bool) -> Watch:
         """Watch which names a directory has, and nothing else of it but `attributes`. Raises as above."""
-        mask = _DIRECTORY_NAMES | int(Mask.ATTRIB) if attributes else _DIRECTORY_NAMES
+        mask = _DIRECTORY_NAMES | _ATTRIB if attributes else _DIRECTORY_NAMES
         return self._add_to_inotify(fd, mask, handle)
 
     def watch_file(self, fd: int, handle: object, by: str = "inotify") -> Watch:
@@ -204,9 +201,7 @@ class Watcher:
         if len(self) >= self.room:
             raise WatchLimit
         try:
-            # Not by asyncinotify, which makes a Path and a Watch of it, several times the work of the call, and keeps
-            # them until it reads IN_IGNORED, which an overflow may lose.
-            watch = listing.watch(self._inotify.fd, fd, mask)
+            watch = listing.watch(self._inotify, fd, mask)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.ENOMEM):
                 raise WatchLimit from None
@@ -223,7 +218,7 @@ class Watcher:
         if not let_go(self._handles, watch, handle):
             return
         try:
-            listing.unwatch(self._inotify.fd, watch)
+            listing.unwatch(self._inotify, watch)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -288,7 +283,7 @@ class Watcher:
         self.read_at = monotonic()
         try:
             try:
-                data = os.read(self._inotify.fd, _READ_BYTES)
+                data = os.read(self._inotify, _READ_BYTES)
             except BlockingIOError:
                 data = b""
             count = self._take_apart(data)
@@ -366,6 +361,8 @@ class Watcher:
         return len(events)
 
     def close(self) -> None:
+        if self._closed:
+            return
         self._handles.clear()
         self._leave_loop()
         self._closed = True
@@ -373,7 +370,7 @@ class Watcher:
             self._both.close()
         if self._marks is not None:
             self._marks.close()
-        self._inotify.close()
+        os.close(self._inotify)
 
 
 @functools.lru_cache(256)  # of the few there are

@@ -20,10 +20,9 @@ import errno
 import logging
 import signal
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from time import monotonic
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from udbad.edge.operations import Later
 from udbad.kernel import scheduling
@@ -31,6 +30,9 @@ from udbad.types import Trigger
 from udbad.union import copyup
 from udbad.union.fs import UnionFs
 from udbad.union.superblock import NeedCopyUp
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 log = logging.getLogger(__name__)
 
@@ -139,11 +141,20 @@ class Waiting:
         """By branch id: the seconds that its disk has taken for the last small copy-up."""
         self._interruptible: dict[int, Request] = {}
         """Those that wait for a copy-up, by their number."""
-        self._readers = ThreadPoolExecutor(READERS, "read")
-        self._syncers = ThreadPoolExecutor(SYNCERS, "sync")
-        # Made by the event loop, whose turns are short; not those of who keeps a processor busy.
-        self._copiers = ThreadPoolExecutor(COPIERS, "copy", initializer=scheduling.take_turns, initargs=(0,))
         self._closing = False
+
+    @cached_property
+    def _readers(self) -> ThreadPoolExecutor:
+        return _pool(READERS, "read")
+
+    @cached_property
+    def _syncers(self) -> ThreadPoolExecutor:
+        return _pool(SYNCERS, "sync")
+
+    @cached_property
+    def _copiers(self) -> ThreadPoolExecutor:
+        # Made by the event loop, whose turns are short; not those of who keeps a processor busy.
+        return _pool(COPIERS, "copy", initializer=scheduling.take_turns, initargs=(0,))
 
     def go_on(self, request: Request, error: Exception) -> None:
         """`error` is what the operation has raised: do what helps and start it again, or have it answered later.
@@ -332,8 +343,9 @@ class Waiting:
         self._closing = True
         for copy in self.copyups.values():
             copy.stopped = True
-        for pool in (self._copiers, self._readers, self._syncers):
-            pool.shutdown()
+        for name in ("_copiers", "_readers", "_syncers"):
+            if name in self.__dict__:
+                getattr(self, name).shutdown()
 
     # -- threads ------------------------------------------------------------------------------
 
@@ -392,6 +404,12 @@ def _finish(request: Request, later: Later) -> None:
         request.answer_from_thread(None, error)
     else:
         request.answer_from_thread(result, None)
+
+
+def _pool(most: int, name: str, **options: Any) -> ThreadPoolExecutor:
+    from concurrent.futures import ThreadPoolExecutor  # a mount begins without it (mount/later.py)
+
+    return ThreadPoolExecutor(most, name, **options)
 
 
 def is_dying(pid: int) -> bool:

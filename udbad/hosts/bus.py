@@ -13,16 +13,13 @@ import ssl
 import stat
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 from urllib.parse import urlsplit
 
 from udbad.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from udbad.settings.file import HostsSettings
-
-SCHEMES: Final = ("nats", "tls", "redis", "rediss")
-"""What an address may begin with."""
 
 
 class BusError(Exception):

@@ -16,10 +16,10 @@ SCHEME: Final = "docker-aufs:"
 FORM: Final = "docker-aufs:ROOT#ID, ROOT an absolute path"
 REMOVING: Final = "-removing"
 """Ends the name of what is being removed from a store, and is no part of it any more."""
-ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,234}(?<!-removing)")
-"""The id of a layer: a name in three directories, with room for what is appended to it."""
+_ID: Final = "[A-Za-z0-9][A-Za-z0-9_.-]{0,234}(?<!-removing)"
+"""A name in three directories, with room for what is appended to it."""
 
-_FORM: Final = re.compile(re.escape(SCHEME) + r"(?P<root>/[^\0]*)#(?P<id>[^#/]*)", re.DOTALL)
+_FORM: Final = SCHEME + r"(?s:(?P<root>/[^\0]*)#(?P<id>[^#/]*))"
 
 
 class Source(NamedTuple):
@@ -38,10 +38,15 @@ class Source(NamedTuple):
         return os.path.join(self.root, "mnt", self.id)
 
 
+def is_id(text: str) -> bool:
+    """Whether that can be the id of a layer."""
+    return re.fullmatch(_ID, text) is not None
+
+
 def parse(text: str) -> Source | None:
     """None for what is no such source; ROOT may hold any character but NUL."""
-    match = _FORM.fullmatch(text)
-    if match is None or ID.fullmatch(match["id"]) is None:
+    match = re.fullmatch(_FORM, text)
+    if match is None or not is_id(match["id"]):
         return None
     return Source(match["root"], match["id"])
 

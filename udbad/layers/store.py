@@ -27,7 +27,7 @@ from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import shown
 from udbad.branch.walk import entries_of, give_up, open_branch, walk
 from udbad.errors import ExitCode, UserError
-from udbad.layers.source import ID, REMOVING, Source
+from udbad.layers.source import REMOVING, Source, is_id
 
 _APPLYING: Final = "-applying" + REMOVING
 _LONGEST: Final = 16 << 20  # bytes of a file in layers/, which is in memory
@@ -64,7 +64,7 @@ def _remove_if_there(dirfd: int, directory: bytes) -> None:
 
 def check_id(layer: str) -> str:
     """The id itself. Raises UserError (USAGE)."""
-    if ID.fullmatch(layer) is None:
+    if not is_id(layer):
         raise UserError(
             f"{shown(layer)}: the id of a layer is 1 to 235 letters, digits, '_', '.' and '-', begins with a letter or "
             f"a digit, and does not end with {REMOVING}"
@@ -88,7 +88,7 @@ def _parents(layers_fd: int, root: str, layer: str) -> tuple[str, ...]:
         data = file.read(_LONGEST)
     parents = data.decode("ascii", "replace").split()
     for parent in parents:
-        if ID.fullmatch(parent) is None:
+        if not is_id(parent):
             raise UserError(f"layers/{layer} in {shown(root)}: {parent!r} is not the id of a layer", ExitCode.BRANCH)
     if len({layer, *parents}) <= len(parents):
         raise UserError(f"layers/{layer} in {shown(root)}: a layer is named twice", ExitCode.BRANCH)
@@ -134,7 +134,7 @@ class Store:
         """All of them, in order of their ids. What has another name is somebody else's."""
         listing = syscalls.open_listing(self.layers_fd)
         try:
-            names = sorted(name for name in os.listdir(listing) if ID.fullmatch(name))
+            names = sorted(name for name in os.listdir(listing) if is_id(name))
         finally:
             os.close(listing)
         return [Layer(name, self.parents(name), syscalls.exists_at(self.diff_fd, name.encode())) for name in names]

@@ -19,8 +19,8 @@ _NOTE: Final = "crash"
 _TIMES: Final = "crashes"
 _MOST: Final = 1 << 16
 """Bytes that are looked at."""
-_THREAD: Final = re.compile(r"^Current thread (0x[0-9a-f]+)", re.MULTILINE)
-_STACK: Final = re.compile(r"^Current thread .*\n((?:  .*\n)*)", re.MULTILINE)
+_THREAD: Final = r"(?m)^Current thread (0x[0-9a-f]+)"
+_STACK: Final = r"(?m)^Current thread .*\n((?:  .*\n)*)"
 WINDOW: Final = 60.0
 _FREE: Final = 5
 """So many crashes within WINDOW seconds cost no delay: a request may need them to be found out (edge/poison.py)."""
@@ -48,13 +48,13 @@ class Crash:
     @property
     def thread(self) -> int | None:
         """In which it came, as threading.get_ident() names it; None: not known."""
-        found = _THREAD.search(self.text)
+        found = re.search(_THREAD, self.text)
         return None if found is None else int(found[1], 16)
 
     def __str__(self) -> str:
         """In one line."""
         first, _, _ = self.text.strip().partition("\n")
-        stack = _STACK.search(self.text)
+        stack = re.search(_STACK, self.text)
         calls = [line.strip() for line in stack[1].splitlines()] if stack is not None else []
         return "; ".join([first, *calls])
 

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 _STRATEGY: Final = "udbad.coherence.notify"
 _BESIDE: Final = "udbad.mount.beside"
 _MODULES: Final = (
+    "concurrent.futures.thread",  # an open copy may take the last descriptor
     _STRATEGY,
     "udbad.edge.replay",
     "udbad.tools.explain",

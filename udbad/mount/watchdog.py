@@ -44,7 +44,7 @@ _POLL: Final = 0.01
 _END_SECONDS: Final = 2.0
 """For the threads of a killed process to end, but for those that wait uninterruptibly."""
 _LARGEST_FD: Final = 1 << 22
-_PATH: Final = re.compile(rb"/proc/(?:self|thread-self|\d+)/fd/(\d+)\0")
+_PATH: Final = rb"/proc/(?:self|thread-self|\d+)/fd/(\d+)\0"
 _AT_FDCWD: Final = 0xFFFFFF9C
 
 _IS_X86: Final = os.uname().machine == "x86_64"
@@ -180,7 +180,7 @@ def _descriptors(owner: int, number: int, arguments: list[int]) -> Iterator[int]
         yield first
     else:
         place = arguments[1] if first & 0xFFFFFFFF == _AT_FDCWD else first
-        found = _PATH.match(_read_memory(owner, place))
+        found = re.match(_PATH, _read_memory(owner, place))
         if found is not None:
             yield int(found[1])
     if number in _TWO_FILES and arguments[2] < _LARGEST_FD:

@@ -26,7 +26,7 @@ LIST_OPTIONS: Final[dict[str, tuple[str, str]]] = {
 }
 """Words about branches: the form of the value, and what they do. Only these take `name:value` as well."""
 
-DIGITS: Final = re.compile("[0-9]{1,10}")
+DIGITS: Final = "[0-9]{1,10}"
 
 
 def edit_branches(branches: Sequence[BranchSpec], edits: Sequence[tuple[str, str]]) -> list[BranchSpec]:
@@ -62,7 +62,7 @@ def edit_branch(result: list[BranchSpec], key: str, raw: str) -> None:
         result[place] = spec._replace(path=result[place].path)
     else:
         index, colon, branch = raw.partition(":")
-        if not colon or DIGITS.fullmatch(index) is None:
+        if not colon or re.fullmatch(DIGITS, index) is None:
             raise UserError(f"{key}={shown(raw)}: must be {LIST_OPTIONS[key][0]}", ExitCode.OPTION)
         if int(index) > len(result):
             raise UserError(

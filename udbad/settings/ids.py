@@ -21,12 +21,12 @@ OVERFLOW: Final = 65534
 Ranges = tuple[tuple[int, int, int], ...]
 """First id on the branches, first id shown, how many."""
 
-_FORM: Final = re.compile(r"[0-9]{1,10}:[0-9]{1,10}:[0-9]{1,10}(?::[0-9]{1,10}:[0-9]{1,10}:[0-9]{1,10})*")
+_FORM: Final = "[0-9]{1,10}:[0-9]{1,10}:[0-9]{1,10}(?::[0-9]{1,10}:[0-9]{1,10}:[0-9]{1,10})*"
 
 
 def parse(text: str) -> Ranges:
     """Raises ValueError for another form, an id that is none, and ranges with an id that is in two of them."""
-    if _FORM.fullmatch(text) is None:
+    if re.fullmatch(_FORM, text) is None:
         raise ValueError
     numbers = [int(number) for number in text.split(":")]
     ranges = tuple(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))

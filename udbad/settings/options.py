@@ -539,7 +539,7 @@ def _needs_value(key: str, raw: str) -> str:
 
 def _typed(field: str, value: str) -> str | int:
     """Decimal digits become a number where the field is one; everything else is for `checked` to refuse."""
-    return int(value) if FIELDS[field].type == "int" and DIGITS.fullmatch(value) else value
+    return int(value) if FIELDS[field].type == "int" and re.fullmatch(DIGITS, value) else value
 
 
 def _allowed(field: str) -> str:

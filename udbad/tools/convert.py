@@ -90,7 +90,7 @@ def _checked(root_fd: int, path: bytes, overlay: bool, begun: bool) -> int:
         return UserError(f"{printable(join(path, name))}: {text}", ExitCode.REFUSED)
 
     for name, st in objects_in(root_fd, whiteout.PLINK_DIR, give_up) if overlay else ():
-        if st.st_nlink == 1 and not whiteout.TEMPORARY.fullmatch(name):
+        if st.st_nlink == 1 and not whiteout.is_temporary(name):
             place = join(whiteout.PLINK_DIR, name)
             raise refuse(place, "names on lower branches show it, which overlayfs has no word for: copy them up first")
     count = 0

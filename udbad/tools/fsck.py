@@ -93,7 +93,7 @@ def find_defects(root_fd: int, lower_fds: Sequence[int] = (), pending: bool = Fa
     alone: list[tuple[bytes, os.stat_result]] = []
     for name, st in objects_in(root_fd, whiteout.PLINK_DIR, on_error):
         path = join(whiteout.PLINK_DIR, name)
-        if whiteout.TEMPORARY.fullmatch(name):
+        if whiteout.is_temporary(name):
             yield Defect(DefectKind.TEMPORARY, path, "", _removal(st))
         elif _only_name(st):
             alone.append((name, st))
@@ -205,7 +205,7 @@ def _classify(directory: bytes, dirfd: int, name: bytes, names: Entries) -> Defe
     if not name.startswith(whiteout.PREFIX):
         return None
     path = join(directory, name)
-    temporary = whiteout.TEMPORARY.fullmatch(name)
+    temporary = whiteout.is_temporary(name)
     if not temporary and not _is_whiteout(name):
         return None
     st = stat_or_none(dirfd, name)

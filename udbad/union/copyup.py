@@ -23,7 +23,6 @@ import errno
 import os
 import stat as st_mod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -291,6 +290,8 @@ def transfer(job: Job, cancelled: Callable[[], bool] | None = None) -> None:
     takes half as long as copying them.
     """
     if job.fsync and job.st.st_size > copydata.KERNEL_CHUNK and job.length is None:
+        from concurrent.futures import ThreadPoolExecutor  # a mount begins without it
+
         with ThreadPoolExecutor(1, "write out") as writer:
             copy(job, cancelled, lambda at, count: writer.submit(syscalls.start_writing, job.dst_fd, at, count))
     else:

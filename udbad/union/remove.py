@@ -253,7 +253,7 @@ def restore(sb: Superblock, parent: Dir, name: bytes, identity: Identity) -> boo
         if not branch.writable or branch.offline:
             continue
         dirfd = sb.layer_fd(parent, layer)
-        for tmp in filter(whiteout.TEMPORARY.fullmatch, _names(dirfd)):
+        for tmp in filter(whiteout.is_temporary, _names(dirfd)):
             st = syscalls.stat_at(dirfd, tmp)
             if (st.st_dev, st.st_ino) != identity:
                 continue
