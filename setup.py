@@ -22,6 +22,9 @@ DIRECTIVES = {
     "nonecheck": True,  # an attribute of None is an AttributeError, as in Python, and not a crash
 }
 
+NOT_SEARCHED = "udbad.inodes.node"
+"""Python's search for cyclic garbage looks at no object of its classes, and none has room for what that needs."""
+
 
 class BuildHotModules(build_ext):
     """All of them or none, and at the end the fingerprint of what they were made from."""
@@ -42,14 +45,24 @@ class BuildHotModules(build_ext):
     def _to_c(self, processes: int) -> None:
         """processes: 0 for none but this one."""
         from Cython.Build import cythonize
+        from Cython.Compiler.Options import get_directive_defaults
 
-        self.distribution.ext_modules = cythonize(
-            self.distribution.ext_modules,
-            nthreads=processes,
-            build_dir=os.path.join("build", "cython"),
-            compiler_directives=DIRECTIVES,
-            quiet=True,
-        )
+        get_directive_defaults()["no_gc"] = False  # a decorator; what is no Cython has no such thing to say
+        modules = self.distribution.ext_modules
+        self.distribution.ext_modules = [
+            built
+            for some, directives in (
+                ([module for module in modules if module.name == NOT_SEARCHED], {**DIRECTIVES, "no_gc": True}),
+                ([module for module in modules if module.name != NOT_SEARCHED], DIRECTIVES),
+            )
+            for built in cythonize(
+                some,
+                nthreads=processes,
+                build_dir=os.path.join("build", "cython"),
+                compiler_directives=directives,
+                quiet=True,
+            )
+        ]
 
     def run(self) -> None:
         stamp = os.path.join(ROOT if self.inplace else self.build_lib, "udbad", COMPILED["STAMP"])

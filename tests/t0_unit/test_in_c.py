@@ -24,11 +24,13 @@ from udbad.branch import fanotify, listing, state, syscalls
 from udbad.branch.branches import Branch
 from udbad.coherence import watcher
 from udbad.errors import ABSENT
+from udbad.inodes import byid
 from udbad.inodes.handles import HandleTable
 from udbad.inodes.inomap import InoMap
 from udbad.inodes.journal import DIRECTORY, Journal
+from udbad.inodes.node import Dir, Layer, Node
 from udbad.inodes.record import Record, pack
-from udbad.inodes.table import Dir, InodeTable, Layer, Node
+from udbad.inodes.table import InodeTable
 from udbad.kernel import device, wire
 from udbad.kernel.protocol import inval_attributes, inval_data, inval_entry
 from udbad.kernel.received import Received
@@ -55,6 +57,7 @@ def in_python(module: ModuleType) -> ModuleType:
 
 PYTHON_WIRE, PYTHON_DEVICE, PYTHON_LISTING = in_python(wire), in_python(device), in_python(listing)
 PYTHON_STATE, PYTHON_FANOTIFY, PYTHON_READDIR = in_python(state), in_python(fanotify), in_python(readdir)
+PYTHON_BYID = in_python(byid)
 BRANCH = Branch(0, 0, b"/", Perm.RO, frozenset(), None, -1, -1, 0, "ext4")
 U32 = st.integers(0, (1 << 32) - 1)
 U64 = st.integers(0, (1 << 63) - 1)
@@ -113,6 +116,37 @@ def test_listings(entries: list[tuple[bytes, int, int, int]], room: int) -> None
         said.numbers[at], said.types[at] = number, kind >> 12
     run = Run([name for name, *_ in entries], said, len(entries) // 2, len(entries), 1000)
     assert wire.dirents([run, *run], room) == PYTHON_WIRE.dirents([*run, run], room)
+
+
+NUMBERS = st.builds(lambda low, high: low | high << 48, st.integers(0, 40), st.sampled_from([0, 1, 1 << 15]))
+"""That follow each other, and that differ in a few high bits."""
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "add", "remove"]), NUMBERS), max_size=200))
+def test_nodes_by_their_ids(changes: list[tuple[str, int]]) -> None:
+    used, python = byid.ById(), PYTHON_BYID.ById()
+    known: dict[int, Node] = {}
+    for change, number in changes:
+        if change == "add":
+            node = known[number] = Node(number, 0o100000, BRANCH, 1, 2)
+            used.add(node)
+            python.add(node)
+        elif number in known:
+            with pytest.raises(KeyError):
+                used.remove(Node(number, 0o100000, BRANCH, 1, 2))
+            used.remove(known[number])
+            python.remove(known.pop(number))
+        else:
+            with pytest.raises(KeyError):
+                used.remove(Node(number, 0o100000, BRANCH, 1, 2))
+        assert used.get(number) is python.get(number)
+        assert (number in used, len(used)) == (number in python, len(python))
+    for nodes in (used, used.shrunk()):
+        assert sorted(nodes) == sorted(python)
+        assert {id(node) for node in nodes.values()} == {id(node) for node in python.values()}
+        assert all(nodes[number] is node for number, node in known.items())
+        with pytest.raises(KeyError):
+            nodes[41]
 
 
 NAMES = st.sampled_from([b"a", b"b", b"c", b".d", b".wh.e", b"f" * 60])
@@ -506,7 +540,7 @@ def test_a_damaged_log_is_refused_or_read() -> None:
     log = record.scan(lambda memory, size: bytes(memory[:size]))
     record.close()
 
-    def read(log: bytes) -> dict[int, Node]:
+    def read(log: bytes) -> byid.ById:
         again = InodeTable(Dir(ROOT_ID, [Layer(BRANCH, 1, 1, 2, -1)]), 10)
 
         def other(payload: bytes, count: int) -> Node:
@@ -521,7 +555,7 @@ def test_a_damaged_log_is_refused_or_read() -> None:
         assert not unread.some(1000)
         return again.nodes
 
-    assert {number: node.names() for number, node in read(log).items()}.keys() == table.nodes.keys()
+    assert {number: node.names() for number, node in read(log).items()}.keys() == set(table.nodes)
     rng = random.Random(1)
     refused = 0
     for _ in range(2000):

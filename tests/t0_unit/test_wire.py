@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from udbad.branch.branches import Branch
-from udbad.inodes.table import Dir, Layer, Node
+from udbad.inodes.node import Dir, Layer, Node
 from udbad.kernel import wire
 from udbad.types import Perm
 

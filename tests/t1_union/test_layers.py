@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from udbad.branch.branches import Branch, BranchSet
 from udbad.branch.layers import End, Held, Part, look, merge
 from udbad.branch.policy import parse_copyup, parse_create
-from udbad.inodes.table import Dir
+from udbad.inodes.node import Dir
 from udbad.tools import explain, homecheck
 from udbad.types import Perm
 from udbad.union import resolve, view

@@ -31,7 +31,7 @@ from udbad.coherence.base import Coherence
 from udbad.coherence.none import NoneCoherence
 from udbad.coherence.reval import RevalCoherence
 from udbad.inodes.handles import OpenFile
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.types import ROOT_CALLER, ROOT_ID, Caller
 from udbad.union import homes, ranges
 from udbad.union.fs import UnionFs

@@ -16,7 +16,7 @@ from typing import TypeVar
 from tests.t2_core.fake_notifier import OneByOne
 from udbad.coherence.base import Coherence
 from udbad.inodes.handles import OpenFile
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.types import ROOT_ID, Caller
 from udbad.union.fs import Attributes, SetAttr, UnionFs
 

@@ -23,7 +23,7 @@ from tests.t2_core.core import Core, core
 from tests.t2_core.killed import swept
 from udbad.branch import syscalls
 from udbad.errors import ExitCode, UserError
-from udbad.inodes.table import Dir
+from udbad.inodes.node import Dir
 from udbad.tools import carry, mvdown, syncdown
 from udbad.tools.carry import Halt
 from udbad.union.fs import SetAttr

@@ -12,7 +12,8 @@ import pytest
 from tests.helpers.inprocess import notify_union
 from tests.t2_core.core import STRATEGIES, Core, core, few_descriptors
 from tests.t2_core.test_native import Kernel, look_up
-from udbad.inodes.table import LEAST_FDS, Dir
+from udbad.inodes.node import Dir
+from udbad.inodes.table import LEAST_FDS
 from udbad.kernel import wire
 from udbad.types import ROOT_ID, Perm
 

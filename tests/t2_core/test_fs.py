@@ -22,7 +22,7 @@ from tests.t2_core.core import STRATEGIES, Core, core, in_python, refuse_tmpfile
 from tests.t2_core.fake_notifier import Message
 from udbad.branch import syscalls
 from udbad.branch.branches import BranchSet
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.kernel import wire
 from udbad.types import ROOT_ID, Trigger
 from udbad.union import copyup, reconfigure

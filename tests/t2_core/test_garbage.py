@@ -11,7 +11,7 @@ import pytest
 from udbad import compiled
 from udbad.branch.branches import Branch
 from udbad.inodes import garbage
-from udbad.inodes.table import Dir, Layer, Node
+from udbad.inodes.node import Dir, Layer, Node
 
 
 @pytest.fixture

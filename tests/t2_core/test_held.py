@@ -12,7 +12,7 @@ import pytest
 
 from tests.t2_core.core import Core, core
 from udbad.branch import syscalls
-from udbad.inodes.table import Node
+from udbad.inodes.node import Node
 from udbad.types import ROOT_ID
 from udbad.union import held
 from udbad.union.fs import SetAttr

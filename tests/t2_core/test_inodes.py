@@ -21,7 +21,8 @@ from tests.helpers.profile import scaled
 from udbad.branch.branches import Branch
 from udbad.inodes import inomap as inomap_module
 from udbad.inodes.inomap import Identity, InoMap
-from udbad.inodes.table import Dir, InodeTable, Layer, Node
+from udbad.inodes.node import Dir, Layer, Node
+from udbad.inodes.table import InodeTable
 from udbad.types import ROOT_ID, Perm
 
 BRANCH = Branch(0, 0, b"/nowhere", Perm.RW, frozenset(), None, -1, -1, 0, "tmpfs")

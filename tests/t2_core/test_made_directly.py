@@ -18,7 +18,7 @@ from tests.t2_core.test_fs import error_of
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch
 from udbad.branch.policy import parse_create
-from udbad.inodes.table import Dir
+from udbad.inodes.node import Dir
 from udbad.types import ROOT_ID, Trigger
 from udbad.union import copydirs, copyup, remove, resolve
 from udbad.union.fs import SetAttr

@@ -14,7 +14,7 @@ from tests.helpers.inprocess import notify_union
 from tests.helpers.syscalls import counted
 from tests.t2_core.core import core
 from udbad.edge.operations import Operations
-from udbad.inodes.table import XATTR_BITS
+from udbad.inodes.node import XATTR_BITS
 from udbad.types import ROOT_CALLER, ROOT_ID, Perm
 from udbad.union.fs import SetAttr, UnionFs
 

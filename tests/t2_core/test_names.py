@@ -16,7 +16,7 @@ from tests.t2_core.fake_notifier import FakeNotifier
 from udbad.coherence.notify import NotifyCoherence
 from udbad.edge.operations import Operations
 from udbad.edge.table import TABLE
-from udbad.inodes.table import Dir
+from udbad.inodes.node import Dir
 from udbad.kernel import wire
 from udbad.types import ROOT_ID
 from udbad.union import readdir, view

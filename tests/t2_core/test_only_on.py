@@ -16,7 +16,7 @@ import pytest
 from tests.helpers.inprocess import notify_union
 from tests.helpers.posix import EXCHANGE
 from tests.t2_core.core import core
-from udbad.inodes.table import MAX_STACKED, Dir
+from udbad.inodes.node import MAX_STACKED, Dir
 from udbad.types import ROOT_CALLER, ROOT_ID, Perm
 from udbad.union import lookup, view
 from udbad.union.fs import SetAttr, UnionFs

@@ -32,8 +32,8 @@ from udbad.coherence.base import Coherence
 from udbad.inodes import journal
 from udbad.inodes.handles import OpenFile
 from udbad.inodes.journal import Negative
+from udbad.inodes.node import Dir, Layer, Node
 from udbad.inodes.record import Record
-from udbad.inodes.table import Dir, Layer, Node
 from udbad.types import Perm
 from udbad.union import homes, recall
 from udbad.union.fs import SetAttr, UnionFs
@@ -492,8 +492,11 @@ def test_compiled_and_not_the_record_is_the_same(lives: Lives) -> None:
     every.append(Negative(union.sb.root, b"no such name"))
     numbers = (0, 1, -1, (1 << 31) - 1, 1 << 31, -(1 << 31), -(1 << 31) - 1, 1 << 45, (1 << 63) - 1, -(1 << 62))
     for at, number in enumerate(numbers):
-        odd = Dir((1 << 63) + at, [Layer(union.sb.root.branch, abs(number), 2 * abs(number) + 1, number, -1)])
-        odd.nlink_extra = odd.floor = odd.mtime_offset = number
+        odd = Dir(
+            (1 << 63) + at, [Layer(union.sb.root.branch, abs(number) % (1 << 32), 2 * abs(number) + 1, number, -1)]
+        )
+        odd.floor = odd.mtime_offset = number
+        odd.nlink_extra = min(max(number, -(1 << 31)), (1 << 31) - 1)
         odd.opaque, odd.listed, odd.name = number or None, number > 0, b"n" * (abs(number) % 256)
         union.sb.table.add(odd)
         every.append(odd)
@@ -515,4 +518,4 @@ def test_compiled_and_not_the_record_is_the_same(lives: Lives) -> None:
         assert record._half.memory[before : record.size] == by_c, one
     assert alone == len(every)
     for at in range(len(numbers)):
-        del union.sb.table.nodes[(1 << 63) + at]
+        union.sb.table.nodes.remove(union.sb.table.nodes[(1 << 63) + at])

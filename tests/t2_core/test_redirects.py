@@ -22,7 +22,7 @@ from udbad.branch import redirect as notation
 from udbad.branch import syscalls
 from udbad.branch.branches import BranchSpec
 from udbad.errors import UserError
-from udbad.inodes.table import Dir
+from udbad.inodes.node import Dir
 from udbad.layers import pack
 from udbad.tools import branchdiff, explain, fsck, mvdown, syncdown
 from udbad.tools.carry import Halt

@@ -15,7 +15,7 @@ from tests.helpers.inprocess import notify_union
 from tests.t2_core.core import in_python
 from tests.t2_core.test_native import Kernel
 from udbad.coherence.notify import NotifyCoherence
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.kernel import wire
 from udbad.types import ROOT_ID, Perm
 from udbad.union import readdir

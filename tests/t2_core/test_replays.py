@@ -19,7 +19,7 @@ from udbad.branch import syscalls
 from udbad.coherence import watcher
 from udbad.coherence.replays import Kind, Replays, Step
 from udbad.edge import replay
-from udbad.inodes.table import Node
+from udbad.inodes.node import Node
 from udbad.types import ROOT_ID, Perm
 
 NAMES = ("a", "b", "c")

@@ -18,7 +18,7 @@ from tests.helpers.syscalls import counted
 from tests.t2_core.core import Core, core
 from udbad.coherence import silence
 from udbad.coherence.reval import RevalCoherence
-from udbad.inodes.table import Dir
+from udbad.inodes.node import Dir
 
 LAYERS = {"top": "rw", "middle": "rw", "base": "ro"}
 PATH = "a/b/c"

@@ -15,7 +15,7 @@ from tests.t2_core.core import STRATEGIES, Core, core
 from tests.t3_fuse.live import debris, errno_of, names
 from udbad.branch.branches import BranchSet
 from udbad.branch.credentials import Credentials
-from udbad.inodes.table import Node
+from udbad.inodes.node import Node
 from udbad.kernel import wire
 from udbad.types import ROOT_ID, Caller, Perm
 from udbad.union import reconfigure

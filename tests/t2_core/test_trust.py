@@ -37,7 +37,7 @@ from udbad.coherence.notify import NotifyCoherence
 from udbad.coherence.reval import RevalCoherence
 from udbad.coherence.watcher import Change, Watch, Watcher, WatchLimit
 from udbad.inodes.handles import OpenFile
-from udbad.inodes.table import Dir
+from udbad.inodes.node import Dir
 from udbad.kernel import wire
 from udbad.types import ROOT_CALLER, ROOT_ID, Caller, Perm
 from udbad.union import reconfigure

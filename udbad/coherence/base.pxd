@@ -1,2 +1,2 @@
-from udbad.inodes.table cimport Dir, Node
+from udbad.inodes.node cimport Dir, Node
 from udbad.union.superblock cimport Superblock

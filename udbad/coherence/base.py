@@ -25,7 +25,8 @@ from udbad.coherence.inotify import NAMES
 from udbad.coherence.replays import Replays
 from udbad.inodes.handles import written_behind
 from udbad.inodes.journal import Negative
-from udbad.inodes.table import Census, Dir, Node
+from udbad.inodes.node import Dir, Node
+from udbad.inodes.table import Census
 from udbad.types import Perm
 from udbad.union.superblock import Superblock
 

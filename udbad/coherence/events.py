@@ -24,7 +24,7 @@ from udbad.coherence.replays import Replays
 from udbad.coherence.sent import SentAttributes
 from udbad.coherence.watcher import Change, Echo
 from udbad.coherence.watches import Place, Watches, Way
-from udbad.inodes.table import Dir, Index, Layer, Node
+from udbad.inodes.node import Dir, Index, Layer, Node
 from udbad.union import homes, lookup, resolve
 from udbad.union.resolve import Answer, Found
 from udbad.union.superblock import Superblock, is_object
@@ -255,7 +255,7 @@ class Events:
     def _look_at(self, names: dict[tuple[Dir, bytes], int]) -> None:
         """`look` at each of these, by the kinds of all its events."""
         table = self.sb.table
-        nodes: dict[int, Node] = table.nodes
+        nodes = table.nodes
         sent: SentAttributes = self._sent
         node: Dir
         name: bytes

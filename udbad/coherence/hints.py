@@ -14,7 +14,7 @@ from udbad.branch import whiteout
 from udbad.branch.branches import BranchSet
 from udbad.coherence.base import Coherence
 from udbad.coherence.inotify import ATTRIBUTES, CLOSED, CONTENT, MODIFIED, NAMES, TOUCHED
-from udbad.inodes.table import Dir
+from udbad.inodes.node import Dir
 from udbad.types import MADE, MOVED_FROM, MOVED_TO, REMOVED
 
 ANYTHING: Final = NAMES | CONTENT | ATTRIBUTES | MODIFIED | TOUCHED

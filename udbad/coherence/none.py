@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from udbad.coherence.base import Coherence
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 
 
 class NoneCoherence(Coherence):

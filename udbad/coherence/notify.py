@@ -32,7 +32,8 @@ from udbad.coherence.sent import UNKNOWN, SentAttributes
 from udbad.coherence.watcher import Change, Watcher
 from udbad.coherence.watches import Watches
 from udbad.inodes.handles import written_behind
-from udbad.inodes.table import Census, Dir, Node
+from udbad.inodes.node import Dir, Node
+from udbad.inodes.table import Census
 from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)

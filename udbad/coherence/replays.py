@@ -31,8 +31,8 @@ from typing import Final, TypeVar
 from udbad.coherence.inotify import CLOSED, CONTENT, MODIFIED, TOUCHED
 from udbad.inodes.handles import written_behind
 from udbad.inodes.inomap import Identity
+from udbad.inodes.node import Dir, Layer, Node
 from udbad.inodes.paths import path_in
-from udbad.inodes.table import Dir, Layer, Node
 from udbad.types import MADE, MOVED_FROM, MOVED_TO, OF_DIRECTORY, REMOVED, ROOT_ID
 from udbad.union.resolve import Found
 

@@ -18,7 +18,8 @@ from udbad.branch.branches import Branch
 from udbad.coherence.base import Coherence, CoherenceStatistics, KernelNotifier
 from udbad.coherence.inotify import watch_limit
 from udbad.coherence.silence import Silence
-from udbad.inodes.table import Census, Dir, Node
+from udbad.inodes.node import Dir, Node
+from udbad.inodes.table import Census
 from udbad.union.superblock import Superblock
 
 

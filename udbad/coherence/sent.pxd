@@ -1,6 +1,6 @@
 cimport cython
 
-from udbad.inodes.table cimport Dir, Layer, Node
+from udbad.inodes.node cimport Dir, Layer, Node
 from udbad.union.superblock cimport Superblock, is_object
 
 cdef class SentAttributes:

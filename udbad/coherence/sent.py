@@ -13,7 +13,7 @@ from typing import Final
 from udbad.branch import state, syscalls
 from udbad.coherence.base import KernelNotifier
 from udbad.inodes.handles import backing_id, note_id_bits, written_behind
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.union.superblock import Superblock, is_object
 
 _stat = syscalls.stat_at

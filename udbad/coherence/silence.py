@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from udbad.branch.branches import Branch
 from udbad.coherence.inotify import GONE, watch_limit
 from udbad.inodes.inomap import Identity
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.types import Perm
 from udbad.union.superblock import Superblock
 

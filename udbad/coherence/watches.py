@@ -21,7 +21,7 @@ from udbad.branch.branches import Branch
 from udbad.coherence.inotify import watch_limit
 from udbad.coherence.watcher import Change, Echo, Watch, Watcher, WatchLimit
 from udbad.inodes.inomap import Identity
-from udbad.inodes.table import Dir, Index, Layer, Node
+from udbad.inodes.node import Dir, Index, Layer, Node
 from udbad.union import redirects
 from udbad.union.superblock import Superblock
 

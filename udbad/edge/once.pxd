@@ -1,7 +1,7 @@
 from udbad.edge.operations cimport Operations
 from udbad.inodes.slot cimport Slot
 from udbad.inodes.handles cimport HandleTable, OpenFile
-from udbad.inodes.table cimport Dir, Node
+from udbad.inodes.node cimport Dir, Node
 from udbad.union.fs cimport UnionFs
 
 cdef class Once:

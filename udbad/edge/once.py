@@ -35,8 +35,8 @@ from udbad.edge.operations import Attributes, Entry, Opened, Operations
 from udbad.errors import ABSENT, os_error
 from udbad.inodes.handles import HandleTable, OpenFile
 from udbad.inodes.inomap import Identity
+from udbad.inodes.node import Dir, Node
 from udbad.inodes.slot import CURRENT, RESENT, SLOT, U64, Slot
-from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
 from udbad.types import Caller
 from udbad.union import copyup, create, lookup, remove, rename, resolve

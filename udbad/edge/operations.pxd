@@ -1,5 +1,5 @@
 from udbad.inodes.handles cimport OpenDir, OpenFile
-from udbad.inodes.table cimport Dir, Node
+from udbad.inodes.node cimport Dir, Node
 from udbad.union.fs cimport UnionFs
 
 cdef class Operations:

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple, NoReturn
 from udbad.branch import syscalls, whiteout
 from udbad.coherence.base import Coherence
 from udbad.inodes.handles import OpenFile
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.kernel.passthrough import Passthrough
 from udbad.kernel.wire import CACHE_DIR, KEEP_CACHE, NO_FLUSH, PASSTHROUGH
 from udbad.types import Caller
@@ -116,7 +116,7 @@ class Operations:
         node, st = found
         table = self.fs.table
         table.refer(node)
-        return node, st, table.nodes[parent].ttl, self.coherence.attr_ttl(node, st)
+        return node, st, table.directory(parent).ttl, self.coherence.attr_ttl(node, st)
 
     def forget(self, node_id: int, count: int) -> None:
         """The kernel has given back that many references."""
@@ -131,7 +131,7 @@ class Operations:
         if fs.walks.callers:
             found = fs.look_again(pid, parent, name, found)
         if found is None:
-            ttl = self.coherence.negative_ttl(fs.table.nodes[parent], name)
+            ttl = self.coherence.negative_ttl(fs.table.directory(parent), name)
             if ttl:
                 return ttl
             raise OSError(errno.ENOENT, "")

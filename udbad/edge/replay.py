@@ -33,8 +33,8 @@ from udbad.edge.native import REPLAY_UID
 from udbad.edge.operations import Entry
 from udbad.edge.table import NOTHING, TABLE, Body
 from udbad.inodes.handles import backing_id
+from udbad.inodes.node import Dir, Node
 from udbad.inodes.paths import path_in
-from udbad.inodes.table import Dir, Node
 from udbad.kernel import wire
 from udbad.kernel.received import Received
 

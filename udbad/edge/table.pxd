@@ -1,5 +1,5 @@
 from udbad.edge.operations cimport Operations
-from udbad.inodes.table cimport Node
+from udbad.inodes.node cimport Node
 from udbad.kernel.cdevice cimport name_at
 from udbad.kernel.cwire cimport attributes, dirent, entry, negative
 from udbad.kernel.received cimport Received

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple, TypeVar, TypeVarTuple
 
 from udbad.edge.operations import Attributes, Entry, Negative, Opened, Operations, Space
-from udbad.inodes.table import Node
+from udbad.inodes.node import Node
 from udbad.kernel import wire
 from udbad.kernel.boundary import Malformed
 from udbad.kernel.device import name_at

@@ -7,9 +7,11 @@ from cpython.list cimport PyList_GET_SIZE
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from udbad.inodes.cbyid cimport ById
 from udbad.inodes.handles cimport HandleTable, OpenFile
 from udbad.inodes.inomap cimport InoMap
-from udbad.inodes.table cimport Dir, InodeTable, Layer, Node
+from udbad.inodes.node cimport Dir, Layer, More, Node
+from udbad.inodes.table cimport InodeTable
 
 from udbad.inodes.journal import CLOSED, DIRECTORY, FILE, NEGATIVES, NUMBER, NUMBERS, OPEN_FILE, Negative
 from udbad.inodes.record import pack
@@ -48,9 +50,10 @@ cdef uint64_t put_node(char *to, Node node) except? 0:
     cdef uint64_t name_size = PyBytes_GET_SIZE(node.name)
     cdef uint64_t size = sizeof(node_entry) + name_size
     cdef bytes more = None
-    if node.aliases or node.plink is not None:
-        home = None if node.plink is None else (node.plink.branch.id, node.plink.name)
-        more = pack(([(above.id, other) for above, other in node.aliases or ()], home))
+    cdef More rest = node.more
+    if rest is not None and (rest.aliases or rest.plink is not None):
+        home = None if rest.plink is None else (rest.plink.branch.id, rest.plink.name)
+        more = pack(([(above.id, other) for above, other in rest.aliases or ()], home))
         if size + PyBytes_GET_SIZE(more) > LARGEST:
             return 0
         memcpy(to + size, PyBytes_AS_STRING(more), PyBytes_GET_SIZE(more))
@@ -62,7 +65,7 @@ cdef uint64_t put_node(char *to, Node node) except? 0:
     entry.name_size = <uint16_t>name_size
     entry.type = node.kind
     entry.branch = node.branch.id
-    entry.orphan_fd = node.orphan_fd
+    entry.orphan_fd = -1 if rest is None else rest.orphan_fd
     entry.id, entry.dev, entry.ino = node.id, node.dev, node.ino
     entry.parent = 0 if node.parent is None else node.parent.id
     entry.links = node.nlink_extra
@@ -237,7 +240,8 @@ cdef class Writer:
         cdef int64_t number
         cdef char *to
         cdef closed_entry *closed
-        cdef dict nodes = self.table.nodes, files = self.handles.files, lost = self.handles.lost
+        cdef ById nodes = self.table.nodes
+        cdef dict files = self.handles.files, lost = self.handles.lost
         cdef OpenFile opened
         cdef Node node
         cdef list left = []

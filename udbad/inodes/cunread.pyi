@@ -4,7 +4,8 @@ from mmap import mmap
 
 from udbad.branch.branches import Branch
 from udbad.inodes.inomap import Identity
-from udbad.inodes.table import InodeTable, Node
+from udbad.inodes.node import Node
+from udbad.inodes.table import InodeTable
 
 VERSION: int
 """Of the record (record.py) whose entries are known here."""

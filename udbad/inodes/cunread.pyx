@@ -12,7 +12,8 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
 from udbad.inodes.cjournal cimport HEAD, node_entry
-from udbad.inodes.table cimport Dir, InodeTable, Layer, Node
+from udbad.inodes.node cimport Dir, Layer, Node
+from udbad.inodes.table cimport InodeTable
 
 from stat import S_IFLNK
 
@@ -321,7 +322,7 @@ cdef class Unread:
         if node is None:
             node = self.make_other(self.payload(one.at), entry.count)
         else:
-            self.table.nodes[node.id] = node
+            self.table.nodes.add(node)
         node.nlookup = <int64_t>entry.count
         node.place = (one.at >> 3) + 1
         if one.listings != _NOWHERE and type(node) is Dir:

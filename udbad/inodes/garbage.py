@@ -16,18 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from udbad import compiled
-
 MANY: Final = 20_000
 """Nodes, of about 10 MiB; a whole search then takes some tens of milliseconds."""
 _WHOLE: Final = 2
 """The generation of a whole search."""
 
 _libc = ctypes.CDLL(None)
-
-
-def pass_over(one: object) -> None:
-    """Have no search look at this object. Not more than the others, where nothing is compiled."""
 
 
 def spare(nodes: Callable[[], int]) -> None:
@@ -64,7 +58,3 @@ def give_back(nodes: int) -> None:
     # may hold an arena of a megabyte; a whole search lets go of them.
     gc.collect()
     _libc.malloc_trim(0)
-
-
-if not compiled.why_not():
-    from udbad.inodes.cgarbage import pass_over  # noqa: F401

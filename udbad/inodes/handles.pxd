@@ -1,7 +1,7 @@
 # A handle's number is Python's: it may be a node's id, negative, for which those of C have no room.
 
 from udbad.inodes.record cimport Record
-from udbad.inodes.table cimport Dir, Node
+from udbad.inodes.node cimport Dir, Node
 
 cdef class OpenFile:
     cdef public object fh, group

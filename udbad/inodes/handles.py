@@ -15,8 +15,8 @@ from typing import Any
 
 from udbad.branch import syscalls
 from udbad.errors import eio, os_error
+from udbad.inodes.node import Dir, Node
 from udbad.inodes.record import Record
-from udbad.inodes.table import Dir, Node
 from udbad.types import Caller, Fh
 
 Number = int

@@ -15,8 +15,9 @@ from typing import Any, Final, NamedTuple
 from udbad import compiled
 from udbad.inodes.handles import HandleTable, OpenDir, OpenFile
 from udbad.inodes.inomap import InoMap
+from udbad.inodes.node import Dir, Node, Plink
 from udbad.inodes.record import Record, pack
-from udbad.inodes.table import Dir, InodeTable, Node, Plink
+from udbad.inodes.table import InodeTable
 
 FILE: Final = 1
 """A node that is no directory: NODE, the name, and where it has further ones, or a home, `pack` of (names, home)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from udbad.inodes.table import Node
+from udbad.inodes.node import Node
 from udbad.types import ROOT_ID
 
 

@@ -1,6 +1,6 @@
 from libc.stdint cimport uint32_t, uint64_t
 
-from udbad.inodes.table cimport Node
+from udbad.inodes.node cimport Node
 
 cpdef bytes attributes(Node node, object st, double timeout)
 cpdef bytes entry(Node node, object st, double entry_timeout, double attr_timeout)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable
 
-from udbad.inodes.table import Node
+from udbad.inodes.node import Node
 from udbad.kernel.wire import Settable
 from udbad.union.readdir import Name, Run
 

@@ -8,7 +8,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from udbad.branch.cstat cimport fill, stat_t
-from udbad.inodes.table cimport Dir, Node
+from udbad.inodes.node cimport Dir, Node
 from udbad.union.readdir cimport Run
 
 cdef struct fuse_attr:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Literal
 
 from udbad import compiled
-from udbad.inodes.table import Node
+from udbad.inodes.node import Node
 from udbad.union.readdir import Name, Run
 
 REQUEST = struct.Struct("<IIQQIII")

@@ -19,8 +19,8 @@ import trio
 
 from udbad.control.protocol import Message, checked_text, flag_of
 from udbad.errors import ExitCode, UserError
+from udbad.inodes.node import Dir, Node
 from udbad.inodes.paths import lineage, path_in
-from udbad.inodes.table import Dir, Node
 from udbad.mount import rebranch
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from udbad.branch.policy import parse_copyup, parse_create
 from udbad.branch.spec import printable
 from udbad.branch.walk import kind_name, open_branch
 from udbad.errors import GONE
-from udbad.inodes.table import Dir, Layer
+from udbad.inodes.node import Dir, Layer
 from udbad.types import Perm
 from udbad.union import redirects, resolve, view
 from udbad.union.resolve import Answer

@@ -30,7 +30,7 @@ from udbad.branch.origin import Place
 from udbad.branch.state import ObjectStamp, is_racy, object_stamp, same_content, stamp
 from udbad.errors import estale
 from udbad.inodes.handles import backing_id
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.union import copydirs, homes, lookup, resolve
 from udbad.union.resolve import Answer
 from udbad.union.superblock import Superblock

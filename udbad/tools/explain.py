@@ -17,7 +17,7 @@ from udbad.branch.branches import Branch
 from udbad.branch.layers import End, Held, Part, look, merge
 from udbad.branch.spec import printable
 from udbad.branch.walk import kind_name
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.union import redirects
 from udbad.union.superblock import Superblock
 

@@ -18,7 +18,7 @@ from udbad.branch.branches import Branch
 from udbad.branch.mountflags import writing_to
 from udbad.branch.spec import printable
 from udbad.errors import REPLACED, ExitCode, UserError
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.tools import carry
 from udbad.tools.carry import Changed, Copy, Halt, InUse, Work
 from udbad.union import copydirs

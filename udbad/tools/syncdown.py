@@ -26,7 +26,7 @@ from udbad.branch.branches import Branch
 from udbad.branch.spec import printable
 from udbad.branch.state import object_stamp
 from udbad.errors import ExitCode, UserError, estale, os_error
-from udbad.inodes.table import Dir
+from udbad.inodes.node import Dir
 from udbad.tools import carry
 from udbad.tools.carry import Changed, Copy, Halt, Work
 from udbad.tools.takeaway import (

@@ -16,7 +16,7 @@ from udbad.branch import syscalls, walk, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.state import ObjectStamp, object_stamp, same_content, stamp
 from udbad.errors import REPLACED, os_error
-from udbad.inodes.table import Dir
+from udbad.inodes.node import Dir
 from udbad.tools import carry
 from udbad.tools.carry import Changed, Copy, Halt, InUse, Work
 from udbad.union import remove

@@ -1,5 +1,6 @@
 from udbad.inodes.inomap cimport InoMap
-from udbad.inodes.table cimport Dir, InodeTable, Node
+from udbad.inodes.node cimport Dir, Node
+from udbad.inodes.table cimport InodeTable
 
 cdef class Changes:
     cdef public object _sb, hooks, known_state, catch_up, listen, before_data, data

@@ -14,7 +14,7 @@ import os
 from typing import TYPE_CHECKING, Protocol
 
 from udbad.branch.branches import Branch
-from udbad.inodes.table import Dir, Hit, Node
+from udbad.inodes.node import Dir, Hit, Node
 from udbad.types import MADE, MOVED_FROM, MOVED_TO, OF_DIRECTORY, REMOVED
 
 if TYPE_CHECKING:

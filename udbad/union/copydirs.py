@@ -14,7 +14,7 @@ from udbad.branch import copydata, notation, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.policy import CopyUpPolicy, CreatePolicy, Facts
 from udbad.errors import ABSENT, erofs, estale, os_error
-from udbad.inodes.table import Dir, Layer
+from udbad.inodes.node import Dir, Layer
 from udbad.union import lookup, resolve
 from udbad.union.superblock import Superblock
 

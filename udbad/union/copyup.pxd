@@ -1,3 +1,3 @@
-from udbad.inodes.table cimport Dir, Layer, Node
+from udbad.inodes.node cimport Dir, Layer, Node
 from udbad.union.resolve cimport Found, Missing
 from udbad.union.superblock cimport Superblock

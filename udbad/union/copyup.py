@@ -33,7 +33,7 @@ from udbad.branch.state import is_racy, object_stamp, stamp
 from udbad.errors import GONE, erofs, estale, os_error
 from udbad.inodes.handles import backing_id
 from udbad.inodes.inomap import Identity
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.types import MADE, MOVED_TO, CopyMethod, Trigger
 from udbad.union import copydirs, homes, lookup, plink, resolve
 from udbad.union.resolve import Answer

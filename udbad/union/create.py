@@ -18,7 +18,7 @@ from udbad.branch import notation, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.credentials import Credentials
 from udbad.errors import enoent, erofs, estale, os_error
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.types import Caller, Trigger
 from udbad.union import copydirs, homes, lookup, remove, resolve
 from udbad.union.resolve import Answer, Found, Missing

@@ -1,5 +1,6 @@
 from udbad.inodes.handles cimport HandleTable, OpenDir, OpenFile
-from udbad.inodes.table cimport Dir, InodeTable, Node
+from udbad.inodes.node cimport Dir, Node
+from udbad.inodes.table cimport InodeTable
 from udbad.union cimport lookup
 from udbad.union.superblock cimport Superblock
 

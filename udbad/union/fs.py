@@ -20,8 +20,8 @@ from udbad.branch import overlayattr, state, syscalls, whiteout
 from udbad.branch.credentials import Credentials, sgid_group
 from udbad.errors import REPLACED, eio, erofs, estale, os_error
 from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, backing_id, note_id_bits
+from udbad.inodes.node import XATTR_BITS, Dir, Node
 from udbad.inodes.slot import U64
-from udbad.inodes.table import XATTR_BITS, Dir, Node
 from udbad.types import Caller, Trigger
 from udbad.union import copyup, create, lookup, ranges, readdir, remove, rename, resolve
 from udbad.union.held import HeldWalks

@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Final
 
 from udbad.branch import syscalls
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.union import lookup
 from udbad.union.superblock import Superblock, is_object
 

@@ -22,7 +22,7 @@ from udbad.branch.branches import Branch
 from udbad.branch.origin import Place
 from udbad.branch.spec import shown
 from udbad.errors import NO_DIRECTORY, os_error
-from udbad.inodes.table import Dir, Node, Plink
+from udbad.inodes.node import Dir, Node, Plink
 from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)

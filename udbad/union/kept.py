@@ -25,7 +25,7 @@ from typing import Final
 from udbad.branch import syscalls
 from udbad.branch.credentials import Credentials
 from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile
-from udbad.inodes.table import Node
+from udbad.inodes.node import Node
 from udbad.types import Caller
 from udbad.union import ranges
 from udbad.union.superblock import Superblock

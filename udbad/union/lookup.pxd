@@ -1,7 +1,8 @@
 cimport cython
 
 from udbad.branch.cstat cimport Status, find_at, fstat
-from udbad.inodes.table cimport Dir, InodeTable, Layer, Node
+from udbad.inodes.node cimport Dir, Layer, Node
+from udbad.inodes.table cimport InodeTable
 from udbad.union.resolve cimport Found, Missing, resolve
 from udbad.union.superblock cimport Counters, Superblock
 

@@ -19,7 +19,7 @@ from udbad.branch import state, syscalls
 from udbad.branch.branches import Branch
 from udbad.branch.syscalls import find_at, fstat
 from udbad.errors import eio, enoent
-from udbad.inodes.table import LOAD_AT_LEAST, Dir, Node
+from udbad.inodes.node import LOAD_AT_LEAST, Dir, Node
 from udbad.union import homes, times
 from udbad.union.resolve import Answer, Found, Missing, discard, found_again, resolve, same_directory
 from udbad.union.superblock import LAST_DEPTH, Superblock, lower_links

@@ -9,7 +9,7 @@ import os
 from udbad.branch import origin, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.origin import Place
-from udbad.inodes.table import Node, Plink
+from udbad.inodes.node import Node, Plink
 from udbad.union import homes
 from udbad.union.superblock import Superblock
 

@@ -23,7 +23,7 @@ from udbad.branch import copydata, syscalls
 from udbad.branch.credentials import Credentials
 from udbad.errors import os_error
 from udbad.inodes.handles import ID_BITS, OpenFile, note_id_bits
-from udbad.inodes.table import Node
+from udbad.inodes.node import Node
 from udbad.types import Trigger
 from udbad.union.superblock import NeedCopyUp, Superblock
 

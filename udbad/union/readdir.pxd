@@ -1,7 +1,7 @@
 cimport cython
 
 from udbad.branch.cstat cimport Status, find_at
-from udbad.inodes.table cimport Dir, Layer, Node
+from udbad.inodes.node cimport Dir, Layer, Node
 from udbad.union cimport lookup
 from udbad.union.superblock cimport Superblock
 from udbad.union.view cimport Said

@@ -24,7 +24,7 @@ from udbad.branch import whiteout
 from udbad.branch.syscalls import find_at
 from udbad.errors import GONE, eio, enoent
 from udbad.inodes.handles import OpenDir
-from udbad.inodes.table import POSITIONS, Dir, Hit, Layer, Node
+from udbad.inodes.node import POSITIONS, Dir, Hit, Layer, Node
 from udbad.union import lookup, resolve, view
 from udbad.union.resolve import Answer
 from udbad.union.superblock import Superblock

@@ -22,8 +22,8 @@ from udbad.inodes import journal
 from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile
 from udbad.inodes.inomap import Identity
 from udbad.inodes.journal import Journal
+from udbad.inodes.node import Dir, Layer, Node, Plink, unkept
 from udbad.inodes.record import DROPPED, Record, unpack
-from udbad.inodes.table import Dir, Layer, Node, Plink, unkept
 from udbad.types import ROOT_ID, Caller, Fh
 from udbad.union.fs import UnionFs
 from udbad.union.superblock import Superblock
@@ -231,7 +231,7 @@ class _Recall:
             plink = None if home is None else self._homes.get(home)
             if plink is not None and plink.identity == (dev, ino):
                 node.plink = plink
-        self._sb.table.nodes[number] = node
+        self._sb.table.nodes.add(node)
         return node
 
     def _directory(self, payload: bytes, count: int) -> Dir:
@@ -265,7 +265,7 @@ class _Recall:
             node.name = name
             node.dead = dead or not there
             node.opaque, node.floor = opaque, floor
-            table.nodes[number] = node
+            table.nodes.add(node)
             held = sum(layer.fd >= 0 for layer in parts)
             if held:
                 table.open_fds += held

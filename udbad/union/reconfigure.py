@@ -16,8 +16,8 @@ from typing import NamedTuple
 from udbad.branch import syscalls
 from udbad.branch.branches import Branch, BranchSet
 from udbad.inodes.handles import OpenFile
+from udbad.inodes.node import Dir, Layer
 from udbad.inodes.paths import last_path
-from udbad.inodes.table import Dir, Layer
 from udbad.union import homes
 from udbad.union.superblock import Superblock, lower_links
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from udbad.branch import redirect, syscalls, walk, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import ABSENT
-from udbad.inodes.table import Dir, Layer
+from udbad.inodes.node import Dir, Layer
 from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)

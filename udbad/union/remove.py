@@ -14,8 +14,8 @@ from udbad.branch import notation, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import enoent, erofs, os_error
 from udbad.inodes.inomap import Identity
+from udbad.inodes.node import Dir, Node
 from udbad.inodes.slot import U64
-from udbad.inodes.table import Dir, Node
 from udbad.union import copydirs, lookup, plink, readdir, resolve
 from udbad.union.resolve import Answer, Found
 from udbad.union.superblock import Superblock

@@ -1,4 +1,4 @@
-from udbad.inodes.table cimport Dir, Layer, Node
+from udbad.inodes.node cimport Dir, Layer, Node
 from udbad.union cimport lookup, remove, resolve
 from udbad.union.resolve cimport Found, Missing
 from udbad.union.superblock cimport Superblock

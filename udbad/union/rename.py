@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from udbad.branch import notation, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import eio, enoent, os_error
-from udbad.inodes.table import Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.types import Trigger
 from udbad.union import copydirs, lookup, readdir, redirects, remove, resolve
 from udbad.union.resolve import Answer, Found, Missing

@@ -2,7 +2,7 @@ cimport cython
 
 from udbad.branch cimport whiteout
 from udbad.branch.cstat cimport Status, find_at, fstat
-from udbad.inodes.table cimport Dir, Layer, Node
+from udbad.inodes.node cimport Dir, Layer, Node
 from udbad.union.superblock cimport Superblock
 
 cdef unsigned int _S_IFMT, _S_IFDIR, _S_IFCHR

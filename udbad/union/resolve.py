@@ -16,7 +16,7 @@ from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.syscalls import find_at, fstat
 from udbad.errors import NO_DIRECTORY, eio, estale
-from udbad.inodes.table import Dir, Index, Layer, Node
+from udbad.inodes.node import Dir, Index, Layer, Node
 from udbad.union import redirects
 from udbad.union.superblock import LAST_DEPTH, Superblock
 

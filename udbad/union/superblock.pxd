@@ -4,7 +4,8 @@ from udbad.branch.cstat cimport Status, fstat, stat_at
 from udbad.inodes.handles cimport HandleTable
 from udbad.inodes.inomap cimport InoMap
 from udbad.inodes.slot cimport Slot
-from udbad.inodes.table cimport Dir, InodeTable, Layer, Node
+from udbad.inodes.node cimport Dir, Layer, Node
+from udbad.inodes.table cimport InodeTable
 from udbad.union.changes cimport Changes
 
 @cython.locals(dev=cython.ulonglong, ino=cython.ulonglong, kind=cython.uint)

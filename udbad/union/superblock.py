@@ -20,8 +20,9 @@ from udbad.branch.syscalls import fstat, stat_at
 from udbad.errors import GONE, NO_DIRECTORY, eio, estale
 from udbad.inodes.handles import HandleTable
 from udbad.inodes.inomap import InoMap
+from udbad.inodes.node import Dir, Layer, Node, Plink
 from udbad.inodes.slot import Slot
-from udbad.inodes.table import Dir, InodeTable, Layer, Node, Plink
+from udbad.inodes.table import InodeTable
 from udbad.types import ROOT_ID, Trigger
 from udbad.union.changes import Changes
 

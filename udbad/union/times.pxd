@@ -1,2 +1,2 @@
-from udbad.inodes.table cimport Dir, Layer, Node
+from udbad.inodes.node cimport Dir, Layer, Node
 from udbad.union.superblock cimport Superblock

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from udbad.branch import state, syscalls
 from udbad.branch.state import Stamp
-from udbad.inodes.table import Dir
+from udbad.inodes.node import Dir
 from udbad.union.superblock import Superblock
 
 MAX_LAYERS = 16

@@ -1,7 +1,7 @@
 cimport cython
 
 from udbad.inodes.inomap cimport InoMap
-from udbad.inodes.table cimport Dir, Layer
+from udbad.inodes.node cimport Dir, Layer
 from udbad.union.superblock cimport Superblock
 
 cdef unsigned char _DIRECTORY, _REGULAR, _DOT

@@ -16,7 +16,7 @@ from array import array
 from udbad.branch import listing, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.errors import eio
-from udbad.inodes.table import MAX_STACKED, Dir, Hit
+from udbad.inodes.node import MAX_STACKED, Dir, Hit
 from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
