@@ -137,7 +137,8 @@ class World:
         compared = 0
         branches = self.open(specs_of(self.branches))
         sb = Superblock(branches, OPTIONS, max_fds=1000)
-        RevalCoherence(sb, FakeNotifier()).start()
+        strategy = RevalCoherence(sb, FakeNotifier())
+        strategy.start()
         fresh = UnionFs(sb, self.fs.creds)
         below: dict[int, dict[bytes, int]] = {}
         for (parent, name), number in self.kernel.entries.items():
@@ -164,6 +165,7 @@ class World:
                         there[0].nlookup += 1
                         waiting.append((child, there[0].id, path + b"/" + name))
         finally:
+            strategy.stop()
             for node in sb.table.nodes.values():
                 if type(node) is Dir and node is not sb.root:
                     sb.table.close_layers(node)
