@@ -10,8 +10,9 @@ import socket
 import struct
 import time
 from pathlib import Path
-from stat import S_IFREG
+from stat import S_IFCHR, S_IFREG
 from types import ModuleType
+from typing import Any
 
 import pytest
 from asyncinotify import Inotify, Mask
@@ -24,20 +25,18 @@ from udbad.branch import fanotify, listing, state, syscalls
 from udbad.branch.branches import Branch
 from udbad.coherence import watcher
 from udbad.errors import ABSENT
-from udbad.inodes import byid
+from udbad.inodes import byid, names
 from udbad.inodes.handles import HandleTable
 from udbad.inodes.inomap import InoMap
 from udbad.inodes.journal import DIRECTORY, Journal
 from udbad.inodes.node import Dir, Layer, Node
-from udbad.inodes.record import Record, pack
+from udbad.inodes.record import Record, pack, unpack
 from udbad.inodes.table import InodeTable
 from udbad.kernel import device, wire
 from udbad.kernel.protocol import inval_attributes, inval_data, inval_entry
 from udbad.kernel.received import Received
 from udbad.types import ROOT_ID, Perm
-from udbad.union import readdir
 from udbad.union.readdir import Run
-from udbad.union.view import Said, View
 
 
 def in_python(module: ModuleType) -> ModuleType:
@@ -56,7 +55,7 @@ def in_python(module: ModuleType) -> ModuleType:
 
 
 PYTHON_WIRE, PYTHON_DEVICE, PYTHON_LISTING = in_python(wire), in_python(device), in_python(listing)
-PYTHON_STATE, PYTHON_FANOTIFY, PYTHON_READDIR = in_python(state), in_python(fanotify), in_python(readdir)
+PYTHON_STATE, PYTHON_FANOTIFY, PYTHON_NAMES = in_python(state), in_python(fanotify), in_python(names)
 PYTHON_BYID = in_python(byid)
 BRANCH = Branch(0, 0, b"/", Perm.RO, frozenset(), None, -1, -1, 0, "ext4")
 U32 = st.integers(0, (1 << 32) - 1)
@@ -111,11 +110,6 @@ def test_listings(entries: list[tuple[bytes, int, int, int]], room: int) -> None
     made = wire.dirents(iter(entries), room)
     assert made == PYTHON_WIRE.dirents(iter(entries), room)
     assert len(made) <= max(room, 0)
-    said = Said(len(entries))
-    for at, (_, number, kind, _) in enumerate(entries):
-        said.numbers[at], said.types[at] = number, kind >> 12
-    run = Run([name for name, *_ in entries], said, len(entries) // 2, len(entries), 1000)
-    assert wire.dirents([run, *run], room) == PYTHON_WIRE.dirents([*run, run], room)
 
 
 NUMBERS = st.builds(lambda low, high: low | high << 48, st.integers(0, 40), st.sampled_from([0, 1, 1 << 15]))
@@ -149,25 +143,139 @@ def test_nodes_by_their_ids(changes: list[tuple[str, int]]) -> None:
             nodes[41]
 
 
-NAMES = st.sampled_from([b"a", b"b", b"c", b".d", b".wh.e", b"f" * 60])
-HITS = st.sampled_from([None, 0, 1, (0,), (0, 2)])
+FEW = [b"a", b"bb", b".c", b".wh.d", b"e" * 255, b"f" * 1024]
+MANY = [b"%d" % number for number in range(100)]
+HITS = [None, 0, 1, 70, (0,), (0, 2)]
 
 
-@given(st.lists(NAMES, unique=True), st.data())
-def test_names_that_nobody_has_changed(names: list[bytes], data: st.DataObject) -> None:
-    """Names may have gone and come since, and the view may be another one, with other objects as its names."""
-    said = Said(len(names))
-    for at in range(len(names)):
-        said.types[at] = data.draw(st.sampled_from([0, 4, 8, 8, 8]))
-    hits: View = {name: data.draw(HITS) for name in names}
-    for name in data.draw(st.lists(NAMES)):
-        hits.pop(name, None)
-        if data.draw(st.booleans()):
-            hits[bytes(bytearray(name))] = data.draw(HITS)
-    children = {name: Node(2, 0o100000, BRANCH, 1, 2) for name in data.draw(st.lists(NAMES, max_size=2))}
-    for first in range(len(names) + 1):
-        found = readdir.as_said(hits, names, said, children, first, len(names))
-        assert found == PYTHON_READDIR.as_said(hits, names, said, children, first, len(names))
+def make_branches(path: Path) -> None:
+    """Two directories, and one that is empty, that have names of every kind, some of them in common."""
+    for branch, chosen in (("upper", MANY[:40]), ("lower", MANY[20:90]), ("empty", [])):
+        (path / branch).mkdir()
+        for name in chosen:
+            made = path / branch / name.decode()
+            if int(name) % 5 == 1:
+                made.mkdir()
+            elif int(name) % 7 == 0 and branch == "lower":
+                made.symlink_to("x")
+            else:
+                made.touch()
+    for mark in (".wh.", ".wh.50", ".wh..wh.aufs", ".wh"):
+        (path / "upper" / mark).touch()
+    os.mknod(path / "lower" / "device", S_IFCHR, 0)
+
+
+def changed(one: Any, what: str, rng: random.Random, path: Path) -> object:
+    """Do what it says to names; rng: the same for both kinds of them."""
+    name = rng.choice(rng.choice([FEW, MANY, MANY]))
+    hidden: set[bytes] = {b"50", b"a"} if rng.random() < 0.5 else set()
+    stacked: set[bytes] = set()
+    if what == "set":
+        one[name] = rng.choice(HITS)
+    elif what == "discard":
+        one.discard(name)
+    elif what == "add":
+        one.add(name, rng.choice([1, 3]), rng.getrandbits(64), rng.choice([0, 4, 8, 10]), hidden, stacked)
+    elif what == "read":
+        fd = os.open(path / rng.choice(["upper", "lower", "empty"]), os.O_RDONLY)
+        try:
+            return one.read(fd, rng.choice([1, 3]), hidden, stacked), stacked
+        finally:
+            os.close(fd)
+    elif what == "fill":
+        other = type(one)([name, b"1"])
+        other.add(b"2", 4, rng.getrandbits(64), 8, set(), None)
+        one.fill(other)
+    elif what == "doubt":
+        one.doubt()
+    elif what == "copy":
+        copy = one.copy()
+        assert copy.same(one)
+        copy[name] = 1
+        copy.discard(b"3")
+        return all_of(copy), copy.same(one)
+    elif what == "take":
+        other = type(one)(rng.sample(MANY, 10))
+        one.take(other)
+        other[name] = 0
+    return stacked
+
+
+def all_of(names: Any) -> list[object]:
+    """What every question to it is answered."""
+    listed = list(names)
+    places = [names.at(place) for place in range(len(names))]
+    with pytest.raises(IndexError):
+        names.at(len(names))
+    asked = [*FEW, *MANY, b"", b"x" * 5000]
+    assert unpack(names.packed()) == listed == [place[0] for place in places]
+    assert names.hits() == [place[1] for place in places]
+    assert [names.get(name, -1) for name in asked] == [(names.find(name) or (-1,))[0] for name in asked]
+    return [places, [name in names for name in asked], names.lacking({}), names.lacking({b"1": 0, b"a": 0})]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_names_of_a_directory(tmp_path: Path, seed: int) -> None:
+    """Whatever is done to them."""
+    rng = random.Random(seed)
+    make_branches(tmp_path)
+    both = names.Names(MANY[:3]), PYTHON_NAMES.Names(MANY[:3])
+    for _ in range(100):
+        what = rng.choice(["set", "discard", "add", "fill", "copy", *rng.choice([[], ["read", "doubt", "take"]])])
+        again = rng.getstate()
+        said = changed(both[0], what, rng, tmp_path)
+        rng.setstate(again)
+        assert changed(both[1], what, rng, tmp_path) == said
+        assert all_of(both[0]) == all_of(both[1])
+    for one in both:
+        for name in (b"", b"x" * 5000):
+            with pytest.raises(ValueError, match=r"x|b''"):
+                one[name] = 0
+
+
+def test_copies_of_names() -> None:
+    """What becomes of one is none of the others."""
+    first = names.Names(MANY)
+    second, third = first.copy(), first.copy()
+    first[b"1"] = 5
+    second.discard(b"2")
+    third.doubt()
+    fourth = second.copy()
+    fourth.fill(first)
+    assert first.get(b"1") == 5
+    assert fourth.get(b"1") == 5
+    assert list(first) == list(third) == MANY
+    assert list(second) == list(fourth) == [name for name in MANY if name != b"2"]
+    assert not first.same(second)
+    assert first.same(third)
+    second.take(first)
+    second[b"1"] = 6
+    assert (first.get(b"1"), second.get(b"1")) == (5, 6)
+
+
+@given(st.randoms(use_true_random=False), st.integers(-1, 4096))
+def test_names_that_follow_each_other(rng: random.Random, room: int) -> None:
+    """Names may have gone and come since, and of some the kernel knows the nodes, or has to be asked."""
+    listed = names.Names()
+    chosen = [*rng.sample(FEW, rng.randrange(3)), *rng.sample(MANY, rng.randrange(30))]
+    for name in chosen:
+        listed.add(
+            name, rng.choice([0, 2, 2, 3]), rng.choice([0, 1, 5, 6, 90, 1 << 40]), rng.choice([4, 8, 8]), set(), None
+        )
+    current = rng.choice([listed, listed.copy()])
+    for name in rng.sample(chosen, min(rng.randrange(4), len(chosen))):
+        current.discard(name)
+        if rng.random() < 0.6:
+            current[name] = rng.choice(HITS)
+    children = {name: Node(7, S_IFREG, BRANCH, 1, 2) for name in chosen if rng.random() < 0.05}
+    numbering = {0: (1, 1 << 31, 50, set[int]()), 2: (2, 1000, 100, {5, 90})}
+    said = []
+    for module in (wire, PYTHON_WIRE):
+        inomap = InoMap(2)
+        run = Run(listed, current, children, inomap, numbering, 0, 1000)
+        answer = module.dirents([(b".", 1, 0o040000, 1), run], room)
+        said.append((answer, run.first if len(answer) + 1100 < room else None, len(inomap)))
+    assert said[0] == said[1]
 
 
 @given(st.integers(0, (1 << 9) - 1), st.binary(min_size=84, max_size=84))

@@ -55,7 +55,8 @@ def said(fs: UnionFs) -> dict[str, Any]:
         ]  # fmt: skip
         if type(node) is Dir:
             children = {name: child.id for name, child in node.children.items() if known(child)}
-            nodes[node.id] += [[layer.identity for layer in node.layers], node.listings, node.room, children]
+            listings = [(first, count, names and list(names)) for first, count, names in node.listings]
+            nodes[node.id] += [[layer.identity for layer in node.layers], listings, node.room, children]
         else:
             nodes[node.id] += [node.nlink_extra]
     files = {
@@ -64,7 +65,7 @@ def said(fs: UnionFs) -> dict[str, Any]:
     }
     opened = {fh: fcntl.fcntl(handle.fd, fcntl.F_GETFL) for fh, handle in handles.files.items()}
     directories = {
-        fh: (handle.node.id, handle.pid, handle.cached, handle.base, handle.names)
+        fh: (handle.node.id, handle.pid, handle.cached, handle.base, handle.names and list(handle.names))
         for fh, handle in handles.dirs.items()
     }
     numbers = {identity: fs.sb.inomap.entry(identity) for identity in fs.sb.inomap.entries()}

@@ -18,7 +18,7 @@ from udbad.inodes.table cimport InodeTable
 from stat import S_IFLNK
 
 from udbad.inodes.inomap import SHORT, SPARE, SPILL
-from udbad.inodes.journal import DIRECTORY, FILE, GONE, LISTINGS, NEGATIVES
+from udbad.inodes.journal import DIRECTORY, FILE, GONE, LISTINGS, NEGATIVES, listings
 from udbad.inodes.record import DROPPED, unpack
 from udbad.types import ROOT_ID
 
@@ -326,7 +326,8 @@ cdef class Unread:
         node.nlookup = <int64_t>entry.count
         node.place = (one.at >> 3) + 1
         if one.listings != _NOWHERE and type(node) is Dir:
-            _, (<Dir>node).listings, (<Dir>node).room = unpack(self.payload(one.listings)[1:])
+            _, said, (<Dir>node).room = unpack(self.payload(one.listings)[1:])
+            (<Dir>node).listings = listings(said)
         if node.nlookup <= 0:
             self.unknown.append(node)
         return 0

@@ -1,5 +1,6 @@
 # A handle's number is Python's: it may be a node's id, negative, for which those of C have no room.
 
+from udbad.inodes.cnames cimport Names as CNames
 from udbad.inodes.record cimport Record
 from udbad.inodes.node cimport Dir, Node
 
@@ -11,10 +12,9 @@ cdef class OpenFile:
     cdef public bint writable
 
 cdef class OpenDir:
-    cdef public object fh, pid, base, said
+    cdef public object fh, pid, base, numbering
     cdef public Dir node
-    cdef public list names
-    cdef public dict hits
+    cdef public CNames names
     cdef public bint cached
 
 cdef class HandleTable:

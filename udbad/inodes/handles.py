@@ -15,6 +15,7 @@ from typing import Any
 
 from udbad.branch import syscalls
 from udbad.errors import eio, os_error
+from udbad.inodes.names import Names
 from udbad.inodes.node import Dir, Node
 from udbad.inodes.record import Record
 from udbad.types import Caller, Fh
@@ -95,21 +96,20 @@ def note_id_bits(node: Node, st: os.stat_result) -> None:
 class OpenDir:
     """One opendir(3): a private snapshot of names, taken at the first read (semantics 5).
 
-    base: the position at which the snapshot begins. cached: the kernel may answer from a listing of its own. said:
-    what the branch directories say of the names (a Said of union/view.py), when that has been asked for.
+    base: the position at which the snapshot begins. cached: the kernel may answer from a listing of its own. numbering:
+    how inode numbers of the branch directories are told (union/readdir.py), once somebody has asked.
     """
 
-    __slots__ = ("base", "cached", "fh", "hits", "names", "node", "pid", "said")
+    __slots__ = ("base", "cached", "fh", "names", "node", "numbering", "pid")
 
     def __init__(self, fh: Fh, node: Dir, pid: int) -> None:
         self.fh = fh
         self.pid = pid
         self.node = node
-        self.names: list[bytes] | None = None
+        self.names: Names | None = None
         self.base = 0
         self.cached = False
-        self.hits: dict[bytes, int | tuple[int, ...] | None] = {}
-        self.said: Any = None
+        self.numbering: Any = None
 
 
 def kept_number(node_id: Number) -> Fh:

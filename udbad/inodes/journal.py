@@ -9,14 +9,15 @@ Event loop only.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from udbad import compiled
 from udbad.inodes.handles import HandleTable, OpenDir, OpenFile
 from udbad.inodes.inomap import InoMap
-from udbad.inodes.node import Dir, Node, Plink
-from udbad.inodes.record import Record, pack
+from udbad.inodes.names import Names
+from udbad.inodes.node import Dir, Listing, Node, Plink
+from udbad.inodes.record import Record, pack, pack_tuple
 from udbad.inodes.table import InodeTable
 
 FILE: Final = 1
@@ -189,14 +190,18 @@ class Journal:
         if handle.fh not in self._handles.dirs:
             self.closed(handle.fh)
             return
-        names: object = handle.names
-        if names is not None and any(shared is names for first, _, shared in node.listings if first == handle.base):
-            names = SHARED
-        self._append(_entry(OPEN_DIRECTORY, (handle.fh, node.id, handle.pid, handle.cached, handle.base, names)))
+        names = handle.names
+        if names is not None and any(shared is names for _, _, shared in node.listings):
+            packed = pack(SHARED)
+        else:
+            packed = _names(names)
+        said = handle.fh, node.id, handle.pid, handle.cached, handle.base
+        self._append(bytes((OPEN_DIRECTORY,)) + pack_tuple(*map(pack, said), packed))
 
     def _snapshots(self, node: Dir) -> None:
         self._listings[node.id] = node.listings
-        self._append(_entry(LISTINGS, (node.id, node.listings, node.room)))
+        snapshots = [pack_tuple(pack(first), pack(count), _names(names)) for first, count, names in node.listings]
+        self._append(bytes((LISTINGS,)) + pack_tuple(pack(node.id), pack_tuple(*snapshots), pack(node.room)))
 
     def _negative(self, negative: Negative) -> None:
         node, name = negative
@@ -214,6 +219,16 @@ class Journal:
     def _home(self, plink: Plink) -> None:
         said = plink.branch.id, plink.name, plink.identity, plink.source_dev, plink.pending, plink.links, plink.counted
         self._append(_entry(HOME, said))
+
+
+def listings(said: Iterable[tuple[int, int, list[bytes] | None]]) -> tuple[Listing, ...]:
+    """Those of a directory, from a LISTINGS entry."""
+    return tuple([(first, count, None if names is None else Names(names)) for first, count, names in said])
+
+
+def _names(names: Names | None) -> bytes:
+    """Packed; there may be very many."""
+    return pack(None) if names is None else names.packed()
 
 
 def _entry(kind: int, said: object) -> bytes:

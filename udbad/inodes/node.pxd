@@ -3,6 +3,8 @@
 
 cimport cython
 
+from udbad.inodes.cnames cimport Names as CNames
+
 cdef extern from "<stdbool.h>":
     ctypedef bint flag "bool"  # of one byte
 
@@ -43,7 +45,8 @@ cdef class Layer:
 
 cdef class Dir(Node):
     cdef public list layers, offline, times
-    cdef public dict children, view
+    cdef public dict children
+    cdef public CNames view
     cdef public dict stacked
     cdef public set negatives
     cdef public tuple listings, room

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from udbad.branch.branches import Branch
 from udbad.branch.state import Stamp
 from udbad.inodes.inomap import Identity
+from udbad.inodes.names import UNKNOWN, Names
 
 if TYPE_CHECKING:
     from udbad.inodes.handles import OpenFile
@@ -212,11 +213,7 @@ class Layer:
         return (self.dev, self.ino)
 
 
-Hit = int | tuple[int, ...]
-"""What a view knows of a name: branch index of a non-directory, all branch indices of a directory."""
-
-
-Listing = tuple[int, int, list[bytes] | None]
+Listing = tuple[int, int, Names | None]
 """A snapshot of a directory: the position it begins at, how many names it has, and these unless they were let go."""
 
 POSITIONS = (0, 1 << 31)
@@ -270,7 +267,7 @@ class Dir(Node):
         """A redirect says where some of its layers are, or would be: more than its parent and its name decides."""
         self.children: dict[bytes, Node] = {}
         """Nodes by the names they are known by here."""
-        self.view: dict[bytes, Hit | None] | None = None
+        self.view: Names | None = None
         """Merged names; None: not loaded. UNKNOWN entries have to be looked at again."""
         self.stacked: dict[bytes, None] | None = None
         """What else is in the layers: names that have a whiteout, or that are in several layers, or had or were
@@ -332,7 +329,7 @@ class Dir(Node):
         """A branch has under this name what the view does not know: whoever asks for it next, as the kernel will, must
         not be told what was before, in whatever mode."""
         if self.view is not None:
-            self.view[name] = None
+            self.view[name] = UNKNOWN
         self.note_stacked(name)
 
     def layer(self, index: Index) -> Layer | None:

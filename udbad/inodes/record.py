@@ -66,6 +66,11 @@ def pack(value: Any) -> bytes:
     return marshal.dumps(value, _MARSHAL)
 
 
+def pack_tuple(*packed: bytes) -> bytes:
+    """`pack` of a tuple of what has been packed already."""
+    return b"".join((b"(", len(packed).to_bytes(4, "little"), *packed))
+
+
 class UnreadableRecord(Exception):
     """There is no state in it, or one of another version."""
 

@@ -9,6 +9,7 @@ from libc.string cimport memcpy, memset
 
 from udbad.branch.cstat cimport fill, stat_t
 from udbad.inodes.node cimport Dir, Node
+from udbad.union.creaddir cimport find_next, name_t
 from udbad.union.readdir cimport Run
 
 cdef struct fuse_attr:
@@ -124,14 +125,15 @@ cpdef bytes negative(double timeout):
     return body
 
 
-cdef Py_ssize_t put_dirent(char *start, Py_ssize_t room, uint64_t number, uint32_t kind, bytes name, uint64_t after):
+cdef Py_ssize_t put_dirent(
+    char *start, Py_ssize_t room, uint64_t number, uint32_t kind, const char *name, Py_ssize_t size, uint64_t after
+) noexcept:
     """The bytes that it takes; no more than `room` are written."""
-    cdef Py_ssize_t size = len(name)
     cdef Py_ssize_t padded = (size + 7) & ~7
     cdef fuse_dirent *out = <fuse_dirent *>start
     if <Py_ssize_t>sizeof(fuse_dirent) + padded <= room:
         out.ino, out.off, out.namelen, out.type = number, after, size, kind >> 12
-        memcpy(start + sizeof(fuse_dirent), PyBytes_AS_STRING(name), size)
+        memcpy(start + sizeof(fuse_dirent), name, size)
         memset(start + sizeof(fuse_dirent) + size, 0, padded - size)
     return sizeof(fuse_dirent) + padded
 
@@ -140,7 +142,7 @@ cpdef bytes dirent(uint64_t number, uint32_t kind, bytes name, uint64_t after):
     """fuse_dirent. kind: S_IFMT bits. after: offset of the entry that follows."""
     cdef Py_ssize_t size = sizeof(fuse_dirent) + ((len(name) + 7) & ~7)
     cdef bytes body = PyBytes_FromStringAndSize(NULL, size)
-    put_dirent(PyBytes_AS_STRING(body), size, number, kind, name, after)
+    put_dirent(PyBytes_AS_STRING(body), size, number, kind, PyBytes_AS_STRING(name), len(name), after)
     return body
 
 
@@ -148,28 +150,28 @@ def dirents(object entries, Py_ssize_t room):
     """As many of them as there are bytes of room for."""
     cdef char *buffer = <char *>malloc(max(room, 1))
     cdef Py_ssize_t used = 0
-    cdef Py_ssize_t taken, at
+    cdef Py_ssize_t taken
     cdef Run run
-    cdef const uint64_t[::1] numbers
-    cdef const unsigned char[::1] types
+    cdef name_t next
     if not buffer:
         raise MemoryError
     try:
         for each in entries:
             if type(each) is Run:
                 run = each
-                numbers, types = run.said.numbers, run.said.types
-                for at in range(run.first, run.end):
+                while find_next(run, &next):
                     taken = put_dirent(
-                        buffer + used, room - used, numbers[at], types[at] << 12,
-                        <bytes?>run.names[at], run.after + at,
+                        buffer + used, room - used, next.number, next.kind, next.text, next.size, run.after + run.first
                     )
                     if taken > room - used:
                         return PyBytes_FromStringAndSize(buffer, used)
                     used += taken
+                    run.first += 1
                 continue
             name, number, kind, after = each
-            taken = put_dirent(buffer + used, room - used, number, kind, <bytes?>name, after)
+            taken = put_dirent(
+                buffer + used, room - used, number, kind, PyBytes_AS_STRING(<bytes?>name), len(name), after
+            )
             if taken > room - used:
                 break
             used += taken

@@ -14,7 +14,8 @@ import os
 from typing import TYPE_CHECKING, Protocol
 
 from udbad.branch.branches import Branch
-from udbad.inodes.node import Dir, Hit, Node
+from udbad.inodes.names import Hit
+from udbad.inodes.node import Dir, Node
 from udbad.types import MADE, MOVED_FROM, MOVED_TO, OF_DIRECTORY, REMOVED
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class Changes:
         if whited:
             parent.note_stacked(name)
         if parent.view is not None:
-            parent.view.pop(name, None)
+            parent.view.discard(name)
         if node is not None:
             self.replaced(parent, name, node)
             if type(node) is Dir and node.branch is not parent.branch:  # a status says how many the top one has
@@ -215,7 +216,7 @@ class Changes:
         self._table.attach(node, dst_dir, dst)
         # A file is on one branch, and what was below its old name has been hidden: no need to ask every branch again.
         if src_dir.view is not None:
-            src_dir.view.pop(src, None)
+            src_dir.view.discard(src)
         self.hooks.own_change(src_dir, src)
 
     def exchanged(self, src_node: Node, src_dir: Dir, src: bytes, dst_node: Node, dst_dir: Dir, dst: bytes) -> None:

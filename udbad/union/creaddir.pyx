@@ -1,39 +1,48 @@
-# The loop of readdir.py over names that nobody has changed. Used where the hot modules are compiled.
+# How readdir.Run is gone through, for kernel/cwire.pyx. Used where the hot modules are compiled.
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
-from cpython.dict cimport PyDict_Contains, PyDict_GetItemWithError, PyDict_Next
-from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.dict cimport PyDict_GetItemWithError
 from cpython.ref cimport PyObject
 from libc.string cimport memcmp
 
-from udbad.union.view cimport Said
+from udbad.inodes.cnames cimport Names, block_t, entry_t, uppermost
+from udbad.inodes.node cimport Node
+from udbad.union.readdir cimport Run
 
-cdef unsigned char DIRECTORY = 4  # S_IFDIR >> 12
 
-
-def as_said(dict hits not None, list names not None, Said said not None, dict children not None,
-            Py_ssize_t first, Py_ssize_t end):
-    """readdir._as_said. Names are mostly the keys themselves, in their order: then none is looked for."""
-    cdef const unsigned char[::1] types = said.types
-    cdef Py_ssize_t at = first
-    cdef Py_ssize_t place = first
-    cdef bint known = len(children) > 0
-    cdef PyObject *key
-    cdef PyObject *hit
-    cdef PyObject *name
-    if first < 0 or end > PyList_GET_SIZE(names) or end > types.shape[0]:
-        raise IndexError(end)
-    while at < end:
-        name = <PyObject *>PyList_GET_ITEM(names, at)
-        if not PyDict_Next(hits, &place, &key, &hit) or key != name:
-            hit = PyDict_GetItemWithError(hits, <object>name)
-        if hit == NULL or <object>hit is None or not types[at]:
-            break
-        if (type(<object>hit) is tuple) != (types[at] == DIRECTORY):
-            break
-        if PyBytes_GET_SIZE(<object>name) >= 4 and memcmp(PyBytes_AS_STRING(<object>name), b".wh.", 4) == 0:
-            break
-        if known and PyDict_Contains(children, <object>name):
-            break
-        at += 1
-    return at
+cdef bint find_next(Run run, name_t *name) except -1:
+    """The name at `first`, which goes past those that are gone; False: it has to be asked for, or there is none."""
+    cdef Names current = run.current
+    cdef block_t *block
+    cdef entry_t *entry
+    cdef PyObject *child
+    cdef Py_ssize_t top
+    run.names.settle()
+    block = run.names.block
+    while 0 <= run.first < block.count:
+        entry = block.entries + run.first
+        name.text, name.size = block.text + entry.at, entry.rest >> 4
+        if name.size >= 4 and memcmp(name.text, b".wh.", 4) == 0:
+            return False
+        if current.block != block:
+            entry = current.look(name.text, name.size)
+            if entry == NULL:
+                run.first += 1
+                continue
+        if not entry.hit:
+            return False
+        if run.children:
+            child = PyDict_GetItemWithError(run.children, PyBytes_FromStringAndSize(name.text, name.size))
+            if child != NULL:
+                name.number, name.kind = (<Node?>child).id, (<Node?>child).kind
+                return True
+        name.kind = (entry.rest & 15) << 12
+        if not name.kind:
+            return False
+        top = uppermost(entry.hit)
+        if top == run.index and 1 < entry.number < run.limit and not run.lowest <= entry.number <= run.highest:
+            name.number = run.base + entry.number
+        else:
+            name.number = run.number(top, entry.number)
+        return name.number != 0
+    return False

@@ -418,7 +418,7 @@ def remember(parent: Dir, name: bytes, found: Found | Missing) -> None:
     if view is None:
         return
     if found.answer is not Answer.FOUND:
-        view.pop(name, None)
+        view.discard(name)
     elif found.layers is None:
         view[name] = found.branch.index
     else:

@@ -1,18 +1,19 @@
 cimport cython
 
 from udbad.branch.cstat cimport Status, find_at
+from udbad.inodes.cnames cimport Names as CNames
+from udbad.inodes.inomap cimport InoMap
 from udbad.inodes.node cimport Dir, Layer, Node
 from udbad.union cimport lookup
 from udbad.union.superblock cimport Superblock
-from udbad.union.view cimport Said
 
 cdef class Run:
-    cdef public list names
-    cdef public Said said
-    cdef public Py_ssize_t first, end, after
-
-@cython.locals(made=Said, now=Said, at=Py_ssize_t, place=Py_ssize_t, names=list, places=dict)
-cdef Said _asked_anew(Superblock sb, handle)
+    cdef public CNames names, current
+    cdef public dict children, numbering
+    cdef public InoMap inomap
+    cdef public Py_ssize_t first, after, index
+    cdef public unsigned long long base, limit, lowest, highest
+    cpdef unsigned long long number(self, Py_ssize_t index, unsigned long long own) except? 0
 
 @cython.locals(layer=Layer, fd=int, st=Status, kind=cython.uint)
 cpdef _by_hit(Superblock sb, Dir parent, dict layers, bytes name, hit)

@@ -19,25 +19,29 @@ import os
 import stat as st_mod
 from collections.abc import Iterator
 
-from udbad import compiled
 from udbad.branch import whiteout
 from udbad.branch.syscalls import find_at
 from udbad.errors import GONE, eio, enoent
 from udbad.inodes.handles import OpenDir
-from udbad.inodes.node import POSITIONS, Dir, Hit, Layer, Node
+from udbad.inodes.inomap import InoMap
+from udbad.inodes.names import UNKNOWN, Hit, Names
+from udbad.inodes.node import POSITIONS, Dir, Layer, Node
 from udbad.union import lookup, resolve, view
 from udbad.union.resolve import Answer
 from udbad.union.superblock import Superblock
-from udbad.union.view import Part, Said
 
 Entry = tuple[bytes, Node, os.stat_result, int]
 """name, node, attributes, position of the entry after it."""
 
 DOTS = 2
-_DOT = ord(b".")
 _ANY = (1 << 32) - 2
 """A number for what has none that we know: not 0, which getdents64(2) takes for no entry."""
-_S_IFMT, _S_IFDIR, _S_IFCHR, _DIRECTORY = 0o170000, st_mod.S_IFDIR, st_mod.S_IFCHR, st_mod.S_IFDIR >> 12
+_S_IFMT, _S_IFDIR, _S_IFCHR = 0o170000, st_mod.S_IFDIR, st_mod.S_IFCHR
+
+Index = int
+"""Of a branch."""
+Number = int
+"""Of an inode."""
 
 Layers = dict[int, Layer]
 _KEPT = 4
@@ -47,29 +51,24 @@ _KEPT = 4
 def snapshot(sb: Superblock, handle: OpenDir) -> None:
     """Take the names of the directory as they are now. Raises ENOENT when the directory is gone."""
     node = handle.node
-    handle.said = None
+    handle.numbering = None
     if node.dead:
-        handle.names, handle.hits = [], {}
+        handle.names = Names()
         _place(sb, handle)
         return
     if not node.trusted:
         lookup.refresh(sb, node)
     if not node.trusted and node.times is None and not node.quiet:
-        parts: list[Part] = []
-        handle.hits = view.scan(sb, node, None, parts)
-        handle.said = parts
-    elif node.view is None:
-        parts = []
-        handle.hits = view.load_view(sb, node, parts)
-        handle.said = parts
+        names = view.scan(sb, node)
     else:
-        handle.hits = node.view
-    handle.names = list(handle.hits)
+        names = (view.load_view(sb, node) if node.view is None else node.view).copy()
     if handle.cached and not node.listed:
         node.listed = True
         sb.table.changed(node)
     if sb.options.show_whiteouts:
-        handle.names += view.whiteout_names(sb, node)
+        for name in view.whiteout_names(sb, node):
+            names[name] = UNKNOWN
+    handle.names = names
     _place(sb, handle)
 
 
@@ -79,9 +78,12 @@ def _place(sb: Superblock, handle: OpenDir) -> None:
     node, names = handle.node, handle.names
     assert names is not None
     listings = node.listings
-    if handle.cached and listings and listings[-1][2] == names:
-        handle.base, _, handle.names = listings[-1]
-        return
+    if handle.cached and listings:
+        first, _, shared = listings[-1]
+        if shared is not None and shared.same(names):
+            shared.take(names)  # what is said of them is newer
+            handle.base, handle.names = first, shared
+            return
     size = _size(len(names))
     first, end = node.room
     if end - first < size:
@@ -123,7 +125,7 @@ def _go_on(sb: Superblock, handle: OpenDir, start: int) -> int:
     for first, count, names in reversed(handle.node.listings):
         if first < start < first + _size(count):
             if names is not None:
-                handle.base, handle.names, handle.hits, handle.said = first, names, {}, None
+                handle.base, handle.names, handle.numbering = first, names, None
                 sb.handles.changed(handle)
                 return start - first
             place = start - first
@@ -146,127 +148,122 @@ Name = tuple[bytes, int, int, int]
 """name, node id, S_IFMT bits (0: not known), position of the entry after it."""
 
 
+Numbering = dict[int, tuple[int, int, int, set[int]]]
+"""How inode numbers of a directory's branch directories are told, by the index of the branch: its st_dev, and what
+InoMap.many says."""
+
+
 class Run:
-    """Names of a snapshot that follow each other, and are all as it says: in the place of a Name for each."""
+    """Names of a snapshot in their order, as long as nobody has to be asked about one.
 
-    __slots__ = ("after", "end", "first", "names", "said")
+    first: the place of the next one, which whoever goes through them leaves at the one that he did not take.
+    """
 
-    def __init__(self, names: list[bytes], said: Said, first: int, end: int, after: int) -> None:
-        """after: what is added to a name's place in `names` for the position of the entry after it."""
+    __slots__ = (
+        "after", "base", "children", "current", "first", "highest", "index", "inomap", "limit", "lowest", "names",
+        "numbering",
+    )  # fmt: skip
+
+    def __init__(
+        self, names: Names, current: Names, children: dict[bytes, Node], inomap: InoMap, numbering: Numbering,
+        first: int, after: int,
+    ) -> None:  # fmt: skip
+        """current: what is known of the names now; children: the nodes of those that the kernel may know. after: what
+        is added to a name's place for the position of the entry after it."""
         self.names = names
-        self.said = said
+        self.current = current
+        self.children = children
+        self.inomap = inomap
+        self.numbering = numbering
         self.first = first
-        self.end = end
         self.after = after
+        self.index = -1
+        """The branch whose area these are: from where numbers are counted, below which limit, and between which two it
+        has exceptions (InoMap.many)."""
+        self.base = self.limit = self.lowest = self.highest = 0
 
     def __iter__(self) -> Iterator[Name]:
-        numbers, types = self.said.numbers, self.said.types
-        for at in range(self.first, self.end):
-            yield self.names[at], numbers[at], types[at] << 12, self.after + at
+        while self.first < len(self.names):
+            name, hit, number, kind = self.names.at(self.first)
+            if name.startswith(whiteout.PREFIX):
+                return
+            if self.current is not self.names:
+                found = self.current.find(name)
+                if found is None:
+                    self.first += 1  # gone meanwhile
+                    continue
+                hit, number, kind = found
+            if hit is None:
+                return
+            child = self.children.get(name)
+            if child is not None:
+                number, kind = child.id, child.kind
+            elif kind:
+                number, kind = self.number(hit[0] if isinstance(hit, tuple) else hit, number), kind << 12
+            if not kind or not number:
+                return
+            self.first += 1
+            yield name, number, kind, self.after + self.first - 1
 
-
-_RUN = 1024
-"""Names; as many as a reply to getdents64(2) of the C library has room for."""
+    def number(self, index: Index, own: Number) -> Number:
+        """InoMap.number of what has the number `own` on the branch with this index; 0 where the directory is not on it
+        any more. Names follow each other branch by branch, and most are no exceptions."""
+        if index not in self.numbering:
+            return 0
+        device, base, limit, exceptions = self.numbering[index]
+        if index != self.index:
+            self.index, self.base, self.limit = index, base, limit
+            self.lowest, self.highest = (min(exceptions), max(exceptions)) if exceptions else (1, 0)
+        if 1 < own < limit and own not in exceptions:
+            return base + own
+        return self.inomap.number(device, own)
 
 
 def names_only(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Name | Run]:
     """As `entries`, for who wants no attributes: no system call, no node and hardly ever an object for a name.
 
-    What the branch directories say of type and number is asked once for a snapshot. Both are as they were then, as
-    those are that getdents64(2) has put into a buffer; of what the kernel knows they are those that it knows.
+    Type and number are as the branch directories said when they were read, as those are that getdents64(2) has put into
+    a buffer; of what the kernel knows they are those that it knows.
     """
     node = handle.node
     start = _begin(sb, handle, start)
-    said = _said(sb, handle)
-    children = node.children
+    names = handle.names
+    assert names is not None
+    # As in `entries`: a trusted view may have changed since the snapshot.
+    current = node.view if node.trusted and node.view is not None else names
+    children = node.children if node.trusted else {}
+    if handle.numbering is None:
+        _fill(sb, node, current, children)
+        handle.numbering = {
+            layer.branch.index: (layer.dev, *sb.inomap.many(layer.dev, len(names))) for layer in node.layers
+        }
     base = handle.base
     if start == 0:
         yield b".", node.id, _S_IFDIR, base + 1
     if start <= 1:
         yield b"..", node.id if node.parent is None else node.parent.id, _S_IFDIR, base + DOTS
-    names = handle.names
-    assert names is not None
-    # As in `entries`: a trusted view may have changed since the snapshot.
-    trusted = node.trusted and node.view is not None
-    hits: dict[bytes, Hit | None] = node.view if trusted and node.view is not None else handle.hits
-    missing = -1 if trusted else None
-    prefix = whiteout.PREFIX
-    known = len(said.types)
-    name: bytes
-    position = max(start - DOTS, 0) - 1
-    while position + 1 < len(names):
-        position += 1
-        end = as_said(hits, names, said, children if trusted else {}, position, min(position + _RUN, known))
-        if end > position:
-            yield Run(names, said, position, end, base + DOTS + 1)
-            position = end - 1
-            continue
-        name = names[position]
-        after = base + position + DOTS + 1
-        if name[0] == _DOT and name.startswith(prefix):
-            if name != prefix:
+    run = Run(names, current, children, sb.inomap, handle.numbering, max(start - DOTS, 0), base + DOTS + 1)
+    while True:
+        yield run
+        if run.first >= len(names):
+            return
+        name, _, _, _ = names.at(run.first)
+        run.first += 1
+        after = base + DOTS + run.first
+        if name.startswith(whiteout.PREFIX):
+            if name != whiteout.PREFIX:
                 yield name, _ANY, st_mod.S_IFREG, after
             continue
-        hit = hits.get(name, missing)
-        if hit is None:
-            asked = _ask(sb, node, name)
-            if asked is not None:
-                yield name, *asked, after
-        elif hit != -1:
-            child = children.get(name) if trusted and children else None
-            if child is not None:
-                yield name, child.id, child.kind, after
-                continue
-            kind = 0 if position >= known else said.types[position] << 12
-            if kind and (type(hit) is tuple) == (kind == _S_IFDIR):
-                yield name, said.numbers[position], kind, after
-            else:
-                yield name, _ANY, 0, after  # it is another one by now
+        asked = _ask(sb, node, name)
+        if asked is not None:
+            yield name, *asked, after
 
 
-def as_said(hits: view.View, names: list[bytes], said: Said, children: dict[bytes, Node], first: int, end: int) -> int:
-    """From the place `first` on, to which names are what the branch directories said, and the kernel knows no other."""
-    at = first
-    while at < end:
-        name = names[at]
-        hit = hits.get(name)
-        kind = said.types[at]
-        if (
-            hit is None
-            or not kind
-            or (type(hit) is tuple) != (kind == _DIRECTORY)
-            or (name[0] == _DOT and name.startswith(whiteout.PREFIX))
-            or (children and name in children)
-        ):
-            break
-        at += 1
-    return at
-
-
-def _said(sb: Superblock, handle: OpenDir) -> Said:
-    """What the branch directories say of the names of a handle."""
-    said = handle.said
-    if type(said) is Said:
-        return said
-    # What was kept is of when the names were taken, so in their order.
-    made = _asked_anew(sb, handle) if said is None else view.said_of(sb, said)
-    handle.said = made
-    return made
-
-
-def _asked_anew(sb: Superblock, handle: OpenDir) -> Said:
-    """`_said` of names that were taken some other time."""
-    names = handle.names or []
-    made = Said(len(names))
-    if not handle.node.dead:
-        parts: list[Part] = []
-        places = {name: place for place, name in enumerate(view.scan(sb, handle.node, None, parts))}
-        now = view.said_of(sb, parts)
-        for at, name in enumerate(names):
-            place = places.get(name, -1)
-            if place >= 0:
-                made.numbers[at], made.types[at] = now.numbers[place], now.types[place]
-    return made
+def _fill(sb: Superblock, node: Dir, names: Names, known: dict[bytes, Node]) -> None:
+    """Read the branch directories once more where that takes less than to ask for each of the names of which they have
+    not said anything: those that were made since, or that a predecessor has listed. known: the others."""
+    if not node.dead and names.lacking(known) > 1 + len(names) // 64:
+        names.fill(view.scan(sb, node))
 
 
 def _ask(sb: Superblock, parent: Dir, name: bytes) -> tuple[int, int] | None:
@@ -299,12 +296,11 @@ def entries(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Entry]:
         yield b"..", above, sb.stat(above), base + DOTS
     names = handle.names
     assert names is not None
-    hits = handle.hits
     trusted = node.trusted
     layers = {layer.branch.index: layer for layer in node.layers}
     prefix = whiteout.PREFIX
     for position in range(max(start - DOTS, 0), len(names)):
-        name = names[position]
+        name, hit, _, _ = names.at(position)
         if name == prefix:
             continue  # cannot be looked up, so it must not be promised
         try:
@@ -313,7 +309,7 @@ def entries(sb: Superblock, handle: OpenDir, start: int) -> Iterator[Entry]:
                 found = show_whiteout(sb, node, name)
             else:
                 # A trusted view may have changed since the snapshot: believe the newer one.
-                current = node.view.get(name, -1) if trusted and node.view is not None else hits.get(name)
+                current = node.view.get(name, -1) if trusted and node.view is not None else hit
                 found = None if current == -1 else _by_hit(sb, node, layers, name, current)
         except OSError as error:
             if (error.errno not in GONE and error.errno != errno.EIO) or node.offline:
@@ -369,10 +365,4 @@ def lower_hidden(sb: Superblock, node: Dir, top: int) -> bool:
     if not below:
         return True
     visible = view.scan(sb, node)
-    return not any(
-        (type(hit) is int and hit > top) or (type(hit) is tuple and hit[-1] > top) for hit in visible.values()
-    )
-
-
-if not compiled.why_not():
-    from udbad.union.creaddir import as_said  # the same, without a lookup for each name
+    return not any((type(hit) is int and hit > top) or (type(hit) is tuple and hit[-1] > top) for hit in visible.hits())

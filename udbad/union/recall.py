@@ -22,6 +22,7 @@ from udbad.inodes import journal
 from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile
 from udbad.inodes.inomap import Identity
 from udbad.inodes.journal import Journal
+from udbad.inodes.names import Names
 from udbad.inodes.node import Dir, Layer, Node, Plink, unkept
 from udbad.inodes.record import DROPPED, Record, unpack
 from udbad.types import ROOT_ID, Caller, Fh
@@ -166,7 +167,7 @@ class _Recall:
         for said in self._listed.values():
             directory = nodes.get(said[0])
             if type(directory) is Dir:
-                directory.listings, directory.room = said[1], said[2]
+                directory.listings, directory.room = journal.listings(said[1]), said[2]
         for number, names in self._negatives.items():
             directory = nodes.get(number)
             if type(directory) is Dir:
@@ -382,8 +383,9 @@ class _Recall:
         handle = OpenDir(Fh(number), node, pid)
         handle.cached, handle.base = cached, base
         if names == journal.SHARED:
-            names = next((shared for first, _, shared in node.listings if first == base), None)
-        handle.names = names
+            handle.names = next((shared for first, _, shared in node.listings if first == base), None)
+        elif names is not None:
+            handle.names = Names(names)
         if cached:
             node.cached_opens += 1
         self._sb.handles.put_back(handle)

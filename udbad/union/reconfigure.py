@@ -132,7 +132,9 @@ def apply(sb: Superblock, new: BranchSet) -> None:
         if handle.writable and not handle.node.branch.writable and handle.node.orphan_fd < 0:
             _for_reading(handle)  # the next write copies up, or meets EROFS
     for opened in sb.handles.dirs.values():
-        opened.hits = dict.fromkeys(opened.hits)
+        if opened.names is not None:
+            opened.names.doubt()
+        opened.numbering = None
     sb.warned.clear()
     sb.forget_space()
 

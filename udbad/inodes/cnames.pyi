@@ -1,0 +1,1 @@
+from udbad.inodes.names import Names as Names
