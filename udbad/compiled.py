@@ -49,6 +49,7 @@ MODULES: Final = (
     "udbad.union.copyup",
     "udbad.union.create",
     "udbad.union.fs",
+    "udbad.union.kept",
     "udbad.union.lookup",
     "udbad.union.readdir",
     "udbad.union.remove",

@@ -1,4 +1,4 @@
-"""Instructions of user space for one request, by kind: `python -m tests.bench.instructions [--mode MODE]`.
+"""Instructions of user space for one request, by kind: `python -m tests.bench.instructions [--mode MODE] [--cached]`.
 
 `Native.take` under valgrind's callgrind, in one process: a socket pair is /dev/fuse, the branches are on tmpfs, there
 is a record. Counted is the serving side only, and of system calls nothing that the kernel does. Requests come ten at a
@@ -163,12 +163,13 @@ def change_side(kernel: Kernel, lower: int, upper: int) -> None:
     kernel.ask([(wire.LOOKUP, upper, b"new%d\0" % each) for each in range(FILES)], errno.ENOENT)
     flags = wire.FOUR_WORDS.pack(os.O_RDWR | os.O_CREAT, 0o100644, 0o22, 0)
     made = kernel.count("create", [(wire.CREATE, upper, flags + b"new%d\0" % each) for each in range(FILES)])
-    opened = [(number(body), number(body, wire.ENTRY_SIZE)) for body in made]
+    opened = [(number(body), number(body, wire.ENTRY_SIZE)) for body in made]  # with io=cached the handle is 0
     data = bytes(1024)
     kernel.count(
         "write", [(wire.WRITE, each, wire.READ_IN.pack(fh, 0, len(data)) + bytes(20) + data) for each, fh in opened]
     )
-    kernel.count("release, written", [(wire.RELEASE, each, wire.QWORD.pack(fh) + bytes(16)) for each, fh in opened])
+    if not kernel.native.fs.kept:
+        kernel.count("release, written", [(wire.RELEASE, each, wire.QWORD.pack(fh) + bytes(16)) for each, fh in opened])
     files = [each for each, _ in opened]
     time.sleep(AGE)
     kernel.count("chmod", [(wire.SETATTR, each, setattr_body(wire.SET_MODE, mode=0o100600)) for each in files])
@@ -191,7 +192,7 @@ def change_side(kernel: Kernel, lower: int, upper: int) -> None:
 
 
 @contextmanager
-def served(directory: Path, mode: str, shim: ctypes.PyDLL) -> Iterator[Kernel]:
+def served(directory: Path, mode: str, cached: bool, shim: ctypes.PyDLL) -> Iterator[Kernel]:
     for branch, each in ((branch, each) for branch in ("top", "base") for each in DIRECTORIES):
         (directory / branch / each).mkdir(parents=True)
     for each in DIRECTORIES:
@@ -210,6 +211,8 @@ def served(directory: Path, mode: str, shim: ctypes.PyDLL) -> Iterator[Kernel]:
     coherence = MODES[mode](sb, FakeNotifier())
     coherence.start()
     union = UnionFs(sb, Credentials())
+    if cached:
+        union.keep_files(10 * FILES)
     record = Record.create()
     recall.keep(union, record)
     try:
@@ -219,12 +222,13 @@ def served(directory: Path, mode: str, shim: ctypes.PyDLL) -> Iterator[Kernel]:
         branches.close()
 
 
-def serve(directory: Path, mode: str, library: str) -> None:
+def serve(directory: Path, mode: str, cached: bool, library: str) -> None:
     """In the process that valgrind counts."""
     shim = ctypes.PyDLL(library)
-    with served(directory, mode, shim) as kernel:
+    with served(directory, mode, cached, shim) as kernel:
         plain, view, lower, upper, listed = nodes(kernel, ROOT_ID, [each.encode() for each in DIRECTORIES])
-        read_side(kernel, plain, view, listed)
+        if not cached:
+            read_side(kernel, plain, view, listed)
         change_side(kernel, lower, upper)
         sys.stdout.flush()
         os._exit(0)  # what it holds is of no use to anybody
@@ -243,12 +247,13 @@ def figures(profiles: Path) -> Iterator[tuple[str, float, Path]]:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="tests.bench.instructions", description=__doc__.partition(":")[0])
     parser.add_argument("--mode", choices=MODES, default="notify")
+    parser.add_argument("--cached", action="store_true", help="io=cached; changes only")
     parser.add_argument("--keep", type=Path, metavar="DIR")
     parser.add_argument("--scratch", default="/dev/shm", help="a directory on tmpfs")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.serve:
-        serve(Path(options.serve[0]), options.mode, options.serve[1])
+        serve(Path(options.serve[0]), options.mode, options.cached, options.serve[1])
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         profiles = Path(scratch) if options.keep is None else options.keep
         profiles.mkdir(parents=True, exist_ok=True)
@@ -258,7 +263,7 @@ def main(arguments: Sequence[str]) -> int:
         command = [
             "valgrind", "--tool=callgrind", "--collect-atstart=no", f"--callgrind-out-file={profiles}/profile",
             f"--log-file={scratch}/log", sys.executable, "-m", "tests.bench.instructions", "--mode", options.mode,
-            "--serve", f"{scratch}/union", library,
+            *(("--cached",) if options.cached else ()), "--serve", f"{scratch}/union", library,
         ]  # fmt: skip
         if subprocess.run(command).returncode:
             sys.stderr.write(Path(f"{scratch}/log").read_text())

@@ -59,16 +59,17 @@ def test_nobody_is_woken_while_nothing_is_written(tmp_path: Path) -> None:
         assert kept is not None
         woken = []
         kept.on_written = lambda: woken.append(kept.rest(0.0))
-        union.fs.handles.remove_file(union.create("f").fh)
-        handle = kept.open(-union.find("f").id)
-        assert not kept.rest(0.0)
-        for _ in range(2):
-            kept.write(union.fs.creds, handle, 0, b"new", 0)
-        assert woken == [False], "it was not written to yet"
-        assert (kept.rest(), handle.writable) == (True, True), "it was written to a moment ago"
-        assert (kept.rest(0.0), handle.writable) == (False, False)
-        kept.write(union.fs.creds, handle, 0, b"newer", 0)
-        assert len(woken) == 2
+        handle = union.create("f")
+        assert woken == [False], "it is made open for writing"
+        for turn in range(2, 4):
+            assert (kept.rest(), handle.writable) == (True, True), "it was made or written to a moment ago"
+            assert (kept.rest(0.0), handle.writable) == (False, False)
+            for _ in range(2):
+                kept.write(union.fs.creds, handle, 0, b"new", 0)
+            assert len(woken) == turn
+        kept.leave(())
+        kept.open(-union.find("f").id)
+        assert (len(woken), kept.rest(0.0)) == (3, False), "it is read"
         kept.leave(())
 
 
@@ -82,7 +83,9 @@ def test_more_files_are_written_than_are_kept(tmp_path: Path) -> None:
         assert kept is not None
         names = [f"f{number}" for number in range(3 * most)]
         for name in names:
-            union.fs.handles.remove_file(union.create(name).fh)
+            union.create(name)
+            assert len(kept) <= most
+        for name in names:
             assert union.fs.write_kept(-union.find(name).id, 0, name.encode(), 0) == len(name)
             assert len(kept) <= most
         assert [(tmp_path / "top" / name).read_text() for name in names] == names

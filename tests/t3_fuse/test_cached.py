@@ -20,6 +20,11 @@ pytestmark = pytest.mark.fuse
 CACHED = "io=cached"
 LAYERS = {"top": "rw", "base": "ro"}
 CONTENT = b"old." * 4096
+KEEPING_10 = """
+from udbad.union.kept import KeptFiles
+begin = KeptFiles.__init__
+KeptFiles.__init__ = lambda self, sb, most, *rest: begin(self, sb, 10, *rest)
+"""
 without_reval = pytest.mark.parametrize("udba", ["none", "notify"])
 
 
@@ -291,11 +296,7 @@ def test_the_mode_becomes_reval(union: UnionFactory, tmp_path: Path) -> None:
 
 def test_more_files_than_may_be_kept(union: UnionFactory, tmp_path: Path, patch_daemon: Callable[[str], None]) -> None:
     """Those without a name stay."""
-    patch_daemon(
-        "from udbad.union.kept import KeptFiles\n"
-        "begin = KeptFiles.__init__\n"
-        "KeptFiles.__init__ = lambda self, sb, most, *rest: begin(self, sb, 10, *rest)\n"
-    )
+    patch_daemon(KEEPING_10)
     fill(tmp_path, 50)
     mount = union(LAYERS, "notify", CACHED)
     removed = [os.open(mount.path / "d" / f"f{number}", os.O_RDWR) for number in range(5)]
@@ -342,8 +343,9 @@ def test_ranges(union: UnionFactory, tmp_path: Path, udba: str) -> None:
 
 
 @without_reval
-def test_files_that_were_made_are_closed(union: UnionFactory, udba: str) -> None:
-    """There is no RELEASE that would tell; with a name, and without one."""
+def test_files_that_were_made_are_closed(union: UnionFactory, udba: str, patch_daemon: Callable[[str], None]) -> None:
+    """There is no RELEASE that would tell. With a name all but those that are kept, and without one."""
+    patch_daemon(KEEPING_10)
     mount = union(LAYERS, udba, CACHED)
     (mount.path / "first").touch()
     assert (mount.path / "first").read_bytes() == b""  # from the first open(2) on, nothing is released

@@ -49,7 +49,7 @@ class Credentials:
 
     def __init__(self) -> None:
         self.privileged = capabilities.acts_for_others()
-        self._groups = os.getgroups()
+        self.groups = os.getgroups()
         os.umask(0)
         if not self.privileged:
             return
@@ -79,24 +79,12 @@ class Credentials:
         if caller.uid != 0:
             _libc.capset(self._header, self._creating_ref)
 
-    @contextmanager
-    def writing(self, uid: int, gid: int, group: int | None = None) -> Iterator[None]:
+    def writing(self, uid: int, gid: int, group: int | None = None) -> AbstractContextManager[None]:
         """Change content as this user: suid, sgid and capabilities go as on a native file system.
 
         group: a supplementary group that matters (`sgid_group`).
         """
-        if not self.privileged or uid == 0:
-            yield
-            return
-        syscalls.set_fs_ids(uid, gid)
-        try:
-            if group is not None:
-                syscalls.set_groups((group,))
-            yield
-        finally:
-            syscalls.set_fs_ids(0, 0)
-            if group is not None:
-                syscalls.set_groups(self._groups)
+        return _Writing(self, uid, gid, group) if self.privileged and uid != 0 else _AS_WE_ARE
 
     @contextmanager
     def passing(self, uid: int, gid: int) -> Iterator[None]:
@@ -137,6 +125,32 @@ class _Creating:
             syscalls.set_fs_ids(0, 0)
         if self._umask:
             os.umask(0)
+
+
+class _Writing:
+    """The `with` of `Credentials.writing`, for the same reason."""
+
+    __slots__ = ("_creds", "_gid", "_group", "_uid")
+
+    def __init__(self, creds: Credentials, uid: int, gid: int, group: int | None) -> None:
+        self._creds = creds
+        self._uid = uid
+        self._gid = gid
+        self._group = group
+
+    def __enter__(self) -> None:
+        syscalls.set_fs_ids(self._uid, self._gid)
+        if self._group is not None:
+            try:
+                syscalls.set_groups((self._group,))
+            except BaseException:
+                self.__exit__()
+                raise
+
+    def __exit__(self, *_: object) -> None:
+        syscalls.set_fs_ids(0, 0)
+        if self._group is not None:
+            syscalls.set_groups(self._creds.groups)
 
 
 def sgid_group(caller: Caller, st: os.stat_result) -> int | None:

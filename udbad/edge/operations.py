@@ -228,7 +228,8 @@ class Operations:
         entry = self.entry(parent, (handle.node, st))
         if self.fs.kept is not None:
             # There is no RELEASE with no_open (fuse_file_put()), so the kernel gets no handle, as with open(2).
-            self.fs.release(handle.fh)
+            if handle.fh >= 0:
+                self.fs.release(handle.fh)
             return entry, (0, *opened[1:])
         return entry, opened
 

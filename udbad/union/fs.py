@@ -138,13 +138,16 @@ class UnionFs:
         else: by the kernel, which looks it up again after ESTALE (LOOKUP_REVAL, do_filp_open in fs/namei.c).
         """
         parent = self._changing(parent_id)
-        wanted = (flags & _OPEN_FLAGS) | (os.O_TRUNC & flags)
+        kept = self.kept
+        wanted = ((flags & _OPEN_FLAGS) if kept is None else os.O_RDWR) | (os.O_TRUNC & flags)
         try:
             node, st, fd = create.create_file(self.sb, self.creds, parent, name, wanted, mode, caller)
         except FileExistsError:
             if flags & os.O_EXCL:
                 raise
             raise estale() from None
+        if kept is not None:
+            return kept.created(node, fd, st), st
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         handle = self.handles.add_file(node, fd, flags & _OPEN_FLAGS, caller, writable)
         _note_privileges(handle, st, caller)

@@ -1,9 +1,9 @@
 """io=cached: what the kernel opens by itself, without telling (no_open and no_opendir, linux/fuse.h).
 
-A request about such a file names no handle. It is served by one open file for each node, which is opened when the
-first request needs it and kept: of nodes with a name as long as there is room, of those without, which nothing else
-leads to any more, until the kernel forgets them. In the table of handles its number is the node's, negative, so that
-whatever is done for open files (moving to a copy, telling the kernel of new content) is done for it.
+A request about such a file names no handle. It is served by one open file for each node, which is opened when it is
+made or the first request needs it, and kept: of nodes with a name as long as there is room, of those without, which
+nothing else leads to any more, until the kernel forgets them. In the table of handles its number is the node's,
+negative, so that whatever is done for open files (moving to a copy, telling the kernel of new content) is done for it.
 
 Who opened the file in the kernel, and whether to write, is not known. It is opened for reading, for writing with the
 first write, and closed soon after the last one: a file that is open for writing cannot be executed on its branch.
@@ -24,12 +24,13 @@ from typing import Final
 
 from udbad.branch import syscalls
 from udbad.branch.credentials import Credentials
-from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile
+from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, kept_number
 from udbad.inodes.node import Node
 from udbad.types import Caller
 from udbad.union import ranges
 from udbad.union.superblock import Superblock
 
+_WRITE_FLAGS: Final = os.O_APPEND | os.O_SYNC | os.O_DSYNC
 _NOBODY: Final = Caller(65534, 65534, 0, 0)
 WRITING_SECONDS: Final = 1.0
 """How long a file stays open for writing after the last write."""
@@ -62,6 +63,17 @@ class KeptFiles:
         """The open file of the node -fh, which has none yet. Raises ESTALE when nothing leads to it."""
         node = self._sb.table.node(-fh)
         fd, st = self._open_fd(node, os.O_RDONLY)
+        return self._add(node, fd, st)
+
+    def created(self, node: Node, fd: int, st: os.stat_result) -> OpenFile:
+        """The open file of what was just made, which its maker is about to write to. fd: open for reading and
+        writing."""
+        handle = self._add(node, fd, st)
+        handle.writable = True
+        self.written(handle)
+        return handle
+
+    def _add(self, node: Node, fd: int, st: os.stat_result) -> OpenFile:
         handle = self._sb.handles.add_kept(node, fd, os.O_RDWR, _NOBODY)
         handle.id_bits = st.st_mode & ID_BITS
         self._named[node.id] = handle
@@ -108,7 +120,7 @@ class KeptFiles:
             return
         record = self._sb.handles.record
         try:
-            self.open(-node.id)
+            self.open(kept_number(node.id))
             if record is not None:
                 record.flush()  # whoever is killed when the name is gone has said by then what leads there
         except OSError:
@@ -121,7 +133,7 @@ class KeptFiles:
         nameless = node.dead or node.parent is None
         if nameless and node.handles == [handle] and node.nlookup > 0 and node.orphan_fd < 0:
             try:
-                self.open(-node.id)
+                self.open(kept_number(node.id))
             except OSError:
                 pass  # EMFILE: it is ESTALE for whoever that is
 
@@ -171,7 +183,10 @@ class KeptFiles:
         if flags & os.O_APPEND and self._sb.slot is not None:
             self._sb.slot.intend(1, syscalls.fstat(handle.fd).st_size)
         with creds.writing(handle.uid, handle.gid):
-            count = os.pwritev(handle.fd, [data], offset, _write_flags(flags))
+            if flags & _WRITE_FLAGS:
+                count = os.pwritev(handle.fd, [data], offset, _write_flags(flags))
+            else:
+                count = os.pwrite(handle.fd, data, offset)
         changes.data(handle.node, True, None, handle.fd)
         if handle.id_bits:
             ranges.look_at_id_bits(self._sb, handle)
