@@ -58,6 +58,7 @@ MODULES: Final = (
     "udbad.union.superblock",
     "udbad.union.times",
     "udbad.union.view",
+    "udbad.union.xattrs",
 )
 """Dotted names; each is a Python source that runs uncompiled as well."""
 

@@ -35,7 +35,7 @@ from udbad.inodes.table import InodeTable
 from udbad.kernel import device, wire
 from udbad.kernel.protocol import inval_attributes, inval_data, inval_entry
 from udbad.kernel.received import Received
-from udbad.types import ROOT_ID, Perm
+from udbad.types import ROOT_ID, Caller, Perm
 from udbad.union.readdir import Run
 
 
@@ -415,11 +415,15 @@ def test_files_that_are_copied(tmp_path: Path, calls: ModuleType) -> None:
         assert not calls.is_bare(pinned, acls), "it cannot be asked"
         path = syscalls.proc_path(pinned)
         assert calls.getxattr(fd, b"user.a") is calls.getxattr(path, b"user.a") is None
+        assert calls.lists_nothing(fd) is calls.lists_nothing(path) is True
         for value in (b"", b"a\0b", bytes(256), bytes(257), bytes(1000)):
             os.setxattr(fd, "user.a", value)
             assert calls.getxattr(fd, b"user.a") == calls.getxattr(path, b"user.a") == value
+        assert calls.lists_nothing(fd) is calls.lists_nothing(path) is False
         with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
             calls.getxattr(pinned, b"user.a")
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            calls.lists_nothing(pinned)
         with pytest.raises(OSError, match=os.strerror(errno.EOPNOTSUPP)):
             calls.getxattr(fd, b"nothing")
         assert not calls.is_bare(fd, acls)
@@ -477,6 +481,8 @@ def test_stamps(status: os.stat_result, since: int | None, whole: bool) -> None:
         rest = {"st_blksize": 512, "st_blocks": 0, "st_rdev": 0}
         status = os.stat_result((*status[:9], changed // 10**9), times | rest)
     assert state.stamp(status) == PYTHON_STATE.stamp(status)
+    one = state.stamp(status)
+    assert state.has_one_name(one) == PYTHON_STATE.has_one_name(one) == (status.st_nlink <= 1)
     for fs_type in ("ext4", "nfs"):
         for perm in (Perm.RO, Perm.RR):
             branch = Branch(0, 0, b"/", perm, frozenset(), None, -1, -1, 0, fs_type)
@@ -607,6 +613,10 @@ def test_a_device(module: ModuleType) -> None:
         assert module.name_at(request, 45) == b"other"
         assert module.name_at(request, 50) == b""
         assert [module.name_at(request, start) for start in (40, 51, 52, 5000)] == [None] * 4
+        assert module.word_at(request, 0) == request.length
+        caller = module.caller_of(request, 0o22)
+        assert type(caller) is Caller
+        assert caller == (request.uid, request.gid, request.pid, 0o22)
         for body in (b"", b"answer", bytearray(b"answer"), bytes(1 << 17)):
             module.answer(fd, (1 << 64) - 1, 0, body)
             assert kernel.recv(1 << 18) == struct.pack("<IiQ", 16 + len(body), 0, (1 << 64) - 1) + body

@@ -19,6 +19,7 @@ from udbad.types import ROOT_CALLER, ROOT_ID, Perm
 from udbad.union.fs import SetAttr, UnionFs
 
 KEY = b"security.capability"
+ACL = b"system.posix_acl_access"
 VALUE = bytes.fromhex("0100000200040000000000000000000000000000")  # cap_net_bind_service+p
 Settle = Callable[[], object]
 
@@ -80,11 +81,60 @@ def test_a_new_file_has_no_capabilities(tmp_path: Path, mode: str) -> None:
         operations.forget(made.id, 1)
 
 
+@pytest.mark.parametrize("mode", ["none", "notify"])
+def test_one_question_answers_all_others(tmp_path: Path, mode: str) -> None:
+    """As for who packs an image: a list, and what is looked for without one."""
+    with trusting(tmp_path, mode) as (fs, node, _):
+        assert fs.listxattr(node, ROOT_CALLER) == []
+        with counted() as calls:
+            assert fs.listxattr(node, ROOT_CALLER) == []
+            assert all(missing(fs, node, key) for key in (KEY, b"security.ima", b"user.any", b"trusted.any", ACL))
+        assert not calls
+
+
+def test_what_no_list_tells_is_asked(tmp_path: Path) -> None:
+    """system.nfs4_acl and its kind; and of a prefix that the file system does not know, EOPNOTSUPP stays that."""
+    with trusting(tmp_path, "none") as (fs, node, _):
+        assert fs.listxattr(node, ROOT_CALLER) == []
+        for key in (b"system.nfs4_acl", b"nothing.known"):
+            with pytest.raises(OSError, match=os.strerror(errno.EOPNOTSUPP)):
+                fs.getxattr(node, key)
+
+
+def test_where_no_list_tells_all(tmp_path: Path) -> None:
+    with trusting(tmp_path, "none") as (fs, node, _):
+        branch = fs.table.node(node).branch
+        object.__setattr__(branch, "lists_xattrs", False)
+        assert fs.listxattr(node, ROOT_CALLER) == []
+        assert missing(fs, node, b"user.any")
+        os.setxattr(tmp_path / "base/d/file", "user.any", b"v")
+        assert fs.getxattr(node, b"user.any") == b"v"
+
+
+def test_a_new_attribute_is_listed(tmp_path: Path) -> None:
+    """Set through the mount, or directly."""
+    with trusting(tmp_path, "notify") as (fs, node, settle):
+        assert fs.listxattr(node, ROOT_CALLER) == []
+        fs.run(lambda: fs.setxattr(node, b"user.own", b"v", ROOT_CALLER))
+        assert fs.listxattr(node, ROOT_CALLER) == [b"user.own"]
+        fs.removexattr(node, b"user.own", ROOT_CALLER)
+        settle()
+        fs.sb.changes.hooks.attr_ttl(*fs.getattr(node))  # type: ignore[attr-defined]  # as kernel/ does
+        assert fs.listxattr(node, ROOT_CALLER) == []
+        assert fs.listxattr(node, ROOT_CALLER) == []
+        os.setxattr(tmp_path / "top/d/file", "user.direct", b"v")
+        settle()
+        assert fs.listxattr(node, ROOT_CALLER) == [b"user.direct"]
+        assert fs.getxattr(node, b"user.direct") == b"v"
+
+
 def test_reval_asks_each_time(tmp_path: Path) -> None:
     with trusting(tmp_path, "reval") as (fs, node, _):
         assert missing(fs, node)
+        assert fs.listxattr(node, ROOT_CALLER) == []
         os.setxattr(tmp_path / "base/d/file", KEY, VALUE)
         assert not missing(fs, node)
+        assert fs.listxattr(node, ROOT_CALLER) == [KEY]
 
 
 @pytest.mark.parametrize("mode", ["none", "notify", "reval"])

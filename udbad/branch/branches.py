@@ -30,6 +30,7 @@ two such changes within a tick leave it the same times, whatever was looked at b
 _LOCAL_FS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "f2fs", "vfat", "exfat"})
 """File systems whose times come from this machine's clock, and whose close(2) has no error to tell (no f_op->flush)."""
 _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
+_LISTS_XATTRS_FS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "tmpfs", "squashfs", "erofs", "overlay"})
 _NO_REFLINK_FS = frozenset({"ext2", "ext3", "ext4", "tmpfs", "ramfs", "vfat", "exfat"})
 
 
@@ -64,6 +65,7 @@ class Branch:
     unmarked: its root has nothing of what aufs and we put into a branch that is written to (whiteout.unmarked).
     writes_overlay: where it is written to, whiteouts are made as overlayfs does (notation.py).
     may_reflink: files of it may be able to share blocks.
+    lists_xattrs: an object for which listxattr(2) has no names has no extended attributes, nor POSIX ACLs.
     offline: it does not answer; nothing may be asked of it, not even to close a file.
     """
 
@@ -95,6 +97,7 @@ class Branch:
     local: bool = field(init=False)
     in_memory: bool = field(init=False)
     may_reflink: bool = field(init=False)
+    lists_xattrs: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "writable", self.perm is Perm.RW)
@@ -108,6 +111,7 @@ class Branch:
         object.__setattr__(self, "local", self.fs_type in _LOCAL_FS)
         object.__setattr__(self, "in_memory", self.fs_type in _IN_MEMORY)
         object.__setattr__(self, "may_reflink", self.fs_type not in _NO_REFLINK_FS)
+        object.__setattr__(self, "lists_xattrs", self.fs_type in _LISTS_XATTRS_FS)
 
     def describe(self) -> str:
         """`path=perm+attr`, as aufs shows a branch in sysfs."""

@@ -27,6 +27,7 @@ cdef extern from "<sys/stat.h>" nogil:
     int chmod_c "chmod"(const char *path, unsigned int mode)
 
 cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
     int linkat_c "linkat"(int src_dirfd, const char *src, int dst_dirfd, const char *dst, int flags)
     int unlinkat_c "unlinkat"(int dirfd, const char *path, int flags)
     int fchownat_c "fchownat"(int dirfd, const char *path, unsigned int uid, unsigned int gid, int flags)
@@ -43,6 +44,7 @@ cdef extern from "<sys/stat.h>" nogil:
 
 cdef extern from "<sys/xattr.h>" nogil:
     Py_ssize_t flistxattr(int fd, char *names, size_t room)
+    Py_ssize_t listxattr_c "listxattr"(const char *path, char *names, size_t room)
     Py_ssize_t getxattr_c "getxattr"(const char *path, const char *name, void *value, size_t room)
     Py_ssize_t fgetxattr(int fd, const char *name, void *value, size_t room)
 
@@ -122,6 +124,11 @@ def open_at(int dirfd, bytes name, int flags):
 def pin_at(int dirfd, bytes name):
     """An O_PATH descriptor of the object itself, also of a symlink, device or FIFO."""
     return opened(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC, 0)
+
+
+cpdef unpin(int fd):
+    """Close a descriptor of `pin_at`: without giving the interpreter's lock away, as nothing waits for it."""
+    check(close(fd))
 
 
 def link_fd(int fd, int dirfd, bytes name):
@@ -263,6 +270,21 @@ def getxattr(target, bytes key):
     if errno == ERANGE:
         return os.getxattr(target, key)  # however long it is
     PyErr_SetFromErrno(OSError)
+
+
+def lists_nothing(target):
+    cdef const char *path = NULL
+    cdef Py_ssize_t count
+    cdef int fd = -1
+    if type(target) is bytes:
+        path = text_of(target)
+    else:
+        fd = target
+    with nogil:
+        count = flistxattr(fd, NULL, 0) if path == NULL else listxattr_c(path, NULL, 0)
+    if count < 0:
+        PyErr_SetFromErrno(OSError)
+    return count == 0
 
 
 def is_bare(int fd, more):

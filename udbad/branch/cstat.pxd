@@ -19,5 +19,6 @@ cpdef Status find_at(int dirfd, bytes name)
 cpdef unsigned int mode_at(int dirfd, bytes name) except? 1
 cpdef Status fstat(int fd)
 cpdef object stamp(object st)
+cpdef bint has_one_name(bytes one) except -1
 cpdef object lasting_stamp(object branch, object st)
 cdef int fill(stat_t *c, object st) except -1

@@ -7,7 +7,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.errno cimport ENAMETOOLONG, ENOENT, errno
 from libc.stdint cimport uint64_t
-from libc.string cimport strlen
+from libc.string cimport memcpy, strlen
 from posix.fcntl cimport AT_SYMLINK_NOFOLLOW
 from posix.stat cimport S_IFDIR, S_IFMT
 from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
@@ -155,6 +155,15 @@ cdef object stamp_of(const stat_t *c):
     words[1] = <uint64_t>c.st_mtim.tv_sec * 1_000_000_000 + c.st_mtim.tv_nsec
     words[2], words[3] = c.st_size, c.st_nlink
     return PyBytes_FromStringAndSize(<char *>words, sizeof(words))
+
+
+cpdef bint has_one_name(bytes one) except -1:
+    """state.has_one_name."""
+    cdef uint64_t[4] words
+    if one is None or len(one) < <Py_ssize_t>sizeof(words):
+        raise ValueError("no stamp")
+    memcpy(words, PyBytes_AS_STRING(one), sizeof(words))
+    return words[3] <= 1
 
 
 cdef bint is_within(const timespec *time, long long nanoseconds) noexcept nogil:

@@ -74,4 +74,5 @@ def object_stamp(st: os.stat_result) -> ObjectStamp:
 
 
 if not compiled.why_not():
-    from udbad.branch.cstat import lasting_stamp, stamp  # noqa: F401  # the same, without an object for each number
+    # The same, without an object for each number.
+    from udbad.branch.cstat import has_one_name, lasting_stamp, stamp  # noqa: F401

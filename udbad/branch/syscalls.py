@@ -226,6 +226,11 @@ def pin_at(dirfd: int, name: bytes) -> int:
     return os.open(name, _O_PIN, dir_fd=dirfd)
 
 
+def unpin(fd: int) -> None:
+    """Close a descriptor of `pin_at`, which nothing waits for."""
+    os.close(fd)
+
+
 @contextmanager
 def pinned(dirfd: int, name: bytes) -> Iterator[bytes]:
     """The /proc/self/fd path of a pinned object, for calls that know only paths."""
@@ -431,6 +436,11 @@ def is_bare(fd: int, more: Sequence[str]) -> bool:
         return not os.listxattr(fd) and not any(has_xattr(fd, os.fsencode(key)) for key in more)
     except OSError:
         return False
+
+
+def lists_nothing(target: Object) -> bool:
+    """Whether listxattr(2) has no names for an object. Raises OSError."""
+    return not os.listxattr(target)
 
 
 def listxattr(target: Object) -> list[bytes]:
@@ -679,6 +689,7 @@ if not compiled.why_not():
         getxattr,
         is_bare,
         link_fd,
+        lists_nothing,
         mkdir_at,
         open_at,
         open_dir_at,
@@ -689,6 +700,7 @@ if not compiled.why_not():
         set_fs_ids,
         start_writing,
         unlink_at,
+        unpin,
         utime_at,
         utime_fd,
         write_out,

@@ -40,6 +40,12 @@ MAX_NEGATIVES = 4096
 """Names of one directory that the kernel may remember as missing: it never tells which of them it has dropped."""
 
 
+def in_trusted(node: Node) -> bool:
+    """Whether the kernel may keep attributes of a node: it is in a directory that is trusted, or one itself."""
+    directory = node if type(node) is Dir else node.parent
+    return directory is not None and directory.ttl > 0.0
+
+
 class KernelNotifier(Protocol):
     """How a strategy tells the kernel to drop what it has cached; never blocks, never fails."""
 
@@ -145,11 +151,7 @@ class Coherence:
         return False
 
     def known_state(self, node: Node) -> object | None:
-        return True if self._in_trusted(node) else None
-
-    @staticmethod
-    def _in_trusted(node: Node) -> bool:
-        return (node if type(node) is Dir else node.parent or node).ttl > 0.0
+        return True if in_trusted(node) else None
 
     def catch_up(self) -> None:
         pass

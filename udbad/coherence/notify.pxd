@@ -1,4 +1,5 @@
 from udbad.coherence.watches cimport Watches
-from udbad.branch.cstat cimport lasting_stamp
+from udbad.branch.cstat cimport has_one_name, lasting_stamp
+from udbad.coherence.base cimport in_trusted
 from udbad.inodes.node cimport Dir, Node
 from udbad.union.superblock cimport Superblock

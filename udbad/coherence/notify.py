@@ -20,10 +20,9 @@ from __future__ import annotations
 import logging
 import os
 
-from udbad.branch import state
 from udbad.branch.branches import Branch
-from udbad.branch.state import lasting_stamp
-from udbad.coherence.base import FOREVER, Coherence, CoherenceStatistics, KernelNotifier
+from udbad.branch.state import has_one_name, lasting_stamp
+from udbad.coherence.base import FOREVER, Coherence, CoherenceStatistics, KernelNotifier, in_trusted
 from udbad.coherence.events import Events
 from udbad.coherence.inotify import SILENT_FS, watch_limit
 from udbad.coherence.leases import Leases
@@ -147,8 +146,8 @@ class NotifyCoherence(Coherence):
 
     def known_state(self, node: Node) -> object | None:
         # An event or an answer may have the stamp recorded anew; it is another one, by its ctime, after any change.
-        stamp = node.sent if self._in_trusted(node) else None
-        if stamp and (type(node) is Dir or state.has_one_name(stamp)):
+        stamp = node.sent if in_trusted(node) else None
+        if stamp and (type(node) is Dir or has_one_name(stamp)):
             return stamp
         return None  # not known, or it may be changed by a name in a directory that nobody watches
 

@@ -7,3 +7,4 @@ cdef class Operations:
     cdef public object coherence, _background, _passthrough
     cdef public bint _keep_listings
     cpdef tuple entry(self, parent, tuple found)
+    cpdef find_xattr(self, node_id, bytes key)

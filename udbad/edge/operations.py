@@ -197,7 +197,7 @@ class Operations:
     def getxattr(self, node_id: int, key: bytes) -> bytes:
         return self.fs.getxattr(node_id, key)
 
-    def find_xattr(self, node_id: int, key: bytes) -> bytes | None:
+    def find_xattr(self, node_id: Number, key: bytes) -> bytes | None:
         """`getxattr`; None for ENODATA."""
         return self.fs.find_xattr(node_id, key)
 
@@ -217,7 +217,7 @@ class Operations:
     def create(self, parent: int, name: bytes, flags: int, mode: int, caller: Caller) -> tuple[Entry, Opened]:
         handle, st = self.fs.create(parent, name, flags, mode & 0o7777, caller)
         created = self.created(parent, flags, handle, st)
-        self.fs.note_new(handle.node)
+        self.fs.xattrs.note_new(handle.node)
         return created
 
     def tmpfile(self, parent: int, flags: int, mode: int, caller: Caller) -> tuple[Entry, Opened]:

@@ -1,6 +1,6 @@
 from udbad.edge.operations cimport Operations
 from udbad.inodes.node cimport Node
-from udbad.kernel.cdevice cimport name_at
+from udbad.kernel.cdevice cimport caller_of, name_at, word_at
 from udbad.kernel.cwire cimport attributes, dirent, entry, negative
 from udbad.kernel.received cimport Received
 

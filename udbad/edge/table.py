@@ -15,7 +15,7 @@ from udbad.edge.operations import Attributes, Entry, Negative, Opened, Operation
 from udbad.inodes.node import Node
 from udbad.kernel import wire
 from udbad.kernel.boundary import Malformed
-from udbad.kernel.device import name_at
+from udbad.kernel.device import caller_of, name_at, word_at
 from udbad.kernel.protocol import MAX_REQUEST
 from udbad.kernel.received import Received
 from udbad.kernel.wire import attributes, dirent, entry, negative
@@ -77,11 +77,6 @@ def row(
 # -- taking requests apart ------------------------------------------------------------------------
 
 
-def _caller(request: Received, umask: int = 0) -> Caller:
-    # What Caller() does, which is a function of Python.
-    return tuple.__new__(Caller, (request.uid, request.gid, request.pid, umask))
-
-
 def _last_name(request: Received, start: Place) -> bytes:
     """The name that the request ends with."""
     name = name_at(request, start)
@@ -119,16 +114,16 @@ def _handle(request: Received) -> tuple[int]:
 
 def _mknod(request: Received) -> tuple[int, bytes, int, int, Caller]:
     mode, rdev, umask, _ = wire.FOUR_WORDS.unpack_from(request.buffer, _BODY)
-    return request.node, _last_name(request, _BODY + 16), mode, rdev, _caller(request, umask)
+    return request.node, _last_name(request, _BODY + 16), mode, rdev, caller_of(request, umask)
 
 
 def _mkdir(request: Received) -> tuple[int, bytes, int, Caller]:
     mode, umask = wire.TWO_WORDS.unpack_from(request.buffer, _BODY)
-    return request.node, _last_name(request, _BODY + 8), mode, _caller(request, umask)
+    return request.node, _last_name(request, _BODY + 8), mode, caller_of(request, umask)
 
 
 def _symlink(request: Received) -> tuple[int, bytes, bytes, Caller]:
-    return request.node, *_two_names(request, _BODY), _caller(request)
+    return request.node, *_two_names(request, _BODY), caller_of(request, 0)
 
 
 def _link(request: Received) -> tuple[int, int, bytes]:
@@ -150,7 +145,7 @@ def _rename2(request: Received) -> tuple[int, bytes, int, bytes, int]:
 
 def _create(request: Received) -> tuple[int, bytes, int, int, Caller]:
     flags, mode, umask, _ = wire.FOUR_WORDS.unpack_from(request.buffer, _BODY)
-    return request.node, _last_name(request, _BODY + 16), flags, mode, _caller(request, umask)
+    return request.node, _last_name(request, _BODY + 16), flags, mode, caller_of(request, umask)
 
 
 def _tmpfile(request: Received) -> tuple[int, int, int, Caller]:
@@ -161,21 +156,19 @@ def _tmpfile(request: Received) -> tuple[int, int, int, Caller]:
 
 def _setattr(request: Received) -> tuple[int, SetAttr, int | None, Caller]:
     mode, uid, gid, size, atime, mtime, fh = wire.setattr_in(request.buffer)
-    return request.node, SetAttr(mode, uid, gid, size, atime, mtime), fh, _caller(request)
+    return request.node, SetAttr(mode, uid, gid, size, atime, mtime), fh, caller_of(request, 0)
 
 
 def _getxattr(request: Received) -> tuple[int, bytes, int]:
-    room, _ = wire.TWO_WORDS.unpack_from(request.buffer, _BODY)
-    return request.node, _last_name(request, _BODY + 8), room
+    return request.node, _last_name(request, _BODY + 8), word_at(request, _BODY)
 
 
 def _listxattr(request: Received) -> tuple[int, Caller, int]:
-    room, _ = wire.TWO_WORDS.unpack_from(request.buffer, _BODY)
-    return request.node, _caller(request), room
+    return request.node, caller_of(request, 0), word_at(request, _BODY)
 
 
 def _removexattr(request: Received) -> tuple[int, bytes, Caller]:
-    return request.node, _last_name(request, _BODY), _caller(request)
+    return request.node, _last_name(request, _BODY), caller_of(request, 0)
 
 
 def _setxattr(request: Received) -> tuple[int, bytes, bytes, Caller, int, bool]:
@@ -198,15 +191,14 @@ def _key_and_value(request: Received, start: int, kill_sgid: bool) -> tuple[int,
         request.node,
         bytes(request.buffer[start:end]),
         bytes(request.buffer[end + 1 : request.size]),
-        _caller(request),
+        caller_of(request, 0),
         flags,
         kill_sgid,
     )
 
 
 def _open(request: Received) -> tuple[int, int, Caller]:
-    flags, _ = wire.TWO_WORDS.unpack_from(request.buffer, _BODY)
-    return request.node, flags, _caller(request)
+    return request.node, word_at(request, _BODY), caller_of(request, 0)
 
 
 def _opendir(request: Received) -> tuple[int, int]:

@@ -69,6 +69,8 @@ XATTR_BITS = {
     b"system.posix_acl_default": 8,
 }
 """Extended attributes that are asked for again and again (`ls -l`, each write), and hardly any file has."""
+ALL_XATTRS = 16
+"""The bit of all that are listed where there are any (union/xattrs.py)."""
 
 
 class More:
@@ -118,8 +120,8 @@ class Node:
         """No name is left; only descriptors reach it."""
         self.handles: list[OpenFile] | None = None
         self.lacks: tuple[int, object] | None = None
-        """Extended attributes that it was found not to have, as bits of XATTR_BITS, and the `Hooks.known_state` it had
-        then."""
+        """Extended attributes that it was found not to have, as bits of XATTR_BITS and ALL_XATTRS, and the
+        `Hooks.known_state` it had then."""
         self.sent: Stamp | None = None
         """The state whose attributes the kernel may keep (coherence/sent.py); None: it was given none to keep."""
         self.more: More | None = None

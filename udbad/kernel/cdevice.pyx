@@ -4,13 +4,20 @@
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
+from cpython.ref cimport Py_INCREF
+from cpython.tuple cimport PyTuple_SET_ITEM
+from cpython.type cimport PyType_GenericAlloc
 from libc.errno cimport EAGAIN, EINTR, ENOENT, ENOTDIR, errno
 from libc.stdint cimport int32_t, uint32_t, uint64_t
-from libc.string cimport memchr
+from libc.string cimport memchr, memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport read, write
 
 from udbad.kernel.received cimport Received
+
+from udbad.types import Caller
+
+cdef type CALLER = Caller
 
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
@@ -78,6 +85,29 @@ cpdef bytes name_at(Received request, Py_ssize_t start):
     if start < 0 or end < start or memchr(text + start, 0, request.size - start) != text + end:
         return None
     return PyBytes_FromStringAndSize(text + start, end - start)
+
+
+cpdef unsigned int word_at(Received request, Py_ssize_t start) except? 0:
+    cdef uint32_t word
+    if not 0 <= start <= PyByteArray_GET_SIZE(request.buffer) - <Py_ssize_t>sizeof(word):
+        raise IndexError(start)
+    memcpy(&word, PyByteArray_AS_STRING(request.buffer) + start, sizeof(word))
+    return word
+
+
+cdef inline void put(tuple made, Py_ssize_t at, object number):
+    Py_INCREF(number)  # the tuple's own
+    PyTuple_SET_ITEM(made, at, number)
+
+
+cpdef tuple caller_of(Received request, unsigned int umask):
+    """A Caller is a tuple of four: without one of another type first, of which tuple.__new__ makes it."""
+    cdef tuple made = <tuple>PyType_GenericAlloc(CALLER, 4)
+    put(made, 0, request.uid)
+    put(made, 1, request.gid)
+    put(made, 2, request.pid)
+    put(made, 3, umask)
+    return made
 
 
 def answer(int fd, uint64_t unique, int number, object body not None):

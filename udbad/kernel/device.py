@@ -12,7 +12,8 @@ from time import perf_counter
 
 from udbad import compiled
 from udbad.kernel.received import Received, take_header
-from udbad.kernel.wire import REPLY
+from udbad.kernel.wire import REPLY, WORD
+from udbad.types import Caller
 
 REQUESTS, WOKEN, EVENTS = 1, 2, 4
 """What `wait` has seen."""
@@ -46,6 +47,17 @@ def name_at(request: Received, start: int) -> bytes | None:
     if end < start or request.buffer.find(0, start, request.size) != end:
         return None
     return bytes(request.buffer[start:end])
+
+
+def word_at(request: Received, start: int) -> int:
+    """The number of 32 bits that begins at `start`, which the request is long enough for."""
+    number: int = WORD.unpack_from(request.buffer, start)[0]
+    return number
+
+
+def caller_of(request: Received, umask: int) -> Caller:
+    """Who has sent a request."""
+    return Caller(request.uid, request.gid, request.pid, umask)
 
 
 def answer(fd: int, unique: int, number: int, body: bytes | bytearray) -> None:
@@ -87,4 +99,5 @@ def wait(requests: int, wake: int, events: int, seconds: float) -> int:
 
 
 if not compiled.why_not():
-    from udbad.kernel.cdevice import answer, name_at, now, receive, tell, wait  # noqa: F401  # the same, as calls of C
+    # The same, as calls of C.
+    from udbad.kernel.cdevice import answer, caller_of, name_at, now, receive, tell, wait, word_at  # noqa: F401

@@ -16,11 +16,12 @@ import stat as st_mod
 from collections.abc import Callable, Iterator
 from typing import Final, Literal, TypeVar
 
-from udbad.branch import overlayattr, state, syscalls, whiteout
+from udbad.branch import state, syscalls, whiteout
 from udbad.branch.credentials import Credentials, sgid_group
+from udbad.branch.syscalls import fstat, unpin
 from udbad.errors import REPLACED, eio, erofs, estale, os_error
 from udbad.inodes.handles import ID_BITS, OpenDir, OpenFile, backing_id, note_id_bits
-from udbad.inodes.node import XATTR_BITS, Dir, Node
+from udbad.inodes.node import Dir, Node
 from udbad.inodes.slot import U64
 from udbad.types import Caller, Trigger
 from udbad.union import copyup, create, lookup, ranges, readdir, remove, rename, resolve
@@ -28,8 +29,10 @@ from udbad.union.held import HeldWalks
 from udbad.union.kept import KeptFiles
 from udbad.union.readdir import Name, Run
 from udbad.union.superblock import NeedCopyUp, Superblock, is_object
+from udbad.union.xattrs import Xattrs
 
 T = TypeVar("T")
+_ATTR, _TRUNCATE, _XATTR = Trigger.ATTR, Trigger.TRUNCATE, Trigger.XATTR
 Attributes = tuple[Node, os.stat_result]
 Number = int
 
@@ -38,10 +41,6 @@ COPYING = frozenset({"coo_reg", "coo_all", "moo"})
 """Attributes of branches whose files are copied up when they are opened."""
 _ATTEMPTS = 8
 """To hold what a name stands for, while somebody replaces it all the time."""
-_ACL_PREFIX = b"system.posix_acl_"
-_SYSTEM_PREFIX = b"system."
-_ACL_ACCESS = b"system.posix_acl_access"
-_CAPABILITY_BIT = XATTR_BITS[b"security.capability"]
 
 NOW: Final = "now"
 """As a time: what the branch's own clock says, as UTIME_NOW of utimensat(2). Ours may be ahead of it, so that a file
@@ -91,6 +90,7 @@ class UnionFs:
         self.table = sb.table
         self.handles = sb.handles
         self.walks = HeldWalks(sb)
+        self.xattrs = Xattrs(sb)
         self.on_unused_backing: Callable[[int], None] = lambda number: None
         """The last open file with this backing id was closed; replaced by who gives them out."""
         self.kept: KeptFiles | None = None
@@ -204,8 +204,15 @@ class UnionFs:
 
     # -- attributes ---------------------------------------------------------------------------
 
+    def _node(self, node_id: Number) -> Node:
+        """`InodeTable.node`."""
+        node = self.table.find(node_id)
+        if node is None:
+            raise estale()
+        return node
+
     def getattr(self, node_id: Number) -> Attributes:
-        node = self.table.node(node_id)
+        node = self._node(node_id)
         if type(node) is Dir and not node.trusted and not node.dead:
             self._refresh_if_there(node)
         return node, self.sb.stat(node)
@@ -232,33 +239,34 @@ class UnionFs:
             if node.layers[0].fd < 0:
                 raise estale() from None
 
-    def setattr(self, node_id: int, changes: SetAttr, fh: int | None, caller: Caller) -> Attributes:
+    def setattr(self, node_id: Number, changes: SetAttr, fh: Number | None, caller: Caller) -> Attributes:
         """chmod, chown, truncate, utimens in one. Raises NeedCopyUp on a branch that is not writable."""
-        node = self.table.node(node_id)
-        if self.sb.options.read_only:
+        node = self._node(node_id)
+        sb = self.sb
+        if sb.options.read_only:
             raise erofs()
-        self.need_writable(node, Trigger.ATTR if changes.size is None else Trigger.TRUNCATE, changes.size)
-        fd, owned = self.sb.open_object(node)
+        size, times = changes.size, changes.atime_ns is not None or changes.mtime_ns is not None
+        self.need_writable(node, _ATTR if size is None else _TRUNCATE, size)
+        fd, owned = sb.open_object(node)
         try:
-            content = changes.size is not None or changes.atime_ns is not None or changes.mtime_ns is not None
-            if content:
-                self.sb.changes.before_data(node, fd)
-            if changes.size is not None:
-                self._truncate(node, fd, changes.size, fh, caller)
+            if times or size is not None:
+                sb.changes.before_data(node, fd)
+            if size is not None:
+                self._truncate(node, fd, size, fh, caller)
             if changes.uid is not None or changes.gid is not None:
                 self._chown(fd, changes, caller)
             if changes.mode is not None:
-                syscalls.chmod_fd(fd, st_mod.S_IMODE(changes.mode))
-            if changes.atime_ns is not None or changes.mtime_ns is not None:
+                syscalls.chmod_fd(fd, changes.mode & 0o7777)
+            if times:
                 syscalls.utime_fd(fd, changes.atime_ns, changes.mtime_ns)
-            st = syscalls.fstat(fd)
-            self.sb.changes.data(node, content, st, fd, changes.mtime_ns is not None)
+            st = fstat(fd)
+            sb.changes.data(node, times or size is not None, st, fd, changes.mtime_ns is not None)
             if node.handles:
                 note_id_bits(node, st)
             return node, st
         finally:
             if owned:
-                os.close(fd)
+                unpin(fd)
 
     @staticmethod
     def _chown(fd: int, changes: SetAttr, caller: Caller) -> None:
@@ -288,7 +296,7 @@ class UnionFs:
                 self.sb.slot.intend(2, st.st_mtime_ns & U64, st.st_size)
             os.ftruncate(target, size)
 
-    def need_writable(self, node: Node, trigger: Trigger, length: int | None = None) -> None:
+    def need_writable(self, node: Node, trigger: Trigger, length: Number | None = None) -> None:
         """Raises NeedCopyUp unless the node's data is on a writable branch (or in an unnamed copy)."""
         if type(node) is Dir:
             if not node.trusted and not node.dead:
@@ -316,19 +324,9 @@ class UnionFs:
 
     # -- extended attributes ------------------------------------------------------------------
 
-    def _check_xattr(self, key: bytes) -> None:
-        """Raises EOPNOTSUPP."""
-        if not self.sb.options.acl and key.startswith(_ACL_PREFIX):
-            raise os_error(errno.EOPNOTSUPP)
-
-    def _kept(self, node: Node, key: bytes) -> bytes:
-        """The name that an attribute has on the object's branch. Raises EOPNOTSUPP for what is a mark there, or would
-        be one on a copy."""
-        if node.branch.overlay:
-            return overlayattr.kept(key)
-        if key == self.sb.redirect_key:
-            raise os_error(errno.EOPNOTSUPP)
-        return key
+    def find_xattr(self, node_id: Number, key: bytes) -> bytes | None:
+        """`getxattr`; None for ENODATA, which most are told."""
+        return self.xattrs.find(self._node(node_id), key)
 
     def getxattr(self, node_id: int, key: bytes) -> bytes:
         value = self.find_xattr(node_id, key)
@@ -336,96 +334,26 @@ class UnionFs:
             raise os_error(errno.ENODATA)
         return value
 
-    def find_xattr(self, node_id: int, key: bytes) -> bytes | None:
-        """`getxattr`; None for ENODATA, which most are told."""
-        self._check_xattr(key)
-        node = self.table.node(node_id)
-        bit = XATTR_BITS.get(key, 0)
-        state = self.sb.changes.known_state(node) if bit else None
-        known = 0 if state is None or node.lacks is None or node.lacks[1] != state else node.lacks[0]
-        if known & bit:
-            return None
-        name = key if bit else self._kept(node, key)
-        read = syscalls.get_acl if key.startswith(_ACL_PREFIX) else syscalls.getxattr
-        value = self._on_object(node, lambda object_: read(object_, name))
-        if value is None and state is not None:
-            node.lacks = known | bit, state
-        return value
-
-    def note_new(self, node: Node) -> None:
-        """A file was just made, which has no capabilities then: the kernel asks before the first write."""
-        state = self.sb.changes.known_state(node)
-        if state is not None:
-            node.lacks = _CAPABILITY_BIT, state
-
     def listxattr(self, node_id: int, caller: Caller) -> list[bytes]:
-        node = self.table.node(node_id)
-        names = self._on_object(node, syscalls.listxattr)
-        if caller.uid != 0:
-            names = [key for key in names if not key.startswith(b"trusted.")]  # xattr(7)
-        if node.branch.overlay:
-            names = overlayattr.shown(names)
-        elif self.sb.redirect_key in names:
-            names.remove(self.sb.redirect_key)
-        return names if self.sb.options.acl else [key for key in names if not key.startswith(_ACL_PREFIX)]
-
-    def _check_changing_xattr(self, key: bytes, caller: Caller) -> None:
-        """system.* is checked by each file system itself, not by the kernel (xattr_permission() in fs/xattr.c), but for
-        POSIX ACLs; and we change it as root. So NFSv4 ACLs and their kind are root's. Raises EOPNOTSUPP."""
-        self._check_xattr(key)
-        if caller.uid != 0 and key.startswith(_SYSTEM_PREFIX) and not key.startswith(_ACL_PREFIX):
-            raise os_error(errno.EOPNOTSUPP)
+        return self.xattrs.names(self._node(node_id), caller)
 
     def setxattr(
         self, node_id: int, key: bytes, value: bytes, caller: Caller, flags: int = 0, kill_sgid: bool = False
     ) -> None:
         """flags: XATTR_CREATE (EEXIST), XATTR_REPLACE (ENODATA). kill_sgid: the caller is neither in the file's group
         nor privileged, so that an ACL costs the setgid bit (posix_acl_update_mode)."""
-        self._check_changing_xattr(key, caller)
-        node = self._changing_xattr(node_id)
-        name = self._kept(node, key)
-
-        def change(target: syscalls.Object) -> None:
-            if flags & os.XATTR_CREATE and self.sb.slot is not None:
-                self.sb.slot.intend(1, syscalls.has_xattr(target, name))
-            syscalls.setxattr(target, name, value, flags)
-            if kill_sgid and key == _ACL_ACCESS:
-                mode = os.stat(target).st_mode
-                if mode & st_mod.S_ISGID:
-                    syscalls.chmod(target, st_mod.S_IMODE(mode) & ~st_mod.S_ISGID)
-
-        self._on_object(node, change)
-        node.lacks = None
-        self.sb.changes.data(node)
+        self.xattrs.check_changing(key, caller)
+        self.xattrs.set(self._changing_xattr(node_id), key, value, flags, kill_sgid)
 
     def removexattr(self, node_id: int, key: bytes, caller: Caller) -> None:
-        self._check_changing_xattr(key, caller)
-        node = self._changing_xattr(node_id)
-        name = self._kept(node, key)
-
-        def change(target: syscalls.Object) -> None:
-            if self.sb.slot is not None:
-                self.sb.slot.intend(1, syscalls.has_xattr(target, name))
-            syscalls.removexattr(target, name)
-
-        self._on_object(node, change)
-        self.sb.changes.data(node)
-
-    def _on_object(self, node: Node, call: Callable[[syscalls.Object], T]) -> T:
-        """`call` on the object itself: capabilities must not go to whatever has its name now."""
-        fd, owned = self.sb.open_object(node)
-        try:
-            opened = node.handles or node.orphan_fd >= 0
-            return call(fd if opened else syscalls.proc_path(fd))
-        finally:
-            if owned:
-                os.close(fd)
+        self.xattrs.check_changing(key, caller)
+        self.xattrs.remove(self._changing_xattr(node_id), key)
 
     def _changing_xattr(self, node_id: int) -> Node:
         node = self.table.node(node_id)
         if self.sb.options.read_only:
             raise erofs()
-        self.need_writable(node, Trigger.XATTR)
+        self.need_writable(node, _XATTR)
         return node
 
     # -- files --------------------------------------------------------------------------------

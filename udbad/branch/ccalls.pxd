@@ -1,0 +1,1 @@
+cpdef unpin(int fd)
