@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,7 +54,7 @@ def test_each_refusal(branch: Branch, monkeypatch: pytest.MonkeyPatch, caplog: p
         assert len(caplog.records) == notices
     asked.clear()
     caplog.clear()
-    mountflags.settle([replace(branch, private=False)], [], ())
+    mountflags.settle([branch.but(private=False)], [], ())
     assert (asked, len(caplog.records)) == ([], 1), "it was not cloned"
     caplog.clear()
     mountflags.settle([branch], [branch], ("noatime",))
@@ -65,6 +64,6 @@ def test_each_refusal(branch: Branch, monkeypatch: pytest.MonkeyPatch, caplog: p
 def test_writing_to_a_branch_that_is_not_writable(branch: Branch, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(syscalls, "set_mount_attributes", lambda _fd, on, off: asked.append((on, off)))
-    with mountflags.writing_to(branch, replace(branch, perm=Perm.RW)):
+    with mountflags.writing_to(branch, branch.but(perm=Perm.RW)):
         assert asked == [(0, RDONLY)]
     assert asked == [(0, RDONLY), (RDONLY, 0)]

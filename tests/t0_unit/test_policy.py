@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -270,7 +269,7 @@ def test_copyup_goes_up(text: str, facts: Facts) -> None:
 @given(factss(), st.integers(0, 5))
 def test_a_damaged_facts_still_hides_nothing(text: str, facts: Facts, floor: int) -> None:
     """A branch set that changed under the lookup may give marks above the parent's top."""
-    damaged = replace(facts, floor=min(floor, len(facts.writable) - 1))
+    damaged = facts._replace(floor=min(floor, len(facts.writable) - 1))
     chosen = create(text, damaged)
     assert chosen is None or chosen in allowed(damaged)
 

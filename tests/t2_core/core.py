@@ -13,7 +13,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -238,7 +238,7 @@ def core(
     if served is None:
         branches = open_branches(parse_branches(text), False, os.fsencode(directory / "mnt"), whiteouts)
     else:
-        ones = [replace(one, root_fd=os.dup(one.root_fd), anchor_fd=os.dup(one.anchor_fd)) for one in served.branches]
+        ones = [one.but(root_fd=os.dup(one.root_fd), anchor_fd=os.dup(one.anchor_fd)) for one in served.branches]
         branches = BranchSet(tuple(ones), served.generation)
     umask = os.umask(0o022)
     try:

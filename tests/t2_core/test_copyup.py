@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def meanwhile(union: Core, monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
 def on_a(union: Core, file_system: str, ordered: bool = False) -> None:
     """Have the top branch look as one on another file system, whatever this one is; ordered: Branch.keeps_order."""
     branch = union.sb.branches[0]
-    as_there = replace(branch, fs_type=file_system, keeps_order=ordered)
+    as_there = branch.but(fs_type=file_system, keeps_order=ordered)
     for name in ("fs_type", "in_memory", "local", "may_reflink", "keeps_order"):
         object.__setattr__(branch, name, getattr(as_there, name))
 

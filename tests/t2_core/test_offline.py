@@ -10,7 +10,7 @@ import errno
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,7 @@ class Pool:
 
     def leave(self) -> None:
         """Another process goes on without the branch."""
-        away = [
-            replace(one, offline=True, root_fd=-1) if one.index == self.gone else one for one in self.branches.branches
-        ]
+        away = [one.but(offline=True, root_fd=-1) if one.index == self.gone else one for one in self.branches.branches]
         self._go_on(BranchSet(tuple(away)))
 
     def come_back(self) -> None:

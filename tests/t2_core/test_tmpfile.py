@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,7 +183,7 @@ def test_its_branch_becomes_read_only(tmp_path: Path) -> None:
     with core(tmp_path) as union:
         handle = union.tmpfile("", b"content")
         old = union.sb.branches
-        reconfigure.apply(union.sb, BranchSet((replace(old[0], perm=Perm.RO), *old.branches[1:]), old.generation + 1))
+        reconfigure.apply(union.sb, BranchSet((old[0].but(perm=Perm.RO), *old.branches[1:]), old.generation + 1))
         assert union.read(handle) == b"content"
         assert errno_of(lambda: union.write(handle, b"x")) == "EROFS"
         assert errno_of(lambda: union.publish(handle, "new")) == "EXDEV"

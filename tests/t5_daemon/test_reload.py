@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +218,7 @@ def test_what_needs_a_remount_is_in_force_after_it(daemon: Daemon, here: Union, 
 def test_the_union_is_told(key: str, tmp_path: Path) -> None:
     """What `told` shows above is what the operations look at."""
     plain = parse_mount_options(f"br={tmp_path}")
-    changed = replace(plain, **{key: LIVE_VALUES[key]})
+    changed = plain.but(**{key: LIVE_VALUES[key]})
     assert getattr(_union_options(changed), key) == LIVE_VALUES[key]
     assert _union_options(changed) != _union_options(plain)
 

@@ -54,9 +54,12 @@ class Record:
 SAYS_MORE: Final = {
     "__init__.py": NEXT["__init__.py"],
     "mount/handover.py": [
-        ("        **said(branch),\n", '        **said(branch),\n        "colour": "red",\n'),
+        (
+            "        **said(branch.values(), Branch.DEFAULTS),\n",
+            '        **said(branch.values(), Branch.DEFAULTS),\n        "colour": "red",\n',
+        ),
         ('"needs": sorted(', '"needs": ["colour"] * any(b"needed" in one.path for one in branches.branches) + sorted('),
-        ("for field in fields(Branch)}", 'for field in fields(Branch)} - {"colour"}'),
+        ("- set(Branch.FIELDS)", '- set(Branch.FIELDS) - {"colour"}'),
         ("        **process.offline.facts(),", '        **process.offline.facts(),\n        "weather": ["fine"],'),
     ],
 }

@@ -8,8 +8,7 @@ set it started with. The acceptance rules that decide what may become a branch a
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 from udbad.errors import eio, erofs
 from udbad.types import Perm
@@ -48,7 +47,6 @@ class BranchSpec(NamedTuple):
     watch: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class Branch:
     """One open branch.
 
@@ -67,51 +65,83 @@ class Branch:
     may_reflink: files of it may be able to share blocks.
     lists_xattrs: an object for which listxattr(2) has no names has no extended attributes, nor POSIX ACLs.
     offline: it does not answer; nothing may be asked of it, not even to close a file.
+    copying: of a copy to it (copydata.copy_xattrs), its attributes; "overlay" where it is written as overlayfs does.
+    overlay: whiteouts and opaque marks of overlayfs count on it, beside those of aufs.
+
+    Never changed: see `but`.
     """
 
-    id: int
-    index: int
-    path: bytes
-    perm: Perm
-    attrs: frozenset[str]
-    udba: str | None
-    root_fd: int
-    anchor_fd: int
-    dev: int
-    fs_type: str
-    restrictions: frozenset[str] = frozenset()
-    private: bool = False
-    keeps_order: bool = False
-    offline: bool = False
-    watch: str | None = None
-    unmarked: bool = False
-    writes_overlay: bool = False
-    writable: bool = field(init=False)
-    whable: bool = field(init=False)
-    overlay: bool = field(init=False)
-    """Whiteouts and opaque marks of overlayfs count on it, beside those of aufs."""
-    copying: frozenset[str] = field(init=False)
-    """Of a copy to it (copydata.copy_xattrs): its attributes, and "overlay" where it is written as overlayfs does."""
-    exact_times: bool = field(init=False)
-    exact_directory_times: bool = field(init=False)
-    local: bool = field(init=False)
-    in_memory: bool = field(init=False)
-    may_reflink: bool = field(init=False)
-    lists_xattrs: bool = field(init=False)
+    __slots__ = (
+        "anchor_fd", "attrs", "copying", "dev", "exact_directory_times", "exact_times", "fs_type", "id", "in_memory",
+        "index", "keeps_order", "lists_xattrs", "local", "may_reflink", "offline", "overlay", "path", "perm", "private",
+        "restrictions", "root_fd", "udba", "unmarked", "watch", "whable", "writable", "writes_overlay",
+    )  # fmt: skip
+    FIELDS: Final = (
+        "id", "index", "path", "perm", "attrs", "udba", "root_fd", "anchor_fd", "dev", "fs_type", "restrictions",
+        "private", "keeps_order", "offline", "watch", "unmarked", "writes_overlay",
+    )  # fmt: skip
+    """What __init__ takes; all else follows from it."""
+    DEFAULTS: Final = {
+        "restrictions": frozenset[str](), "private": False, "keeps_order": False, "offline": False, "watch": None,
+        "unmarked": False, "writes_overlay": False,
+    }  # fmt: skip
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "writable", self.perm is Perm.RW)
-        object.__setattr__(self, "whable", self.perm is Perm.RW or "wh" in self.attrs)
-        object.__setattr__(self, "overlay", self.writes_overlay if self.writable else self.whable and self.unmarked)
-        object.__setattr__(self, "copying", self.attrs | {"overlay"} if self.writes_overlay else self.attrs)
-        exact = self.perm is Perm.RR or (MULTIGRAIN_KERNEL and self.fs_type in _MULTIGRAIN_FS)
-        object.__setattr__(self, "exact_times", exact)
-        borrowed = self.perm is not Perm.RR and self.fs_type in _BORROWED_TIMES_FS
-        object.__setattr__(self, "exact_directory_times", exact and not borrowed)
-        object.__setattr__(self, "local", self.fs_type in _LOCAL_FS)
-        object.__setattr__(self, "in_memory", self.fs_type in _IN_MEMORY)
-        object.__setattr__(self, "may_reflink", self.fs_type not in _NO_REFLINK_FS)
-        object.__setattr__(self, "lists_xattrs", self.fs_type in _LISTS_XATTRS_FS)
+    def __init__(
+        self,
+        id: int,
+        index: int,
+        path: bytes,
+        perm: Perm,
+        attrs: frozenset[str],
+        udba: str | None,
+        root_fd: int,
+        anchor_fd: int,
+        dev: int,
+        fs_type: str,
+        restrictions: frozenset[str] = frozenset(),
+        private: bool = False,
+        keeps_order: bool = False,
+        offline: bool = False,
+        watch: str | None = None,
+        unmarked: bool = False,
+        writes_overlay: bool = False,
+    ) -> None:
+        self.id = id
+        self.index = index
+        self.path = path
+        self.perm = perm
+        self.attrs = attrs
+        self.udba = udba
+        self.root_fd = root_fd
+        self.anchor_fd = anchor_fd
+        self.dev = dev
+        self.fs_type = fs_type
+        self.restrictions = restrictions
+        self.private = private
+        self.keeps_order = keeps_order
+        self.offline = offline
+        self.watch = watch
+        self.unmarked = unmarked
+        self.writes_overlay = writes_overlay
+        self.writable = perm is Perm.RW
+        self.whable = perm is Perm.RW or "wh" in attrs
+        self.overlay = writes_overlay if self.writable else self.whable and unmarked
+        self.copying = attrs | {"overlay"} if writes_overlay else attrs
+        self.exact_times = perm is Perm.RR or (MULTIGRAIN_KERNEL and fs_type in _MULTIGRAIN_FS)
+        borrowed = perm is not Perm.RR and fs_type in _BORROWED_TIMES_FS
+        self.exact_directory_times = self.exact_times and not borrowed
+        self.local = fs_type in _LOCAL_FS
+        self.in_memory = fs_type in _IN_MEMORY
+        self.may_reflink = fs_type not in _NO_REFLINK_FS
+        self.lists_xattrs = fs_type in _LISTS_XATTRS_FS
+
+    def values(self) -> dict[str, Any]:
+        """What it was made of, by `FIELDS`."""
+        return {name: getattr(self, name) for name in self.FIELDS}
+
+    def but(self, **changes: Any) -> Branch:
+        """The same, but for some `FIELDS`."""
+        return Branch(**{**self.values(), **changes})
 
     def describe(self) -> str:
         """`path=perm+attr`, as aufs shows a branch in sysfs."""
@@ -122,23 +152,21 @@ class Branch:
         os.close(self.anchor_fd)
 
 
-@dataclass(frozen=True, slots=True)
 class BranchSet:
-    """All branches of a mount, top first."""
+    """All branches of a mount, top first.
 
-    branches: tuple[Branch, ...]
-    generation: int = 0
-    writable: tuple[bool, ...] = field(init=False)
-    """Of each branch, for the policies."""
-    close_may_fail: bool = field(init=False)
-    """On a branch that is written to."""
-    may_plink: bool = field(init=False)
-    """There is a place for pseudo-links: overlayfs knows none, and would show the directory of them."""
+    writable: of each branch, for the policies. close_may_fail: on a branch that is written to. may_plink: there is a
+    place for pseudo-links; overlayfs knows none, and would show the directory of them. Never changed.
+    """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "writable", tuple(one.writable and not one.offline for one in self.branches))
-        object.__setattr__(self, "may_plink", not any(one.writes_overlay for one in self.branches))
-        object.__setattr__(self, "close_may_fail", any(one.writable and not one.local for one in self.branches))
+    __slots__ = ("branches", "close_may_fail", "generation", "may_plink", "writable")
+
+    def __init__(self, branches: tuple[Branch, ...], generation: int = 0) -> None:
+        self.branches = branches
+        self.generation = generation
+        self.writable = tuple(one.writable and not one.offline for one in branches)
+        self.close_may_fail = any(one.writable and not one.local for one in branches)
+        self.may_plink = not any(one.writes_overlay for one in branches)
 
     def __len__(self) -> int:
         return len(self.branches)

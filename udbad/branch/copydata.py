@@ -17,10 +17,9 @@ import re
 import stat as st_mod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import groupby
 from time import monotonic
-from typing import Final
+from typing import Final, NamedTuple
 
 from udbad.branch import capabilities, overlayattr, redirect, syscalls
 from udbad.errors import os_error
@@ -63,8 +62,7 @@ Place = bytes | int
 """Of an object whose metadata is copied: a path of the forms above, or a descriptor of it that is not an O_PATH one."""
 
 
-@dataclass(slots=True)
-class CopyResult:
+class CopyResult(NamedTuple):
     """What copy_contents did.
 
     method: the least efficient one that was needed; NONE when there was no data. bytes_copied: bytes that were written,

@@ -21,8 +21,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
-from typing import ClassVar, Final, TypeVar
+from typing import ClassVar, Final, NamedTuple, TypeVar
 
 from udbad.branch.spec import suggestion
 from udbad.errors import ExitCode, UserError, erofs
@@ -31,11 +30,8 @@ DEFAULT_CACHE_SECONDS: Final = 30
 MAX_CACHE_SECONDS: Final = 3600
 
 
-@dataclass(slots=True)
-class Facts:
+class Facts(NamedTuple):
     """What a policy may know about NAME in directory D; every index is a branch index, 0 on top.
-
-    Nobody changes one; a frozen dataclass would take as long to make as the file itself.
 
     writable: per branch. Clear it as well for a branch that cannot take the object for another
     reason, e.g. because a non-directory has the name of D there.

@@ -11,7 +11,6 @@ import errno
 import os
 import stat as st_mod
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from typing import Final
 
 from udbad.branch import capabilities, syscalls, whiteout
@@ -24,13 +23,15 @@ _WINDOW: Final = 100  # open directories of a walk; deeper ones are reached agai
 Entries = dict[bytes, os.DirEntry[str]]
 
 
-@dataclass(slots=True)
 class _Level:
     """A directory on the way to the current one. fd is -1 while closed; todo: children still to visit."""
 
-    name: bytes
-    fd: int
-    todo: list[bytes]
+    __slots__ = ("fd", "name", "todo")
+
+    def __init__(self, name: bytes, fd: int, todo: list[bytes]) -> None:
+        self.name = name
+        self.fd = fd
+        self.todo = todo
 
 
 def entries_of(dirfd: int) -> Entries:

@@ -24,7 +24,6 @@ import os
 import re
 import stat as st_mod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, TypeVar
 
@@ -55,7 +54,6 @@ class Kind(Enum):
     CONTENT = "content"
 
 
-@dataclass(slots=True)
 class Known:
     """What watchers know a name to stand for.
 
@@ -66,14 +64,26 @@ class Known:
     says how it came. otherwise: what it was if that turns out to be wrong.
     """
 
-    directory: bool
-    node: Node | None = None
-    identity: Identity | None = None
-    index: int = _UNKNOWN
-    gone: bool = False
-    perhaps: bool = False
-    assumed: frozenset[int] = frozenset()
-    otherwise: Known | None = None
+    __slots__ = ("assumed", "directory", "gone", "identity", "index", "node", "otherwise", "perhaps")
+
+    def __init__(
+        self,
+        directory: bool,
+        node: Node | None = None,
+        identity: Identity | None = None,
+        index: int = _UNKNOWN,
+        perhaps: bool = False,
+        assumed: frozenset[int] = frozenset(),
+        otherwise: Known | None = None,
+    ) -> None:
+        self.directory = directory
+        self.node = node
+        self.identity = identity
+        self.index = index
+        self.gone = False
+        self.perhaps = perhaps
+        self.assumed = assumed
+        self.otherwise = otherwise
 
     @classmethod
     def of(cls, node: Node) -> Known:
@@ -101,13 +111,18 @@ class Known:
             return otherwise
         said = [heard[index] for index in left if heard.get(index)]
         if any(kinds & _SOMETHING for kinds in said):
-            return replace(self, assumed=frozenset(), otherwise=None)
+            return self.assuming(frozenset(), None)
         if said:
             return Known(self.directory, perhaps=True)
-        return replace(self, assumed=left, otherwise=otherwise)
+        return self.assuming(left, otherwise)
+
+    def assuming(self, assumed: frozenset[int], otherwise: Known | None) -> Known:
+        """The same, of which something else is assumed."""
+        other = Known(self.directory, self.node, self.identity, self.index, self.perhaps, assumed, otherwise)
+        other.gone = self.gone
+        return other
 
 
-@dataclass(eq=False, slots=True)
 class Replay:
     """A name of the union of which something is to be shown; b"": the directory itself.
 
@@ -115,33 +130,46 @@ class Replay:
     has happened to what it stands for. tries: how often the next step could not be done yet.
     """
 
-    parent: Dir
-    name: bytes
-    named: bool = False
-    before: Known | None = None
-    attributes: bool = False
-    modified: bool = False
-    closed: bool = False
-    tries: int = 0
+    __slots__ = ("attributes", "before", "closed", "modified", "name", "named", "parent", "tries")
+
+    def __init__(self, parent: Dir, name: bytes) -> None:
+        self.parent = parent
+        self.name = name
+        self.named = False
+        self.before: Known | None = None
+        self.attributes = False
+        self.modified = False
+        self.closed = False
+        self.tries = 0
 
     @property
     def key(self) -> _Key:
         return self.parent, self.name
 
 
-@dataclass(slots=True)
 class Step:
     """One change that is to be shown now.
 
     now: what the name stands for; None for DELETE. origin: of RENAME, the old name. modified, closed: of CONTENT.
     """
 
-    kind: Kind
-    replay: Replay
-    now: Node | None = None
-    origin: Replay | None = None
-    modified: bool = False
-    closed: bool = False
+    __slots__ = ("closed", "kind", "modified", "now", "origin", "replay")
+
+    def __init__(
+        self,
+        kind: Kind,
+        replay: Replay,
+        now: Node | None = None,
+        origin: Replay | None = None,
+        modified: bool = False,
+        closed: bool = False,
+    ) -> None:
+        self.kind = kind
+        self.replay = replay
+        self.now = now
+        self.origin = origin
+        self.modified = modified
+        self.closed = closed
 
 
 _Key = tuple[Dir, bytes]
@@ -411,7 +439,7 @@ class Replays:
         if any(index <= top and kinds & _SOMETHING for index, kinds in heard.items()):
             gone = Known(kinds & OF_DIRECTORY != 0)
             less = gone.directory and layers is not None and unheard
-            return replace(the_same, assumed=unheard, otherwise=gone) if less else gone
+            return the_same.assuming(unheard, gone) if less else gone
         if in_view is False and not _replacing(heard.get(top, 0)):
             return None
         if (parent, name) in self._own_names:
@@ -423,7 +451,7 @@ class Replays:
         heard = self._heard.get((parent, name), {})
         unheard = frozenset(index for index in places if index not in heard)
         before = self._elsewhere(parent, name, places, known.directory)
-        return replace(known, assumed=unheard, otherwise=before) if unheard else before
+        return known.assuming(unheard, before) if unheard else before
 
     def _elsewhere(self, parent: Dir, name: bytes, places: Collection[int], directory: bool) -> Known | None:
         """What a name stood for before what it stands for, perhaps a directory, came to be on these branches."""

@@ -13,7 +13,6 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import monotonic
 
 from udbad.branch import syscalls, whiteout
@@ -47,14 +46,21 @@ class Place:
         """Set once it is."""
 
 
-@dataclass(slots=True)
 class Way:
     """Handle of the watch of a branch directory in which `name` is on the way to where a redirect says that `node` is
     on the branch with this index."""
 
-    node: Dir
-    index: int
-    name: bytes
+    __slots__ = ("index", "name", "node")
+
+    def __init__(self, node: Dir, index: int, name: bytes) -> None:
+        self.node = node
+        self.index = index
+        self.name = name
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Way and self.node is other.node and self.index == other.index and self.name == other.name
+
+    __hash__ = None  # type: ignore[assignment]  # as Python has it for what is compared by its values
 
 
 class Watched:

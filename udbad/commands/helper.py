@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -80,11 +79,11 @@ def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: b
     source, named = layer_source(source)
     parsed = parse_mount_options(",".join([*words, *named]))
     if parsed.fsname == "none" and source != "none":
-        parsed = replace(parsed, fsname=source)
+        parsed = parsed.but(fsname=source)
     # The daemon is in another directory than whoever calls us.
     branches = tuple(spec._replace(path=os.path.abspath(spec.path)) for spec in parsed.branches)
     control = parsed.control and os.path.abspath(parsed.control)
-    parsed = replace(parsed, branches=branches, control=control)
+    parsed = parsed.but(branches=branches, control=control)
     if fake:
         return
     mount_point = os.fsdecode(registry.real_mount_point(os.fsencode(directory)))
@@ -97,7 +96,7 @@ def _mount(run_dir: str, source: str, directory: Path, words: list[str], fake: b
     except UserError as error:
         if error.code is not ExitCode.NO_DAEMON:
             raise
-        told = replace(parsed, notices=())
+        told = parsed.but(notices=())
         job = Job(told, mount_point, run_dir, verbose, "plain", background=True)
         job.set_up_log()
         code = serve_in_background(job)
@@ -113,7 +112,7 @@ def _serves_already(run_dir: str, mount_point: str, wanted: MountOptions) -> boo
         client.ask_mount(entry, {"op": "ping"}, timeout=10.0)
     except UserError:
         return False  # dead; the mount process takes it away
-    if replace(parse_mount_options(entry.configured), notices=()) == replace(wanted, notices=()):
+    if parse_mount_options(entry.configured).but(notices=()) == wanted.but(notices=()):
         return True
     raise UserError(f"{mount_point} is mounted already, with other options (-o remount changes them)",
                     ExitCode.MOUNT_POINT)  # fmt: skip

@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 from contextlib import suppress
-from dataclasses import replace
 
 import click
 
@@ -54,7 +53,7 @@ def mount(
                 raise UserError("MOUNT_POINT is missing")
             mount_point = place_in_store(parsed.source)
         if parsed.fsname == "none" and source != "none":
-            parsed = replace(parsed, fsname=source)
+            parsed = parsed.but(fsname=source)
         job = Job(parsed, os.path.abspath(mount_point), run_dir, verbose, log_format, background=not foreground)
         job.set_up_log()
         if foreground:

@@ -12,8 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 from udbad import logs
 from udbad.branch.spec import printable
@@ -44,8 +43,7 @@ def for_terminal(text: str) -> str:
     return printable(os.fsencode(text))
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """What `udbad mount` was asked for.
 
     mount_point: an absolute path. background: it has left whoever started it once it serves.
@@ -69,15 +67,14 @@ class Job:
         """For JSON."""
         from udbad.settings.options import format_options
 
-        words = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**words, "options": format_options(self.options)}
+        return {**self._asdict(), "options": format_options(self.options)}
 
     @classmethod
     def of(cls, words: Mapping[str, Any]) -> Job:
         """From `words`."""
         from udbad.settings.options import parse_mount_options
 
-        known = {field.name: words[field.name] for field in fields(cls)}
+        known = {name: words[name] for name in cls._fields}
         options = parse_mount_options(known["options"])
         return cls(**{**known, "options": options})
 

@@ -25,7 +25,7 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from udbad.control import private
 from udbad.control.words import known
@@ -41,8 +41,7 @@ _CLAIM_PAUSE = 0.05
 _MAX_LINKS = 40  # MAXSYMLINKS (linux/namei.h)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One mount. name: in the configuration, or "". supervised: started by a supervisor, which restarts it.
 
     mount_point: as the kernel has it; asked: as somebody wrote it, with symbolic links perhaps.
@@ -195,7 +194,7 @@ class Registration:
 
     def write(self, entry: Entry) -> None:
         """Say who serves the mount."""
-        words = asdict(entry)
+        words = entry._asdict()
         del words["directory"]
         self._replace(ENTRY, json.dumps(words) + "\n")
 
@@ -265,7 +264,7 @@ def read(path: str) -> Entry | None:
     try:
         with _entered(path) as dirfd:
             words = json.loads(private.read(dirfd, ENTRY))
-        entry = Entry(**{**known(Entry, words), "directory": path})
+        entry = Entry(**{**known(Entry._fields, words), "directory": path})
     except private.NotPrivate as error:
         log.warning("%s is passed over: %s %s", path, error.filename, error.strerror)
         return None

@@ -7,20 +7,15 @@ not know it seldom meets it; who reads passes over what he does not know. What n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
-def said(one: DataclassInstance) -> dict[str, Any]:
-    """The fields that __init__ takes, but those that have their default value."""
-    words = {field.name: (getattr(one, field.name), field.default) for field in fields(one) if field.init}
-    return {name: value for name, (value, default) in words.items() if value != default}
+def said(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an object, but those that have their default value."""
+    return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
 
-def known(kind: type[DataclassInstance], words: Mapping[str, Any]) -> dict[str, Any]:
-    """What __init__ of `kind` takes of these words."""
-    return {field.name: words[field.name] for field in fields(kind) if field.init and field.name in words}
+def known(fields: Iterable[str], words: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of these words that are fields."""
+    return {name: words[name] for name in fields if name in words}

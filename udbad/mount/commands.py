@@ -11,7 +11,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -208,7 +207,7 @@ class Commands:
                 await self.process.beside.set_mode(text_of(request, "mode"))
         except ValueError as error:
             raise UserError(str(error), ExitCode.OPTION) from None
-        self.process.options = replace(self.process.options, udba=self.process.coherence.name)
+        self.process.options = self.process.options.but(udba=self.process.coherence.name)
         self._write_entry()
         return {"mode": self.process.coherence.name}
 
@@ -251,7 +250,7 @@ class Commands:
 
     def _note_branches(self) -> None:
         specs = tuple(rebranch.current_specs(self.process.sb.branches))
-        self.process.options = replace(self.process.options, branches=specs)
+        self.process.options = self.process.options.but(branches=specs)
         self._write_entry()
 
     def _write_entry(self) -> None:
@@ -268,7 +267,7 @@ class Commands:
         """
         new = parse_mount_options(text_of(request, "options"))
         if new.source is not None:  # another one is for another mount
-            new = replace(new, branches=self.process.options.branches)
+            new = new.but(branches=self.process.options.branches)
         configured = _options_text(request, "configured") if "configured" in request else None
         process = self.process
         async with self._changing:
@@ -277,7 +276,7 @@ class Commands:
                 gone = rebranch.left_out(process, new.branches)
                 await rebranch.check_leaving(process, self.carrying.check_idle)
             # After this: a branch that did not answer stays away as long as this process lives.
-            answer = await self._become(replace(new, branches=process.options.branches) if gone else new)
+            answer = await self._become(new.but(branches=process.options.branches) if gone else new)
             if configured is not None:
                 process.configured = configured
                 if not gone:
@@ -315,7 +314,7 @@ class Commands:
         process = self.process
         changed = _changed(process.options, new)
         live = _live(process.options, new)
-        target = replace(process.options, **{key: getattr(new, key) for key in live})
+        target = process.options.but(**{key: getattr(new, key) for key in live})
         # What can be refused comes first.
         await self._change_access(target, "branches" in live)
         process.options = target

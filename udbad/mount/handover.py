@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final
 
 from udbad import __version__
@@ -100,7 +99,7 @@ def read(record: Record, take: Callable[[int], int]) -> dict[str, Any]:
         os.close(fd)
     if not isinstance(facts, dict) or facts.get("version") not in READ:
         raise UserError("what it knows is written in another version", ExitCode.FAILURE)
-    unknown = set(facts.get("needs", ())) - {field.name for field in fields(Branch)}
+    unknown = set(facts.get("needs", ())) - set(Branch.FIELDS)
     if unknown:
         text = ", ".join(sorted(unknown))
         raise UserError(f"it has branches with {text}, of which this version knows nothing", ExitCode.FAILURE)
@@ -114,7 +113,7 @@ def _facts_of(branches: BranchSet) -> dict[str, Any]:
 
 def _branch_words(branch: Branch) -> dict[str, Any]:
     return {
-        **said(branch),
+        **said(branch.values(), Branch.DEFAULTS),
         "path": os.fsdecode(branch.path),
         "perm": branch.perm.value,
         "attrs": sorted(branch.attrs),
@@ -140,7 +139,7 @@ def branches(facts: dict[str, Any], take: Callable[[int], int], hung: Collection
 def _branch(words: dict[str, Any], take: Callable[[int], int], offline: bool) -> Branch:
     return Branch(
         **{
-            **known(Branch, words),
+            **known(Branch.FIELDS, words),
             "path": os.fsencode(words["path"]),
             "perm": Perm(words["perm"]),
             "attrs": frozenset(words["attrs"]),

@@ -33,10 +33,11 @@ class Leasing:
         branch = await rebranch.find(process.sb.branches, os.fsencode(text_of(request, "branch")))
         # After this: another set of branches may be in use, whose coherence knows of no lease.
         leased = False
-        if branch in process.sb.branches.branches:
-            if flag_of(request, "anew"):
-                process.coherence.lease(branch, 0.0)
-            leased = process.coherence.lease(branch, until)
+        for one in process.sb.branches.branches:
+            if one.id == branch.id:
+                if flag_of(request, "anew"):
+                    process.coherence.lease(one, 0.0)
+                leased = process.coherence.lease(one, until)
         if by:
             self._subscribers[branch.path] = by
         else:

@@ -13,7 +13,6 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -431,7 +430,7 @@ class MountProcess:
 
     def set_read_only(self, ro: bool) -> None:
         """Have the union refuse every change, or none; what that means for the branches is the caller's."""
-        self.options = replace(self.options, ro=ro)
+        self.options = self.options.but(ro=ro)
         self.apply_union_options()
 
     def apply_union_options(self) -> None:

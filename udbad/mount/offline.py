@@ -19,8 +19,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 from udbad.branch.branches import Branch, BranchSet
 from udbad.branch.spec import shown
@@ -42,8 +41,7 @@ _SOON: Final = 3600.0
 _PR_SET_NAME: Final = 15
 
 
-@dataclass(slots=True)
-class Outage:
+class Outage(NamedTuple):
     """Of one branch: since when (seconds since the epoch), how often within `_SOON` of the one before; ended:
     time.monotonic() of the end, 0 while it lasts."""
 
@@ -54,7 +52,7 @@ class Outage:
 
 def outages(facts: dict[str, Any]) -> dict[int, Outage]:
     """Of what a predecessor has said: by branch id."""
-    return {int(branch): Outage(**known(Outage, words)) for branch, words in facts.get("outages", {}).items()}
+    return {int(branch): Outage(**known(Outage._fields, words)) for branch, words in facts.get("outages", {}).items()}
 
 
 def ask_first(paths: Sequence[bytes], timeout: int) -> None:
@@ -138,7 +136,7 @@ class Offline:
         return {
             "offline": [branch.id for branch in self._branches if branch.id not in self._back],
             "abandoned": sorted(self.abandoned),
-            "outages": {str(branch): asdict(outage) for branch, outage in self._outages.items()},
+            "outages": {str(branch): outage._asdict() for branch, outage in self._outages.items()},
         }
 
     async def watch(self, process: MountProcess) -> None:
@@ -157,7 +155,7 @@ class Offline:
             log.warning("branch %s: nobody asks whether it answers again; mount again then", shown(branch.path))
             return
         self._back.add(branch.id)
-        self._outages[branch.id].ended = time.monotonic()
+        self._outages[branch.id] = self._outages[branch.id]._replace(ended=time.monotonic())
         log.warning("branch %s answers again", shown(branch.path))
         try:
             process.make_room()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 import trio
@@ -113,7 +112,7 @@ def left_out(process: MountProcess, specs: Sequence[BranchSpec]) -> list[Branch]
 
 def _without(old: BranchSet, gone: Sequence[Branch]) -> BranchSet:
     rest = [branch for branch in old.branches if branch not in gone]
-    return BranchSet(tuple(replace(branch, index=index) for index, branch in enumerate(rest)), old.generation + 1)
+    return BranchSet(tuple(branch.but(index=index) for index, branch in enumerate(rest)), old.generation + 1)
 
 
 def _silent(branches: BranchSet, edits: Sequence[tuple[str, str]]) -> list[Branch]:
@@ -129,7 +128,7 @@ async def _leave_without(process: MountProcess, gone: Sequence[Branch], specs: t
     """When the answer is sent: nothing else happens in this process once it has other branches."""
     await _no_copyups(process)
     before, new = (process.options, process.branches), _without(process.branches, gone)
-    process.options = replace(process.options, branches=specs)
+    process.options = process.options.but(branches=specs)
     process.branches = process.sb.branches = new
     process.write_locks.abandon({branch.dev for branch in gone} - {branch.dev for branch in new.branches})
     process.offline.abandoned.update(branch.id for branch in gone)

@@ -24,7 +24,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from udbad.branch import syscalls
@@ -57,14 +56,16 @@ _FLUSHING: Final = {74, 75, 306, 277} if _IS_X86 else {82, 83, 267, 84}
 _CLOSE: Final = 3 if _IS_X86 else 57
 
 
-@dataclass(slots=True)
 class _Waiting:
     """What one thread waits in. call: the line of /proc/…/syscall. woken: it was since, and went to sleep again."""
 
-    call: bytes
-    switches: bytes
-    since: float
-    woken: bool = False
+    __slots__ = ("call", "since", "switches", "woken")
+
+    def __init__(self, call: bytes, switches: bytes, since: float) -> None:
+        self.call = call
+        self.switches = switches
+        self.since = since
+        self.woken = False
 
 
 class Watchdog:

@@ -12,7 +12,6 @@ import logging
 import os
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from udbad.branch.accept import prepare_writable
@@ -57,13 +56,15 @@ class _Sweep:
             os.close(fd)
 
 
-@dataclass(slots=True)
 class _Begun:
     """A branch that is written to, with a descriptor of its own. sweep: still to be done or under way."""
 
-    branch: Branch
-    sweep: _Sweep | None
-    sweeping: bool = False
+    __slots__ = ("branch", "sweep", "sweeping")
+
+    def __init__(self, branch: Branch, sweep: _Sweep | None) -> None:
+        self.branch = branch
+        self.sweep = sweep
+        self.sweeping = False
 
 
 class Writing:
@@ -84,7 +85,7 @@ class Writing:
             identity = _identity(branch)
             if branch.writable and identity not in self._begun:
                 left = begin_writing(branch, durable=ready)
-                own = replace(branch, root_fd=os.dup(branch.root_fd))
+                own = branch.but(root_fd=os.dup(branch.root_fd))
                 self._begun[identity] = _Begun(own, _Sweep(own) if left else None)
                 if not ready:
                     prepare_writable(branch, plink)

@@ -166,7 +166,7 @@ def _apply(
     if branch_changes:
         _change_branches(specs, _entries(table), branch_changes, live)
         values["branches"] = tuple(specs)
-    options = replace(settings.options, **values)
+    options = settings.options.but(**values)
     return tomlkit.dumps(document), replace(settings, options=options)
 
 

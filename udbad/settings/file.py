@@ -239,7 +239,7 @@ def allowed(table: type[BaseModel | MountOptions]) -> dict[str, str]:
     """What may be the value of each key, in words."""
     if issubclass(table, BaseModel):
         return {name: one.description or "" for name, one in table.model_fields.items()}
-    return {name: one.metadata["allowed"] for name, one in FIELDS.items()}
+    return {name: one.allowed for name, one in FIELDS.items()}
 
 
 def _wrong(error: ValidationError) -> list[Wrong]:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, NoReturn
 
 from udbad.branch.branches import BranchSpec
 from udbad.branch.spec import (
@@ -56,9 +55,20 @@ Take = Callable[[object], object]
 """A value as somebody wrote it to the one that is kept. Raises ValueError unless it is allowed."""
 
 
-def _option(default: object, allowed: str, take: Take) -> Any:
+_MISSING: Final = object()
+"""Instead of a default."""
+
+
+class _Option(NamedTuple):
     """A field of MountOptions; allowed: says what `take` takes, in the words of messages and of the documentation."""
-    return field(default=default, metadata={"allowed": allowed, "take": take})
+
+    default: Any
+    allowed: str
+    take: Take
+
+
+def _option(default: object, allowed: str, take: Take) -> Any:
+    return _Option(default, allowed, take)
 
 
 def _only_if(right: bool, value: object) -> Any:
@@ -151,15 +161,15 @@ def _flags(value: object) -> object:
     return frozenset(_only_if(flag in KERNEL_FLAGS, flag) for flag in flags)
 
 
-@dataclass(frozen=True)
 class MountOptions:
-    """The options of one mount (semantics 2), defaults as in aufs; made by `checked` or from another one by replace().
+    """The options of one mount (semantics 2), defaults as in aufs; made by `checked`, or from another one by `but`.
 
     What stands with a field says what its value may be, the text below it what it means; settings/reference.py makes
-    documentation of both. Not pydantic's, as the tables of a file are: importing that takes as long as a mount.
+    documentation of both. Not pydantic's, as the tables of a file are: importing that takes as long as a mount; nor a
+    dataclass: making one takes 4 ms, and importing dataclasses another 8.
     """
 
-    branches: tuple[BranchSpec, ...] = field(metadata={"allowed": "a list of PATH[=PERM[+ATTR...]]", "take": _branches})
+    branches: tuple[BranchSpec, ...] = _option(_MISSING, "a list of PATH[=PERM[+ATTR...]]", _branches)
     """Top first, never empty: see Branches."""
     source: str | None = _text(None, layer_source.FORM, layer_source.parse)
     """In place of branches: a layer of a store, and those below it: see Containers."""
@@ -268,6 +278,28 @@ class MountOptions:
     notices: tuple[str, ...] = _option((), "", lambda value: _only_if(isinstance(value, tuple), value))
     """Lines for the user about what was accepted and has no effect."""
 
+    def __init__(self, **values: Any) -> None:
+        """values: by the names of `FIELDS`; as `checked` and another one have them, nothing is looked at."""
+        for name, one in FIELDS.items():
+            self.__dict__[name] = values.get(name, one.default)
+
+    def but(self, **changes: Any) -> MountOptions:
+        """The same, but for some fields. Raises TypeError for one that there is not."""
+        if not changes.keys() <= FIELDS.keys():
+            raise TypeError(changes.keys() - FIELDS.keys())
+        return MountOptions(**{**self.__dict__, **changes})
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"{name} cannot be set: options are never changed")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MountOptions) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]  # as Python has it for what is compared by its values
+
+    def __repr__(self) -> str:
+        return f"MountOptions({self.__dict__})"
+
     def mount_flags(self, restrictions: frozenset[str]) -> frozenset[str]:
         """All of mount(2), under the names of mount(8).
 
@@ -286,13 +318,13 @@ class MountOptions:
         table = {**table, **_branches_of(table)}
         for name, one in FIELDS.items():
             if name not in table:
-                if one.default is MISSING:
+                if one.default is _MISSING:
                     wrong.append(Wrong(name, "missing"))
                 continue
             value = table[name]
             try:
                 # None where it says that nothing was written: options as they are come back here for a remount.
-                kept[name] = None if value is None and one.default is None else one.metadata["take"](value)
+                kept[name] = None if value is None and one.default is None else one.take(value)
             except ValueError:
                 wrong.append(Wrong(name, "value", value))
         wrong += [Wrong(name, "unknown", value) for name, value in table.items() if name not in FIELDS]
@@ -301,7 +333,7 @@ class MountOptions:
         return cls(**kept)
 
 
-FIELDS: Final = {one.name: one for one in fields(MountOptions)}
+FIELDS: Final = {name: one for name, one in vars(MountOptions).items() if isinstance(one, _Option)}
 
 
 def _branches_of(table: Mapping[str, object]) -> dict[str, object]:
@@ -539,11 +571,11 @@ def _needs_value(key: str, raw: str) -> str:
 
 def _typed(field: str, value: str) -> str | int:
     """Decimal digits become a number where the field is one; everything else is for `checked` to refuse."""
-    return int(value) if FIELDS[field].type == "int" and re.fullmatch(DIGITS, value) else value
+    return int(value) if MountOptions.__annotations__[field] == "int" and re.fullmatch(DIGITS, value) else value
 
 
 def _allowed(field: str) -> str:
-    return str(FIELDS[field].metadata["allowed"])
+    return str(FIELDS[field].allowed)
 
 
 def message_of(wrong: Wrong, spelled: Mapping[str, str]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from udbad.layers import source, store
 from udbad.settings.options import MountOptions
 
@@ -16,4 +14,4 @@ def resolved(options: MountOptions) -> MountOptions:
         return options
     # A layer goes elsewhere as a tar archive, which has no words for a redirect.
     dirren = "off" if options.dirren == "auto" else options.dirren
-    return replace(options, source=None, branches=store.branches(named, options.ro), dirren=dirren)
+    return options.but(source=None, branches=store.branches(named, options.ro), dirren=dirren)

@@ -328,7 +328,7 @@ class Supervisor:
         if "mount_point" in keys and runner.active.mount_point != new.mount_point:
             outcomes["mount_point"] = Outcome.NEEDS_REMOUNT
         values = {key: getattr(new.options, key) for key in keys - set(OWN_KEYS)}
-        wanted = replace(runner.active.options, **values)
+        wanted = runner.active.options.but(**values)
         problem = ""
         if changed_options(runner.active.options, wanted):
             request = {"op": "reconfigure", "options": format_options(wanted),
@@ -414,7 +414,7 @@ class Supervisor:
             # Of what else may have changed in the file, nothing is taken up here.
             key = "udba" if inner["op"] == "udba" else "branches"
             values = {key: getattr(edited.settings.options, key)}
-            settings = replace(runner.settings, options=replace(runner.settings.options, **values))
+            settings = replace(runner.settings, options=runner.settings.options.but(**values))
             self.config = replace(self.config, mounts={**self.config.mounts, settings.name: settings})
             runner.follow(settings)
             if key == "udba":

@@ -23,7 +23,6 @@ import errno
 import os
 import stat as st_mod
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import perf_counter
 
 from udbad.branch import compare, copydata, syscalls, whiteout
@@ -44,7 +43,6 @@ _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
 """open(2) with O_TMPFILE on a file system that has no files without a name."""
 
 
-@dataclass(slots=True)
 class Job:
     """One copy-up of a regular file under way. tmp: the temporary name of the copy, b"" where it can do without.
 
@@ -55,25 +53,43 @@ class Job:
     waited: seconds that the disk has taken, when it was waited for.
     """
 
-    node: Node
-    trigger: Trigger
-    source: Branch
-    parent: Dir | None
-    name: bytes
-    branch: Branch
-    dirfd: int
-    tmp: bytes
-    src_fd: int
-    dst_fd: int
-    st: os.stat_result
-    length: int | None
-    fsync: bool
-    parent_times: tuple[int, int] | None
-    as_link: bool = False
-    method: CopyMethod = CopyMethod.NONE
-    copied: int = 0
-    progress: int = 0
-    waited: float | None = None
+    def __init__(
+        self,
+        node: Node,
+        trigger: Trigger,
+        source: Branch,
+        parent: Dir | None,
+        name: bytes,
+        branch: Branch,
+        dirfd: int,
+        tmp: bytes,
+        src_fd: int,
+        dst_fd: int,
+        st: os.stat_result,
+        length: int | None,
+        fsync: bool,
+        parent_times: tuple[int, int] | None,
+        as_link: bool = False,
+    ) -> None:
+        self.node = node
+        self.trigger = trigger
+        self.source = source
+        self.parent = parent
+        self.name = name
+        self.branch = branch
+        self.dirfd = dirfd
+        self.tmp = tmp
+        self.src_fd = src_fd
+        self.dst_fd = dst_fd
+        self.st = st
+        self.length = length
+        self.fsync = fsync
+        self.parent_times = parent_times
+        self.as_link = as_link
+        self.method = CopyMethod.NONE
+        self.copied = 0
+        self.progress = 0
+        self.waited: float | None = None
 
 
 def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:

@@ -11,7 +11,6 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from mmap import mmap
 from typing import Any, NamedTuple
 
@@ -283,7 +282,7 @@ class _Recall:
 
     def _gone(self, branch_id: int) -> Branch:
         """In the place of a branch that the mount has no more: what was on it is dead, but has its number still."""
-        return replace(self._sb.branches[0], id=branch_id, offline=branch_id in self._abandoned)
+        return self._sb.branches[0].but(id=branch_id, offline=branch_id in self._abandoned)
 
     def _name_further(self) -> None:
         """Give nodes the names that they have beside one."""

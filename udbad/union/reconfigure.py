@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import NamedTuple
 
 from udbad.branch import syscalls
@@ -41,14 +40,12 @@ def carry_over(old: BranchSet, fresh: BranchSet, used: Iterable[int] = ()) -> Br
     for branch in fresh.branches:
         before = kept.get(_identity(branch))
         if before is None:
-            result.append(replace(branch, id=next_id))
+            result.append(branch.but(id=next_id))
             next_id += 1
         else:
             branch.close()
             result.append(
-                replace(
-                    branch, id=before.id, root_fd=before.root_fd, anchor_fd=before.anchor_fd, private=before.private
-                )
+                branch.but(id=before.id, root_fd=before.root_fd, anchor_fd=before.anchor_fd, private=before.private)
             )
     return BranchSet(tuple(result), old.generation + 1)
 
