@@ -15,7 +15,8 @@ cdef struct block_t:
     size_t slots  # a power of two, 0 for few entries
     entry_t *entries
     char *text
-    uint32_t *index  # of each slot: its entry's place + 1, 0 for none
+    uint32_t *index  # of each slot: its entry's place
+    unsigned char *tags  # of each slot: 0 for none, else some bits of the hash, so that few names have to be compared
 
 cdef class Names:
     cdef block_t *block

@@ -8,7 +8,7 @@ from cpython.exc cimport PyErr_SetFromErrno
 from cpython.set cimport PySet_Contains
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcmp, memcpy, memset, strlen
+from libc.string cimport memcmp, memcpy, strlen
 from posix.fcntl cimport AT_SYMLINK_NOFOLLOW
 
 from udbad.branch.cstat cimport fstatat_c, stat_t
@@ -112,10 +112,15 @@ cdef size_t slot_of(block_t *block, const char *name, Py_ssize_t size) noexcept 
     return <size_t>hash_of(name, size) if block.slots else 0
 
 
+cdef inline unsigned char tag_of(size_t slot) noexcept nogil:
+    return <unsigned char>(slot >> (8 * sizeof(slot) - 8) | 128)
+
+
 cdef void put_in_index(block_t *block, Py_ssize_t place, size_t slot) noexcept nogil:
-    while block.index[slot & (block.slots - 1)]:
-        slot += 1
-    block.index[slot & (block.slots - 1)] = place + 1
+    cdef size_t at = slot & (block.slots - 1)
+    while block.tags[at]:
+        at = (at + 1) & (block.slots - 1)
+    block.index[at], block.tags[at] = place, tag_of(slot)
 
 
 cdef int make_index(block_t *block, size_t slots) except -1:
@@ -123,11 +128,11 @@ cdef int make_index(block_t *block, size_t slots) except -1:
     cdef Py_ssize_t place
     cdef entry_t *entry
     if slots:
-        index = <uint32_t *>calloc(slots, sizeof(uint32_t))
+        index = <uint32_t *>calloc(slots, sizeof(uint32_t) + 1)
         if not index:
             raise MemoryError
     free(block.index)
-    block.index, block.slots = index, slots
+    block.index, block.tags, block.slots = index, <unsigned char *>(index + slots), slots
     if slots:
         for place in range(block.count):
             entry = block.entries + place
@@ -140,7 +145,7 @@ cdef size_t slots_for(Py_ssize_t count) noexcept nogil:
     cdef size_t slots = 16
     if count <= FEW:
         return 0
-    while slots * 4 < <size_t>count * 5:
+    while slots * 3 < <size_t>count * 4:
         slots *= 2
     return slots
 
@@ -177,6 +182,7 @@ cdef block_t *clone(block_t *old) except NULL:
 cdef entry_t *look_in(block_t *block, const char *name, Py_ssize_t size, size_t slot) noexcept nogil:
     cdef entry_t *entry
     cdef Py_ssize_t place
+    cdef size_t at
     if not 0 < size <= MOST_BYTES:
         return NULL
     if not block.slots:
@@ -185,14 +191,14 @@ cdef entry_t *look_in(block_t *block, const char *name, Py_ssize_t size, size_t 
             if size_of(entry) == size and memcmp(block.text + entry.at, name, size) == 0:
                 return entry
         return NULL
-    while True:
-        place = block.index[slot & (block.slots - 1)]
-        if not place:
-            return NULL
-        entry = block.entries + place - 1
-        if size_of(entry) == size and memcmp(block.text + entry.at, name, size) == 0:
-            return entry
-        slot += 1
+    at = slot & (block.slots - 1)
+    while block.tags[at]:
+        if block.tags[at] == tag_of(slot):
+            entry = block.entries + block.index[at]
+            if size_of(entry) == size and memcmp(block.text + entry.at, name, size) == 0:
+                return entry
+        at = (at + 1) & (block.slots - 1)
+    return NULL
 
 
 cdef class Names:
@@ -249,7 +255,7 @@ cdef class Names:
         memcpy(block.text + block.used, name, size)
         block.count += 1
         block.used += size
-        if block.slots * 4 >= <size_t>block.count * 5:
+        if block.slots * 3 >= <size_t>block.count * 4:
             put_in_index(block, block.count - 1, slot)
         elif block.count > FEW:
             make_index(block, slots_for(block.count))

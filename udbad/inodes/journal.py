@@ -17,7 +17,7 @@ from udbad.inodes.handles import HandleTable, OpenDir, OpenFile
 from udbad.inodes.inomap import InoMap
 from udbad.inodes.names import Names
 from udbad.inodes.node import Dir, Listing, Node, Plink
-from udbad.inodes.record import Record, pack, pack_tuple
+from udbad.inodes.record import Record, pack, tuple_of
 from udbad.inodes.table import InodeTable
 
 FILE: Final = 1
@@ -196,12 +196,14 @@ class Journal:
         else:
             packed = _names(names)
         said = handle.fh, node.id, handle.pid, handle.cached, handle.base
-        self._append(bytes((OPEN_DIRECTORY,)) + pack_tuple(*map(pack, said), packed))
+        self._append(b"".join((bytes((OPEN_DIRECTORY,)), tuple_of(6), *map(pack, said), packed)))
 
     def _snapshots(self, node: Dir) -> None:
         self._listings[node.id] = node.listings
-        snapshots = [pack_tuple(pack(first), pack(count), _names(names)) for first, count, names in node.listings]
-        self._append(bytes((LISTINGS,)) + pack_tuple(pack(node.id), pack_tuple(*snapshots), pack(node.room)))
+        parts = [bytes((LISTINGS,)), tuple_of(3), pack(node.id), tuple_of(len(node.listings))]
+        for first, count, names in node.listings:
+            parts += tuple_of(3), pack(first), pack(count), _names(names)
+        self._append(b"".join((*parts, pack(node.room))))
 
     def _negative(self, negative: Negative) -> None:
         node, name = negative

@@ -66,9 +66,9 @@ def pack(value: Any) -> bytes:
     return marshal.dumps(value, _MARSHAL)
 
 
-def pack_tuple(*packed: bytes) -> bytes:
-    """`pack` of a tuple of what has been packed already."""
-    return b"".join((b"(", len(packed).to_bytes(4, "little"), *packed))
+def tuple_of(count: int) -> bytes:
+    """What makes so many packed values that follow the `pack` of a tuple: what is large need not be copied for it."""
+    return b"(" + count.to_bytes(4, "little")
 
 
 class UnreadableRecord(Exception):
