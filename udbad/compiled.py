@@ -36,6 +36,7 @@ MODULES: Final = (
     "udbad.edge.once",
     "udbad.edge.operations",
     "udbad.edge.table",
+    "udbad.edge.waiting",
     "udbad.inodes.handles",
     "udbad.inodes.inomap",
     "udbad.inodes.node",

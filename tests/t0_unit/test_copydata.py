@@ -283,6 +283,37 @@ def test_between_two_file_systems_bytes_are_copied(area: Path, foreign: Callable
     assert dst.read_bytes() == content
 
 
+def test_small_files_are_copied_at_once(area: Path) -> None:
+    """Those of which nothing can be lost by that; of others nothing is left."""
+    src, dst = area / "src", area / "dst"
+
+    def copy_at_once(content: bytes, length: int | None = None, size: int | None = None) -> CopyResult | None:
+        src.write_bytes(content)
+        if size is not None:
+            os.truncate(src, size)
+        src.chmod(0o2751)
+        os.utime(src, ns=(1_000_000_001, 2_000_000_002))
+        dst.unlink(missing_ok=True)
+        with opened(src, os.O_RDONLY) as src_fd, opened(dst, os.O_RDWR | os.O_CREAT) as dst_fd:
+            return copydata.copy_small(os.fstat(src_fd), src_fd, dst_fd, length)
+
+    for content, length in ((b"", None), (b"small", None), (b"small", 2), (bytes(9 * BLOCK), 0)):
+        result = copy_at_once(content, length)
+        st = dst.stat()
+        assert dst.read_bytes() == content[:length]
+        assert (st.st_mode & 0o7777, st.st_atime_ns, st.st_mtime_ns) == (0o2751, 1_000_000_001, 2_000_000_002)
+        assert result is not None
+        assert (result.bytes_copied, result.size) == (st.st_size, st.st_size)
+    assert copy_at_once(bytes(BLOCK + 1)) is None
+    assert copy_at_once(b"", size=BLOCK) is None, "it is a hole"
+    assert copy_at_once(bytes(2 * BLOCK), BLOCK) is None
+    if os.getuid() == 0:
+        src.write_bytes(b"")
+        os.setxattr(src, "trusted.a", b"")
+        assert copy_at_once(b"small") is None
+        assert (dst.read_bytes(), os.listxattr(dst)) == (b"", [])
+
+
 @pytest.mark.parametrize("length", [None, 0, 100])
 def test_nothing_to_copy(area: Path, length: int | None) -> None:
     (area / "src").write_bytes(b"" if length != 0 else b"content")

@@ -435,6 +435,45 @@ def test_files_that_are_copied(tmp_path: Path, calls: ModuleType) -> None:
         os.close(pinned)
 
 
+@pytest.mark.parametrize("calls", [syscalls, PYTHON_SYSCALLS], ids=["used", "python"])
+def test_small_files_that_are_copied(tmp_path: Path, calls: ModuleType) -> None:
+    acl = "system.posix_acl_access"
+    ids = (os.getuid(), os.getgid())
+
+    def copy(content: bytes, size: int, flags: int = 0) -> int:
+        (tmp_path / "copy").unlink(missing_ok=True)
+        source.seek(0)
+        source.truncate()
+        source.write(content)
+        source.flush()
+        fd = os.open(tmp_path / "copy", os.O_RDWR | os.O_CREAT | flags, 0o600)
+        try:
+            how: int = calls.copy_small(source.fileno(), fd, size, acl, *ids, 0o4751, -1_500_000_000, 7_000_000_001)
+        finally:
+            os.close(fd)
+        return how
+
+    with (tmp_path / "file").open("wb+") as source:
+        for size in (0, 1, 4096):
+            content = os.urandom(size)
+            for flags, how in ((0, 1), (os.O_APPEND, 2 if size else 1)):  # copy_file_range(2) refuses to append
+                assert copy(content, size, flags) == how
+                st = (tmp_path / "copy").stat()
+                assert (tmp_path / "copy").read_bytes() == content
+                assert (st.st_mode & 0o7777, st.st_uid, st.st_gid) == (0o4751, *ids)
+                assert (st.st_atime_ns, st.st_mtime_ns) == (-1_500_000_000, 7_000_000_001)
+        assert copy(bytes(4097), 4097) == 0, "it is not small"
+        assert copy(b"data", 5) == 0, "it is shorter"
+        assert calls.copy_small(source.fileno(), -1, 0, acl, *ids, 0o600, 0, 0) == 0
+        os.setxattr(source.fileno(), "user.a", b"")
+        assert copy(b"data", 4) == 0
+        os.removexattr(source.fileno(), "user.a")
+        os.setxattr(source.fileno(), acl, ACL)
+        assert copy(b"data", 4) == 0
+        os.removexattr(source.fileno(), acl)
+        assert copy(b"data", 4) == 1
+
+
 def test_attributes_that_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As NFS does not list ACLs."""
     path = tmp_path / "file"
@@ -444,6 +483,7 @@ def test_attributes_that_are_not_listed(tmp_path: Path, monkeypatch: pytest.Monk
     with path.open() as file:
         for calls in (syscalls, PYTHON_SYSCALLS):
             assert not calls.is_bare(file.fileno(), ("system.posix_acl_access",))
+            assert not calls.copy_small(file.fileno(), file.fileno(), 0, "system.posix_acl_access", 0, 0, 0o600, 0, 0)
 
 
 @pytest.mark.parametrize("module", [listing, PYTHON_LISTING], ids=["used", "python"])

@@ -28,6 +28,11 @@ cdef extern from "<sys/stat.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
+    Py_ssize_t copy_file_range(
+        int src_fd, long long *src_at, int dst_fd, long long *dst_at, size_t count, unsigned int flags
+    )
+    Py_ssize_t pread(int fd, void *data, size_t count, long long offset)
+    Py_ssize_t pwrite(int fd, const void *data, size_t count, long long offset)
     int linkat_c "linkat"(int src_dirfd, const char *src, int dst_dirfd, const char *dst, int flags)
     int unlinkat_c "unlinkat"(int dirfd, const char *path, int flags)
     int fchownat_c "fchownat"(int dirfd, const char *path, unsigned int uid, unsigned int gid, int flags)
@@ -172,13 +177,9 @@ def chown_fd(int fd, long long uid, long long gid):
 
 def chmod_fd(int fd, unsigned int mode):
     """chmod through any descriptor; EOPNOTSUPP for a symlink."""
-    cdef char path[32]
     cdef int failed
     with nogil:
-        failed = <int>syscall(SYS_FCHMODAT2, fd, b"", mode, AT_EMPTY_PATH)
-        if failed and (errno == ENOSYS or errno == EPERM):  # before Linux 6.6; a filter that does not know the call
-            snprintf(path, sizeof(path), b"/proc/self/fd/%d", fd)
-            failed = chmod_c(path, mode)
+        failed = change_mode(fd, mode)
     check(failed)
 
 
@@ -301,6 +302,49 @@ def is_bare(int fd, more):
         if count >= 0 or (errno != ENODATA and errno != EOPNOTSUPP):
             return False
     return True
+
+
+cdef bint may_have(int fd, const char *acl) noexcept nogil:
+    """Whether a file may have extended attributes, or this one, which not every file system lists."""
+    return flistxattr(fd, NULL, 0) != 0 or (
+        fgetxattr(fd, acl, NULL, 0) >= 0 or (errno != ENODATA and errno != EOPNOTSUPP)
+    )
+
+
+cdef int change_mode(int fd, unsigned int mode) noexcept nogil:
+    cdef char path[32]
+    cdef int failed = <int>syscall(SYS_FCHMODAT2, fd, b"", mode, AT_EMPTY_PATH)
+    if failed and (errno == ENOSYS or errno == EPERM):  # before Linux 6.6; a filter that does not know the call
+        snprintf(path, sizeof(path), b"/proc/self/fd/%d", fd)
+        failed = chmod_c(path, mode)
+    return failed
+
+
+def copy_small(
+    int src_fd, int dst_fd, size_t size, acl, unsigned int uid, unsigned int gid, unsigned int mode, atime_ns, mtime_ns
+):
+    cdef const char *name = PyUnicode_AsUTF8(acl)
+    cdef char data[4096]  # SMALL_COPY
+    cdef int how = 1
+    cdef long long src_at = 0, dst_at = 0
+    cdef timespec times[2]
+    if size > sizeof(data):
+        return 0
+    times[0], times[1] = time_of(atime_ns), time_of(mtime_ns)
+    with nogil:
+        if may_have(src_fd, name) or may_have(dst_fd, name):
+            how = 0
+        elif size and copy_file_range(src_fd, &src_at, dst_fd, &dst_at, size, 0) != <Py_ssize_t>size:
+            how = 2
+            if pread(src_fd, data, size, 0) != <Py_ssize_t>size or pwrite(dst_fd, data, size, 0) != <Py_ssize_t>size:
+                how = 0
+        if how and (
+            fchownat_c(dst_fd, b"", uid, gid, AT_EMPTY_PATH)
+            or change_mode(dst_fd, mode)
+            or utimensat_c(dst_fd, b"", times, AT_EMPTY_PATH)
+        ):
+            how = 0
+    return how
 
 
 def start_writing(int fd, long long offset, long long count):

@@ -49,6 +49,8 @@ _SYNC_WAIT_BEFORE: Final = 1
 _SYNC_WRITE: Final = 2
 _SYNC_WAIT: Final = 4
 _RWF_NOWAIT: Final = os.RWF_NOWAIT
+SMALL_COPY: Final = 4096
+"""Bytes that `copy_small` copies at most."""
 
 _O_DIR: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _O_PIN: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -443,6 +445,36 @@ def lists_nothing(target: Object) -> bool:
     return not os.listxattr(target)
 
 
+def copy_small(
+    src_fd: int, dst_fd: int, size: int, acl: str, uid: int, gid: int, mode: int, atime_ns: int, mtime_ns: int
+) -> int:
+    """Copy a whole file of at most SMALL_COPY bytes, and give the copy owner, mode and times, in this order.
+
+    Returns 1 where copy_file_range(2) did, or there was nothing to copy, 2 where it refused. 0: not everything was
+    done, as it is larger, one of the two has extended attributes or that ACL, the source has become shorter, or there
+    was an error.
+    """
+    try:
+        if size > SMALL_COPY or not (is_bare(src_fd, (acl,)) and is_bare(dst_fd, (acl,))):
+            return 0
+        how = 1
+        try:
+            copied = os.copy_file_range(src_fd, dst_fd, size, 0, 0) if size else 0
+        except OSError:
+            copied = -1
+        if copied != size:
+            how = 2
+            data = os.pread(src_fd, size, 0)
+            if len(data) != size or os.pwrite(dst_fd, data, 0) != size:
+                return 0
+        chown_fd(dst_fd, uid, gid)
+        chmod_fd(dst_fd, mode)
+        utime_fd(dst_fd, atime_ns, mtime_ns)
+    except OSError:
+        return 0
+    return how
+
+
 def listxattr(target: Object) -> list[bytes]:
     return [os.fsencode(key) for key in os.listxattr(target)]
 
@@ -685,6 +717,7 @@ if not compiled.why_not():
     from udbad.branch.ccalls import (  # noqa: F401  # names of this module
         chmod_fd,
         chown_fd,
+        copy_small,
         create_file_at,
         getxattr,
         is_bare,

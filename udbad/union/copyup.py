@@ -327,31 +327,44 @@ def copy(
 
     Raises OSError: EBUSY when it was overwritten during each attempt; what the branches said.
     """
-
-    def report(offset: int) -> None:
-        job.progress = max(job.progress, offset)
-
     for attempt in range(_ATTEMPTS):
         if attempt:
             os.ftruncate(job.dst_fd, 0)
             job.st = os.fstat(job.src_fd)
         st = job.st
-        result = copydata.copy_contents(
-            job.src_fd, job.dst_fd, job.length, report, cancelled, job.branch.may_reflink, write_out
-        )
+        small = None
+        if not (attempt or job.branch.may_reflink):
+            small = copydata.copy_small(st, job.src_fd, job.dst_fd, job.length)
+        result = small or _copy_in_steps(job, cancelled, write_out)
         job.method = result.method
         job.copied = result.bytes_copied
-        if _has_to_be_on_disk(job):
-            syscalls.start_writing(job.dst_fd, 0, 0)  # while the rest is done
-        _copy_attributes(job)
+        job.progress = max(job.progress, result.size)
         now = syscalls.fstat(job.src_fd)
         if not is_racy(job.source, st) and stamp(now) == stamp(st):
             return
+        if small and now.st_size != st.st_size:
+            continue  # as many bytes as there were in `begin`, of what may have been written since
         if result.method is CopyMethod.REFLINK or compare.same_bytes(job.dst_fd, job.src_fd, result.size):
             job.st = now
             _copy_attributes(job)
             return
     raise os_error(errno.EBUSY)
+
+
+def _copy_in_steps(
+    job: Job, cancelled: Callable[[], bool] | None, write_out: Callable[[int, int], object] | None
+) -> copydata.CopyResult:
+    def report(offset: int) -> None:
+        job.progress = max(job.progress, offset)
+
+    result = copydata.copy_contents(
+        job.src_fd, job.dst_fd, job.length, report, cancelled, job.branch.may_reflink, write_out
+    )
+    job.method = result.method
+    if _has_to_be_on_disk(job):
+        syscalls.start_writing(job.dst_fd, 0, 0)  # while the rest is done
+    _copy_attributes(job)
+    return result
 
 
 def put_on_disk(job: Job) -> None:
