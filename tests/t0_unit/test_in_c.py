@@ -520,22 +520,38 @@ def test_stamps(status: os.stat_result, since: int | None, whole: bool) -> None:
         times = {"st_atime_ns": 5, "st_mtime_ns": 5, "st_ctime_ns": changed}
         rest = {"st_blksize": 512, "st_blocks": 0, "st_rdev": 0}
         status = os.stat_result((*status[:9], changed // 10**9), times | rest)
-    assert state.stamp(status) == PYTHON_STATE.stamp(status)
-    one = state.stamp(status)
-    assert state.has_one_name(one) == PYTHON_STATE.has_one_name(one) == (status.st_nlink <= 1)
+    stamp, by_python = state.stamp(status), PYTHON_STATE.stamp(status)
+    assert bytes(stamp) == by_python
+    assert state.has_one_name(stamp) == PYTHON_STATE.has_one_name(by_python) == (status.st_nlink <= 1)
     for fs_type in ("ext4", "nfs"):
         for perm in (Perm.RO, Perm.RR):
             branch = Branch(0, 0, b"/", perm, frozenset(), None, -1, -1, 0, fs_type)
             made = state.lasting_stamp(branch, status)
-            assert made == PYTHON_STATE.lasting_stamp(branch, status)
-            assert made in (None, state.stamp(status))
+            assert (made is None) == (PYTHON_STATE.lasting_stamp(branch, status) is None)
+            assert made in (None, stamp)
+
+
+@given(statuses(), statuses(), st.sets(st.sampled_from([3, 6, 8, 9])))
+def test_stamps_of_two_states(one: os.stat_result, two: os.stat_result, alike: set[int]) -> None:
+    """alike: links, size, mtime and ctime, as fields of a status that both have in common."""
+    times = {
+        name: getattr(one if at in alike else two, name)
+        for at, name in ((7, "st_atime_ns"), (8, "st_mtime_ns"), (9, "st_ctime_ns"))
+    }
+    rest = {name: getattr(two, name) for name in ("st_blksize", "st_blocks", "st_rdev")}
+    other = os.stat_result([one[at] if at in alike else two[at] for at in range(10)], times | rest)
+    stamps = [state.stamp(status) for status in (one, other)]
+    by_python = [bytes(stamp) for stamp in stamps]
+    assert (stamps[0] == stamps[1]) == (by_python[0] == by_python[1])
+    assert state.same_content(*stamps) == PYTHON_STATE.same_content(*by_python)
+    assert stamps[0] not in (b"", None)
 
 
 def test_a_stamp_of_a_file(tmp_path: Path) -> None:
     for changed in (-1, 10**9, 1 << 34):
         os.utime(tmp_path, (1, changed))
         status = syscalls.stat_at(-1, os.fsencode(tmp_path))
-        assert state.stamp(status) == PYTHON_STATE.stamp(os.stat(tmp_path))
+        assert bytes(state.stamp(status)) == PYTHON_STATE.stamp(os.stat(tmp_path))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="fanotify of a file system is root's")

@@ -12,6 +12,7 @@ from libc.stdint cimport uint64_t
 from libc.stdio cimport snprintf
 from libc.string cimport strerror, strlen
 from posix.time cimport timespec
+from posix.unistd cimport read
 
 cdef extern from "<fcntl.h>" nogil:
     int openat_c "openat"(int dirfd, const char *path, int flags, unsigned int mode)
@@ -391,6 +392,14 @@ cdef bint is_in_memory(int fd, long long size, long long offset) noexcept nogil:
     if cachestat_c(SYS_CACHESTAT, fd, span, cached, 0) < 0:
         return False
     return cached[0] >= <uint64_t>((end - 1) // PAGE - offset // PAGE + 1)
+
+
+def read_ready(int fd, Py_ssize_t most):
+    cdef bytes data = PyBytes_FromStringAndSize(NULL, most)
+    cdef Py_ssize_t count = read(fd, PyBytes_AS_STRING(data), most)
+    if count < 0 and errno != EAGAIN:
+        PyErr_SetFromErrno(OSError)
+    return PyBytes_FromStringAndSize(PyBytes_AS_STRING(data), count) if count > 0 else b""
 
 
 def read_cached(int fd, Py_ssize_t size, long long offset):

@@ -14,11 +14,17 @@ cdef class Status:
     cdef readonly unsigned long long st_dev, st_ino
     cdef readonly unsigned int st_mode
 
+cdef enum:
+    CTIME, MTIME, SIZE, LINKS
+
+cdef class Stamp:
+    cdef unsigned long long[4] words
+
 cpdef Status stat_at(int dirfd, bytes name)
 cpdef Status find_at(int dirfd, bytes name)
 cpdef unsigned int mode_at(int dirfd, bytes name) except? 1
 cpdef Status fstat(int fd)
 cpdef object stamp(object st)
-cpdef bint has_one_name(bytes one) except -1
+cpdef bint has_one_name(Stamp one) except -1
 cpdef object lasting_stamp(object branch, object st)
 cdef int fill(stat_t *c, object st) except -1

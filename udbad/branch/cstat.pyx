@@ -7,7 +7,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.errno cimport ENAMETOOLONG, ENOENT, errno
 from libc.stdint cimport uint64_t
-from libc.string cimport memcpy, strlen
+from libc.string cimport memcmp, strlen
 from posix.fcntl cimport AT_SYMLINK_NOFOLLOW
 from posix.stat cimport S_IFDIR, S_IFMT
 from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
@@ -149,21 +149,38 @@ cpdef Status fstat(int fd):
     return identified(status)
 
 
-cdef object stamp_of(const stat_t *c):
-    cdef uint64_t[4] words
-    words[0] = <uint64_t>c.st_ctim.tv_sec * 1_000_000_000 + c.st_ctim.tv_nsec
-    words[1] = <uint64_t>c.st_mtim.tv_sec * 1_000_000_000 + c.st_mtim.tv_nsec
-    words[2], words[3] = c.st_size, c.st_nlink
-    return PyBytes_FromStringAndSize(<char *>words, sizeof(words))
+@cython.final
+cdef class Stamp:
+    """state.Stamp in 48 bytes; as bytes, it would take 80."""
+
+    def __eq__(self, other):
+        return type(other) is Stamp and not memcmp(self.words, (<Stamp>other).words, sizeof(self.words))
+
+    def __hash__(self):
+        return hash(bytes(self))
+
+    def __bytes__(self):
+        return PyBytes_FromStringAndSize(<char *>self.words, sizeof(self.words))
 
 
-cpdef bint has_one_name(bytes one) except -1:
+cdef Stamp stamp_of(const stat_t *c):
+    cdef Stamp made = Stamp.__new__(Stamp)
+    made.words[CTIME] = <uint64_t>c.st_ctim.tv_sec * 1_000_000_000 + c.st_ctim.tv_nsec
+    made.words[MTIME] = <uint64_t>c.st_mtim.tv_sec * 1_000_000_000 + c.st_mtim.tv_nsec
+    made.words[SIZE], made.words[LINKS] = c.st_size, c.st_nlink
+    return made
+
+
+def same_content(Stamp one not None, Stamp other not None):
+    """state.same_content."""
+    return one.words[MTIME] == other.words[MTIME] and one.words[SIZE] == other.words[SIZE]
+
+
+cpdef bint has_one_name(Stamp one) except -1:
     """state.has_one_name."""
-    cdef uint64_t[4] words
-    if one is None or len(one) < <Py_ssize_t>sizeof(words):
-        raise ValueError("no stamp")
-    memcpy(words, PyBytes_AS_STRING(one), sizeof(words))
-    return words[3] <= 1
+    if one is None:
+        raise TypeError("a stamp is none")
+    return one.words[LINKS] <= 1
 
 
 cdef bint is_within(const timespec *time, long long nanoseconds) noexcept nogil:

@@ -24,8 +24,8 @@ _WHOLE_NS = 2_100_000_000
 """The same where they are whole seconds (ext4 with inodes of 128 bytes), or even ones (vfat)."""
 
 Stamp = bytes
-"""ctime and mtime (nanoseconds), size (bytes), links: what tells two states of one object apart. Packed, as one may be
-kept for each inode that the kernel knows: a tuple takes three times the memory."""
+"""ctime and mtime (nanoseconds), size (bytes), links: what tells two states of one object apart. Nobody looks into one
+but this module: one may be kept for each inode that the kernel knows, and as compiled it is packed in its own way."""
 _pack = struct.Struct("<4Q").pack
 _CONTENT = slice(8, 24)
 _LINKS_AT = 24
@@ -74,5 +74,9 @@ def object_stamp(st: os.stat_result) -> ObjectStamp:
 
 
 if not compiled.why_not():
-    # The same, without an object for each number.
-    from udbad.branch.cstat import has_one_name, lasting_stamp, stamp  # noqa: F401
+    from udbad.branch.cstat import (  # noqa: F401  # the same, without an object for each number
+        has_one_name,
+        lasting_stamp,
+        same_content,
+        stamp,
+    )

@@ -494,6 +494,14 @@ def removexattr(target: Object, key: bytes) -> None:
 # -- data -------------------------------------------------------------------------------------
 
 
+def read_ready(fd: int, most: int) -> bytes:
+    """read(2) of a descriptor that does not wait (O_NONBLOCK); nothing when there is nothing to read."""
+    try:
+        return os.read(fd, most)
+    except BlockingIOError:
+        return b""
+
+
 def read_cached(fd: int, size: int, offset: int) -> bytes | bytearray | None:
     """pread of what is in the page cache already; None when it would have to wait (RWF_NOWAIT)."""
     buffer = bytearray(size)
@@ -728,6 +736,7 @@ if not compiled.why_not():
         open_dir_at,
         pin_at,
         read_cached,
+        read_ready,
         rename_at,
         rmdir_at,
         set_fs_ids,

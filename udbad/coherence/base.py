@@ -476,7 +476,7 @@ class Coherence:
         names.add(name)
         record = self.sb.table.record
         if record is not None:
-            record.changed.add(Negative(node, name))
+            record.changed.add(tuple.__new__(Negative, (node, name)))  # as Negative(), which is a function of Python
         return node.ttl
 
     def forget_negatives(self, node: Dir) -> None:

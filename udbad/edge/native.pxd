@@ -3,6 +3,7 @@ cimport cython
 from udbad.edge.loop cimport Loop
 from udbad.edge.once cimport Once
 from udbad.edge.operations cimport Operations
+from udbad.inodes.record cimport Record
 from udbad.inodes.slot cimport Slot
 from udbad.inodes.table cimport InodeTable
 from udbad.kernel.boundary cimport OpStats
@@ -13,7 +14,8 @@ from udbad.union.fs cimport UnionFs
 cdef class Native:
     cdef public int _fd
     cdef public UnionFs fs
-    cdef public object stale, waiting, _over, record, replayer, _poison, _forgotten
+    cdef public object stale, waiting, _over, replayer, _poison, _forgotten
+    cdef public Record record
     cdef public Once once
     cdef public Slot slot
     cdef public bint _refuses
@@ -28,5 +30,6 @@ cdef class Native:
         start=double, number=int
     )
     cpdef bint take(self, double seconds=*)
+    @cython.locals(record=Record)
     cpdef keep(self, rule, unsigned long long unique, int number, body)
     cpdef bint send(self, unsigned long long unique, int number, body) except -1

@@ -9,5 +9,6 @@ cdef class InoMap:
     cdef public object in_use, _area_bits, _next_spare, _most
     cdef public unsigned long long _limit
     cdef public dict _base, _index, _exceptions
+    cdef public set _inos
     @cython.locals(index=object)
     cpdef unsigned long long number(self, unsigned long long dev, unsigned long long ino) except? 0

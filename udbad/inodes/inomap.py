@@ -39,7 +39,18 @@ Identity = tuple[int, int]
 class InoMap:
     """Numbers for branch objects. No I/O, no locking: used from the event loop only."""
 
-    __slots__ = ("_area_bits", "_base", "_exceptions", "_index", "_limit", "_most", "_next_spare", "in_use", "record")
+    __slots__ = (
+        "_area_bits",
+        "_base",
+        "_exceptions",
+        "_index",
+        "_inos",
+        "_limit",
+        "_most",
+        "_next_spare",
+        "in_use",
+        "record",
+    )
 
     def __init__(self, file_systems: int = 1) -> None:
         """file_systems: how many the branches of the mount are on at its start; more may come."""
@@ -49,6 +60,8 @@ class InoMap:
         self._base: dict[int, int] = {}
         self._index: dict[int, int] = {}
         self._exceptions: dict[Identity, int] = {}
+        self._inos: set[int] = set()
+        """Those of all exceptions, and maybe others: that is less to look for than a tuple."""
         self._next_spare = SPARE
         self._most = ENTRIES
         self.in_use: Callable[[int], bool] = lambda number: True
@@ -58,7 +71,7 @@ class InoMap:
 
     def number(self, dev: Number, ino: Number) -> int:
         """The mount's inode number of a branch object; the same until `drop` or `alias` says otherwise."""
-        if self._exceptions:
+        if ino in self._inos:
             number = self._exceptions.get((dev, ino))
             if number is not None:
                 return number
@@ -126,10 +139,12 @@ class InoMap:
         if len(self._exceptions) >= self._most:
             in_use, before = self.in_use, self._exceptions
             self._exceptions = {key: entry for key, entry in before.items() if in_use(entry)}
+            self._inos = {ino for _, ino in self._exceptions}
             if self.record is not None:
                 self.record.changed |= before.keys() - self._exceptions.keys()
             self._most = max(2 * len(self._exceptions), ENTRIES)
         self._exceptions[identity] = number
+        self._inos.add(identity[1])
         if self.record is not None:
             self.record.changed.add(identity)
 
@@ -155,6 +170,7 @@ class InoMap:
         self._area_bits, self._next_spare, devices = state
         self._limit = (1 << self._area_bits) - (SHORT - SPARE)
         self._base, self._index, self._exceptions = {}, {}, dict(table)
+        self._inos = {ino for _, ino in table}
         for dev in devices:
             self._add(dev)
 

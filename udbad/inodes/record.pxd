@@ -2,7 +2,8 @@
 
 cdef class Record:
     cdef public int fd
-    cdef public object _head, _words, slots, _half, _next, _rest, write, quick, words, live
+    cdef public object _head, _words, slots, _half, _next, _rest, write, quick, live
+    cdef public unsigned long long[::1] words
     cdef public long version, rewritten
     cdef public bint _moving
     cdef public set changed

@@ -151,9 +151,8 @@ class InodeTable:
         node.nlookup += 1
         record = self.record
         if record is not None:
-            words = record.words
-            if words is not None and node.place:
-                words[node.place] = node.nlookup  # as Record.count, for this is a step of every lookup
+            if record.words is not None and node.place:
+                record.words[node.place] = node.nlookup  # as Record.count, for this is a step of every lookup
             else:
                 changed = record.changed
                 changed.add(node)

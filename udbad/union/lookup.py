@@ -137,7 +137,7 @@ def intern_file(
     table = sb.table
     number = sb.inomap.number(dev, ino)
     node = table.find(number)
-    plinked = ino in sb.plinks
+    plinked = bool(sb.plinks) and ino in sb.plinks
     if known is None and node is None and not plinked:
         return table.add_file(Node(number, kind, branch, dev, ino), parent, name), st
     if plinked:
