@@ -39,7 +39,7 @@ from udbad.inodes.node import Dir, Node
 from udbad.inodes.slot import CURRENT, RESENT, SLOT, U64, Slot
 from udbad.kernel import wire
 from udbad.types import Caller
-from udbad.union import copyup, create, lookup, remove, rename, resolve
+from udbad.union import create, lookup, remove, rename, resolve, settle
 from udbad.union.fs import SetAttr, UnionFs
 from udbad.union.resolve import Answer, Found
 
@@ -155,7 +155,7 @@ class Once:
             if fs.sb.branches[index].offline:
                 continue  # the next process will, with the branch
             try:
-                copyup.settle(
+                settle.settle(
                     fs.sb, node, parent if type(parent) is Dir else None, name, fs.sb.branches[index],
                     (dev, ino), as_link != 0, names, links,
                 )  # fmt: skip

@@ -31,10 +31,9 @@ from udbad.branch.origin import Place
 from udbad.branch.state import is_racy, object_stamp, stamp
 from udbad.errors import GONE, erofs, estale, os_error
 from udbad.inodes.handles import backing_id
-from udbad.inodes.inomap import Identity
 from udbad.inodes.node import Dir, Node
 from udbad.types import MADE, MOVED_TO, CopyMethod, Trigger
-from udbad.union import copydirs, homes, lookup, plink, resolve
+from udbad.union import copydirs, lookup, plink, resolve
 from udbad.union.resolve import Answer
 from udbad.union.superblock import NeedCopyUp, Superblock, is_object
 
@@ -401,7 +400,7 @@ def commit(sb: Superblock, job: Job, at_once: bool = False) -> None:
     if job.dirfd < 0:
         _note(sb, node, None, b"", job.branch, made, False, 0)
         dst_fd, job.dst_fd = job.dst_fd, -1
-        _settle_orphan(sb, node, job.branch, dst_fd, made)
+        arrived_nameless(sb, node, job.branch, dst_fd, made)
         return
     if job.parent is None:
         names = job.st.st_nlink + node.nlink_extra
@@ -418,7 +417,7 @@ def commit(sb: Superblock, job: Job, at_once: bool = False) -> None:
     _note(sb, node, job.parent, job.name, job.branch, made, job.as_link, _names_left(node, job.st, job.as_link))
     event = _publish(job, job.parent)
     copied = Place(job.src_fd, b"", job.st)
-    _settle(sb, node, job.parent, job.name, job.branch, job.dst_fd, copied, made, job.as_link, event)
+    arrived(sb, node, job.parent, job.name, job.branch, job.dst_fd, copied, made, job.as_link, event)
     copydirs.restore_times(job.dirfd, job.parent_times)
 
 
@@ -428,97 +427,6 @@ def _note(
 ) -> None:  # fmt: skip
     if sb.notes is not None:
         sb.notes.publish(node, parent, name, branch, made, as_link, names, links)
-
-
-def settle(
-    sb: Superblock, node: Node, parent: Dir | None, name: bytes, branch: Branch, made: Identity, as_link: bool,
-    names: int, links: int,
-) -> bool:  # fmt: skip
-    """Go on where a process was killed that had given a copy its name, as it may not have come to moving the node.
-
-    parent, name: what the copy is called on `branch`; None: in the directory of pseudo-links, b"": nothing. made: who
-    the copy is. as_link: the name is a further one of the node. names: how many are left on lower branches; links: of
-    a home that was there before, then; else 0. False where the copy has no such name, and no open file was moved to it,
-    so that nothing has happened; or the node is known to be there.
-    """
-    if node.identity == made:
-        return parent is not None and _settle_counted(sb, node, parent, name, names, links)
-    settled = parent is not None and _settle_named(sb, node, parent, name, branch, made, as_link)
-    settled = settled or _settle_loaded(sb, node, branch, made, names, names + (parent is not None and not as_link))
-    return settled or _settle_opened(sb, node, branch, made)
-
-
-def _settle_counted(sb: Superblock, node: Node, parent: Dir, name: bytes, names: int, links: int) -> bool:
-    """The home has a further link, in the place of a lower name, which may have gone on since: it is counted if it was
-    not."""
-    home = node.plink
-    place = None if home is None or not links or home.pending != names else homes.look(sb, home)
-    if home is None or place is None or place.st.st_nlink != links + 1:
-        return False
-    try:
-        lookup.ask_again(sb, parent)
-        found = resolve.resolve(sb, parent, name)
-    except FileNotFoundError:
-        return False
-    if found.answer is Answer.FOUND:
-        resolve.discard(sb, parent, name, found)
-        if (found.st.st_dev, found.st.st_ino) != home.identity:
-            return False  # only a temporary name of it was made
-    plink.name_arrived(sb, node)
-    sb.changes.copied_up(node, parent, name)
-    return True
-
-
-def _settle_loaded(sb: Superblock, node: Node, branch: Branch, made: Identity, names: int, before: int) -> bool:
-    """The copy has no other name (any more) but its home, which was found as those of earlier mounts are. before: how
-    many names there were on lower branches."""
-    home = next((plink for plink in sb.plinks.get(made[1], ()) if plink.identity == made), None)
-    if home is None:
-        return False
-    dev, ino = node.identity
-    source = os.stat_result((0, ino, dev, before - node.nlink_extra, 0, 0, 0, 0, 0, 0))
-    homes.forget(sb, home)
-    fd = syscalls.pin_at(home.dirfd, home.name)
-    try:
-        sb.move_data(node, branch, os.fstat(fd), fd)
-    finally:
-        os.close(fd)
-    sb.inomap.alias(*made, node.id)
-    plink.adopt_home(sb, node, branch, home.name, source, names)
-    return True
-
-
-def _settle_opened(sb: Superblock, node: Node, branch: Branch, made: Identity) -> bool:
-    """The copy has no name (any more): only an open file leads there, if one does."""
-    for handle in node.handles or ():
-        st = os.fstat(handle.fd)
-        if (st.st_dev, st.st_ino) == made:
-            _settle_orphan(sb, node, branch, os.dup(handle.fd), st)
-            return True
-    return False
-
-
-def _settle_named(
-    sb: Superblock, node: Node, parent: Dir, name: bytes, branch: Branch, made: Identity, as_link: bool
-) -> bool:
-    try:
-        lookup.ask_again(sb, parent)
-        dirfd = sb.branch_fd(parent, branch)
-        src_dirfd, src_name = sb.locate(node)
-        source = syscalls.stat_at(src_dirfd, src_name)
-        fd = syscalls.pin_at(dirfd, name)
-    except OSError as error:
-        if error.errno not in GONE:
-            raise
-        return False
-    try:
-        st = os.fstat(fd)
-        if (st.st_dev, st.st_ino) != made or not is_object(node, source):
-            return False
-        _settle(sb, node, parent, name, branch, fd, Place(src_dirfd, src_name, source), st, as_link)
-    finally:
-        os.close(fd)
-    return True
 
 
 def takes_away(job: Job) -> bool:
@@ -589,14 +497,14 @@ def abort(job: Job) -> None:
         job.src_fd = job.dst_fd = job.dirfd = -1
 
 
-def _settle_orphan(sb: Superblock, node: Node, branch: Branch, fd: int, made: os.stat_result) -> None:
+def arrived_nameless(sb: Superblock, node: Node, branch: Branch, fd: int, made: os.stat_result) -> None:
     """The copy behind `fd`, which is the node's from here on, has no name."""
     node.orphan_fd = fd
     node.nlink_extra = 0
     sb.move_data(node, branch, made, fd)
 
 
-def _settle(
+def arrived(
     sb: Superblock, node: Node, parent: Dir, name: bytes, branch: Branch, fd: int,
     source: Place, made: os.stat_result, as_link: bool, event: int = MOVED_TO,
 ) -> None:  # fmt: skip
@@ -648,7 +556,7 @@ def _copy_special(
         except BaseException:
             syscalls.unlink_at(dirfd, tmp)
             raise
-        _settle(sb, node, parent, name, branch, fd, Place(src_dirfd, src_name, st), made, as_link)
+        arrived(sb, node, parent, name, branch, fd, Place(src_dirfd, src_name, st), made, as_link)
     finally:
         os.close(fd)
     copydirs.restore_times(dirfd, times)

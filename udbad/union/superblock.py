@@ -96,7 +96,7 @@ class Notes(Protocol):
         names: int, links: int,
     ) -> None:  # fmt: skip
         """The next system call gives a copy of a node, of status `made`, its name on a branch. Arguments as those of
-        copyup.settle."""
+        settle.settle."""
 
 
 def is_object(node: Node, st: os.stat_result) -> bool:
