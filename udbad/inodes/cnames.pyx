@@ -150,6 +150,20 @@ cdef size_t slots_for(Py_ssize_t count) noexcept nogil:
     return slots
 
 
+cdef int reserve(block_t *block, Py_ssize_t more, size_t bytes_more) except -1:
+    """Room for so many entries more, with names of so many bytes: at once, not step by step."""
+    cdef Py_ssize_t room = block.count + more
+    cdef size_t space = block.used + bytes_more
+    if room > block.room or space > block.space:
+        set_room(
+            block, max(block.room, room + (room // 2 if block.count else 0)),
+            max(block.space, space + (space // 2 if block.used else 0)),
+        )
+    if slots_for(room) > block.slots:
+        make_index(block, slots_for(room))
+    return 0
+
+
 cdef block_t *clone(block_t *old) except NULL:
     """Without what is gone."""
     cdef block_t *block = new_block()
@@ -349,6 +363,12 @@ cdef class Names:
                 break
             at = <char *>buffer
             end = at + size
+            length = 0
+            while at < end:
+                at += (<dirent64 *>at).d_reclen
+                length += 1
+            reserve(self.block, length, size - length * 20)  # what an entry has beside the name
+            at = <char *>buffer
             while at < end:
                 found = <dirent64 *>at
                 at += found.d_reclen
