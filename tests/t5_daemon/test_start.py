@@ -18,7 +18,6 @@ from tests.helpers.leaks import mounts_under
 from tests.helpers.mount import DEADLINE, REPOSITORY, UnionFactory
 from udbad.branch.writelock import WriteLocks
 from udbad.coherence.notify import NotifyCoherence
-from udbad.edge import waiting
 from udbad.errors import UserError
 from udbad.kernel import mounts, newmount, session
 from udbad.kernel.invalidator import Invalidator
@@ -40,7 +39,6 @@ STEPS: dict[str, tuple[object, str]] = {
     "coherence": (NotifyCoherence, "start"),
     "edge": (mountproc, "Native"),
     "event loop": (os, "eventfd"),
-    "threads": (waiting, "ThreadPoolExecutor"),
     "control socket": (presence, "bind"),
     "mount": (newmount, "attach"),
     "connection number": (mounts, "unions"),
