@@ -104,7 +104,7 @@ def test_what_no_list_tells_is_asked(tmp_path: Path) -> None:
 def test_where_no_list_tells_all(tmp_path: Path) -> None:
     with trusting(tmp_path, "none") as (fs, node, _):
         branch = fs.table.node(node).branch
-        object.__setattr__(branch, "lists_xattrs", False)
+        branch.lists_xattrs = False
         assert fs.listxattr(node, ROOT_CALLER) == []
         assert missing(fs, node, b"user.any")
         os.setxattr(tmp_path / "base/d/file", "user.any", b"v")

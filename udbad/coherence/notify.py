@@ -190,14 +190,16 @@ class NotifyCoherence(Coherence):
     # -- own changes --------------------------------------------------------------------------
 
     def before_own(self, node: Node, fd: int = -1) -> None:
-        self._sent.before_own(node, fd)
+        sent: SentAttributes = self._sent
+        sent.before_own(node, fd)
 
     def own_data(
         self, node: Node, content: bool = False, st: os.stat_result | None = None, fd: int = -1, mtime: bool = False
     ) -> None:
         if mtime:
             super().own_data(node, mtime=True)
-        self._sent.own_data(node, content, st, fd)
+        sent: SentAttributes = self._sent
+        sent.own_data(node, content, st, fd)
         if self.replays is not None:
             self.replays.own_data(node)
 

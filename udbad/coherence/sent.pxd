@@ -1,5 +1,6 @@
 cimport cython
 
+from udbad.branch.cstat cimport lasting_stamp
 from udbad.inodes.node cimport Dir, Layer, Node
 from udbad.union.superblock cimport Superblock, is_object
 
@@ -7,5 +8,7 @@ cdef class SentAttributes:
     cdef public Superblock _sb
     cdef public object _notifier
     cpdef doubt(self, Node node)
+    cpdef before_own(self, Node node, int fd)
+    cpdef own_data(self, Node node, bint content, st, int fd)
     @cython.locals(child=Node, layer=Layer)
     cpdef bint is_as_sent(self, Dir node, bytes name) except -1

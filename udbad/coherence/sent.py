@@ -10,13 +10,16 @@ import os
 import stat as st_mod
 from typing import Final
 
-from udbad.branch import state, syscalls
+from udbad.branch import syscalls
+from udbad.branch.state import lasting_stamp, same_content
 from udbad.coherence.base import KernelNotifier
 from udbad.inodes.handles import backing_id, note_id_bits, written_behind
 from udbad.inodes.node import Dir, Node
 from udbad.union.superblock import Superblock, is_object
 
 _stat = syscalls.stat_at
+
+Fd = int
 
 UNKNOWN: Final = b""
 """As a stamp: the kernel may hold attributes, but whether they are still right cannot be told."""
@@ -45,7 +48,7 @@ class SentAttributes:
         if not is_object(child, st):
             return False
         sent = child.sent
-        return written_behind(child) if sent is None else state.lasting_stamp(child.branch, st) == sent
+        return written_behind(child) if sent is None else lasting_stamp(child.branch, st) == sent
 
     def compare(self, node: Node, st: os.stat_result, content: bool) -> bool:
         """Tell the kernel when the attributes of a node, which is what it was, differ from those it was given.
@@ -58,7 +61,7 @@ class SentAttributes:
             return written_behind(node)  # the kernel has no attributes of it
         if node in self._sb.changing:
             return True  # by a thread of ours, whose end is recorded as an own change
-        now = state.lasting_stamp(node.branch, st)
+        now = lasting_stamp(node.branch, st)
         if now == sent and now is not None:
             return True
         if written_behind(node):
@@ -72,7 +75,7 @@ class SentAttributes:
             self._notifier.data(node.id)  # another one may have got its number, and the kernel keeps targets
             return False
         pages = type(node) is not Dir and (self._sb.kernel_opens or (node.handles and not backing_id(node)))
-        if pages and (content or not sent or now is None or not state.same_content(now, sent)):
+        if pages and (content or not sent or now is None or not same_content(now, sent)):
             self._notifier.data(node.id)
         else:
             self._notifier.attributes(node.id)
@@ -83,19 +86,19 @@ class SentAttributes:
         if node.sent is not None:
             node.sent = UNKNOWN
 
-    def before_own(self, node: Node, fd: int) -> None:
+    def before_own(self, node: Node, fd: Fd) -> None:
         """Before an own change that will be recorded as sent: a foreign one not handled yet must not hide in it."""
         sent = node.sent
         if not sent:
             return
         try:
-            now = state.lasting_stamp(node.branch, self._stat(node, fd))
+            now = lasting_stamp(node.branch, self._stat(node, fd))
         except OSError:
             return
         if now != sent:
             self._notifier.data(node.id)
 
-    def own_data(self, node: Node, content: bool, st: os.stat_result | None, fd: int) -> None:
+    def own_data(self, node: Node, content: bool, st: os.stat_result | None, fd: Fd) -> None:
         """After an own change: the kernel knows the attributes that it has led to. Parameters: Hooks.own_data."""
         sent = node.sent
         if not sent:
@@ -103,10 +106,10 @@ class SentAttributes:
         now = None
         if not node.dead or node.handles:
             try:
-                now = state.lasting_stamp(node.branch, self._stat(node, fd) if st is None else st)
+                now = lasting_stamp(node.branch, self._stat(node, fd) if st is None else st)
             except OSError:
                 pass
-        if now is not None and not content and not state.same_content(now, sent) and type(node) is not Dir:
+        if now is not None and not content and not same_content(now, sent) and type(node) is not Dir:
             self._notifier.data(node.id)  # only a foreign change can have done that
         node.sent = now or UNKNOWN
 

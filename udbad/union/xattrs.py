@@ -24,6 +24,8 @@ from udbad.union.superblock import Superblock
 T = TypeVar("T")
 Fd = int
 Bits = int
+_Sure = tuple[tuple[bytes, ...], int]
+"""What an object has only if it is listed: prefixes, and as bits of `Node.lacks`."""
 
 _ACL_PREFIX: Final = b"system.posix_acl_"
 _SYSTEM_PREFIX: Final = b"system."
@@ -45,8 +47,8 @@ class Xattrs:
 
     def __init__(self, sb: Superblock) -> None:
         self.sb = sb
-        self._sure: dict[int, tuple[bytes, ...]] = {}
-        """By the id of a branch: prefixes of what an object has only if it is listed."""
+        self._sure: dict[int, _Sure] = {}
+        """By the id of a branch."""
 
     # -- what there is ----------------------------------------------------------------------------
 
@@ -60,17 +62,18 @@ class Xattrs:
         if known & bit:
             return None
         name = key if bit else self._kept(node, key)
-        listed = False
+        told = 0
         if state is not None:
-            sure = self._sure_of(node.branch)
-            listed = len(sure) > 0 and (bit & _ACL_BITS != 0 or name.startswith(sure))
-            if listed and known & ALL_XATTRS:
-                return None
+            prefixes, bits = self._sure_of(node.branch)
+            if bit & bits or name.startswith(prefixes):
+                if known & ALL_XATTRS:
+                    return None
+                told = bits
         fd, owned = self.sb.open_object(node)
         try:
             target = self._target(node, fd)
-            if listed and lists_nothing(target):
-                self._note(node, ALL_XATTRS, state)
+            if told and lists_nothing(target):
+                self._note(node, known | told, state)
                 return None
             value = syscalls.get_acl(target, name) if bit & _ACL_BITS else getxattr(target, name)
         finally:
@@ -83,12 +86,14 @@ class Xattrs:
     def names(self, node: Node, caller: Caller) -> list[bytes]:
         """Of all attributes that the caller is to see."""
         state = self.sb.changes.known_state(node)
-        if self._known(node, state) & ALL_XATTRS:
+        known = self._known(node, state)
+        if known & ALL_XATTRS:
             return []
         names = self._on_object(node, syscalls.listxattr)
         if not names:
-            if state is not None and self._sure_of(node.branch):
-                self._note(node, ALL_XATTRS, state)
+            told = self._sure_of(node.branch)[1]
+            if told and state is not None:
+                self._note(node, known | told, state)
             return names
         if caller.uid != 0:
             names = [key for key in names if not key.startswith(b"trusted.")]  # xattr(7)
@@ -117,10 +122,10 @@ class Xattrs:
         """state: its `known_state` before it was asked."""
         node.lacks = _LACKING[bits] if state is True else (bits, state)
 
-    def _sure_of(self, branch: Branch) -> tuple[bytes, ...]:
+    def _sure_of(self, branch: Branch) -> _Sure:
         sure = self._sure.get(branch.id)
         if sure is None:
-            sure = self._sure[branch.id] = _prefixes(branch) if branch.lists_xattrs else ()
+            sure = self._sure[branch.id] = _ask(branch) if branch.lists_xattrs else ((), 0)
         return sure
 
     # -- what is changed ----------------------------------------------------------------------------
@@ -191,9 +196,11 @@ class Xattrs:
         return fd if node.handles or node.orphan_fd >= 0 else proc_path(fd)
 
 
-def _prefixes(branch: Branch) -> tuple[bytes, ...]:
+def _ask(branch: Branch) -> _Sure:
     root = proc_path(branch.root_fd)
-    return tuple(prefix for prefix in _LISTED if _knows(root, prefix + _ABSENT))
+    prefixes = tuple(prefix for prefix in _LISTED if _knows(root, prefix + _ABSENT))
+    bits = sum(bit for key, bit in XATTR_BITS.items() if key.startswith(prefixes))
+    return prefixes, bits | _ACL_BITS | ALL_XATTRS
 
 
 def _knows(root: bytes, absent: bytes) -> bool:
