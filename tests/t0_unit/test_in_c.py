@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import random
 import socket
@@ -20,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.scenarios import ACL
+from tests.helpers.uncompiled import from_source
 from udbad import compiled
 from udbad.branch import fanotify, listing, state, syscalls
 from udbad.branch.branches import Branch
@@ -38,25 +38,9 @@ from udbad.kernel.received import Received
 from udbad.types import ROOT_ID, Caller, Perm
 from udbad.union.readdir import Run
 
-
-def in_python(module: ModuleType) -> ModuleType:
-    """The same module once more, as it is where nothing is compiled."""
-    assert module.__file__ is not None
-    file = Path(module.__file__)  # the source, or what was compiled from it
-    source = file.with_name(file.name.partition(".")[0] + ".py")
-    spec = importlib.util.spec_from_file_location(f"{module.__name__}_in_python", source)
-    assert spec is not None
-    assert spec.loader is not None
-    again = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "why_not", lambda: "a test wants it so")
-        spec.loader.exec_module(again)
-    return again
-
-
-PYTHON_WIRE, PYTHON_DEVICE, PYTHON_LISTING = in_python(wire), in_python(device), in_python(listing)
-PYTHON_STATE, PYTHON_FANOTIFY, PYTHON_NAMES = in_python(state), in_python(fanotify), in_python(names)
-PYTHON_BYID = in_python(byid)
+PYTHON_WIRE, PYTHON_DEVICE, PYTHON_LISTING = from_source(wire), from_source(device), from_source(listing)
+PYTHON_STATE, PYTHON_FANOTIFY, PYTHON_NAMES = from_source(state), from_source(fanotify), from_source(names)
+PYTHON_BYID = from_source(byid)
 BRANCH = Branch(0, 0, b"/", Perm.RO, frozenset(), None, -1, -1, 0, "ext4")
 U32 = st.integers(0, (1 << 32) - 1)
 U64 = st.integers(0, (1 << 63) - 1)
@@ -346,7 +330,7 @@ def test_errors(tmp_path: Path, name: bytes, number: int) -> None:
         syscalls.fstat(directory)
 
 
-PYTHON_SYSCALLS = in_python(syscalls)
+PYTHON_SYSCALLS = from_source(syscalls)
 
 
 @pytest.mark.parametrize("calls", [syscalls, PYTHON_SYSCALLS], ids=["used", "python"])

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.uncompiled import from_source
 from udbad.inodes import record as record_module
 from udbad.inodes.record import DROPPED, SLOTS_AT, VERSION, Record, UnreadableRecord, unpack
 
 STEPS = 160
+PYTHON = from_source(record_module)
+"""What C stores, it stores as this does, and nobody sees it doing so."""
 
 
 class Killed(BaseException):
@@ -67,8 +70,8 @@ class Thing:
 class Writer:
     """Things that change, and their record."""
 
-    def __init__(self) -> None:
-        self.record = Record.create()
+    def __init__(self, made: type[Record] = Record) -> None:
+        self.record = made.create()
         self.things: dict[int, Thing] = {}
         self.record.write = self.write
         self.record.live = lambda: list(self.things.values())
@@ -119,18 +122,19 @@ def read(record: Record) -> dict[int, tuple[int, int]]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """All is written anew every now and then, some of it at a time."""
-    monkeypatch.setattr(record_module, "_CHUNK", 4096)
-    monkeypatch.setattr(record_module, "_PORTION", 3)
+    for module in (record_module, PYTHON):
+        monkeypatch.setattr(module, "_CHUNK", 4096)
+        monkeypatch.setattr(module, "_PORTION", 3)
 
 
 def run(seed: int, steps: int, clock: Clock) -> tuple[Writer, list[dict[int, tuple[int, int]]]]:
     """The writer after so many operations, or where the clock has ended it; states that it may be found in."""
     rng = random.Random(seed)
-    writer = Writer()
+    writer = Writer(PYTHON.Record)
     record: Any = writer.record
     record._words = Memory(record._words, clock)
     record._head = Memory(record._head, clock)
-    made = record_module.Half
+    made = PYTHON.Half
 
     class Counting(made):  # type: ignore[valid-type,misc]  # the record's own, with the clock in its memory
         def _extend(self, end: int) -> None:
@@ -142,7 +146,7 @@ def run(seed: int, steps: int, clock: Clock) -> tuple[Writer, list[dict[int, tup
     states = [writer.state()]
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(record_module, "Half", Counting)
+            patch.setattr(PYTHON, "Half", Counting)
             record.note("n", b"0")
             record.rewrite()
             for number in range(steps):

@@ -49,7 +49,7 @@ class Pair:
         """While the near mount believes what the far one tells."""
         link = MountLink("", "far", "", str(self.far.control_path))
         own = OwnChanges(self.settings, "far", link, {"share": str(self.export)})
-        following = Following("share", str(self.branch), 2.0, 0.0, ["far"])
+        following = Following("share", str(self.branch), SECONDS, 0.0, ["far"])
         near = MountLink("", "near", str(self.branch), str(self.near.control_path))
         subscriber = Subscriber(self.settings, following, near)
         tasks = [asyncio.create_task(own.run()), asyncio.create_task(subscriber.run())]
