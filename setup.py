@@ -48,21 +48,17 @@ class BuildHotModules(build_ext):
         from Cython.Compiler.Options import get_directive_defaults
 
         get_directive_defaults()["no_gc"] = False  # a decorator; what is no Cython has no such thing to say
-        modules = self.distribution.ext_modules
-        self.distribution.ext_modules = [
-            built
-            for some, directives in (
-                ([module for module in modules if module.name == NOT_SEARCHED], {**DIRECTIVES, "no_gc": True}),
-                ([module for module in modules if module.name != NOT_SEARCHED], DIRECTIVES),
-            )
-            for built in cythonize(
+        made = []
+        for no_gc in (True, False):
+            some = [module for module in self.distribution.ext_modules if (module.name == NOT_SEARCHED) is no_gc]
+            made += cythonize(
                 some,
                 nthreads=processes,
                 build_dir=os.path.join("build", "cython"),
-                compiler_directives=directives,
+                compiler_directives={**DIRECTIVES, "no_gc": no_gc},
                 quiet=True,
             )
-        ]
+        self.distribution.ext_modules = made
 
     def run(self) -> None:
         stamp = os.path.join(ROOT if self.inplace else self.build_lib, "udbad", COMPILED["STAMP"])

@@ -32,6 +32,7 @@ from time import perf_counter, perf_counter_ns, sleep
 from typing import Any
 
 from tests.bench.hung import percentile, timed
+from tests.helpers.killing import stopped
 from tests.helpers.mount import Mount
 
 MILLION = 1_000_000
@@ -254,17 +255,14 @@ def lose_events(mount: Mount) -> float:
     most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     pid = worker(mount)
     begun = perf_counter()
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        for number in range(most // 2 + 10):
+    with stopped(pid):
+        for number in range(most // 2 + 100):
             file = mount["base"] / f"many{number}"  # the root got the first watch
             file.touch()
             file.unlink()
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    stopped = (perf_counter() - begun) * 1e3
+    stood = (perf_counter() - begun) * 1e3
     mount.flush()
-    return stopped if stats(mount)["coherence"]["overflows"] > before else 0.0
+    return stood if stats(mount)["coherence"]["overflows"] > before else 0.0
 
 
 def side_by_side(few: Mount, many: Mount, directories: int, rounds: int, figures: Figures) -> None:

@@ -1,4 +1,4 @@
-"""Killing the process of a mount again and again, while others use the mount."""
+"""Killing the process of a mount again and again, while others use the mount; and stopping one."""
 
 from __future__ import annotations
 
@@ -59,6 +59,27 @@ def worker(guardian: int) -> int:
         assert time.monotonic() < end, f"mount processes: {found}"
         time.sleep(0.01)
     return found[0]
+
+
+def stop(pid: int) -> None:
+    """SIGSTOP, and return when no thread of it runs any more: one on another processor goes on until it is told."""
+    os.kill(pid, signal.SIGSTOP)
+    end = time.monotonic() + DEADLINE
+    while any(
+        task.read_text().rpartition(")")[2].split()[0] != "T" for task in Path(f"/proc/{pid}/task").glob("*/stat")
+    ):
+        assert time.monotonic() < end, f"{pid} does not stop"
+        time.sleep(0.001)
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process stands still, so that what it has to be told piles up. Nobody may touch its mount meanwhile."""
+    stop(pid)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def answered(path: Path) -> None:

@@ -15,7 +15,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import pyfuse3
 import trio
 
+from tests.helpers.killing import stop
 from tests.helpers.leaks import abort_connection, read_mountinfo, remove_mount
 
 STUCK = "stuck"
@@ -41,9 +41,7 @@ class Server:
         self.connection = connection
 
     def stall(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
-        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-            time.sleep(0.001)
+        stop(self.process.pid)
 
     def wait_for_half(self) -> None:
         """Return when somebody reads a HALF that far."""

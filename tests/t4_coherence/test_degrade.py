@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.inprocess import notify_union
+from tests.helpers.killing import stopped
 from tests.helpers.leaks import read_mountinfo
 from tests.helpers.merge import Tree as Seen
 from tests.helpers.merge import diff, merge, read_entry, snapshot
@@ -45,16 +45,6 @@ def lowered(name: str, value: int) -> Iterator[None]:
         yield
     finally:
         file.write_text(before)
-
-
-@contextmanager
-def stopped(mount: Mount) -> Iterator[None]:
-    """The daemon stands still, so that events pile up. Nobody may touch the mount meanwhile."""
-    mount.process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        mount.process.send_signal(signal.SIGCONT)
 
 
 def populate(branch: Path, directories: int, files: int = 5) -> None:
@@ -129,7 +119,7 @@ def overflow(mount: Mount, names: list[str], directories: int) -> None:
     """Warm the caches, then change more than the queue holds while the daemon stands still."""
     agree(mount, names)
     ask(mount.path, names)
-    with stopped(mount):
+    with stopped(mount.process.pid):
         change(mount["base"], directories)
     mount.flush()
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.killing import stopped
 from tests.helpers.mount import DEADLINE, Mount, UnionFactory
-from tests.t4_coherence.test_degrade import QUEUE, ROOM, lowered, statistics, stopped, watches_in_use
+from tests.t4_coherence.test_degrade import QUEUE, ROOM, lowered, statistics, watches_in_use
 from udbad.coherence import base
 
 pytestmark = pytest.mark.fuse
@@ -70,7 +71,7 @@ def branch_directories(mount: Mount, extra: Path) -> None:
 
 
 def overflow(mount: Mount, extra: Path) -> None:
-    with stopped(mount):
+    with stopped(mount.process.pid):
         for number in range(QUEUE):
             (mount["base"] / "d" / f"n{number}").touch()
             (mount["base"] / "d" / f"n{number}").unlink()

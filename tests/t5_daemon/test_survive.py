@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.killing import stop
 from tests.helpers.mount import Mount, UnionFactory
 from tests.helpers.profile import scaled
 from tests.t5_daemon.daemon import DEADLINE, Daemon, until
@@ -160,7 +161,7 @@ def test_a_direct_change_during_the_outage(mount: Mount) -> None:
     assert (mount.path / "file").read_bytes() == b"of base"
     assert not (mount.path / "new").exists()
     pid = worker(mount)
-    mount.process.send_signal(signal.SIGSTOP)
+    stop(mount.process.pid)
     os.kill(pid, signal.SIGKILL)
     (mount["base"] / "new").write_bytes(b"new")
     (mount["base"] / "file").unlink()
@@ -198,7 +199,7 @@ def test_a_directory_that_is_being_read(union: UnionFactory, tmp_path: Path, udb
         if udba == "notify":
             assert [listing_requests() > 0 for _ in range(3)] == [True] * 3, "an answer may still come in"
             pid = worker(mount)
-            mount.process.send_signal(signal.SIGSTOP)
+            stop(mount.process.pid)
             os.kill(pid, signal.SIGKILL)
             (mount["base"] / "d/new").touch()
             mount.process.send_signal(signal.SIGCONT)
@@ -260,7 +261,7 @@ def test_told_to_stop_while_a_process_is_dead(union: UnionFactory) -> None:
     mount = union(options="survive=on", allow_log=TAKEN_OVER)
     pid = worker(mount)
     pidfd = os.pidfd_open(pid)
-    mount.process.send_signal(signal.SIGSTOP)
+    stop(mount.process.pid)
     os.kill(pid, signal.SIGKILL)
     until(lambda: select.select([pidfd], [], [], 0)[0], "the end of the mount process")
     os.close(pidfd)
@@ -337,8 +338,8 @@ def test_what_a_killed_process_leaves_has_a_parent(daemon: Daemon) -> None:
     daemon.start()
     entry = next(iter(registry.entries(daemon.run_dir)))
     server = _parent(entry.pid)
-    os.kill(entry.keeper, signal.SIGSTOP)  # it can be killed still
-    os.kill(server, signal.SIGSTOP)  # it waits for nobody meanwhile
+    stop(entry.keeper)  # it can be killed still
+    stop(server)  # it waits for nobody meanwhile
     os.kill(entry.pid, signal.SIGKILL)
     until(lambda: _parent(entry.keeper) != entry.pid, "another parent")
     assert _parent(entry.keeper) == server

@@ -76,15 +76,6 @@ class Branch:
         "index", "keeps_order", "lists_xattrs", "local", "may_reflink", "offline", "overlay", "path", "perm", "private",
         "restrictions", "root_fd", "udba", "unmarked", "watch", "whable", "writable", "writes_overlay",
     )  # fmt: skip
-    FIELDS: Final = (
-        "id", "index", "path", "perm", "attrs", "udba", "root_fd", "anchor_fd", "dev", "fs_type", "restrictions",
-        "private", "keeps_order", "offline", "watch", "unmarked", "writes_overlay",
-    )  # fmt: skip
-    """What __init__ takes; all else follows from it."""
-    DEFAULTS: Final = {
-        "restrictions": frozenset[str](), "private": False, "keeps_order": False, "offline": False, "watch": None,
-        "unmarked": False, "writes_overlay": False,
-    }  # fmt: skip
 
     def __init__(
         self,
@@ -134,6 +125,10 @@ class Branch:
         self.in_memory = fs_type in _IN_MEMORY
         self.may_reflink = fs_type not in _NO_REFLINK_FS
         self.lists_xattrs = fs_type in _LISTS_XATTRS_FS
+
+    FIELDS: Final[tuple[str, ...]] = __init__.__code__.co_varnames[1 : __init__.__code__.co_argcount]
+    """What __init__ takes; all else follows from it."""
+    DEFAULTS: Final[dict[str, Any]] = dict(zip(reversed(FIELDS), reversed(__init__.__defaults__ or ()), strict=False))
 
     def values(self) -> dict[str, Any]:
         """What it was made of, by `FIELDS`."""

@@ -250,16 +250,18 @@ def set_fs_ids(unsigned int uid, unsigned int gid):
     setfsuid_c(uid)
 
 
+cdef int target_of(target, const char **path) except? -1:
+    """The descriptor that is meant by an Object of syscalls.py; -1 where it is `path`, which is NULL else."""
+    path[0] = text_of(target) if type(target) is bytes else NULL
+    return -1 if path[0] != NULL else target
+
+
 def getxattr(target, bytes key):
     cdef char value[256]
     cdef const char *name = text_of(key)
-    cdef const char *path = NULL
+    cdef const char *path
     cdef Py_ssize_t count
-    cdef int fd = -1
-    if type(target) is bytes:
-        path = text_of(target)
-    else:
-        fd = target
+    cdef int fd = target_of(target, &path)
     with nogil:
         if path == NULL:
             count = fgetxattr(fd, name, value, sizeof(value))
@@ -275,13 +277,9 @@ def getxattr(target, bytes key):
 
 
 def lists_nothing(target):
-    cdef const char *path = NULL
+    cdef const char *path
     cdef Py_ssize_t count
-    cdef int fd = -1
-    if type(target) is bytes:
-        path = text_of(target)
-    else:
-        fd = target
+    cdef int fd = target_of(target, &path)
     with nogil:
         count = flistxattr(fd, NULL, 0) if path == NULL else listxattr_c(path, NULL, 0)
     if count < 0:
@@ -289,27 +287,28 @@ def lists_nothing(target):
     return count == 0
 
 
+cdef bint lacks(int fd, const char *name) noexcept nogil:
+    """Whether a file has not this extended attribute, or cannot have it."""
+    return fgetxattr(fd, name, NULL, 0) < 0 and (errno == ENODATA or errno == EOPNOTSUPP)
+
+
 def is_bare(int fd, more):
-    cdef Py_ssize_t count
     cdef const char *name
+    cdef bint bare
     with nogil:
-        count = flistxattr(fd, NULL, 0)
-    if count:
-        return False
+        bare = flistxattr(fd, NULL, 0) == 0
     for key in more:
+        if not bare:
+            break
         name = PyUnicode_AsUTF8(key)
         with nogil:
-            count = fgetxattr(fd, name, NULL, 0)
-        if count >= 0 or (errno != ENODATA and errno != EOPNOTSUPP):
-            return False
-    return True
+            bare = lacks(fd, name)
+    return bare
 
 
 cdef bint may_have(int fd, const char *acl) noexcept nogil:
     """Whether a file may have extended attributes, or this one, which not every file system lists."""
-    return flistxattr(fd, NULL, 0) != 0 or (
-        fgetxattr(fd, acl, NULL, 0) >= 0 or (errno != ENODATA and errno != EOPNOTSUPP)
-    )
+    return flistxattr(fd, NULL, 0) != 0 or not lacks(fd, acl)
 
 
 cdef int change_mode(int fd, unsigned int mode) noexcept nogil:

@@ -7,21 +7,6 @@ from cpython.exc cimport PyErr_SetFromErrno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.string cimport strlen
-from posix.fcntl cimport AT_SYMLINK_NOFOLLOW
-
-from udbad.branch.cstat cimport fstatat_c, stat_t
-
-cdef extern from "<dirent.h>" nogil:
-    struct dirent64:
-        uint64_t d_ino
-        unsigned short d_reclen
-        unsigned char d_type
-        char *d_name
-    Py_ssize_t getdents64(int fd, void *buffer, size_t size)
-    enum: DT_UNKNOWN
-
-cdef extern from "<sys/stat.h>" nogil:
-    enum: S_IFMT
 
 cdef extern from "<sys/inotify.h>" nogil:
     struct inotify_event:
@@ -36,11 +21,9 @@ def read(int fd):
     cdef char *at
     cdef char *end
     cdef dirent64 *entry
-    cdef stat_t status
     cdef Py_ssize_t size, length
     cdef Py_ssize_t count = 0
     cdef Py_ssize_t room = 0
-    cdef unsigned char kind
     cdef list names = []
     cdef array numbers = array("Q")
     cdef bytearray types = bytearray()
@@ -55,18 +38,15 @@ def read(int fd):
             entry = <dirent64 *>at
             at += entry.d_reclen
             length = strlen(entry.d_name)
-            if entry.d_name[0] == b"." and (length == 1 or (length == 2 and entry.d_name[1] == b".")):
+            if is_dots(entry.d_name, length):
                 continue
             names.append(PyBytes_FromStringAndSize(entry.d_name, length))
-            kind = entry.d_type
-            if entry.d_type == DT_UNKNOWN and not fstatat_c(fd, entry.d_name, &status, AT_SYMLINK_NOFOLLOW):
-                kind = (status.st_mode & S_IFMT) >> 12
             if count == room:
                 room = max(2 * room, 64)
                 resize(numbers, room)
                 PyByteArray_Resize(types, room)
             numbers.data.as_ulonglongs[count] = entry.d_ino
-            PyByteArray_AS_STRING(types)[count] = <char>kind
+            PyByteArray_AS_STRING(types)[count] = <char>type_of(fd, entry)
             count += 1
     if size < 0:
         PyErr_SetFromErrno(OSError)

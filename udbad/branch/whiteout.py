@@ -152,15 +152,12 @@ def hides_alone(branch: Branch, dirfd: int, name: bytes) -> bool:
     return branch.overlay and is_device(st)
 
 
-def read_as_aufs(dirfd: int, names: list[bytes], types: bytearray) -> None:
-    """Change what listing.read has said of a branch directory, by the descriptor of which overlayfs' whiteouts are
-    looked at, to what it would be in the notation of aufs."""
-    at = types.find(_DEVICE)
-    while at >= 0:
-        if is_device_at(dirfd, names[at]):  # if it is gone, whoever asks for the name finds out
-            names[at] = PREFIX + names[at]
-            types[at] = _REGULAR
-        at = types.find(_DEVICE, at + 1)
+def as_aufs(dirfd: int, name: bytes, kind: int) -> tuple[bytes, int]:
+    """What is in a branch directory on which marks of overlayfs count, as it would be in the notation of aufs; kind: as
+    listing.read has it."""
+    if kind == _DEVICE and is_device_at(dirfd, name):  # if it is gone, whoever asks for the name finds out
+        return PREFIX + name, _REGULAR
+    return name, kind
 
 
 def names_in(dirfd: int, overlay: bool) -> list[bytes]:
@@ -169,7 +166,7 @@ def names_in(dirfd: int, overlay: bool) -> list[bytes]:
     try:
         names, _, types = listing.read(fd)
         if overlay:
-            read_as_aufs(fd, names, types)
+            names = [as_aufs(fd, name, kind)[0] for name, kind in zip(names, types, strict=True)]
     except FileNotFoundError:
         return []  # removed meanwhile: getdents(2) says so, and readdir(3) that it is empty
     finally:

@@ -20,6 +20,7 @@ cdef struct block_t:
 
 cdef class Names:
     cdef block_t *block
+    cdef int renew(self) except -1
     cdef int own(self) except -1
     cdef int settle(self) except -1
     cdef entry_t *look(self, const char *name, Py_ssize_t size) noexcept nogil

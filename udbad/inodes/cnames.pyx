@@ -9,23 +9,8 @@ from cpython.set cimport PySet_Contains
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, strlen
-from posix.fcntl cimport AT_SYMLINK_NOFOLLOW
 
-from udbad.branch.cstat cimport fstatat_c, stat_t
-
-cdef extern from "<dirent.h>" nogil:
-    struct dirent64:
-        uint64_t d_ino
-        unsigned short d_reclen
-        unsigned char d_type
-        char *d_name
-    Py_ssize_t getdents64(int fd, void *buffer, size_t size)
-    enum: DT_UNKNOWN
-    enum: DT_CHR
-    enum: DT_DIR
-
-cdef extern from "<sys/stat.h>" nogil:
-    enum: S_IFMT
+from udbad.branch.clisting cimport DT_CHR, DT_DIR, dirent64, getdents64, is_dots, type_of
 
 cdef extern from "Python.h" nogil:
     ctypedef struct PyHash_FuncDef:
@@ -229,23 +214,20 @@ cdef class Names:
 
     # -- inside -----------------------------------------------------------------------------------
 
+    cdef int renew(self) except -1:
+        """Have a block of its own, without gaps."""
+        cdef block_t *block = clone(self.block)
+        leave(self.block)
+        self.block = block
+        return 0
+
     cdef int own(self) except -1:
         """Have a block that nobody else has, before it is changed."""
-        cdef block_t *block
-        if self.block.users > 1:
-            block = clone(self.block)
-            leave(self.block)
-            self.block = block
-        return 0
+        return self.renew() if self.block.users > 1 else 0
 
     cdef int settle(self) except -1:
         """Close the gaps, so that places are those in the order."""
-        cdef block_t *block
-        if self.block.gone:
-            block = clone(self.block)
-            leave(self.block)
-            self.block = block
-        return 0
+        return self.renew() if self.block.gone else 0
 
     cdef entry_t *look(self, const char *name, Py_ssize_t size) noexcept nogil:
         """NULL: it is not there."""
@@ -349,7 +331,6 @@ cdef class Names:
         cdef char *at
         cdef char *end
         cdef dirent64 *found
-        cdef stat_t status
         cdef Py_ssize_t size, length
         cdef unsigned int kind
         cdef uint16_t as_file = place_of(index)
@@ -373,11 +354,9 @@ cdef class Names:
                 found = <dirent64 *>at
                 at += found.d_reclen
                 length = strlen(found.d_name)
-                if found.d_name[0] == b"." and (length == 1 or (length == 2 and found.d_name[1] == b".")):
+                if is_dots(found.d_name, length):
                     continue
-                kind = found.d_type & 15
-                if kind == DT_UNKNOWN and not fstatat_c(fd, found.d_name, &status, AT_SYMLINK_NOFOLLOW):
-                    kind = (status.st_mode & S_IFMT) >> 12
+                kind = type_of(fd, found)
                 if kind == DT_CHR or (length > 4 and memcmp(found.d_name, b".wh.", 4) == 0):
                     odd.append((PyBytes_FromStringAndSize(found.d_name, length), found.d_ino, kind))
                     continue

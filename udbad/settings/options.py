@@ -279,14 +279,15 @@ class MountOptions:
     """Lines for the user about what was accepted and has no effect."""
 
     def __init__(self, **values: Any) -> None:
-        """values: by the names of `FIELDS`; as `checked` and another one have them, nothing is looked at."""
+        """values: by the names of `FIELDS`; as `checked` and another one have them, no value is looked at. Raises
+        TypeError for a field that there is not."""
+        if not values.keys() <= FIELDS.keys():
+            raise TypeError(values.keys() - FIELDS.keys())
         for name, one in FIELDS.items():
             self.__dict__[name] = values.get(name, one.default)
 
     def but(self, **changes: Any) -> MountOptions:
         """The same, but for some fields. Raises TypeError for one that there is not."""
-        if not changes.keys() <= FIELDS.keys():
-            raise TypeError(changes.keys() - FIELDS.keys())
         return MountOptions(**{**self.__dict__, **changes})
 
     def __setattr__(self, name: str, value: object) -> NoReturn:

@@ -20,7 +20,6 @@ cdef class UnionFs:
     cdef public Xattrs xattrs
     cdef public object creds, walks, on_unused_backing, kept
     cpdef lookup(self, parent_id, bytes name)
-    cpdef Node _node(self, node_id)
     cpdef getattr(self, node_id)
     @cython.locals(node=Node, sb=Superblock, fd=int, owned=bint, times=bint, st=Status)
     cpdef setattr(self, node_id, SetAttr changes, fh, caller)

@@ -204,15 +204,8 @@ class UnionFs:
 
     # -- attributes ---------------------------------------------------------------------------
 
-    def _node(self, node_id: Number) -> Node:
-        """`InodeTable.node`."""
-        node = self.table.find(node_id)
-        if node is None:
-            raise estale()
-        return node
-
     def getattr(self, node_id: Number) -> Attributes:
-        node = self._node(node_id)
+        node = self.table.node(node_id)
         if type(node) is Dir and not node.trusted and not node.dead:
             self._refresh_if_there(node)
         return node, self.sb.stat(node)
@@ -241,7 +234,7 @@ class UnionFs:
 
     def setattr(self, node_id: Number, changes: SetAttr, fh: Number | None, caller: Caller) -> Attributes:
         """chmod, chown, truncate, utimens in one. Raises NeedCopyUp on a branch that is not writable."""
-        node = self._node(node_id)
+        node = self.table.node(node_id)
         sb = self.sb
         if sb.options.read_only:
             raise erofs()
@@ -326,7 +319,7 @@ class UnionFs:
 
     def find_xattr(self, node_id: Number, key: bytes) -> bytes | None:
         """`getxattr`; None for ENODATA, which most are told."""
-        return self.xattrs.find(self._node(node_id), key)
+        return self.xattrs.find(self.table.node(node_id), key)
 
     def getxattr(self, node_id: int, key: bytes) -> bytes:
         value = self.find_xattr(node_id, key)
@@ -335,7 +328,7 @@ class UnionFs:
         return value
 
     def listxattr(self, node_id: int, caller: Caller) -> list[bytes]:
-        return self.xattrs.names(self._node(node_id), caller)
+        return self.xattrs.names(self.table.node(node_id), caller)
 
     def setxattr(
         self, node_id: int, key: bytes, value: bytes, caller: Caller, flags: int = 0, kill_sgid: bool = False

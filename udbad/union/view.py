@@ -23,7 +23,7 @@ from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
 
-_DEVICE, _REGULAR = st_mod.S_IFCHR >> 12, st_mod.S_IFREG >> 12
+_REGULAR = st_mod.S_IFREG >> 12
 
 
 def scan(sb: Superblock, node: Dir, stacked: set[bytes] | None = None) -> Names:
@@ -62,8 +62,8 @@ def _whiteouts(
     is an object after all is added to `names`."""
     here = []
     for name, number, kind in odd:
-        if kind == _DEVICE and branch.overlay and whiteout.is_device_at(fd, name):
-            name, kind = whiteout.PREFIX + name, _REGULAR  # if it is gone, whoever asks for the name finds out
+        if branch.overlay:
+            name, kind = whiteout.as_aufs(fd, name, kind)
         if not name.startswith(whiteout.PREFIX) or name == whiteout.PREFIX:
             names.add(name, branch.index, number, kind, whited, stacked)
         elif branch.whable and not name.startswith(whiteout.RESERVED):
