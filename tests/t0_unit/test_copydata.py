@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from udbad.branch import copydata, syscalls
+from udbad.branch import copydata, datacalls, syscalls
 from udbad.branch.copydata import CopyResult, copy_contents, copy_metadata, copy_xattrs
 from udbad.types import CopyMethod
 
@@ -163,7 +163,7 @@ def force(way: str, patch: pytest.MonkeyPatch) -> None:
     """Leave copy_contents only one way: reflink (or the best there is), cfr, rw, blind or einval."""
     if way == "best":
         return
-    patch.setattr(syscalls, "reflink", no_reflink)
+    patch.setattr(datacalls, "reflink", no_reflink)
     if way == "rw":
         patch.setattr(os, "copy_file_range", refuse(errno.EXDEV))
     if way == "blind":
@@ -181,7 +181,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks without many bytes, and no reflink."""
     monkeypatch.setattr(copydata, "KERNEL_CHUNK", 16 * BLOCK)
     monkeypatch.setattr(copydata, "USER_CHUNK", 4 * BLOCK)
-    monkeypatch.setattr(syscalls, "reflink", no_reflink)
+    monkeypatch.setattr(datacalls, "reflink", no_reflink)
 
 
 # -- sparse files -----------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def test_only_a_hole(area: Path, fs_type: str, way: str, monkeypatch: pytest.Mon
 )
 def test_refused_copy_file_range_is_replaced(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     content = write_layout(tmp_path / "src", [("data", 3 * MIB), ("hole", MIB), ("data", 3)])
-    monkeypatch.setattr(syscalls, "reflink", no_reflink)
+    monkeypatch.setattr(datacalls, "reflink", no_reflink)
     monkeypatch.setattr(os, "copy_file_range", refuse(number))
     assert copy(tmp_path / "src", tmp_path / "dst") == CopyResult(CopyMethod.COPY, 3 * MIB + 3, len(content))
     assert (tmp_path / "dst").read_bytes() == content

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tests.helpers.scenarios import ACL
 from tests.helpers.uncompiled import from_source
 from udbad import compiled
-from udbad.branch import fanotify, listing, state, syscalls
+from udbad.branch import datacalls, fanotify, listing, state, syscalls
 from udbad.branch.branches import Branch
 from udbad.coherence import watcher
 from udbad.errors import ABSENT
@@ -381,6 +381,17 @@ def test_changes(tmp_path: Path, calls: ModuleType) -> None:
         os.close(directory)
 
 
+@pytest.mark.parametrize("calls", [datacalls, from_source(datacalls)], ids=["used", "python"])
+def test_content_that_is_written_out(tmp_path: Path, calls: ModuleType) -> None:
+    with open(tmp_path / "file", "wb", buffering=0) as file:
+        file.write(b"data")
+        calls.start_writing(file.fileno(), 0, 0)
+        calls.start_writing(-1, 0, 0)  # told to who waits
+        calls.write_out(file.fileno())
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        calls.write_out(-1)
+
+
 @pytest.mark.parametrize("calls", [syscalls, PYTHON_SYSCALLS], ids=["used", "python"])
 def test_files_that_are_copied(tmp_path: Path, calls: ModuleType) -> None:
     """What a copy-up asks of its two files."""
@@ -388,11 +399,6 @@ def test_files_that_are_copied(tmp_path: Path, calls: ModuleType) -> None:
     pinned = os.open(tmp_path / "file", os.O_PATH)
     try:
         os.write(fd, b"data")
-        calls.start_writing(fd, 0, 0)
-        calls.start_writing(-1, 0, 0)  # told to who waits
-        calls.write_out(fd)
-        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
-            calls.write_out(-1)
         acls = ("system.posix_acl_access",)
         assert calls.is_bare(fd, acls)
         assert calls.is_bare(fd, ())

@@ -1,4 +1,4 @@
-"""What is read on the event loop, where the file system cannot say whether that would wait (syscalls.read_cached)."""
+"""What is read on the event loop, where the file system cannot say whether that would wait (datacalls.read_cached)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.t0_unit.test_in_c import PYTHON_SYSCALLS
-from udbad.branch import syscalls
+from tests.helpers.uncompiled import from_source
+from udbad.branch import datacalls
 
 SMALL, LARGE = b"s" * 5000, os.urandom(1 << 20)
 
@@ -21,7 +21,7 @@ SMALL, LARGE = b"s" * 5000, os.urandom(1 << 20)
 Read = Callable[[int, int, int], bytes | None]
 
 
-@pytest.fixture(params=[syscalls, PYTHON_SYSCALLS], ids=["used", "python"])
+@pytest.fixture(params=[datacalls, from_source(datacalls)], ids=["used", "python"])
 def read_cached(request: pytest.FixtureRequest) -> Read:
     def read(fd: int, size: int, offset: int) -> bytes | None:
         data = request.param.read_cached(fd, size, offset)

@@ -23,7 +23,7 @@ import pytest
 
 from tests.helpers.mount import DEADLINE
 from tests.t2_core.core import Core, core
-from udbad.branch import sweep, syscalls, whiteout
+from udbad.branch import datacalls, sweep, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.coherence.base import Coherence
 from udbad.edge import poison
@@ -108,7 +108,7 @@ class Faults:
             if not isinstance(device.answer, FunctionType):
                 patch.setattr("udbad.edge.native.answer", self._wrapped("answer", device.answer))
             patch.setattr(syscalls, "_libc", Libc())
-            patch.setattr(syscalls, "_fallocate", self._wrapped("fallocate", syscalls._fallocate))
+            patch.setattr(datacalls, "_fallocate", self._wrapped("fallocate", datacalls._fallocate))
             yield
 
     def _wrapped(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from tests.helpers.merge import Tree as Snapshot
 from tests.helpers.profile import scaled
 from tests.t2_core.core import Core, core
 from tests.t2_core.killed import swept
-from udbad.branch import syscalls
+from udbad.branch import datacalls, syscalls
 from udbad.errors import ExitCode, UserError
 from udbad.inodes.node import Dir
 from udbad.tools import carry, mvdown, syncdown
@@ -38,7 +38,7 @@ CHANGING = ("create_file_at", "mkdir_at", "mknod_at", "symlink_at", "link_at", "
 @pytest.fixture
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here changes twice within a tick, and no power fails: nobody has to wait for clocks and disks."""
-    monkeypatch.setattr(syscalls, "sync_fs", lambda dirfd: None)
+    monkeypatch.setattr(datacalls, "sync_fs", lambda dirfd: None)
     monkeypatch.setattr(carry, "is_racy", lambda branch, st: False)
     monkeypatch.setattr(logging.getLogger("udbad.union.view"), "disabled", True)  # it warns of the pairs
 
@@ -683,7 +683,7 @@ def test_a_copy_is_on_disk_before_its_source_goes(
 
     with core(tmp_path, {"src": "rw", "dst": "rw"}, "reval", plink=False) as union:
         object.__setattr__(union.sb.branches[1], "local", local)
-        monkeypatch.setattr(syscalls, "sync_fs", sync_fs)
+        monkeypatch.setattr(datacalls, "sync_fs", sync_fs)
         for owner, name in ((os, "fsync"), *((syscalls, name) for name in ("open_listing", "create_file_at"))):
             record(owner, name)
         unlink, upper = syscalls.unlink_at, (tmp_path / "src").stat().st_ino

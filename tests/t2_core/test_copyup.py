@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.t2_core.core import STRATEGIES, Core, core, refuse_tmpfile
-from udbad.branch import copydata, syscalls
+from udbad.branch import copydata, datacalls, syscalls
 from udbad.types import CopyMethod, Trigger
 from udbad.union import copyup
 from udbad.union.superblock import NeedCopyUp
@@ -37,7 +37,7 @@ def union(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Core]:
 @pytest.fixture
 def meanwhile(union: Core, monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
     """meanwhile(write): `write` is called with the number of the attempt in the middle of each copy, on its half."""
-    monkeypatch.setattr(syscalls, "reflink", lambda *_: False)
+    monkeypatch.setattr(datacalls, "reflink", lambda *_: False)
     monkeypatch.setattr(copydata, "KERNEL_CHUNK", SIZE // 2)
 
     def install(write: Callable[[int], None]) -> None:
@@ -149,7 +149,7 @@ def test_a_reflink_is_one_state_whatever_comes_after(union: Core, monkeypatch: p
         overwrite(union["base"] / "file", len(calls))
         return True
 
-    monkeypatch.setattr(syscalls, "reflink", clone)
+    monkeypatch.setattr(datacalls, "reflink", clone)
     copy_up(union)
     assert calls == [SIZE]
     assert (union["top"] / "file").read_bytes() == b"0" * SIZE
@@ -173,8 +173,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(owner, name, call)
 
     record(os, "fsync")
-    record(syscalls, "write_out")
-    record(syscalls, "flush")
+    record(datacalls, "write_out")
+    record(datacalls, "flush")
     record(syscalls, "rename_at")
     record(syscalls, "link_fd")
     return done
@@ -206,7 +206,7 @@ def test_content_is_on_disk_before_it_has_a_name(
     it has something to tell."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base/file").write_bytes(content)
-    monkeypatch.setattr(syscalls, "reflink", lambda *_: False)
+    monkeypatch.setattr(datacalls, "reflink", lambda *_: False)
     with core(tmp_path, **options) as union:
         name, _, ordered = file_system.partition(", ")
         on_a(union, name, bool(ordered))
@@ -223,7 +223,7 @@ def test_a_file_system_without_files_of_no_name(union: Core, steps: list[str], m
 
 
 def test_what_is_shared_needs_no_sync(union: Core, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(syscalls, "reflink", lambda src, dst: os.pwrite(dst, os.pread(src, SIZE, 0), 0) > 0)
+    monkeypatch.setattr(datacalls, "reflink", lambda src, dst: os.pwrite(dst, os.pread(src, SIZE, 0), 0) > 0)
     job = copyup.begin(union.sb, NeedCopyUp(union.find("file"), Trigger.WRITE))
     assert job is not None
     try:
@@ -258,7 +258,7 @@ def test_an_error_that_close_would_tell_comes_before_the_name(
         raise OSError(errno.EDQUOT, "injected")
 
     for call in ("flush", "write_out"):
-        monkeypatch.setattr(syscalls, call, over_quota)
+        monkeypatch.setattr(datacalls, call, over_quota)
     monkeypatch.setattr(os, "fsync", over_quota)
     on_a(union, *file_system)
     with pytest.raises(OSError, match="injected"):
@@ -283,7 +283,7 @@ def test_a_source_goes_when_the_name_of_the_copy_is_on_disk(moving: Core, monkey
     """Also the directories that were made for it: so the whole file system is synced, as mvdown does."""
     there: list[tuple[bool, bool]] = []
     paths = [moving[name] / "file" for name in ("top", "base")]
-    monkeypatch.setattr(syscalls, "sync_fs", lambda _fd: there.append((paths[0].exists(), paths[1].exists())))
+    monkeypatch.setattr(datacalls, "sync_fs", lambda _fd: there.append((paths[0].exists(), paths[1].exists())))
     assert moving.content("file") == b"data"
     assert there == [(True, True)]
     assert [path.exists() for path in paths] == [True, False]
@@ -305,7 +305,7 @@ def test_a_source_that_is_in_use_stays(moving: Core, monkeypatch: pytest.MonkeyP
             if how == "replaced":
                 path.write_bytes(b"new data")
 
-    monkeypatch.setattr(syscalls, "sync_fs", meanwhile)
+    monkeypatch.setattr(datacalls, "sync_fs", meanwhile)
     try:
         assert moving.content("file") == b"data"
         assert path.exists() == (how != "removed")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.t2_core.core import STRATEGIES, Core, core
-from udbad.branch import syscalls
+from udbad.branch import datacalls, syscalls
 from udbad.coherence.base import Coherence
 from udbad.edge.operations import Later, Operations
 
@@ -144,7 +144,7 @@ def test_close_is_asked_about_where_it_may_have_an_error(
 
     for branch in union.sb.branches.branches:
         object.__setattr__(branch, "local", local)
-    monkeypatch.setattr(syscalls, "flush", over_quota)
+    monkeypatch.setattr(datacalls, "flush", over_quota)
     ops = operations(union)
     for name, flags in (("f", os.O_RDONLY), ("lower", os.O_RDWR)):  # the second one has not been written to
         perform(ops.flush, union.open(name, flags).fh)

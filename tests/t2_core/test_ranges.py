@@ -15,7 +15,7 @@ from tests.helpers.posix import COLLAPSE_RANGE, KEEP_SIZE, PUNCH_HOLE, ZERO_RANG
 from tests.t2_core.core import STRATEGIES, Core, core
 from tests.t2_core.fake_notifier import Message
 from tests.t3_fuse.live import errno_of
-from udbad.branch import copydata, syscalls
+from udbad.branch import copydata, datacalls
 from udbad.branch.credentials import Credentials
 from udbad.types import ROOT_CALLER, ROOT_ID, Caller, Perm, Trigger
 from udbad.union import ranges
@@ -97,7 +97,7 @@ def test_a_change_that_failed_may_have_changed_something(union: Core, monkeypatc
         os.ftruncate(fd, 100)
         raise OSError(errno.ENOSPC, "")
 
-    monkeypatch.setattr(syscalls, "fallocate", full)
+    monkeypatch.setattr(datacalls, "fallocate", full)
     union.notifier.told.clear()
     assert errno_of(lambda: union.fallocate(handle, 0, 0, 1 << 20)) == "ENOSPC"
     held = union.sb.table.nodes[ROOT_ID].ttl

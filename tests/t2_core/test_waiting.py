@@ -19,7 +19,7 @@ import pytest
 from tests.helpers.inprocess import Union, notify_union
 from tests.helpers.mount import DEADLINE
 from tests.t2_core.test_native import Kernel
-from udbad.branch import syscalls
+from udbad.branch import datacalls
 from udbad.edge.waiting import is_dying
 from udbad.kernel import wire
 from udbad.types import ROOT_ID, Perm
@@ -94,7 +94,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """While it is not set, no copy-up comes to its end, and no fsync; a copy-up asks whether it is wanted."""
     opened = threading.Event()
-    transfer, sync = copyup.transfer, syscalls.sync_file
+    transfer, sync = copyup.transfer, datacalls.sync_file
 
     def held(job: copyup.Job, cancelled: Callable[[], bool]) -> None:
         while not opened.wait(0.005):
@@ -107,7 +107,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         sync(fd, data_only)
 
     monkeypatch.setattr(copyup, "transfer", held)
-    monkeypatch.setattr(syscalls, "sync_file", held_sync)
+    monkeypatch.setattr(datacalls, "sync_file", held_sync)
     yield opened
     opened.set()
 
@@ -200,7 +200,7 @@ def fallocate(fh: int, mode: int, offset: int, length: int) -> bytes:
 def test_a_range_is_changed_beside_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a thread, after a copy-up; its end is on the event loop, and then comes the answer."""
     opened, ended = threading.Event(), []
-    real, changed = syscalls.fallocate, world.union.fs.changed
+    real, changed = datacalls.fallocate, world.union.fs.changed
 
     def held(*arguments: int) -> None:
         assert opened.wait(DEADLINE)
@@ -213,7 +213,7 @@ def test_a_range_is_changed_beside_others(world: World, monkeypatch: pytest.Monk
         ended.append(failed)
         changed(change, failed)  # type: ignore[arg-type]  # what it was given
 
-    monkeypatch.setattr(syscalls, "fallocate", held)
+    monkeypatch.setattr(datacalls, "fallocate", held)
     monkeypatch.setattr(world.union.fs, "changed", end)
     node = world.look_up(b"f0")
     fh = world.open(node, os.O_RDWR)
@@ -238,7 +238,7 @@ def test_a_range_that_cannot_be_changed(world: World, monkeypatch: pytest.Monkey
         def refuse(*_: int, number: int = number) -> None:
             raise OSError(number, "")
 
-        monkeypatch.setattr(syscalls, "fallocate", refuse)
+        monkeypatch.setattr(datacalls, "fallocate", refuse)
         unique = world.ask(wire.FALLOCATE, node, fallocate(fh, 0, 0, 10))
         assert world.kernel.wait() == {unique: (told, b"")}
     assert failed == [True] * 3

@@ -22,7 +22,7 @@ pytestmark = [
 
 POISON = """
 import os, signal, threading, time
-from udbad.branch import syscalls
+from udbad.branch import datacalls, syscalls
 from udbad.kernel import protocol
 from udbad.union import create
 
@@ -52,7 +52,7 @@ def mkdir(sb, creds, parent, name, *rest, make=create.mkdir):
     end(name)
     return make(sb, creds, parent, name, *rest)
 
-def sync_file(fd, *rest, sync=syscalls.sync_file):
+def sync_file(fd, *rest, sync=datacalls.sync_file):
     what = os.readlink(os.fsencode(f"/proc/self/fd/{fd}"))
     if b"crash" in what:
         import ctypes
@@ -60,7 +60,7 @@ def sync_file(fd, *rest, sync=syscalls.sync_file):
     end(what)
     return sync(fd, *rest)
 
-create.mkdir, syscalls.sync_file = mkdir, sync_file
+create.mkdir, datacalls.sync_file = mkdir, sync_file
 """
 """Directories and files to be synced by whose names a mount process dies."""
 LOG = "another one takes over|has crashed|died of a request|starting another|was killed by"

@@ -21,7 +21,7 @@ from itertools import groupby
 from time import monotonic
 from typing import Final, NamedTuple
 
-from udbad.branch import capabilities, overlayattr, redirect, syscalls
+from udbad.branch import capabilities, datacalls, overlayattr, redirect, syscalls
 from udbad.errors import os_error
 from udbad.types import CopyMethod
 
@@ -103,7 +103,7 @@ def copy_contents(
         return CopyResult(CopyMethod.NONE, 0, 0)
     copier = _Copier(src_fd, dst_fd, progress or _ignore_progress, cancelled or _never)
     copier.check_cancelled()
-    if reflink and syscalls.reflink(src_fd, dst_fd):
+    if reflink and datacalls.reflink(src_fd, dst_fd):
         return _finish_reflink(dst_fd, length, copier.progress)
     if wanted <= SMALL:
         copier.copy(wanted, status)

@@ -1,9 +1,9 @@
 """System calls on branch objects, each by (directory descriptor, name).
 
-The only module with mutating os.* calls on branches. A name is one component, never a path, and
-is never followed when it is a symbolic link: whoever swaps a symlink into a branch must not lead
-the (root) daemon out of it. Where Linux has no *at() form that refuses links, the object is pinned
-with O_PATH|O_NOFOLLOW and reached through /proc/self/fd. All calls raise OSError.
+The only module with mutating os.* calls on branches; the content of open files is datacalls.py's. A name is one
+component, never a path, and is never followed when it is a symbolic link: whoever swaps a symlink into a branch must
+not lead the (root) daemon out of it. Where Linux has no *at() form that refuses links, the object is pinned with
+O_PATH|O_NOFOLLOW and reached through /proc/self/fd. All calls raise OSError.
 """
 
 from __future__ import annotations
@@ -40,15 +40,6 @@ _AT_STATX_FORCE_SYNC: Final = 0x2000
 _OPEN_TREE_CLONE: Final = 1
 _SYS_OPEN_TREE: Final = 428  # one number on every architecture (linux/unistd.h, generic table)
 _SYS_MOUNT_SETATTR: Final = 442
-_FICLONE: Final = 0x40049409
-_NO_REFLINK: Final = frozenset(
-    getattr(errno, name)
-    for name in ("EOPNOTSUPP", "EXDEV", "EINVAL", "ENOTTY", "ENOSYS", "EPERM", "ETXTBSY", "EBADF", "EACCES")
-)
-_SYNC_WAIT_BEFORE: Final = 1
-_SYNC_WRITE: Final = 2
-_SYNC_WAIT: Final = 4
-_RWF_NOWAIT: Final = os.RWF_NOWAIT
 SMALL_COPY: Final = 4096
 """Bytes that `copy_small` copies at most."""
 
@@ -66,7 +57,8 @@ def _timespec(time: int | Literal["now"] | None) -> _Timespec:
     return _Timespec(0, _UTIME_NOW) if time == "now" else _Timespec(*divmod(time, 1_000_000_000))
 
 
-def _check(result: int) -> int:
+def check(result: int) -> int:
+    """What a function of the C library has returned. Raises OSError, of errno, when that is negative."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -262,6 +254,27 @@ def readlink_fd(fd: int) -> bytes:
     return os.readlink(b"", dir_fd=fd)
 
 
+def is_being_written(dirfd: int, name: bytes) -> bool:
+    """Whether any process has a regular file open for writing, or mapped so; False where that cannot be known.
+
+    A read lease is only given when nobody has (fcntl(2), F_SETLEASE), and is given back at once. Whoever
+    opens the file in that instant waits for it; the signal about it is one that nobody minds.
+    """
+    try:
+        fd, _ = open_file_at(dirfd, name, os.O_RDONLY)
+    except BlockingIOError:  # somebody has a lease for writing
+        return True
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN  # else: a file system without leases
+    finally:
+        os.close(fd)
+    return False
+
+
 # -- making and removing ----------------------------------------------------------------------
 
 
@@ -306,8 +319,8 @@ def link_fd(fd: int, dirfd: int, name: bytes) -> None:
     ordinary user: then by AT_SYMLINK_FOLLOW on /proc."""
     if _libc.linkat(fd, b"", dirfd, name, _AT_EMPTY_PATH):
         if ctypes.get_errno() != errno.ENOENT:
-            _check(-1)
-        _check(_libc.linkat(_AT_FDCWD, proc_path(fd), dirfd, name, _AT_SYMLINK_FOLLOW))
+            check(-1)
+        check(_libc.linkat(_AT_FDCWD, proc_path(fd), dirfd, name, _AT_SYMLINK_FOLLOW))
 
 
 def unlink_at(dirfd: int, name: bytes) -> None:
@@ -323,7 +336,7 @@ def rename_at(src_dirfd: int, src: bytes, dst_dirfd: int, dst: bytes, flags: int
     if not flags:
         os.rename(src, dst, src_dir_fd=src_dirfd, dst_dir_fd=dst_dirfd)
         return
-    _check(_libc.renameat2(src_dirfd, src, dst_dirfd, dst, flags))
+    check(_libc.renameat2(src_dirfd, src, dst_dirfd, dst, flags))
 
 
 # -- metadata ---------------------------------------------------------------------------------
@@ -348,7 +361,7 @@ def chmod_fd(fd: int, mode: int) -> None:
 def utime_fd(fd: int, atime_ns: int | Literal["now"] | None, mtime_ns: int | Literal["now"] | None) -> None:
     """utimensat(2) through any descriptor. None leaves a time as it is, "now" is the file system's own idea of it."""
     times = (_Timespec * 2)(_timespec(atime_ns), _timespec(mtime_ns))
-    _check(_libc.utimensat(_AT_FDCWD, proc_path(fd), times, 0))
+    check(_libc.utimensat(_AT_FDCWD, proc_path(fd), times, 0))
 
 
 @contextmanager
@@ -491,190 +504,6 @@ def removexattr(target: Object, key: bytes) -> None:
     os.removexattr(target, key)
 
 
-# -- data -------------------------------------------------------------------------------------
-
-
-def read_ready(fd: int, most: int) -> bytes:
-    """read(2) of a descriptor that does not wait (O_NONBLOCK); nothing when there is nothing to read."""
-    try:
-        return os.read(fd, most)
-    except BlockingIOError:
-        return b""
-
-
-def read_cached(fd: int, size: int, offset: int) -> bytes | bytearray | None:
-    """pread of what is in the page cache already; None when it would have to wait (RWF_NOWAIT)."""
-    buffer = bytearray(size)
-    try:
-        count = os.preadv(fd, [buffer], offset, _RWF_NOWAIT)
-    except BlockingIOError:
-        return None
-    except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        if not _is_in_memory(fd, size, offset):
-            return None
-        count = os.preadv(fd, [buffer], offset)
-    if count < size:
-        # "The rest is not cached" looks the same as the end of the file; only the latter is final.
-        if offset + count < os.fstat(fd).st_size:
-            return None
-        del buffer[count:]
-    return buffer
-
-
-_MEMORY: Final = frozenset({0x01021994, 0x858458F6})
-"""statfs(2): types of file systems that are memory: tmpfs, ramfs."""
-_IMAGES: Final = frozenset({0x73717368, 0xE0F5E1E2, 0x9660, 0x28CD3D45, 0x7275, 0x4D44, 0x2011BAB0})
-"""Local ones without RWF_NOWAIT, whose pages nobody else can make old: squashfs, erofs, iso9660, cramfs, romfs, vfat,
-exfat."""
-_FEW: Final = 128 << 10
-"""Bytes of a read up to which finding out costs less than a thread, and nobody is reading ahead just now."""
-_SYS_CACHESTAT: Final = 451
-_PAGE: Final = os.sysconf("SC_PAGESIZE")
-
-
-def _is_in_memory(fd: int, size: int, offset: int) -> bool:
-    """Whether a read will not wait, on a file system that does not know RWF_NOWAIT (cachestat(2), Linux 6.5)."""
-    statfs = (ctypes.c_long * 32)()
-    if _libc.fstatfs(fd, statfs):
-        return False
-    if statfs[0] in _MEMORY:
-        return True
-    end = min(offset + size, os.fstat(fd).st_size)
-    if statfs[0] not in _IMAGES or size > _FEW or end <= offset:
-        return False
-    cached = (ctypes.c_uint64 * 5)()
-    if _libc.syscall(_SYS_CACHESTAT, fd, (ctypes.c_uint64 * 2)(offset, end - offset), cached, 0):
-        return False
-    return bool(cached[0] >= (end - 1) // _PAGE - offset // _PAGE + 1)
-
-
-def read_and_close(fd: int, size: int, offset: int) -> bytes:
-    """pread(2) of a descriptor that is for this only."""
-    try:
-        return os.pread(fd, size, offset)
-    finally:
-        os.close(fd)
-
-
-def reflink(src_fd: int, dst_fd: int) -> bool:
-    """Share all data blocks (FICLONE, ioctl_ficlone(2)); False where the file systems cannot."""
-    try:
-        fcntl.ioctl(dst_fd, _FICLONE, src_fd)
-    except OSError as error:
-        if error.errno in _NO_REFLINK:
-            return False
-        raise
-    return True
-
-
-_fallocate: Final = getattr(_libc, "fallocate64", _libc.fallocate)  # 64 bits on every machine, where there is a choice
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2). mode: FALLOC_FL_*. Raises OSError: EOPNOTSUPP where the file system has no such mode."""
-    _check(_fallocate(fd, mode, offset, length))
-
-
-def seek_data(fd: int, offset: int, whence: int) -> int:
-    """lseek(2) with SEEK_DATA or SEEK_HOLE. ENXIO: nothing of the kind from `offset` on. Moves the descriptor's own
-    position, which nobody goes by. All is data where the file system cannot tell (generic_file_llseek())."""
-    try:
-        return os.lseek(fd, offset, whence)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-    return all_data(fd, offset, whence)
-
-
-def all_data(fd: int, offset: int, whence: int) -> int:
-    """What `seek_data` says of a file without holes."""
-    size = os.fstat(fd).st_size
-    if not 0 <= offset < size:
-        raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
-    return offset if whence == os.SEEK_DATA else size
-
-
-def start_writing(fd: int, offset: int, count: int) -> None:
-    """Have these bytes of a file written to its disk, without waiting for it (sync_file_range(2)); count 0: all from
-    `offset` on. Never fails: what is wrong is told to who waits for it."""
-    _libc.sync_file_range(fd, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_WRITE)
-
-
-def write_out(fd: int) -> None:
-    """Wait until a file's content is written, not until it can be found after a power failure: see ordering.py."""
-    _check(
-        _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_WAIT_BEFORE | _SYNC_WRITE | _SYNC_WAIT)
-    )
-
-
-@contextmanager
-def syncing(dirfd: int) -> Iterator[int]:
-    """A descriptor for `sync_fs` of the file system that a directory is on, an O_PATH one will do. It has to be opened
-    before what is to be synced is written: an error that others were told of is not told to who opens later (errseq.h).
-    """
-    fd = open_listing(dirfd)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def sync_fs(fd: int) -> None:
-    """syncfs(2) through a descriptor of `syncing`. Raises OSError for all that could not be written since that was
-    opened (Linux 5.8). Does not reach a FUSE server (docs/modes.md): files there need an fsync each."""
-    _check(_libc.syncfs(fd))
-
-
-def is_being_written(dirfd: int, name: bytes) -> bool:
-    """Whether any process has a regular file open for writing, or mapped so; False where that cannot be known.
-
-    A read lease is only given when nobody has (fcntl(2), F_SETLEASE), and is given back at once. Whoever
-    opens the file in that instant waits for it; the signal about it is one that nobody minds.
-    """
-    try:
-        fd, _ = open_file_at(dirfd, name, os.O_RDONLY)
-    except BlockingIOError:  # somebody has a lease for writing
-        return True
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError as error:
-        return error.errno == errno.EAGAIN  # else: a file system without leases
-    finally:
-        os.close(fd)
-    return False
-
-
-def sync_file(fd: int, data_only: bool) -> None:
-    """fsync(2) or fdatasync(2). EINVAL is success: a file system without fsync (squashfs, erofs, iso9660) has nothing
-    to write."""
-    try:
-        (os.fdatasync if data_only else os.fsync)(fd)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-
-
-def flush(fd: int) -> None:
-    """What close(2) of a file would report now (filp_flush), without closing it: ENOSPC, EDQUOT, EIO, … of file
-    systems that write only then, as NFS, CIFS and FUSE do. May wait for a server. Raises OSError."""
-    os.close(os.dup(fd))
-
-
-def close_quietly(fd: int) -> None:
-    """close(2) where nobody is left to hear of its error. The descriptor is free all the same (close(2), "Dealing with
-    error returns"): to keep its number would be to use somebody else's file under it soon."""
-    try:
-        os.close(fd)
-    except OSError as error:
-        if error.errno == errno.EBADF:  # not an error of the file, but a bug
-            raise
-
-
 # -- mounts and credentials -------------------------------------------------------------------
 
 
@@ -685,7 +514,7 @@ def clone_mount(path: bytes) -> int:
     own below a branch can never be walked into, which would deadlock. Needs CAP_SYS_ADMIN and
     Linux 5.2: EPERM or ENOSYS otherwise.
     """
-    return _check(_libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, path, _OPEN_TREE_CLONE | os.O_CLOEXEC))
+    return check(_libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, path, _OPEN_TREE_CLONE | os.O_CLOEXEC))
 
 
 class _MountAttr(ctypes.Structure):
@@ -702,7 +531,7 @@ def set_mount_attributes(mount_fd: int, on: int, off: int) -> None:
     """mount_setattr(2) of the mount whose root `mount_fd` is; on, off: MOUNT_ATTR_*."""
     attributes = _MountAttr(on, off, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
-    _check(_libc.syscall(_SYS_MOUNT_SETATTR, mount_fd, b"", _AT_EMPTY_PATH, ctypes.byref(attributes), size))
+    check(_libc.syscall(_SYS_MOUNT_SETATTR, mount_fd, b"", _AT_EMPTY_PATH, ctypes.byref(attributes), size))
 
 
 def set_fs_ids(uid: int, gid: int) -> None:
@@ -717,7 +546,7 @@ _SYS_SETGROUPS: Final = {"x86_64": 116, "aarch64": 159, "riscv64": 159}.get(os.u
 def set_groups(groups: Sequence[int]) -> None:
     """setgroups(2) for the calling thread only, unlike the C library's. Does nothing on unknown machines."""
     if _SYS_SETGROUPS is not None:
-        _check(_libc.syscall(_SYS_SETGROUPS, len(groups), (ctypes.c_uint32 * len(groups))(*groups)))
+        check(_libc.syscall(_SYS_SETGROUPS, len(groups), (ctypes.c_uint32 * len(groups))(*groups)))
 
 
 if not compiled.why_not():
@@ -735,17 +564,13 @@ if not compiled.why_not():
         open_at,
         open_dir_at,
         pin_at,
-        read_cached,
-        read_ready,
         rename_at,
         rmdir_at,
         set_fs_ids,
-        start_writing,
         unlink_at,
         unpin,
         utime_at,
         utime_fd,
-        write_out,
     )
     from udbad.branch.cstat import find_at, fstat, mode_at, stat_at  # noqa: F401
 

@@ -13,7 +13,7 @@ import logging
 import os
 import termios
 
-from udbad.branch import fanotify, syscalls
+from udbad.branch import datacalls, fanotify
 from udbad.coherence.holders import hold, let_go
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Marks:
 
     def read(self, size: int) -> tuple[int, list[fanotify.Event], bool]:
         """Some events, without waiting: how many, those of them that concern somebody, and whether they were all."""
-        data = syscalls.read_ready(self.fd, size)
+        data = datacalls.read_ready(self.fd, size)
         if not data:
             return 0, [], True
         self.taken += len(data)

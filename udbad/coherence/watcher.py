@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from udbad.branch import fanotify, listing, syscalls
+from udbad.branch import datacalls, fanotify, listing
 from udbad.coherence.holders import hold, let_go
 from udbad.coherence.inotify import (
     ATTRIBUTES,
@@ -282,7 +282,7 @@ class Watcher:
         """One burst of events; 0 when there is none to read."""
         self.read_at = monotonic()
         try:
-            count = self._take_apart(syscalls.read_ready(self._inotify, _READ_BYTES))
+            count = self._take_apart(datacalls.read_ready(self._inotify, _READ_BYTES))
             return count if self._marks is None else count + self._take_from_marks(self._marks)
         except Exception:
             # Whatever went wrong, the rest of the burst is lost with it: doubt widens.

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Generator, Iterator
 from typing import Final, NamedTuple, NoReturn
 
-from udbad.branch import syscalls, whiteout
+from udbad.branch import datacalls, whiteout
 from udbad.coherence.base import Coherence
 from udbad.inodes.handles import OpenFile
 from udbad.inodes.node import Dir, Node
@@ -256,10 +256,10 @@ class Operations:
     def read(self, fh: int, offset: int, size: int) -> bytes | bytearray:
         """What is in memory; for the rest, Later."""
         fd = self.fs.handles.file(fh).fd
-        data = syscalls.read_cached(fd, size, offset)
+        data = datacalls.read_cached(fd, size, offset)
         if data is None:
             if fh < 0:  # may be closed before a RELEASE, of which there is none
-                raise Later(True, syscalls.read_and_close, os.dup(fd), size, offset)
+                raise Later(True, datacalls.read_and_close, os.dup(fd), size, offset)
             raise Later(True, os.pread, fd, size, offset)
         return data
 
@@ -291,7 +291,7 @@ class Operations:
         # Never ENOSYS, which would hold for branches that are added later, too: OPEN says per file whether to ask.
         fd = self.fs.flush(fh)
         if fd is not None:
-            raise Later(False, syscalls.flush, fd)
+            raise Later(False, datacalls.flush, fd)
 
     def fsync(self, fh: int, data_only: bool) -> None:
         # Whatever the descriptor was opened for, as fsync(2) is about the file: `sync FILE` opens it for reading. On
@@ -299,7 +299,7 @@ class Operations:
         fd = self.fs.handles.file(fh).fd
         if fh < 0:
             raise Later(False, _sync_all, [os.dup(fd)], data_only)
-        raise Later(False, syscalls.sync_file, fd, data_only)
+        raise Later(False, datacalls.sync_file, fd, data_only)
 
     def release(self, fh: int) -> None:
         self.fs.release(fh)
@@ -411,7 +411,7 @@ def _sync_all(fds: list[int], data_only: bool) -> None:
     """fsync(2), by descriptors that are closed then. In a thread."""
     try:
         for fd in fds:
-            syscalls.sync_file(fd, data_only)
+            datacalls.sync_file(fd, data_only)
     finally:
         for fd in fds:
             os.close(fd)

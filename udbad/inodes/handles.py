@@ -13,7 +13,7 @@ import stat as st_mod
 from collections.abc import Callable
 from typing import Any
 
-from udbad.branch import syscalls
+from udbad.branch import datacalls, syscalls
 from udbad.errors import eio, os_error
 from udbad.inodes.names import Names
 from udbad.inodes.node import Dir, Node
@@ -70,7 +70,7 @@ class OpenFile:
             os.dup2(fd, self.fd, inheritable=False)
         else:
             os.dup2(opened, self.fd, inheritable=False)
-            syscalls.close_quietly(opened)  # the other descriptor of it tells, when that is closed
+            datacalls.close_quietly(opened)  # the other descriptor of it tells, when that is closed
         self.writable = writable and flags & os.O_ACCMODE != os.O_RDONLY
 
 
@@ -225,7 +225,7 @@ class HandleTable:
             handles.remove(handle)
             if not handles:
                 handle.node.handles = None
-        syscalls.close_quietly(handle.fd)
+        datacalls.close_quietly(handle.fd)
         return handle
 
     def drop_lost(self, fh: int) -> OpenFile | None:

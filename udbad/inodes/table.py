@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sized
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from udbad.branch import syscalls
+from udbad.branch import datacalls
 from udbad.errors import estale
 from udbad.inodes import byid, garbage
 from udbad.inodes.garbage import MANY
@@ -280,7 +280,7 @@ class InodeTable:
                     record.changed.add(node)
             self.on_drop(node)
             if node.orphan_fd >= 0:
-                syscalls.close_quietly(node.orphan_fd)
+                datacalls.close_quietly(node.orphan_fd)
                 node.orphan_fd = -1
             parents = {parent for parent, _ in node.names()}
             for parent, name in node.names():

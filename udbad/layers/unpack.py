@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
-from udbad.branch import beneath, capabilities, copydata, notation, overlayattr, sweep, syscalls, whiteout
+from udbad.branch import beneath, capabilities, copydata, datacalls, notation, overlayattr, sweep, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.spec import printable
 from udbad.branch.whiteout import Meaning
@@ -87,7 +87,7 @@ def unpack(root_fd: int, stream: IO[bytes], devices: bool = False, overlay: bool
     Raises UserError: REFUSED for what a layer may not have, FAILURE for what is no archive, or ends early; OSError for
     what the file system says, with the name. Then part of it is in the branch, and of no use. On disk when it returns.
     """
-    with syscalls.syncing(root_fd) as synced:
+    with datacalls.syncing(root_fd) as synced:
         unpacker = _Unpacker(root_fd, devices, overlay)
         try:
             try:
@@ -103,7 +103,7 @@ def unpack(root_fd: int, stream: IO[bytes], devices: bool = False, overlay: bool
             unpacker.finish()
         finally:
             unpacker.close()
-        syscalls.sync_fs(synced)
+        datacalls.sync_fs(synced)
     return unpacker.done
 
 

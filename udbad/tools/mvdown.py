@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from udbad.branch import syscalls, whiteout
+from udbad.branch import datacalls, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.mountflags import writing_to
 from udbad.branch.spec import printable
@@ -71,13 +71,13 @@ def _attempts(
         lifted.enter_context(writing_to(plan.source, plan.target))
         copy = _begin(sb, parts, plan)
         try:
-            with syscalls.syncing(plan.target.root_fd) as fd:
+            with datacalls.syncing(plan.target.root_fd) as fd:
                 yield lambda copy=copy: carry.transfer(copy, halt)  # type: ignore[misc]  # a lambda with a default
                 again = _check(sb, parts, options)
                 if again != plan:
                     raise Changed("changed meanwhile")
                 carry.publish(copy)
-                yield lambda fd=fd: syscalls.sync_fs(fd)  # type: ignore[misc]  # as above
+                yield lambda fd=fd: datacalls.sync_fs(fd)  # type: ignore[misc]  # as above
             if not options.keep_upper:
                 again = _check(sb, parts, options, published=True)
                 if again != plan:

@@ -21,7 +21,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Final
 
-from udbad.branch import copydata, notation, sweep, syscalls, walk, whiteout
+from udbad.branch import copydata, datacalls, notation, sweep, syscalls, walk, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.spec import printable
 from udbad.branch.state import object_stamp
@@ -113,7 +113,7 @@ class Sync:
 
     def steps(self) -> Steps:
         """All of it. Raises OSError, about `progress.current`: ECANCELED when halted, what the branches said else."""
-        with self.sb.carrying(), syscalls.syncing(self.dst.root_fd) as self._away.sync_fd:
+        with self.sb.carrying(), datacalls.syncing(self.dst.root_fd) as self._away.sync_fd:
             yield from self._all()
 
     def _all(self) -> Steps:
@@ -127,7 +127,7 @@ class Sync:
                 yield from self._away.finish()
                 if not self._away.again:
                     break
-            yield lambda: syscalls.sync_fs(self._away.sync_fd)
+            yield lambda: datacalls.sync_fs(self._away.sync_fd)
         finally:
             for dirfd, _ in self._trash:
                 os.close(dirfd)
@@ -466,7 +466,7 @@ class Sync:
         yield from self._empty_trash()
         if not self.move:
             return True
-        yield lambda: syscalls.sync_fs(self._away.sync_fd)
+        yield lambda: datacalls.sync_fs(self._away.sync_fd)
         # After this: both may have been moved, removed or filled.
         if not self._in_place(level) or _identity_at(level.src_fd, name) != _identity(src_fd):
             return False

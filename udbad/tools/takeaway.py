@@ -12,7 +12,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Final
 
-from udbad.branch import syscalls, walk, whiteout
+from udbad.branch import datacalls, syscalls, walk, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.state import ObjectStamp, object_stamp, same_content, stamp
 from udbad.errors import REPLACED, os_error
@@ -84,7 +84,7 @@ class Directory:
 class TakeAway:
     """What waits to be taken away. again: whether a new pass over the upper branch could do more.
 
-    sync_fd: of the lower file system (syscalls.syncing), for as long as something may wait.
+    sync_fd: of the lower file system (datacalls.syncing), for as long as something may wait.
     """
 
     def __init__(self, sb: Superblock, src: Branch, dst: Branch, progress: Progress, halt: Halt) -> None:
@@ -128,7 +128,7 @@ class TakeAway:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        yield lambda: syscalls.sync_fs(self.sync_fd)
+        yield lambda: datacalls.sync_fs(self.sync_fd)
         # After this, and after each None: directories may have been moved, so each is reached from the root again.
         for position, item in enumerate(pending):
             if position % _STRIDE == 0:

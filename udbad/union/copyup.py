@@ -25,7 +25,7 @@ import stat as st_mod
 from collections.abc import Callable
 from time import perf_counter
 
-from udbad.branch import compare, copydata, syscalls, whiteout
+from udbad.branch import compare, copydata, datacalls, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.origin import Place
 from udbad.branch.state import is_racy, object_stamp, stamp
@@ -308,7 +308,7 @@ def transfer(job: Job, cancelled: Callable[[], bool] | None = None) -> None:
         from concurrent.futures import ThreadPoolExecutor  # a mount begins without it
 
         with ThreadPoolExecutor(1, "write out") as writer:
-            copy(job, cancelled, lambda at, count: writer.submit(syscalls.start_writing, job.dst_fd, at, count))
+            copy(job, cancelled, lambda at, count: writer.submit(datacalls.start_writing, job.dst_fd, at, count))
     else:
         copy(job, cancelled)
     put_on_disk(job)
@@ -361,7 +361,7 @@ def _copy_in_steps(
     )
     job.method = result.method
     if _has_to_be_on_disk(job):
-        syscalls.start_writing(job.dst_fd, 0, 0)  # while the rest is done
+        datacalls.start_writing(job.dst_fd, 0, 0)  # while the rest is done
     _copy_attributes(job)
     return result
 
@@ -371,11 +371,11 @@ def put_on_disk(job: Job) -> None:
     tell. Any thread. Raises OSError."""
     if not _has_to_be_on_disk(job):
         if not job.branch.local:
-            syscalls.flush(job.dst_fd)
+            datacalls.flush(job.dst_fd)
         return
     start = perf_counter()
     if job.branch.keeps_order:
-        syscalls.write_out(job.dst_fd)
+        datacalls.write_out(job.dst_fd)
     else:
         os.fsync(job.dst_fd)
     job.waited = perf_counter() - start
@@ -437,8 +437,8 @@ def takes_away(job: Job) -> bool:
 def settle_names(sb: Superblock, job: Job) -> None:
     """Have the name of the copy on disk, and the directories made for it, before the source goes. Any thread."""
     if sb.options.fsync_copyup and not job.branch.in_memory:
-        with syscalls.syncing(job.branch.root_fd) as fd:
-            syscalls.sync_fs(fd)
+        with datacalls.syncing(job.branch.root_fd) as fd:
+            datacalls.sync_fs(fd)
 
 
 def take_away(sb: Superblock, job: Job) -> None:
@@ -493,7 +493,7 @@ def abort(job: Job) -> None:
         job.tmp = b""
         for fd in (job.src_fd, job.dst_fd, job.dirfd):
             if fd >= 0:
-                syscalls.close_quietly(fd)  # `transfer` has asked for what closing the copy would tell
+                datacalls.close_quietly(fd)  # `transfer` has asked for what closing the copy would tell
         job.src_fd = job.dst_fd = job.dirfd = -1
 
 

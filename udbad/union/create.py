@@ -14,7 +14,7 @@ import stat as st_mod
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from udbad.branch import notation, syscalls, whiteout
+from udbad.branch import datacalls, notation, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.credentials import Credentials
 from udbad.errors import enoent, erofs, estale, os_error
@@ -152,7 +152,7 @@ def create_file(
         st = syscalls.fstat(fd)
         return _appear(sb, parent, name, target.branch, st, sent=True), st, fd
     except BaseException:
-        syscalls.close_quietly(fd)
+        datacalls.close_quietly(fd)
         _undo(target.dirfd, name)
         target.give_up(name)
         raise
@@ -177,7 +177,7 @@ def tmpfile(
         node = Node(homes.own_number(sb, st), st_mod.S_IFREG, branch, st.st_dev, st.st_ino)
         sb.table.add(node)
     except BaseException:
-        syscalls.close_quietly(fd)
+        datacalls.close_quietly(fd)
         raise
     return node, st, fd
 

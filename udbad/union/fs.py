@@ -16,7 +16,7 @@ import stat as st_mod
 from collections.abc import Callable, Iterator
 from typing import Final, Literal, TypeVar
 
-from udbad.branch import state, syscalls, whiteout
+from udbad.branch import datacalls, state, syscalls, whiteout
 from udbad.branch.credentials import Credentials, sgid_group
 from udbad.branch.syscalls import fstat, unpin
 from udbad.errors import REPLACED, eio, erofs, estale, os_error
@@ -388,7 +388,7 @@ class UnionFs:
                 _note_privileges(handle, st, caller)
             return handle, st
         except BaseException:
-            syscalls.close_quietly(fd)
+            datacalls.close_quietly(fd)
             raise
 
     def _copy_on_open(self, node: Node) -> None:
@@ -410,7 +410,7 @@ class UnionFs:
             else:
                 if is_object(node, st):
                     return fd, st
-                syscalls.close_quietly(fd)
+                datacalls.close_quietly(fd)
             held = self.sb.held_fd(node)
             if held >= 0:
                 fd = syscalls.reopen(held, flags)
@@ -477,7 +477,7 @@ class UnionFs:
         return access == os.O_RDWR or (access == os.O_WRONLY and self.sb.branches.close_may_fail)
 
     def flush(self, fh: int) -> int | None:
-        """The descriptor to ask what close(2) would say, in a thread (syscalls.flush); None: nothing can be wrong."""
+        """The descriptor to ask what close(2) would say, in a thread (datacalls.flush); None: nothing can be wrong."""
         handle = self.handles.file(fh)
         return handle.fd if handle.writable and not handle.node.branch.local else None
 

@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from udbad.branch import copydata, syscalls
+from udbad.branch import copydata, datacalls
 from udbad.branch.credentials import Credentials
 from udbad.errors import os_error
 from udbad.inodes.handles import ID_BITS, OpenFile, note_id_bits
@@ -65,7 +65,7 @@ def fallocate(sb: Superblock, creds: Credentials, handle: OpenFile, mode: int, o
     _begin(sb, handle)
 
     def call() -> int:
-        syscalls.fallocate(handle.fd, mode, offset, length)
+        datacalls.fallocate(handle.fd, mode, offset, length)
         return length
 
     return Change(handle, creds, call)
@@ -129,4 +129,4 @@ def seeker(handle: OpenFile, whence: int) -> Callable[[int, int, int], int]:
     mapped = any(
         other.flags & os.O_ACCMODE == os.O_RDWR and not other.backing_id for other in handle.node.handles or ()
     )
-    return syscalls.all_data if mapped else syscalls.seek_data
+    return datacalls.all_data if mapped else datacalls.seek_data
