@@ -150,7 +150,7 @@ def read_side(kernel: Kernel, plain: int, view: int, listed: int) -> None:
         "read", [(wire.READ, each, wire.READ_IN.pack(handle, 0, 4096) + bytes(20)) for each, handle in handles]
     )
     kernel.count("release", [(wire.RELEASE, each, wire.QWORD.pack(handle) + bytes(16)) for each, handle in handles])
-    key = wire.TWO_WORDS.pack(255, 0) + b"security.selinux\0"
+    key = wire.TWO_WORDS.pack(255, 0) + b"security.capability\0"
     for title in ("getxattr", "getxattr, again"):
         kernel.count(title, [(wire.GETXATTR, each, key) for each in files], errno.ENODATA)
 

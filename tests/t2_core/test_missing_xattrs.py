@@ -16,11 +16,14 @@ from tests.t2_core.core import core
 from udbad.edge.operations import Operations
 from udbad.inodes.node import XATTR_BITS
 from udbad.types import ROOT_CALLER, ROOT_ID, Perm
+from udbad.union import xattrs
 from udbad.union.fs import SetAttr, UnionFs
 
 KEY = b"security.capability"
+LABEL = b"security.selinux"
 ACL = b"system.posix_acl_access"
 VALUE = bytes.fromhex("0100000200040000000000000000000000000000")  # cap_net_bind_service+p
+SELINUX = xattrs.selinux_enabled()
 Settle = Callable[[], object]
 
 
@@ -43,7 +46,8 @@ def missing(fs: UnionFs, node: int, key: bytes = KEY) -> bool:
     try:
         fs.getxattr(node, key)
     except OSError as error:
-        if error.errno != errno.ENODATA:
+        unlabelled = key == LABEL and not fs.sb.options.labels and not SELINUX
+        if error.errno != (errno.EOPNOTSUPP if unlabelled else errno.ENODATA):
             raise
         return True
     return False
@@ -57,6 +61,38 @@ def test_a_second_question_costs_no_system_call(tmp_path: Path, mode: str, key: 
         with counted() as calls:
             assert missing(fs, node, key)
         assert not calls
+
+
+@pytest.mark.parametrize(
+    ("selinux", "labels", "answer"),
+    [(False, False, errno.EOPNOTSUPP), (False, True, errno.ENODATA), (True, False, errno.ENODATA)],
+)
+def test_a_missing_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, selinux: bool, labels: bool, answer: int
+) -> None:
+    """Where there is no SELinux, there are no labels; but those that there are."""
+    monkeypatch.setattr(xattrs, "selinux_enabled", lambda: selinux)
+    with trusting(tmp_path, "none") as (fs, node, _):
+        fs.sb.options = fs.sb.options._replace(labels=labels)
+        for _ in range(2):
+            with pytest.raises(OSError, match=os.strerror(answer)):
+                fs.getxattr(node, LABEL)
+            assert all(missing(fs, node, key) for key in XATTR_BITS if key != LABEL)
+        fs.run(lambda: fs.setxattr(node, LABEL, b"a label", ROOT_CALLER))
+        assert fs.getxattr(node, LABEL) == b"a label"
+        assert fs.listxattr(node, ROOT_CALLER) == [LABEL]
+        fs.removexattr(node, LABEL, ROOT_CALLER)
+        with pytest.raises(OSError, match=os.strerror(answer)):
+            fs.getxattr(node, LABEL)
+
+
+def test_whether_there_is_selinux(tmp_path: Path) -> None:
+    listed = tmp_path / "filesystems"
+    listed.write_text("nodev\tsysfs\nnodev\tselinuxfs\n\text4\n")
+    assert xattrs.selinux_enabled(str(listed))
+    listed.write_text("nodev\tsysfs\n\text4\n")
+    assert not xattrs.selinux_enabled(str(listed))
+    assert xattrs.selinux_enabled(str(tmp_path / "none"))  # nobody can tell
 
 
 @pytest.mark.parametrize("mode", ["none", "notify"])

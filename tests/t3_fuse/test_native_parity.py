@@ -24,6 +24,7 @@ from tests.helpers.mount import Mount, UnionFactory, mounted
 from tests.helpers.posix import Identity, Outcome, Scenario, run_as, tree_status
 from tests.helpers.profile import scaled
 from tests.helpers.scenarios import ACL, IDENTITIES, SCENARIOS, make_tree
+from udbad.union.xattrs import selinux_enabled
 
 pytestmark = pytest.mark.fuse
 
@@ -160,6 +161,18 @@ def test_the_umask_counts_under_a_default_acl_through_pyfuse3(union: UnionFactor
     finally:
         os.umask(before)
     assert stat.S_IMODE((mount.path / "file").stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(selinux_enabled(), reason="with SELinux each file has a label")
+@pytest.mark.parametrize("edge", ["native", "pyfuse3"])
+def test_there_are_no_labels_without_selinux(union: UnionFactory, edge: str) -> None:
+    """Semantics 4.3: natively only this file has none."""
+    mount = union({"A": "rw"}, options=f"edge={edge}")
+    for place, answer in ((mount["A"], errno.ENODATA), (mount.path, errno.EOPNOTSUPP)):
+        with pytest.raises(OSError, match=os.strerror(answer)):
+            os.getxattr(place, "security.selinux")
+        with pytest.raises(OSError, match=os.strerror(errno.ENODATA)):
+            os.getxattr(place, "security.any")
 
 
 @pytest.mark.parametrize("udba", ["none", "reval"])

@@ -19,6 +19,7 @@ from tests.t3_fuse.live import debris, errno_of, file_system, modes, names
 from udbad.branch.accept import open_branches
 from udbad.branch.spec import parse_branches
 from udbad.types import Perm
+from udbad.union.xattrs import selinux_enabled
 
 pytestmark = pytest.mark.fuse
 
@@ -100,6 +101,35 @@ def test_no_writable_branch(union: UnionFactory, tmp_path: Path, udba: str) -> N
     assert failed == {**dict.fromkeys(failed, "EROFS"), "rmdir": failed["rmdir"]}
     for branch, tree in before.items():
         assert diff(tree, snapshot(tmp_path / branch)) == []
+
+
+# -- attributes -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(selinux_enabled(), reason="with SELinux each file has a label, which the kernel knows")
+@modes
+def test_ls_asks_one_file_for_its_label(union: UnionFactory, tmp_path: Path, udba: str) -> None:
+    """And none for its ACL, which the kernel has since the first time, where it may keep what it is told."""
+    (tmp_path / "base/d").mkdir(parents=True)
+    for number in range(20):
+        (tmp_path / f"base/d/{number}").touch()
+    mount = union(None, udba)
+
+    def asked() -> int:
+        subprocess.run(["ls", "-l", mount.path / "d"], check=True, stdout=subprocess.DEVNULL)
+        before = mount.requests().get("getxattr", 0)
+        subprocess.run(["ls", "-l", mount.path / "d"], check=True, stdout=subprocess.DEVNULL)
+        return mount.requests()["getxattr"] - before
+
+    acls = 22 if udba == "reval" else 0  # the directory, which ls(1) looks at first, has two
+    assert asked() == acls + 1
+    mount.remount("labels")
+    assert asked() == acls + 21
+    mount.remount("nolabels")
+    os.setxattr(mount.path / "d/0", "security.selinux", b"a_u:a_r:a_t")
+    assert os.getxattr(mount.path / "d/0", "security.selinux") == b"a_u:a_r:a_t"
+    assert errno_of(lambda: os.getxattr(mount.path / "d/1", "security.selinux")) == "EOPNOTSUPP"
+    assert errno_of(lambda: os.removexattr(mount.path / "d/1", "security.selinux")) == "ENODATA"
 
 
 # -- whiteouts and directories ------------------------------------------------------------------

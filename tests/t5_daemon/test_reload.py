@@ -30,7 +30,7 @@ pytestmark = pytest.mark.fuse
 LIVE_VALUES: dict[str, Any] = {
     "udba": "none", "create": "rr", "cpup": "bu", "dirwh": 7, "diropq": "always", "sum": True,
     "fsync_copyup": False, "verbose": True, "warn_perm": False, "rdcache": 3, "ro": True,
-    "kernel_flags": ["noexec"], "watch_reserve": 20, "dirren": "on",
+    "kernel_flags": ["noexec"], "watch_reserve": 20, "dirren": "on", "labels": True,
 }  # fmt: skip
 FIXED_VALUES: dict[str, object] = {
     "plink": False, "xino": False, "shwh": True, "dirperm1": True, "acl": False, "xattrs": False, "dio": False,
@@ -153,6 +153,12 @@ class Union:
     def shwh(self) -> object:
         (self.branches[0] / ".wh.hidden").touch()
         return ".wh.hidden" in os.listdir(self.point)
+
+    def labels(self) -> object:
+        try:
+            return os.getxattr(self.point, "security.selinux")
+        except OSError as error:
+            return error.errno
 
     def dio(self) -> object:
         name = self.new_name()

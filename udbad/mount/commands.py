@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 LIVE = frozenset(
     {
         *("branches", "udba", "create", "cpup", "dirwh", "diropq", "sum", "fsync_copyup"),
-        *("verbose", "warn_perm", "rdcache", "watch_reserve", "dirren", "ro", "kernel_flags"),
+        *("verbose", "warn_perm", "rdcache", "watch_reserve", "dirren", "labels", "ro", "kernel_flags"),
     }
 )
 """Mount options that can change while mounted; the others are agreed with the kernel at the mount."""

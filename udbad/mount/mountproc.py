@@ -506,4 +506,5 @@ def _union_options(options: MountOptions) -> UnionOptions:
         fsync_copyup=options.fsync_copyup and not options.volatile,
         volatile=options.volatile,
         xattrs=options.xattrs,
+        labels=options.labels,
     )

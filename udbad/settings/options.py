@@ -226,6 +226,9 @@ class MountOptions:
     xattrs: bool = _switch(True)
     """Extended attributes, and with them ACLs and file capabilities, are shown and can be set; without this there are
     none (ENOTSUP), which saves asking for them. Copy-ups keep them."""
+    labels: bool = _switch(False)
+    """Files without an SELinux label say so (ENODATA) also on a machine without SELinux, as setfiles(8) needs it.
+    Without this they say there that there are no labels (ENOTSUP), so that `ls -l` asks one file, not each."""
     dio: bool = _switch(True)
     """O_DIRECT goes to the branch; without this it is EINVAL."""
     edge: str = _one_of("auto", "auto, native or pyfuse3", {"auto": "auto", "native": "native", "pyfuse3": "pyfuse3"})
@@ -356,6 +359,7 @@ _SWITCHES: Final = (
     "sum",
     "acl",
     "xattrs",
+    "labels",
     "dio",
     "verbose",
     "xino",

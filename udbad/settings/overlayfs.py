@@ -44,6 +44,7 @@ _WORDS: Final = {
     "noxattrs=1": "noxattrs",
     "squash_to_root": "squash_to_uid=0,squash_to_gid=0",
     "allow_idmap": "allow_idmap",
+    "labels": "labels",
     "redirect_dir=on": "dirren=on",
 }
 """What stands for other mount options."""

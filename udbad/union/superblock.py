@@ -67,6 +67,7 @@ class UnionOptions(NamedTuple):
     sum_space: bool = False
     acl: bool = True
     xattrs: bool = True
+    labels: bool = False
     direct_io: bool = True
     fsync_copyup: bool = True
     dirren: str = "off"

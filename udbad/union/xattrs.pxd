@@ -5,7 +5,9 @@ from udbad.union.superblock cimport Superblock
 cdef class Xattrs:
     cdef public Superblock sb
     cdef public dict _sure
+    cdef public object _selinux
     cpdef find(self, Node node, bytes key)
+    cpdef _find(self, Node node, bytes key)
     cpdef list names(self, Node node, caller)
     cpdef int _known(self, Node node, state) except -1
     cpdef _note(self, Node node, int bits, state)

@@ -36,10 +36,25 @@ _LISTED: Final = (b"user.", b"trusted.", b"security.")
 """Prefixes of attributes that are listed where `Branch.lists_xattrs`. What has one and is not listed, is either refused
 as well (trusted.* to who has no CAP_SYS_ADMIN, xattr(7)), or made up by a security module, which then answers for the
 union before that is asked (xattr_getsecurity() in fs/xattr.c)."""
+_LABEL: Final = b"security.selinux"
 _ABSENT: Final = b"udbad.none"
 """What nothing has: how a file system says so, tells whether it has attributes of that prefix."""
 _LACKING: Final = [(bits, True) for bits in range(2 * ALL_XATTRS)]
 """Of `Node.lacks` where the state is always the same, so that it need not be made for each of a million nodes."""
+
+
+def selinux_enabled(file_systems: str = "/proc/filesystems") -> bool:
+    """Whether the kernel has SELinux; true where nobody can tell.
+
+    It has registered selinuxfs then, when it booted (selinuxfs_exists() in libselinux, without which
+    is_selinux_enabled(3) says no), and takes ENODATA for "no label yet", all else for an error
+    (inode_doinit_use_xattr() in security/selinux/hooks.c).
+    """
+    try:
+        with open(file_systems, encoding="ascii") as lines:
+            return "selinuxfs" in lines.read().split()
+    except OSError:
+        return True
 
 
 class Xattrs:
@@ -49,11 +64,27 @@ class Xattrs:
         self.sb = sb
         self._sure: dict[int, _Sure] = {}
         """By the id of a branch."""
+        self._selinux: bool | None = None
+        """Whether the kernel has it; None: nobody has asked for a label."""
 
     # -- what there is ----------------------------------------------------------------------------
 
     def find(self, node: Node, key: bytes) -> bytes | None:
-        """The value of an attribute; None for ENODATA, which most are told."""
+        """The value of an attribute; None for ENODATA, which most are told.
+
+        A label that is missing where there is no SELinux is EOPNOTSUPP, "no labels here", unless the option labels is
+        set: ls(1) asks no other file of the file system then (getfilecon_cache() in its src/ls.c). The kernel remembers
+        neither answer, only ENOSYS, and that for all attributes (fuse_getxattr() in fs/fuse/xattr.c).
+        """
+        value = self._find(node, key)
+        if value is None and key == _LABEL and not self.sb.options.labels:
+            if self._selinux is None:
+                self._selinux = selinux_enabled()
+            if not self._selinux:
+                raise os_error(errno.EOPNOTSUPP)
+        return value
+
+    def _find(self, node: Node, key: bytes) -> bytes | None:
         bit = XATTR_BITS.get(key, 0)
         if bit & _ACL_BITS or not bit:
             self._check(key)
