@@ -69,6 +69,7 @@ class Kernel:
         while len(found) < count:
             assert time.monotonic() < end, f"{len(found)} answers of {count}"
             self.native.loop.call_posted()
+            self.native.look()
             found |= self.answers()
             time.sleep(0.001)
         return found

@@ -190,6 +190,109 @@ def test_a_copy_that_fails_is_told_to_all(world: World, monkeypatch: pytest.Monk
     assert (world.temporaries(), os.listdir(world.top)) == ([], [])
 
 
+# -- reads from a disk ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(world: World, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One that is as quick as a test says: what a read gets while there is something in the list; then the data. The
+    threads that read are in `world.threads`."""
+    said: list[bool] = []
+    read = datacalls.read_cached
+
+    def cached(fd: int, size: int, offset: int) -> Any:
+        return said.pop(0) if said else read(fd, size, offset)
+
+    def waited(*_: int) -> bytes:
+        assert threading.current_thread() is not threading.main_thread()
+        return b"from a thread"
+
+    monkeypatch.setattr(datacalls, "read_cached", cached)
+    monkeypatch.setattr(os, "pread", waited)
+    monkeypatch.setattr(world.kernel.native.waiting, "patience", DEADLINE)
+    return said
+
+
+def ask_to_read(world: World, fh: int) -> int:
+    return world.ask(wire.READ, 0, struct.pack("<QQIIQII", fh, 0, 100, 0, 0, 0, 0))  # struct fuse_read_in
+
+
+def test_a_quick_disk_is_looked_at_again(world: World, disk: list[bool]) -> None:
+    """Others are served meanwhile, and nothing is left to a thread."""
+    node = world.look_up(b"f0")
+    fh = world.open(node)
+    disk += [True] * 3
+    unique = ask_to_read(world, fh)
+    assert world.kernel.native.look(), "not there yet"
+    world.kernel.ask(wire.GETATTR, node, bytes(16))
+    assert world.kernel.answer()[0] == 0
+    assert world.kernel.native.look()
+    assert disk == []
+    assert not world.kernel.native.look()
+    assert world.kernel.answers() == {unique: (0, bytes(100))}
+
+
+def test_what_no_disk_was_asked_for_is_not_looked_at_again(world: World, disk: list[bool]) -> None:
+    """As on file systems without RWF_NOWAIT."""
+    disk.append(False)
+    unique = ask_to_read(world, world.open(world.look_up(b"f0")))
+    assert not world.kernel.native.look()
+    assert world.kernel.wait() == {unique: (0, b"from a thread")}
+
+
+def test_a_slow_disk_is_left_to_threads(world: World, disk: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some are looked for nevertheless, so that it is noticed when it is quick."""
+    waiting = world.kernel.native.waiting
+    fh = world.open(world.look_up(b"f0"))
+    monkeypatch.setattr(waiting, "patience", 1e-9)
+    looked = []
+    for _ in range(40):
+        disk[:] = [True] * 3
+        unique = ask_to_read(world, fh)
+        looked.append(len(disk) == 2 and not world.kernel.native.look() and len(disk) == 1)
+        assert world.kernel.wait() == {unique: (0, b"from a thread")}
+    assert looked[:4] == [True] * 4
+    assert 0 < sum(looked[4:]) < 5
+    monkeypatch.setattr(waiting, "patience", DEADLINE)
+    for _ in range(20):
+        disk[:] = [True]
+        ask_to_read(world, fh)
+        world.kernel.wait()
+    disk[:] = [True]
+    unique = ask_to_read(world, fh)
+    assert not world.kernel.native.look()
+    assert world.kernel.answers() == {unique: (0, bytes(100))}
+
+
+def test_what_is_looked_for_is_answered_at_the_end(world: World, disk: list[bool]) -> None:
+    fh = world.open(world.look_up(b"f0"))
+    disk.append(True)
+    unique = ask_to_read(world, fh)
+    world.kernel.native.waiting.close()
+    assert world.kernel.answers() == {unique: (0, b"from a thread")}
+
+
+def test_a_small_file_is_asked_for_when_it_is_opened(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: later the kernel may have it."""
+    began: list[int] = []
+    monkeypatch.setattr(datacalls, "start_reading", began.append)
+    for name, size, times in ((b"f0", 0, 0), (b"f1", 1, 1), (b"f2", 16 << 10, 1), (b"f3", (16 << 10) + 1, 0)):
+        path = world.base / name.decode()
+        path.write_bytes(bytes(size))
+        os.utime(path, (1, 1))
+        began.clear()
+        node = world.look_up(name)
+        for _ in range(2):
+            world.open(node)
+        assert len(began) == times
+        world.union.fs.table.node(node).branch.local = False
+        world.union.fs.table.node(node).seen = None
+        began.clear()
+        world.open(node)
+        assert began == [], "a server is not asked for nothing"
+        world.union.fs.table.node(node).branch.local = True
+
+
 # -- changes of ranges ----------------------------------------------------------------------------
 
 

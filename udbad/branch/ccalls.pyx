@@ -408,6 +408,7 @@ def read_cached(int fd, Py_ssize_t size, long long offset):
     cdef Py_ssize_t count
     cdef stat_c file
     cdef int failed
+    cdef bint asked = True
     vector.iov_base, vector.iov_len = start, size
     with nogil:
         count = preadv2(fd, &vector, 1, offset, RWF_NOWAIT)
@@ -417,14 +418,22 @@ def read_cached(int fd, Py_ssize_t size, long long offset):
                 count = preadv2(fd, &vector, 1, offset, 0)
                 failed = errno if count < 0 else 0
             else:
-                failed = EAGAIN
+                failed, asked = EAGAIN, False
         if not failed and count < size:
             if fstat_c(fd, &file) < 0:
                 failed = errno
             elif offset + count < file.st_size:
                 failed = EAGAIN
     if failed == EAGAIN:
-        return None
+        return asked
     if failed:
         raise OSError(failed, strerror(failed).decode())
     return data if count == size else PyBytes_FromStringAndSize(start, count)
+
+
+def start_reading(int fd):
+    cdef char data
+    cdef iovec vector
+    vector.iov_base, vector.iov_len = &data, 1
+    with nogil:
+        preadv2(fd, &vector, 1, 0, RWF_NOWAIT)

@@ -37,25 +37,35 @@ def read_ready(fd: int, most: int) -> bytes:
         return b""
 
 
-def read_cached(fd: int, size: int, offset: int) -> bytes | bytearray | None:
-    """pread of what is in the page cache already; None when it would have to wait (RWF_NOWAIT)."""
+def read_cached(fd: int, size: int, offset: int) -> bytes | bytearray | bool:
+    """pread of what is in the page cache already (RWF_NOWAIT); else whether the disk has been asked for it, so that
+    the same call may have it soon (page_cache_sync_ra() in filemap_get_pages(), mm/filemap.c)."""
     buffer = bytearray(size)
     try:
         count = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
     except BlockingIOError:
-        return None
+        return True
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise
         if not _is_in_memory(fd, size, offset):
-            return None
+            return False
         count = os.preadv(fd, [buffer], offset)
     if count < size:
         # "The rest is not cached" looks the same as the end of the file; only the latter is final.
         if offset + count < os.fstat(fd).st_size:
-            return None
+            return True
         del buffer[count:]
     return buffer
+
+
+def start_reading(fd: int) -> None:
+    """Have the disk asked for the beginning of a file, as a read does whose pages are not in memory, without waiting
+    for it. Nothing where that cannot be, or is not known."""
+    try:
+        os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except OSError:
+        pass  # EAGAIN, where it has done what it is for
 
 
 _MEMORY: Final = frozenset({0x01021994, 0x858458F6})
@@ -189,4 +199,10 @@ def close_quietly(fd: int) -> None:
 
 if not compiled.why_not():
     # The same without Python between.
-    from udbad.branch.ccalls import read_cached, read_ready, start_writing, write_out  # noqa: F401  # names of this module
+    from udbad.branch.ccalls import (  # noqa: F401  # names of this module
+        read_cached,
+        read_ready,
+        start_reading,
+        start_writing,
+        write_out,
+    )

@@ -9,6 +9,8 @@ to import it takes longer than to mount.
 - While requests follow one another at once, the next one is looked for without sleeping, for SPIN_SECONDS: to be put to
   sleep and woken takes a third of what a client waits for a lookup. The first one that does not come in that time ends
   it. Not on a machine with one processor.
+- A read that the disk has been asked for is looked for again while there is nothing else to do, every LOOK_SECONDS: a
+  quick disk takes less time than it does to have a thread wait for it (waiting.py says for how long).
 - Branch events are looked at every TURN_SECONDS at most, so that what gathers is done in one go: our own changes send
   events, too, and so does each write of a file that the kernel writes by itself (kernel/passthrough.py). One that
   nobody waits for is merged with the one before (inotify_merge() in the kernel); else the writer would wake us.
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.001
 SPIN_SECONDS = 0.00003
+LOOK_SECONDS = 0.000003
 AGAIN_SECONDS = 1.0
 
 
@@ -42,6 +45,9 @@ class Server(Protocol):
 
     def take(self, seconds: float) -> bool:
         """Serve one request, if one comes within so many seconds, in which nobody sleeps; False when none did."""
+
+    def look(self) -> bool:
+        """Answer requests whose disk has answered; whether there may soon be another one."""
 
     def events(self) -> int:
         """The descriptor of branch events now, -1 for none."""
@@ -79,6 +85,11 @@ class Loop:
     def serves(self) -> bool:
         """Whether there may be requests."""
         return self._server is not None
+
+    @property
+    def spins(self) -> bool:
+        """Whether the next request is looked for without sleeping."""
+        return self._spin > 0
 
     def leave(self) -> None:
         """There are no requests any more, nor events."""
@@ -169,7 +180,10 @@ class Loop:
                     boundary.settle()
                     if self._wait(server.events(), 0.0) & device.EVENTS:
                         server.take_events()
-                at_once = server.take(spin)
+                if server.look():
+                    server.take(LOOK_SECONDS)
+                else:
+                    at_once = server.take(spin)
                 continue
             rest = TURN_SECONDS - (now - looked)
             seen = self._wait(-1, rest) if rest > 0 else 0
@@ -182,6 +196,7 @@ class Loop:
             at_once = perf_counter() - now < spin
             if seen & device.REQUESTS:
                 server.take(0.0)
+                at_once |= server.look()
 
     def close(self) -> None:
         """After `run` has returned. What is posted from now on is not called."""

@@ -14,7 +14,7 @@ from udbad.union.fs cimport UnionFs
 cdef class Native:
     cdef public int _fd
     cdef public UnionFs fs
-    cdef public object stale, waiting, _over, replayer, _poison, _forgotten
+    cdef public object stale, waiting, look, _over, replayer, _poison, _forgotten
     cdef public Record record
     cdef public Once once
     cdef public Slot slot

@@ -34,7 +34,7 @@ from udbad.edge.table import (
     without_sync,
     without_xattrs,
 )
-from udbad.edge.waiting import RETRIED, Request, Waiting
+from udbad.edge.waiting import PATIENCE, RETRIED, Request, Waiting
 from udbad.inodes.record import Record
 from udbad.inodes.slot import CURRENT, RESENT
 from udbad.kernel import boundary, wire
@@ -163,6 +163,7 @@ class Native:
         self.fs = fs
         self.stale = stale
         self.waiting = Waiting(fs, lambda call: self.loop.post(call))
+        self.look = self.waiting.look
         self.operations = Operations(fs, coherence, self.waiting.background, passthrough=passthrough)
         self.record = record
         self.once = self.slot = self._poison = None
@@ -199,6 +200,7 @@ class Native:
             for opcode, row in rows.items()
         }  # fmt: skip
         self.loop = Loop()  # last: it has a descriptor
+        self.waiting.patience = PATIENCE if self.loop.spins else 0.0
 
     # -- life ---------------------------------------------------------------------------------
 

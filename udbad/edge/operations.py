@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Final, NamedTuple, NoReturn
 
 from udbad.branch import datacalls, whiteout
@@ -43,6 +44,11 @@ Number = int
 Found = tuple[Node, os.stat_result]
 """What has a name."""
 DOTS: Final = (b".", b"..")
+_FEW: Final = 64 << 10
+"""Bytes that may be looked for again and again, each time with those copied that are there."""
+AHEAD: Final = 16 << 10
+"""Bytes of a file whose reading is begun when it is opened for the first time: what the kernel asks the disk for when
+it is asked for the first page (get_init_ra_size() in mm/readahead.c). Its answer travels while the disk is at it."""
 
 
 Negative = float
@@ -67,7 +73,8 @@ class Later(Exception):
 
     then: called on the event loop before the answer, with what `call` has raised, None if nothing.
 
-    quick: a read, which keeps a disk busy for a moment; otherwise something that may take seconds (fsync). There is
+    quick: a read, which keeps a disk busy for a moment; otherwise something that may take seconds (fsync). look: gives
+    the result without waiting where it is there by now, else None; a quick disk is faster than a thread. There is
     nothing to check afterwards. The kernel sends RELEASE only after the last READ, FLUSH and FSYNC were answered, and a
     copy-up meanwhile puts the new file under the same descriptor.
     """
@@ -78,9 +85,11 @@ class Later(Exception):
         call: Callable[..., object],
         *args: object,
         then: Callable[[Exception | None], object] | None = None,
+        look: Callable[[], object] | None = None,
     ) -> None:
         super().__init__()
         self.quick = quick
+        self.look = look
         self.call = call
         self.args = args
         self.then = then
@@ -249,19 +258,26 @@ class Operations:
                 self.coherence.opened_behind(handle.node, st)
                 return handle.fh, PASSTHROUGH | NO_FLUSH, backing
         answer = 0 if self.fs.needs_flush(flags) else NO_FLUSH
-        if keep and self.coherence.keep_cache(handle.node, st):
-            answer |= KEEP_CACHE
+        if keep:
+            first = handle.node.seen is None
+            if self.coherence.keep_cache(handle.node, st):
+                answer |= KEEP_CACHE
+            if first and 0 < st.st_size <= AHEAD and handle.node.branch.local:
+                datacalls.start_reading(handle.fd)
         return handle.fh, answer, 0
 
     def read(self, fh: int, offset: int, size: int) -> bytes | bytearray:
         """What is in memory; for the rest, Later."""
         fd = self.fs.handles.file(fh).fd
         data = datacalls.read_cached(fd, size, offset)
-        if data is None:
-            if fh < 0:  # may be closed before a RELEASE, of which there is none
-                raise Later(True, datacalls.read_and_close, os.dup(fd), size, offset)
-            raise Later(True, os.pread, fd, size, offset)
-        return data
+        if type(data) is not bool:
+            return data
+        call: Callable[[int, int, int], bytes] = os.pread
+        own = fh < 0  # may be closed before a RELEASE, of which there is none
+        if own:
+            fd, call = os.dup(fd), datacalls.read_and_close
+        look = partial(_look, fd, size, offset, own) if data and size <= _FEW else None
+        raise Later(True, call, fd, size, offset, look=look)
 
     def write(self, fh: int, offset: int, data: bytes | memoryview) -> int:
         return self.fs.write(fh, offset, data)
@@ -405,6 +421,19 @@ class Operations:
             files_free=sum(part.f_ffree for part in parts),
             longest_name=whiteout.MAX_NAME,
         )
+
+
+def _look(fd: int, size: int, offset: int, own: bool) -> bytes | bytearray | None:
+    """What is in memory by now, None where it is not; own: the descriptor is closed then."""
+    try:
+        data = datacalls.read_cached(fd, size, offset)
+    except OSError:
+        return None  # which the thread is told as well
+    if type(data) is bool:
+        return None
+    if own:
+        os.close(fd)
+    return data
 
 
 def _sync_all(fds: list[int], data_only: bool) -> None:

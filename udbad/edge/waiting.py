@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import logging
 import signal
+from collections import deque
 from collections.abc import Callable
 from functools import cached_property, partial
 from time import monotonic
@@ -46,6 +47,11 @@ READERS: Final = 16
 SYNCERS: Final = 16
 """Likewise fsync and what else may take seconds, which must not keep reads from their turn."""
 COPIERS: Final = 4
+PATIENCE: Final = 0.0001
+"""Seconds for which a read is looked for that the disk has been asked for: what it costs to have a thread wait."""
+_IN_VAIN: Final = 4
+_EVERY: Final = 16
+"""Where so many in a row were looked for in vain, the disk is not quick; one of so many says if it has become so."""
 _ATTEMPTS: Final = 8
 _NO_DESCRIPTOR: Final = (errno.EMFILE, errno.ENFILE)
 RETRIED: Final = frozenset({errno.ESTALE, *_NO_DESCRIPTOR})
@@ -141,6 +147,11 @@ class Waiting:
         """By branch id: the seconds that its disk has taken for the last small copy-up."""
         self._interruptible: dict[int, Request] = {}
         """Those that wait for a copy-up, by their number."""
+        self.patience = 0.0
+        """PATIENCE, where somebody calls `look`."""
+        self._looked_for: deque[tuple[Request, Later, float]] = deque()
+        """With the time at which a thread is to wait instead."""
+        self._in_vain = 0
         self._closing = False
 
     @cached_property
@@ -162,6 +173,10 @@ class Waiting:
         Only NeedCopyUp, Later and OSError have a remedy; all else, and what is raised again, is the answer.
         """
         if isinstance(error, Later):
+            if error.look is not None and self.patience and self._looks():
+                self._looked_for.append((request, error, monotonic() + self.patience))
+                request.suspend()
+                return
             pool = self._readers if error.quick else self._syncers
             if error.then is None:
                 pool.submit(_finish, request, error)
@@ -184,6 +199,32 @@ class Waiting:
             self._note(request, copy)
             request.suspend()
             # After this: the node may be up, gone, or have failed to come up.
+
+    def _looks(self) -> bool:
+        """Whether the next read is worth being looked for."""
+        if self._in_vain < _IN_VAIN:
+            return True
+        self._in_vain += 1
+        return self._in_vain % _EVERY == 0
+
+    def look(self) -> bool:
+        """Answer what has become possible without waiting; whether there may soon be more. What takes longer than
+        `patience` is left to threads."""
+        if not self._looked_for:
+            return False
+        now = monotonic()
+        for _ in range(len(self._looked_for)):
+            request, later, until = self._looked_for.popleft()
+            result = None if later.look is None else later.look()
+            if result is not None:
+                self._in_vain = 0
+                request.answer(result, None)
+            elif now < until:
+                self._looked_for.append((request, later, until))
+            else:
+                self._in_vain += 1
+                self._readers.submit(_finish, request, later)
+        return bool(self._looked_for)
 
     def _again(self, request: Request, then: Callable[[], object] | None = None) -> None:
         """Start an operation from its beginning. then: all that is left to do instead."""
@@ -341,6 +382,9 @@ class Waiting:
     def close(self) -> None:
         """The connection has ended: give up copy-ups, wait for threads; what they have posted is still to be called."""
         self._closing = True
+        for request, later, _ in self._looked_for:
+            self._readers.submit(_finish, request, later)
+        self._looked_for.clear()
         for copy in self.copyups.values():
             copy.stopped = True
         for name in ("_copiers", "_readers", "_syncers"):
