@@ -67,6 +67,7 @@ IN_C: Final = (
     "udbad.branch.ccalls",
     "udbad.branch.clisting",
     "udbad.branch.cstat",
+    "udbad.coherence.cechoes",
     "udbad.inodes.cbyid",
     "udbad.inodes.cjournal",
     "udbad.inodes.cnames",

@@ -23,7 +23,7 @@ from tests.helpers.uncompiled import from_source
 from udbad import compiled
 from udbad.branch import datacalls, fanotify, listing, state, syscalls
 from udbad.branch.branches import Branch
-from udbad.coherence import watcher
+from udbad.coherence import echoes, watcher
 from udbad.errors import ABSENT
 from udbad.inodes import byid, names
 from udbad.inodes.handles import HandleTable
@@ -40,7 +40,7 @@ from udbad.union.readdir import Run
 
 PYTHON_WIRE, PYTHON_DEVICE, PYTHON_LISTING = from_source(wire), from_source(device), from_source(listing)
 PYTHON_STATE, PYTHON_FANOTIFY, PYTHON_NAMES = from_source(state), from_source(fanotify), from_source(names)
-PYTHON_BYID = from_source(byid)
+PYTHON_BYID, PYTHON_ECHOES = from_source(byid), from_source(echoes)
 BRANCH = Branch(0, 0, b"/", Perm.RO, frozenset(), None, -1, -1, 0, "ext4")
 U32 = st.integers(0, (1 << 32) - 1)
 U64 = st.integers(0, (1 << 63) - 1)
@@ -600,6 +600,58 @@ def test_events(tmp_path: Path, module: ModuleType) -> None:
     assert module.events(os.read(inotify.fd, 4096))[: len(names)] == gone
     inotify.close()
     assert module.events(b"") == []
+
+
+EVENTS = st.tuples(
+    st.integers(1, 2), st.sampled_from([0x100, 0x200, 0x40000100]), st.sampled_from([b"", b"a", b"b" * 16])
+)
+"""Few enough to come again."""
+
+
+@given(st.lists(st.one_of(st.none(), EVENTS, st.lists(EVENTS, max_size=8)), max_size=40))
+def test_events_that_were_expected(steps: list[tuple[int, int, bytes] | list[tuple[int, int, bytes]] | None]) -> None:
+    """Sent (one), read (several), or believed no more."""
+    used, python = echoes.Expected(), PYTHON_ECHOES.Expected()
+    waiting: list[tuple[int, int, bytes]] = []
+    for step in steps:
+        if step is None:
+            used.clear()
+            python.clear()
+            waiting.clear()
+        elif isinstance(step, tuple):
+            used.add(*step)
+            python.add(*step)
+            waiting.append(step)
+        else:
+            data = b""
+            others = []
+            for watch, mask, name in step:
+                padded = name + bytes(16 - len(name) % 16) if name else b""
+                data += listing.EVENT.pack(watch, mask, 0, len(padded)) + padded
+                if (watch, mask, name) in waiting:
+                    waiting.remove((watch, mask, name))
+                else:
+                    others.append((watch, mask, name))
+            sifted = used.sift(data)
+            assert sifted == python.sift(data)
+            assert sifted[:2] == (len(step), others)
+            assert sum(sifted[2].values()) == len(step) - len(others)
+        assert len(used) == len(python) == len(waiting)
+
+
+def test_many_events_that_were_expected() -> None:
+    """And some that nobody sent between them; what fanotify tells is expected by nobody."""
+    used = echoes.Expected()
+    used.add(b"a handle", 0x100, b"name")
+    assert len(used) == 0
+    for number in range(1000):
+        used.add(1, 0x100, b"%d" % number)
+        if number % 3 == 2:
+            data = b"".join(
+                listing.EVENT.pack(1, mask, 0, 16) + (b"%d" % (number // 3)).ljust(16, b"\0") for mask in (0x200, 0x100)
+            )
+            assert used.sift(data) == (2, [(1, 0x200, b"%d" % (number // 3))], {1: 1})
+    assert len(used) == 1000 - 333
 
 
 @pytest.mark.parametrize("module", [listing, PYTHON_LISTING], ids=["used", "python"])

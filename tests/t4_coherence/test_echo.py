@@ -8,7 +8,8 @@ left to compare, but the kernel still has to be told.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,46 @@ def test_a_new_name_that_a_listing_found_and_did_not_tell(here: Union, tmp_path:
     (tmp_path / "base" / "new").touch()
     assert Message("expire", ROOT_ID, b"new") not in here.told(), "once is enough"
     here.list(ROOT_ID)  # now it has been told of everything
+
+
+# -- a direct change that sends the same events as ours ----------------------------------------------
+
+
+def own_links(here: Union, name: bytes) -> None:
+    here.fs.link(here.look_up(ROOT_ID, b"own"), ROOT_ID, name)
+
+
+MAKING: dict[str, tuple[Callable[[Union, bytes], object], Callable[[Path], object]]] = {
+    "symlink": (
+        lambda here, name: here.fs.symlink(ROOT_ID, name, b"to", ROOT_CALLER),
+        lambda path: path.symlink_to("it"),
+    ),
+    "mknod": (lambda here, name: here.fs.mknod(ROOT_ID, name, stat.S_IFIFO | 0o600, 0, ROOT_CALLER), os.mkfifo),
+    "link": (own_links, lambda path: path.write_bytes(b"other")),
+}
+"""How a name is made through the mount, and directly. That of a link sends the event of any file."""
+
+
+@pytest.mark.parametrize("how", MAKING)
+def test_what_takes_the_place_of_a_new_name_is_no_echo(here: Union, tmp_path: Path, how: str) -> None:
+    """Of two events that look alike, one is that of our own change: the name that came for it does not stay unseen."""
+    through, directly = MAKING[how]
+    fd = os.open(tmp_path / "top" / "own", os.O_CREAT | os.O_CLOEXEC)
+    os.close(fd)
+    here.told()
+    through(here, b"new")
+    node = here.look_up(ROOT_ID, b"new")
+    echoes = here.coherence.statistics().echoes
+    held = os.open(tmp_path / "top" / "new", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)  # nobody else gets its number
+    (tmp_path / "top" / "new").unlink()
+    directly(tmp_path / "top" / "new")
+    os.close(held)
+    assert root_entry(b"new") in here.told()
+    assert here.coherence.statistics().echoes > echoes, "ours was one"
+    assert here.look_up(ROOT_ID, b"new") != node
+    through(here, b"alone")
+    assert here.look_up(ROOT_ID, b"alone")
+    assert root_entry(b"alone") not in here.told()
 
 
 # -- changed between a look at a directory and its watch ----------------------------------------------

@@ -1,6 +1,6 @@
-# Entries of getdents64(2), for who goes through a buffer of them.
+# Entries of getdents64(2) and events of inotify(7), for who goes through a buffer of them.
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from posix.fcntl cimport AT_SYMLINK_NOFOLLOW
 
 from udbad.branch.cstat cimport fstatat_c, stat_t
@@ -15,6 +15,12 @@ cdef extern from "<dirent.h>" nogil:
     enum: DT_UNKNOWN
     enum: DT_CHR
     enum: DT_DIR
+
+cdef extern from "<sys/inotify.h>" nogil:
+    struct inotify_event:
+        int wd
+        uint32_t mask, len
+        char *name
 
 cdef extern from "<sys/stat.h>" nogil:
     enum: S_IFMT

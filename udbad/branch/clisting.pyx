@@ -9,10 +9,6 @@ from libc.stdio cimport snprintf
 from libc.string cimport strlen
 
 cdef extern from "<sys/inotify.h>" nogil:
-    struct inotify_event:
-        int wd
-        uint32_t mask, len
-        char *name
     int inotify_add_watch(int fd, const char *path, uint32_t mask)
 
 

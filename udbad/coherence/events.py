@@ -189,13 +189,13 @@ class Events:
         """Events that were expected (`Watcher.expect`), so those of directory watches."""
         counts: dict[int, int] = self._coherence.branch_events
         kinds: Index
-        for handle, kinds in echoes:
+        for handle, kinds, times in echoes:
             if type(handle) is Place:
                 place: Place = handle
                 key = place.index << KIND_BITS | kinds & KINDS
-                counts[key] = counts.get(key, 0) + 1
-                self.count += 1
-                self.echoes += 1
+                counts[key] = counts.get(key, 0) + times
+                self.count += times
+                self.echoes += times
 
     def handle(self, changes: list[Change]) -> None:
         """One burst: each name once, however often it is mentioned."""

@@ -21,6 +21,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from udbad.branch import datacalls, fanotify, listing
+from udbad.coherence.echoes import Expected
 from udbad.coherence.holders import hold, let_go
 from udbad.coherence.inotify import (
     ATTRIBUTES,
@@ -72,8 +73,8 @@ class WatchLimit(OSError):
 
 Change = tuple[object, bytes, int]
 """One event: the handle its watch was added with, the name inside a directory (b"" for itself), and kind bits."""
-Echo = tuple[object, int]
-"""One that was expected: the handle, and kind bits."""
+Echo = tuple[object, int, int]
+"""Some that were expected: the handle, kind bits, and how many."""
 
 Watch = int | bytes
 """A watch descriptor of inotify, or a handle of fanotify."""
@@ -98,8 +99,7 @@ class Watcher:
         self._inotify = listing.inotify()
         self._handles: dict[int, list[object]] = {}
         """By watch descriptor; no number comes twice (inotify(7))."""
-        self._expected: dict[tuple[int, int, bytes], int] = {}
-        """Own events on their way to us, by watch descriptor, mask and name: how many."""
+        self._expected = Expected()
         self.read_at = 0.0
         self.room = watch_limit()
         """How many inodes may be watched, whatever the kernel would allow."""
@@ -231,10 +231,7 @@ class Watcher:
         it, as a name cannot come twice without going in between: of the two, one is looked at, and after both it
         does not matter which.
         """
-        if type(watch) is int:
-            expected: dict[tuple[int, int, bytes], int] = self._expected
-            key = (watch, mask, name)
-            expected[key] = expected.get(key, 0) + 1
+        self._expected.add(watch, mask, name)
 
     async def run(self) -> None:
         """Hand on events until cancelled.
@@ -308,7 +305,7 @@ class Watcher:
                 marks.handles.pop(key, None)
                 kinds |= GONE
             elif marks.is_own(event):
-                echoes += [(handle, kinds) for handle in handles]
+                echoes += [(handle, kinds, 1) for handle in handles]
                 continue
             changes += [(handle, name, kinds) for handle in handles]
         if echoes:
@@ -319,42 +316,32 @@ class Watcher:
 
     def _take_apart(self, data: bytes) -> int:
         """Hand on what read(2) brought; how many events that is."""
-        expected: dict[tuple[int, int, bytes], int] = self._expected
         watched: dict[int, list[object]] = self._handles
-        changes: list[Change] = []
+        count, others, of_watches = self._expected.sift(data)
         echoes: list[Echo] = []
-        events = listing.events(data)
-        for key in events:
-            wd, mask, name = key
+        for watch, times in of_watches.items():
+            for handle in watched.get(watch, ()):
+                echoes.append((handle, NAMES, times))
+        changes: list[Change] = []
+        for watch, mask, name in others:
             if mask & _OVERFLOW:
                 # What was read before it is covered by what the overflow makes us do.
                 changes.clear()
                 self._on_overflow()
                 continue
-            handles = watched.get(wd)
-            if handles is not None:
-                count = expected.get(key) if expected else None
-                if count:
-                    if count > 1:
-                        expected[key] = count - 1
-                    else:
-                        del expected[key]
-                    for handle in handles:
-                        echoes.append((handle, NAMES))
-                    continue
-                kinds = _kinds(mask)
-                for handle in handles:
-                    changes.append((handle, name, kinds))
+            kinds = _kinds(mask)
+            for handle in watched.get(watch, ()):
+                changes.append((handle, name, kinds))
             if mask & _IGNORED:
-                watched.pop(wd, None)
+                watched.pop(watch, None)
         self.emptied = len(data) <= _READ_BYTES - _LONGEST
         if self.emptied:
-            expected.clear()  # everything sent was read: what has not come was lost, and must not stand for another
+            self._expected.clear()  # everything sent was read
         if echoes:
             self._on_echoes(echoes)
         if changes:
             self._on_changes(changes)
-        return len(events)
+        return count
 
     def close(self) -> None:
         if self._closed:

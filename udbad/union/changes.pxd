@@ -8,7 +8,7 @@ cdef class Changes:
     cdef public InoMap _inomap
     cdef public bint by_times
     cpdef made(self, Dir parent, bytes name, hit, branch=*)
-    cpdef linked(self, Node node, Dir parent, bytes name)
+    cpdef linked(self, Node node, Dir parent, bytes name, bint sent=*)
     cpdef removed(self, Dir parent, bytes name, Node node, branch=*, bint whited=*)
     cpdef replaced(self, Dir parent, bytes name, Node node)
     cpdef unlinked(self, Node node, bint last)

@@ -158,8 +158,10 @@ class Changes:
         if parent.view is not None:
             parent.view[name] = hit
 
-    def linked(self, node: Node, parent: Dir, name: bytes) -> None:
-        """A file got a further name on the branch it is on."""
+    def linked(self, node: Node, parent: Dir, name: bytes, sent: bool = False) -> None:
+        """A file got a further name on the branch it is on; sent: by a system call of ours."""
+        if sent:
+            self.hooks.own_event(parent, node.branch, name, MADE)
         if parent.view is not None:
             parent.view[name] = node.branch.index
         self._table.attach(node, parent, name)

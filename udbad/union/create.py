@@ -225,7 +225,7 @@ def _made(sb: Superblock, parent: Dir, name: bytes, target: Target, kind: int) -
     if st is None or st_mod.S_IFMT(st.st_mode) != kind:
         parent.doubt(name)
         raise os_error(errno.EEXIST)
-    return _appear(sb, parent, name, target.branch, st), st
+    return _appear(sb, parent, name, target.branch, st, sent=True), st
 
 
 def mkdir(
@@ -351,7 +351,7 @@ def link(sb: Superblock, node: Node, parent: Dir, name: bytes) -> os.stat_result
         _undo(dirfd, name)
         target.give_up(name)
         raise
-    sb.changes.linked(node, parent, name)
+    sb.changes.linked(node, parent, name, sent=True)
     return syscalls.stat_at(dirfd, name)
 
 

@@ -1,0 +1,1 @@
+from udbad.coherence.echoes import Expected as Expected
