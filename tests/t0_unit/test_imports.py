@@ -175,6 +175,41 @@ def test_a_mount_process_has_all_of_udbad_that_it_can_want() -> None:
     assert wanted <= loaded
 
 
+KEEPS = """
+import sys
+from udbad.mount import guardian, held, later
+sys.path.insert(0, sys.argv[1])
+later._MODULES = ("package.inner", "plain", *later._MODULES)
+kept = held.Held()
+for _ in kept.fill():
+    pass
+before = set(sys.modules)
+for path in sys.argv[2:]:
+    with open(path, "w") as file:
+        file.write("raise SystemExit('another version')")
+kept.install()
+later.load()
+import package.inner, plain
+assert (package.NAME, package.inner.NAME, plain.NAME) == ("package", "package.inner", "plain")
+assert [plain.__file__, package.inner.__file__, package.__file__] == sys.argv[2:]
+loaded = set(sys.modules) - before
+kept = {name for name in loaded if isinstance(sys.modules[name].__spec__.loader, held._Loader)}
+print("kept", *sorted(kept), "others", *sorted(loaded - kept), file=sys.stderr)
+"""
+
+
+def test_what_a_guardian_keeps_is_of_its_version(tmp_path: Path) -> None:
+    """It has not imported it; a process that does gets what there was, whatever lies on the disk by then."""
+    (tmp_path / "package").mkdir()
+    paths = [tmp_path / name for name in ("plain.py", "package/inner.py", "package/__init__.py")]
+    for path in paths:
+        path.write_text("NAME = __name__")
+    said = run(KEEPS, str(tmp_path), *map(str, paths))
+    kept, others = said[1 : said.index("others")], said[said.index("others") + 1 :]
+    assert {"package", "package.inner", "plain", "trio", "trio._core", "udbad.mount.beside"} <= set(kept)
+    assert not [name for name in others if name.startswith(("udbad", "trio", "attr", "idna"))]
+
+
 BEGINS_A_DAEMON = """
 import sys
 from udbad.cli import main

@@ -138,15 +138,15 @@ def test_only_the_first_attempts_follow_at_once() -> None:
 
 PREPARES = """
 import os
-from udbad.mount import later
+from udbad.mount import held, later
 
 later.PATIENCE_SECONDS = 1e6
 
-def one_by_one(load=later.one_by_one):
-    yield from load()
+def fill(self, fill=held.Held.fill):
+    yield from fill(self)
     os.mkdir(os.path.join(OUTSIDE, str(os.getpid())))
 
-later.one_by_one = one_by_one
+held.Held.fill = fill
 """
 
 
@@ -161,5 +161,5 @@ def test_whoever_has_made_a_second_process_prepares_for_the_third(
     mount.control({"op": "status"})
     assert not os.listdir(outside)
     kill(mount)
-    until(lambda: os.listdir(outside), "the guardian has imported all")
+    until(lambda: os.listdir(outside), "the guardian has all that is imported")
     assert os.listdir(outside) == [str(mount.process.pid)]

@@ -1,11 +1,12 @@
 """The guardian of a mount made by hand: has another process go on with it when its process is killed.
 
-The process that `udbad mount` leaves behind. It has imported everything, forks the mount process and waits; when that
-has ended and its keeper lives, it forks the next one, which takes the mount over (life.py). Runs no thread: what is
-forked must not be in the middle of anything. Mounts of the daemon have the supervisor for that.
+The process that `udbad mount` leaves behind. It forks the mount process and waits; when that has ended and its keeper
+lives, it forks the next one, which takes the mount over (life.py). Runs no thread: what is forked must not be in the
+middle of anything. Mounts of the daemon have the supervisor for that.
 
-What it has imported is what the next mount processes are made of. So for a new version it executes that, and is its
-guardian from then on, with the same number, children and record; the mount process makes room for one of that version.
+What it has imported, or holds the code of (held.py), is what the next mount processes are made of. So for a new version
+it executes that, and is its guardian from then on, with the same number, children and record; the mount process makes
+room for one of that version.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any, Final, NamedTuple
 from udbad.control.protocol import encode
 from udbad.errors import ExitCode
 from udbad.mount import kernelside, later
+from udbad.mount.held import Held
 from udbad.mount.keeper import END_SECONDS, Legacy, be_subreaper, retry_delay
 from udbad.mount.life import Guard, Renewal
 
@@ -44,6 +46,8 @@ branch that does not answer."""
 _MOST: Final = 1 << 16
 """Bytes of what it says."""
 _FORWARDED: Final = signal.SIGINT, signal.SIGTERM
+_STEP_SECONDS: Final = 0.05
+"""Between two looks whether all is prepared, which takes a quarter of a second."""
 
 Serve = Callable[[Guard, Callable[[Place], None]], None]
 """What a mount process does: with its guard, and what is to be called when it serves. Raises as life.run()."""
@@ -92,7 +96,8 @@ class Guardian:
         self._private = tuple(private)
         self._pidfd = -1
         self._serves = False
-        self._preparing: Iterator[None] | None = later.one_by_one()
+        self._held = Held()
+        self._preparing: Iterator[None] | None = self._held.fill()
         """What is left of it."""
         self._prepare_at = math.inf
         """time.monotonic() when that goes on, once a process serves."""
@@ -116,6 +121,7 @@ class Guardian:
         """As `run`, with what the guardian of another version has left, whose process we are."""
         while self._preparing is not None:
             self._prepare()
+            time.sleep(_STEP_SECONDS)
         for left in reversed(state.left):
             self._legacy.add((left[0], left[1]))
         self._place, self._private = (state.place[0], state.place[1]), ()
@@ -298,14 +304,17 @@ class Guardian:
                 os.waitid(os.P_PID, ended.si_pid, options)
 
     def _prepare(self) -> None:
-        """While a process serves: import the next module that those after it would, and whoever waits for them. Not at
-        once, as then whoever has wanted the mount is busy with it, and a mount that is gone by then needs no next
-        process; but as soon as one has been followed by another. One module at a time: it may be needed meanwhile."""
+        """While a process serves: keep what those after it will import. Not at once, as then whoever has wanted the
+        mount is busy with it, and a mount that is gone by then needs no next process; but as soon as one has been
+        followed by another. In steps: it may be needed meanwhile."""
         assert self._preparing is not None
-        for _ in self._preparing:
-            return
+        try:
+            for _ in self._preparing:
+                self._prepare_at = time.monotonic() + _STEP_SECONDS
+                return
+        except OSError as error:
+            log.error("the next mount process will take its modules from the disk: %s", error.strerror)
         self._preparing = None
-        gc.collect()
         gc.freeze()
 
     def _be_mount_process(self, guardian: socket.socket, died: int) -> None:
@@ -313,6 +322,7 @@ class Guardian:
             signal.signal(number, signal.default_int_handler)
         for fd in self._private:
             os.close(fd)
+        self._held.install()
         os.setpgid(0, 0)  # what Ctrl-C sends comes from the guardian, once
 
         def say(word: list[Any]) -> None:

@@ -12,7 +12,7 @@ import logging
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Final
 
@@ -36,15 +36,13 @@ _AGAIN_SECONDS: Final = 1.0
 
 def load() -> None:
     """Import all of it now."""
-    for _ in one_by_one():
-        pass
-
-
-def one_by_one() -> Iterator[None]:
-    """The same in steps of some ten milliseconds, what a process imports before it serves first."""
     for name in (_STRATEGY, _BESIDE, *_MODULES):
         import_module(name)
-        yield
+
+
+def load_compiled() -> None:
+    """Import what of it is compiled: the strategy, which a process needs before it serves, or never."""
+    import_module(_STRATEGY)
 
 
 def load_in_thread(requests: Callable[[], int], wanted: Sequence[int], begin: Callable[[], object]) -> None:
