@@ -460,6 +460,7 @@ def test_small_files_that_are_copied(tmp_path: Path, calls: ModuleType) -> None:
         os.removexattr(source.fileno(), "user.a")
         os.setxattr(source.fileno(), acl, ACL)
         assert copy(b"data", 4) == 0
+        assert calls.copy_small(source.fileno(), -1, 4, None, *ids, 0o600, 0, 0) == 0, "it is listed"
         os.removexattr(source.fileno(), acl)
         assert copy(b"data", 4) == 1
 

@@ -53,7 +53,7 @@ class Faults:
     _COMPILED: ClassVar = {
         "create_file_at": "open", "link_at": "link", "mkdir_at": "mkdir", "mknod_at": "mknod", "symlink_at": "symlink",
         "unlink_at": "unlink", "rmdir_at": "rmdir", "rename_at": "rename", "utime_at": "utime", "link_fd": "linkat",
-        "utime_fd": "utimensat", "chmod_fd": "chmod", "chown_fd": "chown",
+        "utime_fd": "utimensat", "chmod_fd": "chmod", "chown_fd": "chown", "open_tmpfile": "open",
     }  # fmt: skip
     """Functions of syscalls that may be compiled, and how they are counted."""
     _LIBC = ("linkat", "renameat2", "utimensat")

@@ -17,6 +17,7 @@ from tests.t2_core.core import STRATEGIES, Core, core, refuse_tmpfile
 from udbad.branch import copydata, datacalls, syscalls
 from udbad.types import CopyMethod, Trigger
 from udbad.union import copyup
+from udbad.union.fs import SetAttr
 from udbad.union.superblock import NeedCopyUp
 
 SIZE = 200_000
@@ -263,6 +264,61 @@ def test_an_error_that_close_would_tell_comes_before_the_name(
     on_a(union, *file_system)
     with pytest.raises(OSError, match="injected"):
         copy_up(union)
+    assert [name for name in os.listdir(union["top"]) if "file" in name] == []
+    assert union.find("file").branch.index == 1
+
+
+# -- what is asked for ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"small", b"0" * SIZE])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_copy_has_its_attributes_before_its_name(
+    union: Core, monkeypatch: pytest.MonkeyPatch, content: bytes, named: bool
+) -> None:
+    """So nobody sees others, and no event is of a name that the file had before."""
+    (union["base"] / "file").write_bytes(content)
+    seen: list[tuple[int, int]] = []
+    link, rename = syscalls.link_fd, syscalls.rename_at
+
+    def note(st: os.stat_result) -> None:
+        seen.append((st.st_mode & 0o7777, st.st_mtime_ns))
+
+    def link_fd(fd: int, *to: Any) -> None:
+        note(os.fstat(fd))
+        link(fd, *to)
+
+    def rename_at(dirfd: int, name: bytes, *to: Any) -> None:
+        note(os.stat(name, dir_fd=dirfd))
+        rename(dirfd, name, *to)
+
+    if named:
+        refuse_tmpfile(monkeypatch)
+    monkeypatch.setattr(syscalls, "link_fd", link_fd)
+    monkeypatch.setattr(syscalls, "rename_at", rename_at)
+    changes = SetAttr(mode=0o640, mtime_ns=1_000_000_001)
+    node, st = union.run(lambda: union.fs.setattr(union.find("file").id, changes, None, union.caller))
+    assert seen == [(0o640, 1_000_000_001)]
+    assert node.branch.index == 0
+    there = (union["top"] / "file").stat()
+    assert (st.st_ino, st.st_mode, st.st_ctime_ns, st.st_nlink) == (
+        there.st_ino, there.st_mode, there.st_ctime_ns, there.st_nlink,
+    )  # fmt: skip
+    assert (union["top"] / "file").read_bytes() == content
+    assert (union["base"] / "file").stat().st_mode & 0o7777 != 0o640
+
+
+def test_attributes_that_cannot_be_set_leave_no_copy(union: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    change = syscalls.chmod_fd
+
+    def refuse(fd: int, mode: int) -> None:
+        if mode == 0o640:
+            raise OSError(errno.EPERM, "injected")
+        change(fd, mode)
+
+    monkeypatch.setattr(syscalls, "chmod_fd", refuse)
+    with pytest.raises(OSError, match="injected"):
+        union.run(lambda: union.fs.setattr(union.find("file").id, SetAttr(mode=0o640), None, union.caller))
     assert [name for name in os.listdir(union["top"]) if "file" in name] == []
     assert union.find("file").branch.index == 1
 

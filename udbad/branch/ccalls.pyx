@@ -4,10 +4,12 @@
 
 import os
 
+from udbad.errors import enoent
+
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
 from cpython.unicode cimport PyUnicode_AsUTF8
-from libc.errno cimport EAGAIN, EINVAL, ENODATA, ENOENT, ENOSYS, EOPNOTSUPP, EPERM, ERANGE, errno
+from libc.errno cimport EAGAIN, EBADF, EINVAL, ENODATA, ENOENT, ENOSYS, EOPNOTSUPP, EPERM, ERANGE, errno
 from libc.stdint cimport uint64_t
 from libc.stdio cimport snprintf
 from libc.string cimport strerror, strlen
@@ -19,7 +21,7 @@ cdef extern from "<fcntl.h>" nogil:
     int sync_file_range(int fd, long long offset, long long count, unsigned int flags)
     int SYNC_FILE_RANGE_WAIT_BEFORE, SYNC_FILE_RANGE_WRITE, SYNC_FILE_RANGE_WAIT_AFTER
     int AT_EMPTY_PATH, AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_FOLLOW
-    int O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOFOLLOW, O_PATH
+    int O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOFOLLOW, O_PATH, O_RDWR, O_TMPFILE
 
 cdef extern from "<stdio.h>" nogil:
     int renameat2_c "renameat2"(int src_dirfd, const char *src, int dst_dirfd, const char *dst, unsigned int flags)
@@ -75,6 +77,7 @@ cdef extern from "<sys/vfs.h>" nogil:
 cdef extern from "<sys/stat.h>" nogil:
     struct stat_c "stat":
         long long st_size
+        unsigned long long st_nlink
     int fstat_c "fstat"(int fd, stat_c *found)
 
 cdef extern from "<unistd.h>" nogil:
@@ -122,6 +125,19 @@ def create_file_at(int dirfd, bytes name, int flags, unsigned int mode):
     return opened(dirfd, name, flags | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode)
 
 
+def open_tmpfile(int dirfd, unsigned int mode, int flags=O_RDWR):
+    cdef stat_c parent
+    cdef int fd
+    cdef bint removed = False
+    with nogil:
+        fd = openat_c(dirfd, b".", O_TMPFILE | flags | O_CLOEXEC, mode)
+        if fd < 0 and errno == EPERM:
+            removed = not fstat_c(dirfd, &parent) and not parent.st_nlink
+    if removed:
+        raise enoent()
+    return check(fd)
+
+
 def open_at(int dirfd, bytes name, int flags):
     """openat(2) of something that exists."""
     return opened(dirfd, name, flags, 0)
@@ -135,6 +151,14 @@ def pin_at(int dirfd, bytes name):
 cpdef unpin(int fd):
     """Close a descriptor of `pin_at`: without giving the interpreter's lock away, as nothing waits for it."""
     check(close(fd))
+
+
+def close_quietly(int fd):
+    cdef int failed
+    with nogil:
+        failed = close(fd)
+    if failed and errno == EBADF:
+        check(failed)
 
 
 def link_fd(int fd, int dirfd, bytes name):
@@ -307,8 +331,8 @@ def is_bare(int fd, more):
 
 
 cdef bint may_have(int fd, const char *acl) noexcept nogil:
-    """Whether a file may have extended attributes, or this one, which not every file system lists."""
-    return flistxattr(fd, NULL, 0) != 0 or not lacks(fd, acl)
+    """Whether a file may have extended attributes, or this one, which not every file system lists. NULL: this one does."""
+    return flistxattr(fd, NULL, 0) != 0 or (acl != NULL and not lacks(fd, acl))
 
 
 cdef int change_mode(int fd, unsigned int mode) noexcept nogil:
@@ -323,7 +347,7 @@ cdef int change_mode(int fd, unsigned int mode) noexcept nogil:
 def copy_small(
     int src_fd, int dst_fd, size_t size, acl, unsigned int uid, unsigned int gid, unsigned int mode, atime_ns, mtime_ns
 ):
-    cdef const char *name = PyUnicode_AsUTF8(acl)
+    cdef const char *name = NULL if acl is None else PyUnicode_AsUTF8(acl)
     cdef char data[4096]  # SMALL_COPY
     cdef int how = 1
     cdef long long src_at = 0, dst_at = 0

@@ -125,19 +125,22 @@ def copy_contents(
     return CopyResult(copier.method(), copier.kernel_bytes + copier.user_bytes, size)
 
 
-def copy_small(src: os.stat_result, src_fd: int, dst_fd: int, length: int | None) -> CopyResult | None:
+def copy_small(
+    src: os.stat_result, src_fd: int, dst_fd: int, length: int | None, listed: bool = False
+) -> CopyResult | None:
     """`copy_contents` and `copy_metadata` of what is at most one block, where data and a hole would be as much, and has
     neither extended attributes nor an ACL, at once.
 
-    src: status of the source. length: as for copy_contents. None where it is no such file, or anything is wrong with
-    it: the two tell what, and begin anew.
+    src: status of the source. length: as for copy_contents. listed: both file systems list ACLs
+    (`Branch.lists_xattrs`). None where it is no such file, or anything is wrong with it: the two tell what, and begin
+    anew.
     """
     size = src.st_size if length is None else min(length, src.st_size)
     if size and (src.st_size > syscalls.SMALL_COPY or not src.st_blocks):
         return None
     how = syscalls.copy_small(
-        src_fd, dst_fd, size, _ACLS[0], src.st_uid, src.st_gid, st_mod.S_IMODE(src.st_mode), src.st_atime_ns,
-        src.st_mtime_ns,
+        src_fd, dst_fd, size, None if listed else _ACLS[0], src.st_uid, src.st_gid, st_mod.S_IMODE(src.st_mode),
+        src.st_atime_ns, src.st_mtime_ns,
     )  # fmt: skip
     if not how:
         os.ftruncate(dst_fd, 0)

@@ -200,6 +200,7 @@ def close_quietly(fd: int) -> None:
 if not compiled.why_not():
     # The same without Python between.
     from udbad.branch.ccalls import (  # noqa: F401  # names of this module
+        close_quietly,
         read_cached,
         read_ready,
         start_reading,

@@ -251,6 +251,8 @@ class CopyUpPolicy(ABC):
     takes_low: ClassVar[bool] = False
     takes_seconds: ClassVar[bool] = False
     cache_seconds: ClassVar[int] = DEFAULT_CACHE_SECONDS
+    parent_decides: ClassVar[bool] = False
+    """It takes the top branch of the parent wherever that is writable, above the source and not below `Facts.limit`."""
 
     @abstractmethod
     def select(self, facts: Facts) -> int:
@@ -259,6 +261,8 @@ class CopyUpPolicy(ABC):
 
 class CopyUpTopDownParent(CopyUpPolicy):
     """tdp: the highest branch above the source that has the parent, else the nearest above the source."""
+
+    parent_decides = True
 
     def select(self, facts: Facts) -> int:
         return _top_down_parent(facts, facts.source)

@@ -459,16 +459,17 @@ def lists_nothing(target: Object) -> bool:
 
 
 def copy_small(
-    src_fd: int, dst_fd: int, size: int, acl: str, uid: int, gid: int, mode: int, atime_ns: int, mtime_ns: int
+    src_fd: int, dst_fd: int, size: int, acl: str | None, uid: int, gid: int, mode: int, atime_ns: int, mtime_ns: int
 ) -> int:
     """Copy a whole file of at most SMALL_COPY bytes, and give the copy owner, mode and times, in this order.
 
     Returns 1 where copy_file_range(2) did, or there was nothing to copy, 2 where it refused. 0: not everything was
-    done, as it is larger, one of the two has extended attributes or that ACL, the source has become shorter, or there
-    was an error.
+    done, as it is larger, one of the two has extended attributes or that ACL (None: it would be listed), the source has
+    become shorter, or there was an error.
     """
     try:
-        if size > SMALL_COPY or not (is_bare(src_fd, (acl,)) and is_bare(dst_fd, (acl,))):
+        unlisted = () if acl is None else (acl,)
+        if size > SMALL_COPY or not (is_bare(src_fd, unlisted) and is_bare(dst_fd, unlisted)):
             return 0
         how = 1
         try:
@@ -563,6 +564,7 @@ if not compiled.why_not():
         mkdir_at,
         open_at,
         open_dir_at,
+        open_tmpfile,
         pin_at,
         rename_at,
         rmdir_at,

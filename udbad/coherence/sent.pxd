@@ -10,5 +10,7 @@ cdef class SentAttributes:
     cpdef doubt(self, Node node)
     cpdef before_own(self, Node node, int fd)
     cpdef own_data(self, Node node, bint content, st, int fd)
+    @cython.locals(layer=Layer, top=Layer)
+    cpdef bint _is_directory_as_sent(self, Dir node) except -1
     @cython.locals(child=Node, layer=Layer)
     cpdef bint is_as_sent(self, Dir node, bytes name) except -1

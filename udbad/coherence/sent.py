@@ -33,10 +33,12 @@ class SentAttributes:
         self._notifier = notifier
 
     def is_as_sent(self, node: Dir, name: bytes) -> bool:
-        """Whether a name stands for the file that it did, with the attributes that the kernel was given of it, or that
-        it has none of (as `compare`). False also when more has to be looked at to know."""
+        """Whether a name, which no event says was made or removed, stands for what it did, with the attributes that the
+        kernel was given of it, or that it has none of (as `compare`). False also when it takes more to know."""
         child = node.children.get(name)
-        if child is None or type(child) is Dir or child.dead or child.plink is not None or not node.trusted:
+        if type(child) is Dir:
+            return node.trusted and not node.dead and self._is_directory_as_sent(child)
+        if child is None or child.dead or child.plink is not None or not node.trusted:
             return False
         layer = node.layer(child.branch.index)
         if layer is None or layer.fd < 0 or node.dead:
@@ -49,6 +51,19 @@ class SentAttributes:
             return False
         sent = child.sent
         return written_behind(child) if sent is None else lasting_stamp(child.branch, st) == sent
+
+    def _is_directory_as_sent(self, node: Dir) -> bool:
+        """The same of a directory whose names have changed, as each copy-up puts its times back."""
+        if node.dead or not node.trusted:
+            return False
+        for layer in node.layers:
+            if layer.branch.overlay or layer.branch.id in self._sb.redirecting:
+                return False  # an attribute may have made it opaque, or say where it is below
+        sent = node.sent
+        top = node.layers[0]
+        if sent is None or top.fd < 0:
+            return sent is None
+        return lasting_stamp(top.branch, syscalls.fstat(top.fd)) == sent
 
     def compare(self, node: Node, st: os.stat_result, content: bool) -> bool:
         """Tell the kernel when the attributes of a node, which is what it was, differ from those it was given.

@@ -3,6 +3,7 @@ cimport cython
 from udbad.edge.loop cimport Loop
 from udbad.edge.once cimport Once
 from udbad.edge.operations cimport Operations
+from udbad.edge.waiting cimport Request
 from udbad.inodes.record cimport Record
 from udbad.inodes.slot cimport Slot
 from udbad.inodes.table cimport InodeTable
@@ -10,6 +11,16 @@ from udbad.kernel.boundary cimport OpStats
 from udbad.kernel.cdevice cimport now, receive
 from udbad.kernel.received cimport Received
 from udbad.union.fs cimport UnionFs
+
+cdef class _Waiter(Request):
+    cdef public Native _native
+    cdef public object _row, _rule, _node
+    cdef public OpStats _stats
+    cdef public tuple _arguments
+    cdef public double _start
+    cpdef object perform(self)
+    cpdef resume(self)
+    cpdef suspend(self)
 
 cdef class Native:
     cdef public int _fd

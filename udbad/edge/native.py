@@ -76,14 +76,14 @@ class _Waiter(Request):
         self, native: Native, bound: Bound, request: Received, arguments: tuple[Any, ...], start: float
     ) -> None:
         _, _, _, _, stats, row, rule = bound
-        super().__init__(request.unique, request.pid, tuple(arguments[index] for index in row.directories))
+        super().__init__(request.unique, request.pid, tuple([arguments[index] for index in row.directories]))
         self._native = native
         self._row = row
         self._rule = rule
         self._stats = stats
         self._node = request.node
         # The buffer will hold other requests.
-        self._arguments = tuple(bytes(each) if type(each) is memoryview else each for each in arguments)
+        self._arguments = tuple([bytes(each) if type(each) is memoryview else each for each in arguments])
         self._start = start
 
     def perform(self) -> object:

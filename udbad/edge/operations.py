@@ -200,7 +200,17 @@ class Operations:
         return attributes, self.fs.birth_ns(attributes[0])
 
     def setattr(self, node_id: int, changes: SetAttr, fh: int | None, caller: Caller) -> Attributes:
-        node, st = self.fs.setattr(node_id, changes, fh, caller)
+        try:
+            node, st = self.fs.setattr(node_id, changes, fh, caller)
+        except NeedCopyUp as need:
+            finish = need.then
+            if finish is not None:
+                need.then = lambda: self._attributes(finish())
+            raise
+        return node, st, self.coherence.attr_ttl(node, st)
+
+    def _attributes(self, found: Found) -> Attributes:
+        node, st = found
         return node, st, self.coherence.attr_ttl(node, st)
 
     def getxattr(self, node_id: int, key: bytes) -> bytes:

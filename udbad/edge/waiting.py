@@ -191,7 +191,7 @@ class Waiting:
             request.answer(None, another)
             return
         if copy is None:
-            self._again(request, error.then if isinstance(error, NeedCopyUp) else None)
+            self._again(request, error.then if isinstance(error, NeedCopyUp) and error.prepare is None else None)
         elif copy.began is request:
             self._begin(copy)
         else:
@@ -229,7 +229,7 @@ class Waiting:
     def _again(self, request: Request, then: Callable[[], object] | None = None) -> None:
         """Start an operation from its beginning. then: all that is left to do instead."""
         try:
-            result = (then or request.perform)()
+            result = request.perform() if then is None else then()
         except Exception as error:
             if then is None:
                 self.go_on(request, error)
@@ -273,6 +273,11 @@ class Waiting:
         job, node = copy.job, copy.need.node
         small = job.st.st_size <= INLINE_COPY or job.length == 0
         if not small or (job.fsync and self._waited.get(job.branch.id, 1.0) > QUICK_SECONDS):
+            try:
+                copyup.hold(job)
+            except OSError as error:
+                self._ended(copy, error)
+                return
             node.busy = self.copyups[node.id] = copy
             self._note(copy.began, copy)
             # After this: names may have changed; commit checks that the source still is what it was.

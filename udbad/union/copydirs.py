@@ -38,7 +38,12 @@ def target_branch(sb: Superblock, parent: Dir, source: int) -> Branch:
     """The branch that receives a copy of an object whose top copy is on `source`. Raises EROFS."""
     if sb.options.read_only:
         raise erofs()
-    return selected(sb, sb.options.copyup, facts(sb, parent, source, None, False, 0), parent)
+    policy = sb.options.copyup
+    if policy.parent_decides:
+        top: Branch = parent.layers[0].branch
+        if top.index < source and top.index <= parent.floor and top.writable and not top.offline:
+            return top
+    return selected(sb, policy, facts(sb, parent, source, None, False, 0), parent)
 
 
 def selected(sb: Superblock, policy: CreatePolicy | CopyUpPolicy, known: Facts, parent: Dir) -> Branch:

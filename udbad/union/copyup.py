@@ -29,6 +29,7 @@ from udbad.branch import compare, copydata, datacalls, syscalls, whiteout
 from udbad.branch.branches import Branch
 from udbad.branch.origin import Place
 from udbad.branch.state import is_racy, object_stamp, stamp
+from udbad.branch.syscalls import fstat, stat_at
 from udbad.errors import GONE, erofs, estale, os_error
 from udbad.inodes.handles import backing_id
 from udbad.inodes.node import Dir, Node
@@ -45,12 +46,17 @@ _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
 class Job:
     """One copy-up of a regular file under way. tmp: the temporary name of the copy, b"" where it can do without.
 
-    dirfd: where it gets its name; -1: it gets none (orphan).
+    dirfd: where it gets its name; -1: it gets none (orphan). Of the union, until `hold`.
 
     length: bytes of the content that are wanted, None for all. fsync: there is content that has to be on disk.
     parent_times: (atime_ns, mtime_ns) of the target directory, put back after the rename.
-    waited: seconds that the disk has taken, when it was waited for.
+    waited: seconds that the disk has taken, when it was waited for. prepare: NeedCopyUp.prepare.
     """
+
+    __slots__ = (
+        "as_link", "branch", "copied", "dirfd", "dst_fd", "fsync", "length", "method", "name", "node", "owns_dirfd",
+        "parent", "parent_times", "prepare", "progress", "source", "src_fd", "st", "tmp", "trigger", "waited",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -77,6 +83,7 @@ class Job:
         self.name = name
         self.branch = branch
         self.dirfd = dirfd
+        self.owns_dirfd = False
         self.tmp = tmp
         self.src_fd = src_fd
         self.dst_fd = dst_fd
@@ -89,6 +96,7 @@ class Job:
         self.copied = 0
         self.progress = 0
         self.waited: float | None = None
+        self.prepare: Callable[[int], object] | None = None
 
 
 def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
@@ -110,10 +118,43 @@ def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
     if backing_id(node):
         # The kernel goes on with the file that it has.
         raise os_error(errno.EXDEV if need.trigger in (Trigger.RENAME, Trigger.LINK) else errno.EBUSY)
+    src_fd, st = _open_known(sb, need)
+    job = None
+    try:
+        job = _begin_file(sb, need, src_fd, st)
+    finally:
+        if src_fd >= 0 and (job is None or job.src_fd != src_fd):
+            os.close(src_fd)
+    if job is not None:
+        job.prepare = need.prepare
+    return job
+
+
+def _open_known(sb: Superblock, need: NeedCopyUp) -> tuple[int, os.stat_result | None]:
+    """The regular file to copy, open, and its status, where the directory's view alone says that its name leads there
+    and to nothing else (as `_still_there` finds); -1 and None where more has to be asked."""
+    node = need.node
+    parent = node.parent
+    if need.name is not None or parent is None or node.dead or node.kind != st_mod.S_IFREG or node.plink is not None:
+        return -1, None
+    if lookup.only_on(sb, parent, node.name) != node.branch.index:
+        return -1, None
+    try:
+        fd, st = syscalls.open_file_at(sb.branch_fd(parent, node.branch), node.name, os.O_RDONLY)
+    except OSError:
+        return -1, None  # which error that is, is found again
+    if is_object(node, st):
+        return fd, st
+    os.close(fd)
+    return -1, None
+
+
+def _begin_file(sb: Superblock, need: NeedCopyUp, src_fd: int, st: os.stat_result | None) -> Job | None:
+    """`begin` of what is no directory. src_fd, st: from `_open_known`."""
+    node = need.node
     as_link = need.trigger is Trigger.LINK and need.name is not None
     parent, name = need.name if need.name is not None else (node.parent, node.name)
-    st = None
-    if parent is None or node.dead or (need.name is None and (st := _still_there(sb, node)) is None):
+    if parent is None or node.dead or (need.name is None and st is None and (st := _still_there(sb, node)) is None):
         return _begin_orphan(sb, need)
     source = node.branch.index if need.limit is None else min(node.branch.index, need.limit + 1)
     resolve.check_top(parent, node.branch.index)
@@ -128,7 +169,7 @@ def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
     else:
         branch = copydirs.target_branch(sb, parent, source)
     src_dirfd, src_name = sb.locate(node)
-    if _has_names(sb, node, as_link, syscalls.stat_at(src_dirfd, src_name) if st is None else st):
+    if _has_names(sb, node, as_link, stat_at(src_dirfd, src_name) if st is None else st):
         plink.directory(sb, branch)  # while nothing has been changed: it may fail
     try:
         dirfd = copydirs.ensure_dir(sb, parent, branch)
@@ -136,30 +177,35 @@ def begin(sb: Superblock, need: NeedCopyUp) -> Job | None:
         if as_link or error.errno not in GONE or sb.held_fd(node) < 0:
             raise
         return _begin_orphan(sb, need)  # its directory is gone
-    before = syscalls.fstat(dirfd)
+    before = fstat(dirfd)
     times = (before.st_atime_ns, before.st_mtime_ns)
     if node.kind != st_mod.S_IFREG:
         _copy_special(sb, node, parent, name, branch, src_dirfd, src_name, dirfd, times, as_link)
         return None
-    src_fd, st = syscalls.open_file_at(src_dirfd, src_name, os.O_RDONLY)
+    opened = -1
+    if src_fd < 0 or st is None:
+        opened, st = syscalls.open_file_at(src_dirfd, src_name, os.O_RDONLY)
+        src_fd = opened
     try:
-        if (st.st_dev, st.st_ino) != node.identity:
+        if not is_object(node, st):
             raise estale()
-        dirfd = os.dup(dirfd)
-    except BaseException:
-        os.close(src_fd)
-        raise
-    try:
         tmp, dst_fd = _new_file(dirfd, name)
     except BaseException:
-        os.close(src_fd)
-        os.close(dirfd)
+        if opened >= 0:
+            os.close(opened)
         raise
     length, fsync = _extent(sb, branch, st, need.length)
     return Job(
         node, need.trigger, node.branch, parent, name, branch, dirfd, tmp, src_fd, dst_fd, st, length, fsync, times,
         as_link,
     )  # fmt: skip
+
+
+def hold(job: Job) -> None:
+    """Before anything else is served, which may have the descriptor of the directory closed. Raises OSError."""
+    if not job.owns_dirfd and job.dirfd >= 0:
+        job.dirfd = os.dup(job.dirfd)
+        job.owns_dirfd = True
 
 
 def _new_file(dirfd: int, name: bytes) -> tuple[bytes, int]:
@@ -280,12 +326,7 @@ def _begin_home(sb: Superblock, need: NeedCopyUp, branch: Branch, src_fd: int, s
     node = need.node
     dirfd = plink.directory(sb, branch)
     tmp = whiteout.temporary_name(b"plink")
-    dirfd = os.dup(dirfd)
-    try:
-        dst_fd = syscalls.create_file_at(dirfd, tmp, os.O_RDWR, 0o600)
-    except BaseException:
-        os.close(dirfd)
-        raise
+    dst_fd = syscalls.create_file_at(dirfd, tmp, os.O_RDWR, 0o600)
     name = plink.home_name(node, Place(src_fd, b"", st))
     length, fsync = _extent(sb, branch, st, need.length)
     return Job(node, need.trigger, node.branch, None, name, branch, dirfd, tmp, src_fd, dst_fd, st, length, fsync, None)
@@ -329,16 +370,17 @@ def copy(
     for attempt in range(_ATTEMPTS):
         if attempt:
             os.ftruncate(job.dst_fd, 0)
-            job.st = os.fstat(job.src_fd)
+            job.st = fstat(job.src_fd)
         st = job.st
         small = None
         if not (attempt or job.branch.may_reflink):
-            small = copydata.copy_small(st, job.src_fd, job.dst_fd, job.length)
+            listed = job.source.lists_xattrs and job.branch.lists_xattrs
+            small = copydata.copy_small(st, job.src_fd, job.dst_fd, job.length, listed)
         result = small or _copy_in_steps(job, cancelled, write_out)
         job.method = result.method
         job.copied = result.bytes_copied
         job.progress = max(job.progress, result.size)
-        now = syscalls.fstat(job.src_fd)
+        now = fstat(job.src_fd)
         if not is_racy(job.source, st) and stamp(now) == stamp(st):
             return
         if small and now.st_size != st.st_size:
@@ -396,7 +438,11 @@ def commit(sb: Superblock, job: Job, at_once: bool = False) -> None:
     but that a name which has appeared is not replaced (`publish`).
     """
     node = job.node
-    made = syscalls.fstat(job.dst_fd)
+    if job.parent is not None and not at_once:
+        _check_unmoved(sb, job)
+    if job.prepare is not None:
+        job.prepare(job.dst_fd)
+    made = fstat(job.dst_fd)
     if job.dirfd < 0:
         _note(sb, node, None, b"", job.branch, made, False, 0)
         dst_fd, job.dst_fd = job.dst_fd, -1
@@ -412,8 +458,6 @@ def commit(sb: Superblock, job: Job, at_once: bool = False) -> None:
         plink.adopt_home(sb, node, job.branch, job.name, job.st, names)
         return
     assert job.parent_times is not None
-    if not at_once:
-        _check_unmoved(sb, job)
     _note(sb, node, job.parent, job.name, job.branch, made, job.as_link, _names_left(node, job.st, job.as_link))
     event = _publish(job, job.parent)
     copied = Place(job.src_fd, b"", job.st)
@@ -491,10 +535,13 @@ def abort(job: Job) -> None:
             syscalls.unlink_at(job.dirfd, job.tmp)
     finally:
         job.tmp = b""
+        if not job.owns_dirfd:
+            job.dirfd = -1
         for fd in (job.src_fd, job.dst_fd, job.dirfd):
             if fd >= 0:
                 datacalls.close_quietly(fd)  # `transfer` has asked for what closing the copy would tell
         job.src_fd = job.dst_fd = job.dirfd = -1
+        job.owns_dirfd = False
 
 
 def arrived_nameless(sb: Superblock, node: Node, branch: Branch, fd: int, made: os.stat_result) -> None:
@@ -582,16 +629,17 @@ def _link_plink(sb: Superblock, node: Node, parent: Dir, name: bytes) -> None:
     copydirs.restore_times(dirfd, (before.st_atime_ns, before.st_mtime_ns))
 
 
-def run(sb: Superblock, need: NeedCopyUp) -> None:
-    """A whole copy-up in the calling thread (tests, and files too small for a thread to pay)."""
+def run(sb: Superblock, need: NeedCopyUp) -> bool:
+    """A whole copy-up in the calling thread (tests); whether there was something to copy."""
     job = begin(sb, need)
     if job is None:
-        return
+        return False
     try:
         transfer(job)
         commit(sb, job)
         if takes_away(job):
             settle_names(sb, job)
             take_away(sb, job)
+        return True
     finally:
         abort(job)

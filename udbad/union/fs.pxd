@@ -23,5 +23,6 @@ cdef class UnionFs:
     cpdef getattr(self, node_id)
     @cython.locals(node=Node, sb=Superblock, fd=int, owned=bint, times=bint, st=Status)
     cpdef setattr(self, node_id, SetAttr changes, fh, caller)
+    cpdef _set_attributes(self, SetAttr changes, caller, int fd)
     cpdef need_writable(self, Node node, trigger, length=*)
     cpdef find_xattr(self, node_id, bytes key)

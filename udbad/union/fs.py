@@ -14,6 +14,7 @@ import errno
 import os
 import stat as st_mod
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final, Literal, TypeVar
 
 from udbad.branch import datacalls, state, syscalls, whiteout
@@ -239,6 +240,11 @@ class UnionFs:
         if sb.options.read_only:
             raise erofs()
         size, times = changes.size, changes.atime_ns is not None or changes.mtime_ns is not None
+        if size is None and node.kind == st_mod.S_IFREG and not node.branch.writable:
+            need = NeedCopyUp(node, _ATTR)
+            need.prepare = partial(self._set_attributes, changes, caller)
+            need.then = partial(self._attributes_set, node, changes)
+            raise need
         self.need_writable(node, _ATTR if size is None else _TRUNCATE, size)
         fd, owned = sb.open_object(node)
         try:
@@ -246,12 +252,7 @@ class UnionFs:
                 sb.changes.before_data(node, fd)
             if size is not None:
                 self._truncate(node, fd, size, fh, caller)
-            if changes.uid is not None or changes.gid is not None:
-                self._chown(fd, changes, caller)
-            if changes.mode is not None:
-                syscalls.chmod_fd(fd, changes.mode & 0o7777)
-            if times:
-                syscalls.utime_fd(fd, changes.atime_ns, changes.mtime_ns)
+            self._set_attributes(changes, caller, fd)
             st = fstat(fd)
             sb.changes.data(node, times or size is not None, st, fd, changes.mtime_ns is not None)
             if node.handles:
@@ -260,6 +261,24 @@ class UnionFs:
         finally:
             if owned:
                 unpin(fd)
+
+    def _set_attributes(self, changes: SetAttr, caller: Caller, fd: Number) -> None:
+        """All but the size, of the object behind `fd`."""
+        if changes.uid is not None or changes.gid is not None:
+            self._chown(fd, changes, caller)
+        if changes.mode is not None:
+            syscalls.chmod_fd(fd, changes.mode & 0o7777)
+        if changes.atime_ns is not None or changes.mtime_ns is not None:
+            syscalls.utime_fd(fd, changes.atime_ns, changes.mtime_ns)
+
+    def _attributes_set(self, node: Node, changes: SetAttr) -> Attributes:
+        """The end of a `setattr` that was made to the copy of a file."""
+        st = self.sb.stat(node)
+        mtime = changes.mtime_ns is not None
+        self.sb.changes.data(node, mtime or changes.atime_ns is not None, st, -1, mtime)
+        if node.handles:
+            note_id_bits(node, st)
+        return node, st
 
     @staticmethod
     def _chown(fd: int, changes: SetAttr, caller: Caller) -> None:
@@ -587,6 +606,6 @@ class UnionFs:
             try:
                 return operation()
             except NeedCopyUp as need:
-                copyup.run(self.sb, need)
-                if need.then is not None:
+                copied = copyup.run(self.sb, need)
+                if need.then is not None and (copied or need.prepare is None):
                     return need.then()  # type: ignore[no-any-return]  # what the operation returns

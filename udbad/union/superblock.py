@@ -50,6 +50,10 @@ class NeedCopyUp(Exception):
         self.then: Callable[[], Any] | None = None
         """What is left to do where the copy is the whole operation, which must not be started again then; returns what
         the operation would have."""
+        self.prepare: Callable[[int], object] | None = None
+        """What the operation does to the copy of a regular file, given a descriptor of it, before that has its name: so
+        nobody sees it without, and no event tells of it (one of a file that had no name does not say which it has now).
+        Raises OSError, and there is no copy then. Where nothing was copied, neither this nor `then` is called."""
 
 
 class UnionOptions(NamedTuple):
