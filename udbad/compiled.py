@@ -96,16 +96,16 @@ def sources(package: str = PACKAGE) -> list[str]:
 
 
 def fingerprint(package: str = PACKAGE) -> str:
-    """Of all sources, as they are now, and of the Python that they are compiled for. Raises OSError."""
-    from hashlib import blake2b  # not for a command, which imports none of these modules
+    """Of all sources, as they are now, and of the Python that they are compiled for. By the hash that Python itself has
+    for sources (PEP 552), as hashlib loads all of OpenSSL. Raises OSError."""
+    from importlib.util import source_hash  # not for a command, which imports none of these modules
 
-    hashed = blake2b(EXTENSION_SUFFIXES[0].encode(), digest_size=16)
+    hashed = [EXTENSION_SUFFIXES[0].encode()]
     for path in sources(package):
-        with open(path, "rb") as file:
-            content = file.read()
-        hashed.update(b"%s %d\n" % (os.path.basename(path).encode(), len(content)))
-        hashed.update(content)
-    return hashed.hexdigest()
+        with open(path, "rb", buffering=0) as file:
+            content = file.readall()
+        hashed += [b"%s %d\n" % (os.path.basename(path).encode(), len(content)), content]
+    return source_hash(b"".join(hashed)).hex()
 
 
 def wanted() -> bool:

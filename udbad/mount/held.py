@@ -12,7 +12,6 @@ import marshal
 import os
 import struct
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
@@ -39,6 +38,8 @@ class _Loader(SourceFileLoader):
         self._compressed = code
 
     def get_code(self, fullname: str) -> CodeType:
+        import zlib  # a mount begins without it
+
         code: CodeType = marshal.loads(zlib.decompress(self._compressed))
         return code
 
@@ -101,6 +102,8 @@ def _be_child(fd: int) -> NoReturn:
 
 def _write(fd: int, names: Sequence[str]) -> None:
     """The code of these modules, as far as they are of Python."""
+    import zlib  # as above
+
     index: dict[str, _Found] = {}
     at = os.pwrite(fd, bytes(_INDEX_AT.size), 0)
     for name in names:
