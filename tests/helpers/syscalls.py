@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Final
 
 _DEADLINE: Final = 30.0
-_TRACE: Final = "trace=!futex,mmap,munmap,brk,madvise,sched_yield"
+_TRACE: Final = "trace=!futex,mmap,munmap,brk,madvise"
 _CALL: Final = re.compile(r"^(?:\d+ +)?(\w+)\(", re.MULTILINE)
 
 

@@ -165,7 +165,7 @@ def force(way: str, patch: pytest.MonkeyPatch) -> None:
         return
     patch.setattr(datacalls, "reflink", no_reflink)
     if way == "rw":
-        patch.setattr(os, "copy_file_range", refuse(errno.EXDEV))
+        patch.setattr(datacalls, "copy_in_turns", refuse(errno.EXDEV))
     if way == "blind":
         patch.setattr(os, "lseek", generic_lseek)
     if way == "einval":
@@ -348,7 +348,7 @@ def test_only_a_hole(area: Path, fs_type: str, way: str, monkeypatch: pytest.Mon
 def test_refused_copy_file_range_is_replaced(tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     content = write_layout(tmp_path / "src", [("data", 3 * MIB), ("hole", MIB), ("data", 3)])
     monkeypatch.setattr(datacalls, "reflink", no_reflink)
-    monkeypatch.setattr(os, "copy_file_range", refuse(number))
+    monkeypatch.setattr(datacalls, "copy_in_turns", refuse(number))
     assert copy(tmp_path / "src", tmp_path / "dst") == CopyResult(CopyMethod.COPY, 3 * MIB + 3, len(content))
     assert (tmp_path / "dst").read_bytes() == content
 
@@ -356,14 +356,14 @@ def test_refused_copy_file_range_is_replaced(tmp_path: Path, number: int, monkey
 @pytest.mark.usefixtures("small_chunks")
 def test_copy_file_range_that_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = write_layout(tmp_path / "src", [("data", MIB)])
-    real = os.copy_file_range
+    real = datacalls.copy_in_turns
     calls = []
 
     def once(*arguments: int) -> int:
         calls.append(arguments)
         return real(*arguments) if len(calls) == 1 else 0
 
-    monkeypatch.setattr(os, "copy_file_range", once)
+    monkeypatch.setattr(datacalls, "copy_in_turns", once)
     assert copy(tmp_path / "src", tmp_path / "dst") == CopyResult(CopyMethod.COPY, MIB, MIB)
     assert (tmp_path / "dst").read_bytes() == content
     assert len(calls) == 2
@@ -407,12 +407,12 @@ def test_full_file_system_in_the_kernel(foreign: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EFBIG])
-@pytest.mark.parametrize("call", ["copy_file_range", "pread", "pwrite", "ftruncate", "lseek"])
+@pytest.mark.parametrize("call", ["copy_in_turns", "pread", "pwrite", "ftruncate", "lseek"])
 def test_errors_of_the_disk_pass(tmp_path: Path, call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "src").write_bytes(b"content" * copydata.SMALL)
     os.truncate(tmp_path / "src", 8 * copydata.SMALL)  # a hole at the end
-    force("cfr" if call == "copy_file_range" else "rw", monkeypatch)
-    monkeypatch.setattr(os, call, refuse(number))
+    force("cfr" if call == "copy_in_turns" else "rw", monkeypatch)
+    monkeypatch.setattr(datacalls if call == "copy_in_turns" else os, call, refuse(number))
     with pytest.raises(OSError, match=r".") as caught:
         copy(tmp_path / "src", tmp_path / "dst")
     assert caught.value.errno == number

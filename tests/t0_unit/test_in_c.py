@@ -8,6 +8,7 @@ import random
 import socket
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from stat import S_IFCHR, S_IFREG
 from types import ModuleType
@@ -32,7 +33,7 @@ from udbad.inodes.journal import DIRECTORY, Journal
 from udbad.inodes.node import Dir, Layer, Node
 from udbad.inodes.record import Record, pack, unpack
 from udbad.inodes.table import InodeTable
-from udbad.kernel import device, wire
+from udbad.kernel import device, scheduling, wire
 from udbad.kernel.protocol import inval_attributes, inval_data, inval_entry
 from udbad.kernel.received import Received
 from udbad.types import ROOT_ID, Caller, Perm
@@ -390,6 +391,28 @@ def test_content_that_is_written_out(tmp_path: Path, calls: ModuleType) -> None:
         calls.write_out(file.fileno())
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
         calls.write_out(-1)
+
+
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("calls", [datacalls, from_source(datacalls)], ids=["used", "python"])
+def test_content_that_is_copied_in_turns(tmp_path: Path, calls: ModuleType, short: bool) -> None:
+    content = os.urandom(3_000_007)  # several portions, and not whole pages
+    (tmp_path / "source").write_bytes(content)
+
+    def check() -> None:
+        if short:
+            scheduling.take_turns(scheduling.SHORTEST)
+        with (tmp_path / "source").open("rb") as source, (tmp_path / "copy").open("wb") as copy:
+            files = source.fileno(), copy.fileno()
+            assert calls.copy_in_turns(*files, 2_000_000, 5, 1) == 2_000_000
+            assert calls.copy_in_turns(*files, 8 << 20, 2_000_005, 2_000_001) == 1_000_002, "to the end of the source"
+            assert calls.copy_in_turns(*files, 1, len(content), 0) == 0
+            with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+                calls.copy_in_turns(source.fileno(), source.fileno(), 1, 0, 5)
+        assert (tmp_path / "copy").read_bytes() == b"\0" + content[5:]
+
+    with ThreadPoolExecutor(1) as pool:  # this thread keeps its turns
+        pool.submit(check).result(60)
 
 
 @pytest.mark.parametrize("calls", [syscalls, PYTHON_SYSCALLS], ids=["used", "python"])

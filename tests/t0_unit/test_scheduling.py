@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from tests.helpers.syscalls import counted
+from tests.helpers.turns import CAN_BE_ASKED_FOR, turns
+from udbad import compiled
+from udbad.branch import copydata, datacalls
 from udbad.edge.loop import Loop
 from udbad.edge.waiting import Waiting
 from udbad.kernel import scheduling
-from udbad.kernel.scheduling import _ATTRIBUTES, _SYS_SCHED_GETATTR, SHORTEST, take_turns
+from udbad.kernel.scheduling import SHORTEST, take_turns
 
-pytestmark = pytest.mark.skipif(
-    _SYS_SCHED_GETATTR is None or tuple(map(int, os.uname().release.split(".")[:2])) < (6, 12),
-    reason="ok: this kernel lets nobody ask",
-)
-
-
-def turns() -> tuple[int, int, int]:
-    """Policy, niceness and turns (ns) of the calling thread."""
-    had = ctypes.create_string_buffer(_ATTRIBUTES.size)
-    assert not ctypes.CDLL(None).syscall(_SYS_SCHED_GETATTR, 0, had, len(had), 0)
-    _, policy, _, nice, _, runtime, _, _ = _ATTRIBUTES.unpack(had.raw)
-    return policy, nice, runtime
+pytestmark = pytest.mark.skipif(not CAN_BE_ASKED_FOR, reason="ok: this kernel lets nobody ask")
 
 
 def in_thread(call: Callable[[], object]) -> None:
@@ -70,16 +64,15 @@ def test_unknown_machines_and_refusals_do_nothing(monkeypatch: pytest.MonkeyPatc
     in_thread(check)
 
 
-def test_who_serves_has_short_turns_and_who_copies_the_usual_ones() -> None:
+def test_who_serves_has_short_turns_and_who_reads_and_copies_beside_it() -> None:
     def serve() -> None:
-        usual = turns()
         loop = Loop()
         try:
             loop.run(main, lambda begin: None)
             assert turns()[2] == SHORTEST
             waiting = Waiting(None, loop.post)  # type: ignore[arg-type]  # which asks no union
             assert waiting._readers.submit(turns).result(10)[2] == SHORTEST
-            assert waiting._copiers.submit(turns).result(10) == usual
+            assert waiting._copiers.submit(turns).result(10)[2] == SHORTEST
             waiting.close()
         finally:
             loop.close()
@@ -88,3 +81,25 @@ def test_who_serves_has_short_turns_and_who_copies_the_usual_ones() -> None:
         raise AssertionError("nothing is served, so it ends at once")
 
     in_thread(serve)
+
+
+@pytest.mark.skipif(bool(compiled.why_not()), reason="ok: only in C does it give way")
+@pytest.mark.parametrize("nanoseconds", [SHORTEST, 0])
+def test_who_copies_gives_way_where_turns_are_short(tmp_path: Path, nanoseconds: int) -> None:
+    (tmp_path / "source").write_bytes(bytes(copydata.KERNEL_CHUNK))
+
+    def copy() -> Counter[str]:
+        take_turns(nanoseconds)
+        with (tmp_path / "source").open("rb") as source, (tmp_path / "copy").open("wb") as target:
+            with counted() as calls:
+                datacalls.copy_in_turns(source.fileno(), target.fileno(), copydata.KERNEL_CHUNK, 0, 0)
+            assert os.fstat(target.fileno()).st_size == copydata.KERNEL_CHUNK
+        return calls
+
+    with ThreadPoolExecutor(1) as pool:
+        calls = pool.submit(copy).result(60)
+    if nanoseconds:
+        assert calls["copy_file_range"] > 1
+    else:  # to give way would be to give the rest of a long turn away
+        assert calls["copy_file_range"] == 1
+    assert calls["sched_yield"] == calls["copy_file_range"] - 1

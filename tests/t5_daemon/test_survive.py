@@ -24,8 +24,10 @@ import pytest
 from tests.helpers.killing import stop
 from tests.helpers.mount import Mount, UnionFactory
 from tests.helpers.profile import scaled
+from tests.helpers.turns import CAN_BE_ASKED_FOR, turns
 from tests.t5_daemon.daemon import DEADLINE, Daemon, until
 from udbad.control import registry
+from udbad.kernel import scheduling
 from udbad.mount import keeper
 
 pytestmark = [
@@ -102,6 +104,7 @@ def test_files(mount: Mount) -> None:
     for _ in range(2):
         kill(mount)
         assert os.pread(lower, 100, 0) == b"of base"
+        assert not CAN_BE_ASKED_FOR or turns(worker(mount))[2] == scheduling.SHORTEST
         assert os.pread(removed, 100, 0) == b"still here"
         os.pwrite(upper, b"written", 10)
         assert os.pread(upper, 7, 10) == b"written"

@@ -10,10 +10,10 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_SetFromErrno
 from cpython.unicode cimport PyUnicode_AsUTF8
 from libc.errno cimport EAGAIN, EBADF, EINVAL, ENODATA, ENOENT, ENOSYS, EOPNOTSUPP, EPERM, ERANGE, errno
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.string cimport strerror, strlen
-from posix.time cimport timespec
+from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
 from posix.unistd cimport read
 
 cdef extern from "<fcntl.h>" nogil:
@@ -23,6 +23,10 @@ cdef extern from "<fcntl.h>" nogil:
     int AT_EMPTY_PATH, AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_FOLLOW
     int O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOFOLLOW, O_PATH, O_RDWR, O_TMPFILE
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+    int SCHED_OTHER
+
 cdef extern from "<stdio.h>" nogil:
     int renameat2_c "renameat2"(int src_dirfd, const char *src, int dst_dirfd, const char *dst, unsigned int flags)
 
@@ -31,7 +35,7 @@ cdef extern from "<sys/stat.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
-    Py_ssize_t copy_file_range(
+    Py_ssize_t copy_file_range_c "copy_file_range"(
         int src_fd, long long *src_at, int dst_fd, long long *dst_at, size_t count, unsigned int flags
     )
     Py_ssize_t pread(int fd, void *data, size_t count, long long offset)
@@ -40,6 +44,7 @@ cdef extern from "<unistd.h>" nogil:
     int unlinkat_c "unlinkat"(int dirfd, const char *path, int flags)
     int fchownat_c "fchownat"(int dirfd, const char *path, unsigned int uid, unsigned int gid, int flags)
     long syscall(long number, int fd, const char *path, unsigned int mode, int flags)
+    long sched_getattr_c "syscall"(long number, int pid, void *attributes, unsigned int size, unsigned int flags)
     long sysconf(int name)
     int _SC_PAGESIZE
 
@@ -68,6 +73,9 @@ cdef extern from "<sys/uio.h>" nogil:
         size_t iov_len
     Py_ssize_t preadv2(int fd, const iovec *vectors, int count, long long offset, int flags)
     int RWF_NOWAIT
+
+cdef extern from "<sys/syscall.h>" nogil:
+    long SYS_sched_getattr
 
 cdef extern from "<sys/vfs.h>" nogil:
     struct statfs_c "statfs":
@@ -358,7 +366,7 @@ def copy_small(
     with nogil:
         if may_have(src_fd, name) or may_have(dst_fd, name):
             how = 0
-        elif size and copy_file_range(src_fd, &src_at, dst_fd, &dst_at, size, 0) != <Py_ssize_t>size:
+        elif size and copy_file_range_c(src_fd, &src_at, dst_fd, &dst_at, size, 0) != <Py_ssize_t>size:
             how = 2
             if pread(src_fd, data, size, 0) != <Py_ssize_t>size or pwrite(dst_fd, data, size, 0) != <Py_ssize_t>size:
                 how = 0
@@ -369,6 +377,66 @@ def copy_small(
         ):
             how = 0
     return how
+
+
+cdef struct sched_attr_c:
+    uint32_t size, policy
+    uint64_t flags
+    int32_t nice
+    uint32_t priority
+    uint64_t runtime, deadline, period
+
+cdef uint64_t SHORT = 1000000  # nanoseconds of a turn, of which the rest may be given away again and again
+cdef long MOST = 200000  # nanoseconds on a processor after which others may have it
+cdef size_t PORTION = 256 << 10  # bytes that take about half of that, from memory to memory
+cdef size_t LEAST = 64 << 10
+
+
+cdef bint has_short_turns() noexcept nogil:
+    """Whether this thread has asked for them (kernel/scheduling.py)."""
+    cdef sched_attr_c had
+    return (
+        sched_getattr_c(SYS_sched_getattr, 0, &had, sizeof(had), 0) == 0
+        and had.policy == SCHED_OTHER
+        and 0 < had.runtime <= SHORT
+    )
+
+
+cdef long worked() noexcept nogil:
+    """Nanoseconds that this thread has had a processor, but for whole seconds."""
+    cdef timespec time
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time)
+    return time.tv_nsec
+
+
+def copy_in_turns(int src_fd, int dst_fd, size_t count, long long src_at, long long dst_at):
+    # In portions, after each of which whoever waits for this processor has his turn: else he has it at the next tick.
+    # How large they are is told by the time they take here: a server that copies by itself takes none of it.
+    cdef size_t done = 0, portion = PORTION
+    cdef Py_ssize_t copied = 0
+    cdef long took
+    cdef bint gives_way
+    with nogil:
+        gives_way = has_short_turns()
+        if not gives_way:
+            portion = count
+        while True:
+            took = worked()
+            copied = copy_file_range_c(src_fd, &src_at, dst_fd, &dst_at, min(portion, count - done), 0)
+            if copied <= 0:
+                break
+            done += copied
+            if done >= count or not gives_way:
+                break
+            took = worked() - took
+            if took > MOST:
+                portion = max(portion // 2, LEAST)
+            elif 0 <= took < MOST // 2:
+                portion *= 2
+            sched_yield()
+    if copied < 0 and not done:
+        PyErr_SetFromErrno(OSError)
+    return done
 
 
 def start_writing(int fd, long long offset, long long count):

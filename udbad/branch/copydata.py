@@ -253,7 +253,7 @@ class _Copier:
         return len(data)
 
     def _copy_in_kernel(self, offset: int, count: int) -> int:
-        return _copy_in_kernel(self.src_fd, offset, self.dst_fd, offset, count)
+        return _copy_in_kernel(datacalls.copy_in_turns, self.src_fd, offset, self.dst_fd, offset, count)
 
     def _write(self, data: memoryview, offset: int) -> None:
         while data:
@@ -280,7 +280,7 @@ def copy_range(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, lengt
         try:
             count = 0
             if in_kernel:
-                count = _copy_in_kernel(src_fd, source, dst_fd, target, min(left, RANGE_CHUNK))
+                count = _copy_in_kernel(os.copy_file_range, src_fd, source, dst_fd, target, min(left, RANGE_CHUNK))
                 in_kernel = count > 0  # as in `_Copier._copy_chunk`
             if not count:
                 data = os.pread(src_fd, min(left, USER_CHUNK), source)
@@ -297,10 +297,17 @@ def copy_range(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, lengt
     return copied
 
 
-def _copy_in_kernel(src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, count: int) -> int:
-    """copy_file_range(2); 0 when it refuses."""
+def _copy_in_kernel(
+    call: Callable[[int, int, int, int, int], int],
+    src_fd: int,
+    src_offset: int,
+    dst_fd: int,
+    dst_offset: int,
+    count: int,
+) -> int:
+    """copy_file_range(2), which `call` does; 0 when it refuses."""
     try:
-        return os.copy_file_range(src_fd, dst_fd, count, src_offset, dst_offset)
+        return call(src_fd, dst_fd, count, src_offset, dst_offset)
     except OSError as error:
         if error.errno in _REFUSED:
             return 0

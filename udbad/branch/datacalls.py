@@ -142,6 +142,15 @@ def all_data(fd: int, offset: int, whence: int) -> int:
     return offset if whence == os.SEEK_DATA else size
 
 
+def copy_in_turns(src_fd: int, dst_fd: int, count: int, src_at: int, dst_at: int) -> int:
+    """copy_file_range(2) of two files that share no blocks; returns how many bytes were copied, perhaps fewer than
+    `count`, 0 at the end of the source.
+
+    In C a thread of short turns (kernel/scheduling.py) gives way to others again and again. Not here: it would wait for
+    the interpreter's lock each time, for milliseconds where requests are served."""
+    return os.copy_file_range(src_fd, dst_fd, count, src_at, dst_at)
+
+
 def start_writing(fd: int, offset: int, count: int) -> None:
     """Have these bytes of a file written to its disk, without waiting for it (sync_file_range(2)); count 0: all from
     `offset` on. Never fails: what is wrong is told to who waits for it."""
@@ -201,6 +210,7 @@ if not compiled.why_not():
     # The same without Python between.
     from udbad.branch.ccalls import (  # noqa: F401  # names of this module
         close_quietly,
+        copy_in_turns,
         read_cached,
         read_ready,
         start_reading,

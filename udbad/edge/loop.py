@@ -14,8 +14,9 @@ to import it takes longer than to mount.
 - Branch events are looked at every TURN_SECONDS at most, so that what gathers is done in one go: our own changes send
   events, too, and so does each write of a file that the kernel writes by itself (kernel/passthrough.py). One that
   nobody waits for is merged with the one before (inotify_merge() in the kernel); else the writer would wake us.
-- The thread asks for short turns on its processor (kernel/scheduling.py): it serves many who wait, and one of them that
-  shares a processor with it, or what copies a large file, would else keep all of them waiting until the next tick.
+- The thread asks for short turns on its processor (kernel/scheduling.py), and so do those that it makes: it serves many
+  who wait, and one of them that shares a processor with it, or what copies a large file, would else keep all of them
+  waiting until the next tick.
 - A request may be taken back between "readable" and read(2): its client was killed (request_wait_answer() in
   fs/fuse/dev.c). A blocking read would then hold everything else until the next request, so no descriptor blocks.
 """

@@ -26,7 +26,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from udbad.edge.operations import Later
-from udbad.kernel import scheduling
 from udbad.types import Trigger
 from udbad.union import copyup
 from udbad.union.fs import UnionFs
@@ -164,8 +163,7 @@ class Waiting:
 
     @cached_property
     def _copiers(self) -> ThreadPoolExecutor:
-        # Made by the event loop, whose turns are short; not those of who keeps a processor busy.
-        return _pool(COPIERS, "copy", initializer=scheduling.take_turns, initargs=(0,))
+        return _pool(COPIERS, "copy")
 
     def go_on(self, request: Request, error: Exception) -> None:
         """`error` is what the operation has raised: do what helps and start it again, or have it answered later.
