@@ -7,6 +7,8 @@ import os
 import random
 import socket
 import struct
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,6 +218,53 @@ def test_names_of_a_directory(tmp_path: Path, seed: int) -> None:
         for name in (b"", b"x" * 5000):
             with pytest.raises(ValueError, match=r"x|b''"):
                 one[name] = 0
+
+
+TWICE = """
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <stdio.h>
+#include <string.h>
+
+/* A directory of %d names, of which one in ten comes once more. */
+ssize_t getdents64(int fd, void *buffer, size_t room)
+{
+	static int calls;
+	char *at = buffer;
+
+	for (int i = 0; i < COUNT + COUNT / 10 && !calls; i++) {
+		struct dirent64 *entry = (struct dirent64 *)at;
+		entry->d_ino = 100 + i, entry->d_type = DT_REG, entry->d_reclen = 32;
+		sprintf(entry->d_name, "%%d", i < COUNT ? i : (i - COUNT) * 10);
+		at += entry->d_reclen;
+	}
+	return calls++ ? 0 : at - (char *)buffer;
+}
+"""
+
+
+@pytest.mark.skipif(bool(compiled.why_not()), reason=f"{'' if compiled.wanted() else 'ok: '}of what is compiled")
+@pytest.mark.parametrize("count", [10, 300])
+def test_a_name_that_is_read_twice(tmp_path: Path, count: int) -> None:
+    """As a directory may say it that is changed meanwhile: it is one, what was said first counts, and it can go."""
+    (tmp_path / "twice.c").write_text(f"#define COUNT {count}\n{TWICE % count}")
+    words = ["gcc", "-shared", "-fPIC", "-o", str(tmp_path / "twice.so"), str(tmp_path / "twice.c")]
+    subprocess.run(words, check=True, timeout=60)
+    script = (
+        "from udbad.inodes.names import Names\n"
+        "names, stacked = Names(), set()\n"
+        "assert names.read(0, 3, set(), stacked) == []\n"
+        f"assert list(names) == [b'%d' % number for number in range({count})]\n"
+        f"assert [names.at(place)[2] for place in range(len(names))] == [*range(100, 100 + {count})]\n"
+        f"assert stacked == {{b'%d' % number for number in range(0, {count} // 10 * 10, 10)}}\n"
+        "assert names.packed() == Names(list(names)).packed()\n"
+        "names.discard(b'0')\n"
+        "assert names.get(b'0', -1) == -1 and b'0' not in list(names)\n"
+    )
+    environment = {
+        **os.environ, "LD_PRELOAD": str(tmp_path / "twice.so"), "PYTHONPATH": str(Path(compiled.__file__).parents[1])
+    }  # fmt: skip
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=environment)
 
 
 def test_copies_of_names() -> None:

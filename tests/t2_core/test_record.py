@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,9 @@ class Writer:
 
     def write(self, thing: Thing) -> None:
         if self.things.get(thing.id) is thing:
-            thing.place = self.record.append(record_module.pack((thing.id, thing.value, bytes(120))), thing.nlookup)
+            thing.place = self.record.append(
+                record_module.pack((thing.id, thing.value, bytes(120))), count=thing.nlookup
+            )
         elif thing.id not in self.things:
             self.record.append(record_module.pack((thing.id, None, b"")))
 
@@ -278,10 +280,10 @@ def test_without_room_there_is_no_record_until_all_was_written_anew(
         writer, rng = Writer(), random.Random(failing)
         record, calls = writer.record, itertools.count()
 
-        def sometimes(half: Any, entry: bytes, calls: Iterator[int] = calls, failing: int = failing) -> int:
+        def sometimes(half: Any, parts: Sequence[bytes], calls: Iterator[int] = calls, failing: int = failing) -> int:
             if next(calls) == failing:
                 raise full
-            return append(half, entry)
+            return append(half, parts)
 
         record.rewrite()
         failed = 0

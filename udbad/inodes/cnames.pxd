@@ -24,9 +24,11 @@ cdef class Names:
     cdef int own(self) except -1
     cdef int settle(self) except -1
     cdef entry_t *look(self, const char *name, Py_ssize_t size) noexcept nogil
+    cdef entry_t *lay(self, const char *name, Py_ssize_t size) except NULL
     cdef entry_t *append(self, const char *name, Py_ssize_t size, size_t slot) except NULL
     cdef int merge(self, const char *name, Py_ssize_t size, uint64_t number, unsigned int kind, object index,
                    uint16_t as_file, uint16_t as_directory, set hidden, set stacked) except -1
+    cdef int index_anew(self, set stacked) except -1
     cpdef get(self, bytes name, missing=*)
 
 cdef uint16_t uppermost(uint16_t hit) noexcept nogil

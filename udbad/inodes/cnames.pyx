@@ -4,11 +4,11 @@
 # gaps; a block that has several users has none. The index is open addressing with linear probing.
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.exc cimport PyErr_SetFromErrno
 from cpython.set cimport PySet_Contains
+from libc.errno cimport errno
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcmp, memcpy, strlen
+from libc.string cimport memcmp, memcpy, strerror, strlen
 
 from udbad.branch.clisting cimport DT_CHR, DT_DIR, dirent64, getdents64, is_dots, type_of
 
@@ -233,8 +233,8 @@ cdef class Names:
         """NULL: it is not there."""
         return look_in(self.block, name, size, slot_of(self.block, name, size))
 
-    cdef entry_t *append(self, const char *name, Py_ssize_t size, size_t slot) except NULL:
-        """A name that is not there, to a block that nobody else has. slot: of the name."""
+    cdef entry_t *lay(self, const char *name, Py_ssize_t size) except NULL:
+        """One more name, to a block that nobody else has; the index does not have it."""
         cdef block_t *block = self.block
         cdef entry_t *entry
         if not 0 < size <= MOST_BYTES:
@@ -251,6 +251,12 @@ cdef class Names:
         memcpy(block.text + block.used, name, size)
         block.count += 1
         block.used += size
+        return entry
+
+    cdef entry_t *append(self, const char *name, Py_ssize_t size, size_t slot) except NULL:
+        """A name that is not there, to a block that nobody else has. slot: of the name."""
+        cdef entry_t *entry = self.lay(name, size)
+        cdef block_t *block = self.block
         if block.slots * 3 >= <size_t>block.count * 4:
             put_in_index(block, block.count - 1, slot)
         elif block.count > FEW:
@@ -326,6 +332,34 @@ cdef class Names:
             entry.hit = place_of((*<tuple>hit, index))
         return 0
 
+    cdef int index_anew(self, set stacked) except -1:
+        """Have an index where there is none, of names of one branch directory. That may say a name twice, when it is
+        changed while it is read: the first one counts, as for `merge`."""
+        cdef block_t *block = self.block
+        cdef Py_ssize_t place
+        cdef size_t slot
+        cdef entry_t *entry
+        cdef entry_t *other
+        block.slots = slots_for(block.count)
+        if block.slots:
+            block.index = <uint32_t *>calloc(block.slots, sizeof(uint32_t) + 1)
+            if not block.index:
+                block.slots = 0
+                raise MemoryError
+            block.tags = <unsigned char *>(block.index + block.slots)
+        for place in range(block.count):
+            entry = block.entries + place
+            slot = slot_of(block, block.text + entry.at, size_of(entry))
+            other = look_in(block, block.text + entry.at, size_of(entry), slot)
+            if other != NULL and other != entry:
+                if stacked is not None:
+                    stacked.add(PyBytes_FromStringAndSize(block.text + entry.at, size_of(entry)))
+                entry.rest = 0
+                block.gone += 1
+            elif block.slots:
+                put_in_index(block, place, slot)
+        return 0
+
     def read(self, int fd, index, set hidden not None, set stacked):
         cdef uint64_t[8192] buffer
         cdef char *at
@@ -336,7 +370,13 @@ cdef class Names:
         cdef uint16_t as_file = place_of(index)
         cdef uint16_t as_directory = place_of((index,))
         cdef list odd = []
+        cdef entry_t *entry
+        cdef int failed
+        # Nothing that a name may be among already: the index is made at the end, once and not as it grows.
+        cdef bint first = not self.block.count and not hidden
         self.own()
+        if first:
+            make_index(self.block, 0)
         while True:
             with nogil:
                 size = getdents64(fd, buffer, sizeof(buffer))
@@ -345,11 +385,12 @@ cdef class Names:
             at = <char *>buffer
             end = at + size
             length = 0
-            while at < end:
-                at += (<dirent64 *>at).d_reclen
-                length += 1
-            reserve(self.block, length, size - length * 20)  # what an entry has beside the name
-            at = <char *>buffer
+            if not first:
+                while at < end:
+                    at += (<dirent64 *>at).d_reclen
+                    length += 1
+                reserve(self.block, length, size - length * 20)  # what an entry has beside the name
+                at = <char *>buffer
             while at < end:
                 found = <dirent64 *>at
                 at += found.d_reclen
@@ -360,9 +401,17 @@ cdef class Names:
                 if kind == DT_CHR or (length > 4 and memcmp(found.d_name, b".wh.", 4) == 0):
                     odd.append((PyBytes_FromStringAndSize(found.d_name, length), found.d_ino, kind))
                     continue
-                self.merge(found.d_name, length, found.d_ino, kind, index, as_file, as_directory, hidden, stacked)
-        if size < 0:
-            PyErr_SetFromErrno(OSError)
+                if first:
+                    entry = self.lay(found.d_name, length)
+                    entry.number, entry.hit = found.d_ino, as_directory if kind == DT_DIR else as_file
+                    entry.rest = <uint16_t>(length << 4 | kind)
+                else:
+                    self.merge(found.d_name, length, found.d_ino, kind, index, as_file, as_directory, hidden, stacked)
+        failed = errno if size < 0 else 0
+        if first:
+            self.index_anew(stacked)
+        if failed:
+            raise OSError(failed, strerror(failed).decode())
         set_room(self.block, self.block.count, self.block.used)
         return odd
 

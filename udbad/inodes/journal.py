@@ -145,7 +145,7 @@ class Journal:
         if node.aliases or plink is not None:
             home = None if plink is None else (plink.branch.id, plink.name)
             payload += pack(([(above.id, other) for above, other in node.aliases or ()], home))
-        node.place = self._append(payload, node.nlookup if node.nlookup > 0 else 0)
+        node.place = self._append(payload, count=node.nlookup if node.nlookup > 0 else 0)
 
     def _directory(self, node: Dir) -> None:
         if self._table.nodes.get(node.id) is not node:
@@ -159,7 +159,7 @@ class Journal:
             node.id, 0 if parent is None else parent.id, node.name, node.dead, node.nlink_extra, node.floor,
             node.opaque, node.mtime_offset, node.listed, layers,
         )  # fmt: skip
-        node.place = self._append(_entry(DIRECTORY, said), max(node.nlookup, 0))
+        node.place = self._append(_entry(DIRECTORY, said), count=max(node.nlookup, 0))
 
     def _gone(self, node: Node) -> None:
         node.place = 0
@@ -196,14 +196,14 @@ class Journal:
         else:
             packed = _names(names)
         said = handle.fh, node.id, handle.pid, handle.cached, handle.base
-        self._append(b"".join((bytes((OPEN_DIRECTORY,)), tuple_of(6), *map(pack, said), packed)))
+        self._append(bytes((OPEN_DIRECTORY,)), tuple_of(6), *map(pack, said), packed)
 
     def _snapshots(self, node: Dir) -> None:
         self._listings[node.id] = node.listings
         parts = [bytes((LISTINGS,)), tuple_of(3), pack(node.id), tuple_of(len(node.listings))]
         for first, count, names in node.listings:
             parts += tuple_of(3), pack(first), pack(count), _names(names)
-        self._append(b"".join((*parts, pack(node.room))))
+        self._append(*parts, pack(node.room))
 
     def _negative(self, negative: Negative) -> None:
         node, name = negative

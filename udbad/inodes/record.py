@@ -22,7 +22,7 @@ import marshal
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
@@ -126,14 +126,16 @@ class Half:
         self.words = memoryview(self.memory).cast("Q")
         self._room = room
 
-    def append(self, entry: bytes) -> int:
-        """The number of the word with its count; who reads the log knows of the entry from `publish` on. Raises
-        OSError."""
-        end = self.pending or self.end
-        after = end + len(entry)
+    def append(self, parts: Sequence[bytes]) -> int:
+        """Write an entry. Returns the number of the word with its count; who reads the log knows of it from `publish`
+        on. Raises OSError."""
+        end = at = self.pending or self.end
+        after = end + sum(map(len, parts))
         if after > self._room:
             self._extend(after)
-        self.memory[end:after] = entry
+        for part in parts:
+            self.memory[at : at + len(part)] = part
+            at += len(part)
         self.pending = after + 7 & ~7
         return (end >> 3) + 1
 
@@ -276,9 +278,10 @@ class Record:
             if self._half.end > self._half.most:
                 self._begin()
 
-    def append(self, payload: bytes, count: int = 0) -> int:
-        """One more entry, for `write`; returned is its place, for `Counted`. Raises OSError."""
-        entry = _ENTRY.pack(len(payload), count) + payload
+    def append(self, *payload: bytes, count: int = 0) -> int:
+        """One more entry, for `write`, of parts that may be large; returned is its place, for `Counted`. Raises
+        OSError."""
+        entry = (_ENTRY.pack(sum(map(len, payload)), count), *payload)
         if self._next is None:
             return self._half.append(entry)
         if not self._moving:

@@ -12,6 +12,8 @@ cdef class Run:
     cdef public dict children, numbering
     cdef public InoMap inomap
     cdef public Py_ssize_t first, after, index
+    cdef unsigned char[512] likely  # creaddir.pyx
+    cdef bint knows_likely
     cdef public unsigned long long base, limit, lowest, highest
     cpdef unsigned long long number(self, Py_ssize_t index, unsigned long long own) except? 0
 
