@@ -93,6 +93,7 @@ def run(
     with ExitStack() as ending:
         record = predecessor = own = None
         watched = -1
+        asked = 0
         if guard is not None and mortal is None:
             record = Record.create()
             ending.callback(os.close, record.fd)
@@ -119,8 +120,10 @@ def run(
                 configured = configured or format_options(options)
                 options = resolved(options)
                 if options.branch_timeout:
-                    ask_first([spec.path for spec in options.branches], options.branch_timeout)
+                    asked = ask_first([spec.path for spec in options.branches], options.branch_timeout)
             process = MountProcess(options, mount_point, identity, record, predecessor, own)
+            if asked:
+                os.waitpid(asked, 0)  # has ended long since
         except OSError as error:
             raise _no_start(mount_point, error) from error
         finally:

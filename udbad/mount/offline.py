@@ -55,9 +55,10 @@ def outages(facts: dict[str, Any]) -> dict[int, Outage]:
     return {int(branch): Outage(**known(Outage._fields, words)) for branch, words in facts.get("outages", {}).items()}
 
 
-def ask_first(paths: Sequence[bytes], timeout: int) -> None:
+def ask_first(paths: Sequence[bytes], timeout: int) -> int:
     """Before branches are opened by a process that would hang with them. Raises UserError (BRANCH) for one that does
-    not answer within so many seconds. Precondition: no thread yet."""
+    not answer within so many seconds. Precondition: no thread yet. Returns the number of a child that ends just now,
+    to be waited for when there is nothing better to do."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     owner, pid = os.getpid(), os.fork()
     if pid == 0:
@@ -72,9 +73,9 @@ def ask_first(paths: Sequence[bytes], timeout: int) -> None:
                 raise UserError(f"branch {shown(path)} has not answered for {timeout} s", ExitCode.BRANCH)
             if not os.read(reader, 1):
                 break
-        os.waitpid(pid, 0)
     finally:
         os.close(reader)
+    return pid
 
 
 def _ask_paths(owner: int, paths: Sequence[bytes], writer: int) -> NoReturn:
