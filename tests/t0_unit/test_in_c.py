@@ -784,6 +784,8 @@ def test_a_device(module: ModuleType) -> None:
         assert module.name_at(request, 45) == b"other"
         assert module.name_at(request, 50) == b""
         assert [module.name_at(request, start) for start in (40, 51, 52, 5000)] == [None] * 4
+        assert module.names_at(request, 40) == (b"name", b"other")
+        assert [module.names_at(request, start) for start in (45, 50, 51, 5000)] == [None] * 4
         assert module.word_at(request, 0) == request.length
         caller = module.caller_of(request, 0o22)
         assert type(caller) is Caller

@@ -25,8 +25,9 @@ from udbad.coherence.sent import SentAttributes
 from udbad.coherence.watcher import Change, Echo
 from udbad.coherence.watches import Place, Watches, Way
 from udbad.inodes.node import Dir, Index, Layer, Node
+from udbad.inodes.table import InodeTable
 from udbad.union import homes, lookup, resolve
-from udbad.union.resolve import Answer, Found
+from udbad.union.resolve import FOUND, WHITED, Found
 from udbad.union.superblock import Superblock, is_object
 
 log = logging.getLogger(__name__)
@@ -88,10 +89,10 @@ def classify(sb: Superblock, node: Dir, name: bytes, kinds: Index) -> Finding:
         if st is not None:
             return Case.SAME_FILE, child, None, st
     found = resolve.resolve(sb, node, name)
-    if found.answer is not Answer.FOUND:
+    if found.answer is not FOUND:
         if child is not None:
             return Case.GONE, child, None, None
-        return Case.ABSENT if found.answer is not Answer.WHITED else Case.HIDDEN, None, None, None
+        return Case.ABSENT if found.answer is not WHITED else Case.HIDDEN, None, None, None
     if found.layers is None:
         if child is None:
             return Case.APPEARED, None, found, None
@@ -203,6 +204,7 @@ class Events:
             self._hear(self.replays, changes)
         counts: dict[int, int] = self._coherence.branch_events
         names: dict[tuple[Dir, bytes], int] = {}
+        heard = 0
         name: bytes
         kinds: Index
         for handle, name, kinds in changes:
@@ -211,7 +213,7 @@ class Events:
                 node: Dir = place.node
                 count = place.index << KIND_BITS | kinds & KINDS
                 counts[count] = counts.get(count, 0) + 1
-                self.count += 1
+                heard += 1
                 if kinds & GONE:
                     if self._watches.gone(place):
                         self._coherence.distrust(node)
@@ -238,8 +240,9 @@ class Events:
             elif isinstance(handle, Node):
                 count = handle.branch.index << KIND_BITS | kinds & KINDS
                 counts[count] = counts.get(count, 0) + 1
-                self.count += 1
+                heard += 1
                 self._file_changed(handle, kinds)
+        self.count += heard
         self._look_at(names)
         if self.replays is not None:
             self.replays.end_of_burst()
@@ -254,20 +257,21 @@ class Events:
 
     def _look_at(self, names: dict[tuple[Dir, bytes], int]) -> None:
         """`look` at each of these, by the kinds of all its events."""
-        table = self.sb.table
-        nodes = table.nodes
+        table: InodeTable = self.sb.table
         sent: SentAttributes = self._sent
+        as_sent = 0
         node: Dir
         name: bytes
         kinds: Index
         for (node, name), kinds in names.items():
-            if nodes.get(node.id) is node:
+            if table.nodes.get(node.id) is node:
                 if kinds & NAMES or self.replays is not None or not sent.is_as_sent(node, name):
                     self.look(node, name, kinds)
                 else:
-                    self.echoes += 1  # SAME_FILE, as most that a request of ours has changed
+                    as_sent += 1  # SAME_FILE, as most that a request of ours has changed
             if table.over_budget():  # events come without requests, too
                 table.trim()
+        self.echoes += as_sent
 
     def look(self, node: Dir, name: bytes, kinds: int) -> None:
         """`name_changed`, with all below it that has other layers now."""

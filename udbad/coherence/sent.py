@@ -10,14 +10,12 @@ import os
 import stat as st_mod
 from typing import Final
 
-from udbad.branch import syscalls
 from udbad.branch.state import lasting_stamp, same_content
+from udbad.branch.syscalls import fstat, stat_at
 from udbad.coherence.base import KernelNotifier
 from udbad.inodes.handles import backing_id, note_id_bits, written_behind
 from udbad.inodes.node import Dir, Node
 from udbad.union.superblock import Superblock, is_object
-
-_stat = syscalls.stat_at
 
 Fd = int
 
@@ -44,7 +42,7 @@ class SentAttributes:
         if layer is None or layer.fd < 0 or node.dead:
             return False
         try:
-            st = _stat(layer.fd, name)
+            st = stat_at(layer.fd, name)
         except OSError:
             return False
         if not is_object(child, st):
@@ -63,7 +61,7 @@ class SentAttributes:
         top = node.layers[0]
         if sent is None or top.fd < 0:
             return sent is None
-        return lasting_stamp(top.branch, syscalls.fstat(top.fd)) == sent
+        return lasting_stamp(top.branch, fstat(top.fd)) == sent
 
     def compare(self, node: Node, st: os.stat_result, content: bool) -> bool:
         """Tell the kernel when the attributes of a node, which is what it was, differ from those it was given.
@@ -128,6 +126,6 @@ class SentAttributes:
             self._notifier.data(node.id)  # only a foreign change can have done that
         node.sent = now or UNKNOWN
 
-    def _stat(self, node: Node, fd: int) -> os.stat_result:
+    def _stat(self, node: Node, fd: Fd) -> os.stat_result:
         """By descriptor where there is one: for each write of a big file, the name would have to be looked for."""
-        return syscalls.fstat(fd) if fd >= 0 else self._sb.stat(node)
+        return fstat(fd) if fd >= 0 else self._sb.stat(node)

@@ -41,7 +41,7 @@ from udbad.kernel import wire
 from udbad.types import Caller
 from udbad.union import create, lookup, remove, rename, resolve, settle
 from udbad.union.fs import SetAttr, UnionFs
-from udbad.union.resolve import Answer, Found
+from udbad.union.resolve import FOUND, Found
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ def _made(
     fs = operations.fs
     parent = _directory(fs, number)
     found = resolve.resolve(fs.sb, parent, name)
-    if found.answer is not Answer.FOUND:
+    if found.answer is not FOUND:
         raise _Perform
     ours = False
     try:
@@ -329,7 +329,7 @@ def _link(operations: Operations, noted: Noted, number: int, directory: int, nam
     fs = operations.fs
     parent, node = _directory(fs, directory), fs.table.node(number)
     found = resolve.resolve(fs.sb, parent, name)
-    if found.answer is not Answer.FOUND:
+    if found.answer is not FOUND:
         raise _Perform
     if _who(found) != noted.words or node.identity != noted.words:
         resolve.discard(fs.sb, parent, name, found)
@@ -345,7 +345,7 @@ def _unlink(operations: Operations, noted: Noted, number: int, name: bytes) -> N
     parent = _directory(fs, number)
     node = parent.children.get(name) or fs.table.find(fs.sb.inomap.number(dev, ino))
     found = resolve.resolve(fs.sb, parent, name)
-    if found.answer is Answer.FOUND:
+    if found.answer is FOUND:
         if _who(found) == (dev, ino):
             if found.st.st_ctime_ns & U64 == ctime:
                 raise _Perform
@@ -365,7 +365,7 @@ def _rmdir(operations: Operations, noted: Noted, number: int, name: bytes) -> No
     fs = operations.fs
     parent = _directory(fs, number)
     found = resolve.resolve(fs.sb, parent, name)
-    if found.answer is Answer.FOUND:
+    if found.answer is FOUND:
         layers = [layer.identity for layer in found.layers or ()]
         resolve.discard(fs.sb, parent, name, found)
         if noted.words in layers:

@@ -15,7 +15,7 @@ from udbad.edge.operations import Attributes, Entry, Negative, Opened, Operation
 from udbad.inodes.node import Node
 from udbad.kernel import wire
 from udbad.kernel.boundary import Malformed
-from udbad.kernel.device import caller_of, name_at, word_at
+from udbad.kernel.device import caller_of, name_at, names_at, word_at
 from udbad.kernel.protocol import MAX_REQUEST
 from udbad.kernel.received import Received
 from udbad.kernel.wire import attributes, dirent, entry, negative
@@ -85,11 +85,11 @@ def _last_name(request: Received, start: Place) -> bytes:
     return name
 
 
-def _two_names(request: Received, start: int) -> tuple[bytes, bytes]:
-    middle = request.buffer.find(0, start, request.size)
-    if middle < 0:
+def _two_names(request: Received, start: Place) -> tuple[bytes, bytes]:
+    names = names_at(request, start)
+    if names is None:
         raise Malformed("a name without an end")
-    return bytes(request.buffer[start:middle]), _last_name(request, middle + 1)
+    return names
 
 
 def _node(request: Received) -> tuple[int]:
@@ -144,7 +144,7 @@ def _rename2(request: Received) -> tuple[int, bytes, int, bytes, int]:
 
 
 def _create(request: Received) -> tuple[int, bytes, int, int, Caller]:
-    flags, mode, umask, _ = wire.FOUR_WORDS.unpack_from(request.buffer, _BODY)
+    flags, mode, umask = word_at(request, _BODY), word_at(request, _BODY + 4), word_at(request, _BODY + 8)
     return request.node, _last_name(request, _BODY + 16), flags, mode, caller_of(request, umask)
 
 

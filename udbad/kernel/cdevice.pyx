@@ -87,6 +87,19 @@ cpdef bytes name_at(Received request, Py_ssize_t start):
     return PyBytes_FromStringAndSize(text + start, end - start)
 
 
+cpdef tuple names_at(Received request, Py_ssize_t start):
+    cdef char *text = PyByteArray_AS_STRING(request.buffer)
+    cdef char *middle = NULL
+    if 0 <= start < request.size:
+        middle = <char *>memchr(text + start, 0, request.size - start)
+    if middle == NULL:
+        return None
+    cdef bytes second = name_at(request, middle + 1 - text)
+    if second is None:
+        return None
+    return PyBytes_FromStringAndSize(text + start, middle - text - start), second
+
+
 cpdef unsigned int word_at(Received request, Py_ssize_t start) except? 0:
     cdef uint32_t word
     if not 0 <= start <= PyByteArray_GET_SIZE(request.buffer) - <Py_ssize_t>sizeof(word):

@@ -49,6 +49,13 @@ def name_at(request: Received, start: int) -> bytes | None:
     return bytes(request.buffer[start:end])
 
 
+def names_at(request: Received, start: int) -> tuple[bytes, bytes] | None:
+    """The two names that a request ends with, of which the first begins at `start`; None as `name_at`."""
+    middle = request.buffer.find(0, start, request.size)
+    second = None if middle < 0 else name_at(request, middle + 1)
+    return None if second is None else (bytes(request.buffer[start:middle]), second)
+
+
 def word_at(request: Received, start: int) -> int:
     """The number of 32 bits that begins at `start`, which the request is long enough for."""
     number: int = WORD.unpack_from(request.buffer, start)[0]
@@ -100,4 +107,4 @@ def wait(requests: int, wake: int, events: int, seconds: float) -> int:
 
 if not compiled.why_not():
     # The same, as calls of C.
-    from udbad.kernel.cdevice import answer, caller_of, name_at, now, receive, tell, wait, word_at  # noqa: F401
+    from udbad.kernel.cdevice import answer, caller_of, name_at, names_at, now, receive, tell, wait, word_at  # noqa: F401

@@ -35,7 +35,7 @@ from udbad.inodes.handles import backing_id
 from udbad.inodes.node import Dir, Node
 from udbad.types import MADE, MOVED_TO, CopyMethod, Trigger
 from udbad.union import copydirs, lookup, plink, resolve
-from udbad.union.resolve import Answer
+from udbad.union.resolve import FOUND
 from udbad.union.superblock import NeedCopyUp, Superblock, is_object
 
 _ATTEMPTS = 3
@@ -269,7 +269,7 @@ def _still_there(sb: Superblock, node: Node) -> os.stat_result | None:
                 if is_object(node, st):
                     return st
         found = resolve.resolve(sb, node.parent, node.name)
-        if found.answer is Answer.FOUND:
+        if found.answer is FOUND:
             if found.layers is None and is_object(node, found.st):
                 return found.st
             resolve.discard(sb, node.parent, node.name, found)
@@ -287,7 +287,7 @@ def _still_there(sb: Superblock, node: Node) -> os.stat_result | None:
         return here
     # Hidden by something newer above it; or that name was lost, and there is another one.
     found = resolve.resolve(sb, node.parent, node.name)
-    if found.answer is Answer.FOUND:
+    if found.answer is FOUND:
         resolve.discard(sb, node.parent, node.name, found)
         if found.layers is None and is_object(node, found.st):
             return found.st
@@ -512,14 +512,14 @@ def _check_unmoved(sb: Superblock, job: Job) -> None:
     if node.identity != (job.st.st_dev, job.st.st_ino):  # another of its names was faster
         raise estale()
     found = resolve.resolve(sb, parent, job.name)
-    if found.answer is Answer.FOUND:
+    if found.answer is FOUND:
         resolve.discard(sb, parent, job.name, found)
     if job.as_link:
-        if found.answer is Answer.FOUND:
+        if found.answer is FOUND:
             parent.doubt(job.name)
             raise os_error(errno.EEXIST)
         return
-    if found.answer is Answer.FOUND:
+    if found.answer is FOUND:
         if (found.st.st_dev, found.st.st_ino) == node.identity:
             return
         if node.plink is not None and found.layers is None and lookup.intern(sb, parent, job.name, found)[0] is node:

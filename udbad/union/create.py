@@ -21,7 +21,7 @@ from udbad.errors import enoent, erofs, estale, os_error
 from udbad.inodes.node import Dir, Node
 from udbad.types import Caller, Trigger
 from udbad.union import copydirs, homes, lookup, remove, resolve
-from udbad.union.resolve import Answer, Found, Missing
+from udbad.union.resolve import FOUND, Found, Missing
 from udbad.union.superblock import NeedCopyUp, Superblock
 
 P = ParamSpec("P")
@@ -53,7 +53,7 @@ def prepare(sb: Superblock, parent: Dir, name: bytes, is_dir: bool = False) -> T
     asked = missing.excludes_whiteout(parent, branch)
     dirfd = copydirs.ensure_dir(sb, parent, branch)
     whited = not asked and notation.of(branch).lift(branch, dirfd, name)
-    return Target(branch, dirfd, whited, missing.answer is Answer.CLEAR)
+    return Target(branch, dirfd, whited, missing is resolve.CLEAR)
 
 
 def _choose(sb: Superblock, parent: Dir, missing: Missing, is_dir: bool) -> Branch:
@@ -85,7 +85,7 @@ def check_free(sb: Superblock, parent: Dir, name: bytes) -> Missing:
     if lookup.only_on(sb, parent, name) == lookup.NOWHERE:
         return resolve.CLEAR
     found = resolve.resolve(sb, parent, name)
-    if found.answer is not Answer.FOUND:
+    if found.answer is not FOUND:
         return found
     resolve.discard(sb, parent, name, found)
     parent.doubt(name)
@@ -254,11 +254,11 @@ def _made_directory(
             found = resolve.opened(target.branch, target.dirfd, name)
         else:
             found = resolve.resolve(sb, parent, name)
-        if found.answer is not Answer.FOUND or found.layers is None:
+        if found.answer is not FOUND or found.layers is None:
             raise enoent()
         _finish(sb, parent, name, target)
     except BaseException:
-        if found.answer is Answer.FOUND:
+        if found.answer is FOUND:
             resolve.discard(sb, parent, name, found)
         if fd >= 0:
             marks.clear_opaque(fd)

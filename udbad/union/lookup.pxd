@@ -9,6 +9,8 @@ from udbad.union.superblock cimport Counters, Superblock
 
 cdef unsigned int _S_IFMT, _S_IFDIR, _S_IFCHR, _S_IFLNK
 
+cpdef only_on(Superblock sb, Dir parent, bytes name)
+cpdef update(Superblock sb, Dir parent, bytes name, found)
 # The way of most lookups: a name of a directory whose view is known.
 @cython.locals(counters=Counters, view=CNames, layer=Layer, fd=int, st=Status)
 cpdef lookup(Superblock sb, Dir parent, bytes name)

@@ -21,7 +21,7 @@ from udbad.branch.syscalls import find_at, fstat
 from udbad.errors import eio, enoent
 from udbad.inodes.node import LOAD_AT_LEAST, Dir, Node
 from udbad.union import homes, times
-from udbad.union.resolve import Answer, Found, Missing, discard, found_again, resolve, same_directory
+from udbad.union.resolve import FOUND, WHITED, Found, Missing, discard, found_again, resolve, same_directory
 from udbad.union.superblock import LAST_DEPTH, Superblock, lower_links
 from udbad.union.view import load_view
 
@@ -255,7 +255,7 @@ def _has_its_place(sb: Superblock, node: Node, parent: Dir, name: bytes) -> bool
         found = found_again(sb, above, node) if type(node) is Dir else resolve(sb, above, node.name)
     except OSError:
         return True  # not known; a second number does no harm
-    if found is None or found.answer is not Answer.FOUND:
+    if found is None or found.answer is not FOUND:
         return False
     discard(sb, above, node.name, found)
     return type(node) is Dir or (found.layers is None and node.identity == (found.st.st_dev, found.st.st_ino))
@@ -389,10 +389,10 @@ def _ask(sb: Superblock, parent: Dir, name: bytes) -> tuple[Node, os.stat_result
     found = resolve(sb, parent, name)
     depth = found.examined if found.examined < LAST_DEPTH else LAST_DEPTH
     remember(parent, name, found)
-    if found.answer is Answer.FOUND:
+    if found.answer is FOUND:
         sb.counters.depth_found[depth] += 1
         return intern(sb, parent, name, found)
-    depths = sb.counters.depth_whiteout if found.answer is Answer.WHITED else sb.counters.depth_negative
+    depths = sb.counters.depth_whiteout if found.answer is WHITED else sb.counters.depth_negative
     depths[depth] += 1
     sb.changes.found_gone(parent, name)
     return None
@@ -417,7 +417,7 @@ def remember(parent: Dir, name: bytes, found: Found | Missing) -> None:
     view = parent.view
     if view is None:
         return
-    if found.answer is not Answer.FOUND:
+    if found.answer is not FOUND:
         view.discard(name)
     elif found.layers is None:
         view[name] = found.branch.index
@@ -428,7 +428,7 @@ def remember(parent: Dir, name: bytes, found: Found | Missing) -> None:
 def update(sb: Superblock, parent: Dir, name: bytes, found: Found | Missing) -> os.stat_result | None:
     """Put the result of `resolve` into view, table and node; returns the attributes of what the name stands for."""
     remember(parent, name, found)
-    if found.answer is Answer.FOUND:
+    if found.answer is FOUND:
         return intern(sb, parent, name, found)[1]
     sb.changes.found_gone(parent, name)
     return None

@@ -27,7 +27,7 @@ from udbad.inodes.inomap import InoMap
 from udbad.inodes.names import UNKNOWN, Hit, Names
 from udbad.inodes.node import POSITIONS, Dir, Layer, Node
 from udbad.union import lookup, resolve, view
-from udbad.union.resolve import Answer
+from udbad.union.resolve import FOUND
 from udbad.union.superblock import Superblock
 
 Entry = tuple[bytes, Node, os.stat_result, int]
@@ -274,7 +274,7 @@ def _ask(sb: Superblock, parent: Dir, name: bytes) -> tuple[int, int] | None:
         if (error.errno not in GONE and error.errno != errno.EIO) or parent.offline:
             raise
         return None
-    if found.answer is not Answer.FOUND:
+    if found.answer is not FOUND:
         sb.changes.found_gone(parent, name)
         return None
     resolve.discard(sb, parent, name, found)
@@ -333,7 +333,7 @@ def _by_hit(
                 if kind != _S_IFDIR and not (kind == _S_IFCHR and layer.branch.overlay):
                     return lookup.intern_file(sb, parent, name, layer.branch, st)
     found = resolve.resolve(sb, parent, name)
-    if found.answer is Answer.FOUND:
+    if found.answer is FOUND:
         return lookup.intern(sb, parent, name, found)
     sb.changes.found_gone(parent, name)
     return None

@@ -1,5 +1,6 @@
+from udbad.branch cimport whiteout
 from udbad.inodes.node cimport Dir, Layer, Node
-from udbad.union cimport lookup, resolve
+from udbad.union cimport copydirs, lookup, resolve
 from udbad.union.resolve cimport Found, Missing
 from udbad.union.superblock cimport Superblock
 

@@ -17,7 +17,7 @@ from udbad.inodes.inomap import Identity
 from udbad.inodes.node import Dir, Node
 from udbad.inodes.slot import U64
 from udbad.union import copydirs, lookup, plink, readdir, resolve
-from udbad.union.resolve import Answer, Found
+from udbad.union.resolve import FOUND, Found
 from udbad.union.superblock import Superblock
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def find(sb: Superblock, parent: Dir, name: bytes) -> Found:
 def _find(sb: Superblock, parent: Dir, name: bytes) -> Found:
     """`find` of a name that was checked."""
     found = resolve.resolve(sb, parent, name)
-    if found.answer is Answer.FOUND:
+    if found.answer is FOUND:
         return found
     lookup.update(sb, parent, name, found)
     raise enoent()
@@ -64,7 +64,7 @@ def covered_below(sb: Superblock, parent: Dir, name: bytes, branch: Branch) -> b
     if lookup.UNCLEAR < lookup.only_on(sb, parent, name) <= branch.index:
         return False
     found = resolve.resolve(sb, parent, name, below=branch.index)
-    if found.answer is not Answer.FOUND:
+    if found.answer is not FOUND:
         return False
     resolve.discard(sb, parent, name, found)
     layer = parent.layer(branch.index)

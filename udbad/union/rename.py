@@ -20,13 +20,15 @@ from udbad.errors import eio, enoent, os_error
 from udbad.inodes.node import Dir, Node
 from udbad.types import Trigger
 from udbad.union import copydirs, lookup, readdir, redirects, remove, resolve
-from udbad.union.resolve import Answer, Found, Missing
+from udbad.union.resolve import FOUND, Found, Missing
 from udbad.union.superblock import NeedCopyUp, Superblock
 
 log = logging.getLogger(__name__)
 
 Descriptor = int
-_KNOWN = syscalls.RENAME_NOREPLACE | syscalls.RENAME_EXCHANGE
+Position = int
+_NOREPLACE, _EXCHANGE = syscalls.RENAME_NOREPLACE, syscalls.RENAME_EXCHANGE
+_KNOWN = _NOREPLACE | _EXCHANGE
 
 
 def rename(sb: Superblock, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, flags: int) -> None:
@@ -49,12 +51,12 @@ def rename(sb: Superblock, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, f
     nowhere = lookup.only_on(sb, dst_dir, dst) == lookup.NOWHERE
     found = resolve.CLEAR if nowhere else resolve.resolve(sb, dst_dir, dst)
     dst_node = None
-    if found.answer is Answer.FOUND:
+    if found.answer is FOUND:
         dst_node, _ = lookup.intern(sb, dst_dir, dst, found)
-        if flags & syscalls.RENAME_NOREPLACE:
+        if flags & _NOREPLACE:
             raise os_error(errno.EEXIST)
-    if flags & syscalls.RENAME_EXCHANGE:
-        if found.answer is not Answer.FOUND or dst_node is None:
+    if flags & _EXCHANGE:
+        if found.answer is not FOUND or dst_node is None:
             raise enoent()
         _exchange(sb, src_dir, src, source, src_node, dst_dir, dst, found, dst_node)
         if known[1] not in (None, dst_node):
@@ -67,13 +69,13 @@ def rename(sb: Superblock, src_dir: Dir, src: bytes, dst_dir: Dir, dst: bytes, f
         sb.changes.updated(dst_dir, dst, None, False, True)
         return  # two names of one file: rename(2) does nothing
     limit = dst_dir.floor
-    if found.answer is Answer.FOUND:
+    if found.answer is FOUND:
         limit = min(limit, found.branch.index)
     elif found.whited is not None:
         limit = min(limit, found.whited)
     branch = _target(sb, src_dir, src, source, src_node, limit)
-    bare = found.answer is not Answer.FOUND and found.excludes_whiteout(dst_dir, branch)
-    replace = not flags & syscalls.RENAME_NOREPLACE
+    bare = found.answer is not FOUND and found.excludes_whiteout(dst_dir, branch)
+    replace = not flags & _NOREPLACE
     _move(sb, src_dir, src, src_node, dst_dir, dst, dst_node, found, branch, bare, replace)
     if known[0] not in (None, src_node) or not src_node.nlookup:
         # Replaced directly just before. The kernel has moved what it knew under the old name.
@@ -92,7 +94,7 @@ def _check_types(sb: Superblock, src: Node, dst: Node | None) -> None:
         raise os_error(errno.EISDIR)
 
 
-def _target(sb: Superblock, parent: Dir, name: bytes, found: Found, node: Node, limit: int) -> Branch:
+def _target(sb: Superblock, parent: Dir, name: bytes, found: Found, node: Node, limit: Position) -> Branch:
     """The branch on which the rename happens: the source's own, or, if that is not writable or lies below
     `limit` (where the new name would be hidden), one above that it is copied to."""
     branch = found.branch
@@ -143,7 +145,7 @@ def _move(
     marks = notation.of(branch)
     had_whiteout = not bare and whiteout.hides(branch, dst_fd, dst)
     lower_dst = not bare and not had_whiteout and remove.covered_below(sb, dst_dir, dst, branch)
-    old = found.st if found.answer is Answer.FOUND else None
+    old = found.st if found.answer is FOUND else None
     redirected = written = False
     if type(src_node) is Dir:
         redirected, written = _keep_below(sb, src_node, branch)
@@ -163,7 +165,7 @@ def _move(
         if type(src_node) is Dir:
             if not redirected and (had_whiteout or lower_dst or sb.options.opaque_always):
                 marked = _make_opaque(sb, src_node, branch)
-            if found.answer is Answer.FOUND and found.branch is branch:
+            if found.answer is FOUND and found.branch is branch:
                 # Only an empty directory can be replaced: hide what its marks hid, then take them out. The
                 # whiteout stays also when the rename fails, as the marks do not come back.
                 if lower_dst and marks.hide(branch, dst_fd, dst, beside=True):
@@ -196,7 +198,7 @@ def _move(
             log.warning("the whiteout beside the renamed %r stays: %s", dst, error.strerror)
     if hidden:
         remove.settle_on(branch, src_fd, src)
-    if found.answer is Answer.FOUND and dst_node is not None:
+    if found.answer is FOUND and dst_node is not None:
         _replaced(sb, dst_dir, dst, dst_node, found.st, found.branch is not branch)
     _moved(sb, src_node, src_dir, src, dst_dir, dst, branch, dst_fd)
 
@@ -306,7 +308,7 @@ def _exchange(
                 undo.callback(_unmark, sb, node, branch)
         if sb.slot is not None:
             sb.slot.intend(5, branch.index, src_node.dev, src_node.ino, dst_node.dev, dst_node.ino)
-        syscalls.rename_at(src_fd, src, dst_fd, dst, syscalls.RENAME_EXCHANGE)
+        syscalls.rename_at(src_fd, src, dst_fd, dst, _EXCHANGE)
         undo.pop_all()
     sb.changes.exchanged(src_node, src_dir, src, dst_node, dst_dir, dst)
     _update(sb, src_dir, src, moved=True)
@@ -316,7 +318,7 @@ def _exchange(
 def lookup_again(sb: Superblock, parent: Dir, name: bytes) -> Found:
     """Resolve a name that is known to exist. Raises ENOENT when it does not any more."""
     found = resolve.resolve(sb, parent, name)
-    if found.answer is not Answer.FOUND:
+    if found.answer is not FOUND:
         raise enoent()
     lookup.intern(sb, parent, name, found)
     return found

@@ -18,3 +18,4 @@ cdef class Missing:
 
 @cython.locals(layers=list, layer=Layer, last=Py_ssize_t, pos=Py_ssize_t, examined=long, fd=int, st=Status, kind=cython.uint)
 cpdef resolve(Superblock sb, Dir parent, bytes name, long below=*, long tries=*)
+cpdef check_changeable(Dir parent)

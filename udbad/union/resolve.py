@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat as st_mod
 from enum import Enum
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 from udbad.branch import syscalls, whiteout
 from udbad.branch.branches import Branch
@@ -36,6 +36,12 @@ class Answer(Enum):
     """A whiteout hides the name. Who makes an object on its branch has to remove it afterwards."""
     CLEAR = "clear"
     """No branch has the name, nor a whiteout: an object can be made anywhere, without looking."""
+
+
+FOUND: Final = Answer.FOUND
+NEGATIVE: Final = Answer.NEGATIVE
+WHITED: Final = Answer.WHITED
+"""By names of their own: to ask an Enum for one takes as long as a system call before Python 3.12."""
 
 
 class Found:
@@ -80,8 +86,8 @@ class Missing:
 
     def excludes_whiteout(self, parent: Dir, branch: Branch) -> bool:
         """Whether the search has shown that there is no whiteout on `branch`, where an object is going to be made."""
-        if self.answer is not Answer.NEGATIVE:
-            return self.answer is Answer.CLEAR
+        if self.answer is not NEGATIVE:
+            return self is CLEAR
         return branch.index < parent.layers[-1].branch.index and parent.layer(branch.index) is not None
 
 
@@ -122,14 +128,14 @@ def resolve(sb: Superblock, parent: Dir, name: bytes, below: Index = -1, tries: 
             if branch.whable and (pos < last or parent.offline) and whiteout.present(fd, name):
                 if parent.offline:
                     _check_known(parent, below, branch.index)
-                return Missing(Answer.WHITED, examined, branch.index)
+                return Missing(WHITED, examined, branch.index)
             continue
         kind = st.st_mode & _S_IFMT
         if kind != _S_IFDIR:
             if kind == _S_IFCHR and branch.overlay and whiteout.is_device(st):
                 if parent.offline:
                     _check_known(parent, below, branch.index)
-                return Missing(Answer.WHITED, examined, branch.index)
+                return Missing(WHITED, examined, branch.index)
             return Found(kind, branch, st, None, examined)
         try:
             return _merge(sb, parent, name, pos, st, examined)
@@ -276,7 +282,7 @@ def discard(sb: Superblock, parent: Dir, name: bytes, found: Found) -> None:
 def found_again(sb: Superblock, parent: Dir, node: Dir) -> Found | None:
     """What the name of a directory stands for now, if that is this directory. Raises what `resolve` raises."""
     found = resolve(sb, parent, node.name)
-    if found.answer is not Answer.FOUND:
+    if found.answer is not FOUND:
         return None
     if found.layers is not None and same_directory(node, found.layers):
         return found

@@ -11,7 +11,7 @@ from udbad.errors import GONE
 from udbad.inodes.inomap import Identity
 from udbad.inodes.node import Dir, Node
 from udbad.union import copyup, homes, lookup, plink, resolve
-from udbad.union.resolve import Answer
+from udbad.union.resolve import FOUND
 from udbad.union.superblock import Superblock, is_object
 
 
@@ -45,7 +45,7 @@ def _counted(sb: Superblock, node: Node, parent: Dir, name: bytes, names: int, l
         found = resolve.resolve(sb, parent, name)
     except FileNotFoundError:
         return False
-    if found.answer is Answer.FOUND:
+    if found.answer is FOUND:
         resolve.discard(sb, parent, name, found)
         if (found.st.st_dev, found.st.st_ino) != home.identity:
             return False  # only a temporary name of it was made
