@@ -469,8 +469,8 @@ static void op_storm(char **a)
 	}
 	qsort(latency, total, sizeof(float), compare);
 	report(elapsed, total);
-	printf("p50 %.1f\np99 %.1f\nslowest_p99 %.1f\nworst %.1f\n", latency[total / 2],
-	       latency[(size_t)((double)total * 0.99)], slowest, latency[total - 1]);
+	printf("p50 %.1f\np99 %.1f\np99_9 %.1f\nslowest_p99 %.1f\nworst %.1f\n", latency[total / 2],
+	       latency[(size_t)((double)total * 0.99)], latency[(size_t)((double)total * 0.999)], slowest, latency[total - 1]);
 }
 
 /* changes DIRECTORY RATE: until killed, so many times a second a file is created, written, and removed again */

@@ -131,6 +131,7 @@ def _clients(count: int) -> Callable[[Session], None]:
         got = session.client("storm", session.root, names, count, session.scale.storm_seconds)
         session.record(f"{count} clients, per operation", got["seconds"] / got["count"] * 1e6)
         session.record(f"{count} clients, p99 of the slowest / median", got["slowest_p99"] / got["p50"])
+        session.record(f"{count} clients, p99.9 / median", got["p99_9"] / got["p50"])
         session.record(f"{count} clients, worst / median", got["worst"] / got["p50"])
 
     return run
@@ -165,6 +166,7 @@ def _clients_workload(count: int) -> Workload:
     keys = (
         *figures("us", f"{count} clients, per operation"),
         *figures("x", f"{count} clients, p99 of the slowest / median", compare=False),
+        *figures("x", f"{count} clients, p99.9 / median", compare=False),
         *figures("x", f"{count} clients, worst / median", compare=False),
     )
     return Workload(f"clients-{count}", _clients(count), keys, io=count > 4, once=count <= 4)
