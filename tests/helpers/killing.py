@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.helpers.mount import DEADLINE, Mount
-from udbad.mount.keeper import NAME
+from udbad.mount import held, keeper
 
 BETWEEN: Final = 0.1, 2.0
 """Seconds between two kills, nearer to the first."""
@@ -47,7 +47,7 @@ def workers(guardian: int) -> list[int]:
         for pid in Path(f"/proc/{guardian}/task/{guardian}/children").read_text().split():
             with suppress(OSError):
                 _, name, state = re.split(r" \(|\) ", Path(f"/proc/{pid}/stat").read_text(), maxsplit=2)
-                if name != NAME and state[0] not in "ZX":
+                if name not in (keeper.NAME, held.NAME) and state[0] not in "ZX":
                     found.append(int(pid))
     return found
 

@@ -196,6 +196,23 @@ print("kept", *sorted(kept), "others", *sorted(loaded - kept), file=sys.stderr)
 """
 
 
+KILLED = """
+import os, sys
+from udbad.mount import held
+held._be_child = lambda fd: os._exit(9)
+kept = held.Held()
+for _ in kept.fill():
+    pass
+kept.install()
+assert kept not in sys.meta_path
+"""
+
+
+def test_a_guardian_whose_child_was_killed_keeps_nothing() -> None:
+    """The next mount process imports from the disk then."""
+    subprocess.run([sys.executable, "-c", KILLED], cwd=REPOSITORY, check=True, timeout=60)
+
+
 def test_what_a_guardian_keeps_is_of_its_version(tmp_path: Path) -> None:
     """It has not imported it; a process that does gets what there was, whatever lies on the disk by then."""
     (tmp_path / "package").mkdir()

@@ -22,6 +22,8 @@ from udbad.mount import keeper, later
 
 log = logging.getLogger(__name__)
 
+NAME: Final = "udbad modules"
+"""Of the child, in /proc/PID/comm (proc(5))."""
 _INDEX_AT: Final = struct.Struct("=Q")
 """At the beginning: where the index is, 0 until everything is there."""
 _FASTEST: Final = 1
@@ -58,7 +60,8 @@ class Held:
         """
         later.load_compiled()
         yield
-        fd = os.memfd_create("udbad modules", os.MFD_CLOEXEC)
+        fd = os.memfd_create(NAME, os.MFD_CLOEXEC)
+        os.pwrite(fd, bytes(_INDEX_AT.size), 0)  # here: the child may be killed before it has written anything
         child = os.fork()
         if child == 0:
             _be_child(fd)
@@ -91,6 +94,8 @@ class Held:
 def _be_child(fd: int) -> NoReturn:
     try:
         keeper.end_with_parent()
+        with open("/proc/self/comm", "w") as comm:
+            comm.write(NAME)
         before = set(sys.modules)
         later.load()
         _write(fd, sorted(set(sys.modules) - before))
@@ -105,7 +110,7 @@ def _write(fd: int, names: Sequence[str]) -> None:
     import zlib  # as above
 
     index: dict[str, _Found] = {}
-    at = os.pwrite(fd, bytes(_INDEX_AT.size), 0)
+    at = _INDEX_AT.size
     for name in names:
         spec = sys.modules[name].__spec__
         if spec is None or spec.origin is None or not isinstance(spec.loader, SourceFileLoader):
