@@ -198,6 +198,8 @@ class Invalidator:
     def _put(self, key: _Key, shard: _Shard | None = None) -> None:
         if shard is None:
             shard = self._shards[key[1] % _THREADS]
+        if key in shard.pending:
+            return  # its thread has not begun with that; the lock takes longer than this look
         with shard.ready:
             if self.state is not State.ACCEPTING or key in shard.pending:
                 return
