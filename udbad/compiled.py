@@ -27,6 +27,7 @@ MODULES: Final = (
     "udbad.branch.whiteout",
     "udbad.coherence.base",
     "udbad.coherence.events",
+    "udbad.coherence.none",
     "udbad.coherence.notify",
     "udbad.coherence.sent",
     "udbad.coherence.watcher",

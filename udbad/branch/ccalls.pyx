@@ -4,6 +4,8 @@
 
 import os
 
+from udbad.branch.cstat cimport Status
+from udbad.branch.cstat cimport fstat as fstat_of
 from udbad.errors import enoent
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -13,6 +15,7 @@ from libc.errno cimport EAGAIN, EBADF, EINVAL, ENODATA, ENOENT, ENOSYS, EOPNOTSU
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.string cimport strerror, strlen
+from posix.stat cimport S_IFMT, S_IFREG
 from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
 from posix.unistd cimport read
 
@@ -21,7 +24,7 @@ cdef extern from "<fcntl.h>" nogil:
     int sync_file_range(int fd, long long offset, long long count, unsigned int flags)
     int SYNC_FILE_RANGE_WAIT_BEFORE, SYNC_FILE_RANGE_WRITE, SYNC_FILE_RANGE_WAIT_AFTER
     int AT_EMPTY_PATH, AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_FOLLOW
-    int O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOFOLLOW, O_PATH, O_RDWR, O_TMPFILE
+    int O_CLOEXEC, O_CREAT, O_DIRECTORY, O_EXCL, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK, O_PATH, O_RDWR, O_TMPFILE
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -149,6 +152,25 @@ def open_tmpfile(int dirfd, unsigned int mode, int flags=O_RDWR):
 def open_at(int dirfd, bytes name, int flags):
     """openat(2) of something that exists."""
     return opened(dirfd, name, flags, 0)
+
+
+def open_regular(int dirfd, bytes name, int flags):
+    cdef const char *text = text_of(name)
+    cdef Status status
+    cdef int fd
+    with nogil:
+        fd = openat_c(dirfd, text, flags | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC, 0)
+    if fd < 0:
+        return None
+    try:
+        status = fstat_of(fd)
+    except OSError:
+        close(fd)
+        return None
+    if (status.st_mode & S_IFMT) != S_IFREG:
+        close(fd)
+        return None
+    return fd, status
 
 
 def pin_at(int dirfd, bytes name):

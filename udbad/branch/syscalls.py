@@ -175,14 +175,38 @@ def open_at(dirfd: int, name: bytes, flags: int) -> int:
     return os.open(name, flags, dir_fd=dirfd)
 
 
+_OPEN_FILE: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+"""O_NONBLOCK keeps a FIFO that somebody put there from stopping the daemon."""
+
+
+def open_regular(dirfd: int, name: bytes, flags: int) -> tuple[int, os.stat_result] | None:
+    """Open a regular file, with its status; None where it is none, or cannot be opened, for whatever reason."""
+    try:
+        fd = open_at(dirfd, name, flags | _OPEN_FILE)
+    except OSError:
+        return None
+    try:
+        st = fstat(fd)
+    except OSError:
+        os.close(fd)
+        return None
+    if not st_mod.S_ISREG(st.st_mode):
+        os.close(fd)
+        return None
+    return fd, st
+
+
 def open_file_at(dirfd: int, name: bytes, flags: int) -> tuple[int, os.stat_result]:
     """Open an existing regular file, with its status; ESTALE when the name turned into something else.
 
-    O_NONBLOCK keeps a FIFO that somebody put there from stopping the daemon. A device is not even opened, which may do
-    something: our mounts of the branches are nodev (accept.py), and then it is EACCES.
+    A device is not even opened, which may do something: our mounts of the branches are nodev (accept.py), and then it
+    is EACCES.
     """
+    found = open_regular(dirfd, name, flags)
+    if found is not None:
+        return found
     try:
-        fd = open_at(dirfd, name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        fd = open_at(dirfd, name, flags | _OPEN_FILE)  # once more, to see why not
     except PermissionError:
         pin = pin_at(dirfd, name)  # whether it was a device: the name may stand for yet another object by now
         try:
@@ -564,6 +588,7 @@ if not compiled.why_not():
         mkdir_at,
         open_at,
         open_dir_at,
+        open_regular,
         open_tmpfile,
         pin_at,
         rename_at,
