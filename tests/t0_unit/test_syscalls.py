@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.uncompiled import from_source
 from udbad.branch import syscalls
 
 
@@ -68,11 +69,12 @@ def test_a_file_without_a_name_in_a_removed_directory(tmp_path: Path) -> None:
 
 
 def test_a_refused_file_without_a_name(directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EPERM stays what it is in a directory that is there."""
+    """EPERM stays what it is in a directory that is there. In Python, as nobody refuses it to C."""
+    calls = from_source(syscalls)
 
     def refuse(*_: object, **__: object) -> int:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(PermissionError):
-        syscalls.open_tmpfile(directory, 0o600)
+        calls.open_tmpfile(directory, 0o600)
