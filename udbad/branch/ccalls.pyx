@@ -439,11 +439,11 @@ def copy_in_turns(int src_fd, int dst_fd, size_t count, long long src_at, long l
     cdef long took
     cdef bint gives_way
     with nogil:
-        gives_way = has_short_turns()
+        gives_way = count > PORTION and has_short_turns()
         if not gives_way:
             portion = count
         while True:
-            took = worked()
+            took = worked() if gives_way else 0
             copied = copy_file_range_c(src_fd, &src_at, dst_fd, &dst_at, min(portion, count - done), 0)
             if copied <= 0:
                 break
