@@ -5,6 +5,7 @@ Without a compiler, or without Cython, the package is built all the same, and ru
 
 from __future__ import annotations
 
+import glob
 import os
 import runpy
 import sys
@@ -22,8 +23,20 @@ DIRECTIVES = {
     "nonecheck": True,  # an attribute of None is an AttributeError, as in Python, and not a crash
 }
 
+C_FILES = os.path.join("build", "cython")
 NOT_SEARCHED = "udbad.inodes.node"
 """Python's search for cyclic garbage looks at no object of its classes, and none has room for what that needs."""
+
+
+def _declared_anew(sources: list[str]) -> bool:
+    """Whether a .pxd is newer than the C that was made of any of the sources: then each has to be compiled again.
+
+    Cython does not see that `from udbad.union cimport lookup` depends on lookup.pxd (parse_dependencies() of 3.3), and
+    a module that takes another one's attributes to be where they were reads something else.
+    """
+    declared = [os.path.getmtime(path) for path in glob.glob("udbad/*/*.pxd")]
+    made = [os.path.join(C_FILES, os.path.splitext(source)[0] + ".c") for source in sources]
+    return max(declared) > min((os.path.getmtime(path) for path in made if os.path.exists(path)), default=0.0)
 
 
 class BuildHotModules(build_ext):
@@ -48,14 +61,16 @@ class BuildHotModules(build_ext):
         from Cython.Compiler.Options import get_directive_defaults
 
         get_directive_defaults()["no_gc"] = False  # a decorator; what is no Cython has no such thing to say
+        anew = _declared_anew([module.sources[0] for module in self.distribution.ext_modules])
         made = []
         for no_gc in (True, False):
             some = [module for module in self.distribution.ext_modules if (module.name == NOT_SEARCHED) is no_gc]
             made += cythonize(
                 some,
                 nthreads=processes,
-                build_dir=os.path.join("build", "cython"),
+                build_dir=C_FILES,
                 compiler_directives={**DIRECTIVES, "no_gc": no_gc},
+                force=anew,
                 quiet=True,
             )
         self.distribution.ext_modules = made
