@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.helpers import forked
-from tests.helpers.leaks import mounts_under, remove_mount
+from tests.helpers.leaks import holders, mounts_under, remove_mount
 from tests.helpers.mount import REPOSITORY, Process, ensure_fusectl
 from udbad.control import registry
 from udbad.control.protocol import Message, ask
@@ -141,11 +141,15 @@ class Daemon:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait(DEADLINE)
-        for entry in registry.entries(self.run_dir):
+        entries = registry.entries(self.run_dir)
+        for entry in entries:
             if re.search(rb"udbad|tests\.helpers\.forked", _command_line(entry.pid)):
                 os.kill(entry.pid, signal.SIGKILL)
         for mount in reversed(mounts_under(self.tmp_path)):
             remove_mount(mount)
+        if entries:  # their keepers, and who was to go on with them, write there until they find that there is no mount
+            run_dir = Path(self.run_dir)
+            until(lambda: not holders(run_dir), f"an end of who uses {run_dir}")
         shutil.rmtree(self.run_dir)
 
     # -- asking -----------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ import os
 import random
 import select
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,20 @@ def test_told_to_stop_while_a_process_is_dead(union: UnionFactory) -> None:
     mount.process.send_signal(signal.SIGCONT)
     assert mount.process.wait(DEADLINE) == 0
     assert not mount.is_mounted
+
+
+def test_killed_at_its_orderly_end(union: UnionFactory) -> None:
+    """After the unmount, at whatever it does then: there is nothing to take over, and nobody tries."""
+    for step in range(10):
+        mount = union(options="survive=on,restart_timeout=2", allow_log=TAKEN_OVER)
+        pid = worker(mount)
+        pidfd = os.pidfd_open(pid)
+        subprocess.run(["umount", mount.path], check=True)
+        time.sleep(step / 1000)
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
+        assert mount.process.wait(DEADLINE) == 0, mount.log()
 
 
 def test_nobody_takes_over(union: UnionFactory) -> None:

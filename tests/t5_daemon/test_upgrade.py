@@ -32,7 +32,10 @@ NEXT: Final = {
     "inodes/record.py": [
         ("\nVERSION: Final = 1\n", "\nVERSION: Final = 2\n"),
         ("READ: Final = frozenset({VERSION})", "READ: Final = frozenset({1, 2})"),
-        ("        entry = _ENTRY.pack(", "        payload = _other(self, payload)\n        entry = _ENTRY.pack("),
+        (
+            "        entry = (_ENTRY.pack(",
+            '        payload = (_other(self, b"".join(payload)),)\n        entry = (_ENTRY.pack(',
+        ),
         (
             "        return self._half.entries()",
             "        return ((_other(self, one), count) for one, count in self._half.entries())",

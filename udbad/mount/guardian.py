@@ -255,7 +255,7 @@ class Guardian:
         status = self._reap(pid, is_late)
         if in_order:
             self._legacy.end()
-            return 0, served
+            return 0 if os.WIFSIGNALED(status) else status, served
         if served and self._legacy:
             log.warning("process %d ended, status %d; another one takes over", pid, os.waitstatus_to_exitcode(status))
         return status, served
@@ -342,7 +342,7 @@ class Guardian:
                 died=self._died,
                 ended=died,
                 renewed=lambda new: say([_RENEWS, *new]),
+                over=lambda: tell([_ENDS]),
             )
             self._serve(guard, ready)
-            tell([_ENDS])
         raise SystemExit(0)

@@ -9,6 +9,7 @@ does not take over, and says so before the process that serves has made room.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -168,7 +169,14 @@ def control(predecessor: Predecessor, path: str) -> int:
     Raises OSError.
     """
     known, fd = predecessor.facts["control"]
-    return predecessor.take(fd) if known == path and fd >= 0 else -1
+    if known != path or fd < 0:
+        return -1
+    try:
+        return predecessor.take(fd)
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+    return -1  # it was closed at an orderly end, which a kill has cut short
 
 
 def carry_on(predecessor: Predecessor, record: Record) -> None:

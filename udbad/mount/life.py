@@ -57,6 +57,8 @@ class Guard(NamedTuple):
     died: float = 0.0
     ended: int = -1
     renewed: Callable[[Renewal], None] | None = None
+    over: Callable[[], None] = lambda: None
+    """Called when the union was unmounted: from here on there is nothing to go on with, however this process ends."""
 
 
 def why_not_survive(options: MountOptions) -> str | None:

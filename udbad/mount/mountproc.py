@@ -362,6 +362,8 @@ class MountProcess:
             self.edge.run(
                 lambda: self._attend(listener), lambda begin: later.load_in_thread(boundary.requests, wanted, begin)
             )
+            if self.guard is not None and not self.edge.aborted:
+                self.guard.over()  # before anything is closed that another process would need
         if self.edge.aborted:
             raise UserError(f"{text(self.mount_point)}: the connection was aborted; its users get errors until it is "
                             "unmounted or mounted again", ExitCode.FAILURE)  # fmt: skip
