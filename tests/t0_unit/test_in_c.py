@@ -261,9 +261,12 @@ def test_a_name_that_is_read_twice(tmp_path: Path, count: int) -> None:
         "names.discard(b'0')\n"
         "assert names.get(b'0', -1) == -1 and b'0' not in list(names)\n"
     )
+    before = [os.environ["LD_PRELOAD"]] if "LD_PRELOAD" in os.environ else []  # a sanitizer has to be the first
     environment = {
-        **os.environ, "LD_PRELOAD": str(tmp_path / "twice.so"), "PYTHONPATH": str(Path(compiled.__file__).parents[1])
-    }  # fmt: skip
+        **os.environ,
+        "LD_PRELOAD": ":".join([*before, str(tmp_path / "twice.so")]),
+        "PYTHONPATH": str(Path(compiled.__file__).parents[1]),
+    }
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=environment)
 
 
