@@ -73,7 +73,8 @@ class Sshd:
     def _family(self) -> list[int]:
         family = [self._process.pid]
         for pid in family:
-            family += [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+            with suppress(FileNotFoundError, ProcessLookupError):  # a connection that has ended meanwhile
+                family += [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
         return family
 
     def signal(self, number: int) -> list[int]:
