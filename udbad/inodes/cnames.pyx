@@ -108,16 +108,22 @@ cdef void put_in_index(block_t *block, Py_ssize_t place, size_t slot) noexcept n
     block.index[at], block.tags[at] = place, tag_of(slot)
 
 
-cdef int make_index(block_t *block, size_t slots) except -1:
+cdef int new_index(block_t *block, size_t slots) except -1:
+    """An index of nothing, in place of the one there is."""
     cdef uint32_t *index = NULL
-    cdef Py_ssize_t place
-    cdef entry_t *entry
     if slots:
         index = <uint32_t *>calloc(slots, sizeof(uint32_t) + 1)
         if not index:
             raise MemoryError
     free(block.index)
     block.index, block.tags, block.slots = index, <unsigned char *>(index + slots), slots
+    return 0
+
+
+cdef int make_index(block_t *block, size_t slots) except -1:
+    cdef Py_ssize_t place
+    cdef entry_t *entry
+    new_index(block, slots)
     if slots:
         for place in range(block.count):
             entry = block.entries + place
@@ -340,13 +346,7 @@ cdef class Names:
         cdef size_t slot
         cdef entry_t *entry
         cdef entry_t *other
-        block.slots = slots_for(block.count)
-        if block.slots:
-            block.index = <uint32_t *>calloc(block.slots, sizeof(uint32_t) + 1)
-            if not block.index:
-                block.slots = 0
-                raise MemoryError
-            block.tags = <unsigned char *>(block.index + block.slots)
+        new_index(block, slots_for(block.count))
         for place in range(block.count):
             entry = block.entries + place
             slot = slot_of(block, block.text + entry.at, size_of(entry))
